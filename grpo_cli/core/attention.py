@@ -1,0 +1,191 @@
+"""Attention that computes a prompt once for its whole group of completions.
+
+The G completions of a prompt all attend to the same prompt keys, and the prompt never attends to them, so its share of every
+layer is computed once, exactly, in sampling and in training. Each pass through the model carries a plan, which says who
+attends to whom; `shared_prefix_attention` hands it each layer's queries, keys and values. Knows tensors alone: neither
+transformers nor tokens nor puzzles.
+
+Shapes: P prompts of at most L tokens, G completions each, R rows (completions) of at most C tokens, N packed tokens;
+H query heads, K key-value heads, d the head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+BUCKET = 16  # completions of like length that attend together in training; bounds the work lost to padding
+
+
+class Plan(Protocol):
+    """Who attends to whom in one pass through the model."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Queries (B, H, T, d), keys and values (B, K, T, d) of one layer -> attended values (B, T, H, d)."""
+        ...
+
+
+def shared_prefix_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    plan: Plan,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls in every layer; `plan` reaches it through the model's own call."""
+    layer = module.layer_idx
+    assert isinstance(layer, int) and attention_mask is None
+    return plan.attend(layer, query, key, value, scaling), None
+
+
+class Prefill:
+    """Prompts (P, L), padded on the right; their keys and values are kept for `Decode`."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []  # per layer (P, K, L, d)
+        self.values: list[Tensor] = []
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        self.keys.append(key)
+        self.values.append(value)
+        return _causal(query, key, value, scaling).transpose(1, 2)
+
+
+class Decode:
+    """One new token for each of P * G completions, which share the keys of their prompt and own those of their tokens."""
+
+    def __init__(self, prefill: Prefill, lengths: Tensor, *, num_generations: int, max_new_tokens: int) -> None:
+        """`lengths` (P,): real tokens of each prompt; what lies beyond is padding and never attended to."""
+        self.prompt_keys, self.prompt_values = prefill.keys, prefill.values
+        prompts, heads, longest, width = prefill.keys[0].shape
+        absent = torch.arange(longest, device=lengths.device) >= lengths[:, None]  # (P, L)
+        self.absent = absent[:, None, None, None, :] if bool(absent.any()) else None
+        shape = (prompts, heads, num_generations, max_new_tokens, width)
+        self.own_keys = [key.new_empty(shape) for key in prefill.keys]  # per layer (P, K, G, C, d)
+        self.own_values = [value.new_empty(shape) for value in prefill.values]
+        self.time = 0  # tokens that every completion has so far
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        prompt_keys, prompt_values = self.prompt_keys[layer], self.prompt_values[layer]
+        prompts, heads, longest, width = prompt_keys.shape
+        grouped = (prompts, -1, heads, query.shape[1] // heads, width)
+        now = self.time + 1
+        self.own_keys[layer][:, :, :, self.time] = key.view(prompts, -1, heads, width).transpose(1, 2)
+        self.own_values[layer][:, :, :, self.time] = value.view(prompts, -1, heads, width).transpose(1, 2)
+        own_keys, own_values = self.own_keys[layer][:, :, :, :now], self.own_values[layer][:, :, :, :now]
+
+        queries = (query * scaling).view(grouped).transpose(1, 2)  # (P, K, G, H/K, d)
+        flat = queries.flatten(2, 3)  # (P, K, G * H/K, d)
+        to_prompt = (flat @ prompt_keys.transpose(-1, -2)).view(*queries.shape[:-1], longest)
+        if self.absent is not None:
+            to_prompt = to_prompt.masked_fill(self.absent, float("-inf"))
+        scores = torch.cat([to_prompt, queries @ own_keys.transpose(-1, -2)], dim=-1)
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+        of_prompt = weights[..., :longest].flatten(2, 3) @ prompt_values
+        attended = of_prompt.view(queries.shape) + weights[..., longest:] @ own_values
+        return attended.transpose(1, 2).reshape(query.shape[0], 1, query.shape[1], width)
+
+    def keep(self, prompts: Tensor, slots: Tensor) -> None:
+        """Keep only these completions: `prompts` (P',) and for each of them the `slots` (P', G') to go on with."""
+        self.absent = None if self.absent is None else self.absent[prompts]
+        for cache in (self.prompt_keys, self.prompt_values):
+            cache[:] = [tensor[prompts] for tensor in cache]
+        for cache in (self.own_keys, self.own_values):
+            cache[:] = [_pick(tensor, prompts, slots, self.time) for tensor in cache]
+
+
+class Packed:
+    """Training: prompts and completions of any length in one row [p1 | p2 | ... | c1 | c2 | ...], without padding.
+
+    Completion r attends to prompt `owners[r]` and to itself. Positions restart after the prompt for each completion.
+    Example: prompts of 3 and 2 tokens and completions of 2 and 1 with owners [0, 1] have positions [0 1 2  0 1  3 4  2].
+    """
+
+    def __init__(
+        self, prompt_lengths: Sequence[int], lengths: Sequence[int], owners: Sequence[int], device: torch.device
+    ) -> None:
+        prompts = torch.tensor(prompt_lengths)
+        starts = prompts.cumsum(0) - prompts
+        self.longest = int(prompts.max())
+        self.prompt_index, self.prompt_real = _padded_index(starts, prompts, device)  # (P, L)
+        offset = int(prompts.sum())
+        rows = torch.tensor(lengths)
+        row_starts = offset + rows.cumsum(0) - rows
+        order = rows.argsort(stable=True)
+        self.buckets = []
+        scattered = [self.prompt_index[self.prompt_real]]
+        for chosen in order.split(BUCKET):
+            index, real = _padded_index(row_starts[chosen], rows[chosen], device)  # (R, C)
+            owner = torch.tensor(owners)[chosen].to(device)
+            self.buckets.append((index, real, owner, self._mask(index.shape[1], owner)))
+            scattered.append(index[real])
+        self.restore = torch.cat(scattered).argsort()
+        last_of_prompt = (starts + prompts - 1)[torch.tensor(owners)]  # (R,)
+        before = torch.arange(offset, offset + int(rows.sum())) - 1
+        before[row_starts - offset] = last_of_prompt
+        self.predecessors = before.to(device)  # packed position before each completion token: what predicts it
+        positions = [torch.arange(length) for length in prompt_lengths]
+        positions += [torch.arange(n) + prompt_lengths[owner] for n, owner in zip(lengths, owners, strict=True)]
+        self.positions = torch.cat(positions)[None].to(device)  # (1, N)
+
+    def _mask(self, longest: int, owner: Tensor) -> Tensor:
+        """(R, 1, C, L + C), True where a completion's token may attend: its prompt's real tokens, then itself up to now."""
+        causal = torch.ones(longest, longest, dtype=torch.bool, device=owner.device).tril()
+        to_prompt = self.prompt_real[owner][:, None, :].expand(-1, longest, -1)  # (R, C, L)
+        return torch.cat([to_prompt, causal.expand(len(owner), -1, -1)], dim=-1)[:, None]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (N, H or K, d)
+        prompt_queries, prompt_keys, prompt_values = (
+            tensor[self.prompt_index].transpose(1, 2) for tensor in (queries, keys, values)
+        )  # (P, H or K, L, d)
+        attended = _causal(prompt_queries, prompt_keys, prompt_values, scaling).transpose(1, 2)
+        parts = [attended[self.prompt_real]]
+        for index, real, owner, mask in self.buckets:
+            own_keys, own_values = (tensor[index].transpose(1, 2) for tensor in (keys, values))  # (R, K, C, d)
+            attended = _masked(
+                queries[index].transpose(1, 2),
+                torch.cat([prompt_keys[owner], own_keys], dim=2),
+                torch.cat([prompt_values[owner], own_values], dim=2),
+                mask,
+                scaling,
+            ).transpose(1, 2)
+            parts.append(attended[real])
+        return torch.cat(parts)[self.restore][None]  # (1, N, H, d)
+
+
+def _padded_index(starts: Tensor, lengths: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Packed positions of sequences as a padded matrix (B, T), and which of its entries are real."""
+    steps = torch.arange(int(lengths.max()))
+    real = steps < lengths[:, None]
+    return (starts[:, None] + steps).where(real, starts[:, None]).to(device), real.to(device)
+
+
+def _pick(cache: Tensor, prompts: Tensor, slots: Tensor, time: int) -> Tensor:
+    """Completions `slots` (P', G') of `prompts` (P',) out of a cache (P, K, G, C, d); only `time` entries are in use."""
+    heads = torch.arange(cache.shape[1], device=cache.device)
+    picked = cache.new_empty((len(prompts), cache.shape[1], slots.shape[1], *cache.shape[3:]))
+    picked[:, :, :, :time] = cache[:, :, :, :time][prompts[:, None, None], heads[None, :, None], slots[:, None, :]]
+    return picked
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Plain causal attention with each key-value head repeated for its H/K query heads."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """Attention under a mask (R, 1, C, L + C) with each key-value head repeated for its H/K query heads."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)

@@ -1,0 +1,218 @@
+"""Group relative policy optimization: advantages, policy loss, KL, and one update of the weights.
+
+P prompts, G completions each, B = P * G rows of at most T tokens; m the completion mask (B, T):
+
+    A[p,g] = (r[p,g] - mean_g r[p]) / (std_g r[p] + 1e-4)
+    ratio  = exp(l - l_old)
+    policy = -min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A)
+    kl     = exp(d) - d - 1,  d = l_ref - l
+    loss   = sum over rows and tokens of w * m * (policy + beta * kl)
+
+`w` is the normaliser of the loss type, taken over the whole step, so micro-batches never change the gradient.
+
+Unlike the paper (DeepSeekMath, arXiv 2402.03300) l_old is the detached l of the first inner update, exactly what a separate
+pass would return, and a group of equal rewards has exactly zero advantage. Unlike the original system the KL is k3 as
+Schulman defines it (its README turns d around, `kl_estimator = "original"`), and log-probabilities are those of the sampling
+distribution, temperature included. Knows neither puzzles nor files: rewards arrive as a (P, G) tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo_cli.core.settings import Loss
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.policy import Policy, Sequences
+
+STD_EPSILON = 1e-4
+PROBED_WEIGHTS = 4096  # weights of each tensor that are compared before and after a step
+
+
+def advantages(rewards: Tensor, *, scale: str = "group") -> Tensor:
+    """Advantages (P, G) of rewards (P, G): each reward less its group's mean, over the standard deviation (ddof = 1).
+
+    `scale` says whose: of the group, of the whole batch, or none. Groups of equal rewards give exactly zero.
+    """
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    centred = centred.masked_fill(zero_variance(rewards)[:, None], 0.0)
+    if scale == "none" or rewards.shape[1] == 1:
+        return centred
+    deviation = rewards.std(dim=1, keepdim=True) if scale == "group" else rewards.std()
+    return centred / (deviation + STD_EPSILON)
+
+
+def zero_variance(rewards: Tensor) -> Tensor:
+    """(P,) boolean: the groups of rewards (P, G) that are all equal and teach nothing."""
+    return rewards.amax(dim=1) == rewards.amin(dim=1)
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k3") -> Tensor:
+    """Per-token estimate (B, T) of KL(policy || reference) from samples of the policy.
+
+    "k3" is Schulman's exp(d) - d - 1 with d = l_ref - l (joschu.net/blog/kl-approx.html): unbiased, never negative.
+    "original" has the sign of d turned around, as the original system wrote it; it does not estimate this KL.
+    """
+    difference = ref_logprobs - logprobs if estimator == "k3" else logprobs - ref_logprobs
+    return difference.exp() - difference - 1
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantage: Tensor, mask: Tensor, loss: Loss
+) -> tuple[Tensor, Tensor]:
+    """Per-token loss (B, T) and which tokens were clipped (B, T), of log-probabilities (B, T) and advantages (B,).
+
+    `cispo` (arXiv 2506.13585) weights log-probabilities by the detached ratio, capped at 1 + epsilon_high. `gspo` (arXiv
+    2507.18071) has one ratio per sequence: the exponential of the mean of its log-ratios.
+    """
+    log_ratio = logprobs - old_logprobs
+    if loss.loss_type == "gspo":
+        log_ratio = ((log_ratio * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)).expand_as(logprobs)
+    ratio = log_ratio.exp()
+    gain = advantage[:, None]
+    if loss.loss_type == "cispo":
+        capped = ratio.clamp(max=1 + loss.epsilon_high).detach()
+        return -capped * gain * logprobs, (ratio > 1 + loss.epsilon_high) & (gain != 0)
+    clipped = ratio.clamp(1 - loss.epsilon, 1 + loss.epsilon_high)
+    per_token = -torch.minimum(ratio * gain, clipped * gain)
+    return per_token, clipped * gain < ratio * gain
+
+
+def normalizer(lengths: Tensor, *, loss_type: str, max_new_tokens: int) -> Tensor:
+    """Weight (B,) of each token of each row in the loss, from the row lengths (B,) of the whole step.
+
+    `grpo` and `gspo`: mean over rows of the mean over tokens. `dapo` and `cispo`: mean over all tokens. `dr_grpo`: sum over
+    tokens divided by rows times `max_new_tokens`, which favours no length.
+    """
+    rows = len(lengths)
+    if loss_type in ("grpo", "gspo"):
+        return 1.0 / (rows * lengths)
+    if loss_type == "dr_grpo":
+        return torch.full((rows,), 1.0 / (rows * max_new_tokens))
+    return torch.full((rows,), 1.0 / float(lengths.sum()))
+
+
+def reference_logprobs(reference: Policy, sequences: Sequences, *, temperature: float, micro_batch_size: int) -> Tensor:
+    """The frozen reference's log-probabilities (B, T) of the completions."""
+    found = torch.zeros(sequences.mask().shape, device=reference.device)
+    with torch.no_grad():
+        for rows in micro_batches(range(len(sequences.completions)), micro_batch_size):
+            part, _ = reference.logprobs(sequences.subset(rows), temperature=temperature)
+            found[rows, : part.shape[1]] = part
+    return found
+
+
+def micro_batches(rows: Sequence[int], size: int) -> list[list[int]]:
+    """Rows cut into lists of `size`, or all in one if `size` is 0."""
+    size = size or max(1, len(rows))
+    return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+
+@dataclass
+class _Sums:
+    """What the micro-batches of one pass add up to."""
+
+    loss: float = 0.0
+    kl: float = 0.0
+    entropy: float = 0.0
+    clipped: float = 0.0
+    tokens: int = 0
+
+    def add(self, loss: Tensor, kl: Tensor | None, entropy: Tensor, clipped: Tensor, mask: Tensor) -> None:
+        self.loss += loss.item()
+        self.kl += 0.0 if kl is None else float((kl.detach() * mask).sum())
+        self.entropy += float((entropy * mask).sum())
+        self.clipped += float((clipped & mask).sum())
+        self.tokens += int(mask.sum())
+
+
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    sequences: Sequences,
+    advantage: Tensor,
+    *,
+    loss: Loss,
+    temperature: float,
+    max_new_tokens: int,
+    num_inner_updates: int = 1,
+    clip_grad_norm: float = 1.0,
+    micro_batch_size: int = 0,
+    ref_logprobs: Tensor | None = None,
+) -> dict[str, float]:
+    """Update the weights `num_inner_updates` times from completions (B rows) and their advantages (B,).
+
+    Returns the metrics loss, kl (if there is a reference), entropy, clip_fraction, grad_norm, weights_changed, means over the
+    inner updates. Without a KL term, rows without advantage are skipped: their gradient is exactly zero. Raises
+    CountdownError, before the weights change, if the loss or the gradient is not finite.
+    """
+    lengths = torch.tensor([len(completion) for completion in sequences.completions])
+    weight = normalizer(lengths, loss_type=loss.loss_type, max_new_tokens=max_new_tokens).to(policy.device)
+    advantage = advantage.to(policy.device)
+    matters = torch.ones(len(lengths), dtype=torch.bool) if loss.beta > 0 else (advantage != 0).cpu()
+    rows = matters.nonzero()[:, 0].tolist()
+    batches = [(chosen, sequences.subset(chosen)) for chosen in micro_batches(rows, micro_batch_size)]
+    old: dict[int, Tensor] = {}
+    before = _probe(policy)
+    history: list[dict[str, float]] = []
+    for _ in range(num_inner_updates if rows else 0):
+        sums = _Sums()
+        for index, (chosen, part) in enumerate(batches):
+            logprobs, entropy = policy.logprobs(part, temperature=temperature)
+            mask = part.mask().to(policy.device)
+            old_logprobs = old.setdefault(index, logprobs.detach())
+            per_token, clipped = policy_loss(logprobs, old_logprobs, advantage[chosen], mask, loss)
+            kl = None
+            if ref_logprobs is not None:
+                reference = ref_logprobs[chosen, : mask.shape[1]]
+                kl = kl_estimate(logprobs, reference, estimator=loss.kl_estimator)
+                per_token = per_token + loss.beta * kl
+            total = (per_token * mask * weight[chosen, None]).sum()
+            _require_finite(total, "loss", optimizer)
+            total.backward()  # type: ignore[no-untyped-call]
+            sums.add(total, kl, entropy, clipped, mask)
+        norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), clip_grad_norm)
+        _require_finite(norm, "gradient norm", optimizer)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        history.append(_metrics(sums, norm, has_reference=ref_logprobs is not None))
+    metrics = {key: sum(entry[key] for entry in history) / len(history) for key in history[0]} if history else {}
+    return {**metrics, "weights_changed": _changed(policy, before)}
+
+
+def _metrics(sums: _Sums, norm: Tensor, *, has_reference: bool) -> dict[str, float]:
+    metrics = {
+        "loss": sums.loss,
+        "entropy": sums.entropy / sums.tokens,
+        "clip_fraction": sums.clipped / sums.tokens,
+        "grad_norm": float(norm),
+    }
+    return {**metrics, "kl": sums.kl / sums.tokens} if has_reference else metrics
+
+
+def _require_finite(value: Tensor, what: str, optimizer: torch.optim.Optimizer) -> None:
+    if not bool(torch.isfinite(value)):
+        optimizer.zero_grad(set_to_none=True)
+        raise CountdownError(
+            f"the {what} is not finite; the weights were left as they are",
+            "lower `learning_rate`, or compute in float32 with `--precision float32`",
+            exit_code=1,
+        )
+
+
+def _probe(policy: Policy) -> list[Tensor]:
+    """A copy of evenly spaced weights of every tensor."""
+    return [
+        flat[:: max(1, flat.numel() // PROBED_WEIGHTS)].clone()
+        for flat in (parameter.detach().flatten() for parameter in policy.model.parameters())
+    ]
+
+
+def _changed(policy: Policy, before: list[Tensor]) -> float:
+    """Share of the probed weights that are no longer what they were, each tensor counted by its size."""
+    sizes = [parameter.numel() for parameter in policy.model.parameters()]
+    shares = [float((old != new).float().mean()) for old, new in zip(before, _probe(policy), strict=True)]
+    return sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)

@@ -1,0 +1,259 @@
+"""A causal language model with its tokenizer: load, token log-probabilities, save. The only module that knows transformers.
+
+What is loaded is checked (missing or misshapen weights are refused, pickles and remote code are never touched), and what a
+model's own generation settings say is ignored: every model is sampled alike. Knows neither puzzles nor rewards.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from grpo_cli.core.attention import Packed, Plan, shared_prefix_attention
+from grpo_cli.core.errors import CountdownError
+
+ATTENTION = "countdown_shared_prefix"
+BUILTIN = Path(__file__).parent / "builtin" / "model"
+LOGITS_AT_ONCE = 2**29  # logits computed at once, in entries (2 GB in float32); more are tiled and recomputed
+
+Device = Literal["auto", "cuda", "mps", "cpu"]
+Precision = Literal["auto", "float32", "bf16-master", "bf16"]
+
+transformers.AttentionInterface.register(ATTENTION, shared_prefix_attention)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Prompts and completions, as token ids; completion r answers prompt `owners[r]`."""
+
+    prompts: list[list[int]]
+    completions: list[list[int]]
+    owners: list[int]
+
+    def mask(self) -> Tensor:
+        """(B, T) boolean: which entries of a padded matrix of completion tokens are real. Built from lengths alone."""
+        lengths = torch.tensor([len(completion) for completion in self.completions])
+        return torch.arange(int(lengths.max())) < lengths[:, None]
+
+    def subset(self, rows: Sequence[int]) -> Sequences:
+        """The completions `rows`, with the prompts that they answer and no others."""
+        used = sorted({self.owners[row] for row in rows})
+        number = {prompt: index for index, prompt in enumerate(used)}
+        completions = [self.completions[row] for row in rows]
+        return Sequences([self.prompts[p] for p in used], completions, [number[self.owners[row]] for row in rows])
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model with its tokenizer on a device. `autocast` says that float32 weights compute in bfloat16."""
+
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+    name: str
+    precision: str
+    end_ids: tuple[int, ...] = field(default=())
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Chat messages -> token ids up to where the assistant's answer begins, by the tokenizer's own chat template."""
+        encoded = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        return list(encoded["input_ids"])
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Completion ids -> text, without the end-of-sequence token."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The arithmetic of a forward pass: bfloat16 over float32 weights where the precision says so."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-master")
+
+    def hidden(self, tokens: Tensor, positions: Tensor, plan: Plan) -> Tensor:
+        """Final hidden states (B, T, D) of `tokens` (B, T) at `positions` (B, T), attending as `plan` says."""
+        decoder = self.model.get_decoder()
+        output = decoder(input_ids=tokens, position_ids=positions, use_cache=False, plan=plan)
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits (..., V) of hidden states (..., D)."""
+        return self.model.get_output_embeddings()(hidden)  # type: ignore[no-any-return]
+
+    def logprobs(self, sequences: Sequences, *, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy, both (B, T) float32, of each completion token under the sampling distribution.
+
+        That is the softmax of logits / temperature, taken in float32. Padding is 0. Entropy carries no gradient.
+        """
+        lengths = [len(completion) for completion in sequences.completions]
+        prompt_lengths = [len(prompt) for prompt in sequences.prompts]
+        plan = Packed(prompt_lengths, lengths, sequences.owners, self.device)
+        packed = [token for part in (*sequences.prompts, *sequences.completions) for token in part]
+        targets = packed[sum(prompt_lengths) :]
+        with self.autocast():
+            hidden = self.hidden(torch.tensor([packed], device=self.device), plan.positions, plan)[0]  # (N, D)
+            before = hidden[plan.predecessors]  # (M, D)
+            logprobs, entropy = self._gather(before, torch.tensor(targets, device=self.device), temperature)
+        mask = sequences.mask().to(self.device)
+        return _scatter(logprobs, mask), _scatter(entropy, mask)
+
+    def _gather(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (M,) of `targets` (M,) and entropies (M,), in tiles where all logits at once are too many."""
+        tile = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
+        if len(targets) <= tile:
+            return self._logprobs_of(hidden, targets, temperature)
+        parts = [
+            checkpoint(self._logprobs_of, rows, wanted, temperature, use_reentrant=False)
+            for rows, wanted in zip(hidden.split(tile), targets.split(tile), strict=True)
+        ]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+    def _logprobs_of(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        logits = self.logits(hidden).float() / temperature  # (M, V)
+        logprobs = -cross_entropy(logits, targets, reduction="none")
+        with torch.no_grad():
+            everything = logits.log_softmax(dim=-1)
+            entropy = -(everything.exp() * everything).sum(dim=-1)
+        return logprobs, entropy
+
+    def frozen_copy(self) -> Policy:
+        """The reference: the same weights, never updated."""
+        model = copy.deepcopy(self.model).eval().requires_grad_(False)
+        model.gradient_checkpointing_disable()
+        return Policy(model, self.tokenizer, self.name, self.precision, self.end_ids)
+
+    def save(self, path: Path) -> None:
+        """Write the model and its tokenizer as a folder that AutoModelForCausalLM and AutoTokenizer open."""
+        self.model.save_pretrained(path, safe_serialization=True)
+        self.tokenizer.save_pretrained(path)
+
+
+def _scatter(flat: Tensor, mask: Tensor) -> Tensor:
+    """Values (M,) of completion tokens, row after row -> a padded matrix (B, T) with zeros elsewhere."""
+    return torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat)
+
+
+def detect_device(wanted: str) -> torch.device:
+    """The device that `wanted` names; "auto" takes CUDA, then MPS, then the CPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        return torch.device(next(name for name, there in available.items() if there))
+    if not available[wanted]:
+        usable = ", ".join(f"`{name}`" for name, there in available.items() if there)
+        raise CountdownError(f"device `{wanted}` is not available here", f"use `--device auto`, or one of {usable}")
+    return torch.device(wanted)
+
+
+def detect_precision(wanted: str, device: torch.device) -> str:
+    """The precision that `wanted` names; "auto" computes in bfloat16 over float32 weights where the hardware does."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cpu":
+        # torch has no public query for bfloat16 matrix hardware on a CPU.
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return "bf16-master" if fast else "float32"
+    return "bf16-master" if device.type == "cuda" else "float32"
+
+
+def load(name: str, *, device: str = "auto", precision: str = "auto", gradient_checkpointing: bool = False) -> Policy:
+    """Load `builtin`, a local folder in Hugging Face format, or a hub id, ready to sample and to train.
+
+    Raises CountdownError for a folder that is not there, weights that are missing, misshapen or not safetensors, a
+    tokenizer that does not fit the model or has no chat template, and an architecture without full attention.
+    """
+    source, local = find(name)
+    place = detect_device(device)
+    chosen = detect_precision(precision, place)
+    dtype = torch.bfloat16 if chosen == "bf16" else torch.float32
+    model = _load_model(name, source, local=local, dtype=dtype)
+    tokenizer = _load_tokenizer(name, source, local=local)
+    _check_fit(name, model, tokenizer)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()  # checkpointing is active in training mode alone; no layer has dropout
+    end_ids = _end_ids(model, tokenizer)
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=list(end_ids), pad_token_id=tokenizer.pad_token_id
+    )
+    return Policy(model.to(place), tokenizer, name, chosen, end_ids)
+
+
+def find(name: str) -> tuple[str, bool]:
+    """Where a model's files are: (folder or hub id, whether it is local). Checked here so that no typing error is sent to a hub."""
+    if name == "builtin":
+        return str(BUILTIN), True
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CountdownError(f"`{name}` is not a model folder: it has no config.json", "name the folder itself")
+        return name, True
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists()
+    if looks_local:
+        raise CountdownError(f"no model at `{name}`", "use `builtin`, a run's name, a model folder, or a hub id `owner/name`")
+    return name, False
+
+
+def _load_model(name: str, source: str, *, local: bool, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    with _load_errors(name):
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            attn_implementation=ATTENTION,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=local,
+            output_loading_info=True,
+        )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if report.get(kind):
+            first = sorted(map(str, report[kind]))[0]
+            problem = f"{kind.replace('_', ' ')}: {first}" + (f" and {len(report[kind]) - 1} more" if len(report[kind]) > 1 else "")
+            raise CountdownError(f"the weights of `{name}` do not fit its config.json ({problem})", "save the model again")
+    layers = getattr(model.config.get_text_config(), "layer_types", None) or []
+    if any(kind != "full_attention" for kind in layers):
+        raise CountdownError(f"`{name}` uses {sorted(set(layers))}; only full attention is supported")
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _load_tokenizer(name: str, source: str, *, local: bool) -> transformers.PreTrainedTokenizerBase:
+    with _load_errors(name):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+    if not tokenizer.chat_template:
+        raise CountdownError(f"the tokenizer of `{name}` has no chat template", "use an instruction-tuned model")
+    return tokenizer  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _load_errors(name: str) -> Iterator[None]:
+    """Turn what loading may raise into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CountdownError(f"cannot load `{name}`: {reason}", "check the name, the folder's files and the network") from error
+
+
+def _check_fit(name: str, model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise CountdownError(f"the tokenizer of `{name}` has {len(tokenizer)} tokens, its model only {rows}")
+
+
+def _end_ids(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every end-of-sequence id: those of the generation settings, the config and the tokenizer."""
+    found: set[int] = set()
+    for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+        found |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    assert found, "a chat model has an end-of-sequence token"
+    return tuple(sorted(found))

@@ -1,0 +1,49 @@
+"""A tiny model in the format of Qwen2.5: Qwen2 architecture, a real Qwen2Tokenizer, Qwen's chat template."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from grpo_cli.core.builtin.tokenizer import train_tokenizer
+from grpo_cli.core.policy import Policy, load
+from grpo_cli.core.puzzle import Puzzle
+from grpo_cli.core.task import STYLES, prompt
+
+torch.set_num_threads(1)
+
+
+def save_tiny_model(folder: Path, **changes: object) -> Path:
+    """A random model of two layers; its weights are large enough for the distributions to be far from uniform."""
+    texts = [message["content"] for style in STYLES for message in prompt(Puzzle((3, 5, 2), 13), style)]
+    tokenizer = train_tokenizer(texts, vocabulary=400)
+    settings: dict[str, object] = {
+        "vocab_size": 832,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.25,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    torch.manual_seed(7)
+    model = Qwen2ForCausalLM(Qwen2Config(**{**settings, **changes}))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def tiny_policy(tiny_folder: Path) -> Policy:
+    return load(str(tiny_folder), device="cpu", precision="float32")

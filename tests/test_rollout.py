@@ -1,0 +1,118 @@
+"""Sampling: equal to `generate`, to the trainer's own log-probabilities, and to itself however the batch is cut."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from grpo_cli.core.policy import Policy, Sequences
+from grpo_cli.core.puzzle import Puzzle
+from grpo_cli.core.rollout import Rollout, choose, draws, sample
+from grpo_cli.core.task import prompt
+
+# Prompts of different lengths, so that padding is always in play.
+PUZZLES = [(Puzzle((3, 5, 2), 13), "zero-shot"), (Puzzle((4, 7, 3, 9), 25), "one-shot"), (Puzzle((2, 8), 10), "natural")]
+
+
+def encoded(policy: Policy) -> list[list[int]]:
+    return [policy.encode(prompt(puzzle, style)) for puzzle, style in PUZZLES]  # type: ignore[arg-type]
+
+
+def rolled(policy: Policy, prompts: list[list[int]], uniform: torch.Tensor | None, **settings: float) -> Rollout:
+    num_generations = 1 if uniform is None else uniform.shape[1]
+    return sample(
+        policy,
+        prompts,
+        num_generations=num_generations,
+        max_new_tokens=int(settings.get("max_new_tokens", 48)),
+        temperature=settings.get("temperature", 1.0),
+        uniform=uniform,
+    )
+
+
+def with_frequent_end(policy: Policy) -> Policy:
+    """The same policy with more end-of-sequence ids, so that rows of a random model end at all sorts of lengths."""
+    return Policy(policy.model, policy.tokenizer, policy.name, policy.precision, tuple(range(0, 832, 16)))
+
+
+def test_greedy_output_equals_generate_token_for_token(tiny_policy: Policy, tiny_folder: Path) -> None:
+    policy = with_frequent_end(tiny_policy)
+    prompts = encoded(policy)
+    found = rolled(policy, prompts, None)
+    peer = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    settings = GenerationConfig(max_new_tokens=48, do_sample=False, eos_token_id=list(policy.end_ids), pad_token_id=0)
+    lengths = []
+    for tokens, completion in zip(prompts, found.completions, strict=True):
+        expected = peer.generate(torch.tensor([tokens]), generation_config=settings)[0, len(tokens) :].tolist()
+        assert completion == expected
+        lengths.append(len(completion))
+    assert len(set(lengths)) > 1
+
+
+def test_sampled_logprobs_equal_the_trainers(tiny_policy: Policy) -> None:
+    policy = with_frequent_end(tiny_policy)
+    prompts = encoded(policy)
+    rollout = rolled(policy, prompts, draws(1, 2, [0, 1, 2], 8, 48), temperature=1.3)
+    owners = [row // 8 for row in range(24)]
+    logprobs, _ = policy.logprobs(Sequences(prompts, rollout.completions, owners), temperature=1.3)
+    for row, sampled in enumerate(rollout.logprobs):
+        torch.testing.assert_close(logprobs[row, : len(sampled)], torch.tensor(sampled), atol=1e-4, rtol=0)
+    assert len({len(completion) for completion in rollout.completions}) > 5
+
+
+@pytest.mark.parametrize("split", [[[0], [1], [2]], [[2, 0], [1]], [[1, 2, 0]]])
+def test_the_batch_split_does_not_change_what_is_sampled(tiny_policy: Policy, split: list[list[int]]) -> None:
+    policy = with_frequent_end(tiny_policy)
+    prompts = encoded(policy)
+    whole = rolled(policy, prompts, draws(5, 3, [0, 1, 2], 4, 48))
+    for chosen in split:
+        part = rolled(policy, [prompts[index] for index in chosen], draws(5, 3, chosen, 4, 48))
+        expected = [whole.completions[index * 4 + g] for index in chosen for g in range(4)]
+        assert part.completions == expected
+
+
+def test_every_end_id_ends_a_row_and_is_kept(tiny_policy: Policy) -> None:
+    policy = with_frequent_end(tiny_policy)
+    rollout = rolled(policy, encoded(policy), draws(0, 0, [0, 1, 2], 16, 48))
+    ends = set(policy.end_ids)
+    for completion, truncated in zip(rollout.completions, rollout.truncated, strict=True):
+        assert not ends & set(completion[:-1])
+        assert (completion[-1] not in ends) == truncated
+        assert len(completion) == 48 or not truncated
+    assert {completion[-1] for completion in rollout.completions} & ends
+    assert any(rollout.truncated) and not all(rollout.truncated)
+
+
+def test_choose_takes_the_first_token_whose_cumulative_probability_exceeds_u() -> None:
+    logits = torch.tensor([[0.1, 0.2, 0.7]]).log().expand(4, -1)
+    tokens, logprobs = choose(logits, torch.tensor([0.0, 0.099, 0.1001, 0.999]), 1.0)
+    assert tokens.tolist() == [0, 0, 1, 2]
+    torch.testing.assert_close(logprobs.exp(), torch.tensor([0.1, 0.1, 0.2, 0.7]))
+
+
+def test_temperature_reshapes_the_distribution() -> None:
+    logits = torch.tensor([[0.0, 2.0]])
+    _, logprobs = choose(logits, torch.tensor([0.999]), 2.0)
+    assert logprobs.item() == pytest.approx(-0.3132617, abs=1e-6)  # log(e / (1 + e))
+
+
+def test_impossible_tokens_are_never_chosen() -> None:
+    logits = torch.tensor([[float("-inf"), 0.0, float("-inf")]]).expand(3, -1)
+    assert choose(logits, torch.tensor([0.0, 0.5, 1 - 1e-9], dtype=torch.float64), 1.0)[0].tolist() == [1, 1, 1]
+
+
+def test_sampling_follows_the_distribution() -> None:
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    uniform = draws(0, 0, range(40), 100, 10).flatten()
+    tokens, _ = choose(probabilities.log().expand(len(uniform), -1), uniform, 1.0)
+    shares = torch.bincount(tokens, minlength=4) / len(tokens)
+    torch.testing.assert_close(shares, probabilities, atol=0.01, rtol=0)
+
+
+def test_draws_depend_on_seed_step_prompt_and_sample() -> None:
+    base = draws(0, 0, [0, 1], 2, 3)
+    rows = {tuple(row.tolist()) for row in base.view(4, 3)}
+    rows |= {tuple(draws(*place, [0], 1, 3).flatten().tolist()) for place in ((1, 0), (0, 1))}
+    assert len(rows) == 6
+    assert torch.equal(draws(0, 0, [1], 1, 3)[0, 0], base[1, 0])
