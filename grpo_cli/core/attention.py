@@ -1,9 +1,9 @@
 """Attention that computes a prompt once for its whole group of completions.
 
-The G completions of a prompt all attend to the same prompt keys, and the prompt never attends to them, so its share of every
-layer is computed once, exactly, in sampling and in training. Each pass through the model carries a plan, which says who
-attends to whom; `shared_prefix_attention` hands it each layer's queries, keys and values. Knows tensors alone: neither
-transformers nor tokens nor puzzles.
+The G completions of a prompt all attend to the same prompt keys, and the prompt never attends to them, so its share
+of every layer is computed once, exactly, in sampling and in training. Each pass through the model carries a plan,
+which says who attends to whom; `shared_prefix_attention` hands it each layer's queries, keys and values. Knows
+tensors alone: neither transformers nor tokens nor puzzles.
 
 Shapes: P prompts of at most L tokens, G completions each, R rows (completions) of at most C tokens, N packed tokens;
 H query heads, K key-value heads, d the head dimension.
@@ -60,7 +60,7 @@ class Prefill:
 
 
 class Decode:
-    """One new token for each of P * G completions, which share the keys of their prompt and own those of their tokens."""
+    """One new token for each of P * G completions, which share the keys of their prompt and own those that follow."""
 
     def __init__(self, prefill: Prefill, lengths: Tensor, *, num_generations: int, max_new_tokens: int) -> None:
         """`lengths` (P,): real tokens of each prompt; what lies beyond is padding and never attended to."""
@@ -106,7 +106,8 @@ class Packed:
     """Training: prompts and completions of any length in one row [p1 | p2 | ... | c1 | c2 | ...], without padding.
 
     Completion r attends to prompt `owners[r]` and to itself. Positions restart after the prompt for each completion.
-    Example: prompts of 3 and 2 tokens and completions of 2 and 1 with owners [0, 1] have positions [0 1 2  0 1  3 4  2].
+    Example: prompts of 3 and 2 tokens and completions of 2 and 1 with owners [0, 1] have positions [0 1 2  0 1  3 4
+    2].
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class Packed:
         self.positions = torch.cat(positions)[None].to(device)  # (1, N)
 
     def _mask(self, longest: int, owner: Tensor) -> Tensor:
-        """(R, 1, C, L + C), True where a completion's token may attend: its prompt's real tokens, then itself up to now."""
+        """(R, 1, C, L + C), True where a token may attend: its prompt's tokens, then its own up to now."""
         causal = torch.ones(longest, longest, dtype=torch.bool, device=owner.device).tril()
         to_prompt = self.prompt_real[owner][:, None, :].expand(-1, longest, -1)  # (R, C, L)
         return torch.cat([to_prompt, causal.expand(len(owner), -1, -1)], dim=-1)[:, None]
@@ -170,7 +171,7 @@ def _padded_index(starts: Tensor, lengths: Tensor, device: torch.device) -> tupl
 
 
 def _pick(cache: Tensor, prompts: Tensor, slots: Tensor, time: int) -> Tensor:
-    """Completions `slots` (P', G') of `prompts` (P',) out of a cache (P, K, G, C, d); only `time` entries are in use."""
+    """Completions `slots` (P', G') of `prompts` (P',) of a cache (P, K, G, C, d) with `time` entries in use."""
     heads = torch.arange(cache.shape[1], device=cache.device)
     picked = cache.new_empty((len(prompts), cache.shape[1], slots.shape[1], *cache.shape[3:]))
     picked[:, :, :, :time] = cache[:, :, :, :time][prompts[:, None, None], heads[None, :, None], slots[:, None, :]]

@@ -10,10 +10,11 @@ P prompts, G completions each, B = P * G rows of at most T tokens; m the complet
 
 `w` is the normaliser of the loss type, taken over the whole step, so micro-batches never change the gradient.
 
-Unlike the paper (DeepSeekMath, arXiv 2402.03300) l_old is the detached l of the first inner update, exactly what a separate
-pass would return, and a group of equal rewards has exactly zero advantage. Unlike the original system the KL is k3 as
-Schulman defines it (its README turns d around, `kl_estimator = "original"`), and log-probabilities are those of the sampling
-distribution, temperature included. Knows neither puzzles nor files: rewards arrive as a (P, G) tensor.
+Unlike the paper (DeepSeekMath, arXiv 2402.03300) l_old is the detached l of the first inner update, exactly what a
+separate pass would return, and a group of equal rewards has exactly zero advantage. Unlike the original system the KL
+is k3 as Schulman defines it (its README turns d around, `kl_estimator = "original"`), and log-probabilities are those
+of the sampling distribution, temperature included. Knows neither puzzles nor files: rewards arrive as a (P, G)
+tensor.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo_cli.core.settings import Loss
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.policy import Policy, Sequences
+from grpo_cli.core.settings import Loss
 
 STD_EPSILON = 1e-4
 PROBED_WEIGHTS = 4096  # weights of each tensor that are compared before and after a step
@@ -65,8 +66,8 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """Per-token loss (B, T) and which tokens were clipped (B, T), of log-probabilities (B, T) and advantages (B,).
 
-    `cispo` (arXiv 2506.13585) weights log-probabilities by the detached ratio, capped at 1 + epsilon_high. `gspo` (arXiv
-    2507.18071) has one ratio per sequence: the exponential of the mean of its log-ratios.
+    `cispo` (arXiv 2506.13585) weights log-probabilities by the detached ratio, capped at 1 + epsilon_high. `gspo`
+    (arXiv 2507.18071) has one ratio per sequence: the exponential of the mean of its log-ratios.
     """
     log_ratio = logprobs - old_logprobs
     if loss.loss_type == "gspo":
@@ -84,8 +85,8 @@ def policy_loss(
 def normalizer(lengths: Tensor, *, loss_type: str, max_new_tokens: int) -> Tensor:
     """Weight (B,) of each token of each row in the loss, from the row lengths (B,) of the whole step.
 
-    `grpo` and `gspo`: mean over rows of the mean over tokens. `dapo` and `cispo`: mean over all tokens. `dr_grpo`: sum over
-    tokens divided by rows times `max_new_tokens`, which favours no length.
+    `grpo` and `gspo`: mean over rows of the mean over tokens. `dapo` and `cispo`: mean over all tokens. `dr_grpo`:
+    sum over tokens divided by rows times `max_new_tokens`, which favours no length.
     """
     rows = len(lengths)
     if loss_type in ("grpo", "gspo"):
@@ -142,11 +143,13 @@ def update(
     clip_grad_norm: float = 1.0,
     micro_batch_size: int = 0,
     ref_logprobs: Tensor | None = None,
+    sampled_logprobs: Sequence[Sequence[float]] | None = None,
 ) -> dict[str, float]:
     """Update the weights `num_inner_updates` times from completions (B rows) and their advantages (B,).
 
-    Returns the metrics loss, kl (if there is a reference), entropy, clip_fraction, grad_norm, weights_changed, means over the
-    inner updates. Without a KL term, rows without advantage are skipped: their gradient is exactly zero. Raises
+    Returns the metrics loss, kl (if there is a reference), entropy, clip_fraction, grad_norm, weights_changed, means
+    over the inner updates, and logprob_gap: the mean distance of l from the sampler's own log-probabilities, if they
+    are given. Without a KL term, rows without advantage are skipped: their gradient is exactly zero. Raises
     CountdownError, before the weights change, if the loss or the gradient is not finite.
     """
     lengths = torch.tensor([len(completion) for completion in sequences.completions])
@@ -180,6 +183,10 @@ def update(
         optimizer.zero_grad(set_to_none=True)
         history.append(_metrics(sums, norm, has_reference=ref_logprobs is not None))
     metrics = {key: sum(entry[key] for entry in history) / len(history) for key in history[0]} if history else {}
+    if sampled_logprobs is not None and history:
+        sampled = [torch.tensor([value for row in chosen for value in sampled_logprobs[row]]) for chosen, _ in batches]
+        trained = [old[index].cpu()[part.mask()] for index, (_, part) in enumerate(batches)]
+        metrics["logprob_gap"] = float((torch.cat(trained) - torch.cat(sampled)).abs().mean())
     return {**metrics, "weights_changed": _changed(policy, before)}
 
 

@@ -1,18 +1,18 @@
-"""A causal language model with its tokenizer: load, token log-probabilities, save. The only module that knows transformers.
+"""A causal language model with its tokenizer: load, log-probabilities, save. The only module that knows transformers.
 
-What is loaded is checked (missing or misshapen weights are refused, pickles and remote code are never touched), and what a
-model's own generation settings say is ignored: every model is sampled alike. Knows neither puzzles nor rewards.
+What is loaded is checked (missing or misshapen weights are refused, pickles and remote code are never touched), and a
+model's own generation settings are ignored: every model is sampled alike. Knows neither puzzles nor rewards.
 """
 
 from __future__ import annotations
 
 import copy
-import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 import transformers
@@ -30,7 +30,11 @@ LOGITS_AT_ONCE = 2**29  # logits computed at once, in entries (2 GB in float32);
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Precision = Literal["auto", "float32", "bf16-master", "bf16"]
 
+PROBE = [{"role": "system", "content": "Solve it."}, {"role": "user", "content": "Make 13 of 3, 5 and 2."}]
+
 transformers.AttentionInterface.register(ATTENTION, shared_prefix_attention)
+transformers.utils.logging.set_verbosity_error()  # what loading reports is checked and raised here
+transformers.utils.logging.set_tqdm_hook(lambda make, args, options: make(*args, **{**options, "disable": True}))
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,8 @@ class Policy:
         return self.model.device
 
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Chat messages -> token ids up to where the assistant's answer begins, by the tokenizer's own chat template."""
-        encoded = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
-        return list(encoded["input_ids"])
+        """Chat messages -> token ids up to where the assistant's answer begins, by the model's own chat template."""
+        return _encode(self.tokenizer, messages)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Completion ids -> text, without the end-of-sequence token."""
@@ -109,7 +112,7 @@ class Policy:
         return _scatter(logprobs, mask), _scatter(entropy, mask)
 
     def _gather(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (M,) of `targets` (M,) and entropies (M,), in tiles where all logits at once are too many."""
+        """Log-probabilities (M,) of `targets` (M,) and entropies (M,), tiled where all logits at once are too many."""
         tile = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
         if len(targets) <= tile:
             return self._logprobs_of(hidden, targets, temperature)
@@ -130,13 +133,20 @@ class Policy:
     def frozen_copy(self) -> Policy:
         """The reference: the same weights, never updated."""
         model = copy.deepcopy(self.model).eval().requires_grad_(False)
-        model.gradient_checkpointing_disable()
         return Policy(model, self.tokenizer, self.name, self.precision, self.end_ids)
 
     def save(self, path: Path) -> None:
         """Write the model and its tokenizer as a folder that AutoModelForCausalLM and AutoTokenizer open."""
         self.model.save_pretrained(path, safe_serialization=True)
         self.tokenizer.save_pretrained(path)
+
+
+def _encode(tokenizer: transformers.PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Control tokens written in a message are text like any other: only the template opens and closes turns."""
+    encoded = tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=True, return_dict=True, sanitize_control_tokens=True
+    )
+    return cast("dict[str, list[int]]", encoded)["input_ids"]
 
 
 def _scatter(flat: Tensor, mask: Tensor) -> Tensor:
@@ -177,20 +187,24 @@ def load(name: str, *, device: str = "auto", precision: str = "auto", gradient_c
     chosen = detect_precision(precision, place)
     dtype = torch.bfloat16 if chosen == "bf16" else torch.float32
     model = _load_model(name, source, local=local, dtype=dtype)
-    tokenizer = _load_tokenizer(name, source, local=local)
+    tokenizer = load_tokenizer(name)
     _check_fit(name, model, tokenizer)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
         model.train()  # checkpointing is active in training mode alone; no layer has dropout
-    end_ids = _end_ids(model, tokenizer)
+    end_ids = _end_ids(name, model, tokenizer)
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=list(end_ids), pad_token_id=tokenizer.pad_token_id
     )
-    return Policy(model.to(place), tokenizer, name, chosen, end_ids)
+    model.to(place)  # type: ignore[arg-type]
+    return Policy(model, tokenizer, name, chosen, end_ids)
 
 
 def find(name: str) -> tuple[str, bool]:
-    """Where a model's files are: (folder or hub id, whether it is local). Checked here so that no typing error is sent to a hub."""
+    """Where a model's files are: (folder or hub id, whether it is local).
+
+    Checked here, so that a mistyped folder is not looked for on a hub.
+    """
     if name == "builtin":
         return str(BUILTIN), True
     path = Path(name)
@@ -198,15 +212,16 @@ def find(name: str) -> tuple[str, bool]:
         if not (path / "config.json").is_file():
             raise CountdownError(f"`{name}` is not a model folder: it has no config.json", "name the folder itself")
         return name, True
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists()
-    if looks_local:
-        raise CountdownError(f"no model at `{name}`", "use `builtin`, a run's name, a model folder, or a hub id `owner/name`")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or path.parent.exists():
+        raise CountdownError(
+            f"no model at `{name}`", "use `builtin`, a run's name, a model folder, or a hub id `owner/name`"
+        )
     return name, False
 
 
 def _load_model(name: str, source: str, *, local: bool, dtype: torch.dtype) -> transformers.PreTrainedModel:
     with _load_errors(name):
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
             attn_implementation=ATTENTION,
@@ -214,46 +229,74 @@ def _load_model(name: str, source: str, *, local: bool, dtype: torch.dtype) -> t
             trust_remote_code=False,
             local_files_only=local,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, with their names
         )
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if report.get(kind):
-            first = sorted(map(str, report[kind]))[0]
-            problem = f"{kind.replace('_', ' ')}: {first}" + (f" and {len(report[kind]) - 1} more" if len(report[kind]) > 1 else "")
-            raise CountdownError(f"the weights of `{name}` do not fit its config.json ({problem})", "save the model again")
+    model, report = cast("tuple[transformers.PreTrainedModel, dict[str, list[Any]]]", loaded)
+    for kind, problems in report.items():
+        if problems:
+            first, *others = sorted(key if isinstance(key, str) else key[0] for key in problems)
+            problem = f"{kind.replace('_', ' ')}: {first}" + (f" and {len(others)} more" if others else "")
+            raise CountdownError(
+                f"the weights of `{name}` do not fit its config.json ({problem})", "save the model again"
+            )
     layers = getattr(model.config.get_text_config(), "layer_types", None) or []
     if any(kind != "full_attention" for kind in layers):
-        raise CountdownError(f"`{name}` uses {sorted(set(layers))}; only full attention is supported")
-    return model.eval()  # type: ignore[no-any-return]
+        raise CountdownError(
+            f"`{name}` has layers without full attention, and only that is supported",
+            "use a model of the Qwen2.5 family",
+        )
+    model.eval()
+    return model
 
 
-def _load_tokenizer(name: str, source: str, *, local: bool) -> transformers.PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of a model, alone; CountdownError if it has no chat template."""
+    source, local = find(name)
     with _load_errors(name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+        probe = _encode(tokenizer, PROBE) if tokenizer.chat_template else []
     if not tokenizer.chat_template:
         raise CountdownError(f"the tokenizer of `{name}` has no chat template", "use an instruction-tuned model")
-    return tokenizer  # type: ignore[no-any-return]
+    if PROBE[-1]["content"] not in tokenizer.decode(probe):
+        raise CountdownError(f"the tokenizer of `{name}` has no vocabulary", "save it beside the model again")
+    return cast("transformers.PreTrainedTokenizerBase", tokenizer)
+
+
+def prompt_tokens(name: str, messages: Sequence[dict[str, str]]) -> list[tuple[int, str]]:
+    """A prompt as the model `name` reads it: (id, text) of each token. Loads the tokenizer alone."""
+    tokenizer = load_tokenizer(name)
+    return [(token, str(tokenizer.decode([token]))) for token in _encode(tokenizer, messages)]
 
 
 @contextmanager
 def _load_errors(name: str) -> Iterator[None]:
-    """Turn what loading may raise into one sentence."""
+    """Turn what the libraries raise for files that they cannot read, which has no common base, into one sentence."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CountdownError(f"cannot load `{name}`: {reason}", "check the name, the folder's files and the network") from error
+    except Exception as error:
+        sentence = str(error).replace(":\n", ": ").strip().partition("\n")[0]
+        reason = " ".join(sentence.split()) or type(error).__name__
+        raise CountdownError(
+            f"cannot load `{name}`: {reason}", "check the name, the folder's files and the network"
+        ) from error
 
 
 def _check_fit(name: str, model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = cast("torch.nn.Embedding", model.get_input_embeddings()).num_embeddings
     if len(tokenizer) > rows:
-        raise CountdownError(f"the tokenizer of `{name}` has {len(tokenizer)} tokens, its model only {rows}")
+        raise CountdownError(
+            f"the tokenizer of `{name}` has {len(tokenizer)} tokens, its model only {rows}",
+            "use the tokenizer that the model was trained with",
+        )
 
 
-def _end_ids(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> tuple[int, ...]:
+def _end_ids(
+    name: str, model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase
+) -> tuple[int, ...]:
     """Every end-of-sequence id: those of the generation settings, the config and the tokenizer."""
     found: set[int] = set()
     for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
-        found |= set(ids if isinstance(ids, list) else [] if ids is None else [ids])
-    assert found, "a chat model has an end-of-sequence token"
+        found |= {end for end in (ids if isinstance(ids, list) else [ids]) if isinstance(end, int)}
+    if not found:
+        raise CountdownError(f"`{name}` has no end-of-sequence token", "set `eos_token` in its tokenizer_config.json")
     return tuple(sorted(found))

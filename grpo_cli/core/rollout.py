@@ -1,14 +1,15 @@
 """Sampling a group of completions per prompt.
 
-Each prompt is prefilled once and its keys are shared by its G completions; rows that have ended are dropped. Every random
-number is a function of (seed, step, prompt, sample) and the position alone, so a split into batches never changes what is
-sampled. It does not know puzzles, rewards, or any decoding trick: no top-k, no top-p, no penalties, for any model.
+Each prompt is prefilled once and its keys are shared by its G completions; rows that have ended are dropped. Every
+random number is a function of (seed, step, prompt, sample) and the position alone, so a split into batches never
+changes what is sampled. It does not know puzzles, rewards, or any decoding trick: no top-k, no top-p, no penalties,
+for any model.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ class Rollout:
 
 
 def draws(seed: int, step: int, prompts: Sequence[int], num_generations: int, tokens: int) -> Tensor:
-    """Uniform numbers (P, G, T) in [0, 1); each row is a function of seed, step, the prompt's index and the sample's."""
+    """Uniform numbers (P, G, T) in [0, 1); each row depends on seed, step, the prompt's index and the sample's."""
     generator = torch.Generator()
     rows = []
     for prompt in prompts:
@@ -42,9 +43,10 @@ def draws(seed: int, step: int, prompts: Sequence[int], num_generations: int, to
 
 
 def choose(logits: Tensor, uniform: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
-    """Next tokens (B,) and their log-probabilities (B,) from logits (B, V): inverse-CDF sampling, or the largest if None.
+    """Next tokens (B,) and their log-probabilities (B,) from logits (B, V): inverse-CDF sampling, or greedy choice.
 
-    With `uniform` u the token is the first whose cumulative probability exceeds u. Greedy choice takes no temperature.
+    With `uniform` u the token is the first whose cumulative probability exceeds u. Without, the most
+    likely token is taken, and temperature plays no part.
     """
     if uniform is None:
         logprobs = logits.float().log_softmax(dim=-1)
@@ -66,14 +68,36 @@ def sample(
     max_new_tokens: int,
     temperature: float,
     uniform: Tensor | None,
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int], None] | None = None,
 ) -> Rollout:
     """Sample `num_generations` completions of each prompt, greedily if `uniform` (P, G, T) is None.
 
-    `on_token` is told, after each token of the longest rows, how many tokens they have and how many rows are live.
+    `on_token` is told after each token of the rows still going on how many tokens they have; what it raises ends the
+    rollout.
     """
     with policy.autocast():
-        return _Sampler(policy, prompts, num_generations, max_new_tokens, temperature, uniform).run(on_token)
+        sampler = _Sampler(policy, prompts, num_generations, max_new_tokens, temperature, uniform)
+        for time, _ in enumerate(sampler.run()):
+            if on_token is not None:
+                on_token(time + 1)
+    return sampler.result()
+
+
+@torch.no_grad()
+def stream(
+    policy: Policy, prompt: list[int], *, max_new_tokens: int, temperature: float, uniform: Tensor | None
+) -> Iterator[str]:
+    """The text of one completion, piece by piece as it is sampled; `uniform` (1, 1, T) as in `sample`."""
+    tokens: list[int] = []
+    shown = ""
+    with policy.autocast():
+        for chosen in _Sampler(policy, [prompt], 1, max_new_tokens, temperature, uniform).run():
+            tokens += chosen.tolist()
+            text = policy.decode(tokens)
+            if not text.endswith("\ufffd"):  # a character whose bytes are not complete yet
+                yield text[len(shown) :]
+                shown = text
+    yield policy.decode(tokens)[len(shown) :]
 
 
 class _Sampler:
@@ -107,7 +131,8 @@ class _Sampler:
         self.logprobs = torch.zeros(rows, max_new_tokens, device=device)
         self.ended = torch.full((rows,), 0, device=device)  # length at which a row ended, 0 while it goes on
 
-    def run(self, on_token: Callable[[int, int], None] | None) -> Rollout:
+    def run(self) -> Iterator[Tensor]:
+        """Sample until every row has ended or is full; yields the tokens of the live rows, one for each."""
         for time in range(self.limit):
             live = self.ids.flatten() >= 0
             uniform = None if self.uniform is None else self.uniform[self.ids.flatten().clamp(min=0), time]
@@ -117,12 +142,10 @@ class _Sampler:
             finished = live & torch.isin(chosen, self.ends)
             self.ended[self.ids.flatten()[finished]] = time + 1
             self.ids = self.ids.masked_fill(finished.view_as(self.ids), -1)
-            if on_token is not None:
-                on_token(time + 1, int((self.ids >= 0).sum()))
+            yield chosen[live]
             if time + 1 == self.limit or not bool((self.ids >= 0).any()):
                 break
             self._advance(self._drop(chosen.view_as(self.ids)))
-        return self._result()
 
     def _drop(self, chosen: Tensor) -> Tensor:
         """Shrink the rectangle once enough rows have ended; returns the tokens (P', G') of the rows that stay."""
@@ -143,7 +166,7 @@ class _Sampler:
         self.cache.time += 1
         self.logits = self.policy.logits(hidden[:, 0])
 
-    def _result(self) -> Rollout:
+    def result(self) -> Rollout:
         truncated = (self.ended == 0).tolist()
         lengths = [self.limit if cut else end for cut, end in zip(truncated, self.ended.tolist(), strict=True)]
         rows = zip(self.tokens.tolist(), self.logprobs.tolist(), lengths, strict=True)

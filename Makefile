@@ -1,0 +1,40 @@
+# `make train` and `make test` start from a bare clone: they make .venv, install into it once, and run.
+# A machine without an NVIDIA GPU saves a large download with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: train test lint peer clean
+
+train: $(VENV)/installed
+	$(BIN)/countdown train $(ARGS)
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+peer: $(VENV)/installed-peer
+	$(BIN)/python -m pytest -m peer $(ARGS)
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@ $(VENV)/installed
+
+$(VENV)/installed-peer: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[dev,peer]"
+	touch $@ $(VENV)/installed-dev $(VENV)/installed

@@ -1,0 +1,448 @@
+"""The commands: parse, make one call into the core, hand the result to display.
+
+Heavy imports stand inside the commands, so that help, completion and `gen-data` start at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from grpo_cli import __version__, display
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.options import flags, settings_command
+
+if TYPE_CHECKING:
+    from grpo_cli.core.config import Resolved
+    from grpo_cli.core.evaluate import Evaluation
+    from grpo_cli.core.policy import Policy
+    from grpo_cli.core.puzzle import Puzzle
+    from grpo_cli.core.run import Run
+    from grpo_cli.core.settings import Plot, Settings
+    from grpo_cli.core.task import Score
+    from grpo_cli.plot import Curves
+
+app = typer.Typer(
+    help="Teach a language model to solve countdown puzzles with GRPO.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="settings file; default: ./config.toml", metavar="<file>")
+]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what is there")]
+
+
+def main() -> None:
+    """Run the command line; what a user can mend is shown as one sentence, never as a traceback."""
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    try:
+        app()
+    except CountdownError as problem:
+        display.error(problem)
+        sys.exit(problem.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: leave without a word
+        sys.exit(1)
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="show the version and exit", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command("gen-data", cls=settings_command("task.numbers"))
+def gen_data(
+    ctx: typer.Context,
+    split: Annotated[Literal["train", "val"] | None, typer.Option(help="one split alone; default: both")] = None,
+    count: Annotated[int, typer.Option(min=0, help="puzzles to draw at random; 0 enumerates all", metavar="<int>")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the puzzles drawn", metavar="<int>")] = 0,
+    out: Annotated[Path | None, typer.Option(help="file to write; default: stdout", metavar="<file>")] = None,
+    overwrite: Overwrite = False,
+    config: ConfigFile = None,
+) -> None:
+    """Write puzzles as JSON Lines, each with a solution.
+
+    Example: countdown gen-data --split val --out val.jsonl
+    """
+    from grpo_cli.core.puzzle import enumerate_puzzles, generate, json_line, summarize, write_puzzles
+
+    numbers = _resolve(ctx, config, has_cuda=lambda: False).settings.task.numbers
+    if count:
+        puzzles = generate(count, numbers=numbers, split=split, seed=seed)
+    else:
+        puzzles = list(enumerate_puzzles(numbers=numbers, split=split))
+    if out is None:
+        for puzzle in puzzles:
+            print(json_line(puzzle))
+    else:
+        write_puzzles(out, puzzles, overwrite=overwrite)
+    display.gen_data_summary(summarize(puzzles), out)
+
+
+@app.command(cls=settings_command("preset", "runs", "task", "model", "train", "loss"))
+def train(
+    ctx: typer.Context,
+    run: Annotated[
+        str | None, typer.Option(help="name of the run; default: run-1, run-2, ...", metavar="<name>")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with --run from its last checkpoint")] = False,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show every setting and one prompt, train nothing")
+    ] = False,
+    config: ConfigFile = None,
+) -> None:
+    """Train a model by reinforcement.
+
+    Example: countdown train --run first --num-iterations 100
+    """
+    from grpo_cli.core import config as layers
+    from grpo_cli.core.run import Run
+
+    if resume and (run is None or overwrite):
+        raise CountdownError("`--resume` needs the name of a run, and no `--overwrite`", "say `--run NAME --resume`")
+    resolved = _resolve(ctx, config)
+    root = Path(resolved.settings.runs)
+    old = Run.open(root, run) if resume and run is not None else None
+    if old is not None:
+        given = {key: value for key, value in flags(ctx).items() if key != "runs"}
+        resolved = layers.restore(old.read_config(), old.config_path, flags=given)
+    display.note(f"preset {resolved.settings.preset}: {resolved.preset_reason}")
+    plan = _plan_of(resolved, root, resolved.settings.model.model)
+    if dry_run:
+        _show(resolved, plan)
+        return
+    _train(plan, old or Run.create(root, run, overwrite=overwrite), resume=resume)
+
+
+@app.command("eval", cls=settings_command("preset", "runs", "task", "model.device", "model.precision", "eval"))
+def evaluate_models(
+    ctx: typer.Context,
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help="runs, folders, hub ids, or `builtin`")
+    ] = None,
+    as_json: Json = False,
+    out: Annotated[Path | None, typer.Option(help="file for every completion, JSON Lines", metavar="<file>")] = None,
+    overwrite: Overwrite = False,
+    config: ConfigFile = None,
+) -> None:
+    """Measure accuracy on all val puzzles; by default of the newest run's best model.
+
+    Example: countdown eval builtin first --style zero-shot
+    """
+    if out is not None and ((out.exists() and not overwrite) or not out.parent.is_dir()):
+        problem = "exists" if out.exists() else "has no folder to stand in"
+        raise CountdownError(f"`{out}` {problem}", "write elsewhere, or replace it with `--overwrite`")
+    plans = [_plan(ctx, config, name) for name in models or [None]]
+    results = [_evaluate(plan, quiet=as_json) for plan in plans]
+    if out is not None:
+        lines = [json.dumps({"model": result.model, **record}) for result in results for record in result.records()]
+        out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    if as_json:
+        found = [result.to_json() for result in results]
+        display.json_object(found[0] if len(found) == 1 else found)
+    elif len(results) == 1:
+        display.evaluation(results[0])
+    else:
+        display.comparison(results)
+
+
+@app.command(
+    cls=settings_command(
+        "preset", "runs", "task.style", "model.device", "model.precision", "eval.max_new_tokens", "eval.temperature"
+    )
+)
+def solve(
+    ctx: typer.Context,
+    question: Annotated[str, typer.Argument(metavar="PUZZLE", help='"4 7 3 = 25", "4,7,3 -> 25", or a sentence')],
+    model: Annotated[str | None, typer.Option(help="run, folder, hub id, or `builtin`", metavar="<name>")] = None,
+    attempts: Annotated[int, typer.Option(min=1, help="completions to sample until one is right", metavar="<int>")] = 1,
+    show_solution: Annotated[bool, typer.Option("--show-solution", help="show the solver's own solutions too")] = False,
+    as_json: Json = False,
+    config: ConfigFile = None,
+) -> None:
+    """Ask a model a puzzle; by default the newest run's best model.
+
+    The first attempt is greedy, later ones are sampled. Example: countdown solve "4 7 3 = 25"
+    """
+    from grpo_cli.core.puzzle import solve as all_solutions
+    from grpo_cli.core.task import read_question
+
+    puzzle = read_question(question)
+    solutions = all_solutions(puzzle)
+    if not solutions:
+        raise CountdownError(
+            f"{display.question(puzzle.numbers, puzzle.target)} has no solution", "change a number", exit_code=1
+        )
+    plan = _plan(ctx, config, model)
+    score, tried = _attempt(plan, puzzle, attempts, quiet=as_json)
+    if as_json:
+        found = {"numbers": list(puzzle.numbers), "target": puzzle.target, "answer": score.answer}
+        found |= {"correct": score.correct, "reason": score.reason, "attempts": tried, "solutions": solutions}
+        display.json_object(found)
+    else:
+        display.answer(score.answer or "")
+        display.verdict(puzzle, score)
+        if show_solution or not score.correct:
+            display.solutions(puzzle, solutions)
+    if not score.correct:
+        raise typer.Exit(1)
+
+
+@app.command("plot", cls=settings_command("runs", "plot"))
+def plot_runs(
+    ctx: typer.Context,
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="runs, or metrics files; default: the newest run")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the images; default: the run's, or . for several", metavar="<folder>")
+    ] = None,
+    config: ConfigFile = None,
+) -> None:
+    """Draw the training curve and the KL curve, of one run or of several overlaid.
+
+    Example: countdown plot first second --smooth
+    """
+    from grpo_cli.core.run import Run
+
+    settings = _resolve(ctx, config, has_cuda=lambda: False).settings
+    root, style = Path(settings.runs), settings.plot
+    newest = Run.newest(root)
+    names = runs or ([newest.name] if newest else [])
+    if not names:
+        raise CountdownError(f"no run in `{root}` yet", "train one with `countdown train`, or name a metrics file")
+    chosen = [_curves(root, name) for name in names]
+    folder = out or (chosen[0][1] if len(chosen) == 1 else Path("."))
+    curves = [found for found, _ in chosen]
+    for path in _draw(curves, folder, style):
+        print(path)
+    display.sparklines(curves)
+
+
+# What the commands share
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A model to load: where from, what to call it, and the settings to run it with."""
+
+    source: str
+    name: str
+    settings: Settings
+
+
+def _resolve(ctx: typer.Context, config_file: Path | None, *, has_cuda: Callable[[], bool] | None = None) -> Resolved:
+    from grpo_cli.core import config
+
+    def ask_torch() -> bool:
+        import torch
+
+        return torch.cuda.is_available()
+
+    return config.resolve(flags=flags(ctx), environ=os.environ, config_file=config_file, has_cuda=has_cuda or ask_torch)
+
+
+def _plan(ctx: typer.Context, config_file: Path | None, name: str | None) -> _Plan:
+    """What to run for a model's name: a run's best model with that run's settings, or a model with a preset's."""
+    from grpo_cli.core import config
+    from grpo_cli.core.run import Run
+
+    resolved = _resolve(ctx, config_file)
+    root = Path(resolved.settings.runs)
+    if name is None:
+        newest = Run.newest(root)
+        name = newest.name if newest is not None else "builtin"
+    run = _run_named(root, name)
+    if run is not None:
+        given = {key: value for key, value in flags(ctx).items() if key not in ("preset", "runs")}
+        resolved = config.restore(run.read_config(), run.config_path, flags=given)
+    elif name == "builtin" and "preset" not in flags(ctx):
+        given = {**flags(ctx), "preset": "builtin"}
+        resolved = config.resolve(flags=given, environ=os.environ, config_file=config_file, has_cuda=lambda: False)
+    return _plan_of(resolved, root, name)
+
+
+def _plan_of(resolved: Resolved, root: Path, name: str) -> _Plan:
+    """The plan for a run's name, a folder, a hub id or `builtin`; what is missing is refused before anything loads."""
+    from grpo_cli.core.policy import find
+
+    run = _run_named(root, name)
+    if run is None:
+        find(name)
+        return _Plan(name, name, resolved.settings)
+    if not run.model_path.is_dir():
+        raise CountdownError(
+            f"run `{name}` has no saved model yet", f"go on with `countdown train --run {name} --resume`"
+        )
+    return _Plan(str(run.model_path), name, resolved.settings)
+
+
+def _run_named(root: Path, name: str) -> Run | None:
+    from grpo_cli.core.run import list_runs
+
+    return next((run for run in list_runs(root) if run.name == name), None)
+
+
+def _load(plan: _Plan, source: Path | None = None) -> Policy:
+    from grpo_cli.core.policy import load
+
+    model = plan.settings.model
+    policy = load(
+        plan.source if source is None else str(source),
+        device=model.device,
+        precision=model.precision,
+        gradient_checkpointing=model.gradient_checkpointing,
+    )
+    return replace(policy, name=plan.name)
+
+
+def _show(resolved: Resolved, plan: _Plan) -> None:
+    """What `train` would do: every setting with its source, and the first prompt as the model reads it."""
+    from grpo_cli.core.evaluate import puzzle_set
+    from grpo_cli.core.policy import prompt_tokens
+    from grpo_cli.core.task import prompt
+    from grpo_cli.core.train import puzzles_of_step
+
+    settings = resolved.settings
+    display.config_table(resolved)
+    puzzles = puzzle_set(settings.task.numbers, "train")
+    puzzle = puzzles_of_step(puzzles, 1, batch_size=1, seed=settings.train.seed)[0]
+    display.prompt_tokens(prompt_tokens(plan.source, prompt(puzzle, settings.task.style)))
+
+
+def _train(plan: _Plan, run: Run, *, resume: bool) -> None:
+    from grpo_cli.core import train as core
+    from grpo_cli.live import TrainingView
+
+    settings = plan.settings
+    step, checkpoint = core.newest_checkpoint(run) if resume else (0, None)
+    policy = _load(plan, checkpoint / "model" if checkpoint else None)
+    optimizer = core.build_optimizer(policy, name=settings.train.optimizer, weight_decay=settings.train.weight_decay)
+    training = core.Training(policy, optimizer)
+    run.write_config(settings.model_dump())
+    run.write_environment(core.environment(policy))
+    if checkpoint:
+        training.restore(checkpoint)
+        run.truncate_after(step)
+    reference = None
+    if settings.loss.beta > 0:
+        reference = (_load(plan) if checkpoint else policy).frozen_copy()
+    display.note(f"run {run.path}: {plan.name} on {policy.device}, {policy.precision}, from step {step}")
+
+    class View(TrainingView):
+        """The live view, which also redraws the run's images after each evaluation."""
+
+        def evaluated(self, step: int, accuracy: float, count: int, interval: tuple[float, float]) -> None:
+            super().evaluated(step, accuracy, count, interval)
+            if step:
+                _draw([_curves_of(run)], run.path, settings.plot)
+
+    with _stop_flag() as caught, View(settings.train.num_iterations, start=step) as view:
+        try:
+            evaluation = core.train(training, reference, run, settings, view, should_stop=lambda: bool(caught))
+        except core.Interrupted:
+            view.message(f"stopped after step {training.step}; go on: countdown train --run {run.name} --resume")
+            sys.exit(128 + caught[0])
+    found = core.summary(training, evaluation)
+    run.write_summary(found)
+    display.training_summary(found, run.path)
+
+
+@contextmanager
+def _stop_flag() -> Iterator[list[int]]:
+    """A list to which the first SIGINT or SIGTERM adds its number; a second one ends the process as ever."""
+    caught: list[int] = []
+
+    def remember(number: int, _: FrameType | None) -> None:
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        display.note("stopping after saving the last completed step; press Ctrl-C again to leave at once")
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _evaluate(plan: _Plan, *, quiet: bool) -> Evaluation:
+    from grpo_cli.core.evaluate import evaluate, puzzle_set
+
+    task, settings = plan.settings.task, plan.settings.eval
+    policy = _load(plan)
+    puzzles = puzzle_set(task.numbers, settings.split)
+    with display.progress(f"evaluating {plan.name}", quiet=quiet) as advance:
+        return evaluate(
+            policy,
+            puzzles[: settings.limit or None],
+            style=task.style,
+            max_new_tokens=settings.max_new_tokens,
+            samples=settings.samples,
+            temperature=settings.temperature,
+            batch_size=settings.batch_size,
+            progress=advance,
+        )
+
+
+def _attempt(plan: _Plan, puzzle: Puzzle, attempts: int, *, quiet: bool) -> tuple[Score, int]:
+    """Ask up to `attempts` times, the first greedily by default; the last score and how many it took."""
+    from grpo_cli.core.rollout import draws, stream
+    from grpo_cli.core.task import prompt, score
+
+    policy, settings, style = _load(plan), plan.settings.eval, plan.settings.task.style
+    tokens = policy.encode(prompt(puzzle, style))
+    limit = settings.max_new_tokens
+    for attempt in range(attempts):
+        temperature = settings.temperature or (1.0 if attempt else 0.0)
+        uniform = draws(attempt, 0, [0], 1, limit) if temperature else None
+        pieces = stream(policy, tokens, max_new_tokens=limit, temperature=temperature or 1.0, uniform=uniform)
+        text = "".join(pieces) if quiet else display.reasoning(pieces)
+        found = score(text, puzzle, style=style)
+        if found.correct:
+            break
+    return found, attempt + 1
+
+
+def _curves(root: Path, name: str) -> tuple[Curves, Path]:
+    """The curves of a run or of a metrics file, and the folder that their images belong in."""
+    from grpo_cli import plot
+
+    run = _run_named(root, name)
+    return (plot.load(Path(name)), Path(".")) if run is None else (_curves_of(run), run.path)
+
+
+def _curves_of(run: Run) -> Curves:
+    from grpo_cli import plot
+
+    return plot.from_metrics(run.name, run.metrics())
+
+
+def _draw(curves: Sequence[Curves], folder: Path, style: Plot) -> list[Path]:
+    """Draw both figures into a folder; returns their paths."""
+    from grpo_cli import plot
+
+    drawn = {"training_curve": plot.training_curve, "kl_divergence": plot.kl_curve}
+    paths = [folder / f"{name}.{style.format}" for name in drawn]
+    for path, draw in zip(paths, drawn.values(), strict=True):
+        draw(curves, path, smooth=style.smooth, window=style.window)
+    return paths

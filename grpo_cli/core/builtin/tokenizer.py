@@ -1,0 +1,58 @@
+"""The built-in model's tokenizer: a real Qwen2Tokenizer, trained on the task's own prompts and traces.
+
+Qwen's pre-tokenizer splits numbers into digits. Here every whole number up to 200 is an added token, with and without
+a leading space, so that a line of arithmetic is a third shorter and "is this the target?" is the equality of two
+tokens. Added tokens are matched before the pre-tokenizer runs and are part of the file format, so AutoTokenizer reads
+them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
+from transformers import Qwen2Tokenizer
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+LARGEST_NUMBER = 200
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+CHAT_TEMPLATE = (
+    "{%- if messages[0]['role'] != 'system' %}"
+    "{{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}"
+    "{%- endif %}"
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+"""What Qwen2.5's own template writes for messages without tools."""
+
+
+def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> Qwen2Tokenizer:
+    """A Qwen2Tokenizer whose merges come from `texts`, with about `vocabulary` tokens beside the added ones."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    state = bpe.to_str()
+    merges, vocab = _merges_and_vocabulary(state)
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, eos_token=TURN_END, pad_token=END_OF_TEXT)
+    tokenizer.add_tokens([AddedToken(TURN_START, special=True, normalized=False)], special_tokens=True)
+    numbers = [f"{space}{number}" for space in ("", " ") for number in range(LARGEST_NUMBER + 1)]
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in (*TAGS, *numbers)])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _merges_and_vocabulary(state: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
+    import json
+
+    model = json.loads(state)["model"]
+    return [(left, right) for left, right in model["merges"]], dict(model["vocab"])

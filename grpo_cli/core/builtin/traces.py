@@ -1,0 +1,148 @@
+"""Worked search traces, the text that the built-in model imitates before any reinforcement.
+
+A trace tries one expression a line, in a fixed and naive order (sums, then products, then parentheses), works each
+out one binary step at a time, states the target beside the value, and stops at the first hit or when patience runs
+out:
+
+    2 + 6 + 10 = 8 + 10 = 18, need 22. No.
+    2 * 6 + 10 = 12 + 10 = 22, need 22. Yes!
+
+Honest by construction: a verdict is always true, and the search does not look ahead. Knows nothing of torch.
+"""
+
+from __future__ import annotations
+
+import operator
+import random
+from collections.abc import Callable, Iterator
+from itertools import product
+
+from grpo_cli.core.puzzle import Puzzle
+from grpo_cli.core.task import Style
+
+OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+
+# A tree of integers: a number, or (operation, left, right).
+Tree = int | tuple[str, "Tree", "Tree"]
+Patience = Callable[[int], float]
+"""Number of failed tries so far -> probability of giving up now."""
+
+MAX_TRIES = 10  # tries of a trace for more than three numbers, where the whole space would not fit
+THREE = (
+    "a+b+c", "b+c-a", "a+c-b", "a+b-c", "c-a-b",
+    "a*b+c", "a*b-c", "a*c+b", "a*c-b", "b*c+a", "b*c-a",
+    "(a+b)*c", "(a+c)*b", "(b+c)*a", "(b-a)*c", "(c-a)*b", "(c-b)*a",
+    "a*b*c", "c-a*b",
+)  # fmt: skip
+"""All forms over sorted numbers a <= b <= c that a positive target can need: together they solve all 2,506 puzzles."""
+
+
+def form_tree(form: str, numbers: tuple[int, int, int]) -> Tree:
+    """The tree of one of the forms in THREE: `"(a+b)*c", (2, 6, 10)` -> `("*", ("+", 2, 6), 10)`."""
+    a, b, c = (numbers["abc".index(letter)] for letter in form if letter in "abc")
+    first, second = (character for character in form if character in OPERATIONS)
+    if first == "-" and second == "*" and "(" not in form:
+        return ("-", a, ("*", b, c))
+    return (second, (first, a, b), c)
+
+
+def write(tree: Tree) -> str:
+    """The expression with the parentheses it needs and no others: `("*", ("+", 2, 6), 10)` -> `"(2 + 6) * 10"`."""
+    if isinstance(tree, int):
+        return str(tree)
+    operation, left, right = tree
+    return f"{_operand(left, operation)} {operation} {_operand(right, operation, is_right=True)}"
+
+
+def _operand(tree: Tree, operation: str, *, is_right: bool = False) -> str:
+    text = write(tree)
+    if isinstance(tree, int):
+        return text
+    looser = operation == "*" and tree[0] != "*"
+    return f"({text})" if looser or (is_right and operation == "-" and tree[0] != "*") else text
+
+
+def reduce(tree: Tree) -> Tree:
+    """The tree after one binary step, the leftmost one whose operands are numbers."""
+    if isinstance(tree, int):
+        return tree
+    operation, left, right = tree
+    if isinstance(left, int) and isinstance(right, int):
+        return OPERATIONS[operation](left, right)
+    if isinstance(left, int):
+        return (operation, left, reduce(right))
+    return (operation, reduce(left), right)
+
+
+def line(tree: Tree, target: int) -> tuple[str, bool]:
+    """One try worked out: `2 * 6 + 10 = 12 + 10 = 22, need 24. No.`, and whether it hits."""
+    steps = [write(tree)]
+    while not isinstance(tree, int):
+        tree = reduce(tree)
+        steps.append(write(tree))
+    hit = tree == target
+    return f"{' = '.join(steps)}, need {target}. {'Yes!' if hit else 'No.'}", hit
+
+
+def tries(numbers: tuple[int, ...], rng: random.Random) -> Iterator[Tree]:
+    """The trees that a search goes through, none twice: all forms of three numbers in order, else random chains."""
+    ordered = sorted(numbers)
+    seen: set[str] = set()
+    candidates: Iterator[Tree]
+    if len(ordered) == 3:
+        candidates = (form_tree(form, (ordered[0], ordered[1], ordered[2])) for form in THREE)
+    else:
+        candidates = _chains(ordered, rng)
+    for tree in candidates:
+        text = write(tree)
+        if text not in seen:
+            seen.add(text)
+            yield tree
+
+
+def _chains(ordered: list[int], rng: random.Random) -> Iterator[Tree]:
+    """Left to right chains: the plain sum first, then random orders and operations."""
+    everything = list(product("+-*", repeat=len(ordered) - 1))
+    for index in range(MAX_TRIES):
+        order = ordered if index == 0 else rng.sample(ordered, len(ordered))
+        operations = everything[0] if index == 0 else rng.choice(everything)
+        tree: Tree = order[0]
+        for operation, number in zip(operations, order[1:], strict=True):
+            tree = (operation, tree, number)
+        yield tree
+
+
+def search(puzzle: Puzzle, rng: random.Random, patience: Patience) -> tuple[list[str], str]:
+    """The lines of a search and the expression it ends on: the first hit, or the last try before giving up."""
+    lines: list[str] = []
+    answer = ""
+    for failures, tree in enumerate(tries(puzzle.numbers, rng)):
+        if failures and rng.random() < patience(failures):
+            break
+        text, hit = line(tree, puzzle.target)
+        lines.append(text)
+        answer = write(tree)
+        if hit:
+            return lines, answer
+    return [*lines, "I give up."], answer
+
+
+def trace(puzzle: Puzzle, rng: random.Random, *, style: Style, patience: Patience) -> str:
+    """The whole completion that imitates a search, in the form that the prompt style asks for."""
+    lines, answer = search(puzzle, rng, patience)
+    thought = "\n".join(lines)
+    if style == "natural":
+        return f"{thought}\nThe expression is {answer}"
+    return f"<think>\n{thought}\n</think>\n<answer>{answer}</answer>"
+
+
+def drill(rng: random.Random, lines: int) -> str:
+    """Lines of two-operand arithmetic and comparison, which are no puzzles: `60 * 2 = 120, need 35. No.`"""
+    drilled = []
+    for _ in range(lines):
+        operation = rng.choice("+-*")
+        left, right = rng.randint(-10, 100), rng.randint(1, 10)
+        value = OPERATIONS[operation](left, right)
+        need = value if 1 <= value <= 100 and rng.random() < 0.2 else rng.randint(1, 100)
+        drilled.append(line((operation, left, right), need)[0])
+    return "\n".join(drilled)

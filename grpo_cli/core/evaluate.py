@@ -1,0 +1,206 @@
+"""Accuracy of a policy on a set of puzzles, with everything needed to see why it fails.
+
+By default the set is *all* val puzzles and decoding is greedy, so two models are compared on the same puzzles without
+sampling error. Knows neither training nor terminals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from grpo_cli.core.policy import Policy
+from grpo_cli.core.puzzle import Puzzle, Split, enumerate_puzzles, generate, needs_parentheses, solve
+from grpo_cli.core.rollout import draws, sample
+from grpo_cli.core.task import Score, Style, prompt, score
+
+ENUMERABLE = 4  # the most numbers for which all puzzles are enumerated
+GENERATED = 2_000  # puzzles drawn where the space is too large
+Z = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A scored completion. `length` is in tokens; `truncated` says that it ran out of them."""
+
+    puzzle: Puzzle
+    text: str
+    length: int
+    truncated: bool
+    score: Score
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All completions of one model on one set of puzzles, a list of `samples` for each puzzle."""
+
+    model: str
+    split: str
+    style: str
+    numbers: int
+    samples: int
+    temperature: float
+    completions: list[list[Completion]]
+
+    @cached_property
+    def _all(self) -> list[Completion]:
+        return [completion for row in self.completions for completion in row]
+
+    @property
+    def count(self) -> int:
+        """Puzzles."""
+        return len(self.completions)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of completions that are correct."""
+        return _mean([completion.score.correct for completion in self._all])
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the accuracy, counting puzzles: completions of one puzzle are not independent."""
+        return wilson(self.accuracy, self.count)
+
+    @property
+    def lenient_accuracy(self) -> float:
+        """Share that is correct when the notation is read leniently; never a reward."""
+        return _mean([completion.score.lenient for completion in self._all])
+
+    @property
+    def format_rate(self) -> float:
+        """Share of completions with both tag pairs."""
+        return _mean([completion.score.well_formed for completion in self._all])
+
+    @property
+    def mean_length(self) -> float:
+        """Mean tokens of a completion."""
+        return _mean([completion.length for completion in self._all])
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Completions by the reason of their score."""
+        return dict(Counter(completion.score.reason for completion in self._all))
+
+    @property
+    def pass_at_k(self) -> float | None:
+        """Share of puzzles that at least one of several samples solves."""
+        if self.samples == 1:
+            return None
+        return _mean([any(completion.score.correct for completion in row) for row in self.completions])
+
+    @property
+    def slices(self) -> dict[str, tuple[int, int]]:
+        """(correct, all) completions of the puzzles of each kind."""
+        kinds: dict[str, Callable[[Puzzle], bool]] = {
+            "needs parentheses": needs_parentheses,
+            "no parentheses needed": lambda puzzle: not needs_parentheses(puzzle),
+            "one solution": lambda puzzle: len(solve(puzzle)) == 1,
+            "several solutions": lambda puzzle: len(solve(puzzle)) > 1,
+        }
+        return {kind: _slice(self.completions, belongs) for kind, belongs in kinds.items()}
+
+    def to_json(self) -> dict[str, object]:
+        """The machine-readable result."""
+        return {
+            "model": self.model,
+            "split": self.split,
+            "style": self.style,
+            "numbers": self.numbers,
+            "count": self.count,
+            "samples": self.samples,
+            "temperature": self.temperature,
+            "accuracy": self.accuracy,
+            "interval": list(self.interval),
+            "lenient_accuracy": self.lenient_accuracy,
+            "format_rate": self.format_rate,
+            "mean_length": self.mean_length,
+            "reasons": self.reasons,
+            "pass_at_k": self.pass_at_k,
+        }
+
+    def records(self) -> Iterator[dict[str, object]]:
+        """Every completion as a JSON object."""
+        for completion in self._all:
+            yield {
+                "numbers": list(completion.puzzle.numbers),
+                "target": completion.puzzle.target,
+                "completion": completion.text,
+                "length": completion.length,
+                "reward": completion.score.reward,
+                "reason": completion.score.reason,
+                "answer": completion.score.answer,
+            }
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a share seen in `count` trials (Wilson 1927)."""
+    spread = Z**2 / count
+    centre = (share + spread / 2) / (1 + spread)
+    half = Z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def puzzle_set(numbers: int, split: Split) -> list[Puzzle]:
+    """All puzzles of a split; for more than four numbers a fixed sample of them."""
+    if numbers <= ENUMERABLE:
+        return list(enumerate_puzzles(numbers=numbers, split=split))
+    return generate(GENERATED, numbers=numbers, split=split, seed=0)
+
+
+def evaluate(
+    policy: Policy,
+    puzzles: Sequence[Puzzle],
+    *,
+    style: Style,
+    max_new_tokens: int,
+    samples: int = 1,
+    temperature: float = 0.0,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Complete and score every puzzle; greedily if `temperature` is 0, else `samples` times. All have the same size.
+
+    `batch_size` is how many completions are decoded at once. `progress` is told how many puzzles of how many are done.
+    """
+    rows: list[list[Completion]] = []
+    size = max(1, batch_size // samples)
+    for start in range(0, len(puzzles), size):
+        chunk = puzzles[start : start + size]
+        indices = range(start, start + len(chunk))
+        rollout = sample(
+            policy,
+            [policy.encode(prompt(puzzle, style)) for puzzle in chunk],
+            num_generations=samples,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature or 1.0,
+            uniform=draws(seed, 0, indices, samples, max_new_tokens) if temperature else None,
+            on_token=on_token,
+        )
+        scored = [
+            _completion(policy, chunk[row // samples], tokens, truncated, style)
+            for row, (tokens, truncated) in enumerate(zip(rollout.completions, rollout.truncated, strict=True))
+        ]
+        rows += [scored[first : first + samples] for first in range(0, len(scored), samples)]
+        if progress is not None:
+            progress(len(rows), len(puzzles))
+    first = puzzles[0]
+    return Evaluation(policy.name, first.split, style, len(first.numbers), samples, temperature, rows)
+
+
+def _completion(policy: Policy, puzzle: Puzzle, tokens: list[int], truncated: bool, style: Style) -> Completion:
+    text = policy.decode(tokens)
+    return Completion(puzzle, text, len(tokens), truncated, score(text, puzzle, style=style, truncated=truncated))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _slice(rows: list[list[Completion]], belongs: Callable[[Puzzle], bool]) -> tuple[int, int]:
+    chosen = [completion.score.correct for row in rows if belongs(row[0].puzzle) for completion in row]
+    return sum(chosen), len(chosen)

@@ -1,0 +1,122 @@
+"""Text to an exact integer value and the numbers used; it does not know puzzles, targets or rewards.
+
+expression := term (('+' | '-') term)*        term := factor ('*' factor)*
+factor     := ('+' | '-') factor | '(' expression ')' | number
+
+Text is matched against this grammar and never evaluated by Python; nothing here recurses, raises or backtracks.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+MAX_CHARACTERS = 256
+MAX_DEPTH = 64
+MAX_SPANS = 100
+
+_SPACE = r" \t\n\r\f\v"
+_OPERAND = rf"[-+({_SPACE}]*+(?:0|[1-9][0-9]*+)[){_SPACE}]*+"
+_UNBALANCED = re.compile(rf"{_OPERAND}(?:[-+*]{_OPERAND})*+")
+_TOKEN = re.compile(r"[0-9]+|[-+*()]")
+_PARENTHESIS = re.compile(r"[()]")
+
+# What looks like arithmetic within one line of prose. Malformed numbers and foreign operators belong to a span, so that
+# `2.5 + 3` or `4 / 5 + 3` fails as a whole instead of being read as `5 + 3`; a list's bullet is matched on its own.
+_SPAN = re.compile(
+    r"(?m:^[ \t]*+(?:[-+*]|[0-9]{1,3}[.)])[ \t])"
+    r"|(?<![\w.])(?=[-+*(0-9])(?:[-+*()= \t/%^×·⋅−÷]++|[0-9]\w*+|\.[0-9]\w*+|\\[a-zA-Z]++)++"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Expression:
+    """An expression of the grammar, as its tokens."""
+
+    tokens: tuple[str, ...]
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The numbers in reading order."""
+        return tuple([int(token) for token in self.tokens if token.isdigit()])
+
+    @property
+    def value(self) -> int:
+        """The exact value."""
+        outer: list[tuple[int, int]] = []
+        total, term, sign, after_operand = 0, 1, 1, False
+        for token in self.tokens:
+            if token == "(":
+                outer.append((total, sign * term))
+                total, term, sign = 0, 1, 1
+            elif token == ")":
+                inner = total + term
+                total, term = outer.pop()
+                term *= inner
+            elif token in "+-":
+                if after_operand:
+                    total, term = total + term, 1
+                sign = -sign if token == "-" else sign
+            elif token != "*":
+                term, sign = term * sign * int(token), 1
+            after_operand = token not in "(+-*"
+        return total + term
+
+
+def parse(text: str) -> Expression | None:
+    """The expression that `text` is, or None if it is anything else, too long or too deep."""
+    if len(text) > MAX_CHARACTERS or not _UNBALANCED.fullmatch(text) or not _is_balanced(text):
+        return None
+    return Expression(tuple(_TOKEN.findall(text)))
+
+
+def _is_balanced(text: str) -> bool:
+    depth = 0
+    for parenthesis in _PARENTHESIS.findall(text):
+        depth += 1 if parenthesis == "(" else -1
+        if not 0 <= depth <= MAX_DEPTH:
+            return False
+    return depth == 0
+
+
+def ascii_operators(text: str) -> str:
+    """`text` with the typographic operators `×`, `·`, `−` and `\\times` written as `*` and `-`."""
+    return text.replace("\\times", "*").replace("×", "*").replace("·", "*").replace("−", "-")
+
+
+def parse_lenient(text: str) -> Expression | None:
+    """As `parse`, but reads typographic operators too, and a trailing `= N` if N is the value."""
+    if len(text) > MAX_CHARACTERS:
+        return None
+    left, equals, right = ascii_operators(text).rpartition("=")
+    if not equals:
+        return parse(right)
+    expression, stated = parse(left), parse(right)
+    if expression and stated and len(stated.numbers) == 1 and stated.value == expression.value:
+        return expression
+    return None
+
+
+def last_expression(text: str, numbers: Sequence[int]) -> str | None:
+    """The last span of prose that is an expression of at least two numbers.
+
+    A chain `a = b = c` is read as its first part that uses all of `numbers`, or else as its first part. Spans do not
+    cross lines; list bullets, emphasis, dashes and unpaired parentheses around them are dropped. To keep time bounded,
+    only the last MAX_SPANS spans and the first MAX_SPANS parts of a chain are looked at.
+    """
+    wanted = sorted(numbers)
+    for span in islice(reversed(_SPAN.findall(text)), MAX_SPANS):
+        bare = map(_bare, span.split("=", MAX_SPANS))
+        parts = [(part, expression.numbers) for part in bare if (expression := parse(part))]
+        several = [(part, used) for part, used in parts if len(used) > 1]
+        if several:
+            return next((part for part, used in several if sorted(used) == wanted), several[0][0])
+    return None
+
+
+def _bare(part: str) -> str:
+    part = part.strip(" \t*").rstrip(" \t*+-")
+    if len(part) > MAX_CHARACTERS:
+        return ""
+    unclosed = part.count("(") - part.count(")")
+    return part.removeprefix("(" * unclosed).removesuffix(")" * -unclosed).strip()

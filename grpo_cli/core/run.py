@@ -1,0 +1,305 @@
+"""A run's folder: what each file is called, how it is written, and how it is read back.
+
+Nothing else knows a file name of a run. What the numbers, weights and tensors mean is not known here.
+
+runs/<name>/  config.json  environment.json  summary.json  metrics.jsonl  samples.jsonl
+              training_curve.png  kl_divergence.png  model/  checkpoints/step-50/
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Literal, Self
+
+from grpo_cli.core.errors import CountdownError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_CHECKPOINT = re.compile(r"step-([0-9]+)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, known by its folder; made by `create`, `open` or `newest`."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, root: Path, name: str | None = None, *, overwrite: bool = False) -> Self:
+        """A new, empty run in `root`; without a name the first free of run-1, run-2, ...
+
+        Raises CountdownError for a bad name, and for a name that is taken unless `overwrite` clears the run away. What
+        is no run, or a symbolic link, is never cleared away.
+        """
+        with _reported(f"cannot make a run in `{root}`"):
+            root.mkdir(parents=True, exist_ok=True)
+            if name is None:
+                return next(cls(path) for path in (root / f"run-{number}" for number in count(1)) if _make(path))
+            path = root / _checked(name)
+            if overwrite and os.path.lexists(path):
+                _clear_run(path)
+            if _make(path):
+                return cls(path)
+        raise CountdownError(
+            f"run `{name}` already exists in `{root}`",
+            "go on with it by `--resume`, replace it by `--overwrite`, or choose another name with `--run`",
+        )
+
+    @classmethod
+    def open(cls, root: Path, name: str) -> Self:
+        """The run `name` of `root`; raises CountdownError where there is none."""
+        run = cls(root / _checked(name))
+        if not run.config_path.is_file():
+            raise CountdownError(
+                f"no run `{name}` in `{root}`",
+                f"list runs with `ls {root}`, or train one with `countdown train --run {name}`",
+            )
+        return run
+
+    @classmethod
+    def newest(cls, root: Path) -> Self | None:
+        """The run with a saved model whose metrics were written last."""
+        runs = [cls(run.path) for run in list_runs(root) if run.model_path.is_dir() and run._metrics.is_file()]
+        return max(runs, key=lambda run: run._metrics.stat().st_mtime_ns, default=None)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def model_path(self) -> Path:
+        """Folder of the best model so far, in Hugging Face format."""
+        return self.path / "model"
+
+    def curve_path(self, curve: Literal["training_curve", "kl_divergence"], format: str = "png") -> Path:
+        """Image file of a curve."""
+        return self.path / f"{curve}.{format}"
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Folder of the checkpoint of a step; write it through `saving`."""
+        return self.path / "checkpoints" / f"step-{step}"
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, folder) of every complete checkpoint, in order of steps."""
+        folders = (self.path / "checkpoints").glob("step-*")
+        matches = [(_CHECKPOINT.fullmatch(folder.name), folder) for folder in folders]
+        return sorted((int(match[1]), folder) for match, folder in matches if match)
+
+    def prune_checkpoints(self, keep: int) -> None:
+        """Remove all checkpoints but the last `keep`."""
+        for _, folder in self.checkpoints()[::-1][keep:]:
+            _discard(folder)
+
+    @contextmanager
+    def saving(self, path: Path) -> Iterator[Path]:
+        """A folder to fill that becomes `path`, replacing what was there, once the block ends without an exception.
+
+        So what stands at `path` is always whole and on disk, whenever the process or the machine stops.
+        """
+        staged, old = _hidden(path, "tmp"), _hidden(path, "old")
+        _settle(path)
+        staged.mkdir(parents=True)
+        try:
+            yield staged
+            _sync(staged)
+            if path.exists():
+                path.rename(old)
+            staged.rename(path)
+            _sync_entry(path.parent)
+        finally:
+            _settle(path)
+
+    def write_config(self, config: Mapping[str, object]) -> None:
+        _write_json(self.config_path, config)
+
+    def read_config(self) -> dict[str, object]:
+        return _read_json(self.config_path)
+
+    def write_environment(self, environment: Mapping[str, object]) -> None:
+        _write_json(self.path / "environment.json", environment)
+
+    def write_summary(self, summary: Mapping[str, object]) -> None:
+        _write_json(self._summary, summary)
+
+    def read_summary(self) -> dict[str, object] | None:
+        """The summary, or None while the run has not ended."""
+        return _read_json(self._summary) if self._summary.exists() else None
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Append one line of finite numbers, `step` among them, to metrics.jsonl."""
+        _append(self._metrics, [metrics])
+
+    def log_samples(self, samples: Iterable[Mapping[str, object]]) -> None:
+        """Append one line per completion, each with its `step`, to samples.jsonl."""
+        _append(self._samples, samples)
+
+    def metrics(self) -> list[dict[str, float]]:
+        """Every logged line, [] before the first; raises CountdownError naming the line that is not one of numbers."""
+        return [_numbers(line) for line in _lines(self._metrics)]
+
+    def truncate_after(self, step: int) -> None:
+        """Forget metrics and samples of later steps, which a training that goes on from `step` will log again."""
+        for path in (self._metrics, self._samples):
+            kept = [line.raw for line in _lines(path) if line.step <= step]
+            if path.exists():
+                _write(path, b"".join(kept))
+
+    @property
+    def config_path(self) -> Path:
+        """File of the resolved settings."""
+        return self.path / "config.json"
+
+    @property
+    def _summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def _metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def _samples(self) -> Path:
+        return self.path / "samples.jsonl"
+
+
+def list_runs(root: Path) -> list[Run]:
+    """The runs in `root`, by name; none where there is no such folder."""
+    return [Run(path.parent) for path in sorted(root.glob("*/config.json")) if _NAME.fullmatch(path.parent.name)]
+
+
+@dataclass(frozen=True)
+class _Line:
+    place: str
+    raw: bytes
+    record: dict[str, object]
+    step: int
+
+
+def _lines(path: Path) -> list[_Line]:
+    """The lines of a log; what an interruption left of a last line is not one."""
+    lines: list[_Line] = []
+    raws = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for number, raw in enumerate(raws, 1):
+        place = f"line {number} of `{path}`"
+        try:
+            record = json.loads(raw)
+        except (ValueError, RecursionError):
+            if number == len(raws) and not raw.endswith(b"\n"):
+                break
+            raise CountdownError(f"{place} is not valid JSON") from None
+        step = record.get("step") if isinstance(record, dict) else None
+        if not isinstance(step, int):
+            raise CountdownError(f"{place} is not an object with a `step`")
+        lines.append(_Line(place, raw.rstrip() + b"\n", record, step))
+    return lines
+
+
+def _numbers(line: _Line) -> dict[str, float]:
+    numbers: dict[str, float] = {}
+    for name, value in line.record.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise CountdownError(f"`{name}` in {line.place} is not a number")
+        numbers[name] = value
+    return numbers
+
+
+def _append(path: Path, records: Iterable[Mapping[str, object]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(f"{json.dumps(dict(record), allow_nan=False)}\n" for record in records))
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replace a file as a whole: a reader sees the old content or the new."""
+    staged = _hidden(path, "tmp")
+    staged.write_bytes(content)
+    _sync_entry(staged)
+    staged.replace(path)
+    _sync_entry(path.parent)
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    _write(path, json.dumps(dict(content), indent=2, allow_nan=False).encode() + b"\n")
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CountdownError(f"cannot read `{path}`: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise CountdownError(f"`{path}` is not valid JSON") from None
+    if not isinstance(content, dict):
+        raise CountdownError(f"`{path}` is not a JSON object")
+    return content
+
+
+def _checked(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise CountdownError(
+            f"`{name}` cannot name a run",
+            "use 1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first",
+        )
+    return name
+
+
+@contextmanager
+def _reported(failure: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CountdownError(f"{failure}: {error.strerror}") from None
+
+
+def _make(path: Path) -> bool:
+    """Make a folder, unless its name is taken."""
+    try:
+        path.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+def _clear_run(path: Path) -> None:
+    is_run = path.is_dir() and ((path / "config.json").is_file() or not any(path.iterdir()))
+    if path.is_symlink() or not is_run:
+        raise CountdownError(f"`{path}` is no run, so it is not overwritten", "choose another name with `--run`")
+    _discard(path)
+
+
+def _discard(path: Path) -> None:
+    """Remove a folder without ever leaving a part of it under its name."""
+    old = _hidden(path, "old")
+    shutil.rmtree(old, ignore_errors=True)
+    path.rename(old)
+    shutil.rmtree(old)
+
+
+def _settle(path: Path) -> None:
+    """Undo a `saving` that was interrupted, or clear up after one that was not."""
+    old = _hidden(path, "old")
+    if old.exists() and not path.exists():
+        old.rename(path)
+    for leftover in (old, _hidden(path, "tmp")):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _hidden(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{suffix}")
+
+
+def _sync(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        _sync_entry(path)
+
+
+def _sync_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

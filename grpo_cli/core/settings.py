@@ -1,0 +1,132 @@
+"""What each setting is called and what it may be; `config.toml` holds its default.
+
+A setting's flag, TOML key and environment variable share its name here. Where values come from is not known here.
+"""
+
+from typing import Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+_KINDS: dict[object, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "`true` or `false`",
+    str: "text that is not empty",
+}
+_BOUNDS = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+class Table(BaseModel):
+    """One table of `config.toml`; `true` is no number, 1.0 is no whole number, and nothing is infinite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Task(Table):
+    numbers: int = Field(ge=2, le=6, description="numbers in a puzzle")
+    style: Literal["one-shot", "zero-shot", "natural"] = Field(description="how a puzzle is put to the model")
+
+
+class Model(Table):
+    model: str = Field(min_length=1, description="`builtin`, a folder in Hugging Face format, or a hub id")
+    device: Literal["auto", "cuda", "mps", "cpu"] = Field(description="where the model runs")
+    precision: Literal["auto", "float32", "bf16-master", "bf16"] = Field(
+        description="weights in training; `bf16-master` adds float32 masters"
+    )
+    gradient_checkpointing: bool = Field(description="trade time for memory in the backward pass")
+
+
+class Train(Table):
+    learning_rate: float = Field(gt=0, description="step size of the optimizer")
+    schedule: Literal["constant", "linear", "cosine"] = Field(description="learning rate after the warm-up")
+    warmup_steps: int = Field(ge=0, description="steps over which the learning rate rises from 0")
+    batch_size: int = Field(ge=1, description="prompts per step")
+    num_generations: int = Field(ge=2, description="completions per prompt: the size of a group")
+    max_new_tokens: int = Field(ge=1, description="longest completion, in tokens")
+    temperature: float = Field(gt=0, description="sampling temperature")
+    num_iterations: int = Field(ge=1, description="training steps")
+    num_inner_updates: int = Field(ge=1, description="updates of the policy per sampled batch")
+    clip_grad_norm: float = Field(gt=0, description="largest gradient norm that is not scaled down")
+    optimizer: Literal["auto", "adamw", "adamw8bit"] = Field(description="AdamW of torch, or in 8 bits of bitsandbytes")
+    weight_decay: float = Field(ge=0, description="decoupled weight decay")
+    micro_batch_size: int = Field(ge=0, description="completions per forward and backward pass; 0 is the whole step")
+    seed: int = Field(ge=0, lt=2**32, description="seed of the puzzles drawn and of sampling")
+    eval_every: int = Field(ge=1, description="steps between evaluations")
+    eval_puzzles: int = Field(ge=0, description="val puzzles per evaluation; 0 is all of them")
+    save_every: int = Field(ge=1, description="steps between checkpoints")
+
+
+class Loss(Table):
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo", "gspo"] = Field(
+        description="ratio and normaliser of the loss"
+    )
+    beta: float = Field(ge=0, description="weight of the KL penalty")
+    epsilon: float = Field(gt=0, lt=1, description="clip range below 1")
+    epsilon_high: float = Field(gt=0, description="clip range above 1")
+    kl_estimator: Literal["k3", "original"] = Field(description="estimate of the KL; `original` has the other sign")
+    scale_rewards: Literal["group", "batch", "none"] = Field(description="whose standard deviation divides advantages")
+
+
+class Eval(Table):
+    split: Literal["train", "val"] = Field(description="where the puzzles come from")
+    limit: int = Field(ge=0, description="puzzles to evaluate on; 0 is all of them")
+    samples: int = Field(ge=1, description="completions per puzzle, for pass@k")
+    temperature: float = Field(ge=0, description="sampling temperature; 0 is greedy")
+    max_new_tokens: int = Field(ge=1, description="longest completion, in tokens")
+    batch_size: int = Field(ge=1, description="completions decoded at once")
+
+
+class Plot(Table):
+    smooth: bool = Field(description="draw moving averages")
+    window: int = Field(ge=1, description="steps in a moving average")
+    format: Literal["png", "svg"] = Field(description="image format of the curves")
+
+
+class Settings(Table):
+    """Every setting of one invocation; `preset` is the one chosen, never `auto`, once resolved."""
+
+    preset: str = Field(
+        min_length=1, description="settings for one model: `auto`, `builtin`, `qwen2.5-1.5b`, or your own"
+    )
+    runs: str = Field(min_length=1, description="folder of the runs")
+    task: Task
+    model: Model
+    train: Train
+    loss: Loss
+    eval: Eval
+    plot: Plot
+
+
+TABLES: dict[str, type[Table]] = {
+    name: info.annotation
+    for name, info in Settings.model_fields.items()
+    if isinstance(info.annotation, type) and issubclass(info.annotation, Table)
+}
+FIELDS: dict[str, FieldInfo] = {name: info for name, info in Settings.model_fields.items() if name not in TABLES} | {
+    f"{name}.{key}": info for name, table in TABLES.items() for key, info in table.model_fields.items()
+}
+
+
+def choices(key: str) -> tuple[str, ...]:
+    """The values that a setting may take, or () where they cannot be listed."""
+    return get_args(FIELDS[key].annotation)
+
+
+def describe(key: str) -> str:
+    """What a setting is, with its choices: its help on the command line and its comment in `config.toml`."""
+    return ": ".join(filter(None, [FIELDS[key].description, ", ".join(choices(key))]))
+
+
+def expected(key: str) -> str:
+    """What a setting must be, to end the sentence `x must be ...`."""
+    listed = choices(key)
+    if listed:
+        return "one of " + ", ".join(f"`{choice}`" for choice in listed)
+    bounds = [
+        f"{words} {getattr(limit, name)}"
+        for limit in FIELDS[key].metadata
+        for name, words in _BOUNDS.items()
+        if hasattr(limit, name)
+    ]
+    return " ".join([_KINDS[FIELDS[key].annotation], " and ".join(bounds)]).rstrip()

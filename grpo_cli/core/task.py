@@ -1,0 +1,114 @@
+"""The text contract: a puzzle to its prompt, a completion to its score; it does not know models or tokens.
+
+Only this module knows the tags. A completion is untrusted: it is searched and parsed, never evaluated.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.expression import ascii_operators, last_expression, parse, parse_lenient
+from grpo_cli.core.puzzle import Puzzle, checked, judge
+
+Style = Literal["one-shot", "zero-shot", "natural"]
+STYLES: tuple[Style, ...] = get_args(Style)
+Reason = Literal["correct", "no_answer", "truncated", "not_an_expression", "wrong_numbers", "wrong_value"]
+
+CORRECT_REWARD = 1.0
+FORMAT_REWARD = 0.1
+
+SYSTEM = "You are a mathematical puzzle solver."
+RULES = "Use every number exactly once, with +, - and *."
+TAGS = "Think inside <think> </think>, then write the expression inside <answer> </answer>."
+NATURAL = "End with the expression."
+EXAMPLE = Puzzle((3, 5, 2), 13)
+WORKED_EXAMPLE = (
+    "<think>\n"
+    "3 + 5 + 2 = 8 + 2 = 10, need 13. No.\n"
+    "3 * 5 + 2 = 15 + 2 = 17, need 13. No.\n"
+    "5 * 2 + 3 = 10 + 3 = 13, need 13. Yes!\n"
+    "</think>\n"
+    "<answer>5 * 2 + 3</answer>"
+)
+
+_WHOLE = r"(?<![-−.\w])([0-9]{1,9})(?!\.?[0-9]|\w)"
+_SENTENCE = re.compile(rf"\[([0-9, ]{{1,100}})\][^0-9\[\]]{{1,100}}{_WHOLE}")
+_SHORT = re.compile(rf"([0-9](?:[0-9, ]{{0,99}}[0-9])?)\s*(?:=|->|→)\s*{_WHOLE}")
+
+
+def question(puzzle: Puzzle) -> str:
+    """The sentence that states a puzzle."""
+    return f"Using the numbers {list(puzzle.numbers)}, create an expression that equals {puzzle.target}."
+
+
+def prompt(puzzle: Puzzle, style: Style = "one-shot") -> list[dict[str, str]]:
+    """The chat messages that ask a model to solve the puzzle."""
+    example = [_user(EXAMPLE, style), {"role": "assistant", "content": WORKED_EXAMPLE}] if style == "one-shot" else []
+    return [{"role": "system", "content": SYSTEM}, *example, _user(puzzle, style)]
+
+
+def _user(puzzle: Puzzle, style: Style) -> dict[str, str]:
+    return {"role": "user", "content": f"{question(puzzle)} {RULES} {NATURAL if style == 'natural' else TAGS}"}
+
+
+def read_question(text: str) -> Puzzle:
+    """The puzzle that `text` asks for: the question's sentence, `4 7 3 = 25` or `4,7,3 -> 25`.
+
+    It has 2 to 6 numbers from 1 to 100 and a target from 1 to 1000; CountdownError otherwise.
+    """
+    found = _SHORT.fullmatch(text.strip()) or _SENTENCE.search(text)
+    if not found:
+        raise CountdownError("there is no puzzle in the question", 'ask as in `countdown solve "4 7 3 = 25"`')
+    return checked([int(number) for number in re.findall("[0-9]+", found[1])], int(found[2]))
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a completion earned and why.
+
+    `answer` is the text that was read as the answer, `well_formed` says that both tag pairs are there, `lenient` that
+    the answer is right if typographic operators and a true `= N` are allowed (never used as a reward).
+    """
+
+    reward: float
+    correct: bool
+    reason: Reason
+    answer: str | None
+    well_formed: bool
+    lenient: bool
+
+
+def score(completion: str, puzzle: Puzzle, *, style: Style = "one-shot", truncated: bool = False) -> Score:
+    """Score a completion: 1.0 if its answer solves the puzzle, else 0.1 for each well-formed tag pair.
+
+    `truncated` says that the completion ran out of tokens; it changes no reward, only the reason.
+    """
+    answer = last_expression(completion, puzzle.numbers) if style == "natural" else _tagged_answer(completion)
+    reason: Reason = "no_answer" if answer is None else judge(puzzle, parse(answer))
+    correct = reason == "correct"
+    may_read_differently = style == "natural" or reason == "not_an_expression"
+    lenient = correct or (may_read_differently and _is_lenient(completion, answer, puzzle, style))
+    if truncated and not correct and (answer is None or style == "natural"):
+        reason = "truncated"
+    pairs = _has_pair(completion, "<think>", "</think>") + _has_pair(completion, "<answer>", "</answer>")
+    reward = CORRECT_REWARD if correct else FORMAT_REWARD * pairs
+    return Score(reward, correct, reason, answer, well_formed=pairs == 2, lenient=lenient)
+
+
+def _is_lenient(completion: str, answer: str | None, puzzle: Puzzle, style: Style) -> bool:
+    if style == "natural":
+        answer = last_expression(ascii_operators(completion), puzzle.numbers)
+    return answer is not None and judge(puzzle, parse_lenient(answer)) == "correct"
+
+
+def _tagged_answer(completion: str) -> str | None:
+    """The text of the last complete answer pair, stripped; of nested pairs the inner one."""
+    before, _, _ = completion.rpartition("</answer>")
+    _, opening, answer = before.rpartition("<answer>")
+    return answer.partition("</answer>")[0].strip() if opening else None
+
+
+def _has_pair(completion: str, opening: str, closing: str) -> bool:
+    start = completion.find(opening)
+    return start >= 0 and completion.find(closing, start) >= 0

@@ -1,0 +1,380 @@
+"""What a terminal shows: messages, errors, tables, a model's words. Data goes to stdout, everything else to stderr.
+
+All text that this program did not write itself passes `printable`. How a number was computed is not known here.
+The view of a running training is in `live`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import TextIOWrapper
+from itertools import chain, pairwise
+from statistics import fmean
+from typing import TYPE_CHECKING, cast
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from grpo_cli.core.config import Resolved
+    from grpo_cli.core.errors import CountdownError
+    from grpo_cli.core.evaluate import Completion, Evaluation
+    from grpo_cli.core.puzzle import Puzzle, Summary
+    from grpo_cli.core.task import Score
+    from grpo_cli.plot import Curves
+
+out = Console(markup=False, emoji=False, highlight=False)
+err = Console(markup=False, emoji=False, highlight=False, stderr=True)
+
+EXCERPT_CHARACTERS = 4_000
+ANSWER_CHARACTERS = 1_000
+COMPARISON_WIDTH = 76
+LEVELS = "▁▂▃▄▅▆▇█"
+# Letters and marks that Unicode counts as printable but that show as nothing.
+INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0") | {chr(code) for code in range(0xFE00, 0xFE10)}
+
+EXPLANATIONS = {
+    "no_answer": "no answer was given",
+    "truncated": "it ran out of tokens before answering",
+    "not_an_expression": "the answer is not an expression",
+    "wrong_numbers": "the answer does not use each number exactly once",
+    "wrong_value": "the answer does not make the target",
+}
+
+
+def accept_any_encoding() -> None:
+    """Let stdout write `\\u2581` where its encoding lacks a character, as stderr does, instead of raising."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def can_redraw(console: Console) -> bool:
+    """Whether a console is a terminal on which a picture can be drawn again in place."""
+    return console.is_interactive and console.file.isatty()
+
+
+# Text
+
+
+def printable(text: str, *, keep_newlines: bool = False, limit: int | None = None) -> str:
+    """Text that cannot act on a terminal: what does not show itself appears as its code, such as `\\x1b` or `\\u202e`.
+
+    That is C0, C1, DEL, bidirectional and zero-width characters, lone surrogates and unusual spaces. Beyond `limit`
+    characters the middle is left out and counted.
+    """
+    if limit is not None and len(text) > limit:
+        half = limit // 2
+        text = f"{text[:half]} … {len(text) - 2 * half:,} characters … {text[len(text) - half :]}"
+    return "".join(
+        character
+        if (character.isprintable() and character not in INVISIBLE) or (keep_newlines and character == "\n")
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def excerpt(text: str, *, width: int, lines: int) -> Text:
+    """The first and last of a completion in at most `lines` lines of `width` cells."""
+    shown = Text(printable(text.strip("\n"), keep_newlines=True, limit=EXCERPT_CHARACTERS))
+    wrapped = list(shown.wrap(err, width, overflow="fold"))
+    for line in wrapped:
+        line.rstrip()
+    if len(wrapped) > lines:
+        head = max(lines // 3, 1)
+        tail = max(lines - head - 1, 0)
+        wrapped = [*wrapped[:head], Text("…", style="dim"), *wrapped[len(wrapped) - tail :]][:lines]
+    return Text("\n").join(wrapped)
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The values as at most `width` blocks from lowest to highest; more values than blocks are averaged."""
+    finite = [value for value in values if math.isfinite(value)]
+    size = min(width, len(finite))
+    if size < 1:
+        return ""
+    edges = [index * len(finite) // size for index in range(size + 1)]
+    means = [fmean(finite[start:end]) for start, end in pairwise(edges)]
+    low, span = min(means), max(means) - min(means)
+    top = len(LEVELS) - 1
+    return "".join(LEVELS[round((mean - low) / span * top)] if span else LEVELS[top // 2] for mean in means)
+
+
+def percent(share: float) -> str:
+    """A share of 1 as `41.6%`."""
+    return f"{share:.1%}"
+
+
+def interval(bounds: tuple[float, float]) -> str:
+    """Two shares of 1 as `36.3 to 47.0%`."""
+    return f"{100 * bounds[0]:.1f} to {percent(bounds[1])}"
+
+
+def question(numbers: Iterable[int], target: int) -> str:
+    """A puzzle as `[4, 7, 3] -> 25`."""
+    return f"{list(numbers)} -> {target}"
+
+
+# Messages
+
+
+def note(text: str) -> None:
+    """One line about what is being done, on stderr."""
+    err.print(Text(printable(text, keep_newlines=True)), soft_wrap=True)
+
+
+def error(problem: CountdownError) -> None:
+    """An error on stderr: what and where, then what to do."""
+    _headed("error", "bold red", problem.message)
+    if problem.hint:
+        err.print()
+        _headed("hint", "bold cyan", problem.hint)
+
+
+def _headed(word: str, style: str, text: str) -> None:
+    err.print(Text.assemble((word, style), (":", "bold"), " ", printable(text, keep_newlines=True)), soft_wrap=True)
+
+
+def json_object(value: object) -> None:
+    """One line of JSON on stdout. All but ASCII is escaped, so no character of a completion can act on a terminal."""
+    out.file.write(json.dumps(value) + "\n")
+
+
+# Tables
+
+
+def _facts(rows: Iterable[tuple[str, str]]) -> Padding:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    return Padding(table, (0, 0, 0, 2))
+
+
+def _table(*columns: str, numeric: Iterable[str] = ()) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    right = set(numeric)
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left", no_wrap=name in right, overflow="fold")
+    return table
+
+
+def gen_data_summary(summary: Summary, path: Path | None) -> None:
+    """What a set of puzzles is made of, on stdout; on stderr if the puzzles went to stdout (`path` is None)."""
+    console = err if path is None else out
+    if path is not None:
+        console.print(Text(f"{summary.count:,} puzzles written to {printable(str(path))}", style="bold"))
+    console.print(
+        _facts(
+            [
+                ("split", f"{summary.train:,} train, {summary.val:,} val"),
+                ("target", f"{summary.target_min} to {summary.target_max}, median {summary.target_median:g}"),
+                ("needs parentheses", percent(summary.needs_parentheses)),
+                ("solutions", f"{summary.solutions:.2f} on average"),
+                ("duplicates", f"{summary.duplicates:,}"),
+                ("in both splits", f"{summary.overlap:,}"),
+            ]
+        )
+    )
+
+
+def config_table(resolved: Resolved) -> None:
+    """Every setting with its value and the source of the value; what differs from the shipped default stands out."""
+    table = _table("setting", "value", "source")
+    for name, value in _flatten(resolved.settings.model_dump()):
+        source = resolved.sources[name]
+        style = "dim" if source == "config.toml" else ""
+        shown = json.dumps(value, ensure_ascii=False)
+        table.add_row(name, Text(printable(shown)), Text(printable(source)), style=style)
+    out.print(Text(printable(f"preset {resolved.settings.preset}: {resolved.preset_reason}"), style="bold"))
+    out.print()
+    out.print(table)
+
+
+def _flatten(values: Mapping[str, object], prefix: str = "") -> Iterable[tuple[str, object]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def prompt_tokens(tokens: Sequence[tuple[int, str]]) -> None:
+    """A prompt cut into its tokens, each an (id, text) pair, then the ids."""
+    text = Text()
+    for _, piece in tokens:
+        text.append(printable(piece))
+        text.append("\n" if piece.endswith("\n") else "·", style="cyan")
+    text.rstrip()
+    out.print(Text(f"a prompt of {len(tokens):,} tokens", style="bold"))
+    out.print(Padding(text, (1, 0, 0, 2)))
+    out.print(Padding(Text(" ".join(str(token) for token, _ in tokens), style="dim"), (1, 0, 0, 2)))
+
+
+def evaluation(result: Evaluation, *, examples: int = 3) -> None:
+    """One model on one set of puzzles: accuracy, failures by reason, slices, and a few completions."""
+    _headline(result)
+    out.print()
+    out.print(_reasons(result.reasons))
+    out.print()
+    out.print(_slices(result.slices))
+    for completion in _examples(result, examples):
+        out.print()
+        _example(completion)
+
+
+def _headline(result: Evaluation) -> None:
+    decoding = f"{result.samples} samples at temperature {result.temperature:g}" if result.temperature else "greedy"
+    puzzles = f"{result.count:,} {result.split} puzzles of {result.numbers} numbers"
+    out.print(Text.assemble((printable(result.model), "bold"), f"  {puzzles}, {result.style}, {decoding}"))
+    rows = [
+        ("accuracy", f"{percent(result.accuracy)}  (95% interval {interval(result.interval)})"),
+        ("lenient accuracy", percent(result.lenient_accuracy)),
+        ("format", percent(result.format_rate)),
+        ("mean length", f"{result.mean_length:.1f} tokens"),
+    ]
+    if result.pass_at_k is not None:
+        rows.insert(1, (f"pass@{result.samples}", percent(result.pass_at_k)))
+    out.print(_facts(rows))
+
+
+def _reasons(reasons: Mapping[str, int]) -> Table:
+    total, room = sum(reasons.values()), min(max(out.width - 33, 0), 20)
+    table = _table("outcome", "count", "share", "", numeric=("count", "share"))
+    for reason, count in sorted(reasons.items(), key=lambda item: (item[0] != "correct", -item[1])):
+        bar = Text("█" * round(room * count / total), style="green" if reason == "correct" else "red")
+        table.add_row(reason, f"{count:,}", percent(count / total), bar)
+    return table
+
+
+def _slices(slices: Mapping[str, tuple[int, int]]) -> Table:
+    table = _table("puzzles that have", "correct", "of", "accuracy", numeric=("correct", "of", "accuracy"))
+    for name, (correct, count) in slices.items():
+        table.add_row(name, f"{correct:,}", f"{count:,}", percent(correct / count) if count else "-")
+    return table
+
+
+def _examples(result: Evaluation, count: int) -> list[Completion]:
+    """The first completion of each outcome, the most frequent outcome first."""
+    first: dict[str, Completion] = {}
+    for completion in chain.from_iterable(result.completions):
+        first.setdefault(completion.score.reason, completion)
+    return sorted(first.values(), key=lambda completion: -result.reasons[completion.score.reason])[:count]
+
+
+def _example(completion: Completion) -> None:
+    puzzle, score = completion.puzzle, completion.score
+    title = f"{question(puzzle.numbers, puzzle.target)}  reward {score.reward}, {score.reason}"
+    out.print(Text(title, style="bold"))
+    out.print(Padding(excerpt(completion.text, width=max(out.width - 4, 10), lines=12), (0, 0, 0, 4)))
+
+
+def comparison(results: Sequence[Evaluation]) -> None:
+    """One line for each of several evaluations; several lines each where the terminal is narrow."""
+    if out.width < COMPARISON_WIDTH:
+        for result in results:
+            _headline(result)
+            out.print()
+        return
+    numeric = ("n", "count", "accuracy (95%)", "lenient", "format", "length")
+    table = _table("model", "style", *numeric, numeric=numeric)
+    for result in results:
+        table.add_row(
+            Text(printable(result.model)),
+            result.style,
+            str(result.numbers),
+            f"{result.count:,}",
+            f"{percent(result.accuracy)} ({interval(result.interval)})",
+            percent(result.lenient_accuracy),
+            percent(result.format_rate),
+            f"{result.mean_length:.1f}",
+        )
+    out.print(table)
+
+
+def sparklines(curves: Sequence[Curves]) -> None:
+    """Each curve of each run as one line of blocks, with its first and last value."""
+    width = min(max(out.width - 36, 4), 60)
+    for run in curves:
+        accuracies = {"train": run.accuracy, **run.val}
+        shown = [(f"{name} accuracy", points, percent) for name, points in accuracies.items()]
+        shown += [("reward", run.reward, "{:.3f}".format), ("kl", run.kl, "{:.4f}".format)]
+        table = Table.grid(padding=(0, 2, 0, 0))
+        for name, points, form in shown:
+            values = [value for _, value in points]
+            if values:
+                line = Text(sparkline(values, width), style="green")
+                table.add_row(printable(name), line, f"{form(values[0])} -> {form(values[-1])}")
+        out.print(Text(printable(run.name), style="bold"))
+        out.print(Padding(table, (0, 0, 0, 2)))
+
+
+# A puzzle solved
+
+
+def reasoning(chunks: Iterable[str]) -> str:
+    """Show a completion, dimmed, as it is written, on stderr; the whole of it comes back."""
+    text = ""
+    for chunk in chunks:
+        text += chunk
+        err.print(Text(printable(chunk, keep_newlines=True), style="dim"), end="", soft_wrap=True)
+    if not text.endswith("\n"):
+        err.print()
+    return text
+
+
+def answer(text: str) -> None:
+    """The model's answer, alone on stdout."""
+    out.print(Text(printable(text, limit=ANSWER_CHARACTERS)), soft_wrap=True)
+
+
+def verdict(puzzle: Puzzle, score: Score) -> None:
+    """What the scorer says of an answer, on stderr."""
+    if score.correct:
+        _headed("correct", "bold green", f"{score.answer} = {puzzle.target}")
+    else:
+        _headed("wrong", "bold red", EXPLANATIONS[score.reason])
+
+
+def solutions(puzzle: Puzzle, found: Sequence[str]) -> None:
+    """The solver's own solutions of a puzzle, on stderr."""
+    err.print(Text(f"solutions of {question(puzzle.numbers, puzzle.target)}:", style="bold"))
+    for solution in found:
+        err.print(Text(f"  {solution}"))
+
+
+# A training or an evaluation at work
+
+
+@contextmanager
+def progress(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr while the block runs, fed with (done, total); none where there is no terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(printable(title), markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=quiet or not can_redraw(err)) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def training_summary(summary: Mapping[str, object], folder: Path) -> None:
+    """What a training came to, on stdout."""
+    base, final, best = (percent(cast(float, summary[f"{name}_accuracy"])) for name in ("base", "final", "best"))
+    bounds = cast(tuple[float, float], summary["final_interval"])
+    out.print(Text(f"val accuracy on {summary['puzzles']} puzzles, greedy", style="bold"))
+    rows = [
+        ("base", base),
+        ("final", f"{final}  (95% interval {interval(bounds)})"),
+        ("best", f"{best}, after step {summary['best_step']}, saved as the run's model"),
+        ("run", printable(str(folder))),
+    ]
+    out.print(_facts(rows))

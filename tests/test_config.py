@@ -1,0 +1,348 @@
+"""Where each setting's value comes from, and what is refused on the way."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from grpo_cli.core.config import SHIPPED, Resolved, defaults, flag, resolve, restore, variable
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.settings import FIELDS, TABLES, Settings, choices, describe
+
+
+def resolved(
+    folder: Path,
+    text: str | bytes | None = None,
+    *,
+    flags: Mapping[str, object] | None = None,
+    environ: Mapping[str, str] | None = None,
+    has_cuda: bool = False,
+) -> Resolved:
+    if text is not None:
+        (folder / "config.toml").write_bytes(text.encode() if isinstance(text, str) else text)
+    return resolve(flags=flags or {}, environ=environ or {}, directory=folder, has_cuda=lambda: has_cuda)
+
+
+def refused(folder: Path, text: str | bytes | None = None, **layers: Mapping[str, object]) -> CountdownError:
+    with pytest.raises(CountdownError) as caught:
+        resolved(folder, text, **layers)  # type: ignore[arg-type]
+    assert caught.value.exit_code == 2
+    return caught.value
+
+
+def test_every_default_stands_in_config_toml_and_nowhere_else() -> None:
+    assert defaults().keys() == FIELDS.keys()
+    models: list[type[BaseModel]] = [Settings, *TABLES.values()]
+    assert all(field.is_required() for model in models for field in model.model_fields.values())
+
+
+def test_every_line_of_config_toml_says_what_the_help_says() -> None:
+    comments: dict[str, str] = {}
+    table = ""
+    for line in SHIPPED.read_text("utf-8").splitlines():
+        if header := re.fullmatch(r"\[(.+)\]", line):
+            table = header[1]
+        if setting := re.fullmatch(r"(\w+) = \S+ +# (.+)", line):
+            key = f"{table}.{setting[1]}".lstrip(".").replace("preset.name", "preset")
+            comments[key] = setting[2]
+    assert comments == {key: describe(key) for key in FIELDS}
+
+
+def test_the_qwen_preset_has_the_hyperparameters_of_the_original(tmp_path: Path) -> None:
+    settings = resolved(tmp_path, flags={"preset": "qwen2.5-1.5b"}).settings
+    train, loss = settings.train, settings.loss
+    assert settings.model.model == "Qwen/Qwen2.5-1.5B-Instruct"
+    assert (train.learning_rate, train.batch_size, train.num_generations) == (2e-6, 4, 16)
+    assert (train.max_new_tokens, train.num_iterations, train.num_inner_updates) == (160, 1200, 1)
+    assert (train.clip_grad_norm, train.temperature, train.optimizer) == (0.5, 1.2, "adamw8bit")
+    assert (loss.loss_type, loss.beta, loss.epsilon, loss.epsilon_high) == ("grpo", 0.01, 0.2, 0.2)
+    assert (settings.model.precision, settings.model.gradient_checkpointing) == ("bf16", True)
+
+
+def test_each_layer_wins_over_the_ones_before_it(tmp_path: Path) -> None:
+    key, environ, flags = "train.batch_size", {"COUNTDOWN_TRAIN_BATCH_SIZE": "14"}, {"train.batch_size": "15"}
+    text = "[preset.mine.train]\nseed = 1\n[train]\nbatch_size = 11\n"
+    mine = text + "[preset]\nname = 'mine'\n"
+    preset = mine.replace("seed = 1", "seed = 1\nbatch_size = 13")
+    path = f"{tmp_path}/config.toml"
+    found = [
+        resolved(tmp_path, "preset = {name = 'mine', mine = {}}"),
+        resolved(tmp_path, mine),
+        resolved(tmp_path, preset),
+        resolved(tmp_path, preset, environ=environ),
+        resolved(tmp_path, preset, environ=environ, flags=flags),
+    ]
+    assert [one.settings.train.batch_size for one in found] == [4, 11, 13, 14, 15]
+    assert [one.sources[key] for one in found] == [
+        "config.toml",
+        path,
+        f"preset mine in {path}",
+        "COUNTDOWN_TRAIN_BATCH_SIZE",
+        "flag --batch-size",
+    ]
+
+
+def test_your_file_changes_a_shipped_preset_key_by_key(tmp_path: Path) -> None:
+    shipped = resolved(tmp_path)
+    changed = resolved(tmp_path, "[preset.builtin.train]\nseed = 5\n")
+    assert changed.settings.train == shipped.settings.train.model_copy(update={"seed": 5})
+    assert shipped.sources["train.learning_rate"] == changed.sources["train.learning_rate"] == "preset builtin"
+
+
+def test_every_setting_has_a_source(tmp_path: Path) -> None:
+    assert resolved(tmp_path).sources.keys() == FIELDS.keys()
+
+
+@pytest.mark.parametrize(
+    ("has_cuda", "preset", "reason"),
+    [(True, "qwen2.5-1.5b", "a CUDA device was found"), (False, "builtin", "no CUDA device was found")],
+)
+def test_the_auto_preset_depends_on_cuda(tmp_path: Path, has_cuda: bool, preset: str, reason: str) -> None:
+    found = resolved(tmp_path, has_cuda=has_cuda)
+    assert (found.settings.preset, found.preset_reason) == (preset, reason)
+
+
+def test_a_preset_that_is_named_is_used_without_looking_for_cuda(tmp_path: Path) -> None:
+    def look() -> bool:
+        raise AssertionError
+
+    for flags, environ, source in [
+        ({"preset": "builtin"}, {}, "flag --preset"),
+        ({}, {"COUNTDOWN_PRESET": "builtin"}, "COUNTDOWN_PRESET"),
+    ]:
+        found = resolve(flags=flags, environ=environ, directory=tmp_path, has_cuda=look)
+        assert (found.settings.preset, found.preset_reason) == ("builtin", f"chosen by {source}")
+        assert found.sources["preset"] == source
+
+
+@pytest.mark.parametrize("text", ["preset = 'qwen2.5-1.5b'", "[preset]\nname = 'qwen2.5-1.5b'"])
+def test_a_file_chooses_a_preset_in_either_form(tmp_path: Path, text: str) -> None:
+    assert resolved(tmp_path, text).settings.preset == "qwen2.5-1.5b"
+
+
+def test_a_config_file_takes_the_place_of_the_one_in_the_directory(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("[train]\nwarmup_steps = 3\n")
+    other = tmp_path / "other.toml"
+    other.write_text("[train]\nseed = 4\n")
+    found = resolve(config_file=other, directory=tmp_path, has_cuda=lambda: False)
+    assert (found.settings.train.seed, found.settings.train.warmup_steps) == (4, 0)
+    assert found.sources["train.seed"] == str(other)
+
+
+def test_your_file_in_the_working_directory_is_told_from_the_shipped_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.toml").write_text("[train]\nseed = 4\n")
+    monkeypatch.chdir(tmp_path)
+    for found in (
+        resolve(has_cuda=lambda: False),
+        resolve(config_file=Path("config.toml"), has_cuda=lambda: False),
+    ):
+        assert (found.sources["train.seed"], found.sources["runs"]) == ("./config.toml", "config.toml")
+
+
+def test_the_shipped_file_in_the_working_directory_is_no_layer_of_its_own() -> None:
+    found = resolve(directory=SHIPPED.parent, has_cuda=lambda: False)
+    assert found.sources["train.seed"] == "config.toml"
+
+
+@pytest.mark.parametrize("text", [None, "", "\n", "# a comment", "[train]", b"\xef\xbb\xbf[train]\r\nseed = 0\r\n"])
+def test_a_file_that_is_missing_empty_or_from_windows_is_fine(tmp_path: Path, text: str | bytes | None) -> None:
+    assert resolved(tmp_path, text).settings == resolved(tmp_path / "nowhere").settings
+
+
+def test_text_is_read_as_the_type_of_the_setting(tmp_path: Path) -> None:
+    environ = {
+        "COUNTDOWN_TRAIN_LEARNING_RATE": "1e-5",
+        "COUNTDOWN_LOSS_BETA": "1",
+        "COUNTDOWN_PLOT_SMOOTH": "True",
+        "COUNTDOWN_MODEL_MODEL": "1",
+        "PATH": "/bin",
+    }
+    settings = resolved(tmp_path, environ=environ).settings
+    assert (settings.train.learning_rate, settings.loss.beta) == (1e-5, 1.0)
+    assert (settings.plot.smooth, settings.model.model) == (True, "1")
+
+
+def test_a_whole_number_is_accepted_for_a_fraction(tmp_path: Path) -> None:
+    assert resolved(tmp_path, "[eval]\ntemperature = 1\n").settings.eval.temperature == 1.0
+
+
+WRONG = [
+    ("train", "batch_size", "true", "a whole number of at least 1, not `true`"),
+    ("train", "batch_size", "4.0", "a whole number of at least 1, not `4.0`"),
+    ("train", "batch_size", "'4'", "a whole number of at least 1, not `4`"),
+    ("train", "batch_size", "0", "a whole number of at least 1, not `0`"),
+    ("train", "batch_size", "[]", "a whole number of at least 1, not an array"),
+    ("train", "batch_size", "{}", "a whole number of at least 1, not a table"),
+    ("train", "batch_size", "1979-05-27", "a whole number of at least 1, not `1979-05-27`"),
+    ("train", "seed", "0x" + "f" * 5000, "at least 0 and below 4294967296, not a number of more than 64 bits"),
+    ("train", "learning_rate", "nan", "a number above 0, not `nan`"),
+    ("train", "learning_rate", "inf", "a number above 0, not `inf`"),
+    ("train", "learning_rate", "1e400", "a number above 0, not `inf`"),
+    ("train", "learning_rate", "0x" + "f" * 300, "a number above 0, not a number of more than 64 bits"),
+    ("train", "learning_rate", "true", "a number above 0, not `true`"),
+    ("train", "learning_rate", "'2e-6'", "a number above 0, not `2e-6`"),
+    ("train", "learning_rate", "-0.0", "a number above 0, not `-0.0`"),
+    ("loss", "epsilon", "1", "a number above 0 and below 1, not `1`"),
+    ("task", "numbers", "7", "a whole number of at least 2 and at most 6, not `7`"),
+    ("loss", "kl_estimator", "'k2'", "one of `k3`, `original`, not `k2`"),
+    ("loss", "kl_estimator", "3", "one of `k3`, `original`, not `3`"),
+    ("plot", "smooth", "1", "`true` or `false`, not `1`"),
+    ("model", "model", "''", "text that is not empty, not ``"),
+    ("model", "model", "3", "text that is not empty, not `3`"),
+]
+
+
+@pytest.mark.parametrize(("table", "name", "value", "complaint"), WRONG)
+def test_a_wrong_value_in_a_file_names_file_key_and_range(
+    tmp_path: Path, table: str, name: str, value: str, complaint: str
+) -> None:
+    message = refused(tmp_path, f"[{table}]\n{name} = {value}\n").message
+    assert message.startswith(f"`{table}.{name}` in `{tmp_path}/config.toml` must be ")
+    assert message.endswith(complaint)
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("train.batch_size", "four"),
+        ("train.batch_size", "4.0"),
+        ("train.batch_size", "true"),
+        ("train.batch_size", "9" * 5000),
+        ("train.learning_rate", "nan"),
+        ("train.learning_rate", "-inf"),
+        ("train.learning_rate", ""),
+        ("plot.smooth", "yes"),
+        ("plot.smooth", "1"),
+        ("loss.loss_type", "GRPO"),
+        ("runs", ""),
+    ],
+)
+def test_a_wrong_text_names_its_variable_or_flag(tmp_path: Path, key: str, text: str) -> None:
+    assert refused(tmp_path, environ={variable(key): text}).message.startswith(f"`{variable(key)}` must be ")
+    assert refused(tmp_path, flags={key: text}).message.startswith(f"`{flag(key)}` must be ")
+
+
+def test_a_long_value_is_cut_short_in_the_message(tmp_path: Path) -> None:
+    assert len(refused(tmp_path, flags={"train.seed": "x" * 10_000}).message) < 200
+
+
+def test_a_wrong_value_is_found_where_a_stronger_layer_hides_it(tmp_path: Path) -> None:
+    hidden = refused(tmp_path, "[train]\nlearning_rate = -1\n", flags={"train.learning_rate": 1})
+    assert hidden.message.startswith(f"`train.learning_rate` in `{tmp_path}/config.toml`")
+    unused = refused(tmp_path, "[preset.other.train]\nseed = -1\n", flags={"preset": "builtin"})
+    assert unused.message.startswith(f"`preset.other.train.seed` in `{tmp_path}/config.toml`")
+    shadowed = refused(tmp_path, "", environ={"COUNTDOWN_TRAIN_SEED": "x"}, flags={"train.seed": 1})
+    assert shadowed.message.startswith("`COUNTDOWN_TRAIN_SEED`")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "nearest"),
+    [
+        ("[train]\nlearning_rat = 1\n", "train.learning_rat", "train.learning_rate"),
+        ("[loss]\nlearning_rate = 1\n", "loss.learning_rate", "train.learning_rate"),
+        ("learning_rate = 1\n", "learning_rate", "train.learning_rate"),
+        ("run = 'x'\n", "run", "runs"),
+        ("[trian]\nseed = 1\n", "trian", "train"),
+        ("[preset.builtin.train]\nsede = 1\n", "preset.builtin.train.sede", "train.seed"),
+        ("[preset.builtin.trian]\nseed = 1\n", "preset.builtin.trian", "train"),
+        ("[preset]\nnaem = 'builtin'\n", "preset.naem", "preset.name"),
+    ],
+)
+def test_an_unknown_name_in_a_file_is_met_with_the_nearest(tmp_path: Path, text: str, name: str, nearest: str) -> None:
+    error = refused(tmp_path, text)
+    assert error.message == f"unknown setting `{name}` in `{tmp_path}/config.toml`"
+    assert error.hint == f"did you mean `{nearest}`?"
+
+
+def test_an_unknown_variable_is_met_with_the_nearest(tmp_path: Path) -> None:
+    error = refused(tmp_path, environ={"COUNTDOWN_TRAIN_BATCHSIZE": "4"})
+    assert error.message == "unknown setting `COUNTDOWN_TRAIN_BATCHSIZE` in the environment"
+    assert error.hint == "did you mean `COUNTDOWN_TRAIN_BATCH_SIZE`?"
+
+
+def test_a_name_like_no_other_is_refused_without_a_guess(tmp_path: Path) -> None:
+    assert refused(tmp_path, "zzzz = 1").hint is None
+
+
+def test_a_preset_cannot_choose_a_preset(tmp_path: Path) -> None:
+    assert "unknown setting `preset.builtin.preset`" in refused(tmp_path, "[preset.builtin]\npreset = 'x'").message
+
+
+def test_an_unknown_preset_is_met_with_the_known_ones(tmp_path: Path) -> None:
+    error = refused(tmp_path, "[preset.mine]\n", flags={"preset": "buitlin"})
+    assert error.message == "`--preset` names no preset: `buitlin`"
+    assert error.hint == "presets are `auto`, `builtin`, `mine`, `qwen2.5-1.5b`"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("train = 3", "`train` in `{}` must be a table"),
+        ("[[train]]", "`train` in `{}` must be a table"),
+        ("[preset.builtin]\ntrain = 3", "`preset.builtin.train` in `{}` must be a table"),
+        ("preset = 3", "`preset` in `{}` must be a table or the name of a preset"),
+        ("[preset]\nname = 3", "`preset.name` in `{}` must be text that is not empty, not `3`"),
+        ("[train]\nseed = 1\nseed = 2", "`{}` is not valid TOML: "),
+        ("[train]\n[train]", "`{}` is not valid TOML: "),
+        ("[train", "`{}` is not valid TOML: "),
+        ("seed", "`{}` is not valid TOML: "),
+        ("x = " + "1" * 5000, "`{}` is not valid TOML: "),
+        ("x = " + "[" * 2000 + "]" * 2000, "`{}` is nested too deeply"),
+        ("x = " + "{a = " * 2000 + "1" + "}" * 2000, "`{}` is nested too deeply"),
+        ("a" + ".a" * 2000 + " = 1", "`{}` is nested too deeply"),
+        ("x = " + "[" * 300 + "]" * 300, "unknown setting `x` in `{}`"),
+        (b"[train]\n# caf\xe9\n", "`{}` is not UTF-8 text (byte 13)"),
+        (b"\xff\xfe[\x00", "`{}` is not UTF-8 text (byte 0)"),
+        (b"runs = '\x00'", "`{}` is not valid TOML: "),
+    ],
+)
+def test_a_malformed_file_is_named(tmp_path: Path, text: str | bytes, complaint: str) -> None:
+    assert refused(tmp_path, text).message.startswith(complaint.format(tmp_path / "config.toml"))
+
+
+def test_a_config_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for path, reason in [(tmp_path / "none.toml", "No such file or directory"), (tmp_path, "Is a directory")]:
+        with pytest.raises(CountdownError, match=re.escape(f"cannot read `{path}`: {reason}")):
+            resolve(config_file=path, has_cuda=lambda: False)
+
+
+def test_a_default_that_was_deleted_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "config.toml"
+    broken.write_text(re.sub(r"(?m)^save_every.*$", "", SHIPPED.read_text("utf-8")), "utf-8")
+    monkeypatch.setattr("grpo_cli.core.config.SHIPPED", broken)
+    with pytest.raises(CountdownError, match=re.escape(f"`{broken}` has no `train.save_every`")):
+        resolve(has_cuda=lambda: False)
+
+
+def test_a_run_goes_on_with_its_own_settings_under_new_flags(tmp_path: Path) -> None:
+    first = resolved(tmp_path, flags={"train.seed": 7, "preset": "qwen2.5-1.5b"})
+    again = restore(first.settings.model_dump(), tmp_path / "config.json", flags={"train.num_iterations": "5"})
+    assert again.settings.train == first.settings.train.model_copy(update={"num_iterations": 5})
+    assert (again.settings.preset, again.sources["train.seed"]) == ("qwen2.5-1.5b", f"{tmp_path}/config.json")
+    assert again.sources["train.num_iterations"] == "flag --num-iterations"
+
+
+def test_a_saved_configuration_that_was_damaged_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    for saved, complaint in [({"seed": -1}, "`train.seed` in"), ({"sede": 1}, "unknown setting `train.sede`")]:
+        with pytest.raises(CountdownError, match=complaint):
+            restore({"train": saved}, path)
+
+
+def test_a_run_that_goes_on_keeps_its_preset(tmp_path: Path) -> None:
+    with pytest.raises(CountdownError, match="keeps its preset"):
+        restore({}, tmp_path / "config.json", flags={"preset": "builtin"})
+
+
+def test_choices_are_listed_where_there_are_some() -> None:
+    assert choices("plot.format") == ("png", "svg")
+    assert choices("plot.window") == ()
+
+
+def test_the_names_of_a_setting_follow_from_its_key() -> None:
+    assert (flag("train.batch_size"), variable("train.batch_size")) == ("--batch-size", "COUNTDOWN_TRAIN_BATCH_SIZE")
+    assert (flag("preset"), variable("preset")) == ("--preset", "COUNTDOWN_PRESET")

@@ -1,0 +1,304 @@
+import io
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.cells import cell_len
+
+from grpo_cli import display
+from grpo_cli.core.config import resolve
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.evaluate import Completion, Evaluation
+from grpo_cli.core.puzzle import Puzzle, Summary
+from grpo_cli.core.task import score
+from grpo_cli.live import TrainingView
+from grpo_cli.plot import Curves
+
+HOSTILE = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202e\u2066\u200b\r\x00\x7f[bold]markup[/bold]:smile:"
+ESCAPED = r"\x1b[2J\x1b]0;owned\x07\x9b31m\u202e\u2066\u200b\r\x00\x7f[bold]markup[/bold]:smile:"
+STYLE_CODES = re.compile(r"\x1b\[[0-9;]*m")
+PUZZLE = Puzzle((4, 7, 3), 25)
+
+
+@pytest.fixture(autouse=True)
+def eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display.out, "width", 80)
+    monkeypatch.setattr(display.err, "width", 80)
+
+
+def unprintable(text: str) -> set[str]:
+    return {character for character in text if not character.isprintable()} - {"\n"}
+
+
+def evaluation(*texts: str, model: str = "builtin") -> Evaluation:
+    completions = [[Completion(PUZZLE, text, len(text), False, score(text, PUZZLE))] for text in texts]
+    return Evaluation(model, "val", "one-shot", 3, 1, 0.0, completions)
+
+
+# Text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("4 * 7 - 3", "4 * 7 - 3"),
+        ("größer × 日本 😀", "größer × 日本 😀"),
+        ("[bold]x[/]", "[bold]x[/]"),
+        (r"a \x1b backslash", r"a \x1b backslash"),
+        ("\x1b[31m", r"\x1b[31m"),
+        ("\x1b]0;title\x07", r"\x1b]0;title\x07"),
+        ("\x9b31m\x7f", r"\x9b31m\x7f"),
+        ("\u202eabc\u2069", r"\u202eabc\u2069"),
+        ("a\u200b\u200d\u2060\ufeffb", r"a\u200b\u200d\u2060\ufeffb"),
+        ("\U000e0041", r"\U000e0041"),
+        ("a\u3164\ufe0f", r"a\u3164\ufe0f"),
+        ("over\rwrite\b\t", r"over\rwrite\x08\t"),
+        ("two\nlines\u2028three", r"two\nlines\u2028three"),
+        ("\ud800", r"\ud800"),
+    ],
+)
+def test_what_acts_on_a_terminal_shows_as_its_code(text: str, expected: str) -> None:
+    assert display.printable(text) == expected
+
+
+def test_newlines_stay_only_where_asked_for() -> None:
+    assert display.printable("a\nb\r\n", keep_newlines=True) == "a\nb\\r\n"
+
+
+def test_no_control_or_format_character_gets_through_unseen() -> None:
+    everything = "".join(map(chr, [*range(0x10000), *range(0xE0000, 0xE0200)]))
+    assert display.printable(everything).isprintable()
+
+
+def test_long_text_is_cut_in_the_middle_and_counted() -> None:
+    assert display.printable("a" * 500_000 + "b" * 500_000, limit=6) == "aaa … 999,994 characters … bbb"
+    assert display.printable("abcdef", limit=6) == "abcdef"
+
+
+def test_an_excerpt_keeps_the_first_and_last_lines() -> None:
+    text = "\n".join(map(str, range(1, 21)))
+    assert display.excerpt(text, width=10, lines=6).plain.split("\n") == ["1", "2", "…", "18", "19", "20"]
+    assert display.excerpt("a\nb", width=10, lines=6).plain == "a\nb"
+
+
+def test_an_excerpt_of_one_endless_line_is_no_larger_than_asked_for() -> None:
+    shown = display.excerpt("日" * 1_000_000, width=20, lines=5).plain.split("\n")
+    assert len(shown) == 5
+    assert max(map(cell_len, shown)) == 20
+
+
+@pytest.mark.parametrize(
+    ("values", "width", "expected"),
+    [
+        ([0, 1, 2, 3, 4, 5, 6, 7], 8, "▁▂▃▄▅▆▇█"),
+        ([7, 0], 8, "█▁"),
+        ([0, 2, 6, 8], 2, "▁█"),
+        ([1, 3, 9, 9, 0, 0], 3, "▃█▁"),
+        ([5, 5, 5], 3, "▄▄▄"),
+        ([float("nan"), 1, float("inf"), 2], 9, "▁█"),
+        ([], 5, ""),
+        ([1, 2], 0, ""),
+    ],
+)
+def test_a_sparkline_scales_from_lowest_to_highest(values: list[float], width: int, expected: str) -> None:
+    assert display.sparkline(values, width) == expected
+
+
+# Streams
+
+
+def test_an_error_is_on_stderr_with_its_hint_after_a_blank_line(capsys: pytest.CaptureFixture[str]) -> None:
+    display.error(CountdownError("no checkpoint in `runs/first`", "list runs with `ls runs`"))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert STYLE_CODES.sub("", err) == "error: no checkpoint in `runs/first`\n\nhint: list runs with `ls runs`\n"
+
+
+def test_only_the_answer_of_a_solved_puzzle_is_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    text = display.reasoning(iter(["<think>4 * 7", " - 3</think>\n<answer>", "4 * 7 - 3</answer>"]))
+    outcome = score(text, PUZZLE)
+    display.answer(outcome.answer or "")
+    display.verdict(PUZZLE, outcome)
+    display.solutions(PUZZLE, ["3 * 7 + 4"])
+    out, err = capsys.readouterr()
+    assert text == "<think>4 * 7 - 3</think>\n<answer>4 * 7 - 3</answer>"
+    assert STYLE_CODES.sub("", out) == "4 * 7 - 3\n"
+    assert STYLE_CODES.sub("", err) == (
+        f"{text}\ncorrect: 4 * 7 - 3 = 25\nsolutions of [4, 7, 3] -> 25:\n  3 * 7 + 4\n"
+    )
+
+
+def test_a_wrong_answer_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    display.verdict(PUZZLE, score("<answer>4 + 7 + 3</answer>", PUZZLE))
+    assert STYLE_CODES.sub("", capsys.readouterr().err) == "wrong: the answer does not make the target\n"
+
+
+def test_json_is_one_line_of_ascii(capsys: pytest.CaptureFixture[str]) -> None:
+    display.json_object({"answer": HOSTILE})
+    out = capsys.readouterr().out
+    assert unprintable(out) == set()
+    assert out.count("\n") == 1
+    assert json.loads(out) == {"answer": HOSTILE}
+
+
+def test_a_narrow_encoding_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    display.accept_any_encoding()
+    display.answer("4 × 7 − 3")
+    assert written.getvalue() == rb"4 \xd7 7 \u2212 3" + b"\n"
+
+
+@pytest.mark.parametrize(
+    "show",
+    [
+        display.note,
+        display.answer,
+        lambda text: display.reasoning([text]),
+        lambda text: display.error(CountdownError(text, text)),
+        lambda text: display.prompt_tokens([(1, text)]),
+        lambda text: display.evaluation(evaluation(text, model=text)),
+        lambda text: display.comparison([evaluation("", model=text)]),
+        lambda text: display.sparklines([Curves(text, [(1, 0.5)], [], [], {text: [(1, 0.5)]})]),
+        lambda text: TrainingView(9).message(text),
+    ],
+)
+def test_untrusted_text_shows_escaped_and_unstyled(
+    show: Callable[[str], object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(display.out, "width", 200)
+    show(HOSTILE)
+    shown = STYLE_CODES.sub("", "".join(capsys.readouterr()))
+    assert unprintable(shown) == set()
+    assert ESCAPED in shown
+
+
+# Tables
+
+
+def test_a_summary_is_data_unless_the_puzzles_are(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = Summary(2506, 2179, 327, 1, 24.5, 100, 0.263, 1.128, 0, 0)
+    display.gen_data_summary(summary, Path("puzzles.jsonl"))
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert [line.split() for line in STYLE_CODES.sub("", out).splitlines()] == [
+        ["2,506", "puzzles", "written", "to", "puzzles.jsonl"],
+        ["split", "2,179", "train,", "327", "val"],
+        ["target", "1", "to", "100,", "median", "24.5"],
+        ["needs", "parentheses", "26.3%"],
+        ["solutions", "1.13", "on", "average"],
+        ["duplicates", "0"],
+        ["in", "both", "splits", "0"],
+    ]
+    display.gen_data_summary(summary, None)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "2,179 train, 327 val" in err
+
+
+def test_the_configuration_shows_every_setting_with_its_source(capsys: pytest.CaptureFixture[str]) -> None:
+    resolved = resolve(flags={"train.seed": 7}, has_cuda=lambda: False)
+    display.config_table(resolved)
+    lines = STYLE_CODES.sub("", capsys.readouterr().out).splitlines()
+    rows = {line.split()[0]: line.rstrip().split(maxsplit=2)[1:] for line in lines[4:]}
+    assert lines[0] == f"preset builtin: {resolved.preset_reason}"
+    assert rows["train.seed"] == ["7", "flag --seed"]
+    assert rows["task.style"] == ['"one-shot"', "config.toml"]
+    assert rows["model.gradient_checkpointing"] == ["false", "config.toml"]
+    assert set(rows) == set(resolved.sources)
+
+
+def test_a_prompt_shows_its_tokens_apart_and_their_ids(capsys: pytest.CaptureFixture[str]) -> None:
+    display.prompt_tokens([(5, "<|im_start|>"), (17, "user"), (2, "\n"), (40, "Using"), (41, " the")])
+    assert [line.rstrip() for line in STYLE_CODES.sub("", capsys.readouterr().out).splitlines()] == [
+        "a prompt of 5 tokens",
+        "",
+        r"  <|im_start|>·user·\n",
+        "  Using· the·",
+        "",
+        "  5 17 2 40 41",
+    ]
+
+
+def test_an_evaluation_shows_rates_outcomes_slices_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    right, wrong = "<think>a</think><answer>4 * 7 - 3</answer>", "<think>b</think><answer>4 + 7 + 3</answer>"
+    display.evaluation(evaluation(right, wrong, wrong, "<think>c"))
+    shown = STYLE_CODES.sub("", capsys.readouterr().out)
+    rows = [" ".join(line.split()) for line in shown.splitlines()]
+    assert rows[:6] == [
+        "builtin 4 val puzzles of 3 numbers, one-shot, greedy",
+        "accuracy 25.0% (95% interval 4.6 to 69.9%)",
+        "lenient accuracy 25.0%",
+        "format 75.0%",
+        "mean length 33.5 tokens",
+        "",
+    ]
+    for row in (
+        "correct 1 25.0% █████",
+        "wrong_value 2 50.0% ██████████",
+        "several solutions 1 4 25.0%",
+        "one solution 0 0 -",
+    ):
+        assert row in rows
+    titles = [line for line in shown.splitlines() if line.startswith("[4, 7, 3]")]
+    assert titles == [
+        "[4, 7, 3] -> 25  reward 0.2, wrong_value",
+        "[4, 7, 3] -> 25  reward 1.0, correct",
+        "[4, 7, 3] -> 25  reward 0.0, no_answer",
+    ]
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_tables_fit_the_terminal(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(display.out, "width", width)
+    result = evaluation("<answer>4 * 7 - 3</answer>", "A" * 1_000_000 + "<answer>four</answer>")
+    display.comparison([result, result])
+    display.evaluation(result)
+    display.config_table(resolve(has_cuda=lambda: False))
+    shown = STYLE_CODES.sub("", capsys.readouterr().out)
+    assert max(map(cell_len, shown.splitlines())) <= width
+    assert shown.count("AAAA\n") <= 12
+    for whole in ("50.0%", "9.5 to 90.5%", "not_an_expression"):
+        assert whole in shown
+
+
+def test_the_summary_of_a_training_compares_base_and_final_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = {
+        "puzzles": 327,
+        "base_accuracy": 0.355,
+        "final_accuracy": 0.817,
+        "final_interval": [0.771, 0.855],
+        "best_accuracy": 0.823,
+        "best_step": 180,
+    }
+    display.training_summary(summary, Path("runs/first"))
+    assert [" ".join(line.split()) for line in STYLE_CODES.sub("", capsys.readouterr().out).splitlines()] == [
+        "val accuracy on 327 puzzles, greedy",
+        "base 35.5%",
+        "final 81.7% (95% interval 77.1 to 85.5%)",
+        "best 82.3%, after step 180, saved as the run's model",
+        "run runs/first",
+    ]
+
+
+def test_a_pipe_gets_no_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    with display.progress("evaluating", quiet=False) as advance:
+        advance(1, 2)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_sparklines_show_first_and_last_value_of_each_curve(capsys: pytest.CaptureFixture[str]) -> None:
+    points = [(1, 0.25), (2, 0.5)]
+    display.sparklines([Curves("first", points, points, [(1, 0.0), (2, 0.01)], {"val": [(0, 0.3), (2, 0.6)]})])
+    assert [line.split() for line in STYLE_CODES.sub("", capsys.readouterr().out).splitlines()] == [
+        ["first"],
+        ["train", "accuracy", "▁█", "25.0%", "->", "50.0%"],
+        ["val", "accuracy", "▁█", "30.0%", "->", "60.0%"],
+        ["reward", "▁█", "0.250", "->", "0.500"],
+        ["kl", "▁█", "0.0000", "->", "0.0100"],
+    ]

@@ -1,0 +1,226 @@
+import io
+import re
+from collections.abc import Mapping
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from grpo_cli import display
+from grpo_cli.live import COLUMNS, PHASES, TrainingView, fitting
+
+HOSTILE = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202e\u200b\r[bold]markup[/bold]"
+ESCAPED = r"\x1b[2J\x1b]0;owned\x07\x9b31m\u202e\u200b\r[bold]markup[/bold]"
+ANSI = re.compile(r"\x1b\[\??[0-9;]*[A-Za-z]")
+METRICS = {
+    "reward": 0.4125,
+    "accuracy": 0.344,
+    "format_rate": 0.984,
+    "kl": 0.00123,
+    "loss": 0.01,
+    "entropy": 0.612,
+    "completion_length": 143.21,
+    "truncated": 0.031,
+    "zero_variance": 0.125,
+    "clip_fraction": 0.0,
+    "grad_norm": 0.8312,
+    "weights_changed": 0.9998,
+    "tokens_per_second": 4210.4,
+    "time/rollout": 1.42,
+    "time/score": 0.002,
+    "time/reference": 0.21,
+    "time/update": 0.68,
+    "time/total": 2.31,
+}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def terminal(width: int = 80, height: int = 40, **environment: str) -> Console:
+    """A console that takes itself for a terminal, with these environment variables only."""
+    return Console(
+        file=Terminal(), width=width, height=height, force_terminal=True, _environ={"TERM": "xterm", **environment}
+    )
+
+
+def pipe() -> Console:
+    return Console(file=io.StringIO(), _environ={})
+
+
+def written(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def metrics(step: int, **changes: float) -> dict[str, float]:
+    return {"step": step, **METRICS, **changes}
+
+
+def sample(completion: str = "<think>\n4 * 7 - 3 = 25\n</think>") -> Mapping[str, object]:
+    return {"numbers": [4, 7, 3], "target": 25, "completion": completion, "reward": 1.0, "reason": "correct"}
+
+
+def picture(view: TrainingView, width: int = 80, height: int = 40) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, height=height, _environ={})
+    console.print(view)
+    return written(console).splitlines()
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+# Piped
+
+
+def test_a_pipe_gets_one_plain_line_for_each_step() -> None:
+    console = pipe()
+    with TrainingView(200, console=console) as view:
+        view.message("preset builtin: no CUDA device was found")
+        view.progress("rollout", 3, 128)
+        view.evaluated(0, 0.355, 327, (0.305, 0.408))
+        view.step(metrics(1), sample(HOSTILE))
+    assert written(console) == (
+        "preset builtin: no CUDA device was found\n"
+        "step 0: val accuracy 35.5% of 327 puzzles (30.5 to 40.8%)\n"
+        "step 1 of 200, -:--:-- left  reward 0.412  accuracy 34.4%  format 98.4%  kl 0.0012  entropy 0.612"
+        "  length 143.2  truncated 3.1%  zero-var 12.5%  clip 0.0%  grad norm 0.831  changed 100.0%  tok/s 4,210"
+        "  s/step 2.31  rollout 1.42s  score 0.00s  reference 0.21s  update 0.68s\n"
+    )
+
+
+def test_forced_colour_does_not_make_a_pipe_a_terminal() -> None:
+    console = Console(file=io.StringIO(), _environ={"FORCE_COLOR": "1", "TERM": "xterm"})
+    with TrainingView(200, console=console) as view:
+        view.step(metrics(1), sample())
+    assert "\x1b" not in written(console)
+    assert written(console).count("\n") == 1
+
+
+def test_a_terminal_that_cannot_redraw_gets_lines_that_fit() -> None:
+    console = terminal(80, TERM="dumb")
+    with TrainingView(200, console=console) as view:
+        view.step(metrics(1), sample())
+    assert written(console) == "step 1 of 200, -:--:-- left  reward 0.412  accuracy 34.4%  format 98.4%\n"
+
+
+def test_a_metric_that_was_not_logged_shows_as_a_dash() -> None:
+    console = pipe()
+    without_kl = {key: value for key, value in metrics(1).items() if key != "kl"}
+    TrainingView(2, console=console).step(without_kl, sample())
+    assert "  kl -  " in written(console)
+
+
+# On a terminal
+
+
+@pytest.mark.parametrize(
+    ("width", "titles"),
+    [
+        (20, "step reward"),
+        (40, "step reward accuracy format kl"),
+        (80, "step reward accuracy format kl entropy length truncated s/step"),
+        (140, " ".join(column.title for column in COLUMNS)),
+    ],
+)
+def test_a_narrow_terminal_drops_the_least_important_columns(width: int, titles: str) -> None:
+    chosen = fitting({column: column.width for column in COLUMNS}, width)
+    assert " ".join(column.title for column in chosen) == titles
+
+
+def test_every_metric_of_the_table_has_a_rank_of_its_own() -> None:
+    assert sorted(column.rank for column in (*COLUMNS, *PHASES)) == list(range(len(COLUMNS) + len(PHASES)))
+
+
+@pytest.mark.parametrize(("width", "height"), [(20, 10), (40, 24), (80, 24), (80, 40), (140, 50)])
+def test_the_picture_fits_the_terminal(width: int, height: int) -> None:
+    view = TrainingView(1200, console=pipe())
+    view.evaluated(0, 0.0, 327, (0.0, 0.01))
+    for step in range(1181, 1201):
+        view.step(metrics(step), sample("日本" * 500_000 + "\n<answer>4 * 7 - 3</answer>"))
+    view.evaluated(1200, 1.0, 327, (0.988, 1.0))
+    view.progress("evaluating", 327, 327)
+    lines = picture(view, width, height)
+    assert len(lines) < height
+    assert max(map(cell_len, lines)) <= width
+    assert ("start 0.0%, step 1200 100.0% (98.8 to 100.0%), best 100.0%" in "\n".join(lines)) == (width >= 80)
+
+
+def test_the_picture_shows_progress_steps_curves_and_a_sample() -> None:
+    clock = Clock()
+    view = TrainingView(200, console=pipe(), clock=clock)
+    view.evaluated(0, 0.355, 327, (0.305, 0.408))
+    clock.now = 12
+    view.step(metrics(99, reward=0.2), sample())
+    clock.now = 16
+    view.step(metrics(100, reward=0.6), sample())
+    clock.now = 18
+    view.evaluated(100, 0.61, 327, (0.556, 0.661))
+    view.progress("rollout", 96, 128)
+    lines = picture(view)
+    assert re.fullmatch(r"step 100 of 200 .*━ +50%  0:00:18 elapsed, 0:06:38 left", lines[0])
+    assert lines[1:8] == [
+        "rollout 96 of 128",
+        " step  reward  accuracy  format       kl  entropy  length  truncated  s/step",
+        "   99   0.200     34.4%   98.4%   0.0012    0.612   143.2       3.1%    2.31",
+        "  100   0.600     34.4%   98.4%   0.0012    0.612   143.2       3.1%    2.31",
+        "",
+        "reward  ▁█          first ten 0.400, last ten 0.400",
+        "val     ▁█          start 35.5%, step 100 61.0% (55.6 to 66.1%), best 61.0%",
+    ]
+    assert lines[8] == "time                rollout 1.42s  score 0.00s  reference 0.21s  update 0.68s"
+    assert lines[9].startswith("╭─ [4, 7, 3] -> 25  reward 1.0, correct ─")
+    assert [line.strip("│ ") for line in lines[10:13]] == ["<think>", "4 * 7 - 3 = 25", "</think>"]
+
+
+def test_the_best_accuracy_is_kept_when_a_later_one_is_worse() -> None:
+    view = TrainingView(200, console=pipe())
+    for step, accuracy in [(0, 0.3), (20, 0.6), (40, 0.5)]:
+        view.evaluated(step, accuracy, 327, (0.45, 0.55))
+    assert "start 30.0%, step 40 50.0% (45.0 to 55.0%), best 60.0%" in "\n".join(picture(view))
+
+
+def test_time_left_is_the_pace_of_the_steps_seen_and_counts_down() -> None:
+    clock = Clock()
+    view = TrainingView(110, start=100, console=pipe(), clock=clock)
+    assert picture(view)[0].endswith("-:--:-- left")
+    for step, clock.now in [(101, 10), (102, 12), (103, 14)]:
+        view.step(metrics(step), sample())
+    assert picture(view)[0].endswith("0:00:14 left")
+    clock.now = 15
+    assert picture(view)[0].endswith("0:00:13 left")
+
+
+@pytest.mark.parametrize("no_colour", [False, True])
+def test_a_terminal_gets_no_control_character_from_a_completion(no_colour: bool) -> None:
+    console = terminal(NO_COLOR="1") if no_colour else terminal()
+    with TrainingView(200, console=console) as view:
+        view.message(HOSTILE)
+        view.step(metrics(1), sample(HOSTILE))
+    shown = written(console)
+    assert shown.count(ESCAPED) >= 2
+    own = ANSI.sub("", shown)
+    assert {character for character in own if not character.isprintable()} <= {"\n", "\r"}
+    assert "\r[bold]" not in own
+    assert bool(re.search(r"\x1b\[(\d+;)*3\d", shown)) != no_colour
+
+
+def test_the_cursor_comes_back_when_training_is_interrupted() -> None:
+    console = terminal()
+    with pytest.raises(KeyboardInterrupt), TrainingView(200, console=console) as view:
+        view.step(metrics(1), sample())
+        raise KeyboardInterrupt
+    shown = written(console)
+    assert shown.index("\x1b[?25l") < shown.rindex("\x1b[?25h")
+
+
+def test_the_view_writes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    TrainingView(2).message("hello")
+    assert capsys.readouterr() == ("", "hello\n")
+    assert display.err.stderr

@@ -1,0 +1,114 @@
+"""Promises of the project as a whole."""
+
+import ast
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import grpo_cli
+
+PACKAGE = Path(grpo_cli.__file__).parent
+MODULES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): ast.parse(
+        path.read_text("utf-8")
+    )
+    for path in PACKAGE.rglob("*.py")
+}
+HEAVY = {"torch", "transformers", "bitsandbytes", "matplotlib", "numpy"}
+LIGHT = [
+    "grpo_cli.cli",
+    "grpo_cli.display",
+    "grpo_cli.options",
+    "grpo_cli.plot",
+    "grpo_cli.core.config",
+    "grpo_cli.core.puzzle",
+    "grpo_cli.core.run",
+    "grpo_cli.core.settings",
+    "grpo_cli.core.task",
+]
+
+
+def loaded_by(code: str) -> set[str]:
+    """Top-level names of all modules that a fresh Python has loaded after `code`."""
+    report = "import atexit, json, sys; atexit.register(lambda: print('\\n' + json.dumps([*sys.modules])))"
+    command = [sys.executable, "-c", f"{report}\n{code}"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name.partition(".")[0] for name in json.loads(output.splitlines()[-1])}
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """Every module that a file names in an import, wherever it stands."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield node.module
+
+
+def test_help_loads_neither_a_model_nor_the_settings() -> None:
+    code = "import sys; sys.argv = ['countdown', '--help']\nfrom grpo_cli.cli import main\nmain()"
+    assert loaded_by(code) & {*HEAVY, "pydantic"} == set()
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_what_needs_no_model_loads_none(module: str) -> None:
+    assert loaded_by(f"import {module}") & HEAVY == set()
+
+
+@pytest.mark.parametrize("module", ["errors", "expression", "puzzle", "task"])
+def test_puzzles_and_scores_need_the_standard_library_alone(module: str) -> None:
+    assert loaded_by(f"import grpo_cli.core.{module}") - loaded_by("") - sys.stdlib_module_names == {"grpo_cli"}
+
+
+def test_the_core_neither_prints_nor_exits_nor_reads_the_environment() -> None:
+    calls = {"print", "input", "exit", "sys.exit", "os.getenv"}
+    found = [
+        f"{module}:{node.lineno}"
+        for module, tree in MODULES.items()
+        if module.startswith("grpo_cli.core")
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.Call) and ast.unparse(node.func) in calls)
+        or (isinstance(node, ast.Attribute) and ast.unparse(node) in {"os.environ", "sys.stdout", "sys.stderr"})
+    ]
+    assert found == []
+
+
+def test_the_core_knows_nothing_above_it() -> None:
+    above = {"typer", "rich", "grpo_cli.cli", "grpo_cli.display", "grpo_cli.live", "grpo_cli.options", "grpo_cli.plot"}
+    core = {name: set(imports(tree)) & above for name, tree in MODULES.items() if name.startswith("grpo_cli.core")}
+    assert {name: names for name, names in core.items() if names} == {}
+
+
+def test_imports_make_no_circle() -> None:
+    graph = {name: {other for other in imports(tree) if other in MODULES} - {name} for name, tree in MODULES.items()}
+    TopologicalSorter(graph).prepare()
+
+
+def test_every_module_says_what_it_does() -> None:
+    assert [name for name, tree in MODULES.items() if not ast.get_docstring(tree)] == []
+
+
+def test_every_command_is_in_the_readme() -> None:
+    from typer.main import get_group
+
+    from grpo_cli.cli import app
+
+    readme = (PACKAGE.parent / "README.md").read_text("utf-8")
+    assert [name for name in get_group(app).commands if f"countdown {name}" not in readme] == []
+
+
+@pytest.mark.slow
+def test_help_takes_less_than_four_tenths_of_a_second() -> None:
+    def seconds() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "grpo_cli", "--help"], capture_output=True, check=True)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.4

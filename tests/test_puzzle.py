@@ -1,0 +1,332 @@
+"""The space of puzzles and its solver against brute force, and puzzle files line by line."""
+
+import json
+import random
+import re
+from collections.abc import Callable, Iterator
+from itertools import permutations, product
+from operator import add, mul, sub
+from pathlib import Path
+
+import pytest
+
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.expression import parse
+from grpo_cli.core.puzzle import (
+    Puzzle,
+    Split,
+    Summary,
+    checked,
+    enumerate_puzzles,
+    generate,
+    judge,
+    needs_parentheses,
+    read_puzzles,
+    solve,
+    split_of,
+    summarize,
+    write_puzzles,
+)
+
+PRIME = 2**61 - 1
+
+
+def values(numbers: tuple[int, ...], symbols: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """The value and the fingerprint of every binary tree over the numbers in this order.
+
+    The fingerprint is the tree's polynomial at `symbols`: equal polynomials agree, others differ but for a freak.
+    """
+    if len(numbers) == 1:
+        yield numbers[0], symbols[0]
+    for cut in range(1, len(numbers)):
+        left, right = values(numbers[:cut], symbols[:cut]), values(numbers[cut:], symbols[cut:])
+        for (a, x), (b, y) in product(list(left), list(right)):
+            yield a + b, (x + y) % PRIME
+            yield a - b, (x - y) % PRIME
+            yield a * b, x * y % PRIME
+
+
+def brute_force(numbers: tuple[int, ...]) -> dict[int, set[int]]:
+    """Every value that `numbers` can make, with the fingerprints of its expressions."""
+    rng = random.Random(0)
+    symbols = [rng.randrange(PRIME) for _ in numbers]
+    found: dict[int, set[int]] = {}
+    for order in permutations(range(len(numbers))):
+        drawn, symbolic = tuple(numbers[i] for i in order), tuple(symbols[i] for i in order)
+        for value, fingerprint in values(drawn, symbolic):
+            found.setdefault(value, set()).add(fingerprint)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("numbers", "split"),
+    [((2, 4, 6), "val"), ((10, 10), "val"), ((2, 4, 5), "train"), ((1, 4, 6), "train"), ((9, 7, 3, 1), "train")],
+)
+def test_all_even_numbers_are_val(numbers: tuple[int, ...], split: Split) -> None:
+    assert split_of(numbers) == Puzzle(numbers, 10).split == split
+
+
+@pytest.mark.parametrize(("numbers", "train", "val"), [(2, 115, 39), (3, 2179, 327), (4, 28209, 1906)])
+def test_the_space_has_the_known_size(numbers: int, train: int, val: int) -> None:
+    puzzles = list(enumerate_puzzles(numbers))
+    assert len(list(enumerate_puzzles(numbers, "train"))) == train
+    assert len(list(enumerate_puzzles(numbers, "val"))) == val
+    assert len(set(puzzles)) == len(puzzles) == train + val
+    assert puzzles == sorted(puzzles, key=lambda puzzle: (puzzle.numbers, puzzle.target))
+    assert all(puzzle == puzzle.canonical for puzzle in puzzles)
+
+
+def test_the_space_of_three_numbers_is_what_brute_force_can_make() -> None:
+    targets: dict[tuple[int, ...], set[int]] = {}
+    for puzzle in enumerate_puzzles(3):
+        targets.setdefault(puzzle.numbers, set()).add(puzzle.target)
+    assert targets == {numbers: set(brute_force(numbers)) & set(range(1, 101)) for numbers in targets}
+    assert len(targets) == 220
+
+
+@pytest.mark.parametrize("numbers", [(2, 3, 5), (1, 2, 3), (2, 4, 8), (1, 2, 3, 5), (2, 4, 6, 8), (2, 3, 4, 9)])
+def test_the_solver_finds_every_polynomial_once(numbers: tuple[int, ...]) -> None:
+    found = brute_force(numbers)
+    counts = {target: len(solve(Puzzle(numbers, target))) for target in range(1, 101)}
+    assert counts == {target: len(found.get(target, ())) for target in range(1, 101)}
+
+
+@pytest.mark.parametrize("target", [1, 4, 24])
+def test_the_solver_finds_every_polynomial_of_five_numbers_once(target: int) -> None:
+    numbers = (2, 3, 4, 7, 9)
+    assert len(solve(Puzzle(numbers, target))) == len(brute_force(numbers)[target])
+
+
+@pytest.mark.parametrize(
+    ("puzzle", "solutions"),
+    [
+        (Puzzle((3, 5, 2), 13), ["2 * 5 + 3", "3 * 5 - 2"]),
+        (Puzzle((2, 3, 5), 25), ["(2 + 3) * 5"]),
+        (Puzzle((2, 2, 2), 2), ["2 * 2 - 2", "2 + 2 - 2"]),
+        (Puzzle((10, 1, 1), 10), ["1 * 1 * 10", "1 + 10 - 1"]),
+        (Puzzle((3, 7, 3), 7), ["3 + 7 - 3"]),
+        (Puzzle((7, 7), 49), ["7 * 7"]),
+        (Puzzle((1, 1, 1), 100), []),
+        (Puzzle((2, 4, 6), 13), []),
+    ],
+)
+def test_solutions_worked_out_by_hand(puzzle: Puzzle, solutions: list[str]) -> None:
+    assert solve(puzzle) == solutions
+
+
+def test_of_two_solutions_that_differ_in_signs_the_one_without_negative_factors_is_listed() -> None:
+    solutions = solve(Puzzle((2, 3, 4, 5), 4))
+    assert "(4 - 2) * (5 - 3)" in solutions
+    assert "(2 - 4) * (3 - 5)" not in solutions
+
+
+def test_solutions_do_not_depend_on_the_order_of_the_numbers() -> None:
+    assert len({tuple(solve(Puzzle(order, 24))) for order in permutations((3, 4, 6, 8))}) == 1
+
+
+def test_six_numbers_are_solved() -> None:
+    puzzle = Puzzle((2, 3, 5, 7, 8, 9), 24)
+    solutions = solve(puzzle)
+    assert len(set(solutions)) == len(solutions) > 100
+    assert all(judge(puzzle, parse(solution)) == "correct" for solution in solutions)
+    assert "(2 - 2) * (3 + 5 + 7) + 10" in solve(Puzzle((2, 2, 3, 5, 7, 10), 10))
+
+
+def test_no_pair_of_parentheses_can_be_left_out() -> None:
+    for puzzle in generate(200, numbers=4, seed=3):
+        for solution in solve(puzzle):
+            assert all(at_symbols(shorter) != at_symbols(solution) for shorter in without_one_pair(solution))
+
+
+def without_one_pair(text: str) -> Iterator[str]:
+    opened: list[int] = []
+    for index, character in enumerate(text):
+        if character == "(":
+            opened.append(index)
+        elif character == ")":
+            start = opened.pop()
+            yield text[:start] + text[start + 1 : index] + text[index + 1 :]
+
+
+def at_symbols(text: str) -> int:
+    """The value with a large number in the place of each number."""
+    symbols = iter([10007, 20011, 40009, 80021])
+    expression = parse(re.sub("[0-9]+", lambda _: str(next(symbols)), text))
+    assert expression is not None
+    return expression.value
+
+
+@pytest.mark.parametrize(
+    ("puzzle", "needed"), [(Puzzle((2, 3, 5), 25), True), (Puzzle((2, 3, 5), 13), False), (Puzzle((4, 6), 24), False)]
+)
+def test_parentheses_are_needed_when_no_solution_does_without(puzzle: Puzzle, needed: bool) -> None:
+    assert needs_parentheses(puzzle) is needed
+
+
+@pytest.mark.parametrize("numbers", [2, 3, 6])
+def test_generated_puzzles_are_made_from_left_to_right(numbers: int) -> None:
+    operators: list[Callable[[int, int], int]] = [add, sub, mul]
+    for puzzle in generate(50, numbers=numbers, seed=1):
+        results = {puzzle.numbers[0]}
+        for number in puzzle.numbers[1:]:
+            results = {apply(result, number) for result in results for apply in operators}
+        assert puzzle.target in results
+        assert 1 <= puzzle.target <= 100
+        assert len(puzzle.numbers) == numbers
+        assert all(1 <= number <= 10 for number in puzzle.numbers)
+
+
+def test_a_seed_names_the_puzzles() -> None:
+    random.seed(1)
+    first = generate(50, seed=5)
+    random.seed(2)
+    assert first == generate(50, seed=5)
+    assert first[:20] == generate(20, seed=5)
+    assert first != generate(50, seed=6)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_one_split_is_generated_on_request(split: Split) -> None:
+    assert {puzzle.split for puzzle in generate(50, split=split)} == {split}
+
+
+@pytest.mark.parametrize("numbers", [-1, 0, 1, 7])
+def test_a_puzzle_has_two_to_six_numbers(numbers: int) -> None:
+    message = f"a puzzle has 2 to 6 numbers, not {numbers}"
+    with pytest.raises(CountdownError, match=message):
+        generate(1, numbers=numbers)
+    with pytest.raises(CountdownError, match=message):
+        next(enumerate_puzzles(numbers))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "target", "message"),
+    [
+        ([1], 1, "a puzzle has 2 to 6 numbers, not 1"),
+        ([0, 1], 1, "the numbers of a puzzle lie between 1 and 100, and 0 does not"),
+        ([1, 101], 1, "the numbers of a puzzle lie between 1 and 100, and 101 does not"),
+        ([1, 2], 0, "the target of a puzzle lies between 1 and 1000, and 0 does not"),
+        ([1, 2], 1001, "the target of a puzzle lies between 1 and 1000, and 1001 does not"),
+    ],
+)
+def test_puzzles_out_of_bounds_are_refused(numbers: list[int], target: int, message: str) -> None:
+    with pytest.raises(CountdownError, match=message):
+        checked(numbers, target)
+
+
+def test_puzzles_come_back_from_their_file(tmp_path: Path) -> None:
+    puzzles = [*enumerate_puzzles(3, "val"), *generate(20, numbers=5)]
+    write_puzzles(tmp_path / "puzzles.jsonl", puzzles)
+    assert read_puzzles(tmp_path / "puzzles.jsonl") == puzzles
+
+
+def test_a_line_holds_numbers_target_split_and_a_solution(tmp_path: Path) -> None:
+    path = tmp_path / "puzzles.jsonl"
+    write_puzzles(path, [Puzzle((3, 5, 2), 13)])
+    assert path.read_bytes() == b'{"numbers": [3, 5, 2], "target": 13, "split": "train", "solution": "2 * 5 + 3"}\n'
+
+
+def test_the_same_arguments_write_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_puzzles(tmp_path / name, generate(100, numbers=4, seed=9))
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_a_file_is_replaced_only_on_request(tmp_path: Path) -> None:
+    path = tmp_path / "puzzles.jsonl"
+    path.write_text("mine")
+    with pytest.raises(CountdownError, match=r"puzzles\.jsonl` exists") as caught:
+        write_puzzles(path, generate(1))
+    assert "--overwrite" in str(caught.value.hint)
+    assert path.read_text() == "mine"
+    write_puzzles(path, generate(1), overwrite=True)
+    assert read_puzzles(path) == generate(1)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(CountdownError, match=r"cannot write `.*folder`: Is a directory"):
+        write_puzzles(tmp_path / "folder", generate(1), overwrite=True)
+    with pytest.raises(CountdownError, match=r"cannot write `.*puzzles`: No such file or directory"):
+        write_puzzles(tmp_path / "missing" / "puzzles", generate(1))
+    with pytest.raises(CountdownError, match=re.escape("100 cannot be made from [1, 1]")):
+        write_puzzles(tmp_path / "unsolvable", [Puzzle((1, 1), 100)])
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+
+
+GOOD = {"numbers": [3, 5, 2], "target": 13, "split": "train", "solution": "2 * 5 + 3"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "not JSON"),
+        ('{"numbers": [3, 5', "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("9" * 10_000, "not JSON"),
+        ("[3, 5, 2]", "a puzzle is an object with the fields numbers, target, split, solution"),
+        (json.dumps({"numbers": [3, 5, 2], "target": 13}), "a puzzle is an object with the fields"),
+        (json.dumps({**GOOD, "seed": 1}), "a puzzle is an object with the fields"),
+        (json.dumps({**GOOD, "numbers": "3 5 2"}), "`numbers` is a list of whole numbers"),
+        (json.dumps({**GOOD, "numbers": [3, 5.0, 2]}), "`numbers` is a list of whole numbers"),
+        (json.dumps({**GOOD, "numbers": [3, True, 2]}), "`numbers` is a list of whole numbers"),
+        (json.dumps({**GOOD, "target": "13"}), "`numbers` is a list of whole numbers, `target` a whole number"),
+        (json.dumps({**GOOD, "target": float("nan")}), "`numbers` is a list of whole numbers, `target` a whole number"),
+        (json.dumps({**GOOD, "numbers": [3]}), "a puzzle has 2 to 6 numbers, not 1"),
+        (json.dumps({**GOOD, "target": -13}), "the target of a puzzle lies between 1 and 1000"),
+        (json.dumps({**GOOD, "split": "val"}), "[3, 5, 2] belongs to the split `train`"),
+        (json.dumps({**GOOD, "target": 14}), "`solution` does not make 14 from [3, 5, 2]"),
+        (json.dumps({**GOOD, "solution": "13"}), "`solution` does not make 13 from [3, 5, 2]"),
+        (json.dumps({**GOOD, "solution": None}), "`solution` does not make 13 from [3, 5, 2]"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "puzzles.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n{line}\n{json.dumps(GOOD)}\n")
+    with pytest.raises(CountdownError, match=re.escape(f"`{path}`, line 2: {message}")):
+        read_puzzles(path)
+
+
+def test_files_of_other_systems_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "puzzles.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + f"{json.dumps(GOOD)}\r\n{json.dumps(GOOD)}".encode())
+    assert read_puzzles(path) == [Puzzle((3, 5, 2), 13)] * 2
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "puzzles.jsonl"
+    with pytest.raises(CountdownError, match=r"cannot read `.*jsonl`: No such file or directory"):
+        read_puzzles(path)
+    path.write_bytes(b"")
+    with pytest.raises(CountdownError, match="` is empty"):
+        read_puzzles(path)
+    path.write_bytes(json.dumps(GOOD).encode() + b"\n\xff")
+    with pytest.raises(CountdownError, match="line 2: not UTF-8"):
+        read_puzzles(path)
+
+
+def test_a_summary_counts_by_hand() -> None:
+    puzzles = [Puzzle((3, 5, 2), 13), Puzzle((2, 3, 5), 13), Puzzle((2, 3, 5), 25), Puzzle((2, 4), 8)]
+    assert summarize(puzzles) == Summary(
+        count=4,
+        train=3,
+        val=1,
+        target_min=8,
+        target_median=13,
+        target_max=25,
+        needs_parentheses=1 / 4,
+        solutions=(2 + 2 + 1 + 1) / 4,
+        duplicates=1,
+        overlap=0,
+    )
+
+
+def test_the_whole_space_has_no_duplicates_and_no_overlap() -> None:
+    summary = summarize(list(enumerate_puzzles(3)))
+    assert (summary.count, summary.train, summary.val, summary.duplicates, summary.overlap) == (2506, 2179, 327, 0, 0)
+
+
+def test_nothing_cannot_be_summarized() -> None:
+    with pytest.raises(CountdownError, match="no puzzles"):
+        summarize([])

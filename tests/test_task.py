@@ -1,0 +1,300 @@
+"""The prompt, the scoring contract case by case, and hostile completions."""
+
+import json
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.expression import parse
+from grpo_cli.core.puzzle import Puzzle, enumerate_puzzles, solve
+from grpo_cli.core.task import EXAMPLE, STYLES, WORKED_EXAMPLE, Reason, Score, Style, prompt, read_question, score
+
+P13 = Puzzle((3, 5, 2), 13)
+TAGGED: list[Style] = ["one-shot", "zero-shot"]
+
+
+def answered(answer: str, puzzle: Puzzle, style: Style = "one-shot") -> Score:
+    return score(f"<think>\nLet me see.\n</think>\n<answer>{answer}</answer>", puzzle, style=style)
+
+
+CONTRACT: list[tuple[str, Puzzle, Reason, bool]] = [
+    ("5 * 2 + 3", P13, "correct", True),
+    ("\n5*2 + 3\n", P13, "correct", True),
+    ("(3 + 2) * 5", Puzzle((3, 5, 2), 25), "correct", True),
+    ("-2 + 5 * 3", P13, "correct", True),
+    ("5 * 2 - -3", P13, "correct", True),
+    ("2 * 5.5", Puzzle((2, 5, 5), 11), "not_an_expression", False),
+    ("2**3 + 5", Puzzle((2, 3, 5), 13), "not_an_expression", False),
+    ("7 // 2 + 10", Puzzle((7, 2, 10), 13), "not_an_expression", False),
+    ("5 * 2 + 3 = 13", P13, "not_an_expression", True),
+    ("5 * 2 + 3 = 99", P13, "not_an_expression", False),
+    ("5 × 2 + 3", P13, "not_an_expression", True),
+    ("5 * 3 - 2 + 0", P13, "wrong_numbers", False),
+    ("10 + 3", P13, "wrong_numbers", False),
+    ("5 + 2 + 3", P13, "wrong_value", False),
+    ("53 + 2", Puzzle((3, 5, 2), 55), "wrong_numbers", False),
+    ("(" * 5000, P13, "not_an_expression", False),
+]
+
+HOSTILE: list[tuple[str, Reason]] = [
+    ("13 # 3 5 2", "not_an_expression"),
+    ("5 * 2 + 3 # 1", "not_an_expression"),
+    ("13 + 0 * (3 + 5 + 2)", "wrong_numbers"),
+    ("True + 5 * 2 + 2", "not_an_expression"),
+    ("5 * 2 + 3 * True", "not_an_expression"),
+    ("5 * 2 + 3 ** 1", "not_an_expression"),
+    ("9**9**9**9", "not_an_expression"),
+    ("(9" * 40 + ")" * 40, "not_an_expression"),
+    ("5 * 2 + 1_0 - 7", "not_an_expression"),
+    ("0x5 * 2 + 3", "not_an_expression"),
+    ("05 * 2 + 3", "not_an_expression"),
+    ("5 * 2 + \uff13", "not_an_expression"),
+    ("\u0665 * 2 + 3", "not_an_expression"),
+    ("5(2) + 3", "not_an_expression"),
+    ("5 * 2 + 3 or 1", "not_an_expression"),
+    ("5 * 2 + 3\x00", "not_an_expression"),
+    ("__import__('os').getcwd()", "not_an_expression"),
+    ("", "not_an_expression"),
+    ("(" * 64 + "5 * 2 + 3" + ")" * 64, "correct"),
+    ("(" * 65 + "5 * 2 + 3" + ")" * 65, "not_an_expression"),
+    ("-" * 246 + "5 * 2 + 3", "correct"),
+    ("-" * 248 + "5 * 2 + 3", "not_an_expression"),
+    ("1" * 256, "wrong_numbers"),
+    ("1" * 10**6, "not_an_expression"),
+    ("3 5 2 " * 10**5, "not_an_expression"),
+]
+
+
+@pytest.mark.parametrize("style", TAGGED)
+@pytest.mark.parametrize(("answer", "puzzle", "reason", "lenient"), CONTRACT)
+def test_the_contract(answer: str, puzzle: Puzzle, reason: Reason, lenient: bool, style: Style) -> None:
+    correct = reason == "correct"
+    expected = Score(1.0 if correct else 0.2, correct, reason, answer.strip(), well_formed=True, lenient=lenient)
+    assert answered(answer, puzzle, style) == expected
+
+
+@pytest.mark.parametrize(("answer", "reason"), HOSTILE, ids=lambda value: repr(value[:20]))
+def test_hostile_answers_neither_pay_nor_raise(answer: str, reason: Reason) -> None:
+    assert answered(answer, P13).reason == reason
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("<answer>1</answer> then <answer>2</answer>", "2"),
+        ("<think>like <answer>1</answer></think><answer>2</answer>", "2"),
+        ("<answer>1</answer> and <answer>2", "1"),
+        ("<answer>1</answer> and </answer>", "1"),
+        ("<answer>1 <answer>2</answer>", "2"),
+        ("<answer> \n 1 + 1 \t\n</answer>", "1 + 1"),
+        ("<answer></answer>", ""),
+        ("<answer>1", None),
+        ("1</answer>", None),
+        ("</answer>1<answer>", None),
+        ("<ANSWER>1</ANSWER>", None),
+        ("5 * 2 + 3", None),
+        ("", None),
+    ],
+)
+def test_the_last_complete_pair_holds_the_answer(completion: str, answer: str | None) -> None:
+    result = score(completion, P13)
+    assert result.answer == answer
+    assert (result.reason == "no_answer") == (answer is None)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(
+    ("completion", "reward", "well_formed"),
+    [
+        ("", 0.0, False),
+        ("<think></think>", 0.1, False),
+        ("<answer></answer>", 0.1, False),
+        ("<think></think><answer></answer>", 0.2, True),
+        ("<answer></answer><think></think>", 0.2, True),
+        ("<think></think><think></think><think></think>", 0.1, False),
+        ("<think>", 0.0, False),
+        ("</think><think>", 0.0, False),
+        ("</think><think></think>", 0.1, False),
+        ("<think>no end <answer>5</answer>", 0.1, False),
+        ("< think ></ think >", 0.0, False),
+    ],
+)
+def test_each_tag_pair_earns_a_tenth_in_every_style(
+    completion: str, reward: float, well_formed: bool, style: Style
+) -> None:
+    result = score(completion, P13, style=style)
+    assert (result.reward, result.well_formed) == (reward, well_formed)
+
+
+def test_a_correct_answer_replaces_the_format_reward() -> None:
+    assert score("<answer>5 * 2 + 3</answer>", P13).reward == 1.0
+    assert score("<think></think><answer>5 * 2 + 3</answer>", P13).reward == 1.0
+    assert score("5 * 2 + 3", P13, style="natural").reward == 1.0
+
+
+@pytest.mark.parametrize(
+    ("completion", "style", "reason"),
+    [
+        ("<think>3 + 5", "one-shot", "truncated"),
+        ("<think></think><answer>5 *", "one-shot", "truncated"),
+        ("<answer>5 + 2</answer>", "one-shot", "wrong_numbers"),
+        ("<answer>5 *</answer>", "one-shot", "not_an_expression"),
+        ("<answer>5 * 2 + 3</answer> and", "one-shot", "correct"),
+        ("I think", "natural", "truncated"),
+        ("I try 5 + 2", "natural", "truncated"),
+        ("It is 5 * 2 + 3 = 13, so", "natural", "correct"),
+    ],
+)
+def test_running_out_of_tokens_changes_only_the_reason(completion: str, style: Style, reason: Reason) -> None:
+    cut, whole = score(completion, P13, style=style, truncated=True), score(completion, P13, style=style)
+    assert cut.reason == reason
+    assert (cut.reward, cut.answer, cut.lenient) == (whole.reward, whole.answer, whole.lenient)
+
+
+@pytest.mark.parametrize(
+    ("completion", "reason", "lenient"),
+    [
+        ("5 * 2 = 10, so 5 * 2 + 3 = 10 + 3 = 13.", "correct", True),
+        ("The answer is 5 × 2 + 3 = 13.", "no_answer", True),
+        ("3 + 5 + 2 = 10 is wrong, 5 \\times 2 + 3 is right", "wrong_value", True),
+        ("5 * 2 = 10 and 10 + 3 = 13", "wrong_numbers", False),
+        ("5 + 2 + 3 = 13", "wrong_value", False),
+        ("I give up.", "no_answer", False),
+        ("It is 2.5 + 3 * 5", "no_answer", False),
+        ("5 * 2 + 3 # 13", "correct", True),
+        ("True + 2 + 5 * 2", "wrong_numbers", False),
+    ],
+)
+def test_natural_answers(completion: str, reason: Reason, lenient: bool) -> None:
+    result = score(completion, P13, style="natural")
+    assert (result.reason, result.lenient) == (reason, lenient)
+
+
+def test_every_solution_of_the_space_scores_full_in_every_style() -> None:
+    templates: dict[Style, str] = {
+        "one-shot": "<think>\n{0}\n</think>\n<answer>{0}</answer>",
+        "zero-shot": "<answer>{0}</answer>",
+        "natural": "First I tried 1 + 1 = 2. In the end, {0} = {1} it is.",
+    }
+    puzzles = list(enumerate_puzzles(3))
+    assert len(puzzles) == 2506
+    for puzzle in puzzles:
+        solutions = solve(puzzle)
+        assert solutions
+        for style in STYLES:
+            for solution in solutions:
+                assert score(templates[style].format(solution, puzzle.target), puzzle, style=style).reward == 1.0
+
+
+PIECES = ["<think>", "</think>", "<answer>", "</answer>", "5 * 2 + 3", "13", "×", "\\times", "**", "1_0", "0x1", "True"]
+PIECES += "523+-*()=#. \n\x00\u0663"
+FRAGMENTS = st.sampled_from(PIECES) | st.text(max_size=5)
+
+
+@settings(deadline=None)
+@given(st.lists(FRAGMENTS, max_size=20).map("".join), st.sampled_from(STYLES), st.booleans())
+def test_a_reward_follows_from_the_answer_and_the_tags_alone(completion: str, style: Style, truncated: bool) -> None:
+    result = score(completion, P13, style=style, truncated=truncated)
+    expression = parse(result.answer) if result.answer is not None else None
+    right = expression is not None and sorted(expression.numbers) == [2, 3, 5] and expression.value == 13
+    assert result.correct == right == (result.reason == "correct")
+    assert result.lenient or not result.correct
+    assert result.reward == 1.0 if right else result.reward in (0.0, 0.1, 0.2)
+    assert result.reward > 0.1 or not result.well_formed
+
+
+@pytest.mark.slow
+def test_a_million_random_strings_are_scored() -> None:
+    rng = random.Random(0)
+    rewards = set()
+    for number in range(1_000_000):
+        completion = "".join(rng.choices(PIECES, k=rng.randrange(20)))
+        rewards.add(score(completion, P13, style=STYLES[number % 3], truncated=number % 2 == 0).reward)
+    assert rewards == {0.0, 0.1, 0.2, 1.0}
+
+
+def test_prompts_carry_the_roles_of_their_style() -> None:
+    puzzle = Puzzle((4, 7, 3), 25)
+    roles = {style: [message["role"] for message in prompt(puzzle, style)] for style in STYLES}
+    assert roles == {
+        "one-shot": ["system", "user", "assistant", "user"],
+        "zero-shot": ["system", "user"],
+        "natural": ["system", "user"],
+    }
+    for style in STYLES:
+        question = prompt(puzzle, style)[-1]["content"]
+        assert question.startswith("Using the numbers [4, 7, 3], create an expression that equals 25. ")
+        assert ("<think>" in question and "<answer>" in question) == (style != "natural")
+
+
+def test_the_worked_example_is_a_correct_completion_of_its_own_question() -> None:
+    _, asked, worked, _ = prompt(Puzzle((4, 7, 3), 25))
+    assert asked["content"].startswith("Using the numbers [3, 5, 2], create an expression that equals 13. ")
+    assert score(worked["content"], EXAMPLE) == Score(1.0, True, "correct", "5 * 2 + 3", True, True)
+
+
+def test_each_step_of_the_worked_example_is_true() -> None:
+    for line in WORKED_EXAMPLE.split("</think>")[0].splitlines()[1:]:
+        *steps, result = line.split(",")[0].split(" = ")
+        values = [expression.value for step in steps if (expression := parse(step))]
+        assert values == [int(result)] * len(steps)
+        assert line.endswith("Yes!" if int(result) == EXAMPLE.target else "No.")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Using the numbers [4, 7, 3], create an expression that equals 25.",
+        "using [4,7,3] make 25",
+        "[4 7 3] = 25",
+        "4 7 3 = 25",
+        " 4  7 3=25\n",
+        "4,7,3 -> 25",
+        "4, 7, 3 → 25",
+        prompt(Puzzle((4, 7, 3), 25), "natural")[-1]["content"],
+    ],
+)
+def test_questions_are_read(text: str) -> None:
+    assert read_question(text) == Puzzle((4, 7, 3), 25)
+
+
+@pytest.mark.parametrize("puzzle", [Puzzle((1, 100), 1000), Puzzle((1, 2, 3, 4, 5, 6), 1)])
+def test_the_bounds_of_a_question_are_inside(puzzle: Puzzle) -> None:
+    assert read_question(f"{json.dumps(puzzle.numbers)} -> {puzzle.target}") == puzzle
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "there is no puzzle in the question"),
+        ("what is 2 + 2?", "there is no puzzle in the question"),
+        ("4 7 3", "there is no puzzle in the question"),
+        ("4 7 3 = 2.5", "there is no puzzle in the question"),
+        ("4 7 3 = -25", "there is no puzzle in the question"),
+        ("[4, 7, 3] equals 2.5", "there is no puzzle in the question"),
+        ("[4, 7, 3] equals -25", "there is no puzzle in the question"),
+        ("4 -7 3 = 25", "there is no puzzle in the question"),
+        ("4.5 7 3 = 25", "there is no puzzle in the question"),
+        ("٤ 7 3 = 25", "there is no puzzle in the question"),
+        ("4 7 3 = " + "9" * 5000, "there is no puzzle in the question"),
+        ("[" * 10**5, "there is no puzzle in the question"),
+        ("4 = 4", "a puzzle has 2 to 6 numbers, not 1"),
+        ("1 2 3 4 5 6 7 = 28", "a puzzle has 2 to 6 numbers, not 7"),
+        ("4 101 = 25", "the numbers of a puzzle lie between 1 and 100, and 101 does not"),
+        ("0 4 = 4", "the numbers of a puzzle lie between 1 and 100, and 0 does not"),
+        ("4 7 = 1001", "the target of a puzzle lies between 1 and 1000, and 1001 does not"),
+        ("4 7 = 0", "the target of a puzzle lies between 1 and 1000, and 0 does not"),
+    ],
+)
+def test_other_questions_are_refused(text: str, message: str) -> None:
+    with pytest.raises(CountdownError, match=message):
+        read_question(text)
+
+
+def test_a_refused_question_comes_with_an_example() -> None:
+    with pytest.raises(CountdownError) as caught:
+        read_question("help")
+    assert caught.value.hint == 'ask as in `countdown solve "4 7 3 = 25"`'
