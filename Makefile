@@ -1,5 +1,4 @@
 # `make train` and `make test` start from a bare clone: they make .venv, install into it once, and run.
-# A machine without an NVIDIA GPU saves a large download with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
 
 PYTHON ?= python3
 VENV := .venv

@@ -9,14 +9,18 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from grpo_cli.core.policy import Policy, Sequences
 from grpo_cli.core.puzzle import Puzzle
 from grpo_cli.core.rollout import Rollout, choose, draws, sample
-from grpo_cli.core.task import prompt
+from grpo_cli.core.task import Style, prompt
 
 # Prompts of different lengths, so that padding is always in play.
-PUZZLES = [(Puzzle((3, 5, 2), 13), "zero-shot"), (Puzzle((4, 7, 3, 9), 25), "one-shot"), (Puzzle((2, 8), 10), "natural")]
+PUZZLES: list[tuple[Puzzle, Style]] = [
+    (Puzzle((3, 5, 2), 13), "zero-shot"),
+    (Puzzle((4, 7, 3, 9), 25), "one-shot"),
+    (Puzzle((2, 8), 10), "natural"),
+]
 
 
 def encoded(policy: Policy) -> list[list[int]]:
-    return [policy.encode(prompt(puzzle, style)) for puzzle, style in PUZZLES]  # type: ignore[arg-type]
+    return [policy.encode(prompt(puzzle, style)) for puzzle, style in PUZZLES]
 
 
 def rolled(policy: Policy, prompts: list[list[int]], uniform: torch.Tensor | None, **settings: float) -> Rollout:

@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
@@ -197,8 +198,8 @@ def imitate(
         report(step + 1, loss.item())
 
 
-def make(recipe: Recipe, report: Callable[[str, int, int, float], None]) -> tuple[Qwen2ForCausalLM, Qwen2Tokenizer]:
-    """Run the whole recipe. `report` receives stage, step, steps and loss."""
+def make(recipe: Recipe, report: Callable[[str, int, float], None]) -> tuple[Qwen2ForCausalLM, Qwen2Tokenizer]:
+    """Run the whole recipe. `report` receives the stage, its step and the loss."""
     tokenizer = build_tokenizer(recipe)
     model = build_model(recipe, tokenizer)
     maker = RowMaker(tokenizer, random.Random(recipe.seed))
@@ -214,6 +215,6 @@ def make(recipe: Recipe, report: Callable[[str, int, int, float], None]) -> tupl
             steps=steps,
             learning_rate=learning_rate,
             patience=patience,
-            report=lambda step, loss, stage=stage, steps=steps: report(stage, step, steps, loss),
+            report=partial(report, stage),
         )
     return model.eval(), tokenizer

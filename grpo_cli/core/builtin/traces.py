@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import operator
 import random
+import re
 from collections.abc import Callable, Iterator
 from itertools import product
 
+from grpo_cli.core.expression import Expression, parse
 from grpo_cli.core.puzzle import Puzzle
 from grpo_cli.core.task import Style
 
@@ -35,6 +37,8 @@ THREE = (
     "a*b*c", "c-a*b",
 )  # fmt: skip
 """All forms over sorted numbers a <= b <= c that a positive target can need: together they solve all 2,506 puzzles."""
+
+_LINE = re.compile(r"(?P<expression>[^=]+) = .*?(?P<value>-?\d+), need \d+\. (?P<verdict>Yes!|No\.)")
 
 
 def form_tree(form: str, numbers: tuple[int, int, int]) -> Tree:
@@ -146,3 +150,33 @@ def drill(rng: random.Random, lines: int) -> str:
         need = value if 1 <= value <= 100 and rng.random() < 0.2 else rng.randint(1, 100)
         drilled.append(line((operation, left, right), need)[0])
     return "\n".join(drilled)
+
+
+def failure(text: str, puzzle: Puzzle, *, truncated: bool) -> str:
+    """Why a completion that is wrong went wrong, as far as its trace tells.
+
+    `gave up`: before a try that would have hit. `slip`: wrong arithmetic hid a hit or faked one. `false claim`:
+    "Yes!" to a value that is not the target. `wrong numbers`: the claimed expression is not made of the puzzle's
+    numbers.
+    """
+    if truncated:
+        return "truncated"
+    worked = [found for found in map(_LINE.fullmatch, text.splitlines()) if found]
+    tried = [(parse(found["expression"]), found) for found in worked]
+    if "I give up." in text:
+        hits = (_hits(expression, puzzle) for expression, _ in tried)
+        return "slip" if any(hits) else "gave up"
+    if not tried or tried[-1][1]["verdict"] != "Yes!":
+        return "other"
+    expression, claimed = tried[-1]
+    if claimed["value"] != str(puzzle.target):
+        return "false claim"
+    if expression is None or sorted(expression.numbers) != sorted(puzzle.numbers):
+        return "wrong numbers"
+    return "slip" if expression.value != puzzle.target else "other"
+
+
+def _hits(expression: Expression | None, puzzle: Puzzle) -> bool:
+    if expression is None or sorted(expression.numbers) != sorted(puzzle.numbers):
+        return False
+    return expression.value == puzzle.target

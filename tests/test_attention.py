@@ -1,0 +1,123 @@
+"""Who attends to whom: index lists worked out by hand, and each plan against plain attention under a dense mask."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from grpo_cli.core.attention import BUCKET, Decode, Packed, Prefill
+
+HEADS, KEY_HEADS, WIDTH, SCALING = 4, 2, 8, 0.37
+CPU = torch.device("cpu")
+
+
+def random_layer(rng: torch.Generator, batch: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, H, T, d), keys and values (B, K, T, d)."""
+    query = torch.randn(batch, HEADS, tokens, WIDTH, generator=rng)
+    key, value = torch.randn(2, batch, KEY_HEADS, tokens, WIDTH, generator=rng)
+    return query, key, value
+
+
+def plain(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
+    """Attention (T, H, d) of one row, written out: softmax over the keys that `allowed` (T, S) admits."""
+    attended = torch.empty(query.shape[1], HEADS, WIDTH)
+    for head in range(HEADS):
+        of_head = head // (HEADS // KEY_HEADS)
+        scores = (query[head] @ key[of_head].T * SCALING).masked_fill(~allowed, float("-inf"))
+        attended[:, head] = scores.softmax(dim=-1) @ value[of_head]
+    return attended
+
+
+def test_packed_positions_restart_after_the_prompt_of_each_completion() -> None:
+    plan = Packed([3, 2], [2, 1], [0, 1], CPU)
+    assert plan.positions.tolist() == [[0, 1, 2, 0, 1, 3, 4, 2]]
+
+
+def test_a_first_token_is_predicted_by_the_last_token_of_its_prompt() -> None:
+    plan = Packed([3, 2], [2, 1], [0, 1], CPU)
+    assert plan.predecessors.tolist() == [2, 5, 4]
+    crossed = Packed([3, 2], [1, 3, 2], [1, 0, 1], CPU)  # [p1: 0-2 | p2: 3-4 | c1: 5 | c2: 6-8 | c3: 9-10]
+    assert crossed.predecessors.tolist() == [4, 2, 6, 7, 4, 9]
+    assert crossed.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 5, 2, 3]]
+
+
+@pytest.mark.parametrize("rows", [1, BUCKET, BUCKET + 1, 3 * BUCKET - 5])
+def test_packed_attention_is_that_of_each_prompt_and_completion_on_its_own(rows: int) -> None:
+    rng = torch.Generator().manual_seed(rows)
+    prompts = [5, 1, 9]
+    lengths = torch.randint(1, 12, (rows,), generator=rng).tolist()
+    owners = torch.randint(0, 3, (rows,), generator=rng).tolist()
+    plan = Packed(prompts, lengths, owners, CPU)
+    query, key, value = random_layer(rng, 1, sum(prompts) + sum(lengths))
+    attended = plan.attend(0, query, key, value, SCALING)[0]  # (N, H, d)
+    sections = torch.split(torch.arange(attended.shape[0]), [*prompts, *lengths])
+    for row, own in enumerate(sections[3:]):
+        seen = torch.cat([sections[owners[row]], own])
+        allowed = torch.ones(len(seen), len(seen), dtype=torch.bool).tril()
+        expected = plain(query[0][:, seen], key[0][:, seen], value[0][:, seen], allowed)
+        of_prompt = prompts[owners[row]]
+        torch.testing.assert_close(attended[own], expected[of_prompt:], atol=1e-6, rtol=0)
+        torch.testing.assert_close(attended[sections[owners[row]]], expected[:of_prompt], atol=1e-6, rtol=0)
+
+
+class Conversation:
+    """Prompts prefilled once, completions decoded token by token, and beside them every key and value fed in."""
+
+    def __init__(self, prompt_lengths: list[int], num_generations: int, max_new_tokens: int) -> None:
+        self.rng = torch.Generator().manual_seed(3)
+        self.lengths, self.num_generations = prompt_lengths, num_generations
+        self.prompt = random_layer(self.rng, len(prompt_lengths), max(prompt_lengths))
+        prefill = Prefill()
+        self.prefilled = prefill.attend(0, *self.prompt, SCALING)
+        lengths = torch.tensor(prompt_lengths)
+        self.plan = Decode(prefill, lengths, num_generations=num_generations, max_new_tokens=max_new_tokens)
+        self.rows = torch.arange(len(prompt_lengths) * num_generations).view(-1, num_generations)
+        self.seen: dict[int, list[tuple[Tensor, Tensor]]] = {int(row): [] for row in self.rows.flatten()}
+
+    def step(self) -> None:
+        """Decode one token of every row and check each against plain attention over its own prompt and tokens."""
+        ids = self.rows.flatten().tolist()
+        query, key, value = random_layer(self.rng, len(ids), 1)
+        attended = self.plan.attend(0, query, key, value, SCALING)  # (B, 1, H, d)
+        self.plan.time += 1
+        for place, row in enumerate(ids):
+            self.seen[row].append((key[place], value[place]))
+            prompt = row // self.num_generations
+            keys, values = (
+                torch.cat([of_prompt[prompt, :, : self.lengths[prompt]], *own], dim=1)
+                for of_prompt, own in zip(self.prompt[1:], zip(*self.seen[row], strict=True), strict=True)
+            )
+            expected = plain(query[place], keys, values, torch.ones(1, keys.shape[1], dtype=torch.bool))
+            torch.testing.assert_close(attended[place], expected, atol=1e-6, rtol=0)
+
+    def keep(self, prompts: list[int], slots: list[list[int]]) -> None:
+        self.plan.keep(torch.tensor(prompts), torch.tensor(slots))
+        self.rows = self.rows[torch.tensor(prompts)].gather(1, torch.tensor(slots))
+
+
+def test_prefill_is_plain_causal_attention() -> None:
+    talk = Conversation([4, 7], num_generations=1, max_new_tokens=1)
+    allowed = torch.ones(7, 7, dtype=torch.bool).tril()
+    for prompt in range(2):
+        query, key, value = (tensor[prompt] for tensor in talk.prompt)
+        expected = plain(query, key, value, allowed)
+        torch.testing.assert_close(talk.prefilled[prompt], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("prompt_lengths", [[4, 7, 2], [5, 5, 5]])
+def test_decode_attends_to_the_real_prompt_and_to_its_own_tokens(prompt_lengths: list[int]) -> None:
+    talk = Conversation(prompt_lengths, num_generations=3, max_new_tokens=4)
+    for _ in range(4):
+        talk.step()
+
+
+def test_rows_that_are_kept_go_on_as_if_none_had_been_dropped() -> None:
+    talk = Conversation([4, 7, 2], num_generations=3, max_new_tokens=7)
+    talk.step()
+    talk.step()
+    talk.keep([0, 2], [[2, 0], [1, 2]])
+    assert talk.rows.tolist() == [[2, 0], [7, 8]]
+    talk.step()
+    talk.keep([1], [[1]])
+    assert talk.rows.tolist() == [[8]]
+    for _ in range(4):
+        talk.step()

@@ -1,0 +1,154 @@
+"""The built-in model: honest traces, a tokenizer that survives the round trip, weights worth training."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo_cli.core.builtin.recipe import IGNORED, Recipe, RowMaker, build_tokenizer, impatient, patient
+from grpo_cli.core.builtin.traces import drill, failure, form_tree, line, reduce, search, trace, write
+from grpo_cli.core.evaluate import evaluate, puzzle_set
+from grpo_cli.core.expression import parse
+from grpo_cli.core.policy import BUILTIN, load
+from grpo_cli.core.puzzle import Puzzle, enumerate_puzzles
+from grpo_cli.core.task import STYLES, Style, prompt, score
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "steps"),
+    [
+        ("a+b-c", "2 + 6 - 10", ["8 - 10", "-2"]),
+        ("c-a-b", "10 - 2 - 6", ["8 - 6", "2"]),
+        ("c-a*b", "10 - 2 * 6", ["10 - 12", "-2"]),
+        ("(a+b)*c", "(2 + 6) * 10", ["8 * 10", "80"]),
+        ("a*b*c", "2 * 6 * 10", ["12 * 10", "120"]),
+    ],
+)
+def test_a_form_is_written_and_worked_out_step_by_step(form: str, text: str, steps: list[str]) -> None:
+    tree = form_tree(form, (2, 6, 10))
+    assert write(tree) == text
+    for expected in steps:
+        tree = reduce(tree)
+        assert write(tree) == expected
+
+
+def test_a_line_states_the_target_beside_the_value() -> None:
+    assert line(("+", ("*", 2, 6), 10), 22) == ("2 * 6 + 10 = 12 + 10 = 22, need 22. Yes!", True)
+    assert line(("+", ("*", 2, 6), 10), 24) == ("2 * 6 + 10 = 12 + 10 = 22, need 24. No.", False)
+
+
+def test_a_patient_search_solves_every_puzzle_of_three_numbers() -> None:
+    for puzzle in enumerate_puzzles(3):
+        lines, answer = search(puzzle, random.Random(0), patient)
+        assert lines[-1].endswith("Yes!")
+        found = parse(answer)
+        assert found is not None
+        assert (found.value, sorted(found.numbers)) == (puzzle.target, sorted(puzzle.numbers))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_trace_is_honest_and_its_answer_is_read_as_written(style: Style) -> None:
+    rng = random.Random(1)
+    for puzzle in [*list(enumerate_puzzles(3, "train"))[::20], *list(enumerate_puzzles(3, "val"))[::20]]:
+        text = trace(puzzle, rng, style=style, patience=impatient)
+        assert ("Yes!" in text) == score(text, puzzle, style=style).correct
+        for row in text.splitlines():
+            if ", need " in row:
+                parts = [parse(part) for part in row.partition(", need ")[0].split(" = ")]
+                values = {part.value for part in parts if part is not None}
+                assert len(values) == 1 and None not in parts
+                assert row.endswith("Yes!") == (values == {puzzle.target})
+
+
+def test_drills_are_two_operand_arithmetic_with_true_verdicts() -> None:
+    for row in drill(random.Random(0), 200).splitlines():
+        left, _, rest = row.partition(" = ")
+        value, _, need = rest.partition(", need ")
+        expression = parse(left)
+        assert expression is not None and expression.value == int(value)
+        assert len(expression.numbers) == 2
+        assert need.endswith("Yes!") == (need.partition(".")[0] == value)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("2 + 4 + 6 = 6 + 6 = 12, need 36. No.\nI give up.", "gave up"),
+        ("(2 + 4) * 6 = 6 * 6 = 35, need 36. No.\nI give up.", "slip"),
+        ("2 * 4 * 6 = 8 * 6 = 48, need 36. Yes!", "false claim"),
+        ("(4 + 2) * 4 = 6 * 4 = 36, need 36. Yes!", "wrong numbers"),
+        ("2 * 4 * 6 = 8 * 6 = 36, need 36. Yes!", "slip"),
+        ("hm", "other"),
+    ],
+)
+def test_failures_by_kind(text: str, kind: str) -> None:
+    assert failure(text, Puzzle((2, 4, 6), 36), truncated=False) == kind
+    assert failure(text, Puzzle((2, 4, 6), 36), truncated=True) == "truncated"
+
+
+def test_nothing_imitated_is_a_val_puzzle() -> None:
+    maker = RowMaker(build_tokenizer(Recipe()), random.Random(3))
+    puzzles = [maker.puzzle() for _ in range(3000)]
+    assert {puzzle.split for puzzle in puzzles} == {"train"}
+    assert {len(puzzle.numbers) for puzzle in puzzles} == {3, 4}
+
+
+def test_only_the_completion_is_learned() -> None:
+    tokenizer = build_tokenizer(Recipe())
+    maker = RowMaker(tokenizer, random.Random(3))
+    for _ in range(20):
+        row = maker.row(patient)
+        learned = [token for token in row.labels if token != IGNORED]
+        assert all(label in (IGNORED, token) for token, label in zip(row.tokens, row.labels, strict=True))
+        text = tokenizer.decode(row.tokens)
+        if "assistant" in text:
+            assert tokenizer.decode(learned) == text.rpartition("assistant\n")[2]
+
+
+def test_numbers_are_one_token_each_and_every_text_comes_back() -> None:
+    tokenizer = build_tokenizer(Recipe())
+    tokens = tokenizer("2 * 60 - 110 = 120 - 110 = 10, need 10. Yes!")["input_ids"]
+    assert [tokenizer.decode([token]) for token in tokens][:5] == ["2", " *", " 60", " -", " 110"]
+    for text in ("ümläut ☃ 12345 -7", "<think>\n(1 + 2) * 3\n</think>", "\t\r\n  x"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_the_shipped_model_opens_with_transformers_alone_and_gives_the_same_ids_and_logits() -> None:
+    policy = load("builtin", device="cpu", precision="float32")
+    tokenizer = AutoTokenizer.from_pretrained(BUILTIN)
+    model = AutoModelForCausalLM.from_pretrained(BUILTIN, dtype=torch.float32)
+    messages = prompt(Puzzle((2, 6, 10), 22), "one-shot")
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert type(tokenizer).__name__ == "Qwen2Tokenizer"
+    assert ids == policy.encode(messages)
+    peer = model.generate(torch.tensor([ids]), max_new_tokens=60, do_sample=False)[0, len(ids) :].tolist()
+    ours = evaluate(policy, [Puzzle((2, 6, 10), 22)], style="one-shot", max_new_tokens=60).completions[0][0]
+    assert policy.decode(peer) == ours.text
+
+
+def test_the_shipped_model_is_small() -> None:
+    assert sum(path.stat().st_size for path in BUILTIN.iterdir()) < 6_000_000
+    assert 1e6 < load("builtin", device="cpu").model.num_parameters() < 3e6
+    assert json.loads((BUILTIN / "config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_shipped_model_is_worth_training(style: Style) -> None:
+    """It solves some puzzles of each style and gives up on more: both outcomes are what reinforcement needs."""
+    found = evaluate(load("builtin", device="cpu"), puzzle_set(3, "val")[::8], style=style, max_new_tokens=400)
+    assert 0.15 < found.accuracy < 0.75
+    assert sum("I give up." in row[0].text for row in found.completions) > 0.2 * found.count
+
+
+def test_the_recipe_is_reproducible(tmp_path: Path) -> None:
+    from grpo_cli.core.builtin.recipe import make
+
+    recipe = Recipe(patient_steps=2, impatient_steps=1, tokens_per_step=1024)
+    losses: list[list[float]] = [[], []]
+    for kept in losses:
+        make(recipe, lambda stage, step, loss, kept=kept: kept.append(loss))
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 3

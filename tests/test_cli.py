@@ -1,0 +1,266 @@
+"""The five commands as a user meets them: output, errors in one sentence, exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from grpo_cli import cli
+from grpo_cli.core.puzzle import Puzzle, read_puzzles
+from grpo_cli.core.task import score
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def countdown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Runs `countdown ARGS` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("COUNTDOWN_")]:
+        monkeypatch.delenv(name)
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["countdown", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+            raise SystemExit(0)
+        shown = capfd.readouterr()
+        return Result(int(ended.value.code or 0), shown.out, shown.err)
+
+    before = signal.getsignal(signal.SIGINT)
+    yield call
+    signal.signal(signal.SIGINT, before)
+
+
+SMALL = ["--precision", "float32", "--batch-size", "2", "--num-generations", "2", "--max-new-tokens", "8"]
+SMALL += ["--num-iterations", "2", "--eval-every", "1", "--eval-puzzles", "4", "--save-every", "1"]
+
+
+@pytest.fixture
+def run(countdown: Command, tiny_folder: Path) -> Command:
+    """The same, with a finished run `first`."""
+    assert countdown("train", "--model", tiny_folder, "--run", "first", *SMALL).code == 0
+    return countdown
+
+
+def test_help_lists_the_five_commands(countdown: Command) -> None:
+    found = countdown("--help")
+    assert found.code == 0
+    for command in ("gen-data", "train", "eval", "solve", "plot"):
+        assert f" {command} " in found.out
+
+
+def test_gen_data_loads_neither_torch_nor_matplotlib() -> None:
+    code = "import sys; sys.argv = ['countdown', 'gen-data', '--split', 'val']; from grpo_cli import cli\n"
+    code += (
+        "try: cli.main()\nfinally: print({'torch', 'transformers', 'matplotlib'} & set(sys.modules), file=sys.stderr)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stderr.rstrip().endswith("set()")
+    assert len(found.stdout.splitlines()) == 327
+
+
+@pytest.mark.parametrize("command", ["gen-data", "train", "eval", "solve", "plot"])
+def test_every_command_explains_itself_with_an_example(countdown: Command, command: str) -> None:
+    found = countdown(command, "--help")
+    assert found.code == 0
+    assert "Example: countdown" in " ".join(found.out.split())
+
+
+def test_gen_data_writes_the_same_bytes_for_the_same_arguments(countdown: Command, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        arguments = ("--numbers", 4, "--count", 50, "--seed", 3, "--out", tmp_path / name)
+        assert countdown("gen-data", *arguments).code == 0
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert len(read_puzzles(tmp_path / "a")) == 50
+
+
+def test_gen_data_does_not_overwrite(countdown: Command, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("mine")
+    found = countdown("gen-data", "--out", tmp_path / "a")
+    assert found.code == 2
+    assert "--overwrite" in found.err
+    assert (tmp_path / "a").read_text() == "mine"
+
+
+def test_train_leaves_a_complete_run_and_says_what_it_came_to(run: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "first"
+    names = "config.json environment.json metrics.jsonl samples.jsonl summary.json training_curve.png kl_divergence.png"
+    assert {*names.split(), "model", "checkpoints"} <= {path.name for path in folder.iterdir()}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == 2
+    assert {"base_accuracy", "final_accuracy", "best_accuracy"} <= summary.keys()
+
+
+def test_train_says_first_which_preset_and_why(countdown: Command, tiny_folder: Path) -> None:
+    found = countdown("train", "--model", tiny_folder, *SMALL)
+    assert found.err.splitlines()[0].startswith("preset builtin: ")
+    assert "CUDA" in found.err.splitlines()[0]
+    assert "\x1b" not in found.err
+
+
+def test_train_goes_on_with_resume(run: Command, tmp_path: Path) -> None:
+    found = run("train", "--run", "first", "--resume", "--num-iterations", 3)
+    assert found.code == 0
+    lines = (tmp_path / "runs" / "first" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3]
+
+
+def test_train_never_overwrites_a_run_unasked(run: Command, tiny_folder: Path, tmp_path: Path) -> None:
+    before = (tmp_path / "runs" / "first" / "metrics.jsonl").read_bytes()
+    found = run("train", "--model", tiny_folder, "--run", "first", *SMALL)
+    assert found.code == 2
+    assert "--resume" in found.err
+    assert (tmp_path / "runs" / "first" / "metrics.jsonl").read_bytes() == before
+
+
+def test_dry_run_shows_sources_and_a_prompt_and_trains_nothing(
+    countdown: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COUNTDOWN_TRAIN_SEED", "7")
+    found = countdown("train", "--dry-run", "--batch-size", 3)
+    shown = " ".join(found.out.split())
+    assert found.code == 0
+    assert "train.batch_size 3 flag --batch-size" in shown
+    assert "train.seed 7 COUNTDOWN_TRAIN_SEED" in shown
+    assert "a prompt of" in shown and "<|im_start|>" in shown
+    assert not (tmp_path / "runs").exists()
+
+
+def test_eval_json_is_one_object_and_nothing_else(run: Command) -> None:
+    found = run("eval", "first", "--json", "--limit", 3)
+    result = json.loads(found.out)
+    assert (result["model"], result["count"], result["split"]) == ("first", 3, "val")
+
+
+def test_eval_of_several_models_is_a_list(run: Command, tiny_folder: Path) -> None:
+    found = json.loads(run("eval", "first", tiny_folder, "--json", "--limit", 2).out)
+    assert [result["model"] for result in found] == ["first", str(tiny_folder)]
+
+
+def test_eval_out_writes_every_completion(run: Command, tmp_path: Path) -> None:
+    found = run("eval", "first", "--limit", 2, "--samples", 3, "--temperature", 1, "--out", tmp_path / "all.jsonl")
+    assert found.code == 0
+    assert "pass@3" in found.out
+    records = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert len(records) == 6
+    assert {"numbers", "target", "completion", "reward", "reason", "answer"} <= records[0].keys()
+
+
+def test_solve_prints_the_answer_alone_on_stdout_and_its_code_is_the_verdict(countdown: Command) -> None:
+    codes = set()
+    for numbers, target in (((2, 4, 6), 12), ((4, 6, 8), 72)):
+        found = countdown("solve", f"{' '.join(map(str, numbers))} = {target}", "--model", "builtin")
+        correct = score(f"<answer>{found.out.strip()}</answer>", Puzzle(numbers, target)).correct
+        assert found.code == (0 if correct else 1)
+        assert ("correct" in found.err) == correct
+        codes.add(found.code)
+    assert 0 in codes
+
+
+def test_solve_json(countdown: Command) -> None:
+    found = json.loads(
+        countdown("solve", "Using the numbers [2, 4, 6], create an expression that equals 12.", "--json").out
+    )
+    assert found.keys() == {"numbers", "target", "answer", "correct", "reason", "attempts", "solutions"}
+    assert (found["numbers"], found["target"]) == ([2, 4, 6], 12)
+
+
+def test_a_puzzle_without_a_solution_is_told_before_a_model_loads(countdown: Command) -> None:
+    found = countdown("solve", "2 2 2 = 99", "--model", "no/such/model/here")
+    assert found.code == 1
+    assert "no solution" in found.err
+
+
+def test_plot_draws_a_run_and_the_original_systems_file(run: Command, tmp_path: Path) -> None:
+    old = {
+        "rewards_avg": [0.1, 0.5],
+        "train_accuracies_avg": [0.1, 0.4],
+        "val_accuracies_avg": [0.2, 0.3],
+        "kl_avg": [0, 1],
+    }
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    found = run("plot", "first", "old.json", "--smooth", "--window", 2, "--format", "svg")
+    assert found.code == 0
+    assert found.out.splitlines()[:2] == ["training_curve.svg", "kl_divergence.svg"]
+    assert (tmp_path / "training_curve.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "--batch-sise", "4"], "No such option"),
+        (["train", "--batch-size", "0"], "--batch-size"),
+        (["train", "--learning-rate", "nan"], "--learning-rate"),
+        (["train", "--preset", "bultin"], "builtin"),
+        (["train", "--model", "./nowhere"], "./nowhere"),
+        (["train", "--run", "../x"], "../x"),
+        (["train", "--run", "none", "--resume"], "no run"),
+        (["train", "--resume"], "--run"),
+        (["train", "--config", "missing.toml"], "missing.toml"),
+        (["train", "--device", "cuda"], "not available"),
+        (["eval", "./nowhere"], "./nowhere"),
+        (["eval", "--style", "haiku"], "one-shot"),
+        (["solve", "what is love"], "4 7 3 = 25"),
+        (["plot"], "countdown train"),
+        (["plot", "nothing.json"], "nothing.json"),
+        (["gen-data", "--numbers", "9"], "--numbers"),
+        (["gen-data", "--out", "no/such/folder/x.jsonl"], "no/such/folder"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    countdown: Command, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    found = countdown(*arguments)
+    assert found.code == 2
+    assert said in found.err
+    assert "Traceback" not in found.err
+    assert not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, tiny_folder: Path, number: int, code: int) -> None:
+    arguments = ["train", "--model", str(tiny_folder), "--run", "long", *SMALL]
+    arguments[arguments.index("--num-iterations") + 1] = "100000"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grpo_cli", *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 3 "):
+            break
+    process.send_signal(number)
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == code
+    assert "countdown train --run long --resume" in " ".join(rest.split())
+    assert list((tmp_path / "runs" / "long" / "checkpoints").glob("step-*"))
+
+
+def test_ctrl_c_elsewhere_is_exit_code_130(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grpo_cli", "gen-data", "--numbers", "5", "--count", "10000000"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert process.stderr is not None
+    assert "Traceback" not in process.stderr.read()
