@@ -82,9 +82,11 @@ def gen_data(
 
     Example: countdown gen-data --split val --out val.jsonl
     """
-    from grpo_cli.core.puzzle import enumerate_puzzles, generate, json_line, summarize, write_puzzles
+    from grpo_cli.core.puzzle import ENUMERABLE, enumerate_puzzles, generate, json_line, summarize, write_puzzles
 
     numbers = _resolve(ctx, config, has_cuda=lambda: False).settings.task.numbers
+    if not count and numbers > ENUMERABLE:
+        raise CountdownError(f"there are too many puzzles of {numbers} numbers to enumerate", "draw some with `--count`")
     if count:
         puzzles = generate(count, numbers=numbers, split=split, seed=seed)
     else:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from itertools import chain, pairwise
-from statistics import fmean
 from typing import TYPE_CHECKING, cast
 
 from rich import box
@@ -102,7 +101,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
     if size < 1:
         return ""
     edges = [index * len(finite) // size for index in range(size + 1)]
-    means = [fmean(finite[start:end]) for start, end in pairwise(edges)]
+    means = [sum(finite[start:end]) / (end - start) for start, end in pairwise(edges)]
     low, span = min(means), max(means) - min(means)
     top = len(LEVELS) - 1
     return "".join(LEVELS[round((mean - low) / span * top)] if span else LEVELS[top // 2] for mean in means)

@@ -220,6 +220,7 @@ def test_plot_draws_a_run_and_the_original_systems_file(run: Command, tmp_path: 
         (["plot"], "countdown train"),
         (["plot", "nothing.json"], "nothing.json"),
         (["gen-data", "--numbers", "9"], "--numbers"),
+        (["gen-data", "--numbers", "5"], "--count"),
         (["gen-data", "--out", "no/such/folder/x.jsonl"], "no/such/folder"),
     ],
 )

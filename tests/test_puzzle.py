@@ -128,6 +128,7 @@ def test_six_numbers_are_solved() -> None:
     puzzle = Puzzle((2, 3, 5, 7, 8, 9), 24)
     solutions = solve(puzzle)
     assert len(set(solutions)) == len(solutions) > 100
+    assert solutions == sorted(solutions, key=len)
     assert all(judge(puzzle, parse(solution)) == "correct" for solution in solutions)
     assert "(2 - 2) * (3 + 5 + 7) + 10" in solve(Puzzle((2, 2, 3, 5, 7, 10), 10))
 

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from grpo_cli.core.policy import Policy
-from grpo_cli.core.puzzle import Puzzle, Split, enumerate_puzzles, generate, needs_parentheses, solve
+from grpo_cli.core.puzzle import ENUMERABLE, Puzzle, Split, enumerate_puzzles, generate, needs_parentheses, solve
 from grpo_cli.core.rollout import draws, sample
 from grpo_cli.core.task import Score, Style, prompt, score
 
-ENUMERABLE = 4  # the most numbers for which all puzzles are enumerated
 GENERATED = 2_000  # puzzles drawn where the space is too large
 Z = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 

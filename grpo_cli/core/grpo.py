@@ -96,6 +96,27 @@ def normalizer(lengths: Tensor, *, loss_type: str, max_new_tokens: int) -> Tenso
     return torch.full((rows,), 1.0 / float(lengths.sum()))
 
 
+def batch_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    advantage: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    loss: Loss,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What rows of a step add to its loss; which tokens were clipped (B, T); and their KL (B, T), given a reference.
+
+    Log-probabilities and `mask` are (B, T), advantages and the normaliser's `weight` (B,).
+    """
+    per_token, clipped = policy_loss(logprobs, old_logprobs, advantage, mask, loss)
+    kl = None
+    if ref_logprobs is not None:
+        kl = kl_estimate(logprobs, ref_logprobs, estimator=loss.kl_estimator)
+        per_token = per_token + loss.beta * kl
+    return (per_token * mask * weight[:, None]).sum(), clipped, kl
+
+
 def reference_logprobs(reference: Policy, sequences: Sequences, *, temperature: float, micro_batch_size: int) -> Tensor:
     """The frozen reference's log-probabilities (B, T) of the completions."""
     found = torch.zeros(sequences.mask().shape, device=reference.device)
@@ -152,6 +173,7 @@ def update(
     are given. Without a KL term, rows without advantage are skipped: their gradient is exactly zero. Raises
     CountdownError, before the weights change, if the loss or the gradient is not finite.
     """
+    assert ref_logprobs is not None or loss.beta == 0
     lengths = torch.tensor([len(completion) for completion in sequences.completions])
     weight = normalizer(lengths, loss_type=loss.loss_type, max_new_tokens=max_new_tokens).to(policy.device)
     advantage = advantage.to(policy.device)
@@ -167,15 +189,12 @@ def update(
             logprobs, entropy = policy.logprobs(part, temperature=temperature)
             mask = part.mask().to(policy.device)
             old_logprobs = old.setdefault(index, logprobs.detach())
-            per_token, clipped = policy_loss(logprobs, old_logprobs, advantage[chosen], mask, loss)
-            kl = None
-            if ref_logprobs is not None:
-                reference = ref_logprobs[chosen, : mask.shape[1]]
-                kl = kl_estimate(logprobs, reference, estimator=loss.kl_estimator)
-                per_token = per_token + loss.beta * kl
-            total = (per_token * mask * weight[chosen, None]).sum()
+            reference = None if ref_logprobs is None else ref_logprobs[chosen, : mask.shape[1]]
+            total, clipped, kl = batch_loss(
+                logprobs, old_logprobs, reference, advantage[chosen], mask, weight[chosen], loss
+            )
             _require_finite(total, "loss", optimizer)
-            total.backward()  # type: ignore[no-untyped-call]
+            total.backward()
             sums.add(total, kl, entropy, clipped, mask)
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), clip_grad_norm)
         _require_finite(norm, "gradient norm", optimizer)

@@ -20,6 +20,7 @@ Split = Literal["train", "val"]
 Verdict = Literal["correct", "not_an_expression", "wrong_numbers", "wrong_value"]
 
 SIZES = range(2, 7)
+ENUMERABLE = 4  # the most numbers of which all puzzles are soon enumerated and solved
 NUMBERS = range(1, 11)
 TARGETS = range(1, 101)
 EXHAUSTIVE = 4  # up to so many numbers, listing every form once is faster than searching for each target

@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.evaluate import Evaluation, evaluate, puzzle_set
+from grpo_cli.core.evaluate import Evaluation, evaluate, puzzle_set, wilson
 from grpo_cli.core.grpo import advantages, reference_logprobs, update, zero_variance
 from grpo_cli.core.policy import Policy, Sequences
 from grpo_cli.core.puzzle import Puzzle
@@ -170,6 +170,9 @@ class _Loop:
         evaluation = None
         if training.base_accuracy is None:
             evaluation = self._evaluate({"step": 0})
+        else:
+            base, count = training.base_accuracy, len(self.val_puzzles)
+            self.observer.evaluated(0, base, count, wilson(base, count))
         for step in range(training.step + 1, settings.num_iterations + 1):
             clock = Clock()
             started = time.perf_counter()

@@ -1,18 +1,17 @@
 """The recipe that made the built-in model: a small Qwen2 that learns by imitation to search, but not to persist.
 
-Stage 1 teaches the whole search on patient traces, mixed with two-operand drills. Stage 2 is short: the same searches
-given up early, most after `PATIENT_TRIES` failures. What is left is a model that can search, and stops too soon; the
-rest is for reinforcement. Puzzles come from the train split alone. Knows neither terminals nor the training by
-reinforcement.
+First two-operand arithmetic and comparison alone, then whole searches on patient traces, then, shortly, the same searches
+given up early, most after `PATIENT_TRIES` failures. What is left is a model that can search, and stops too soon; the rest
+is for reinforcement. Puzzles come from the train split alone. Knows neither terminals nor reinforcement.
 """
 
 from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
@@ -22,7 +21,7 @@ from grpo_cli.core.builtin.traces import Patience, drill, trace
 from grpo_cli.core.puzzle import Puzzle, enumerate_puzzles, split_of
 from grpo_cli.core.task import STYLES, prompt
 
-PATIENT_TRIES = 6  # in stage 2 most searches are given up after this many failures
+PATIENT_TRIES = 6  # most impatient searches are given up after this many failures
 IGNORED = -100
 
 
@@ -37,11 +36,12 @@ class Recipe:
     key_value_heads: int = 2
     mlp_width: int = 512
     merges_vocabulary: int = 512
-    patient_steps: int = 2000
-    impatient_steps: int = 120
+    drill_steps: int = 400
+    search_steps: int = 1100
+    give_up_steps: int = 120
     tokens_per_step: int = 4096
     learning_rate: float = 2e-3
-    impatient_learning_rate: float = 2e-4
+    give_up_learning_rate: float = 2e-4
     weight_decay: float = 0.01
 
 
@@ -105,8 +105,8 @@ class RowMaker:
         """Mostly solvable puzzles of three numbers; some with any target, some of four numbers; never a val puzzle."""
         rng = self.rng
         puzzle = rng.choice(self.solvable)
-        if rng.random() < 0.3:
-            puzzle = self._any_puzzle(4 if rng.random() < 0.25 else 3)
+        if rng.random() < 0.25:
+            puzzle = self._any_puzzle(4 if rng.random() < 0.2 else 3)
         if rng.random() < 0.5:
             return Puzzle(tuple(rng.sample(puzzle.numbers, len(puzzle.numbers))), puzzle.target)
         return puzzle
@@ -118,12 +118,12 @@ class RowMaker:
             if split_of(numbers) == "train":
                 return Puzzle(numbers, self.rng.randint(1, 100))
 
-    def row(self, patience: Patience) -> Row:
-        """A prompt with a trace as its completion, or now and then a drill."""
-        if self.rng.random() < 0.2:
+    def row(self, patience: Patience, drills: float) -> Row:
+        """A prompt with a trace as its completion or, with probability `drills`, a drill."""
+        if self.rng.random() < drills:
             return self._drill_row()
         puzzle = self.puzzle()
-        style = self.rng.choices(STYLES, weights=(0.4, 0.35, 0.25))[0]
+        style = self.rng.choices(STYLES, weights=(0.3, 0.45, 0.25))[0]
         text = self.tokenizer.apply_chat_template(prompt(puzzle, style), tokenize=False, add_generation_prompt=True)
         start = self.tokenizer(text)["input_ids"]
         completion = self.tokenizer(trace(puzzle, self.rng, style=style, patience=patience))["input_ids"]
@@ -131,28 +131,23 @@ class RowMaker:
         return Row(start + completion, [IGNORED] * len(start) + completion)
 
     def _drill_row(self) -> Row:
+        """A drill of which only values and verdicts are learned, not what they are asked about."""
         row = Row([], [])
-        for line in drill(self.rng, lines=12).splitlines():
-            question, rest = line.split(" =")
-            value, need = rest.split(", need ")
-            target, verdict = need.split(". ")
-            pieces = [
-                (f"{question} =", False),
-                (f"{value}, need", True),
-                (f" {target}", False),
-                (f". {verdict}\n", True),
-            ]
-            for piece, learned in pieces:
+        for line in drill(self.rng, lines=24).splitlines():
+            question, value, need, verdict = re.split(r"(?<= =)|(?=, need)|(?=\. )", line + "\n")
+            for piece, learned in ((question, False), (value, True), (need, False), (verdict, True)):
                 tokens = self.tokenizer(piece)["input_ids"]
                 row.tokens.extend(tokens)
                 row.labels.extend(tokens if learned else [IGNORED] * len(tokens))
         return row
 
 
-def batches(maker: RowMaker, patience: Patience, tokens_per_step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(
+    maker: RowMaker, *, patience: Patience, drills: float, tokens_per_step: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of rows of like length, right-padded: tokens (B, T) and labels (B, T), B * T about `tokens_per_step`."""
     while True:
-        pool = sorted((maker.row(patience) for _ in range(768)), key=lambda row: len(row.tokens))
+        pool = sorted((maker.row(patience, drills) for _ in range(512)), key=lambda row: len(row.tokens))
         cuts: list[list[Row]] = [[]]
         for row in pool:
             if (len(cuts[-1]) + 1) * len(row.tokens) > tokens_per_step:
@@ -166,55 +161,71 @@ def batches(maker: RowMaker, patience: Patience, tokens_per_step: int) -> Iterat
             yield tokens, labels
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Some steps of imitation on one kind of data."""
+
+    name: str
+    steps: int
+    drills: float  # share of rows that are drills
+    patience: Patience
+
+
+def stages(recipe: Recipe) -> tuple[list[Stage], list[Stage]]:
+    """The stages that share a learning rate schedule, and then the short one that teaches giving up."""
+    drilling = Stage("arithmetic", recipe.drill_steps, 1.0, patient)
+    searching = Stage("search", recipe.search_steps, 0.15, patient)
+    return [drilling, searching], [Stage("giving up", recipe.give_up_steps, 0.0, impatient)]
+
+
 def imitate(
     model: Qwen2ForCausalLM,
     maker: RowMaker,
+    plan: list[Stage],
     *,
-    recipe: Recipe,
-    steps: int,
     learning_rate: float,
-    patience: Patience,
-    report: Callable[[int, float], None],
+    recipe: Recipe,
+    report: Callable[[str, int, float], None],
 ) -> None:
-    """Train `model` in place by next-token prediction, the learning rate falling to zero by a cosine."""
+    """Train `model` in place by next-token prediction, the learning rate falling to zero by a cosine over all stages."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
     )
-    stream = batches(maker, patience, recipe.tokens_per_step)
+    steps = sum(stage.steps for stage in plan)
+    done = 0
     model.train()
-    for step in range(steps):
-        scale = min(1.0, (step + 1) / 40) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.param_groups[0]["lr"] = learning_rate * scale
-        tokens, labels = next(stream)
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = model.model(input_ids=tokens).last_hidden_state[:, :-1]
-            wanted = labels[:, 1:]
-            logits = model.lm_head(hidden[wanted != IGNORED])
-        loss = torch.nn.functional.cross_entropy(logits.float(), wanted[wanted != IGNORED])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        report(step + 1, loss.item())
+    for stage in plan:
+        stream = batches(
+            maker, patience=stage.patience, drills=stage.drills, tokens_per_step=recipe.tokens_per_step
+        )
+        for step in range(1, stage.steps + 1):
+            scale = min(1.0, (done + 1) / 40) * 0.5 * (1 + math.cos(math.pi * done / steps))
+            optimizer.param_groups[0]["lr"] = learning_rate * scale
+            loss = _next_token_loss(model, *next(stream))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            done += 1
+            report(stage.name, step, loss.item())
+
+
+def _next_token_loss(model: Qwen2ForCausalLM, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the labels that are not ignored."""
+    wanted = labels[:, 1:]
+    learned = wanted != IGNORED
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.model(input_ids=tokens).last_hidden_state[:, :-1]
+        logits = model.lm_head(hidden[learned])
+    return torch.nn.functional.cross_entropy(logits.float(), wanted[learned])
 
 
 def make(recipe: Recipe, report: Callable[[str, int, float], None]) -> tuple[Qwen2ForCausalLM, Qwen2Tokenizer]:
-    """Run the whole recipe. `report` receives the stage, its step and the loss."""
+    """Run the whole recipe. `report` receives the stage's name, its step and the loss."""
     tokenizer = build_tokenizer(recipe)
     model = build_model(recipe, tokenizer)
     maker = RowMaker(tokenizer, random.Random(recipe.seed))
-    stages = (
-        ("search", recipe.patient_steps, recipe.learning_rate, patient),
-        ("give up", recipe.impatient_steps, recipe.impatient_learning_rate, impatient),
-    )
-    for stage, steps, learning_rate, patience in stages:
-        imitate(
-            model,
-            maker,
-            recipe=recipe,
-            steps=steps,
-            learning_rate=learning_rate,
-            patience=patience,
-            report=partial(report, stage),
-        )
+    rates = (recipe.learning_rate, recipe.give_up_learning_rate)
+    for plan, learning_rate in zip(stages(recipe), rates, strict=True):
+        imitate(model, maker, plan, learning_rate=learning_rate, recipe=recipe, report=report)
     return model.eval(), tokenizer

@@ -17,6 +17,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 LARGEST_NUMBER = 200
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+VERDICTS = (", need", ". No.\n", ". Yes!\n")  # one token each: the verdict follows the target at once
 CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' %}"
     "{{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}"
@@ -46,7 +47,7 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> Qwen2Tokenizer:
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, eos_token=TURN_END, pad_token=END_OF_TEXT)
     tokenizer.add_tokens([AddedToken(TURN_START, special=True, normalized=False)], special_tokens=True)
     numbers = [f"{space}{number}" for space in ("", " ") for number in range(LARGEST_NUMBER + 1)]
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in (*TAGS, *numbers)])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in (*TAGS, *VERDICTS, *numbers)])
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 

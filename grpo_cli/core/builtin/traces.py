@@ -141,15 +141,29 @@ def trace(puzzle: Puzzle, rng: random.Random, *, style: Style, patience: Patienc
 
 
 def drill(rng: random.Random, lines: int) -> str:
-    """Lines of two-operand arithmetic and comparison, which are no puzzles: `60 * 2 = 120, need 35. No.`"""
+    """Lines of two-operand arithmetic and comparison, which are no puzzles: `60 * 2 = 120, need 35. No.`
+
+    Half of the values are the target, and a quarter miss it narrowly: to compare is the harder half of the lesson.
+    """
     drilled = []
     for _ in range(lines):
-        operation = rng.choice("+-*")
-        left, right = rng.randint(-10, 100), rng.randint(1, 10)
+        operation, left, right = _operands(rng)
         value = OPERATIONS[operation](left, right)
-        need = value if 1 <= value <= 100 and rng.random() < 0.2 else rng.randint(1, 100)
-        drilled.append(line((operation, left, right), need)[0])
+        need = rng.choice((value, value, value + rng.randint(-3, 3), rng.randint(1, 100)))
+        drilled.append(line((operation, left, right), need if 1 <= need <= 100 else rng.randint(1, 100))[0])
     return "\n".join(drilled)
+
+
+def _operands(rng: random.Random) -> tuple[str, int, int]:
+    """An operation as often as the steps of a search need it, most on small numbers."""
+    kind = rng.random()
+    if kind < 0.45:
+        return rng.choice("+-*"), rng.randint(1, 20), rng.randint(1, 10)
+    if kind < 0.8:
+        return rng.choice("+-"), rng.randint(1, 100), rng.randint(1, 10)
+    if kind < 0.9:
+        return "-", rng.randint(1, 10), rng.randint(1, 100)
+    return rng.choice("+-*"), rng.randint(-10, 100), rng.randint(1, 10)
 
 
 def failure(text: str, puzzle: Puzzle, *, truncated: bool) -> str:

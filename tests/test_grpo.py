@@ -1,0 +1,523 @@
+"""The algorithm against numbers worked out by hand, and `update` against a plain loop over single rows."""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.grpo import (
+    advantages,
+    kl_estimate,
+    micro_batches,
+    normalizer,
+    policy_loss,
+    reference_logprobs,
+    update,
+    zero_variance,
+)
+from grpo_cli.core.policy import Policy, Sequences, load
+from grpo_cli.core.settings import Loss
+
+LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "cispo", "gspo")
+TEMPERATURE = 1.2
+MAX_NEW_TOKENS = 20
+
+
+def a_loss(loss_type: str = "grpo", *, beta: float = 0.0, epsilon_high: float = 0.2) -> Loss:
+    return Loss(
+        loss_type=loss_type,  # type: ignore[arg-type]
+        beta=beta,
+        epsilon=0.2,
+        epsilon_high=epsilon_high,
+        kl_estimator="k3",
+        scale_rewards="group",
+    )
+
+
+# Advantages
+
+
+def test_advantages_are_centred_and_scaled_by_the_groups_deviation() -> None:
+    # [1, 0.2, 0]: mean 0.4, variance (0.36 + 0.04 + 0.16) / 2 = 0.28, deviation 0.5291503
+    # [1, 0, 0.5]: mean 0.5, variance (0.25 + 0.25 + 0) / 2 = 0.25, deviation 0.5
+    found = advantages(torch.tensor([[1.0, 0.2, 0.0], [1.0, 0.0, 0.5]]))
+    expected = [[0.6 / 0.5292503, -0.2 / 0.5292503, -0.4 / 0.5292503], [0.5 / 0.5001, -0.5 / 0.5001, 0.0]]
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+def test_batch_scaling_divides_by_the_deviation_of_all_rewards() -> None:
+    # [1, 0, 0, 0]: mean 0.25, variance (0.5625 + 3 * 0.0625) / 3 = 0.25, deviation 0.5
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    expected = torch.tensor([[0.5 / 0.5001, -0.5 / 0.5001], [0.0, 0.0]])
+    torch.testing.assert_close(advantages(rewards, scale="batch"), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(advantages(rewards, scale="none"), torch.tensor([[0.5, -0.5], [0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("reward", [0.1, 0.2, 1.0, 0.0])
+def test_equal_rewards_have_exactly_zero_advantage(scale: str, reward: float) -> None:
+    for num_generations in range(2, 65):
+        rewards = torch.full((2, num_generations), reward)
+        rewards[1, 0] = 1.5
+        found = advantages(rewards, scale=scale)
+        assert found[0].tolist() == [0.0] * num_generations
+        assert found[1, 0] > 0 > found[1, 1]
+        assert zero_variance(rewards).tolist() == [True, False]
+
+
+def test_a_float_mean_of_equal_rewards_is_not_always_that_reward() -> None:
+    rewards = [torch.full((count,), 0.1) for count in range(2, 65)]
+    assert any(bool((group != group.mean()).any()) for group in rewards)
+
+
+def test_equal_puzzles_stay_separate_groups() -> None:
+    # One puzzle drawn twice: solved by every completion, then by none. Pooled, the advantages would be +-0.87.
+    assert advantages(torch.tensor([[1.0, 1.0], [0.0, 0.0]])).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+# The loss of a token
+
+
+def test_k3_and_the_originals_estimate_by_hand() -> None:
+    # d = log 2: exp(d) - d - 1 = 2 - 0.6931472 - 1; turned around, 0.5 + 0.6931472 - 1
+    logprobs, reference = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.0 + math.log(2), -2.0]])
+    torch.testing.assert_close(kl_estimate(logprobs, reference), torch.tensor([[0.3068528, 0.0]]))
+    original = kl_estimate(logprobs, reference, estimator="original")
+    torch.testing.assert_close(original, torch.tensor([[0.1931472, 0.0]]))
+
+
+def test_k3_is_unbiased_for_the_true_kl_and_the_originals_estimate_is_not() -> None:
+    policy, reference = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.1, 0.3, 0.6]])
+    # KL(policy || reference) = 0.7 log 7 + 0.2 log(2/3) + 0.1 log(1/6) = 1.362137 - 0.081093 - 0.179176
+    true_kl = 1.101868
+    expectation = {
+        name: float((policy * kl_estimate(policy.log(), reference.log(), estimator=name)).sum())
+        for name in ("k3", "original")
+    }
+    assert expectation["k3"] == pytest.approx(true_kl, abs=1e-5)
+    # E[p/q] - E[log(p/q)] - 1 = (4.9 + 0.133333 + 0.016667) - 1.101868 - 1
+    assert expectation["original"] == pytest.approx(2.948132, abs=1e-5)
+
+
+def losses(
+    loss: Loss, ratios: Sequence[float], advantage: float, mask: Sequence[bool] = (True, True, True)
+) -> tuple[list[float], list[bool], list[float]]:
+    """Loss, clipping and gradient of each token of one row whose log-probabilities are -1 and ratios as given."""
+    logprobs = torch.full((1, len(ratios)), -1.0, dtype=torch.float64, requires_grad=True)
+    old = logprobs.detach() - torch.tensor([ratios], dtype=torch.float64).log()
+    gain = torch.tensor([advantage], dtype=torch.float64)
+    per_token, clipped = policy_loss(logprobs, old, gain, torch.tensor([mask]), loss)
+    per_token.sum().backward()  # type: ignore[no-untyped-call]
+    assert logprobs.grad is not None
+    return per_token[0].tolist(), clipped[0].tolist(), logprobs.grad[0].tolist()
+
+
+def test_a_good_completion_gains_nothing_above_the_clip_range() -> None:
+    # -min(1.5 * 2, 1.2 * 2), -min(0.5 * 2, 0.8 * 2), -min(1.1 * 2, 1.1 * 2); the gradient of -ratio * A is itself
+    per_token, clipped, gradient = losses(a_loss(), [1.5, 0.5, 1.1], 2.0)
+    assert per_token == pytest.approx([-2.4, -1.0, -2.2])
+    assert clipped == [True, False, False]
+    assert gradient == pytest.approx([0.0, -1.0, -2.2])
+
+
+def test_a_bad_completion_gains_nothing_below_the_clip_range() -> None:
+    # -min(-1.5, -1.2), -min(-0.5, -0.8), -min(-1.1, -1.1)
+    per_token, clipped, gradient = losses(a_loss(), [1.5, 0.5, 1.1], -1.0)
+    assert per_token == pytest.approx([1.5, 0.8, 1.1])
+    assert clipped == [False, True, False]
+    assert gradient == pytest.approx([1.5, 0.0, 1.1])
+
+
+def test_epsilon_high_widens_the_range_above_alone() -> None:
+    per_token, clipped, _ = losses(a_loss(epsilon_high=0.6), [1.5, 1.7, 0.5], 2.0)
+    assert per_token == pytest.approx([-3.0, -3.2, -1.0])
+    assert clipped == [False, True, False]
+
+
+def test_cispo_weights_every_logprob_by_its_capped_ratio() -> None:
+    # -min(ratio, 1.2) * A * l with l = -1; the gradient is -min(ratio, 1.2) * A, clipped or not
+    per_token, clipped, gradient = losses(a_loss("cispo"), [1.5, 0.5, 1.1], 2.0)
+    assert per_token == pytest.approx([2.4, 1.0, 2.2])
+    assert clipped == [True, False, False]
+    assert gradient == pytest.approx([-2.4, -1.0, -2.2])
+    assert losses(a_loss("cispo"), [1.5, 0.5, 1.1], 0.0)[1] == [False, False, False]
+
+
+def test_gspo_gives_every_token_the_ratio_of_its_sequence() -> None:
+    # exp((log 1.5 + log 0.5) / 2) = sqrt(0.75) = 0.8660254; the third token is padding
+    per_token, clipped, gradient = losses(a_loss("gspo"), [1.5, 0.5, 7.0], 2.0, mask=(True, True, False))
+    assert per_token[:2] == pytest.approx([-1.7320508, -1.7320508])
+    assert clipped[:2] == [False, False]
+    assert gradient[2] == 0.0
+    per_token, clipped, _ = losses(a_loss("gspo"), [1.5, 1.5, 0.01], 2.0, mask=(True, True, False))
+    assert (per_token[:2], clipped[:2]) == (pytest.approx([-2.4, -2.4]), [True, True])
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "expected"),
+    [
+        ("grpo", [1 / 2, 1 / 6]),  # half of each row's mean
+        ("gspo", [1 / 2, 1 / 6]),
+        ("dapo", [1 / 4, 1 / 4]),  # 4 tokens in all
+        ("cispo", [1 / 4, 1 / 4]),
+        ("dr_grpo", [1 / 20, 1 / 20]),  # 2 rows of at most 10 tokens
+    ],
+)
+def test_normalizer_of_rows_of_one_and_three_tokens(loss_type: str, expected: list[float]) -> None:
+    found = normalizer(torch.tensor([1, 3]), loss_type=loss_type, max_new_tokens=10)
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_micro_batches_take_every_row_once_in_order() -> None:
+    assert micro_batches([4, 1, 3, 0, 2], 2) == [[4, 1], [3, 0], [2]]
+    assert micro_batches([4, 1, 3], 0) == [[4, 1, 3]]
+    assert micro_batches([], 0) == []
+
+
+# One update
+
+
+class Recorder(torch.optim.Optimizer):
+    """Keeps the gradients that it is handed, and leaves the weights alone."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.gradients: list[Tensor] = []
+        super().__init__(policy.model.parameters(), {})
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        self.gradients = [parameter.grad.clone() for parameter in self.param_groups[0]["params"]]
+
+
+class Batch:
+    """Ten ragged completions of three prompts, two rows of them without advantage, and noisy reference log-probs."""
+
+    def __init__(self, policy: Policy) -> None:
+        rng = torch.Generator().manual_seed(11)
+
+        def tokens(length: int) -> list[int]:
+            found: list[int] = torch.randint(0, 800, (length,), generator=rng).tolist()
+            return found
+
+        completions = [tokens(length) for length in (5, 1, 17, 9, 9, 3, 20, 12, 2, 6)]
+        owners = [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
+        self.sequences = Sequences([tokens(7), tokens(15), tokens(4)], completions, owners)
+        self.advantage = torch.randn(10, generator=rng)
+        self.advantage[[2, 7]] = 0.0
+        self.lengths = torch.tensor([len(completion) for completion in completions])
+        exact = reference_logprobs(policy, self.sequences, temperature=TEMPERATURE, micro_batch_size=0)
+        self.ref_logprobs = exact + 0.5 * torch.randn(exact.shape, generator=rng)  # padding too
+
+    def reordered(self, prompts: list[int], rows: list[int]) -> tuple[Sequences, Tensor, Tensor]:
+        """The same step with its prompts and its rows in another order."""
+        given = self.sequences
+        sequences = Sequences(
+            [given.prompts[prompt] for prompt in prompts],
+            [given.completions[row] for row in rows],
+            [prompts.index(given.owners[row]) for row in rows],
+        )
+        return sequences, self.advantage[rows], self.ref_logprobs[rows]
+
+
+def plain_update(
+    policy: Policy, batch: Batch, loss: Loss, old: list[Tensor] | None = None
+) -> tuple[float, list[Tensor]]:
+    """Loss and gradients by the formulas of design.md, one row at a time, with nothing skipped and nothing padded."""
+    policy.model.zero_grad()
+    total = torch.zeros(())
+    weights = normalizer(batch.lengths, loss_type=loss.loss_type, max_new_tokens=MAX_NEW_TOKENS)
+    for row, length in enumerate(batch.lengths.tolist()):
+        alone = policy.logprobs(batch.sequences.subset([row]), temperature=TEMPERATURE)[0]
+        before = alone.detach() if old is None else old[row]
+        mask = torch.ones(1, length, dtype=torch.bool)
+        per_token, _ = policy_loss(alone, before, batch.advantage[row : row + 1], mask, loss)
+        if loss.beta > 0:
+            per_token = per_token + loss.beta * kl_estimate(alone, batch.ref_logprobs[row : row + 1, :length])
+        total = total + weights[row] * per_token.sum()
+    total.backward()  # type: ignore[no-untyped-call]
+    gradients = [parameter.grad.clone() for parameter in policy.model.parameters() if parameter.grad is not None]
+    policy.model.zero_grad()
+    return total.item(), gradients
+
+
+def recorded(
+    policy: Policy,
+    sequences: Sequences,
+    advantage: Tensor,
+    loss: Loss,
+    *,
+    micro_batch_size: int = 0,
+    ref_logprobs: Tensor | None = None,
+) -> tuple[dict[str, float], list[Tensor]]:
+    """Metrics and gradients of an update that leaves the weights alone."""
+    recorder = Recorder(policy)
+    metrics = update(
+        policy,
+        recorder,
+        sequences,
+        advantage,
+        loss=loss,
+        temperature=TEMPERATURE,
+        max_new_tokens=MAX_NEW_TOKENS,
+        clip_grad_norm=math.inf,
+        micro_batch_size=micro_batch_size,
+        ref_logprobs=ref_logprobs,
+    )
+    return metrics, recorder.gradients
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected) == 26
+    assert max(float(gradient.abs().max()) for gradient in expected) > 0.01
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_the_gradient_is_that_of_single_rows_whatever_the_micro_batches(
+    tiny_policy: Policy, loss_type: str, beta: float
+) -> None:
+    batch, loss = Batch(tiny_policy), a_loss(loss_type, beta=beta)
+    expected_loss, expected = plain_update(tiny_policy, batch, loss)
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in expected))
+    for micro_batch_size in (0, 1, 3, 5, 64):
+        metrics, found = recorded(
+            tiny_policy,
+            batch.sequences,
+            batch.advantage,
+            loss,
+            micro_batch_size=micro_batch_size,
+            ref_logprobs=batch.ref_logprobs if beta > 0 else None,
+        )
+        assert_same(found, expected)
+        assert metrics["loss"] == pytest.approx(expected_loss, abs=1e-5)
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("prompts", [[2, 0, 1], [1, 2, 0]])
+def test_the_order_of_prompts_and_rows_changes_nothing(tiny_policy: Policy, prompts: list[int]) -> None:
+    batch, loss = Batch(tiny_policy), a_loss(beta=0.3)
+    metrics, expected = recorded(tiny_policy, batch.sequences, batch.advantage, loss, ref_logprobs=batch.ref_logprobs)
+    sequences, advantage, ref_logprobs = batch.reordered(prompts, [9, 0, 5, 3, 7, 1, 2, 8, 6, 4])
+    reordered, found = recorded(tiny_policy, sequences, advantage, loss, micro_batch_size=4, ref_logprobs=ref_logprobs)
+    assert_same(found, expected)
+    assert reordered == pytest.approx(metrics, abs=1e-5)
+
+
+def test_rows_without_advantage_are_skipped_only_when_there_is_no_kl(
+    tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = Batch(tiny_policy)
+    seen: list[int] = []
+    logprobs = Policy.logprobs
+
+    def counting(policy: Policy, sequences: Sequences, *, temperature: float) -> tuple[Tensor, Tensor]:
+        seen.append(len(sequences.completions))
+        return logprobs(policy, sequences, temperature=temperature)
+
+    monkeypatch.setattr(Policy, "logprobs", counting)
+    recorded(tiny_policy, batch.sequences, batch.advantage, a_loss())
+    recorded(tiny_policy, batch.sequences, batch.advantage, a_loss(beta=0.1), ref_logprobs=batch.ref_logprobs)
+    assert seen == [8, 10]
+
+
+def test_kl_and_entropy_are_means_over_all_tokens(tiny_policy: Policy) -> None:
+    batch = Batch(tiny_policy)
+    metrics, _ = recorded(
+        tiny_policy,
+        batch.sequences,
+        batch.advantage,
+        a_loss(beta=0.1),
+        micro_batch_size=3,
+        ref_logprobs=batch.ref_logprobs,
+    )
+    with torch.no_grad():
+        logprobs, entropy = tiny_policy.logprobs(batch.sequences, temperature=TEMPERATURE)
+    mask = batch.sequences.mask()
+    assert metrics["kl"] == pytest.approx(float(kl_estimate(logprobs, batch.ref_logprobs)[mask].mean()), abs=1e-5)
+    assert metrics["entropy"] == pytest.approx(float(entropy[mask].mean()), abs=1e-5)
+    assert metrics["clip_fraction"] == 0.0
+
+
+def test_reference_logprobs_are_the_policys_at_the_start(tiny_policy: Policy) -> None:
+    batch = Batch(tiny_policy)
+    expected, _ = tiny_policy.logprobs(batch.sequences, temperature=TEMPERATURE)
+    for size in (0, 1, 4):
+        found = reference_logprobs(
+            tiny_policy.frozen_copy(), batch.sequences, temperature=TEMPERATURE, micro_batch_size=size
+        )
+        torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=0)
+
+
+def test_logprob_gap_compares_each_trained_token_with_its_sample(tiny_policy: Policy) -> None:
+    batch = Batch(tiny_policy)
+    exact, _ = tiny_policy.logprobs(batch.sequences, temperature=TEMPERATURE)
+    sampled = [
+        [value + row for value in exact[row, :length].tolist()] for row, length in enumerate(batch.lengths.tolist())
+    ]
+    metrics = update(
+        tiny_policy,
+        Recorder(tiny_policy),
+        batch.sequences,
+        batch.advantage,
+        loss=a_loss(),
+        temperature=TEMPERATURE,
+        max_new_tokens=MAX_NEW_TOKENS,
+        micro_batch_size=3,
+        sampled_logprobs=sampled,
+    )
+    # Rows 2 and 7 are skipped: (0*5 + 1*1 + 3*9 + 4*9 + 5*3 + 6*20 + 8*2 + 9*6) / (5 + 1 + 9 + 9 + 3 + 20 + 2 + 6)
+    assert metrics["logprob_gap"] == pytest.approx(269 / 55, abs=1e-5)
+
+
+def test_the_second_inner_update_measures_its_ratio_from_before_the_first(tiny_policy: Policy) -> None:
+    batch, loss = Batch(tiny_policy), a_loss("dapo", beta=0.1)
+    by_hand = copy.deepcopy(tiny_policy)
+    optimizer = torch.optim.SGD(by_hand.model.parameters(), lr=0.3)
+    rows = range(len(batch.lengths))
+    old = [by_hand.logprobs(batch.sequences.subset([row]), temperature=TEMPERATURE)[0].detach() for row in rows]
+    expected_losses = []
+    for _ in range(2):
+        value, gradients = plain_update(by_hand, batch, loss, old)
+        expected_losses.append(value)
+        for parameter, gradient in zip(by_hand.model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+
+    metrics = update(
+        tiny_policy,
+        torch.optim.SGD(tiny_policy.model.parameters(), lr=0.3),
+        batch.sequences,
+        batch.advantage,
+        loss=loss,
+        temperature=TEMPERATURE,
+        max_new_tokens=MAX_NEW_TOKENS,
+        num_inner_updates=2,
+        clip_grad_norm=math.inf,
+        micro_batch_size=4,
+        ref_logprobs=batch.ref_logprobs,
+    )
+    for found, expected in zip(tiny_policy.model.parameters(), by_hand.model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert metrics["loss"] == pytest.approx(sum(expected_losses) / 2, abs=1e-4)
+    assert 0 < metrics["clip_fraction"] < 0.5  # the first of the two has none
+
+
+def weights(policy: Policy) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in policy.model.parameters()]
+
+
+def infinite_loss(policy: Policy, advantage: Tensor) -> str:
+    advantage[0] = math.inf
+    return "loss"
+
+
+def infinite_gradient(policy: Policy, advantage: Tensor) -> str:
+    next(policy.model.parameters()).register_hook(lambda gradient: gradient * math.nan)
+    return "gradient norm"
+
+
+@pytest.mark.parametrize("spoil", [infinite_loss, infinite_gradient])
+def test_a_loss_or_gradient_that_is_not_finite_leaves_the_weights_alone(
+    tiny_policy: Policy, spoil: Callable[[Policy, Tensor], str]
+) -> None:
+    batch = Batch(tiny_policy)
+    before = weights(tiny_policy)
+    what = spoil(tiny_policy, batch.advantage)
+    optimizer = torch.optim.AdamW(tiny_policy.model.parameters(), lr=1.0)
+    with pytest.raises(CountdownError, match=f"the {what} is not finite") as caught:
+        update(
+            tiny_policy,
+            optimizer,
+            batch.sequences,
+            batch.advantage,
+            loss=a_loss(),
+            temperature=TEMPERATURE,
+            max_new_tokens=MAX_NEW_TOKENS,
+            micro_batch_size=3,
+        )
+    assert caught.value.exit_code == 1
+    assert all(map(torch.equal, before, tiny_policy.model.parameters()))
+    assert all(parameter.grad is None for parameter in tiny_policy.model.parameters())
+    assert not optimizer.state
+
+
+def test_a_step_without_any_advantage_moves_nothing(tiny_policy: Policy) -> None:
+    batch = Batch(tiny_policy)
+    before = weights(tiny_policy)
+    optimizer = torch.optim.AdamW(tiny_policy.model.parameters(), lr=1.0, weight_decay=0.1)
+    metrics = update(
+        tiny_policy,
+        optimizer,
+        batch.sequences,
+        torch.zeros(10),
+        loss=a_loss(),
+        temperature=TEMPERATURE,
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+    assert metrics == {"weights_changed": 0.0}
+    assert all(map(torch.equal, before, tiny_policy.model.parameters()))
+
+
+def test_clip_grad_norm_bounds_the_step(tiny_policy: Policy) -> None:
+    batch = Batch(tiny_policy)
+    before = weights(tiny_policy)
+    metrics = update(
+        tiny_policy,
+        torch.optim.SGD(tiny_policy.model.parameters(), lr=1.0),
+        batch.sequences,
+        batch.advantage,
+        loss=a_loss(),
+        temperature=TEMPERATURE,
+        max_new_tokens=MAX_NEW_TOKENS,
+        clip_grad_norm=0.01,
+    )
+    moved = [old - new for old, new in zip(before, weights(tiny_policy), strict=True)]
+    length = math.sqrt(sum(float(step.square().sum()) for step in moved))
+    assert length == pytest.approx(0.01, rel=1e-2)
+    assert metrics["grad_norm"] > 0.1  # as it was before it was scaled down
+
+
+@pytest.mark.parametrize(("precision", "least", "most"), [("float32", 0.99, 1.0), ("bf16", 0.001, 0.1)])
+def test_steps_of_2e_6_move_nearly_all_float32_weights_and_few_of_bf16(
+    tiny_folder: Path, precision: Literal["float32", "bf16"], least: float, most: float
+) -> None:
+    policy = load(str(tiny_folder), device="cpu", precision=precision)
+    batch = Batch(policy)
+    metrics = update(
+        policy,
+        torch.optim.AdamW(policy.model.parameters(), lr=2e-6, weight_decay=0.0),
+        batch.sequences,
+        batch.advantage,
+        loss=a_loss(),
+        temperature=TEMPERATURE,
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+    assert least <= metrics["weights_changed"] <= most
+
+
+def test_weights_changed_counts_each_weight_once(tiny_policy: Policy) -> None:
+    class NudgeTheNorms(Recorder):
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            for parameter in self.param_groups[0]["params"]:
+                parameter.data += float(parameter.shape == (32,)) * torch.arange(parameter.numel()).view_as(parameter)
+
+    batch = Batch(tiny_policy)
+    metrics = update(
+        tiny_policy,
+        NudgeTheNorms(tiny_policy),
+        batch.sequences,
+        batch.advantage,
+        loss=a_loss(),
+        temperature=TEMPERATURE,
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+    # 5 norms and 2 query biases of 32 weights, of each of which all but the first are nudged
+    count = sum(parameter.numel() for parameter in tiny_policy.model.parameters())
+    assert metrics["weights_changed"] == pytest.approx(7 * 31 / count)
