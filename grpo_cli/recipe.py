@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from grpo_cli import display
-from grpo_cli.core.builtin.recipe import Recipe, make
+from grpo_cli.core.builtin.recipe import Recipe, make, stages
 from grpo_cli.core.builtin.traces import failure
 from grpo_cli.core.evaluate import Evaluation, evaluate, puzzle_set
 from grpo_cli.core.policy import BUILTIN, load
@@ -33,17 +33,18 @@ def main() -> None:
 
 
 def write(recipe: Recipe, folder: Path) -> None:
-    """Run the recipe with a progress bar and save the model in half precision: float16 rounds these weights least."""
+    """Run the recipe with progress bars and save the model in float16, which rounds these weights less than bfloat16."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}"), console=display.err) as bars:
         tasks = {
-            "search": bars.add_task("learning to search", total=recipe.patient_steps, loss=0.0),
-            "give up": bars.add_task("learning to give up", total=recipe.impatient_steps, loss=0.0),
+            stage.name: bars.add_task(stage.name, total=stage.steps, loss=0.0)
+            for plan in stages(recipe)
+            for stage in plan
         }
-        model, tokenizer = make(recipe, lambda stage, step, loss: bars.update(tasks[stage], completed=step, loss=loss))
+        model, tokenizer = make(recipe, lambda name, step, loss: bars.update(tasks[name], completed=step, loss=loss))
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    display.note(f"wrote {sum(parameter.numel() for parameter in model.parameters()):,} parameters to {folder}")
+    display.note(f"wrote {model.num_parameters():,} parameters to {folder}")
 
 
 def measure(folder: Path, split: Split, temperature: float) -> Evaluation:

@@ -73,6 +73,14 @@ def test_drills_are_two_operand_arithmetic_with_true_verdicts() -> None:
         assert need.endswith("Yes!") == (need.partition(".")[0] == value)
 
 
+def test_a_verdict_follows_its_target_at_once() -> None:
+    tokenizer = build_tokenizer(Recipe())
+    tokens = [
+        tokenizer.decode([token]) for token in tokenizer("= 18, need 22. No.\n= 22, need 22. Yes!\n")["input_ids"]
+    ]
+    assert tokens == ["=", " 18", ", need", " 22", ". No.\n", "=", " 22", ", need", " 22", ". Yes!\n"]
+
+
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
@@ -100,7 +108,7 @@ def test_only_the_completion_is_learned() -> None:
     tokenizer = build_tokenizer(Recipe())
     maker = RowMaker(tokenizer, random.Random(3))
     for _ in range(20):
-        row = maker.row(patient)
+        row = maker.row(patient, drills=0.2)
         learned = [token for token in row.labels if token != IGNORED]
         assert all(label in (IGNORED, token) for token, label in zip(row.tokens, row.labels, strict=True))
         text = tokenizer.decode(row.tokens)
@@ -146,9 +154,9 @@ def test_the_shipped_model_is_worth_training(style: Style) -> None:
 def test_the_recipe_is_reproducible(tmp_path: Path) -> None:
     from grpo_cli.core.builtin.recipe import make
 
-    recipe = Recipe(patient_steps=2, impatient_steps=1, tokens_per_step=1024)
+    recipe = Recipe(drill_steps=1, search_steps=2, give_up_steps=1, tokens_per_step=1024)
     losses: list[list[float]] = [[], []]
     for kept in losses:
-        make(recipe, lambda stage, step, loss, kept=kept: kept.append(loss))
+        make(recipe, lambda name, step, loss, kept=kept: kept.append(loss))
     assert losses[0] == losses[1]
-    assert len(losses[0]) == 3
+    assert len(losses[0]) == 4

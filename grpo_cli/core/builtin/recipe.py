@@ -1,8 +1,9 @@
 """The recipe that made the built-in model: a small Qwen2 that learns by imitation to search, but not to persist.
 
-First two-operand arithmetic and comparison alone, then whole searches on patient traces, then, shortly, the same searches
-given up early, most after `PATIENT_TRIES` failures. What is left is a model that can search, and stops too soon; the rest
-is for reinforcement. Puzzles come from the train split alone. Knows neither terminals nor reinforcement.
+First two-operand arithmetic and comparison alone, then whole searches on patient traces, then, shortly, the same
+searches given up early, most after `PATIENT_TRIES` failures. What is left is a model that can search, and stops too
+soon; the rest is for reinforcement. Puzzles come from the train split alone. Knows neither terminals nor
+reinforcement.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ def imitate(
     recipe: Recipe,
     report: Callable[[str, int, float], None],
 ) -> None:
-    """Train `model` in place by next-token prediction, the learning rate falling to zero by a cosine over all stages."""
+    """Train `model` in place by next-token prediction; the learning rate falls to 0 by a cosine over all stages."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
     )
@@ -195,9 +196,7 @@ def imitate(
     done = 0
     model.train()
     for stage in plan:
-        stream = batches(
-            maker, patience=stage.patience, drills=stage.drills, tokens_per_step=recipe.tokens_per_step
-        )
+        stream = batches(maker, patience=stage.patience, drills=stage.drills, tokens_per_step=recipe.tokens_per_step)
         for step in range(1, stage.steps + 1):
             scale = min(1.0, (done + 1) / 40) * 0.5 * (1 + math.cos(math.pi * done / steps))
             optimizer.param_groups[0]["lr"] = learning_rate * scale
