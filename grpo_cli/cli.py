@@ -86,8 +86,7 @@ def gen_data(
 
     numbers = _resolve(ctx, config, has_cuda=lambda: False).settings.task.numbers
     if not count and numbers > ENUMERABLE:
-        raise CountdownError(f"there are too many puzzles of {numbers} numbers to enumerate", "draw some with
-        `--count`")
+        raise CountdownError(f"puzzles of {numbers} numbers are too many to enumerate", "draw some with `--count`")
     if count:
         puzzles = generate(count, numbers=numbers, split=split, seed=seed)
     else:

@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def write(recipe: Recipe, folder: Path) -> None:
-    """Run the recipe with progress bars and save the model in float16, which rounds these weights less than bfloat16."""
+    """Run the recipe with progress bars; save the model in float16, which rounds its weights less than bfloat16."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}"), console=display.err) as bars:
         tasks = {

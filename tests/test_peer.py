@@ -18,15 +18,14 @@ from rich.table import Table
 from torch import Tensor
 
 from grpo_cli.core.grpo import advantages, batch_loss, normalizer
-from grpo_cli.core.policy import Policy, Sequences, load
+from grpo_cli.core.policy import Policy, Sequences
 from grpo_cli.core.puzzle import Puzzle
 from grpo_cli.core.settings import Loss
 from grpo_cli.core.task import prompt
 
 pytestmark = [
     pytest.mark.peer,
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:You are using 'rollout_func':UserWarning"),
 ]
 GROUPS, GENERATIONS, MAX_NEW_TOKENS, TEMPERATURE = 3, 4, 24, 1.2
@@ -49,18 +48,13 @@ class Fixed:
 
 
 @pytest.fixture
-def policy(tiny_folder: Path) -> Policy:
-    return load(str(tiny_folder), device="cpu", precision="float32")
-
-
-@pytest.fixture
-def fixed(policy: Policy) -> Fixed:
+def fixed(tiny_policy: Policy) -> Fixed:
     rng = torch.Generator().manual_seed(5)
     rows = GROUPS * GENERATIONS
     lengths = torch.randint(1, MAX_NEW_TOKENS + 1, (rows,), generator=rng).tolist()
     completions = [torch.randint(0, 800, (length,), generator=rng).tolist() for length in lengths]
-    completions[3][-1] = policy.end_ids[0]
-    prompts = [policy.encode(prompt(puzzle, style)) for puzzle, style in PUZZLES]  # type: ignore[arg-type]
+    completions[3][-1] = tiny_policy.end_ids[0]
+    prompts = [tiny_policy.encode(prompt(puzzle, style)) for puzzle, style in PUZZLES]  # type: ignore[arg-type]
     sequences = Sequences(prompts, completions, [row // GENERATIONS for row in range(rows)])
     shape = sequences.mask().shape
     rewards = torch.tensor([[1.0, 0.2, 0.0, 0.2], [0.1, 0.1, 0.1, 0.1], [0.0, 1.0, 1.0, 0.1]])
@@ -103,7 +97,7 @@ def trainer(folder: Path, output: Path, fixed: Fixed, *, loss_type: str, beta: f
         bf16=False,
         use_cpu=True,
         report_to="none",
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         disable_tqdm=True,
     )
     dataset = Dataset.from_list([{"prompt": str(group)} for group in range(GROUPS)])
@@ -132,10 +126,10 @@ def report() -> Iterator[Table]:
 @pytest.mark.parametrize("beta", [0.0, 0.05])
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "cispo", "gspo"])
 def test_loss_and_gradient_equal_trls(
-    policy: Policy, fixed: Fixed, tiny_folder: Path, tmp_path: Path, report: Table, loss_type: str, beta: float
+    tiny_policy: Policy, fixed: Fixed, tiny_folder: Path, tmp_path: Path, report: Table, loss_type: str, beta: float
 ) -> None:
     sequences, mask = fixed.sequences, fixed.sequences.mask()
-    logprobs, _ = policy.logprobs(sequences, temperature=TEMPERATURE)
+    logprobs, _ = tiny_policy.logprobs(sequences, temperature=TEMPERATURE)
     old, reference = logprobs.detach() + fixed.old_noise * mask, logprobs.detach() + fixed.ref_noise * mask
 
     peer = trainer(tiny_folder, tmp_path, fixed, loss_type=loss_type, beta=beta, scale="group")
@@ -156,7 +150,7 @@ def test_loss_and_gradient_equal_trls(
     found, clipped, _ = batch_loss(logprobs, old, reference if beta > 0 else None, advantage, mask, weight, loss)
     found.backward()
 
-    ours = {name: parameter.grad for name, parameter in policy.model.named_parameters()}
+    ours = {name: parameter.grad for name, parameter in tiny_policy.model.named_parameters()}
     theirs = {name: parameter.grad for name, parameter in peer.model.named_parameters()}
     assert ours.keys() == theirs.keys()
     gaps = [float((ours[name] - theirs[name]).abs().max()) for name in ours]

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from grpo_cli.core.builtin.tokenizer import train_tokenizer
+from grpo_cli.core.builtin.tokenizer import LARGEST_NUMBER, train_tokenizer
 from grpo_cli.core.builtin.traces import Patience, drill, trace
 from grpo_cli.core.puzzle import Puzzle, enumerate_puzzles, split_of
 from grpo_cli.core.task import STYLES, prompt
 
 PATIENT_TRIES = 6  # most impatient searches are given up after this many failures
+PERIODS = (2, 5, 10, 20, 50, 100, 200, 400)
 IGNORED = -100
 
 
@@ -91,7 +92,27 @@ def build_model(recipe: Recipe, tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return Qwen2ForCausalLM(config)
+    model = Qwen2ForCausalLM(config)
+    _place_numbers(model, tokenizer)
+    return model
+
+
+@torch.no_grad()
+def _place_numbers(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer) -> None:
+    """Start the embeddings of numbers on circles of several periods, so that nearby and congruent numbers look alike.
+
+    Trained language models add numbers so, and models that start from such embeddings learn it better (arXiv 2406.03445).
+    """
+    embedding = model.get_input_embeddings().weight
+    spread = model.config.initializer_range
+    numbers = torch.arange(LARGEST_NUMBER + 1)
+    angles = 2 * math.pi * numbers[:, None] / torch.tensor(PERIODS)
+    circles = torch.cat([angles.cos(), angles.sin()], dim=1)  # (201, 2 * periods)
+    directions = torch.randn(circles.shape[1], embedding.shape[1]) / math.sqrt(len(PERIODS))
+    placed = spread * circles @ directions
+    for space in ("", " "):
+        ids = tokenizer.convert_tokens_to_ids([f"{space}{number}" for number in numbers.tolist()])
+        embedding[ids] = placed + 0.25 * embedding[ids]
 
 
 class RowMaker:
