@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from grpo_cli.plot import Curves
 
 app = typer.Typer(
-    help="Teach a language model to solve countdown puzzles with GRPO.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -59,13 +58,19 @@ def main() -> None:
         sys.exit(1)
 
 
-@app.callback()
-def options(
-    version: Annotated[bool, typer.Option("--version", help="show the version and exit", is_eager=True)] = False,
-) -> None:
-    if version:
+def _show_version(asked: bool) -> None:
+    if asked:
         print(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="show the version and exit", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Teach a language model to solve countdown puzzles with GRPO."""
 
 
 @app.command("gen-data", cls=settings_command("task.numbers"))
@@ -153,7 +158,7 @@ def evaluate_models(
     if out is not None and ((out.exists() and not overwrite) or not out.parent.is_dir()):
         problem = "exists" if out.exists() else "has no folder to stand in"
         raise CountdownError(f"`{out}` {problem}", "write elsewhere, or replace it with `--overwrite`")
-    plans = [_plan(ctx, config, name) for name in models or [None]]
+    plans = [_plan(ctx, config, name) for name in models] if models else [_plan(ctx, config, None)]
     results = [_evaluate(plan, quiet=as_json) for plan in plans]
     if out is not None:
         lines = [json.dumps({"model": result.model, **record}) for result in results for record in result.records()]

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,9 @@ Command = Callable[..., Result]
 
 
 @pytest.fixture
-def countdown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+def countdown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Command]:
     """Runs `countdown ARGS` in an empty folder."""
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("COUNTDOWN_")]:

@@ -119,7 +119,8 @@ def test_control_tokens_in_a_message_are_text(tiny_policy: Policy) -> None:
 
 
 def test_encode_is_the_chat_template(tiny_policy: Policy) -> None:
-    text = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nMake 13 of [3, 5, 2].<|im_end|>\n<|im_start|>assistant\n"
+    text = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
+    text += "<|im_start|>user\nMake 13 of [3, 5, 2].<|im_end|>\n<|im_start|>assistant\n"
     assert tiny_policy.encode(MESSAGES) == tiny_policy.tokenizer(text)["input_ids"]
 
 

@@ -239,6 +239,6 @@ def _probe(policy: Policy) -> list[Tensor]:
 
 def _changed(policy: Policy, before: list[Tensor]) -> float:
     """Share of the probed weights that are no longer what they were, each tensor counted by its size."""
-    sizes = [parameter.numel() for parameter in policy.model.parameters()]
+    sizes: list[int] = [parameter.numel() for parameter in policy.model.parameters()]
     shares = [float((old != new).float().mean()) for old, new in zip(before, _probe(policy), strict=True)]
     return sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)

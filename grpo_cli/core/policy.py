@@ -70,7 +70,7 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return cast("torch.device", self.model.device)
 
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Chat messages -> token ids up to where the assistant's answer begins, by the model's own chat template."""
@@ -196,8 +196,7 @@ def load(name: str, *, device: str = "auto", precision: str = "auto", gradient_c
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=list(end_ids), pad_token_id=tokenizer.pad_token_id
     )
-    model.to(place)  # type: ignore[arg-type]
-    return Policy(model, tokenizer, name, chosen, end_ids)
+    return Policy(model.to(place), tokenizer, name, chosen, end_ids)
 
 
 def find(name: str) -> tuple[str, bool]:

@@ -101,7 +101,7 @@ def build_model(recipe: Recipe, tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
 def _place_numbers(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer) -> None:
     """Start the embeddings of numbers on circles of several periods, so that nearby and congruent numbers look alike.
 
-    Trained language models add numbers so, and models that start from such embeddings learn it better (arXiv 2406.03445).
+    Trained language models add numbers so, and those that start from such embeddings learn better (arXiv 2406.03445).
     """
     embedding = model.get_input_embeddings().weight
     spread = model.config.initializer_range
