@@ -134,10 +134,12 @@ def train(
         resolved = layers.restore(old.read_config(), old.config_path, flags=given)
     display.note(f"preset {resolved.settings.preset}: {resolved.preset_reason}")
     plan = _plan_of(resolved, root, resolved.settings.model.model)
+    if old is None:
+        Run.check(root, run, overwrite=overwrite)
     if dry_run:
         _show(resolved, plan)
         return
-    _train(plan, old or Run.create(root, run, overwrite=overwrite), resume=resume)
+    _train(plan, old, lambda: Run.create(root, run, overwrite=overwrite))
 
 
 @app.command("eval", cls=settings_command("preset", "runs", "task", "model.device", "model.precision", "eval"))
@@ -336,15 +338,17 @@ def _show(resolved: Resolved, plan: _Plan) -> None:
     display.prompt_tokens(prompt_tokens(plan.source, prompt(puzzle, settings.task.style)))
 
 
-def _train(plan: _Plan, run: Run, *, resume: bool) -> None:
+def _train(plan: _Plan, old: Run | None, create: Callable[[], Run]) -> None:
+    """Go on with the run `old`, or start the one that `create` makes, which it does once the model has loaded."""
     from grpo_cli.core import train as core
     from grpo_cli.live import TrainingView
 
     settings = plan.settings
-    step, checkpoint = core.newest_checkpoint(run) if resume else (0, None)
+    step, checkpoint = core.newest_checkpoint(old) if old else (0, None)
     policy = _load(plan, checkpoint / "model" if checkpoint else None)
     optimizer = core.build_optimizer(policy, name=settings.train.optimizer, weight_decay=settings.train.weight_decay)
     training = core.Training(policy, optimizer)
+    run = old or create()
     run.write_config(settings.model_dump())
     run.write_environment(core.environment(policy))
     if checkpoint:

@@ -36,11 +36,7 @@ def write(recipe: Recipe, folder: Path) -> None:
     """Run the recipe with progress bars; save the model in float16, which rounds its weights less than bfloat16."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}"), console=display.err) as bars:
-        tasks = {
-            stage.name: bars.add_task(stage.name, total=stage.steps, loss=0.0)
-            for plan in stages(recipe)
-            for stage in plan
-        }
+        tasks = {stage.name: bars.add_task(stage.name, total=stage.steps, loss=0.0) for stage in stages(recipe)}
         model, tokenizer = make(recipe, lambda name, step, loss: bars.update(tasks[name], completed=step, loss=loss))
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -40,15 +40,24 @@ class Run:
             root.mkdir(parents=True, exist_ok=True)
             if name is None:
                 return next(cls(path) for path in (root / f"run-{number}" for number in count(1)) if _make(path))
-            path = root / _checked(name)
-            if overwrite and os.path.lexists(path):
-                _clear_run(path)
+            cls.check(root, name, overwrite=overwrite)
+            path = root / name
+            if path.exists():
+                _discard(path)
             if _make(path):
                 return cls(path)
-        raise CountdownError(
-            f"run `{name}` already exists in `{root}`",
-            "go on with it by `--resume`, replace it by `--overwrite`, or choose another name with `--run`",
-        )
+        raise _taken(root, name)
+
+    @staticmethod
+    def check(root: Path, name: str | None, *, overwrite: bool = False) -> None:
+        """Raise what `create` would for this name, and change nothing."""
+        if name is None or not os.path.lexists(path := root / _checked(name)):
+            return
+        if not overwrite:
+            raise _taken(root, name)
+        is_run = path.is_dir() and ((path / "config.json").is_file() or not any(path.iterdir()))
+        if path.is_symlink() or not is_run:
+            raise CountdownError(f"`{path}` is no run, so it is not overwritten", "choose another name with `--run`")
 
     @classmethod
     def open(cls, root: Path, name: str) -> Self:
@@ -264,11 +273,11 @@ def _make(path: Path) -> bool:
     return True
 
 
-def _clear_run(path: Path) -> None:
-    is_run = path.is_dir() and ((path / "config.json").is_file() or not any(path.iterdir()))
-    if path.is_symlink() or not is_run:
-        raise CountdownError(f"`{path}` is no run, so it is not overwritten", "choose another name with `--run`")
-    _discard(path)
+def _taken(root: Path, name: str) -> CountdownError:
+    return CountdownError(
+        f"run `{name}` already exists in `{root}`",
+        "go on with it by `--resume`, replace it by `--overwrite`, or choose another name with `--run`",
+    )
 
 
 def _discard(path: Path) -> None:

@@ -13,6 +13,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
@@ -24,6 +25,7 @@ from grpo_cli.core.task import STYLES, prompt
 
 PATIENT_TRIES = 6  # most impatient searches are given up after this many failures
 PERIODS = (2, 5, 10, 20, 50, 100, 200, 400)
+MUON_FACTOR = 8  # Muon's learning rate over AdamW's
 IGNORED = -100
 
 
@@ -38,8 +40,7 @@ class Recipe:
     key_value_heads: int = 2
     mlp_width: int = 512
     merges_vocabulary: int = 512
-    drill_steps: int = 400
-    search_steps: int = 1100
+    search_steps: int = 1000
     give_up_steps: int = 120
     tokens_per_step: int = 4096
     learning_rate: float = 2e-3
@@ -112,7 +113,7 @@ def _place_numbers(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer) -> None:
     placed = spread * circles @ directions
     for space in ("", " "):
         ids = tokenizer.convert_tokens_to_ids([f"{space}{number}" for number in numbers.tolist()])
-        embedding[ids] = placed + 0.25 * embedding[ids]
+        embedding[ids] += 0.5 * placed
 
 
 class RowMaker:
@@ -145,7 +146,7 @@ class RowMaker:
         if self.rng.random() < drills:
             return self._drill_row()
         puzzle = self.puzzle()
-        style = self.rng.choices(STYLES, weights=(0.3, 0.45, 0.25))[0]
+        style = self.rng.choices(STYLES, weights=(0.25, 0.5, 0.25))[0]
         text = self.tokenizer.apply_chat_template(prompt(puzzle, style), tokenize=False, add_generation_prompt=True)
         start = self.tokenizer(text)["input_ids"]
         completion = self.tokenizer(trace(puzzle, self.rng, style=style, patience=patience))["input_ids"]
@@ -185,49 +186,46 @@ def batches(
 
 @dataclass(frozen=True)
 class Stage:
-    """Some steps of imitation on one kind of data."""
+    """Some steps of imitation on one kind of data, from a learning rate that falls to 0."""
 
     name: str
     steps: int
+    learning_rate: float
     drills: float  # share of rows that are drills
     patience: Patience
 
 
-def stages(recipe: Recipe) -> tuple[list[Stage], list[Stage]]:
-    """The stages that share a learning rate schedule, and then the short one that teaches giving up."""
-    drilling = Stage("arithmetic", recipe.drill_steps, 1.0, patient)
-    searching = Stage("search", recipe.search_steps, 0.15, patient)
-    return [drilling, searching], [Stage("giving up", recipe.give_up_steps, 0.0, impatient)]
+def stages(recipe: Recipe) -> tuple[Stage, Stage]:
+    """What the model goes through."""
+    return (
+        Stage("search", recipe.search_steps, recipe.learning_rate, 0.25, patient),
+        Stage("giving up", recipe.give_up_steps, recipe.give_up_learning_rate, 0.0, impatient),
+    )
 
 
 def imitate(
-    model: Qwen2ForCausalLM,
-    maker: RowMaker,
-    plan: list[Stage],
-    *,
-    learning_rate: float,
-    recipe: Recipe,
-    report: Callable[[str, int, float], None],
+    model: Qwen2ForCausalLM, maker: RowMaker, stage: Stage, *, recipe: Recipe, report: Callable[[int, float], None]
 ) -> None:
-    """Train `model` in place by next-token prediction; the learning rate falls to 0 by a cosine over all stages."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
-    )
-    steps = sum(stage.steps for stage in plan)
-    done = 0
+    """Train `model` in place by next-token prediction, its matrices by Muon and the rest by AdamW.
+
+    Muon (kellerjordan.github.io/posts/muon) gets here in 140 steps as far as AdamW alone in 240.
+    """
+    matrices = [weight for weight in model.model.layers.parameters() if weight.dim() == 2]
+    others = [model.get_input_embeddings().weight, *(weight for weight in model.parameters() if weight.dim() == 1)]
+    muon = torch.optim.Muon(matrices, weight_decay=recipe.weight_decay)
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
+    stream = batches(maker, patience=stage.patience, drills=stage.drills, tokens_per_step=recipe.tokens_per_step)
     model.train()
-    for stage in plan:
-        stream = batches(maker, patience=stage.patience, drills=stage.drills, tokens_per_step=recipe.tokens_per_step)
-        for step in range(1, stage.steps + 1):
-            scale = min(1.0, (done + 1) / 40) * 0.5 * (1 + math.cos(math.pi * done / steps))
-            optimizer.param_groups[0]["lr"] = learning_rate * scale
-            loss = _next_token_loss(model, *next(stream))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for done in range(stage.steps):
+        scale = min(1.0, (done + 1) / 40) * 0.5 * (1 + math.cos(math.pi * done / stage.steps))
+        loss = _next_token_loss(model, *next(stream))
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, peak in ((muon, MUON_FACTOR * stage.learning_rate), (adamw, stage.learning_rate)):
+            optimizer.param_groups[0]["lr"] = peak * scale
             optimizer.step()
-            done += 1
-            report(stage.name, step, loss.item())
+        report(done + 1, loss.item())
 
 
 def _next_token_loss(model: Qwen2ForCausalLM, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -245,7 +243,6 @@ def make(recipe: Recipe, report: Callable[[str, int, float], None]) -> tuple[Qwe
     tokenizer = build_tokenizer(recipe)
     model = build_model(recipe, tokenizer)
     maker = RowMaker(tokenizer, random.Random(recipe.seed))
-    rates = (recipe.learning_rate, recipe.give_up_learning_rate)
-    for plan, learning_rate in zip(stages(recipe), rates, strict=True):
-        imitate(model, maker, plan, learning_rate=learning_rate, recipe=recipe, report=report)
+    for stage in stages(recipe):
+        imitate(model, maker, stage, recipe=recipe, report=partial(report, stage.name))
     return model.eval(), tokenizer
