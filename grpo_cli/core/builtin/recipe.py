@@ -224,7 +224,7 @@ def imitate(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, peak in ((muon, MUON_FACTOR * stage.learning_rate), (adamw, stage.learning_rate)):
             optimizer.param_groups[0]["lr"] = peak * scale
-            optimizer.step()
+            optimizer.step()  # type: ignore[no-untyped-call]
         report(done + 1, loss.item())
 
 
