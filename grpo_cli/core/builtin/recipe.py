@@ -19,13 +19,14 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from grpo_cli.core.builtin.tokenizer import LARGEST_NUMBER, train_tokenizer
-from grpo_cli.core.builtin.traces import Patience, drill, trace
+from grpo_cli.core.builtin.traces import THREE, Patience, drill, evaluated, form_tree, trace
 from grpo_cli.core.puzzle import Puzzle, enumerate_puzzles, split_of
 from grpo_cli.core.task import STYLES, prompt
 
 PATIENT_TRIES = 6  # most impatient searches are given up after this many failures
 PERIODS = (2, 5, 10, 20, 50, 100, 200, 400)
 MUON_FACTOR = 8  # Muon's learning rate over AdamW's
+WIDEST = 20  # largest number of a wide puzzle
 IGNORED = -100
 
 
@@ -41,9 +42,11 @@ class Recipe:
     mlp_width: int = 512
     merges_vocabulary: int = 512
     search_steps: int = 1000
+    generalize_steps: int = 300
     give_up_steps: int = 120
     tokens_per_step: int = 4096
     learning_rate: float = 2e-3
+    generalize_learning_rate: float = 1e-3
     give_up_learning_rate: float = 2e-4
     weight_decay: float = 0.01
 
@@ -116,6 +119,18 @@ def _place_numbers(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer) -> None:
         embedding[ids] += 0.5 * placed
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Some steps of imitation on one kind of data, from a learning rate that falls to 0."""
+
+    name: str
+    steps: int
+    learning_rate: float
+    drills: float  # share of rows that are drills
+    wide: float  # share of puzzles whose numbers go beyond 10
+    patience: Patience
+
+
 class RowMaker:
     """An endless, seeded stream of rows to imitate."""
 
@@ -124,9 +139,11 @@ class RowMaker:
         self.rng = rng
         self.solvable = list(enumerate_puzzles(numbers=3, split="train"))
 
-    def puzzle(self) -> Puzzle:
+    def puzzle(self, wide: float = 0.0) -> Puzzle:
         """Mostly solvable puzzles of three numbers; some with any target, some of four numbers; never a val puzzle."""
         rng = self.rng
+        if wide and rng.random() < wide:
+            return self._wide_puzzle()
         puzzle = rng.choice(self.solvable)
         if rng.random() < 0.25:
             puzzle = self._any_puzzle(4 if rng.random() < 0.2 else 3)
@@ -141,11 +158,22 @@ class RowMaker:
             if split_of(numbers) == "train":
                 return Puzzle(numbers, self.rng.randint(1, 100))
 
-    def row(self, patience: Patience, drills: float) -> Row:
+    def _wide_puzzle(self) -> Puzzle:
+        """Three numbers up to `WIDEST`, one of them odd, and a target that one of the forms reaches.
+
+        There are too many to memorize, so that what is learned here holds for numbers never seen together.
+        """
+        while True:
+            numbers = tuple(sorted(self.rng.randint(1, WIDEST) for _ in range(3)))
+            target = evaluated(form_tree(self.rng.choice(THREE), (numbers[0], numbers[1], numbers[2])))
+            if split_of(numbers) == "train" and 1 <= target <= 100:
+                return Puzzle(numbers, target)
+
+    def row(self, patience: Patience, *, drills: float = 0.0, wide: float = 0.0) -> Row:
         """A prompt with a trace as its completion or, with probability `drills`, a drill."""
         if self.rng.random() < drills:
             return self._drill_row()
-        puzzle = self.puzzle()
+        puzzle = self.puzzle(wide)
         style = self.rng.choices(STYLES, weights=(0.25, 0.5, 0.25))[0]
         text = self.tokenizer.apply_chat_template(prompt(puzzle, style), tokenize=False, add_generation_prompt=True)
         start = self.tokenizer(text)["input_ids"]
@@ -165,41 +193,30 @@ class RowMaker:
         return row
 
 
-def batches(
-    maker: RowMaker, *, patience: Patience, drills: float, tokens_per_step: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(maker: RowMaker, stage: Stage, tokens_per_step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of rows of like length, right-padded: tokens (B, T) and labels (B, T), B * T about `tokens_per_step`."""
     while True:
-        pool = sorted((maker.row(patience, drills) for _ in range(512)), key=lambda row: len(row.tokens))
+        rows = (maker.row(stage.patience, drills=stage.drills, wide=stage.wide) for _ in range(512))
+        pool = sorted(rows, key=lambda row: len(row.tokens))
         cuts: list[list[Row]] = [[]]
         for row in pool:
             if (len(cuts[-1]) + 1) * len(row.tokens) > tokens_per_step:
                 cuts.append([])
             cuts[-1].append(row)
         maker.rng.shuffle(cuts)
-        for rows in cuts:
-            length = max(len(row.tokens) for row in rows)
-            tokens = torch.tensor([row.tokens + [0] * (length - len(row.tokens)) for row in rows])
-            labels = torch.tensor([row.labels + [IGNORED] * (length - len(row.labels)) for row in rows])
+        for batch in cuts:
+            length = max(len(row.tokens) for row in batch)
+            tokens = torch.tensor([row.tokens + [0] * (length - len(row.tokens)) for row in batch])
+            labels = torch.tensor([row.labels + [IGNORED] * (length - len(row.labels)) for row in batch])
             yield tokens, labels
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Some steps of imitation on one kind of data, from a learning rate that falls to 0."""
-
-    name: str
-    steps: int
-    learning_rate: float
-    drills: float  # share of rows that are drills
-    patience: Patience
-
-
-def stages(recipe: Recipe) -> tuple[Stage, Stage]:
+def stages(recipe: Recipe) -> tuple[Stage, ...]:
     """What the model goes through."""
     return (
-        Stage("search", recipe.search_steps, recipe.learning_rate, 0.25, patient),
-        Stage("giving up", recipe.give_up_steps, recipe.give_up_learning_rate, 0.0, impatient),
+        Stage("search", recipe.search_steps, recipe.learning_rate, 0.25, 0.0, patient),
+        Stage("generalize", recipe.generalize_steps, recipe.generalize_learning_rate, 0.5, 0.7, patient),
+        Stage("give up", recipe.give_up_steps, recipe.give_up_learning_rate, 0.0, 0.6, impatient),
     )
 
 
@@ -214,7 +231,7 @@ def imitate(
     others = [model.get_input_embeddings().weight, *(weight for weight in model.parameters() if weight.dim() == 1)]
     muon = torch.optim.Muon(matrices, weight_decay=recipe.weight_decay)
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
-    stream = batches(maker, patience=stage.patience, drills=stage.drills, tokens_per_step=recipe.tokens_per_step)
+    stream = batches(maker, stage, recipe.tokens_per_step)
     model.train()
     for done in range(stage.steps):
         scale = min(1.0, (done + 1) / 40) * 0.5 * (1 + math.cos(math.pi * done / stage.steps))

@@ -78,6 +78,13 @@ def reduce(tree: Tree) -> Tree:
     return (operation, reduce(left), right)
 
 
+def evaluated(tree: Tree) -> int:
+    """The value of a tree."""
+    while not isinstance(tree, int):
+        tree = reduce(tree)
+    return tree
+
+
 def line(tree: Tree, target: int) -> tuple[str, bool]:
     """One try worked out: `2 * 6 + 10 = 12 + 10 = 22, need 24. No.`, and whether it hits."""
     steps = [write(tree)]
