@@ -2,9 +2,10 @@
 
     python benchmarks/step.py --rounds 7 --out step.json
 
-Everybody has the same weights, the same one-shot prompts and exactly as many new tokens, because no end-of-sequence id can be
-sampled; KL penalty, one inner update, AdamW. TRL runs its own training loop, and the others take their turn between its
-steps, so that a change in the machine's load meets all of them. Figures are medians; TRL's update includes its scoring.
+Everybody has the same weights, the same one-shot prompts and exactly as many new tokens, because no end-of-sequence
+id can be sampled; KL penalty, one inner update, AdamW. TRL runs its own training loop, and the others take their turn
+between its steps, so that a change in the machine's load meets all of them. Figures are medians; TRL's update
+includes its scoring.
 """
 
 from __future__ import annotations
