@@ -40,10 +40,16 @@ def shared_prefix_attention(
     plan: Plan,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers calls in every layer; `plan` reaches it through the model's own call."""
+    """The attention function that transformers calls in every layer; `plan` reaches it through the model's own call.
+
+    A CPU attends in float32 whatever the rest is computed in: its bfloat16 kernels are two to three times slower backward.
+    """
     layer = module.layer_idx
     assert isinstance(layer, int) and attention_mask is None
-    return plan.attend(layer, query, key, value, scaling), None
+    dtype = torch.float32 if query.device.type == "cpu" else value.dtype
+    with torch.autocast(query.device.type, enabled=False):
+        attended = plan.attend(layer, query.to(dtype), key.to(dtype), value.to(dtype), scaling)
+    return attended.to(value.dtype), None
 
 
 class Prefill:
@@ -106,68 +112,69 @@ class Packed:
     """Training: prompts and completions of any length in one row [p1 | p2 | ... | c1 | c2 | ...], without padding.
 
     Completion r attends to prompt `owners[r]` and to itself. Positions restart after the prompt for each completion.
-    Example: prompts of 3 and 2 tokens and completions of 2 and 1 with owners [0, 1] have positions [0 1 2  0 1  3 4
-    2].
+    Example: prompts of 3 and 2 tokens and completions of 2 and 1 with owners [0, 1] have positions [0 1 2  0 1  3 4  2].
+    Every `BUCKET` completions in a row attend together, padded to the longest: those of like length should be neighbours.
     """
 
     def __init__(
         self, prompt_lengths: Sequence[int], lengths: Sequence[int], owners: Sequence[int], device: torch.device
     ) -> None:
-        prompts = torch.tensor(prompt_lengths)
-        starts = prompts.cumsum(0) - prompts
-        self.longest = int(prompts.max())
-        self.prompt_index, self.prompt_real = _padded_index(starts, prompts, device)  # (P, L)
-        offset = int(prompts.sum())
-        rows = torch.tensor(lengths)
-        row_starts = offset + rows.cumsum(0) - rows
-        order = rows.argsort(stable=True)
+        self.prompts = _Rows(prompt_lengths, device)
         self.buckets = []
-        scattered = [self.prompt_index[self.prompt_real]]
-        for chosen in order.split(BUCKET):
-            index, real = _padded_index(row_starts[chosen], rows[chosen], device)  # (R, C)
-            owner = torch.tensor(owners)[chosen].to(device)
-            self.buckets.append((index, real, owner, self._mask(index.shape[1], owner)))
-            scattered.append(index[real])
-        self.restore = torch.cat(scattered).argsort()
-        last_of_prompt = (starts + prompts - 1)[torch.tensor(owners)]  # (R,)
-        before = torch.arange(offset, offset + int(rows.sum())) - 1
-        before[row_starts - offset] = last_of_prompt
+        for start in range(0, len(lengths), BUCKET):
+            rows = _Rows(lengths[start : start + BUCKET], device)
+            owner = torch.tensor(owners[start : start + BUCKET], device=device)
+            self.buckets.append((rows, owner, self._mask(rows.shape[1], owner)))
+        self.sizes = [self.prompts.tokens, *(rows.tokens for rows, _, _ in self.buckets)]
+        ends = torch.tensor([*prompt_lengths, *lengths]).cumsum(0) - 1  # packed position of each section's last token
+        firsts = ends[len(prompt_lengths) - 1 : -1] + 1
+        before = torch.arange(int(ends[len(prompt_lengths) - 1]), int(ends[-1]))
+        before[firsts - firsts[0]] = ends[torch.tensor(owners)]
         self.predecessors = before.to(device)  # packed position before each completion token: what predicts it
         positions = [torch.arange(length) for length in prompt_lengths]
         positions += [torch.arange(n) + prompt_lengths[owner] for n, owner in zip(lengths, owners, strict=True)]
         self.positions = torch.cat(positions)[None].to(device)  # (1, N)
 
     def _mask(self, longest: int, owner: Tensor) -> Tensor:
-        """(R, 1, C, L + C), True where a token may attend: its prompt's tokens, then its own up to now."""
+        """(R, 1, C, L + C), True where a completion's token may attend: its prompt's real tokens, then itself up to now."""
         causal = torch.ones(longest, longest, dtype=torch.bool, device=owner.device).tril()
-        to_prompt = self.prompt_real[owner][:, None, :].expand(-1, longest, -1)  # (R, C, L)
+        to_prompt = self.prompts.real[owner][:, None, :].expand(-1, longest, -1)  # (R, C, L)
         return torch.cat([to_prompt, causal.expand(len(owner), -1, -1)], dim=-1)[:, None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (N, H or K, d)
-        prompt_queries, prompt_keys, prompt_values = (
-            tensor[self.prompt_index].transpose(1, 2) for tensor in (queries, keys, values)
-        )  # (P, H or K, L, d)
-        attended = _causal(prompt_queries, prompt_keys, prompt_values, scaling).transpose(1, 2)
-        parts = [attended[self.prompt_real]]
-        for index, real, owner, mask in self.buckets:
-            own_keys, own_values = (tensor[index].transpose(1, 2) for tensor in (keys, values))  # (R, K, C, d)
-            attended = _masked(
-                queries[index].transpose(1, 2),
-                torch.cat([prompt_keys[owner], own_keys], dim=2),
-                torch.cat([prompt_values[owner], own_values], dim=2),
-                mask,
-                scaling,
-            ).transpose(1, 2)
-            parts.append(attended[real])
-        return torch.cat(parts)[self.restore][None]  # (1, N, H, d)
+        # Split first, or each bucket's gradient would be as large as the whole row.
+        parts = zip(*(tensor[0].transpose(0, 1).split(self.sizes) for tensor in (query, key, value)), strict=True)
+        queries, prompt_keys, prompt_values = (self.prompts.pad(part).transpose(1, 2) for part in next(parts))
+        attended = [self.prompts.unpad(_causal(queries, prompt_keys, prompt_values, scaling).transpose(1, 2))]
+        for (rows, owner, mask), part in zip(self.buckets, parts, strict=True):
+            queries, keys, values = (rows.pad(tensor).transpose(1, 2) for tensor in part)  # (R, H or K, C, d)
+            keys = torch.cat([prompt_keys[owner], keys], dim=2)
+            values = torch.cat([prompt_values[owner], values], dim=2)
+            attended.append(rows.unpad(_masked(queries, keys, values, mask, scaling).transpose(1, 2)))
+        return torch.cat(attended)[None]  # (1, N, H, d)
 
 
-def _padded_index(starts: Tensor, lengths: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Packed positions of sequences as a padded matrix (B, T), and which of its entries are real."""
-    steps = torch.arange(int(lengths.max()))
-    real = steps < lengths[:, None]
-    return (starts[:, None] + steps).where(real, starts[:, None]).to(device), real.to(device)
+class _Rows:
+    """Sequences of M tokens in all, one after another, and the same as a padded matrix (R, C)."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.tokens = sum(lengths)
+        self.shape = (len(lengths), max(lengths))
+        self.real = torch.arange(self.shape[1], device=device) < torch.tensor(lengths, device=device)[:, None]
+        padded = self.tokens < self.real.numel()
+        self.places = self.real.flatten().nonzero()[:, 0] if padded else None  # (M,) where each token stands
+
+    def pad(self, flat: Tensor) -> Tensor:
+        """(M, ...) -> (R, C, ...), with zeros for padding."""
+        if self.places is not None:
+            empty = flat.new_zeros((self.real.numel(), *flat.shape[1:]))
+            flat = empty.index_copy(0, self.places, flat)
+        return flat.reshape(*self.shape, *flat.shape[1:])
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """(R, C, ...) -> (M, ...)."""
+        flat = padded.flatten(0, 1)
+        return flat if self.places is None else flat[self.places]
 
 
 def _pick(cache: Tensor, prompts: Tensor, slots: Tensor, time: int) -> Tensor:
@@ -179,14 +186,10 @@ def _pick(cache: Tensor, prompts: Tensor, slots: Tensor, time: int) -> Tensor:
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Plain causal attention with each key-value head repeated for its H/K query heads."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    """Plain causal attention, each key-value head serving its H/K query heads."""
+    return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
 
 
 def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """Attention under a mask (R, 1, C, L + C) with each key-value head repeated for its H/K query heads."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    """Attention under a mask (R, 1, C, L + C), each key-value head serving its H/K query heads."""
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)

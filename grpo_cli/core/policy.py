@@ -17,7 +17,6 @@ from typing import Any, Literal, cast
 import torch
 import transformers
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from grpo_cli.core.attention import Packed, Plan, shared_prefix_attention
@@ -99,17 +98,17 @@ class Policy:
 
         That is the softmax of logits / temperature, taken in float32. Padding is 0. Entropy carries no gradient.
         """
-        lengths = [len(completion) for completion in sequences.completions]
-        prompt_lengths = [len(prompt) for prompt in sequences.prompts]
-        plan = Packed(prompt_lengths, lengths, sequences.owners, self.device)
-        packed = [token for part in (*sequences.prompts, *sequences.completions) for token in part]
+        order = sorted(range(len(sequences.completions)), key=lambda row: len(sequences.completions[row]))
+        completions = [sequences.completions[row] for row in order]
+        prompt_lengths, lengths = ([len(tokens) for tokens in part] for part in (sequences.prompts, completions))
+        plan = Packed(prompt_lengths, lengths, [sequences.owners[row] for row in order], self.device)
+        packed = [token for part in (*sequences.prompts, *completions) for token in part]
         targets = packed[sum(prompt_lengths) :]
         with self.autocast():
             hidden = self.hidden(torch.tensor([packed], device=self.device), plan.positions, plan)[0]  # (N, D)
             before = hidden[plan.predecessors]  # (M, D)
             logprobs, entropy = self._gather(before, torch.tensor(targets, device=self.device), temperature)
-        mask = sequences.mask().to(self.device)
-        return _scatter(logprobs, mask), _scatter(entropy, mask)
+        return _scatter(logprobs, lengths, order), _scatter(entropy, lengths, order)
 
     def _gather(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probabilities (M,) of `targets` (M,) and entropies (M,), tiled where all logits at once are too many."""
@@ -123,12 +122,10 @@ class Policy:
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
     def _logprobs_of(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        logits = self.logits(hidden).float() / temperature  # (M, V)
-        logprobs = -cross_entropy(logits, targets, reduction="none")
-        with torch.no_grad():
-            everything = logits.log_softmax(dim=-1)
-            entropy = -(everything.exp() * everything).sum(dim=-1)
-        return logprobs, entropy
+        everything = (self.logits(hidden).float() / temperature).log_softmax(dim=-1)  # (M, V)
+        known = everything.detach()
+        entropy = -(known.exp() * known).sum(dim=-1)
+        return everything.gather(-1, targets[:, None])[:, 0], entropy
 
     def frozen_copy(self) -> Policy:
         """The reference: the same weights, never updated."""
@@ -149,9 +146,11 @@ def _encode(tokenizer: transformers.PreTrainedTokenizerBase, messages: Sequence[
     return cast("dict[str, list[int]]", encoded)["input_ids"]
 
 
-def _scatter(flat: Tensor, mask: Tensor) -> Tensor:
-    """Values (M,) of completion tokens, row after row -> a padded matrix (B, T) with zeros elsewhere."""
-    return torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat)
+def _scatter(flat: Tensor, lengths: Sequence[int], order: Sequence[int]) -> Tensor:
+    """Values (M,) of tokens, row after row -> a padded matrix (B, T) with zeros elsewhere, row i becoming row order[i]."""
+    mask = torch.arange(max(lengths), device=flat.device) < torch.tensor(lengths, device=flat.device)[:, None]
+    padded = torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat)
+    return padded[torch.tensor(order, device=flat.device).argsort()]
 
 
 def detect_device(wanted: str) -> torch.device:
