@@ -42,7 +42,7 @@ def shared_prefix_attention(
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls in every layer; `plan` reaches it through the model's own call.
 
-    A CPU attends in float32 whatever the rest is computed in: its bfloat16 kernels are two to three times slower backward.
+    A CPU attends in float32 whatever else is computed in: its bfloat16 kernels take two to three times as long backward.
     """
     layer = module.layer_idx
     assert isinstance(layer, int) and attention_mask is None
@@ -112,8 +112,8 @@ class Packed:
     """Training: prompts and completions of any length in one row [p1 | p2 | ... | c1 | c2 | ...], without padding.
 
     Completion r attends to prompt `owners[r]` and to itself. Positions restart after the prompt for each completion.
-    Example: prompts of 3 and 2 tokens and completions of 2 and 1 with owners [0, 1] have positions [0 1 2  0 1  3 4  2].
-    Every `BUCKET` completions in a row attend together, padded to the longest: those of like length should be neighbours.
+    Example: prompts of 3 and 2 tokens, completions of 2 and 1 with owners [0, 1]: positions [0 1 2  0 1  3 4  2].
+    Every `BUCKET` completions attend together, padded to the longest: those of like length should be neighbours.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Packed:
         self.positions = torch.cat(positions)[None].to(device)  # (1, N)
 
     def _mask(self, longest: int, owner: Tensor) -> Tensor:
-        """(R, 1, C, L + C), True where a completion's token may attend: its prompt's real tokens, then itself up to now."""
+        """(R, 1, C, L + C), True where a completion's token attends: its prompt's real tokens, then itself up to now."""
         causal = torch.ones(longest, longest, dtype=torch.bool, device=owner.device).tril()
         to_prompt = self.prompts.real[owner][:, None, :].expand(-1, longest, -1)  # (R, C, L)
         return torch.cat([to_prompt, causal.expand(len(owner), -1, -1)], dim=-1)[:, None]

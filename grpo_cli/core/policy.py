@@ -147,7 +147,7 @@ def _encode(tokenizer: transformers.PreTrainedTokenizerBase, messages: Sequence[
 
 
 def _scatter(flat: Tensor, lengths: Sequence[int], order: Sequence[int]) -> Tensor:
-    """Values (M,) of tokens, row after row -> a padded matrix (B, T) with zeros elsewhere, row i becoming row order[i]."""
+    """Values (M,) of tokens, row after row -> a padded matrix (B, T), zero elsewhere; row i becomes row order[i]."""
     mask = torch.arange(max(lengths), device=flat.device) < torch.tensor(lengths, device=flat.device)[:, None]
     padded = torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat)
     return padded[torch.tensor(order, device=flat.device).argsort()]
