@@ -154,9 +154,9 @@ def test_the_shipped_model_is_worth_training(style: Style) -> None:
 def test_the_recipe_is_reproducible(tmp_path: Path) -> None:
     from grpo_cli.core.builtin.recipe import make
 
-    recipe = Recipe(search_steps=2, give_up_steps=1, tokens_per_step=1024)
+    recipe = Recipe(search_steps=2, generalize_steps=1, give_up_steps=1, tokens_per_step=1024)
     reports: list[list[tuple[str, int, float]]] = [[], []]
     for kept in reports:
         make(recipe, lambda *report: kept.append(report))  # noqa: B023 - called within the iteration
     assert reports[0] == reports[1]
-    assert [report[:2] for report in reports[0]] == [("search", 1), ("search", 2), ("giving up", 1)]
+    assert [report[:2] for report in reports[0]] == [("search", 1), ("search", 2), ("generalize", 1), ("give up", 1)]

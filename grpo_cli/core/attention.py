@@ -42,7 +42,7 @@ def shared_prefix_attention(
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls in every layer; `plan` reaches it through the model's own call.
 
-    A CPU attends in float32 whatever else is computed in: its bfloat16 kernels take two to three times as long backward.
+    A CPU attends in float32 whatever else it computes in: its bfloat16 kernels are two to three times slower backward.
     """
     layer = module.layer_idx
     assert isinstance(layer, int) and attention_mask is None
@@ -136,7 +136,7 @@ class Packed:
         self.positions = torch.cat(positions)[None].to(device)  # (1, N)
 
     def _mask(self, longest: int, owner: Tensor) -> Tensor:
-        """(R, 1, C, L + C), True where a completion's token attends: its prompt's real tokens, then itself up to now."""
+        """(R, 1, C, L + C), True where a completion's token attends: its prompt's real tokens, then its own so far."""
         causal = torch.ones(longest, longest, dtype=torch.bool, device=owner.device).tril()
         to_prompt = self.prompts.real[owner][:, None, :].expand(-1, longest, -1)  # (R, C, L)
         return torch.cat([to_prompt, causal.expand(len(owner), -1, -1)], dim=-1)[:, None]
