@@ -185,7 +185,7 @@ def run_trl(
 
     seconds: Seconds = {}
 
-    class Turns(TrainerCallback):
+    class Turns(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             seconds.clear()
             seconds["start"] = time.perf_counter()
@@ -195,7 +195,7 @@ def run_trl(
             seconds["update"] = seconds["total"] - seconds["rollout"] - seconds["reference"]
             turn(dict(seconds))
 
-    class Timed(GRPOTrainer):
+    class Timed(GRPOTrainer):  # type: ignore[misc]
         def _generate_single_turn(self, *args: Any, **options: Any) -> Any:
             with timed(seconds, "rollout"):
                 return super()._generate_single_turn(*args, **options)

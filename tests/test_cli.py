@@ -238,30 +238,25 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, tiny_folder: Path, number: int, code: int) -> None:
     arguments = ["train", "--model", str(tiny_folder), "--run", "long", *SMALL]
     arguments[arguments.index("--num-iterations") + 1] = "100000"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "grpo_cli", *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("step 3 "):
-            break
-    process.send_signal(number)
-    rest = process.stderr.read()
-    assert process.wait(timeout=60) == code
+    command = [sys.executable, "-m", "grpo_cli", *arguments]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("step 3 "):
+                break
+        process.send_signal(number)
+        rest = process.stderr.read()
+        assert process.wait(timeout=60) == code
     assert "countdown train --run long --resume" in " ".join(rest.split())
     assert list((tmp_path / "runs" / "long" / "checkpoints").glob("step-*"))
 
 
 def test_ctrl_c_elsewhere_is_exit_code_130(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "grpo_cli", "gen-data", "--numbers", "5", "--count", "10000000"],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
-    assert process.stderr is not None
-    assert "Traceback" not in process.stderr.read()
+    command = [sys.executable, "-m", "grpo_cli", "gen-data", "--numbers", "5", "--count", "10000000"]
+    output = subprocess.DEVNULL
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=output, text=True) as process:
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
