@@ -123,11 +123,11 @@ def test_a_file_chooses_a_preset_in_either_form(tmp_path: Path, text: str) -> No
 
 
 def test_a_config_file_takes_the_place_of_the_one_in_the_directory(tmp_path: Path) -> None:
-    (tmp_path / "config.toml").write_text("[train]\nwarmup_steps = 3\n")
+    (tmp_path / "config.toml").write_text("[train]\nweight_decay = 0.5\n")
     other = tmp_path / "other.toml"
     other.write_text("[train]\nseed = 4\n")
     found = resolve(config_file=other, directory=tmp_path, has_cuda=lambda: False)
-    assert (found.settings.train.seed, found.settings.train.warmup_steps) == (4, 0)
+    assert (found.settings.train.seed, found.settings.train.weight_decay) == (4, 0.0)
     assert found.sources["train.seed"] == str(other)
 
 
