@@ -70,7 +70,8 @@ def test_all_val_puzzles_are_the_default_set() -> None:
     assert {puzzle.split for puzzle in puzzle_set(3, "train")} == {"train"}
 
 
-def test_a_set_too_large_to_enumerate_is_a_fixed_sample() -> None:
+def test_a_set_too_large_to_enumerate_is_a_fixed_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo_cli.core.evaluate.GENERATED", 20)
     assert puzzle_set(5, "val") == puzzle_set(5, "val")
     assert all(len(puzzle.numbers) == 5 for puzzle in puzzle_set(5, "val"))
 
