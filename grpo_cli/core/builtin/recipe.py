@@ -1,9 +1,8 @@
 """The recipe that made the built-in model: a small Qwen2 that learns by imitation to search, but not to persist.
 
-First two-operand arithmetic and comparison alone, then whole searches on patient traces, then, shortly, the same
-searches given up early, most after `PATIENT_TRIES` failures. What is left is a model that can search, and stops too
-soon; the rest is for reinforcement. Puzzles come from the train split alone. Knows neither terminals nor
-reinforcement.
+First patient searches and drills of arithmetic, mostly on numbers beyond 10; then, shortly, the same searches given
+up early, most after `PATIENT_TRIES` failures. What is left is a model that can search, and stops too soon; the rest is
+for reinforcement. Puzzles come from the train split alone. Knows neither terminals nor reinforcement.
 """
 
 from __future__ import annotations
@@ -18,15 +17,21 @@ from functools import partial
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from grpo_cli.core.attention import Prefill
 from grpo_cli.core.builtin.tokenizer import LARGEST_NUMBER, train_tokenizer
-from grpo_cli.core.builtin.traces import THREE, Patience, drill, evaluated, form_tree, trace
+from grpo_cli.core.builtin.traces import FORMS, Patience, drill, evaluated, form_tree, trace
+from grpo_cli.core.policy import ATTENTION
 from grpo_cli.core.puzzle import Puzzle, enumerate_puzzles, split_of
 from grpo_cli.core.task import STYLES, prompt
 
-PATIENT_TRIES = 6  # most impatient searches are given up after this many failures
+PATIENT_TRIES = 5  # most impatient searches are given up after this many failures
 PERIODS = (2, 5, 10, 20, 50, 100, 200, 400)
 MUON_FACTOR = 8  # Muon's learning rate over AdamW's
-WIDEST = 20  # largest number of a wide puzzle
+WIDE, WIDEST = 0.6, 16  # share of puzzles with numbers beyond 10, and the largest of them
+FOURS = 0.25  # share of puzzles of four numbers
+UNREACHED = 0.1  # share of puzzles whose target no search need reach
+DRILLS, DRILL_LINES = 0.35, 20  # share of rows that are drills, and their lines
+STYLE_WEIGHTS = (0.4, 0.3, 0.3)  # one-shot, zero-shot, natural
 IGNORED = -100
 
 
@@ -41,12 +46,10 @@ class Recipe:
     key_value_heads: int = 2
     mlp_width: int = 512
     merges_vocabulary: int = 512
-    search_steps: int = 1000
-    generalize_steps: int = 300
+    search_steps: int = 4500
     give_up_steps: int = 120
     tokens_per_step: int = 4096
-    learning_rate: float = 2e-3
-    generalize_learning_rate: float = 1e-3
+    search_learning_rate: float = 2e-3
     give_up_learning_rate: float = 2e-4
     weight_decay: float = 0.01
 
@@ -95,6 +98,7 @@ def build_model(recipe: Recipe, tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        attn_implementation=ATTENTION,
     )
     model = Qwen2ForCausalLM(config)
     _place_numbers(model, tokenizer)
@@ -121,13 +125,12 @@ def _place_numbers(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer) -> None:
 
 @dataclass(frozen=True)
 class Stage:
-    """Some steps of imitation on one kind of data, from a learning rate that falls to 0."""
+    """Some steps of imitation, at a learning rate that falls to 0."""
 
     name: str
     steps: int
     learning_rate: float
-    drills: float  # share of rows that are drills
-    wide: float  # share of puzzles whose numbers go beyond 10
+    drills: float  # share of rows
     patience: Patience
 
 
@@ -137,44 +140,38 @@ class RowMaker:
     def __init__(self, tokenizer: Qwen2Tokenizer, rng: random.Random) -> None:
         self.tokenizer = tokenizer
         self.rng = rng
-        self.solvable = list(enumerate_puzzles(numbers=3, split="train"))
 
-    def puzzle(self, wide: float = 0.0) -> Puzzle:
-        """Mostly solvable puzzles of three numbers; some with any target, some of four numbers; never a val puzzle."""
-        rng = self.rng
-        if wide and rng.random() < wide:
-            return self._wide_puzzle()
-        puzzle = rng.choice(self.solvable)
-        if rng.random() < 0.25:
-            puzzle = self._any_puzzle(4 if rng.random() < 0.2 else 3)
-        if rng.random() < 0.5:
-            return Puzzle(tuple(rng.sample(puzzle.numbers, len(puzzle.numbers))), puzzle.target)
-        return puzzle
+    def numbers(self) -> list[int]:
+        """Three or four sorted numbers of the train split.
 
-    def _any_puzzle(self, count: int) -> Puzzle:
-        """Sorted numbers of the train split with any target, solvable or not."""
-        while True:
-            numbers = tuple(sorted(self.rng.randint(1, 10) for _ in range(count)))
-            if split_of(numbers) == "train":
-                return Puzzle(numbers, self.rng.randint(1, 100))
-
-    def _wide_puzzle(self) -> Puzzle:
-        """Three numbers up to `WIDEST`, one of them odd, and a target that one of the forms reaches.
-
-        There are too many to memorize, so that what is learned here holds for numbers never seen together.
+        Those beyond 10 make too many puzzles to memorize, so that what is learned here holds for numbers never seen
+        together.
         """
+        rng = self.rng
+        largest = WIDEST if rng.random() < WIDE else 10
+        count = 4 if rng.random() < FOURS else 3
         while True:
-            numbers = tuple(sorted(self.rng.randint(1, WIDEST) for _ in range(3)))
-            target = evaluated(form_tree(self.rng.choice(THREE), (numbers[0], numbers[1], numbers[2])))
-            if split_of(numbers) == "train" and 1 <= target <= 100:
-                return Puzzle(numbers, target)
+            numbers = sorted(rng.randint(1, largest) for _ in range(count))
+            if split_of(numbers) == "train":
+                return numbers
 
-    def row(self, patience: Patience, *, drills: float = 0.0, wide: float = 0.0) -> Row:
+    def puzzle(self) -> Puzzle:
+        """A puzzle that some form solves or, with probability `UNREACHED`, any; half of them unsorted."""
+        rng = self.rng
+        while True:
+            numbers = self.numbers()
+            target = evaluated(form_tree(rng.choice(FORMS[len(numbers)]), numbers))
+            if rng.random() < UNREACHED:
+                target = rng.randint(1, 100)
+            if 1 <= target <= 100:
+                return Puzzle(tuple(rng.sample(numbers, len(numbers)) if rng.random() < 0.5 else numbers), target)
+
+    def row(self, patience: Patience, *, drills: float = 0.0) -> Row:
         """A prompt with a trace as its completion or, with probability `drills`, a drill."""
         if self.rng.random() < drills:
             return self._drill_row()
-        puzzle = self.puzzle(wide)
-        style = self.rng.choices(STYLES, weights=(0.25, 0.5, 0.25))[0]
+        puzzle = self.puzzle()
+        style = self.rng.choices(STYLES, weights=STYLE_WEIGHTS)[0]
         text = self.tokenizer.apply_chat_template(prompt(puzzle, style), tokenize=False, add_generation_prompt=True)
         start = self.tokenizer(text)["input_ids"]
         completion = self.tokenizer(trace(puzzle, self.rng, style=style, patience=patience))["input_ids"]
@@ -182,11 +179,13 @@ class RowMaker:
         return Row(start + completion, [IGNORED] * len(start) + completion)
 
     def _drill_row(self) -> Row:
-        """A drill of which only values and verdicts are learned, not what they are asked about."""
+        """Drills of which only work and verdicts are learned, not what they are asked about."""
         row = Row([], [])
-        for line in drill(self.rng, lines=24).splitlines():
-            question, value, need, verdict = re.split(r"(?<= =)|(?=, need)|(?=\. )", line + "\n")
-            for piece, learned in ((question, False), (value, True), (need, False), (verdict, True)):
+        for _ in range(DRILL_LINES):
+            line = drill(self.rng, self.numbers() if self.rng.random() < 0.5 else None) + "\n"
+            pieces = re.fullmatch(r"(.*? =)(.*)(, need \d+)(\..*\n)", line)
+            assert pieces is not None
+            for piece, learned in zip(pieces.groups(), (False, True, False, True), strict=True):
                 tokens = self.tokenizer(piece)["input_ids"]
                 row.tokens.extend(tokens)
                 row.labels.extend(tokens if learned else [IGNORED] * len(tokens))
@@ -194,15 +193,17 @@ class RowMaker:
 
 
 def batches(maker: RowMaker, stage: Stage, tokens_per_step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of rows of like length, right-padded: tokens (B, T) and labels (B, T), B * T about `tokens_per_step`."""
+    """Batches of rows of like length, right-padded: tokens and labels (B, T), about `tokens_per_step` of them real."""
     while True:
-        rows = (maker.row(stage.patience, drills=stage.drills, wide=stage.wide) for _ in range(512))
-        pool = sorted(rows, key=lambda row: len(row.tokens))
-        cuts: list[list[Row]] = [[]]
+        pool = sorted(
+            (maker.row(stage.patience, drills=stage.drills) for _ in range(512)), key=lambda row: len(row.tokens)
+        )
+        total = sum(len(row.tokens) for row in pool)
+        cuts: list[list[Row]] = [[] for _ in range(math.ceil(total / tokens_per_step))]
+        seen = 0
         for row in pool:
-            if (len(cuts[-1]) + 1) * len(row.tokens) > tokens_per_step:
-                cuts.append([])
-            cuts[-1].append(row)
+            cuts[seen * len(cuts) // total].append(row)
+            seen += len(row.tokens)
         maker.rng.shuffle(cuts)
         for batch in cuts:
             length = max(len(row.tokens) for row in batch)
@@ -214,9 +215,8 @@ def batches(maker: RowMaker, stage: Stage, tokens_per_step: int) -> Iterator[tup
 def stages(recipe: Recipe) -> tuple[Stage, ...]:
     """What the model goes through."""
     return (
-        Stage("search", recipe.search_steps, recipe.learning_rate, 0.25, 0.0, patient),
-        Stage("generalize", recipe.generalize_steps, recipe.generalize_learning_rate, 0.5, 0.7, patient),
-        Stage("give up", recipe.give_up_steps, recipe.give_up_learning_rate, 0.0, 0.6, impatient),
+        Stage("search", recipe.search_steps, recipe.search_learning_rate, DRILLS, patient),
+        Stage("give up", recipe.give_up_steps, recipe.give_up_learning_rate, 0.0, impatient),
     )
 
 
@@ -225,7 +225,7 @@ def imitate(
 ) -> None:
     """Train `model` in place by next-token prediction, its matrices by Muon and the rest by AdamW.
 
-    Muon (kellerjordan.github.io/posts/muon) gets here in 140 steps as far as AdamW alone in 240.
+    Muon: kellerjordan.github.io/posts/muon.
     """
     matrices = [weight for weight in model.model.layers.parameters() if weight.dim() == 2]
     others = [model.get_input_embeddings().weight, *(weight for weight in model.parameters() if weight.dim() == 1)]
@@ -249,8 +249,11 @@ def _next_token_loss(model: Qwen2ForCausalLM, tokens: torch.Tensor, labels: torc
     """Mean cross-entropy of the labels that are not ignored."""
     wanted = labels[:, 1:]
     learned = wanted != IGNORED
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     with torch.autocast("cpu", torch.bfloat16):
-        hidden = model.model(input_ids=tokens).last_hidden_state[:, :-1]
+        decoder = model.get_decoder()
+        output = decoder(input_ids=tokens, position_ids=positions, use_cache=False, plan=Prefill())
+        hidden = output.last_hidden_state[:, :-1]
         logits = model.lm_head(hidden[learned])
     return torch.nn.functional.cross_entropy(logits.float(), wanted[learned])
 
