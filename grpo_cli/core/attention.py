@@ -88,14 +88,14 @@ class Decode:
         self.own_values[layer][:, :, :, self.time] = value.view(prompts, -1, heads, width).transpose(1, 2)
         own_keys, own_values = self.own_keys[layer][:, :, :, :now], self.own_values[layer][:, :, :, :now]
 
-        queries = (query * scaling).view(grouped).transpose(1, 2)  # (P, K, G, H/K, d)
+        queries = (query * scaling).view(grouped).transpose(1, 2).contiguous()  # (P, K, G, H/K, d)
         flat = queries.flatten(2, 3)  # (P, K, G * H/K, d)
         to_prompt = (flat @ prompt_keys.transpose(-1, -2)).view(*queries.shape[:-1], longest)
         if self.absent is not None:
             to_prompt = to_prompt.masked_fill(self.absent, float("-inf"))
         scores = torch.cat([to_prompt, queries @ own_keys.transpose(-1, -2)], dim=-1)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
-        of_prompt = weights[..., :longest].flatten(2, 3) @ prompt_values
+        of_prompt = weights.flatten(2, 3)[..., :longest] @ prompt_values
         attended = of_prompt.view(queries.shape) + weights[..., longest:] @ own_values
         return attended.transpose(1, 2).reshape(query.shape[0], 1, query.shape[1], width)
 
@@ -136,10 +136,11 @@ class Packed:
         self.positions = torch.cat(positions)[None].to(device)  # (1, N)
 
     def _mask(self, longest: int, owner: Tensor) -> Tensor:
-        """(R, 1, C, L + C), True where a completion's token attends: its prompt's real tokens, then its own so far."""
+        """(R, 1, C, L + C), 0 where a completion's token attends, to its prompt and its own so far, else -inf."""
         causal = torch.ones(longest, longest, dtype=torch.bool, device=owner.device).tril()
         to_prompt = self.prompts.real[owner][:, None, :].expand(-1, longest, -1)  # (R, C, L)
-        return torch.cat([to_prompt, causal.expand(len(owner), -1, -1)], dim=-1)[:, None]
+        attends = torch.cat([to_prompt, causal.expand(len(owner), -1, -1)], dim=-1)[:, None]
+        return torch.zeros(attends.shape, device=owner.device).masked_fill(~attends, float("-inf"))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         # Split first, or each bucket's gradient would be as large as the whole row.
@@ -148,8 +149,8 @@ class Packed:
         attended = [self.prompts.unpad(_causal(queries, prompt_keys, prompt_values, scaling).transpose(1, 2))]
         for (rows, owner, mask), part in zip(self.buckets, parts, strict=True):
             queries, keys, values = (rows.pad(tensor).transpose(1, 2) for tensor in part)  # (R, H or K, C, d)
-            keys = torch.cat([prompt_keys[owner], keys], dim=2)
-            values = torch.cat([prompt_values[owner], values], dim=2)
+            keys = torch.cat([prompt_keys.index_select(0, owner), keys], dim=2)
+            values = torch.cat([prompt_values.index_select(0, owner), values], dim=2)
             attended.append(rows.unpad(_masked(queries, keys, values, mask, scaling).transpose(1, 2)))
         return torch.cat(attended)[None]  # (1, N, H, d)
 
@@ -192,4 +193,5 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor
 
 def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
     """Attention under a mask (R, 1, C, L + C), each key-value head serving its H/K query heads."""
+    mask = mask.to(query.dtype)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)

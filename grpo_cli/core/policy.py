@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from grpo_cli.core import qwen2
 from grpo_cli.core.attention import Packed, Plan, shared_prefix_attention
 from grpo_cli.core.errors import CountdownError
 
@@ -93,6 +94,14 @@ class Policy:
         """Next-token logits (..., V) of hidden states (..., D)."""
         return self.model.get_output_embeddings()(hidden)  # type: ignore[no-any-return]
 
+    def step(self, longest: int) -> Callable[[Tensor, Tensor, Plan], Tensor]:
+        """What decodes one token a row: tokens (B,), positions (B,) below `longest` and a plan -> logits (B, V)."""
+        if qwen2.fits(self.model):
+            # On a CPU a single token's activations cost more to convert than multiplying them in bfloat16 saves.
+            bfloat16 = self.precision == "bf16" or (self.precision == "bf16-master" and self.device.type != "cpu")
+            return qwen2.Step(self.model, longest=longest, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+        return lambda tokens, positions, plan: self.logits(self.hidden(tokens[:, None], positions[:, None], plan)[:, 0])
+
     def logprobs(self, sequences: Sequences, *, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy, both (B, T) float32, of each completion token under the sampling distribution.
 
@@ -122,9 +131,9 @@ class Policy:
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
     def _logprobs_of(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        everything = (self.logits(hidden).float() / temperature).log_softmax(dim=-1)  # (M, V)
+        everything = self.logits(hidden).float().div_(temperature).log_softmax(dim=-1)  # (M, V)
         known = everything.detach()
-        entropy = -(known.exp() * known).sum(dim=-1)
+        entropy = -known.exp().mul_(known).sum(dim=-1)
         return everything.gather(-1, targets[:, None])[:, 0], entropy
 
     def frozen_copy(self) -> Policy:

@@ -53,13 +53,13 @@ def choose(logits: Tensor, uniform: Tensor | None, temperature: float) -> tuple[
         tokens = logits.argmax(dim=-1)
     else:
         logprobs = (logits.float() / temperature).log_softmax(dim=-1)
-        cumulative = logprobs.double().exp().cumsum(dim=-1)  # (B, V)
+        cumulative = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)  # (B, V)
         tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
         tokens = tokens.clamp(max=logits.shape[-1] - 1)
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(
     policy: Policy,
     prompts: Sequence[list[int]],
@@ -83,7 +83,7 @@ def sample(
     return sampler.result()
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def stream(
     policy: Policy, prompt: list[int], *, max_new_tokens: int, temperature: float, uniform: Tensor | None
 ) -> Iterator[str]:
@@ -123,6 +123,7 @@ class _Sampler:
         self.logits = policy.logits(last).repeat_interleave(num_generations, dim=0)  # (P * G, V)
         self.cache = Decode(prefill, lengths, num_generations=num_generations, max_new_tokens=max_new_tokens)
         self.lengths = lengths
+        self.step = policy.step(longest + max_new_tokens)
         rows = len(prompts) * num_generations
         self.ids = torch.arange(rows, device=device).view(len(prompts), num_generations)
         self.uniform = None if uniform is None else uniform.to(device).view(rows, -1)
@@ -161,10 +162,9 @@ class _Sampler:
         return chosen[prompts].gather(1, slots)
 
     def _advance(self, chosen: Tensor) -> None:
-        positions = (self.lengths + self.cache.time)[:, None].expand_as(chosen).reshape(-1, 1)  # (B, 1)
-        hidden = self.policy.hidden(chosen.reshape(-1, 1), positions, self.cache)
+        positions = (self.lengths + self.cache.time)[:, None].expand_as(chosen)
+        self.logits = self.step(chosen.flatten(), positions.flatten(), self.cache)
         self.cache.time += 1
-        self.logits = self.policy.logits(hidden[:, 0])
 
     def result(self) -> Rollout:
         truncated = (self.ended == 0).tolist()

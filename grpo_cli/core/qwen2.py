@@ -1,0 +1,100 @@
+"""One decoding step of a Qwen2 model, written out in as few operations as it takes.
+
+The arithmetic is that of transformers' own forward pass, which serves every other architecture; there, a small
+model's step spends most of its time between operations. Knows neither sampling nor what a plan attends to.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+from torch.nn.functional import embedding, linear
+from transformers import PreTrainedModel, Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+
+from grpo_cli.core.attention import Plan
+
+
+class _Layer(NamedTuple):
+    """Weights of one layer, those that are multiplied in the dtype to compute in."""
+
+    norm: Tensor
+    query_key_value: Tensor
+    bias: Tensor
+    output: Tensor
+    mlp_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+def fits(model: PreTrainedModel) -> bool:
+    """Whether `Step` computes what this model does."""
+    return type(model) is Qwen2ForCausalLM and model.config.rope_parameters["rope_type"] == "default"
+
+
+class Step:
+    """Decode one token a row: call it with tokens (B,), positions (B,) below `longest`, and a plan; logits (B, V) back.
+
+    Made for one rollout: it holds copies of some weights.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, longest: int, dtype: torch.dtype) -> None:
+        decoder, config = model.get_decoder(), model.config
+        self.device = model.device.type
+        self.attend_in = torch.float32 if self.device == "cpu" else dtype  # as `shared_prefix_attention` does
+        self.dtype, self.epsilon, self.activation = dtype, config.rms_norm_eps, decoder.layers[0].mlp.act_fn
+        self.width = decoder.layers[0].self_attn.head_dim
+        self.heads, self.key_value_heads = config.num_attention_heads, config.num_key_value_heads
+        self.embedding = decoder.embed_tokens.weight
+        self.norm = decoder.norm.weight
+        self.head = model.get_output_embeddings().weight.to(dtype)
+        self.layers = [self._layer(layer) for layer in decoder.layers]
+        positions = torch.arange(longest, device=self.embedding.device)
+        cosines, sines = decoder.rotary_emb(self.embedding, positions[None])  # (1, longest, d)
+        turned = torch.cat([-sines[0, :, : self.width // 2], sines[0, :, self.width // 2 :]], dim=-1)
+        self.cosines, self.sines = cosines[0, :, None].to(self.attend_in), turned[:, None].to(self.attend_in)
+
+    def _layer(self, layer: Qwen2DecoderLayer) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        return _Layer(
+            layer.input_layernorm.weight,
+            torch.cat([projection.weight for projection in projections]).to(self.dtype),
+            torch.cat([projection.bias for projection in projections]).to(self.dtype),
+            attention.o_proj.weight.to(self.dtype),
+            layer.post_attention_layernorm.weight,
+            torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).to(self.dtype),
+            mlp.down_proj.weight.to(self.dtype),
+        )
+
+    def __call__(self, tokens: Tensor, positions: Tensor, plan: Plan) -> Tensor:
+        with torch.autocast(self.device, enabled=False):
+            return self._logits(tokens, positions, plan)
+
+    def _logits(self, tokens: Tensor, positions: Tensor, plan: Plan) -> Tensor:
+        cosines, sines = self.cosines[positions], self.sines[positions]  # (B, 1, d)
+        turned = self.heads + self.key_value_heads
+        hidden = embedding(tokens, self.embedding)  # (B, D)
+        for index, layer in enumerate(self.layers):
+            mixed = linear(self._normed(hidden, layer.norm), layer.query_key_value, layer.bias)
+            mixed = mixed.to(self.attend_in).view(len(tokens), -1, self.width)  # (B, H + 2 * K, d)
+            rotated = _rotate(mixed[:, :turned], cosines, sines)[:, :, None]
+            query, key, value = rotated[:, : self.heads], rotated[:, self.heads :], mixed[:, turned:, None]
+            attended = plan.attend(index, query, key, value, self.width**-0.5)
+            hidden = hidden + linear(attended.reshape(len(tokens), -1).to(self.dtype), layer.output)
+            gate, up = linear(self._normed(hidden, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
+            hidden = hidden + linear(self.activation(gate) * up, layer.down)
+        return linear(self._normed(hidden, self.norm), self.head)
+
+    def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """`hidden` over its root mean square, times `weight`."""
+        squared = vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32).square()
+        return (hidden * (squared / hidden.shape[-1] + self.epsilon).rsqrt() * weight).to(self.dtype)
+
+
+def _rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotary positions: the halves (x, y) of each head become (x cos - y sin, y cos + x sin)."""
+    return torch.addcmul(heads * cosines, heads.roll(heads.shape[-1] // 2, dims=-1), sines)

@@ -1,0 +1,79 @@
+"""The written-out decoding step against transformers' own forward pass."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config
+from transformers import Qwen2ForCausalLM as Qwen2
+
+from grpo_cli.core.attention import Decode, Prefill
+from grpo_cli.core.policy import Policy, load, load_tokenizer
+from grpo_cli.core.qwen2 import Step, fits
+from grpo_cli.core.rollout import sample
+from tests.conftest import save_tiny_model
+
+TOKENS = torch.arange(3, 33).view(6, 5)  # of 6 prompts, the last token of which is decoded
+
+
+def both(policy: Policy, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (6, V) of one token after random prompts: by transformers, and by the step."""
+    found = []
+    positions = torch.arange(4).expand(6, 4)
+    for step in (None, Step(policy.model, longest=5, dtype=dtype)):
+        prefill = Prefill()
+        policy.hidden(TOKENS[:, :4], positions, prefill)
+        plan = Decode(prefill, torch.full((6,), 4), num_generations=1, max_new_tokens=1)
+        last, place = TOKENS[:, 4], torch.full((6,), 4)
+        logits = policy.logits(policy.hidden(last[:, None], place[:, None], plan)[:, 0])
+        found.append(logits if step is None else step(last, place, plan))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": 1}])
+def test_the_step_gives_the_logits_of_transformers(tmp_path: Path, changes: dict[str, object]) -> None:
+    policy = load(str(save_tiny_model(tmp_path, **changes)), device="cpu", precision="float32")
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+        theirs, ours = both(policy, torch.float32)
+    assert theirs.abs().max() > 1
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+def test_the_step_computes_in_bfloat16(tiny_folder: Path) -> None:
+    policy = load(str(tiny_folder), device="cpu", precision="bf16")
+    with torch.no_grad():
+        theirs, ours = both(policy, torch.bfloat16)
+        exact, _ = both(load(str(tiny_folder), device="cpu", precision="float32"), torch.float32)
+    assert ours.dtype == torch.bfloat16
+    spread = exact.std()
+    assert (ours.float() - exact).std() < 0.03 * spread
+    assert (theirs.float() - exact).std() < 0.03 * spread
+
+
+def test_models_that_the_step_does_not_fit() -> None:
+    shape = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 8}
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
+    assert fits(Qwen2(Qwen2Config(vocab_size=8, **shape)))
+    assert not fits(Qwen2(Qwen2Config(vocab_size=8, rope_parameters=yarn, **shape)))
+    assert not fits(LlamaForCausalLM(LlamaConfig(vocab_size=8, **shape)))
+
+
+def test_other_architectures_are_sampled_by_their_own_forward_pass(tiny_folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=832, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
+        intermediate_size=48, initializer_range=0.25, bos_token_id=None, eos_token_id=5, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    load_tokenizer(str(tiny_folder)).save_pretrained(tmp_path)
+    policy = load(str(tmp_path), device="cpu", precision="float32")
+    prompts = [list(range(10, 30)), list(range(40, 50))]
+    found = sample(policy, prompts, num_generations=1, max_new_tokens=24, temperature=1.0, uniform=None)
+    peer = AutoModelForCausalLM.from_pretrained(tmp_path)
+    settings = GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=list(policy.end_ids), pad_token_id=0)
+    for tokens, completion in zip(prompts, found.completions, strict=True):
+        assert (
+            peer.generate(torch.tensor([tokens]), generation_config=settings)[0, len(tokens) :].tolist() == completion
+        )
