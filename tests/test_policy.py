@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import save_tiny_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from grpo_cli.core import policy as policy_module
 from grpo_cli.core.errors import CountdownError
@@ -190,6 +190,11 @@ def one_layer_less(folder: Path) -> None:
     configure(folder, num_hidden_layers=1, layer_types=["full_attention"])
 
 
+def a_mistral(folder: Path) -> None:
+    shape = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 8}
+    MistralForCausalLM(MistralConfig(vocab_size=832, sliding_window=4, **shape)).save_pretrained(folder)
+
+
 SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing weights": (one_layer_more, "missing keys: model.layers.2.input_layernorm.weight and 11 more"),
     "unexpected weights": (one_layer_less, "unexpected keys: model.layers.1.input_layernorm.weight and 11 more"),
@@ -208,8 +213,9 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "broken chat template": (containing("chat_template.jinja", b"{% for"), "cannot load"),
     "sliding attention": (
         lambda f: configure(f, use_sliding_window=True, sliding_window=4, layer_types=["sliding_attention"] * 2),
-        "layers without full attention",
+        "layers without plain full attention",
     ),
+    "a window in every layer": (a_mistral, "layers without plain full attention"),
 }
 
 

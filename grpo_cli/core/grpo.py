@@ -223,7 +223,7 @@ def _require_finite(value: Tensor, what: str, optimizer: torch.optim.Optimizer) 
     if not bool(torch.isfinite(value)):
         optimizer.zero_grad(set_to_none=True)
         raise CountdownError(
-            f"the {what} is not finite; the weights were left as they are",
+            f"the {what} is not finite; this update was not made",
             "lower `learning_rate`, or compute in float32 with `--precision float32`",
             exit_code=1,
         )

@@ -246,14 +246,20 @@ def _load_model(name: str, source: str, *, local: bool, dtype: torch.dtype) -> t
             raise CountdownError(
                 f"the weights of `{name}` do not fit its config.json ({problem})", "save the model again"
             )
-    layers = getattr(model.config.get_text_config(), "layer_types", None) or []
-    if any(kind != "full_attention" for kind in layers):
-        raise CountdownError(
-            f"`{name}` has layers without full attention, and only that is supported",
-            "use a model of the Qwen2.5 family",
-        )
+    _check_attention(name, model.config.get_text_config())
     model.eval()
     return model
+
+
+def _check_attention(name: str, config: transformers.PreTrainedConfig) -> None:
+    """Refuse what `shared_prefix_attention` does not compute: windows and capped scores."""
+    layers = getattr(config, "layer_types", None) or []
+    limits = [getattr(config, key, None) for key in ("sliding_window", "attn_logit_softcapping")]
+    if any(kind != "full_attention" for kind in layers) or any(limits):
+        raise CountdownError(
+            f"`{name}` has layers without plain full attention, and only that is supported",
+            "use a model of the Qwen2.5 family",
+        )
 
 
 def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
