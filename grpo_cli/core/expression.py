@@ -15,9 +15,11 @@ MAX_CHARACTERS = 256
 MAX_DEPTH = 64
 MAX_SPANS = 100
 
+# Character classes repeat possessively, so that nothing backtracks into them; groups do not, because the Pythons before
+# 3.11.5 match possessive groups wrongly (github.com/python/cpython/issues/106052).
 _SPACE = r" \t\n\r\f\v"
 _OPERAND = rf"[-+({_SPACE}]*+(?:0|[1-9][0-9]*+)[){_SPACE}]*+"
-_UNBALANCED = re.compile(rf"{_OPERAND}(?:[-+*]{_OPERAND})*+")
+_UNBALANCED = re.compile(rf"{_OPERAND}(?:[-+*]{_OPERAND})*")
 _TOKEN = re.compile(r"[0-9]+|[-+*()]")
 _PARENTHESIS = re.compile(r"[()]")
 
@@ -25,7 +27,7 @@ _PARENTHESIS = re.compile(r"[()]")
 # `2.5 + 3` or `4 / 5 + 3` fails as a whole instead of being read as `5 + 3`; a list's bullet is matched on its own.
 _SPAN = re.compile(
     r"(?m:^[ \t]*+(?:[-+*]|[0-9]{1,3}[.)])[ \t])"
-    r"|(?<![\w.])(?=[-+*(0-9])(?:[-+*()= \t/%^×·⋅−÷]++|[0-9]\w*+|\.[0-9]\w*+|\\[a-zA-Z]++)++"
+    r"|(?<![\w.])(?=[-+*(0-9])(?:[-+*()= \t/%^×·⋅−÷]++|[0-9]\w*+|\.[0-9]\w*+|\\[a-zA-Z]++)+"
 )
 
 
