@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import save_tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config
 from transformers import Qwen2ForCausalLM as Qwen2
 
@@ -11,7 +12,6 @@ from grpo_cli.core.attention import Decode, Prefill
 from grpo_cli.core.policy import Policy, load, load_tokenizer
 from grpo_cli.core.qwen2 import Step, fits
 from grpo_cli.core.rollout import sample
-from tests.conftest import save_tiny_model
 
 TOKENS = torch.arange(3, 33).view(6, 5)  # of 6 prompts, the last token of which is decoded
 
