@@ -46,7 +46,7 @@ class Step:
         decoder, config = model.get_decoder(), model.config
         self.device = model.device.type
         self.attend_in = torch.float32 if self.device == "cpu" else dtype  # as `shared_prefix_attention` does
-        self.dtype, self.epsilon = dtype, config.rms_norm_eps
+        self.dtype, self.epsilon = dtype, float(config.rms_norm_eps)
         self.activation: Callable[[Tensor], Tensor] = decoder.layers[0].mlp.act_fn
         self.width = decoder.layers[0].self_attn.head_dim
         self.heads, self.key_value_heads = config.num_attention_heads, config.num_key_value_heads
@@ -93,7 +93,7 @@ class Step:
 
     def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """`hidden` over its root mean square, times `weight`."""
-        squared: Tensor = vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32).square()
+        squared = vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32).square()
         return (hidden * (squared / hidden.shape[-1] + self.epsilon).rsqrt() * weight).to(self.dtype)
 
 
