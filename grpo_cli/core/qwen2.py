@@ -93,8 +93,9 @@ class Step:
 
     def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """`hidden` over its root mean square, times `weight`."""
-        squared = vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32).square()
-        return (hidden * (squared / hidden.shape[-1] + self.epsilon).rsqrt() * weight).to(self.dtype)
+        norm: Tensor = vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = (norm.square() / hidden.shape[-1] + self.epsilon).rsqrt()
+        return (hidden * scale * weight).to(self.dtype)
 
 
 def _rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
