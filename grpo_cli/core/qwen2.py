@@ -16,7 +16,7 @@ from torch.nn.functional import embedding, linear
 from transformers import PreTrainedModel, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from grpo_cli.core.attention import Plan
+from grpo_cli.core.attention import Plan, attention_dtype
 
 
 class _Layer(NamedTuple):
@@ -39,13 +39,13 @@ def fits(model: PreTrainedModel) -> bool:
 class Step:
     """Decode one token a row: call it with tokens (B,), positions (B,) below `longest`, and a plan; logits (B, V) back.
 
-    Made for one rollout: it holds copies of some weights.
+    Made for one rollout: it holds copies of the projections that it merges, and of all weights not yet in `dtype`.
     """
 
     def __init__(self, model: PreTrainedModel, *, longest: int, dtype: torch.dtype) -> None:
         decoder, config = model.get_decoder(), model.config
         self.device = model.device.type
-        self.attend_in = torch.float32 if self.device == "cpu" else dtype  # as `shared_prefix_attention` does
+        self.attend_in = attention_dtype(model.device, dtype)
         self.dtype, self.epsilon = dtype, float(config.rms_norm_eps)
         self.activation: Callable[[Tensor], Tensor] = decoder.layers[0].mlp.act_fn
         self.width = decoder.layers[0].self_attn.head_dim

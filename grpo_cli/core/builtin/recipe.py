@@ -1,8 +1,8 @@
 """The recipe that made the built-in model: a small Qwen2 that learns by imitation to search, but not to persist.
 
-First patient searches and drills of arithmetic, mostly on numbers beyond 10; then, shortly, the same searches given
-up early, most after `PATIENT_TRIES` failures. What is left is a model that can search, and stops too soon; the rest is
-for reinforcement. Puzzles come from the train split alone. Knows neither terminals nor reinforcement.
+First patient searches and drills of arithmetic, mostly on numbers from 1 to `WIDEST`; then, shortly, the same searches
+given up early, most after `PATIENT_TRIES` failures. What is left is a model that can search, and stops too soon; the
+rest is for reinforcement. Puzzles come from the train split alone. Knows neither terminals nor reinforcement.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from grpo_cli.core.task import STYLES, prompt
 PATIENT_TRIES = 5  # most impatient searches are given up after this many failures
 PERIODS = (2, 5, 10, 20, 50, 100, 200, 400)
 MUON_FACTOR = 8  # Muon's learning rate over AdamW's
-WIDE, WIDEST = 0.6, 16  # share of puzzles with numbers beyond 10, and the largest of them
+WIDE, WIDEST = 0.6, 16  # share of puzzles drawn from more than 1 to 10, and the largest number of those
 FOURS = 0.25  # share of puzzles of four numbers
 UNREACHED = 0.1  # share of puzzles whose target no search need reach
 DRILLS, DRILL_LINES = 0.35, 20  # share of rows that are drills, and their lines
@@ -37,7 +37,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every number that the built-in model's weights depend on."""
+    """Seed, shape, length and rates; what the rows are made of stands above."""
 
     seed: int = 0
     width: int = 192
