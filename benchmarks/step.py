@@ -3,21 +3,23 @@
     python benchmarks/step.py --rounds 7 --out step.json
 
 Everybody has the same weights, the same one-shot prompts and exactly as many new tokens, because no end-of-sequence
-id can be sampled; KL penalty, one inner update, AdamW. TRL runs its own training loop, and the others take their turn
-between its steps, so that a change in the machine's load meets all of them. Figures are medians; TRL's update
-includes its scoring.
+id can be sampled; KL penalty, one inner update, AdamW. Each contestant has a process of its own, so that none runs
+under another's settings, and they take turns, so that a change in the machine's load meets all of them. Figures are
+medians; TRL's update includes its scoring.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -233,25 +235,51 @@ def run_trl(
     trainer.train()
 
 
+def contend(
+    connection: Connection, name: str, folder: Path, precision: str, chats: list[Conversation], shape: argparse.Namespace
+) -> None:
+    """Take a step for each True that comes in, and send back its seconds."""
+
+    def turn(seconds: Seconds) -> None:
+        connection.send(seconds)
+        connection.recv()
+
+    connection.recv()
+    if name == "TRL":
+        run_trl(folder, precision, chats, shape, turn)
+        return
+    if name == "countdown":
+        step = our_step(folder, precision, chats, shape)
+    else:
+        step = generate_rollout(folder, precision, chats, shape.completions, shape.tokens)
+    for _ in range(shape.rounds + 1):
+        turn(step())
+
+
 def measure_steps(folder: Path, shape: argparse.Namespace, precisions: list[str]) -> dict[str, list[Seconds]]:
     """Seconds by contestant, a dictionary for each round; the first round warms up and is left out."""
     chats = conversations(shape.prompts, "one-shot")
     found: dict[str, list[Seconds]] = {}
+    processes = multiprocessing.get_context("spawn")
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("steps", total=len(precisions) * (shape.rounds + 1))
         for precision in precisions:
-            others = {
-                "countdown": our_step(folder, precision, chats, shape),
-                "generate": generate_rollout(folder, precision, chats, shape.completions, shape.tokens),
-            }
-
-            def turn(seconds: Seconds, precision: str = precision, others: Any = others) -> None:
-                found.setdefault(f"TRL {precision}", []).append(seconds)
-                for name, step in others.items():
-                    found.setdefault(f"{name} {precision}", []).append(step())
+            started = {}
+            for name in ("TRL", "countdown", "generate"):
+                connection, theirs = processes.Pipe()
+                arguments = (theirs, name, folder, precision, chats, shape)
+                process = processes.Process(target=contend, args=arguments, daemon=True)
+                process.start()
+                theirs.close()  # so that a process that dies ends this one too
+                started[name] = (process, connection)
+            for _ in range(shape.rounds + 1):
+                for name, (_, connection) in started.items():
+                    connection.send(True)
+                    found.setdefault(f"{name} {precision}", []).append(connection.recv())
                 progress.advance(task)
-
-            run_trl(folder, precision, chats, shape, turn)
+            for process, connection in started.values():
+                connection.send(True)
+                process.join()
     return {name: rounds[1:] for name, rounds in found.items()}
 
 

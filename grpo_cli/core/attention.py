@@ -75,10 +75,11 @@ class Decode:
 
     def __init__(self, prefill: Prefill, lengths: Tensor, *, num_generations: int, max_new_tokens: int) -> None:
         """`lengths` (P,): real tokens of each prompt; what lies beyond is padding and never attended to."""
-        self.prompt_keys, self.prompt_values = prefill.keys, prefill.values
+        self.prompt_keys = [key.mT.contiguous() for key in prefill.keys]  # per layer (P, K, d, L)
+        self.prompt_values = [value.contiguous() for value in prefill.values]  # per layer (P, K, L, d)
         prompts, heads, longest, width = prefill.keys[0].shape
         absent = torch.arange(longest, device=lengths.device) >= lengths[:, None]  # (P, L)
-        self.absent = absent[:, None, None, None, :] if bool(absent.any()) else None
+        self.absent = absent[:, None, :] if bool(absent.any()) else None
         shape = (prompts, heads, num_generations, max_new_tokens, width)
         self.own_keys = [key.new_empty(shape) for key in prefill.keys]  # per layer (P, K, G, C, d)
         self.own_values = [value.new_empty(shape) for value in prefill.values]
@@ -86,23 +87,25 @@ class Decode:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         prompt_keys, prompt_values = self.prompt_keys[layer], self.prompt_values[layer]
-        prompts, heads, longest, width = prompt_keys.shape
+        prompts, heads, longest, width = prompt_values.shape
         grouped = (prompts, -1, heads, query.shape[1] // heads, width)
         now = self.time + 1
         self.own_keys[layer][:, :, :, self.time] = key.view(prompts, -1, heads, width).transpose(1, 2)
         self.own_values[layer][:, :, :, self.time] = value.view(prompts, -1, heads, width).transpose(1, 2)
-        own_keys, own_values = self.own_keys[layer][:, :, :, :now], self.own_values[layer][:, :, :, :now]
+        own_keys, own_values = (cache[layer].flatten(0, 2)[:, :now] for cache in (self.own_keys, self.own_values))
 
-        queries = (query * scaling).view(grouped).transpose(1, 2).contiguous()  # (P, K, G, H/K, d)
-        flat = queries.flatten(2, 3)  # (P, K, G * H/K, d)
-        to_prompt = (flat @ prompt_keys.transpose(-1, -2)).view(*queries.shape[:-1], longest)
+        queries = (query * scaling).view(grouped).transpose(1, 2).reshape(prompts * heads, -1, width)
+        per_row = (len(own_keys), -1, width)
+        to_prompt = torch.bmm(queries, prompt_keys.flatten(0, 1))  # (P * K, G * H/K, L)
         if self.absent is not None:
-            to_prompt = to_prompt.masked_fill(self.absent, float("-inf"))
-        scores = torch.cat([to_prompt, queries @ own_keys.transpose(-1, -2)], dim=-1)
+            to_prompt.view(prompts, -1, longest).masked_fill_(self.absent, float("-inf"))
+        to_own = torch.bmm(queries.view(per_row), own_keys.mT)  # (P * K * G, H/K, now)
+        scores = torch.cat([to_prompt, to_own.view(*to_prompt.shape[:-1], now)], dim=-1)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
-        of_prompt = weights.flatten(2, 3)[..., :longest] @ prompt_values
-        attended = of_prompt.view(queries.shape) + weights[..., longest:] @ own_values
-        return attended.transpose(1, 2).reshape(query.shape[0], 1, query.shape[1], width)
+        of_prompt = torch.bmm(weights[..., :longest], prompt_values.flatten(0, 1)).view(per_row)
+        of_own = weights.view(*to_own.shape[:-1], -1)[..., longest:]
+        attended = torch.baddbmm(of_prompt, of_own, own_values)
+        return attended.view(prompts, heads, -1, *grouped[3:]).transpose(1, 2).reshape(query.shape[0], 1, -1, width)
 
     def keep(self, prompts: Tensor, slots: Tensor) -> None:
         """Keep only these completions: `prompts` (P',) and for each of them the `slots` (P', G') to go on with."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 from transformers import PreTrainedModel, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
@@ -52,7 +52,7 @@ class Step:
         self.heads, self.key_value_heads = config.num_attention_heads, config.num_key_value_heads
         self.embedding = decoder.embed_tokens.weight
         self.norm = decoder.norm.weight
-        self.head = model.get_output_embeddings().weight.to(dtype)
+        self.head = self._columns(model.get_output_embeddings().weight)
         self.layers = [self._layer(layer) for layer in decoder.layers]
         positions = torch.arange(longest, device=self.embedding.device)
         cosines, sines = decoder.rotary_emb(self.embedding, positions[None])  # (1, longest, d)
@@ -64,13 +64,17 @@ class Step:
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         return _Layer(
             layer.input_layernorm.weight,
-            torch.cat([projection.weight for projection in projections]).to(self.dtype),
+            self._columns(*(projection.weight for projection in projections)),
             torch.cat([projection.bias for projection in projections]).to(self.dtype),
-            attention.o_proj.weight.to(self.dtype),
+            self._columns(attention.o_proj.weight),
             layer.post_attention_layernorm.weight,
-            torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).to(self.dtype),
-            mlp.down_proj.weight.to(self.dtype),
+            self._columns(mlp.gate_proj.weight, mlp.up_proj.weight),
+            self._columns(mlp.down_proj.weight),
         )
+
+    def _columns(self, *weights: Tensor) -> Tensor:
+        """Weights (out, in), side by side as one matrix (in, out): few rows are multiplied faster by it."""
+        return torch.cat(weights).to(self.dtype).t().contiguous()
 
     def __call__(self, tokens: Tensor, positions: Tensor, plan: Plan) -> Tensor:
         with torch.autocast(self.device, enabled=False):
@@ -81,15 +85,15 @@ class Step:
         turned = self.heads + self.key_value_heads
         hidden = embedding(tokens, self.embedding)  # (B, D)
         for index, layer in enumerate(self.layers):
-            mixed = linear(self._normed(hidden, layer.norm), layer.query_key_value, layer.bias)
+            mixed = torch.addmm(layer.bias, self._normed(hidden, layer.norm), layer.query_key_value)
             mixed = mixed.to(self.attend_in).view(len(tokens), -1, self.width)  # (B, H + 2 * K, d)
             rotated = _rotate(mixed[:, :turned], cosines, sines)[:, :, None]
             query, key, value = rotated[:, : self.heads], rotated[:, self.heads :], mixed[:, turned:, None]
             attended = plan.attend(index, query, key, value, self.width**-0.5)
-            hidden = hidden + linear(attended.reshape(len(tokens), -1).to(self.dtype), layer.output)
-            gate, up = linear(self._normed(hidden, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
-            hidden = hidden + linear(self.activation(gate) * up, layer.down)
-        return linear(self._normed(hidden, self.norm), self.head)
+            hidden = hidden + attended.reshape(len(tokens), -1).to(self.dtype) @ layer.output
+            gate, up = (self._normed(hidden, layer.mlp_norm) @ layer.gate_up).chunk(2, dim=-1)
+            hidden = hidden + (self.activation(gate) * up) @ layer.down
+        return self._normed(hidden, self.norm) @ self.head
 
     def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """`hidden` over its root mean square, times `weight`."""
