@@ -236,7 +236,12 @@ def run_trl(
 
 
 def contend(
-    connection: Connection, name: str, folder: Path, precision: str, chats: list[Conversation], shape: argparse.Namespace
+    connection: Connection,
+    name: str,
+    folder: Path,
+    precision: str,
+    chats: list[Conversation],
+    shape: argparse.Namespace,
 ) -> None:
     """Take a step for each True that comes in, and send back its seconds."""
 

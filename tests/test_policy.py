@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Mis
 
 from grpo_cli.core import policy as policy_module
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.policy import Policy, Sequences, load
+from grpo_cli.core.policy import Policy, Sequences, load, token_logprobs
 from grpo_cli.core.rollout import draws, sample
 from grpo_cli.core.task import SYSTEM
 
@@ -88,6 +88,25 @@ def test_logprobs_and_gradients_equal_the_plain_models(
     for name, gradient in expected.items():
         assert gradient.abs().max() > 1e-3, name
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=0)
+
+
+def test_token_logprobs_are_log_softmax_and_gather() -> None:
+    logits = (8 * torch.randn(40, 70, dtype=torch.float64, generator=torch.Generator().manual_seed(5))).float()
+    targets = torch.arange(40)
+    weight = torch.linspace(-1, 1, 40)
+    found = []
+    for fast in (True, False):
+        leaf = logits.clone().requires_grad_()
+        if fast:
+            logprobs, entropy = token_logprobs(leaf, targets, TEMPERATURE)
+        else:
+            everything = (leaf / TEMPERATURE).log_softmax(dim=-1)
+            logprobs, entropy = everything[range(40), targets], -(everything.exp() * everything).sum(dim=-1)
+        (logprobs * weight).sum().backward()
+        found.append((logprobs, entropy, leaf.grad))
+        assert not fast or not entropy.requires_grad
+        assert torch.equal(leaf, logits)
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)
 
 
 def test_entropy_of_a_uniform_distribution_is_the_logarithm_of_the_vocabulary(tiny_policy: Policy) -> None:

@@ -1,4 +1,4 @@
-"""The written-out decoding step against transformers' own forward pass."""
+"""The written-out forward pass against transformers' own."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ from conftest import save_tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config
 from transformers import Qwen2ForCausalLM as Qwen2
 
-from grpo_cli.core.attention import Decode, Prefill
+from grpo_cli.core.attention import Decode, Packed, Prefill
 from grpo_cli.core.policy import Policy, load, load_tokenizer
-from grpo_cli.core.qwen2 import Step, fits
+from grpo_cli.core.qwen2 import Pass, fits
 from grpo_cli.core.rollout import sample
 
 TOKENS = torch.arange(3, 33).view(6, 5)  # of 6 prompts, the last token of which is decoded
@@ -20,13 +20,13 @@ def both(policy: Policy, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor
     """Logits (6, V) of one token after random prompts: by transformers, and by the step."""
     found = []
     positions = torch.arange(4).expand(6, 4)
-    for step in (None, Step(policy.model, longest=5, dtype=dtype)):
+    for written in (None, Pass(policy.model, longest=5, dtype=dtype)):
         prefill = Prefill()
         policy.hidden(TOKENS[:, :4], positions, prefill)
         plan = Decode(prefill, torch.full((6,), 4), num_generations=1, max_new_tokens=1)
         last, place = TOKENS[:, 4], torch.full((6,), 4)
         logits = policy.logits(policy.hidden(last[:, None], place[:, None], plan)[:, 0])
-        found.append(logits if step is None else step(last, place, plan))
+        found.append(logits if written is None else written.logits(written.hidden(last, place, plan)))
     return found[0], found[1]
 
 
@@ -39,6 +39,32 @@ def test_the_step_gives_the_logits_of_transformers(tmp_path: Path, changes: dict
         theirs, ours = both(policy, torch.float32)
     assert theirs.abs().max() > 1
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": 1}])
+def test_a_packed_row_gives_the_gradients_of_transformers(tmp_path: Path, changes: dict[str, object]) -> None:
+    policy = load(str(save_tiny_model(tmp_path, **changes)), device="cpu", precision="float32")
+    rng = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
+    lengths = [3, 7, 1, 5]
+    tokens = torch.randint(0, 800, (9 + 4 + sum(lengths),), generator=rng)
+    found = []
+    for written in (False, True):
+        plan = Packed([9, 4], lengths, [0, 1, 1, 0], torch.device("cpu"))
+        if written:
+            hidden = Pass(policy.model, longest=20, dtype=torch.float32).hidden(
+                tokens, plan.positions[0], plan, packed=True
+            )
+        else:
+            hidden = policy.hidden(tokens[None], plan.positions, plan)[0]
+        policy.model.zero_grad()
+        policy.logits(hidden).log_softmax(-1)[plan.predecessors, tokens[13:]].sum().backward()
+        found.append([hidden.detach(), *(parameter.grad for parameter in policy.model.parameters())])
+    for theirs, ours in zip(*found, strict=True):
+        assert theirs is not None and ours is not None
+        torch.testing.assert_close(ours, theirs, atol=2e-5 * float(theirs.abs().max()), rtol=2e-5)
 
 
 def test_the_step_computes_in_bfloat16(tiny_folder: Path) -> None:

@@ -7,6 +7,7 @@ model's own generation settings are ignored: every model is sampled alike. Knows
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -17,6 +18,7 @@ from typing import Any, Literal, cast
 import torch
 import transformers
 from torch import Tensor
+from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from grpo_cli.core import qwen2
@@ -99,8 +101,17 @@ class Policy:
         if qwen2.fits(self.model):
             # On a CPU a single token's activations cost more to convert than multiplying them in bfloat16 saves.
             bfloat16 = self.precision == "bf16" or (self.precision == "bf16-master" and self.device.type != "cpu")
-            return qwen2.Step(self.model, longest=longest, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+            written = qwen2.Pass(self.model, longest=longest, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+            return lambda tokens, positions, plan: written.logits(written.hidden(tokens, positions, plan))
         return lambda tokens, positions, plan: self.logits(self.hidden(tokens[:, None], positions[:, None], plan)[:, 0])
+
+    def _hidden_of_row(self, tokens: Tensor, plan: Packed) -> Tensor:
+        """Final hidden states (N, D) of one packed row (N,). The written-out pass has no gradient checkpointing."""
+        if self.device.type == "cpu" and qwen2.fits(self.model) and not self.model.is_activation_checkpointing:
+            dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
+            written = qwen2.Pass(self.model, longest=int(plan.positions.max()) + 1, dtype=dtype)
+            return written.hidden(tokens, plan.positions[0], plan, packed=True)
+        return self.hidden(tokens[None], plan.positions, plan)[0]
 
     def logprobs(self, sequences: Sequences, *, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy, both (B, T) float32, of each completion token under the sampling distribution.
@@ -114,7 +125,7 @@ class Policy:
         packed = [token for part in (*sequences.prompts, *completions) for token in part]
         targets = packed[sum(prompt_lengths) :]
         with self.autocast():
-            hidden = self.hidden(torch.tensor([packed], device=self.device), plan.positions, plan)[0]  # (N, D)
+            hidden = self._hidden_of_row(torch.tensor(packed, device=self.device), plan)  # (N, D)
             before = hidden[plan.predecessors]  # (M, D)
             logprobs, entropy = self._gather(before, torch.tensor(targets, device=self.device), temperature)
         return _scatter(logprobs, lengths, order), _scatter(entropy, lengths, order)
@@ -131,10 +142,7 @@ class Policy:
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
     def _logprobs_of(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        everything = self.logits(hidden).float().div_(temperature).log_softmax(dim=-1)  # (M, V)
-        known = everything.detach()
-        entropy = -known.exp().mul_(known).sum(dim=-1)
-        return everything.gather(-1, targets[:, None])[:, 0], entropy
+        return token_logprobs(self.logits(hidden), targets, temperature)
 
     def frozen_copy(self) -> Policy:
         """The reference: the same weights, never updated."""
@@ -145,6 +153,39 @@ class Policy:
         """Write the model and its tokenizer as a folder that AutoModelForCausalLM and AutoTokenizer open."""
         self.model.save_pretrained(path, safe_serialization=True)
         self.tokenizer.save_pretrained(path)
+
+
+def token_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (M,) of `targets` (M,) under softmax(logits (M, V) / temperature), and its entropies (M,).
+
+    In float32, as by log_softmax and gather, but with one matrix of float32 for both directions. The entropies carry
+    no gradient.
+    """
+    found = _TokenLogprobs.apply(logits, targets, temperature)  # type: ignore[no-untyped-call]
+    return cast("tuple[Tensor, Tensor]", found)
+
+
+class _TokenLogprobs(Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        targets = targets[:, None]
+        scaled = logits.to(torch.float32, copy=True).div_(temperature)
+        everything = scaled.log_softmax(dim=-1)
+        chosen = everything.gather(-1, targets)[:, 0]
+        probabilities = torch.exp(everything, out=scaled)  # fresh memory would cost more than the arithmetic
+        entropy = -everything.mul_(probabilities).sum(dim=-1)
+        ctx.save_for_backward(probabilities, targets)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        ctx.mark_non_differentiable(entropy)
+        return chosen, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """d log p(t) / d logits = (one-hot(t) - p) / temperature."""
+        probabilities, targets = ctx.saved_tensors
+        scale = gradients[0][:, None] / ctx.temperature
+        found = probabilities.mul_(-scale).scatter_add_(-1, targets, scale)  # a second backward pass is refused
+        return found.to(ctx.dtype), None, None
 
 
 def _encode(tokenizer: transformers.PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -160,6 +201,13 @@ def _scatter(flat: Tensor, lengths: Sequence[int], order: Sequence[int]) -> Tens
     mask = torch.arange(max(lengths), device=flat.device) < torch.tensor(lengths, device=flat.device)[:, None]
     padded = torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat)
     return padded[torch.tensor(order, device=flat.device).argsort()]
+
+
+def _prepare_cpu() -> None:
+    """What makes arithmetic on a CPU cheaper, and no less exact than it has to be."""
+    # Numbers below 1e-38 take a hundred times as long, and the gradients of sharp attention are full of them.
+    torch.set_flush_denormal(True)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in huge pages; torch looks at its first tensor
 
 
 def detect_device(wanted: str) -> torch.device:
@@ -192,8 +240,7 @@ def load(name: str, *, device: str = "auto", precision: str = "auto", gradient_c
     """
     source, local = find(name)
     place = detect_device(device)
-    # A CPU takes a hundred times as long for numbers below 1e-38, and the gradients of sharp attention are full of them.
-    torch.set_flush_denormal(True)
+    _prepare_cpu()
     chosen = detect_precision(precision, place)
     dtype = torch.bfloat16 if chosen == "bf16" else torch.float32
     model = _load_model(name, source, local=local, dtype=dtype)

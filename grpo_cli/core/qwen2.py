@@ -1,18 +1,20 @@
-"""One decoding step of a Qwen2 model, written out in as few operations as it takes.
+"""The forward pass of a Qwen2 model, written out in as few operations as it takes.
 
 The arithmetic is that of transformers' own forward pass, which serves every other architecture; there, a small
-model's step spends most of its time between operations. Knows neither sampling nor what a plan attends to.
+model's step spends most of its time between and around the multiplications. Knows neither sampling nor what a plan
+attends to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.linalg import vector_norm
-from torch.nn.functional import embedding
+from torch.nn.functional import linear
 from transformers import PreTrainedModel, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
@@ -20,88 +22,129 @@ from grpo_cli.core.attention import Plan, attention_dtype
 
 
 class _Layer(NamedTuple):
-    """Weights of one layer, those that are multiplied in the dtype to compute in."""
+    """Weights of one layer, (in, out), in the dtype to compute in; those of its norms are multiplied into them."""
 
-    norm: Tensor
     query_key_value: Tensor
     bias: Tensor
     output: Tensor
-    mlp_norm: Tensor
     gate_up: Tensor
     down: Tensor
 
 
 def fits(model: PreTrainedModel) -> bool:
-    """Whether `Step` computes what this model does."""
+    """Whether `Pass` computes what this model does."""
     return type(model) is Qwen2ForCausalLM and model.config.rope_parameters["rope_type"] == "default"
 
 
-class Step:
-    """Decode one token a row: call it with tokens (B,), positions (B,) below `longest`, and a plan; logits (B, V) back.
+class Pass:
+    """Forward passes at positions below `longest`, with the weights as they are when it is made.
 
-    Made for one rollout: it holds copies of the projections that it merges, and of all weights not yet in `dtype`.
+    Made for one rollout or one update: it holds copies of the projections that it merges, which lie in the graph if
+    gradients are wanted, and of all weights not yet in `dtype`.
     """
 
     def __init__(self, model: PreTrainedModel, *, longest: int, dtype: torch.dtype) -> None:
         decoder, config = model.get_decoder(), model.config
         self.device = model.device.type
         self.attend_in = attention_dtype(model.device, dtype)
-        self.dtype, self.epsilon = dtype, float(config.rms_norm_eps)
+        self.dtype, self.epsilon = dtype, torch.tensor(config.rms_norm_eps, device=model.device)
         self.activation: Callable[[Tensor], Tensor] = decoder.layers[0].mlp.act_fn
         self.width = decoder.layers[0].self_attn.head_dim
         self.heads, self.key_value_heads = config.num_attention_heads, config.num_key_value_heads
-        self.embedding = decoder.embed_tokens.weight
+        self.embed = decoder.embed_tokens
         self.norm = decoder.norm.weight
-        self.head = self._columns(model.get_output_embeddings().weight)
+        self.head = model.get_output_embeddings().weight.to(dtype)
         self.layers = [self._layer(layer) for layer in decoder.layers]
-        positions = torch.arange(longest, device=self.embedding.device)
-        cosines, sines = decoder.rotary_emb(self.embedding, positions[None])  # (1, longest, d)
+        positions = torch.arange(longest, device=model.device)
+        cosines, sines = decoder.rotary_emb(self.norm, positions[None])  # (1, longest, d)
         turned = torch.cat([-sines[0, :, : self.width // 2], sines[0, :, self.width // 2 :]], dim=-1)
         self.cosines, self.sines = cosines[0, :, None].to(self.attend_in), turned[:, None].to(self.attend_in)
 
     def _layer(self, layer: Qwen2DecoderLayer) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        return _Layer(
-            layer.input_layernorm.weight,
-            self._columns(*(projection.weight for projection in projections)),
-            torch.cat([projection.bias for projection in projections]).to(self.dtype),
-            self._columns(attention.o_proj.weight),
-            layer.post_attention_layernorm.weight,
-            self._columns(mlp.gate_proj.weight, mlp.up_proj.weight),
-            self._columns(mlp.down_proj.weight),
-        )
+        merged = torch.cat([projection.weight for projection in projections]) * layer.input_layernorm.weight
+        gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * layer.post_attention_layernorm.weight
+        bias = torch.cat([projection.bias for projection in projections])
+        weights = (attention.o_proj.weight, gate_up, mlp.down_proj.weight)
+        # Few rows are multiplied faster by columns that lie in a row of memory.
+        return _Layer(self._columns(merged), bias.to(self.dtype), *map(self._columns, weights))
 
-    def _columns(self, *weights: Tensor) -> Tensor:
-        """Weights (out, in), side by side as one matrix (in, out): few rows are multiplied faster by it."""
-        return torch.cat(weights).to(self.dtype).t().contiguous()
+    def _columns(self, weight: Tensor) -> Tensor:
+        return weight.to(self.dtype).t().contiguous()
 
-    def __call__(self, tokens: Tensor, positions: Tensor, plan: Plan) -> Tensor:
+    def hidden(self, tokens: Tensor, positions: Tensor, plan: Plan, *, packed: bool = False) -> Tensor:
+        """Final hidden states (M, D) of tokens (M,): M rows of one token each, or one row of M if `packed`."""
         with torch.autocast(self.device, enabled=False):
-            return self._logits(tokens, positions, plan)
+            cosines, sines = self.cosines[positions], self.sines[positions]  # (M, 1, d)
+            hidden = self.embed(tokens)  # (M, D)
+            for index, layer in enumerate(self.layers):
+                mixed = torch.addmm(layer.bias, self._normed(hidden), layer.query_key_value)
+                heads = mixed.to(self.attend_in).view(len(tokens), -1, self.width)  # (M, H + 2 * K, d)
+                turning, value = heads.split([self.heads + self.key_value_heads, self.key_value_heads], dim=1)
+                query, key = _rotated(turning, cosines, sines).split([self.heads, self.key_value_heads], dim=1)
+                shaped = [part.transpose(0, 1)[None] if packed else part[:, :, None] for part in (query, key, value)]
+                attended = plan.attend(index, shaped[0], shaped[1], shaped[2], self.width**-0.5)
+                hidden = hidden + attended.reshape(len(tokens), -1).to(self.dtype) @ layer.output
+                gate, up = (self._normed(hidden) @ layer.gate_up).chunk(2, dim=-1)
+                hidden = hidden + (self.activation(gate) * up) @ layer.down
+            final: Tensor = _normed(hidden, self.epsilon) * self.norm
+            return final.to(self.norm.dtype)
 
-    def _logits(self, tokens: Tensor, positions: Tensor, plan: Plan) -> Tensor:
-        cosines, sines = self.cosines[positions], self.sines[positions]  # (B, 1, d)
-        turned = self.heads + self.key_value_heads
-        hidden = embedding(tokens, self.embedding)  # (B, D)
-        for index, layer in enumerate(self.layers):
-            mixed = torch.addmm(layer.bias, self._normed(hidden, layer.norm), layer.query_key_value)
-            mixed = mixed.to(self.attend_in).view(len(tokens), -1, self.width)  # (B, H + 2 * K, d)
-            rotated = _rotate(mixed[:, :turned], cosines, sines)[:, :, None]
-            query, key, value = rotated[:, : self.heads], rotated[:, self.heads :], mixed[:, turned:, None]
-            attended = plan.attend(index, query, key, value, self.width**-0.5)
-            hidden = hidden + attended.reshape(len(tokens), -1).to(self.dtype) @ layer.output
-            gate, up = (self._normed(hidden, layer.mlp_norm) @ layer.gate_up).chunk(2, dim=-1)
-            hidden = hidden + (self.activation(gate) * up) @ layer.down
-        return self._normed(hidden, self.norm) @ self.head
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits (M, V) of hidden states (M, D)."""
+        return linear(hidden.to(self.dtype), self.head)
 
-    def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """`hidden` over its root mean square, times `weight`."""
-        norm: Tensor = vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = (norm.square() / hidden.shape[-1] + self.epsilon).rsqrt()
-        return (hidden * scale * weight).to(self.dtype)
+    def _normed(self, hidden: Tensor) -> Tensor:
+        return _normed(hidden, self.epsilon).to(self.dtype)
 
 
-def _rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotary positions: the halves (x, y) of each head become (x cos - y sin, y cos + x sin)."""
-    return torch.addcmul(heads * cosines, heads.roll(heads.shape[-1] // 2, dims=-1), sines)
+def _normed(hidden: Tensor, epsilon: Tensor) -> Tensor:
+    return cast("Tensor", _Normed.apply(hidden, epsilon))  # type: ignore[no-untyped-call]
+
+
+def _rotated(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    return cast("Tensor", _Rotate.apply(heads, cosines, sines))  # type: ignore[no-untyped-call]
+
+
+class _Normed(Function):
+    """Vectors x (M, D) over their root mean square, in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, epsilon: Tensor) -> Tensor:
+        norm = vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.addcmul(epsilon, norm, norm, value=1 / hidden.shape[-1]).rsqrt_()
+        normed = hidden * scale
+        ctx.save_for_backward(normed, scale)
+        ctx.dtype = hidden.dtype
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """With y = x s: d/dx = s (g - y mean(g y))."""
+        normed, scale = ctx.saved_tensors
+        mean = (gradients[0] * normed).mean(dim=-1, keepdim=True)
+        return torch.addcmul(gradients[0], normed, mean, value=-1).mul_(scale).to(ctx.dtype), None
+
+
+class _Rotate(Function):
+    """Rotary positions: the halves (x, y) of each head (M, H, d) become (x cos - y sin, y cos + x sin)."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        """`cosines` (M, 1, d), `sines` (M, 1, d) with the signs that their half of the head needs."""
+        ctx.save_for_backward(cosines, sines)
+        return _turn(heads, cosines, sines)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """What was turned one way is turned back."""
+        cosines, sines = ctx.saved_tensors
+        return _turn(gradients[0], cosines, -sines), None, None
+
+
+def _turn(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    turned = heads * cosines
+    for mine, other in zip((0, 1), (1, 0), strict=True):
+        turned.chunk(2, dim=-1)[mine].addcmul_(heads.chunk(2, dim=-1)[other], sines.chunk(2, dim=-1)[mine])
+    return turned
