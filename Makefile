@@ -4,13 +4,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test lint peer clean
+.PHONY: train test faults lint peer clean
 
 train: $(VENV)/installed
 	$(BIN)/countdown train $(ARGS)
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+faults: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m faults $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -55,6 +55,10 @@ def main() -> None:
         sys.exit(problem.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: leave without a word
+        sys.exit(1)
+    except OSError as problem:
+        what = problem.strerror or str(problem)
+        display.error(CountdownError(f"{what}: `{problem.filename}`" if problem.filename else what))
         sys.exit(1)
 
 
@@ -110,7 +114,10 @@ def train(
     run: Annotated[
         str | None, typer.Option(help="name of the run; default: run-1, run-2, ...", metavar="<name>")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with --run from its last checkpoint")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with --run from its last whole checkpoint")] = False,
+    step: Annotated[
+        int | None, typer.Option(min=1, help="with --resume: the checkpoint to go on from", metavar="<int>")
+    ] = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="show every setting and one prompt, train nothing")
@@ -126,12 +133,14 @@ def train(
 
     if resume and (run is None or overwrite):
         raise CountdownError("`--resume` needs the name of a run, and no `--overwrite`", "say `--run NAME --resume`")
+    if step is not None and not resume:
+        raise CountdownError("`--step` names a checkpoint to go on from", "say `--run NAME --resume --step STEP`")
     resolved = _resolve(ctx, config)
     root = Path(resolved.settings.runs)
     old = Run.open(root, run) if resume and run is not None else None
     if old is not None:
         given = {key: value for key, value in flags(ctx).items() if key != "runs"}
-        resolved = layers.restore(old.read_config(), old.config_path, flags=given)
+        resolved = layers.go_on(old.read_config(), old.config_path, flags=given)
     display.note(f"preset {resolved.settings.preset}: {resolved.preset_reason}")
     plan = _plan_of(resolved, root, resolved.settings.model.model)
     if old is None:
@@ -139,7 +148,8 @@ def train(
     if dry_run:
         _show(resolved, plan)
         return
-    _train(plan, old, lambda: Run.create(root, run, overwrite=overwrite))
+    with ExitStack() as held:
+        _train(plan, old, step, lambda: Run.create(root, run, overwrite=overwrite), held)
 
 
 @app.command("eval", cls=settings_command("preset", "runs", "task", "model.device", "model.precision", "eval"))
@@ -338,22 +348,32 @@ def _show(resolved: Resolved, plan: _Plan) -> None:
     display.prompt_tokens(prompt_tokens(plan.source, prompt(puzzle, settings.task.style)))
 
 
-def _train(plan: _Plan, old: Run | None, create: Callable[[], Run]) -> None:
-    """Go on with the run `old`, or start the one that `create` makes, which it does once the model has loaded."""
+def _train(plan: _Plan, old: Run | None, wanted: int | None, create: Callable[[], Run], held: ExitStack) -> None:
+    """Go on with the run `old`, or start the one that `create` makes, which it does once the model has loaded.
+
+    `held` keeps the run's lock; `wanted` is the step of the checkpoint to go on from, if not the newest.
+    """
     from grpo_cli.core import train as core
     from grpo_cli.live import TrainingView
 
     settings = plan.settings
-    step, checkpoint = core.newest_checkpoint(old) if old else (0, None)
+    if old:
+        _lock(old, held)
+    step, checkpoint = core.choose_checkpoint(old, wanted, display.note) if old else (0, None)
     policy = _load(plan, checkpoint / "model" if checkpoint else None)
     optimizer = core.build_optimizer(policy, name=settings.train.optimizer, weight_decay=settings.train.weight_decay)
     training = core.Training(policy, optimizer)
-    run = old or create()
+    if old is None:
+        _lock(run := create(), held)
+    else:
+        run = old
+    run.require_space(2 * training.checkpoint_bytes())
     run.write_config(settings.model_dump())
     run.write_environment(core.environment(policy))
     if checkpoint:
         training.restore(checkpoint)
-        run.truncate_after(step)
+    if old:
+        run.go_back_to(step if checkpoint else -1)
     reference = None
     if settings.loss.beta > 0:
         reference = (_load(plan) if checkpoint else policy).frozen_copy()
@@ -376,6 +396,12 @@ def _train(plan: _Plan, old: Run | None, create: Callable[[], Run]) -> None:
     found = core.summary(training, evaluation)
     run.write_summary(found)
     display.training_summary(found, run.path)
+
+
+def _lock(run: Run, held: ExitStack) -> None:
+    left_by = held.enter_context(run.locked())
+    if left_by is not None:
+        display.note(f"run {run.name} was left by process {left_by}, which no longer runs; taking it over")
 
 
 @contextmanager

@@ -33,7 +33,13 @@ _PANELS = {
         "train.weight_decay",
         "train.clip_grad_norm",
     ),
-    "Schedule": ("train.num_iterations", "train.eval_every", "train.eval_puzzles", "train.save_every"),
+    "Schedule": (
+        "train.num_iterations",
+        "train.eval_every",
+        "train.eval_puzzles",
+        "train.save_every",
+        "train.keep_last",
+    ),
     "Output": ("runs", "plot"),
 }
 _METAVARS: dict[object, str] = {int: "<int>", float: "<float>"}

@@ -214,7 +214,7 @@ def test_a_last_line_that_was_cut_off_is_left_out(run: Run) -> None:
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
     assert run.metrics() == [{"step": 1}]
-    run.truncate_after(1)
+    run.go_back_to(1)
     run.log({"step": 2})
     assert run.metrics() == [{"step": 1}, {"step": 2}]
 
@@ -223,7 +223,7 @@ def test_a_run_that_goes_on_forgets_later_steps(run: Run) -> None:
     for step in range(4):
         run.log({"step": step})
         run.log_samples({"step": step, "completion": f"\u2028{step}{sample}"} for sample in range(2))
-    run.truncate_after(1)
+    run.go_back_to(1)
     assert run.metrics() == [{"step": 0}, {"step": 1}]
     samples = [json.loads(line) for line in (run.path / "samples.jsonl").read_text().splitlines()]
     assert [(line["step"], line["completion"]) for line in samples] == [
@@ -232,7 +232,7 @@ def test_a_run_that_goes_on_forgets_later_steps(run: Run) -> None:
 
 
 def test_truncating_before_the_first_step_makes_no_files(run: Run) -> None:
-    run.truncate_after(0)
+    run.go_back_to(0)
     assert list(run.path.iterdir()) == [run.path / "config.json"]
 
 
@@ -290,19 +290,77 @@ def test_saving_clears_up_after_a_process_that_was_killed(run: Run) -> None:
     assert contents(checkpoint.parent) == {"step-50/weights": "whole"}
 
 
+def checkpoint(run: Run, *steps: int) -> None:
+    for step in steps:
+        with run.saving(run.checkpoint_path(step), {"step": step}) as folder:
+            (folder / "weights").write_text(str(step))
+
+
 def test_checkpoints_are_in_order_of_steps_and_the_last_ones_are_kept(run: Run) -> None:
     assert run.checkpoints() == []
-    for step in (100, 50, 1000):
-        save(run, run.checkpoint_path(step), str(step))
+    checkpoint(run, 100, 50, 1000)
     (run.path / "checkpoints" / "step-x").mkdir()
     assert [step for step, _ in run.checkpoints()] == [50, 100, 1000]
-    assert contents(run.checkpoints()[0][1]) == {"weights": "50"}
+    assert (run.checkpoints()[0][1] / "weights").read_text() == "50"
     run.prune_checkpoints(3)
     assert len(run.checkpoints()) == 3
-    run.prune_checkpoints(1)
-    assert [step for step, _ in run.checkpoints()] == [1000]
+    run.prune_checkpoints(1, also=50)
+    assert [step for step, _ in run.checkpoints()] == [50, 1000]
     run.prune_checkpoints(0)
     assert {path.name for path in (run.path / "checkpoints").iterdir()} == {"step-x"}
+
+
+def test_a_damaged_checkpoint_does_not_count_among_those_kept(run: Run) -> None:
+    checkpoint(run, 1, 2, 3, 4, 5)
+    (run.checkpoint_path(4) / "weights").write_text("longer than it was")
+    run.prune_checkpoints(2)
+    assert [step for step, _ in run.checkpoints()] == [3, 4, 5]
+
+
+def test_a_checkpoint_that_cannot_be_removed_stays(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint(run, 1, 2, 3)
+
+    def refuse(path: Path, target: Path) -> Path:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    run.prune_checkpoints(2)
+    assert [step for step, _ in run.checkpoints()] == [1, 2, 3]
+
+
+def test_leftovers_of_a_failed_removal_do_not_count(run: Run) -> None:
+    checkpoint(run, 1, 2)
+    run.checkpoint_path(1).rename(run.path / "checkpoints" / ".step-1.old")
+    assert [step for step, _ in run.checkpoints()] == [2]
+
+
+def test_a_second_writer_is_refused_and_named(run: Run) -> None:
+    with run.locked() as left_by:
+        assert left_by is None
+        for second in (lambda: run.locked().__enter__(), lambda: Run.create(run.path.parent, "first", overwrite=True)):
+            with pytest.raises(CountdownError, match=f"run `first` is being written by process {os.getpid()}"):
+                second()
+    with run.locked() as left_by:
+        assert left_by is None
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(run: Run) -> None:
+    (run.path / ".lock").write_text("99999999")
+    with run.locked() as left_by:
+        assert left_by == 99999999
+
+
+def test_a_run_that_was_only_begun_is_overwritten(tmp_path: Path) -> None:
+    with Run.create(tmp_path, "begun").locked():
+        pass
+    assert Run.create(tmp_path, "begun", overwrite=True).path.is_dir()
+
+
+def test_too_little_space_is_one_sentence(run: Run) -> None:
+    run.require_space(1)
+    with pytest.raises(CountdownError, match="MB free, and a checkpoint needs") as caught:
+        run.require_space(10**18)
+    assert caught.value.exit_code == 1
 
 
 def test_curves_lie_beside_the_metrics(run: Run) -> None:

@@ -18,8 +18,8 @@ from grpo_cli.core.train import (
     Interrupted,
     Training,
     build_optimizer,
+    choose_checkpoint,
     learning_rate_at,
-    newest_checkpoint,
     puzzles_of_step,
     summary,
     train,
@@ -151,25 +151,44 @@ def test_the_same_seed_gives_the_same_run(tiny_folder: Path, tmp_path: Path) -> 
     assert timeless[0] == timeless[1]
 
 
-def test_going_on_from_a_checkpoint_equals_never_having_stopped(tiny_folder: Path, tmp_path: Path) -> None:
-    settings = small(tiny_folder)
-    whole, _, _ = trained(settings, tmp_path, "whole")
+EVERY_STOP = [
+    pytest.param(optimizer, inner, stop, marks=() if stop == 2 else pytest.mark.faults)
+    for optimizer in ("adamw", "adamw8bit")
+    for inner in (1, 2)
+    for stop in (1, 2, 3)
+]
+
+
+@pytest.mark.parametrize(("optimizer", "inner", "stop"), EVERY_STOP)
+def test_going_on_from_a_checkpoint_equals_never_having_stopped(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, inner: int, stop: int
+) -> None:
+    # Five puzzles, two a step: an epoch ends within the third step.
+    few = list(enumerate_puzzles(3, "train"))[:5]
+    monkeypatch.setattr("grpo_cli.core.train.puzzle_set", lambda numbers, split: few)
+    flags = {"train.optimizer": optimizer, "train.num_inner_updates": inner, "train.save_every": 1}
+    settings = small(tiny_folder, **flags)
+    whole, expected, _ = trained(settings, tmp_path, "whole")
     run = Run.create(tmp_path, "halves")
-    train(
-        half := start(settings),
-        half.policy.frozen_copy(),
-        run,
-        small(tiny_folder, **{"train.num_iterations": 2}),
-        Watcher(),
-    )
-    step, checkpoint = newest_checkpoint(run)
+    half, shorter = start(settings), small(tiny_folder, **flags, **{"train.num_iterations": stop})
+    train(half, half.policy.frozen_copy(), run, shorter, Watcher())
+    step, checkpoint = choose_checkpoint(run, None, print)
+    assert step == stop and checkpoint is not None
     resumed = start(settings, str(checkpoint / "model"))
     resumed.restore(checkpoint)
-    run.truncate_after(step)
+    run.go_back_to(step)
     train(resumed, start(settings).policy.frozen_copy(), run, settings, Watcher())
-    assert [line["step"] for line in run.metrics()] == [0, 1, 2, 3, 4]
     for left, right in zip(whole.policy.model.parameters(), resumed.policy.model.parameters(), strict=True):
         assert torch.equal(left, right)
+    timeless = [
+        [
+            {k: v for k, v in line.items() if not k.startswith(("time", "tokens")) and k != "val_accuracy"}
+            for line in found.metrics()
+        ]
+        for found in (expected, run)
+    ]
+    assert [line["step"] for line in timeless[1]] == [0, 1, 2, 3, 4]
+    assert timeless[0] == timeless[1]
 
 
 @pytest.mark.parametrize("tokens", [0, 5, 30])
@@ -185,7 +204,7 @@ def test_a_stop_saves_the_last_completed_step(tiny_folder: Path, tmp_path: Path,
             watcher,
             should_stop=lambda: watcher.tokens > tokens,
         )
-    assert newest_checkpoint(run)[0] == training.step == len(watcher.metrics)
+    assert choose_checkpoint(run, None, print)[0] == training.step == len(watcher.metrics)
 
 
 def test_eval_puzzles_are_chosen_once(tiny_folder: Path, tmp_path: Path) -> None:

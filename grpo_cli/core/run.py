@@ -3,15 +3,17 @@
 Nothing else knows a file name of a run. What the numbers, weights and tensors mean is not known here.
 
 runs/<name>/  config.json  environment.json  summary.json  metrics.jsonl  samples.jsonl
-              training_curve.png  kl_divergence.png  model/  checkpoints/step-50/
+              training_curve.png  kl_divergence.png  model/  checkpoints/step-50/  .lock
 """
 
+import fcntl
+import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -21,6 +23,9 @@ from grpo_cli.core.errors import CountdownError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CHECKPOINT = re.compile(r"step-([0-9]+)")
+_LOCK = ".lock"
+_MANIFEST = "manifest.json"
+_FORMAT = 1  # of a checkpoint; one of another format is not taken up
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,8 @@ class Run:
             cls.check(root, name, overwrite=overwrite)
             path = root / name
             if path.exists():
-                _discard(path)
+                with cls(path).locked():
+                    _discard(path)
             if _make(path):
                 return cls(path)
         raise _taken(root, name)
@@ -55,7 +61,8 @@ class Run:
             return
         if not overwrite:
             raise _taken(root, name)
-        is_run = path.is_dir() and ((path / "config.json").is_file() or not any(path.iterdir()))
+        begun = path.is_dir() and all(item.name == _LOCK for item in path.iterdir())
+        is_run = begun or (path / "config.json").is_file()
         if path.is_symlink() or not is_run:
             raise CountdownError(f"`{path}` is no run, so it is not overwritten", "choose another name with `--run`")
 
@@ -99,22 +106,84 @@ class Run:
         matches = [(_CHECKPOINT.fullmatch(folder.name), folder) for folder in folders]
         return sorted((int(match[1]), folder) for match, folder in matches if match)
 
-    def prune_checkpoints(self, keep: int) -> None:
-        """Remove all checkpoints but the last `keep`."""
-        for _, folder in self.checkpoints()[::-1][keep:]:
-            _discard(folder)
+    def damage(self, step: int, *, contents: bool = True) -> str | None:
+        """What is wrong with the checkpoint of a step by its manifest, or None; by sizes alone without `contents`."""
+        folder = self.checkpoint_path(step)
+        try:
+            manifest = _read_json(folder / _MANIFEST)
+        except CountdownError as problem:
+            return problem.message
+        listed = manifest.get("files")
+        if manifest.get("format") != _FORMAT or manifest.get("step") != step or not isinstance(listed, dict):
+            return f"`{folder / _MANIFEST}` is not of step {step}, in format {_FORMAT}"
+        present = _describe(folder, contents=contents)
+        for name in sorted(listed.keys() | present.keys()):
+            found, saved = present.get(name), listed.get(name)
+            if found is None or not isinstance(saved, dict) or not found.items() <= saved.items():
+                return f"`{folder / name}` " + ("is missing" if found is None else "is not what was saved")
+        return None
+
+    def prune_checkpoints(self, keep: int, *, also: int | None = None) -> None:
+        """Remove all checkpoints but the last `keep` whole ones and that of the step `also`.
+
+        What cannot be removed stays, and what is damaged is left for its owner to look at.
+        """
+        whole = [step for step, _ in self.checkpoints() if self.damage(step, contents=False) is None]
+        for step in whole[: max(0, len(whole) - keep)]:
+            if step != also:
+                with suppress(OSError):
+                    _discard(self.checkpoint_path(step))
 
     @contextmanager
-    def saving(self, path: Path) -> Iterator[Path]:
+    def locked(self) -> Iterator[int | None]:
+        """Keep other processes from writing this run; yields the process whose lock was left behind, if there is one.
+
+        Raises CountdownError while another process holds it. The system gives a lock back when its process ends.
+        """
+        with (self.path / _LOCK).open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                owner = file.read()
+                raise CountdownError(
+                    f"run `{self.name}` is being written by process {owner or '?'}",
+                    "wait until it ends, or choose another name with `--run`",
+                ) from None
+            file.seek(0)
+            left = file.read()
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            try:
+                yield int(left) if left.isdigit() else None
+            finally:
+                file.truncate(0)
+
+    def require_space(self, size: int) -> None:
+        """Raise CountdownError unless `size` bytes are free where the run is."""
+        free = shutil.disk_usage(self.path).free
+        if free < size:
+            raise CountdownError(
+                f"`{self.path}` has {free / 1e6:,.0f} MB free, and a checkpoint needs {size / 1e6:,.0f} MB",
+                "make room, or choose another folder with `--runs`",
+                exit_code=1,
+            )
+
+    @contextmanager
+    def saving(self, path: Path, facts: Mapping[str, object] | None = None) -> Iterator[Path]:
         """A folder to fill that becomes `path`, replacing what was there, once the block ends without an exception.
 
-        So what stands at `path` is always whole and on disk, whenever the process or the machine stops.
+        So what stands at `path` is always whole and on disk, whenever the process or the machine stops. With `facts`,
+        a manifest says besides them what was saved, so that later damage is seen.
         """
         staged, old = _hidden(path, "tmp"), _hidden(path, "old")
         _settle(path)
         staged.mkdir(parents=True)
         try:
             yield staged
+            if facts is not None:
+                _write_json(staged / _MANIFEST, {"format": _FORMAT, **facts, "files": _describe(staged)})
             _sync(staged)
             if path.exists():
                 path.rename(old)
@@ -151,8 +220,12 @@ class Run:
         """Every logged line, [] before the first; raises CountdownError naming the line that is not one of numbers."""
         return [_numbers(line) for line in _lines(self._metrics)]
 
-    def truncate_after(self, step: int) -> None:
-        """Forget metrics and samples of later steps, which a training that goes on from `step` will log again."""
+    def go_back_to(self, step: int) -> None:
+        """Forget metrics, samples and checkpoints of later steps, which a training that goes on makes again."""
+        _settle(self.model_path)
+        for later, folder in self.checkpoints():
+            if later > step:
+                _discard(folder)
         for path in (self._metrics, self._samples):
             kept = [line.raw for line in _lines(path) if line.step <= step]
             if path.exists():
@@ -299,6 +372,19 @@ def _settle(path: Path) -> None:
 
 def _hidden(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}.{suffix}")
+
+
+def _describe(folder: Path, *, contents: bool = True) -> dict[str, dict[str, object]]:
+    """Size, and SHA-256 if `contents` matter, of every file in a folder but its manifest."""
+    described: dict[str, dict[str, object]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != _MANIFEST:
+            facts: dict[str, object] = {"bytes": path.stat().st_size}
+            if contents:
+                with path.open("rb") as file:
+                    facts["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+            described[path.relative_to(folder).as_posix()] = facts
+    return described
 
 
 def _sync(folder: Path) -> None:

@@ -55,6 +55,7 @@ class Train(Table):
     eval_every: int = Field(ge=1, description="steps between evaluations")
     eval_puzzles: int = Field(ge=0, description="val puzzles per evaluation; 0 is all of them")
     save_every: int = Field(ge=1, description="steps between checkpoints")
+    keep_last: int = Field(ge=2, description="checkpoints to keep")
 
 
 class Loss(Table):

@@ -21,6 +21,7 @@ from typing import Protocol
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evaluate import Evaluation, evaluate, puzzle_set, wilson
@@ -31,8 +32,6 @@ from grpo_cli.core.rollout import Rollout, draws, sample
 from grpo_cli.core.run import Run
 from grpo_cli.core.settings import Settings
 from grpo_cli.core.task import Score, prompt, score
-
-KEPT_CHECKPOINTS = 2
 
 
 class Observer(Protocol):
@@ -58,13 +57,39 @@ class Training:
     accuracy: float | None = None  # at the last evaluation
     best_accuracy: float | None = None
     best_step: int = 0
+    resumed_from: int | None = None
 
-    def save(self, run: Run) -> None:
-        """Write a checkpoint of this step, whole or not at all, and drop old ones."""
-        with run.saving(run.checkpoint_path(self.step)) as folder:
-            self.policy.save(folder / "model")
-            torch.save({"optimizer": self.optimizer.state_dict(), "progress": self._progress()}, folder / "state.pt")
-        run.prune_checkpoints(KEPT_CHECKPOINTS)
+    def save(self, run: Run, *, keep: int) -> None:
+        """Write a checkpoint of this step, whole or not at all, and drop all but the last `keep`.
+
+        Raises CountdownError, with what was there before intact, if it cannot be written.
+        """
+        run.require_space(self.checkpoint_bytes())
+        facts = {
+            "step": self.step,
+            "model": type(self.policy.model).__name__,
+            "optimizer": type(self.optimizer).__name__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        try:
+            with run.saving(run.checkpoint_path(self.step), facts) as folder:
+                self.policy.save(folder / "model")
+                torch.save(
+                    {"optimizer": self.optimizer.state_dict(), "progress": self._progress()}, folder / "state.pt"
+                )
+        except (OSError, RuntimeError, SafetensorError) as error:
+            kept = ", ".join(str(step) for step, _ in run.checkpoints()) or "none"
+            raise CountdownError(
+                f"cannot save step {self.step} in `{run.path}`: {' '.join(str(error).split())}",
+                f"make room, then go on with `--run {run.name} --resume`; checkpoints: {kept}",
+                exit_code=1,
+            ) from error
+        run.prune_checkpoints(keep, also=self.resumed_from)
+
+    def checkpoint_bytes(self) -> int:
+        """About how large a checkpoint is: the weights, and two moments of each."""
+        return sum(3 * parameter.numel() * parameter.element_size() for parameter in self.policy.model.parameters())
 
     def restore(self, folder: Path) -> None:
         """Take up the state of a checkpoint whose model is already loaded."""
@@ -72,6 +97,7 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         for name, value in state["progress"].items():
             setattr(self, name, value)
+        self.resumed_from = self.step
 
     def _progress(self) -> dict[str, float | int | None]:
         names = ("step", "base_accuracy", "accuracy", "best_accuracy", "best_step")
@@ -142,7 +168,7 @@ def train(
     try:
         return loop.run()
     except Interrupted:
-        training.save(run)
+        training.save(run, keep=settings.train.keep_last)
         raise
 
 
@@ -188,7 +214,7 @@ class _Loop:
             else:
                 self.run_folder.log(metrics)
             if step % settings.save_every == 0 or step == settings.num_iterations:
-                training.save(self.run_folder)
+                training.save(self.run_folder, keep=settings.keep_last)
         return evaluation or self._evaluation()
 
     def _step(self, step: int, clock: Clock) -> tuple[dict[str, float], list[dict[str, object]]]:
@@ -373,9 +399,26 @@ def environment(policy: Policy) -> dict[str, object]:
     }
 
 
-def newest_checkpoint(run: Run) -> tuple[int, Path]:
-    """The step and folder of the newest checkpoint; raises CountdownError if there is none."""
-    found = run.checkpoints()
-    if not found:
-        raise CountdownError(f"run `{run.name}` has no checkpoint to go on from", "start it again with `--overwrite`")
-    return found[-1]
+def choose_checkpoint(run: Run, step: int | None, skipped: Callable[[str], None]) -> tuple[int, Path | None]:
+    """The step and folder of the checkpoint of `step`, or of the newest one that is whole; `skipped` is told of others.
+
+    (0, None) if the run was stopped before its first. Raises CountdownError if all are damaged, or that of `step` is:
+    there is no falling back from a step that was asked for.
+    """
+    found = dict(run.checkpoints())
+    steps = ", ".join(map(str, found)) or "none"
+    if step is not None and step not in found:
+        raise CountdownError(f"run `{run.name}` has no checkpoint of step {step}", f"choose one of: {steps}")
+    for candidate in sorted(found, reverse=True) if step is None else [step]:
+        problem = run.damage(candidate)
+        if problem is None:
+            return candidate, found[candidate]
+        if step is not None:
+            raise CountdownError(
+                f"the checkpoint of step {step} is damaged: {problem}", f"choose another one of: {steps}", exit_code=1
+            )
+        skipped(f"skipping the checkpoint of step {candidate}: {problem}")
+    if found:
+        hint = "start the run again with `--overwrite`"
+        raise CountdownError(f"no checkpoint of run `{run.name}` is whole", hint, exit_code=1)
+    return 0, None
