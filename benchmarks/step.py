@@ -250,6 +250,8 @@ def contend(
         connection.recv()
 
     connection.recv()
+    if name == "countdown":
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as its command line does
     if name == "TRL":
         run_trl(folder, precision, chats, shape, turn)
         return

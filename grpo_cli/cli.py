@@ -48,6 +48,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what is th
 def main() -> None:
     """Run the command line; what a user can mend is shown as one sentence, never as a traceback."""
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on Linux then keeps large tensors in huge pages
     try:
         app()
     except CountdownError as problem:

@@ -7,7 +7,6 @@ model's own generation settings are ignored: every model is sampled alike. Knows
 from __future__ import annotations
 
 import copy
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -203,13 +202,6 @@ def _scatter(flat: Tensor, lengths: Sequence[int], order: Sequence[int]) -> Tens
     return padded[torch.tensor(order, device=flat.device).argsort()]
 
 
-def _prepare_cpu() -> None:
-    """What makes arithmetic on a CPU cheaper, and no less exact than it has to be."""
-    # Numbers below 1e-38 take a hundred times as long, and the gradients of sharp attention are full of them.
-    torch.set_flush_denormal(True)
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors in huge pages; torch looks at its first tensor
-
-
 def detect_device(wanted: str) -> torch.device:
     """The device that `wanted` names; "auto" takes CUDA, then MPS, then the CPU."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -240,7 +232,8 @@ def load(name: str, *, device: str = "auto", precision: str = "auto", gradient_c
     """
     source, local = find(name)
     place = detect_device(device)
-    _prepare_cpu()
+    # A CPU takes a hundred times as long for numbers below 1e-38, and the gradients of sharp attention are full of them.
+    torch.set_flush_denormal(True)
     chosen = detect_precision(precision, place)
     dtype = torch.bfloat16 if chosen == "bf16" else torch.float32
     model = _load_model(name, source, local=local, dtype=dtype)
