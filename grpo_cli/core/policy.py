@@ -232,7 +232,7 @@ def load(name: str, *, device: str = "auto", precision: str = "auto", gradient_c
     """
     source, local = find(name)
     place = detect_device(device)
-    # A CPU takes a hundred times as long for numbers below 1e-38, and the gradients of sharp attention are full of them.
+    # A CPU takes a hundred times as long for numbers below 1e-38, of which sharp attention makes many.
     torch.set_flush_denormal(True)
     chosen = detect_precision(precision, place)
     dtype = torch.bfloat16 if chosen == "bf16" else torch.float32
