@@ -243,19 +243,18 @@ def contend(
     chats: list[Conversation],
     shape: argparse.Namespace,
 ) -> None:
-    """Take a step for each True that comes in, and send back its seconds."""
+    """Take a step for each message that comes in, and send back its seconds."""
 
     def turn(seconds: Seconds) -> None:
         connection.send(seconds)
         connection.recv()
 
     connection.recv()
-    if name == "countdown":
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as its command line does
     if name == "TRL":
         run_trl(folder, precision, chats, shape, turn)
         return
     if name == "countdown":
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as its command line does
         step = our_step(folder, precision, chats, shape)
     else:
         step = generate_rollout(folder, precision, chats, shape.completions, shape.tokens)

@@ -8,6 +8,7 @@ attends to.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -53,7 +54,7 @@ class Pass:
         self.heads, self.key_value_heads = config.num_attention_heads, config.num_key_value_heads
         self.embed = decoder.embed_tokens
         self.norm = decoder.norm.weight
-        self.head = model.get_output_embeddings().weight.to(dtype)
+        self.output = model.get_output_embeddings().weight
         self.layers = [self._layer(layer) for layer in decoder.layers]
         positions = torch.arange(longest, device=model.device)
         cosines, sines = decoder.rotary_emb(self.norm, positions[None])  # (1, longest, d)
@@ -91,9 +92,13 @@ class Pass:
             final: Tensor = _normed(hidden, self.epsilon) * self.norm
             return final.to(self.norm.dtype)
 
+    @cached_property
+    def _head(self) -> Tensor:
+        return self.output.to(self.dtype)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (M, V) of hidden states (M, D)."""
-        return linear(hidden.to(self.dtype), self.head)
+        return linear(hidden.to(self.dtype), self._head)
 
     def _normed(self, hidden: Tensor) -> Tensor:
         return _normed(hidden, self.epsilon).to(self.dtype)

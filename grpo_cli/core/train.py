@@ -406,17 +406,16 @@ def choose_checkpoint(run: Run, step: int | None, skipped: Callable[[str], None]
     there is no falling back from a step that was asked for.
     """
     found = dict(run.checkpoints())
-    steps = ", ".join(map(str, found)) or "none"
     if step is not None and step not in found:
+        steps = ", ".join(map(str, found)) or "none"
         raise CountdownError(f"run `{run.name}` has no checkpoint of step {step}", f"choose one of: {steps}")
     for candidate in sorted(found, reverse=True) if step is None else [step]:
         problem = run.damage(candidate)
         if problem is None:
             return candidate, found[candidate]
         if step is not None:
-            raise CountdownError(
-                f"the checkpoint of step {step} is damaged: {problem}", f"choose another one of: {steps}", exit_code=1
-            )
+            hint = "leave out `--step` to go on from the newest that is whole"
+            raise CountdownError(f"the checkpoint of step {step} is damaged: {problem}", hint, exit_code=1)
         skipped(f"skipping the checkpoint of step {candidate}: {problem}")
     if found:
         hint = "start the run again with `--overwrite`"
