@@ -54,7 +54,7 @@ class Pass:
         self.heads, self.key_value_heads = config.num_attention_heads, config.num_key_value_heads
         self.embed = decoder.embed_tokens
         self.norm = decoder.norm.weight
-        self.output = model.get_output_embeddings().weight
+        self.output: Tensor = model.get_output_embeddings().weight
         self.layers = [self._layer(layer) for layer in decoder.layers]
         positions = torch.arange(longest, device=model.device)
         cosines, sines = decoder.rotary_emb(self.norm, positions[None])  # (1, longest, d)
