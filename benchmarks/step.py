@@ -104,7 +104,7 @@ def our_step(
             rewards = torch.tensor([reward(policy.decode(tokens)) for tokens in rollout.completions])
             sequences = Sequences(prompts, rollout.completions, owners)
             with timed(seconds, "reference"):
-                ref_logprobs = reference_logprobs(reference, sequences, temperature=TEMPERATURE, micro_batch_size=0)
+                ref_logprobs = reference_logprobs(reference, sequences, temperature=TEMPERATURE)
             with timed(seconds, "update"):
                 update(
                     policy,

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -56,6 +57,9 @@ def main() -> None:
         sys.exit(problem.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: leave without a word
+        sys.exit(1)
+    except ImportError as problem:
+        display.error(CountdownError(f"a package cannot be loaded: {problem}", "install `countdown` again"))
         sys.exit(1)
     except OSError as problem:
         what = problem.strerror or str(problem)
@@ -127,7 +131,7 @@ def train(
 ) -> None:
     """Train a model by reinforcement.
 
-    Example: countdown train --run first --num-iterations 100
+    Ctrl-C saves and stops; SIGUSR1 saves after the step. Example: countdown train --run first --num-iterations 100
     """
     from grpo_cli.core import config as layers
     from grpo_cli.core.run import Run
@@ -149,6 +153,7 @@ def train(
     if dry_run:
         _show(resolved, plan)
         return
+    _need("matplotlib")
     with ExitStack() as held:
         _train(plan, old, step, lambda: Run.create(root, run, overwrite=overwrite), held)
 
@@ -168,9 +173,8 @@ def evaluate_models(
 
     Example: countdown eval builtin first --style zero-shot
     """
-    if out is not None and ((out.exists() and not overwrite) or not out.parent.is_dir()):
-        problem = "exists" if out.exists() else "has no folder to stand in"
-        raise CountdownError(f"`{out}` {problem}", "write elsewhere, or replace it with `--overwrite`")
+    if out is not None:
+        _require_writable(out, overwrite=overwrite)
     plans = [_plan(ctx, config, name) for name in models] if models else [_plan(ctx, config, None)]
     results = [_evaluate(plan, quiet=as_json) for plan in plans]
     if out is not None:
@@ -252,6 +256,8 @@ def plot_runs(
         raise CountdownError(f"no run in `{root}` yet", "train one with `countdown train`, or name a metrics file")
     chosen = [_curves(root, name) for name in names]
     folder = out or (chosen[0][1] if len(chosen) == 1 else Path("."))
+    _need("matplotlib")
+    _require_writable(folder / "training_curve", overwrite=True)
     curves = [found for found, _ in chosen]
     for path in _draw(curves, folder, style):
         print(path)
@@ -349,35 +355,68 @@ def _show(resolved: Resolved, plan: _Plan) -> None:
     display.prompt_tokens(prompt_tokens(plan.source, prompt(puzzle, settings.task.style)))
 
 
+def _need(package: str) -> None:
+    """Refuse to begin what will need a package that is not there."""
+    if find_spec(package) is None:
+        raise CountdownError(
+            f"the package `{package}` is not installed", "install `countdown` again, with all it needs"
+        )
+
+
+def _require_writable(path: Path, *, overwrite: bool) -> None:
+    """Raise CountdownError where a result could not be written later."""
+    if not path.parent.is_dir():
+        raise CountdownError(f"`{path.parent}` is no folder", "make it, or write elsewhere")
+    if path.is_dir():
+        raise CountdownError(f"`{path}` is a folder", "name a file in it")
+    if path.exists() and not overwrite:
+        raise CountdownError(f"`{path}` exists", "write elsewhere, or replace it with `--overwrite`")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise CountdownError(f"`{path}` cannot be written", "write elsewhere, or change its permissions")
+
+
 def _train(plan: _Plan, old: Run | None, wanted: int | None, create: Callable[[], Run], held: ExitStack) -> None:
     """Go on with the run `old`, or start the one that `create` makes, which it does once the model has loaded.
 
     `held` keeps the run's lock; `wanted` is the step of the checkpoint to go on from, if not the newest.
     """
+    from grpo_cli.core import state
     from grpo_cli.core import train as core
+    from grpo_cli.core.evaluate import puzzle_set
+    from grpo_cli.core.policy import detect_device
     from grpo_cli.live import TrainingView
 
     settings = plan.settings
+    device = detect_device(settings.model.device)
+    if state.choose_optimizer(settings.train.optimizer, device) == "adamw8bit":
+        _need("bitsandbytes")
     if old:
         _lock(old, held)
-    step, checkpoint = core.choose_checkpoint(old, wanted, display.note) if old else (0, None)
+    step, checkpoint = state.choose_checkpoint(old, settings, wanted, display.note) if old else (0, None)
     policy = _load(plan, checkpoint / "model" if checkpoint else None)
-    optimizer = core.build_optimizer(policy, name=settings.train.optimizer, weight_decay=settings.train.weight_decay)
-    training = core.Training(policy, optimizer)
+    settings = state.settled(settings, policy)
+    optimizer = state.build_optimizer(policy, name=settings.train.optimizer, weight_decay=settings.train.weight_decay)
+    training = state.Training(policy, optimizer)
+    puzzles = puzzle_set(settings.task.numbers, "train")
+    reference = None
+    if settings.loss.beta > 0:
+        original = _load(plan) if checkpoint else policy
+        if old and checkpoint:
+            state.require_origin(old, original, puzzles)
+        reference = original.frozen_copy()
     if old is None:
         _lock(run := create(), held)
     else:
         run = old
     run.require_space(2 * training.checkpoint_bytes())
     run.write_config(settings.model_dump())
-    run.write_environment(core.environment(policy))
+    run.write_environment(state.environment(policy), step=step)
     if checkpoint:
         training.restore(checkpoint)
+    else:
+        run.write_origin(state.origin(policy, puzzles))
     if old:
         run.go_back_to(step if checkpoint else -1)
-    reference = None
-    if settings.loss.beta > 0:
-        reference = (_load(plan) if checkpoint else policy).frozen_copy()
     display.note(f"run {run.path}: {plan.name} on {policy.device}, {policy.precision}, from step {step}")
 
     class View(TrainingView):
@@ -386,14 +425,25 @@ def _train(plan: _Plan, old: Run | None, wanted: int | None, create: Callable[[]
         def evaluated(self, step: int, accuracy: float, count: int, interval: tuple[float, float]) -> None:
             super().evaluated(step, accuracy, count, interval)
             if step:
-                _draw([_curves_of(run)], run.path, settings.plot)
+                try:
+                    _draw([_curves_of(run)], run.path, settings.plot)
+                except OSError as problem:
+                    self.message(f"the curves were not drawn: {problem}")
 
-    with _stop_flag() as caught, View(settings.train.num_iterations, start=step) as view:
+    with _signals() as (stop, save), View(settings.train.num_iterations, start=step) as view:
         try:
-            evaluation = core.train(training, reference, run, settings, view, should_stop=lambda: bool(caught))
+            evaluation = core.train(
+                training,
+                reference,
+                run,
+                settings,
+                view,
+                should_stop=lambda: bool(stop),
+                should_save=lambda: bool(save) and bool(save.pop()),
+            )
         except core.Interrupted:
             view.message(f"stopped after step {training.step}; go on: countdown train --run {run.name} --resume")
-            sys.exit(128 + caught[0])
+            sys.exit(128 + stop[0])
     found = core.summary(training, evaluation)
     run.write_summary(found)
     display.training_summary(found, run.path)
@@ -406,21 +456,29 @@ def _lock(run: Run, held: ExitStack) -> None:
 
 
 @contextmanager
-def _stop_flag() -> Iterator[list[int]]:
-    """A list to which the first SIGINT or SIGTERM adds its number; a second one ends the process as ever."""
-    caught: list[int] = []
+def _signals() -> Iterator[tuple[list[int], list[int]]]:
+    """Two lists: the first SIGINT or SIGTERM goes to one, each SIGUSR1 to the other. A second stop ends the process."""
+    stop: list[int] = []
+    save: list[int] = []
 
     def remember(number: int, _: FrameType | None) -> None:
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        stop.append(number)
+        for stopping in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(stopping, signal.SIG_DFL)
         display.note("stopping after saving the last completed step; press Ctrl-C again to leave at once")
+        display.err.show_cursor()  # the view, which hides it, may not get to end
 
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {
+        signal.SIGINT: remember,
+        signal.SIGTERM: remember,
+        signal.SIGUSR1: lambda number, _: save.append(number),
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield caught
+        yield stop, save
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def _evaluate(plan: _Plan, *, quiet: bool) -> Evaluation:

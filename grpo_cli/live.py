@@ -151,7 +151,7 @@ class TrainingView:
         self._last = (int(metrics["step"]), self._clock())
         self._first = self._first or self._last
         self._rows = (*self._rows, metrics)[-ROWS:]
-        self._rewards = (*self._rewards, metrics["reward"])
+        self._rewards = (*self._rewards, *([metrics["reward"]] if "reward" in metrics else []))
         self._sample = sample
         if not self._live:
             self.message(self._line(metrics))

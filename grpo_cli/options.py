@@ -39,6 +39,8 @@ _PANELS = {
         "train.eval_puzzles",
         "train.save_every",
         "train.keep_last",
+        "train.max_bad_steps",
+        "train.stop_on_collapse",
     ),
     "Output": ("runs", "plot"),
 }

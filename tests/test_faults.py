@@ -18,7 +18,10 @@ from grpo_cli.core import config
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.policy import Policy
 from grpo_cli.core.run import Run
-from grpo_cli.core.train import Training, build_optimizer, choose_checkpoint
+from grpo_cli.core.settings import Settings
+from grpo_cli.core.state import Training, build_optimizer, choose_checkpoint
+
+pytestmark = pytest.mark.faults
 
 Damage = Callable[[Path], None]
 
@@ -37,6 +40,11 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def default_settings(**flags: object) -> Settings:
+    given = {"train.keep_last": 3, **{key.replace("__", "."): value for key, value in flags.items()}}
+    return config.resolve(flags=given, has_cuda=lambda: False).settings
+
+
 def training(policy: Policy, step: int) -> Training:
     return Training(policy, build_optimizer(policy, name="adamw", weight_decay=0.0), step=step)
 
@@ -47,7 +55,7 @@ def run(tiny_policy: Policy, tmp_path: Path) -> Run:
     run = Run.create(tmp_path, "first")
     run.write_config({})
     for step in (1, 2, 3):
-        training(tiny_policy, step).save(run, keep=3)
+        training(tiny_policy, step).save(run, default_settings())
     return run
 
 
@@ -64,10 +72,10 @@ def test_a_damaged_checkpoint_is_skipped_with_its_reason(run: Run, tmp_path: Pat
         shutil.copytree(run.path, copy.path)
         damage(copy.path / file)
         told: list[str] = []
-        assert choose_checkpoint(copy, None, told.append)[0] == 2
+        assert choose_checkpoint(copy, default_settings(), None, told.append)[0] == 2
         assert len(told) == 1 and file.name in told[0] and "step 3" in told[0]
         with pytest.raises(CountdownError, match="the checkpoint of step 3 is damaged") as caught:
-            choose_checkpoint(copy, 3, told.append)
+            choose_checkpoint(copy, default_settings(), 3, told.append)
         assert caught.value.exit_code == 1 and len(told) == 1
         shutil.rmtree(copy.path)
 
@@ -90,7 +98,7 @@ def test_a_damaged_checkpoint_is_skipped_with_its_reason(run: Run, tmp_path: Pat
 def test_a_forged_manifest_is_skipped(run: Run, content: bytes) -> None:
     (run.checkpoint_path(3) / "manifest.json").write_bytes(content)
     told: list[str] = []
-    assert choose_checkpoint(run, None, told.append)[0] == 2
+    assert choose_checkpoint(run, default_settings(), None, told.append)[0] == 2
     assert len(told) == 1
 
 
@@ -99,21 +107,21 @@ def test_when_no_checkpoint_is_whole_nothing_is_touched(run: Run) -> None:
         truncate(run.checkpoint_path(step) / "state.pt")
     before, told = everything(run.path), list[str]()
     with pytest.raises(CountdownError, match="no checkpoint of run `first` is whole") as caught:
-        choose_checkpoint(run, None, told.append)
+        choose_checkpoint(run, default_settings(), None, told.append)
     assert caught.value.exit_code == 1
     assert len(told) == 3
     assert everything(run.path) == before
 
 
 def test_a_step_that_was_not_saved_is_refused_with_those_that_were(run: Run) -> None:
-    assert choose_checkpoint(run, 2, print)[0] == 2
+    assert choose_checkpoint(run, default_settings(), 2, print)[0] == 2
     with pytest.raises(CountdownError, match="no checkpoint of step 7") as caught:
-        choose_checkpoint(run, 7, print)
+        choose_checkpoint(run, default_settings(), 7, print)
     assert caught.value.hint == "choose one of: 1, 2, 3"
 
 
 def test_a_run_stopped_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
-    assert choose_checkpoint(Run.create(tmp_path, "begun"), None, print) == (0, None)
+    assert choose_checkpoint(Run.create(tmp_path, "begun"), default_settings(), None, print) == (0, None)
 
 
 def test_a_disk_that_fills_up_while_saving_leaves_the_checkpoints_before(run: Run, tiny_policy: Policy) -> None:
@@ -122,7 +130,7 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_checkpoints_before(run: Ru
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
         with pytest.raises(CountdownError, match="cannot save step 4") as caught:
-            training(tiny_policy, 4).save(run, keep=3)
+            training(tiny_policy, 4).save(run, default_settings())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.exit_code == 1
@@ -169,7 +177,7 @@ def command(tiny_folder: Path, root: Path, name: str, *more: str) -> list[str]:
     return [*line, "--model", str(tiny_folder), "--preset", "builtin", "--precision", "float32", *options]
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_nothing(tiny_folder: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -145,9 +145,11 @@ def test_only_runs_are_listed(run: Run) -> None:
 def test_json_files_come_back_as_they_were_written(run: Run) -> None:
     assert run.read_summary() is None
     run.write_summary({"base": 0.25, "note": "\ud800 é"})
-    run.write_environment({"torch": "2"})
+    for step, torch in [(0, "1"), (0, "2"), (7, "3"), (9, "4"), (7, "5")]:
+        run.write_environment({"torch": torch}, step=step)
     assert run.read_summary() == {"base": 0.25, "note": "\ud800 é"}
-    assert json.loads((run.path / "environment.json").read_text()) == {"torch": "2"}
+    environment = json.loads((run.path / "environment.json").read_text())
+    assert environment == {"from step 0": {"torch": "2"}, "from step 7": {"torch": "5"}}
 
 
 @pytest.mark.parametrize(

@@ -13,17 +13,9 @@ from grpo_cli.core.policy import load
 from grpo_cli.core.puzzle import Puzzle, enumerate_puzzles
 from grpo_cli.core.run import Run
 from grpo_cli.core.settings import Settings
+from grpo_cli.core.state import Training, build_optimizer, choose_checkpoint
 from grpo_cli.core.task import Reason, Score
-from grpo_cli.core.train import (
-    Interrupted,
-    Training,
-    build_optimizer,
-    choose_checkpoint,
-    learning_rate_at,
-    puzzles_of_step,
-    summary,
-    train,
-)
+from grpo_cli.core.train import Interrupted, learning_rate_at, puzzles_of_step, summary, train
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +37,7 @@ class Watcher:
         self.metrics: list[Mapping[str, float]] = []
         self.evaluations: list[int] = []
         self.tokens = 0
+        self.messages: list[str] = []
 
     def progress(self, phase: str, done: int, total: int) -> None:
         self.tokens += phase.startswith("sampling")
@@ -54,6 +47,9 @@ class Watcher:
 
     def step(self, metrics: Mapping[str, float], sample: Mapping[str, object]) -> None:
         self.metrics.append(metrics)
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
 
 
 def small(folder: Path, **flags: object) -> Settings:
@@ -152,7 +148,7 @@ def test_the_same_seed_gives_the_same_run(tiny_folder: Path, tmp_path: Path) -> 
 
 
 EVERY_STOP = [
-    pytest.param(optimizer, inner, stop, marks=() if stop == 2 else pytest.mark.faults)
+    pytest.param(optimizer, inner, stop, marks=() if stop == 2 else pytest.mark.slow)
     for optimizer in ("adamw", "adamw8bit")
     for inner in (1, 2)
     for stop in (1, 2, 3)
@@ -172,7 +168,7 @@ def test_going_on_from_a_checkpoint_equals_never_having_stopped(
     run = Run.create(tmp_path, "halves")
     half, shorter = start(settings), small(tiny_folder, **flags, **{"train.num_iterations": stop})
     train(half, half.policy.frozen_copy(), run, shorter, Watcher())
-    step, checkpoint = choose_checkpoint(run, None, print)
+    step, checkpoint = choose_checkpoint(run, settings, None, print)
     assert step == stop and checkpoint is not None
     resumed = start(settings, str(checkpoint / "model"))
     resumed.restore(checkpoint)
@@ -193,18 +189,18 @@ def test_going_on_from_a_checkpoint_equals_never_having_stopped(
 
 @pytest.mark.parametrize("tokens", [0, 5, 30])
 def test_a_stop_saves_the_last_completed_step(tiny_folder: Path, tmp_path: Path, tokens: int) -> None:
-    settings = small(tiny_folder, **{"train.save_every": 100})
+    settings = small(tiny_folder, **{"train.save_every": 100, "loss.beta": 0.0})
     training, run, watcher = start(settings), Run.create(tmp_path, "stopped"), Watcher()
     with pytest.raises(Interrupted):
         train(
             training,
             None,
             run,
-            small(tiny_folder, **{"loss.beta": 0.0}),
+            settings,
             watcher,
             should_stop=lambda: watcher.tokens > tokens,
         )
-    assert choose_checkpoint(run, None, print)[0] == training.step == len(watcher.metrics)
+    assert choose_checkpoint(run, settings, None, print)[0] == training.step == len(watcher.metrics)
 
 
 def test_eval_puzzles_are_chosen_once(tiny_folder: Path, tmp_path: Path) -> None:

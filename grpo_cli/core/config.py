@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,14 +14,11 @@ import tomli
 from pydantic import ValidationError
 
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.settings import FIELDS, TABLES, Settings, expected
+from grpo_cli.core.settings import FIELDS, TABLES, Settings, expected, fixed
 
 _PACKAGE = Path(__file__).parents[1]
 SHIPPED = next(path for path in (_PACKAGE / "config.toml", _PACKAGE.parent / "config.toml") if path.exists())
 _PREFIX = "COUNTDOWN_"
-# What a run that goes on may change: its length, its logging, and where it computes. Tables, and single settings.
-FREE = {"runs", "eval", "plot", "model.device", "train.num_iterations", "train.micro_batch_size"}
-FREE |= {"train.eval_every", "train.save_every", "train.keep_last"}
 
 
 @dataclass(frozen=True)
@@ -93,23 +89,14 @@ def go_on(saved: Mapping[str, object], path: Path, *, flags: Mapping[str, object
 
     Raises CountdownError that shows what else would change.
     """
-    before, resolved = restore(saved, path), restore(saved, path, flags=flags)
-    changed = [
-        f"{key} from {old} to {new}"
-        for key in FIELDS
-        if key not in FREE and key.partition(".")[0] not in FREE
-        for old, new in [(_read(before.settings, key), _read(resolved.settings, key))]
-        if old != new
-    ]
+    before, resolved = fixed(restore(saved, path).settings), restore(saved, path, flags=flags)
+    after = fixed(resolved.settings)
+    changed = [f"{key} from {before[key]} to {after[key]}" for key in before if before[key] != after[key]]
     if changed:
         raise CountdownError(
             f"a run that goes on cannot change {', '.join(changed)}", "start a new run to train with other settings"
         )
     return resolved
-
-
-def _read(settings: Settings, key: str) -> object:
-    return reduce(getattr, key.split("."), settings)
 
 
 @dataclass(frozen=True)

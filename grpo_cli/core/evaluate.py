@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from grpo_cli.core.memory import Fit
 from grpo_cli.core.policy import Policy
 from grpo_cli.core.puzzle import ENUMERABLE, Puzzle, Split, enumerate_puzzles, generate, needs_parentheses, solve
 from grpo_cli.core.rollout import draws, sample
@@ -159,13 +160,16 @@ def evaluate(
     temperature: float = 0.0,
     batch_size: int = 64,
     seed: int = 0,
+    fit: Fit | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Complete and score every puzzle; greedily if `temperature` is 0, else `samples` times. All have the same size.
 
-    `batch_size` is how many completions are decoded at once. `progress` is told how many puzzles of how many are done.
+    `batch_size` is how many completions are decoded at once, fewer if `fit` finds that too many. `progress` is told
+    how many puzzles of how many are done.
     """
+    fit = fit or Fit()
     rows: list[list[Completion]] = []
     size = max(1, batch_size // samples)
     for start in range(0, len(puzzles), size):
@@ -178,6 +182,7 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             temperature=temperature or 1.0,
             uniform=draws(seed, 0, indices, samples, max_new_tokens) if temperature else None,
+            fit=fit,
             on_token=on_token,
         )
         scored = [

@@ -19,13 +19,13 @@ tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.memory import Fit
 from grpo_cli.core.policy import Policy, Sequences
 from grpo_cli.core.settings import Loss
 
@@ -117,14 +117,26 @@ def batch_loss(
     return (per_token * mask * weight[:, None]).sum(), clipped, kl
 
 
-def reference_logprobs(reference: Policy, sequences: Sequences, *, temperature: float, micro_batch_size: int) -> Tensor:
-    """The frozen reference's log-probabilities (B, T) of the completions."""
-    found = torch.zeros(sequences.mask().shape, device=reference.device)
-    with torch.no_grad():
-        for rows in micro_batches(range(len(sequences.completions)), micro_batch_size):
+def reference_logprobs(
+    reference: Policy,
+    sequences: Sequences,
+    *,
+    temperature: float,
+    fit: Fit | None = None,
+    poll: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """The frozen reference's log-probabilities (B, T) of the completions. `poll` and `fit` as for `update`."""
+
+    def compute(at_once: int) -> Tensor:
+        found = torch.zeros(sequences.mask().shape, device=reference.device)
+        for rows in micro_batches(range(len(sequences.completions)), at_once):
+            poll()
             part, _ = reference.logprobs(sequences.subset(rows), temperature=temperature)
             found[rows, : part.shape[1]] = part
-    return found
+        return found
+
+    with torch.no_grad():
+        return (fit or Fit()).attempt(compute, total=len(sequences.completions), doing="reference pass")
 
 
 def micro_batches(rows: Sequence[int], size: int) -> list[list[int]]:
@@ -151,6 +163,10 @@ class _Sums:
         self.tokens += int(mask.sum())
 
 
+class NotFinite(Exception):
+    """The loss or the gradient of an update is not finite; the weights are what they were before it."""
+
+
 def update(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
@@ -162,16 +178,20 @@ def update(
     max_new_tokens: int,
     num_inner_updates: int = 1,
     clip_grad_norm: float = 1.0,
-    micro_batch_size: int = 0,
+    fit: Fit | None = None,
     ref_logprobs: Tensor | None = None,
     sampled_logprobs: Sequence[Sequence[float]] | None = None,
+    poll: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Update the weights `num_inner_updates` times from completions (B rows) and their advantages (B,).
 
+    `fit` says how many rows make a micro-batch. `poll` is called before each one until the weights change; what it
+    raises ends the update with the weights as they were. Without a KL term, rows without advantage are skipped: their
+    gradient is exactly zero. Raises NotFinite, before the weights change, if the loss or the gradient is not finite.
+
     Returns the metrics loss, kl (if there is a reference), entropy, clip_fraction, grad_norm, weights_changed, means
     over the inner updates, and logprob_gap: the mean distance of l from the sampler's own log-probabilities, if they
-    are given. Without a KL term, rows without advantage are skipped: their gradient is exactly zero. Raises
-    CountdownError, before the weights change, if the loss or the gradient is not finite.
+    are given.
     """
     assert ref_logprobs is not None or loss.beta == 0
     lengths = torch.tensor([len(completion) for completion in sequences.completions])
@@ -179,33 +199,45 @@ def update(
     advantage = advantage.to(policy.device)
     matters = torch.ones(len(lengths), dtype=torch.bool) if loss.beta > 0 else (advantage != 0).cpu()
     rows = matters.nonzero()[:, 0].tolist()
-    batches = [(chosen, sequences.subset(chosen)) for chosen in micro_batches(rows, micro_batch_size)]
-    old: dict[int, Tensor] = {}
+    old = torch.zeros(sequences.mask().shape, device=policy.device)  # (B, T), of the first inner update
     before = _probe(policy)
     history: list[dict[str, float]] = []
-    for _ in range(num_inner_updates if rows else 0):
+
+    def gradient(at_once: int) -> _Sums:
+        """Leave the gradient of the whole step in the parameters."""
+        optimizer.zero_grad(set_to_none=True)
         sums = _Sums()
-        for index, (chosen, part) in enumerate(batches):
+        for chosen in micro_batches(rows, at_once):
+            if not history:
+                poll()
+            part = sequences.subset(chosen)
             logprobs, entropy = policy.logprobs(part, temperature=temperature)
             mask = part.mask().to(policy.device)
-            old_logprobs = old.setdefault(index, logprobs.detach())
+            if not history:
+                old[chosen, : mask.shape[1]] = logprobs.detach()
             reference = None if ref_logprobs is None else ref_logprobs[chosen, : mask.shape[1]]
             total, clipped, kl = batch_loss(
-                logprobs, old_logprobs, reference, advantage[chosen], mask, weight[chosen], loss
+                logprobs, old[chosen, : mask.shape[1]], reference, advantage[chosen], mask, weight[chosen], loss
             )
-            _require_finite(total, "loss", optimizer)
+            _require_finite(total, "loss")
             total.backward()
             sums.add(total, kl, entropy, clipped, mask)
-        norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), clip_grad_norm)
-        _require_finite(norm, "gradient norm", optimizer)
-        optimizer.step()
+        return sums
+
+    try:
+        for _ in range(num_inner_updates if rows else 0):
+            sums = (fit or Fit()).attempt(gradient, total=len(rows), doing="update")
+            norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), clip_grad_norm)
+            _require_finite(norm, "gradient norm")
+            optimizer.step()
+            history.append(_metrics(sums, norm, has_reference=ref_logprobs is not None))
+    finally:
         optimizer.zero_grad(set_to_none=True)
-        history.append(_metrics(sums, norm, has_reference=ref_logprobs is not None))
     metrics = {key: sum(entry[key] for entry in history) / len(history) for key in history[0]} if history else {}
     if sampled_logprobs is not None and history:
-        sampled = [torch.tensor([value for row in chosen for value in sampled_logprobs[row]]) for chosen, _ in batches]
-        trained = [old[index].cpu()[part.mask()] for index, (_, part) in enumerate(batches)]
-        metrics["logprob_gap"] = float((torch.cat(trained) - torch.cat(sampled)).abs().mean())
+        sampled = torch.tensor([value for row in rows for value in sampled_logprobs[row]])
+        trained = old[rows].cpu()[sequences.mask()[rows]]
+        metrics["logprob_gap"] = float((trained - sampled).abs().mean())
     return {**metrics, "weights_changed": _changed(policy, before)}
 
 
@@ -219,14 +251,9 @@ def _metrics(sums: _Sums, norm: Tensor, *, has_reference: bool) -> dict[str, flo
     return {**metrics, "kl": sums.kl / sums.tokens} if has_reference else metrics
 
 
-def _require_finite(value: Tensor, what: str, optimizer: torch.optim.Optimizer) -> None:
+def _require_finite(value: Tensor, what: str) -> None:
     if not bool(torch.isfinite(value)):
-        optimizer.zero_grad(set_to_none=True)
-        raise CountdownError(
-            f"the {what} is not finite; this update was not made",
-            "lower `learning_rate`, or compute in float32 with `--precision float32`",
-            exit_code=1,
-        )
+        raise NotFinite(f"the {what} is not finite")
 
 
 def _probe(policy: Policy) -> list[Tensor]:

@@ -7,6 +7,9 @@ model's own generation settings are ignored: every model is sampled alike. Knows
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -16,6 +19,7 @@ from typing import Any, Literal, cast
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
@@ -148,6 +152,16 @@ class Policy:
         model = copy.deepcopy(self.model).eval().requires_grad_(False)
         return Policy(model, self.tokenizer, self.name, self.precision, self.end_ids)
 
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 of the weights, with their names, and of the tokenizer: its vocabulary, template and a sentence."""
+        weights = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            weights.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            weights.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+        words = [sorted(self.tokenizer.get_vocab().items()), self.tokenizer.chat_template, self.encode(PROBE)]
+        tokenizer = hashlib.sha256(json.dumps(words).encode())
+        return {"weights": weights.hexdigest(), "tokenizer": tokenizer.hexdigest()}
+
     def save(self, path: Path) -> None:
         """Write the model and its tokenizer as a folder that AutoModelForCausalLM and AutoTokenizer open."""
         self.model.save_pretrained(path, safe_serialization=True)
@@ -236,6 +250,8 @@ def load(name: str, *, device: str = "auto", precision: str = "auto", gradient_c
     torch.set_flush_denormal(True)
     chosen = detect_precision(precision, place)
     dtype = torch.bfloat16 if chosen == "bf16" else torch.float32
+    if local:
+        _check_size(name, Path(source))
     model = _load_model(name, source, local=local, dtype=dtype)
     tokenizer = load_tokenizer(name)
     _check_fit(name, model, tokenizer)
@@ -268,6 +284,36 @@ def find(name: str) -> tuple[str, bool]:
     return name, False
 
 
+def _check_size(name: str, folder: Path) -> None:
+    """Refuse a config.json that asks for far more than its weights hold, before anything of that size is made."""
+    with _load_errors(name):
+        tensors = [shape for path in folder.glob("*.safetensors") for shape in _shapes(path)]
+        held = sum(map(math.prod, tensors))
+        config, _ = transformers.PreTrainedConfig.get_config_dict(folder, local_files_only=True)
+        layers = config.get("num_hidden_layers", 0)
+        described = 0
+        if tensors and isinstance(layers, int) and layers <= len(tensors):
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(
+                    transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True),
+                    trust_remote_code=False,
+                )
+            described = sum(math.prod(parameter.shape) for parameter in model.parameters())
+    if not tensors:
+        return  # said better where the weights are loaded
+    if not isinstance(layers, int) or layers > len(tensors) or described > 2 * held:
+        size = f"{described:,} weights" if described else f"{layers} layers"
+        raise CountdownError(
+            f"the config.json of `{name}` describes {size}, its files hold {held:,} in {len(tensors)} tensors",
+            "save the model again",
+        )
+
+
+def _shapes(path: Path) -> list[list[int]]:
+    with safe_open(path, framework="pt") as file:
+        return [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
+
+
 def _load_model(name: str, source: str, *, local: bool, dtype: torch.dtype) -> transformers.PreTrainedModel:
     with _load_errors(name):
         loaded = transformers.AutoModelForCausalLM.from_pretrained(
@@ -289,6 +335,9 @@ def _load_model(name: str, source: str, *, local: bool, dtype: torch.dtype) -> t
                 f"the weights of `{name}` do not fit its config.json ({problem})", "save the model again"
             )
     _check_attention(name, model.config.get_text_config())
+    for key, weight in model.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise CountdownError(f"the weights of `{name}` are not finite: {key}", "use an earlier save of the model")
     model.eval()
     return model
 

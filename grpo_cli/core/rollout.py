@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from grpo_cli.core.attention import Decode, Prefill
+from grpo_cli.core.memory import Fit
 from grpo_cli.core.policy import Policy
 
 DROP_BELOW = 0.8  # finished rows are dropped once the live ones fit in this share of the batch
@@ -68,19 +69,29 @@ def sample(
     max_new_tokens: int,
     temperature: float,
     uniform: Tensor | None,
+    fit: Fit | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Rollout:
     """Sample `num_generations` completions of each prompt, greedily if `uniform` (P, G, T) is None.
 
-    `on_token` is told after each token of the rows still going on how many tokens they have; what it raises ends the
-    rollout.
+    `fit` says how many at once; by default all, or as many as memory allows. `on_token` is told after each token of the
+    rows still going on how many tokens they have; what it raises ends the rollout.
     """
-    with policy.autocast():
-        sampler = _Sampler(policy, prompts, num_generations, max_new_tokens, temperature, uniform)
+
+    def part(chosen: slice, generations: slice) -> Rollout:
+        count = len(range(num_generations)[generations])
+        drawn = None if uniform is None else uniform[chosen, generations]
+        sampler = _Sampler(policy, prompts[chosen], count, max_new_tokens, temperature, drawn)
         for time, _ in enumerate(sampler.run()):
             if on_token is not None:
                 on_token(time + 1)
-    return sampler.result()
+        return sampler.result()
+
+    def everything(at_once: int) -> Rollout:
+        with policy.autocast():
+            return _joined([part(*slices) for slices in _parts(len(prompts), num_generations, at_once)])
+
+    return (fit or Fit()).attempt(everything, total=len(prompts) * num_generations, doing="rollout")
 
 
 @torch.inference_mode()
@@ -98,6 +109,25 @@ def stream(
                 yield text[len(shown) :]
                 shown = text
     yield policy.decode(tokens)[len(shown) :]
+
+
+def _parts(prompts: int, generations: int, rows: int) -> list[tuple[slice, slice]]:
+    """P prompts by G generations cut into rectangles of at most `rows` completions, in order; one if `rows` is 0."""
+    rows = rows or prompts * generations
+    tall, wide = max(1, rows // generations), min(rows, generations)
+    return [
+        (slice(top, top + tall), slice(left, left + wide))
+        for top in range(0, prompts, tall)
+        for left in range(0, generations, wide)
+    ]
+
+
+def _joined(parts: Sequence[Rollout]) -> Rollout:
+    return Rollout(
+        [tokens for part in parts for tokens in part.completions],
+        [logprobs for part in parts for logprobs in part.logprobs],
+        [cut for part in parts for cut in part.truncated],
+    )
 
 
 class _Sampler:

@@ -2,8 +2,8 @@
 
 Nothing else knows a file name of a run. What the numbers, weights and tensors mean is not known here.
 
-runs/<name>/  config.json  environment.json  summary.json  metrics.jsonl  samples.jsonl
-              training_curve.png  kl_divergence.png  model/  checkpoints/step-50/  .lock
+runs/<name>/  config.json  origin.json  environment.json  summary.json  metrics.jsonl  samples.jsonl
+              training_curve.png  kl_divergence.png  model/  checkpoints/step-50/  bad_steps/  .lock
 """
 
 import fcntl
@@ -57,6 +57,10 @@ class Run:
     @staticmethod
     def check(root: Path, name: str | None, *, overwrite: bool = False) -> None:
         """Raise what `create` would for this name, and change nothing."""
+        place = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            why = "cannot be written" if place.is_dir() else "is no folder"
+            raise CountdownError(f"cannot make a run in `{root}`: `{place}` {why}", "choose another with `--runs`")
         if name is None or not os.path.lexists(path := root / _checked(name)):
             return
         if not overwrite:
@@ -110,18 +114,25 @@ class Run:
         """What is wrong with the checkpoint of a step by its manifest, or None; by sizes alone without `contents`."""
         folder = self.checkpoint_path(step)
         try:
-            manifest = _read_json(folder / _MANIFEST)
+            manifest = self.manifest(step)
         except CountdownError as problem:
             return problem.message
+        written = manifest.pop("sha256", None)
         listed = manifest.get("files")
         if manifest.get("format") != _FORMAT or manifest.get("step") != step or not isinstance(listed, dict):
             return f"`{folder / _MANIFEST}` is not of step {step}, in format {_FORMAT}"
+        if written != _digest(manifest):
+            return f"`{folder / _MANIFEST}` is not what was saved"
         present = _describe(folder, contents=contents)
         for name in sorted(listed.keys() | present.keys()):
             found, saved = present.get(name), listed.get(name)
             if found is None or not isinstance(saved, dict) or not found.items() <= saved.items():
                 return f"`{folder / name}` " + ("is missing" if found is None else "is not what was saved")
         return None
+
+    def manifest(self, step: int) -> dict[str, object]:
+        """What `saving` was told of the checkpoint of a step, and its files."""
+        return _read_json(self.checkpoint_path(step) / _MANIFEST)
 
     def prune_checkpoints(self, keep: int, *, also: int | None = None) -> None:
         """Remove all checkpoints but the last `keep` whole ones and that of the step `also`.
@@ -140,7 +151,9 @@ class Run:
 
         Raises CountdownError while another process holds it. The system gives a lock back when its process ends.
         """
-        with (self.path / _LOCK).open("a+") as file:
+        with _reported(f"cannot write `{self.path}`"):
+            opened = (self.path / _LOCK).open("a+")
+        with opened as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -183,7 +196,8 @@ class Run:
         try:
             yield staged
             if facts is not None:
-                _write_json(staged / _MANIFEST, {"format": _FORMAT, **facts, "files": _describe(staged)})
+                manifest = {"format": _FORMAT, **facts, "files": _describe(staged)}
+                _write_json(staged / _MANIFEST, {**manifest, "sha256": _digest(manifest)})
             _sync(staged)
             if path.exists():
                 path.rename(old)
@@ -198,8 +212,19 @@ class Run:
     def read_config(self) -> dict[str, object]:
         return _read_json(self.config_path)
 
-    def write_environment(self, environment: Mapping[str, object]) -> None:
-        _write_json(self.path / "environment.json", environment)
+    def write_origin(self, origin: Mapping[str, object]) -> None:
+        _write_json(self.path / "origin.json", origin)
+
+    def read_origin(self) -> dict[str, object]:
+        """Hashes of what the run started from."""
+        return _read_json(self.path / "origin.json")
+
+    def write_environment(self, environment: Mapping[str, object], *, step: int) -> None:
+        """Where the run is computed from `step` on; what was written of earlier steps stays."""
+        path = self.path / "environment.json"
+        known = _read_json(path) if step and path.exists() else {}
+        earlier = {key: value for key, value in known.items() if int(key.removeprefix("from step ")) < step}
+        _write_json(path, {**earlier, f"from step {step}": environment})
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
         _write_json(self._summary, summary)
@@ -215,6 +240,13 @@ class Run:
     def log_samples(self, samples: Iterable[Mapping[str, object]]) -> None:
         """Append one line per completion, each with its `step`, to samples.jsonl."""
         _append(self._samples, samples)
+
+    def write_bad_step(self, step: int, batch: Mapping[str, object]) -> Path:
+        """Keep the batch of a step that was skipped, and say where."""
+        path = self.path / "bad_steps" / f"step-{step}.json"
+        path.parent.mkdir(exist_ok=True)
+        _write_json(path, batch)
+        return path
 
     def metrics(self) -> list[dict[str, float]]:
         """Every logged line, [] before the first; raises CountdownError naming the line that is not one of numbers."""
@@ -385,6 +417,10 @@ def _describe(folder: Path, *, contents: bool = True) -> dict[str, dict[str, obj
                     facts["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
             described[path.relative_to(folder).as_posix()] = facts
     return described
+
+
+def _digest(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(dict(content), sort_keys=True).encode()).hexdigest()
 
 
 def _sync(folder: Path) -> None:

@@ -3,6 +3,9 @@
 A setting's flag, TOML key and environment variable share its name here. Where values come from is not known here.
 """
 
+import hashlib
+import json
+from functools import reduce
 from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -56,6 +59,8 @@ class Train(Table):
     eval_puzzles: int = Field(ge=0, description="val puzzles per evaluation; 0 is all of them")
     save_every: int = Field(ge=1, description="steps between checkpoints")
     keep_last: int = Field(ge=2, description="checkpoints to keep")
+    max_bad_steps: int = Field(ge=1, description="steps in a row without a finite loss and gradient that end the run")
+    stop_on_collapse: bool = Field(description="end a run whose KL or length runs away, or that learns format alone")
 
 
 class Loss(Table):
@@ -107,6 +112,21 @@ TABLES: dict[str, type[Table]] = {
 FIELDS: dict[str, FieldInfo] = {name: info for name, info in Settings.model_fields.items() if name not in TABLES} | {
     f"{name}.{key}": info for name, table in TABLES.items() for key, info in table.model_fields.items()
 }
+
+# What a run that goes on may change: its length, its logging, and where it computes. Tables, and single settings.
+FREE = {"runs", "eval", "plot", "model.device", "train.num_iterations", "train.micro_batch_size", "train.eval_every"}
+FREE |= {"train.save_every", "train.keep_last", "train.max_bad_steps", "train.stop_on_collapse"}
+
+
+def fixed(settings: Settings) -> dict[str, object]:
+    """The settings that make a run what it is, by key."""
+    keys = [key for key in FIELDS if key not in FREE and key.partition(".")[0] not in FREE]
+    return {key: reduce(getattr, key.split("."), settings) for key in keys}
+
+
+def digest(settings: Settings) -> str:
+    """SHA-256 of the settings that make a run what it is."""
+    return hashlib.sha256(json.dumps(fixed(settings), sort_keys=True).encode()).hexdigest()
 
 
 def choices(key: str) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """The training loop, which reads like the algorithm: draw, sample, score, update, log.
 
-Everything that a checkpoint must hold lives in `Training`; which puzzles a step sees and what it samples are
+Everything that a checkpoint must hold lives in `state.Training`; which puzzles a step sees and what it samples are
 functions of (seed, step) alone. Unlike the original system, the end-of-sequence token is trained on, evaluation is
 greedy over all val puzzles, and the model kept is the best on them, not the last. Knows neither tags nor terminals
 nor file names.
@@ -9,28 +9,27 @@ nor file names.
 from __future__ import annotations
 
 import math
-import platform
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 import torch
-import transformers
-from safetensors import SafetensorError
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evaluate import Evaluation, evaluate, puzzle_set, wilson
-from grpo_cli.core.grpo import advantages, reference_logprobs, update, zero_variance
+from grpo_cli.core.grpo import NotFinite, advantages, reference_logprobs, update, zero_variance
+from grpo_cli.core.guards import collapses
+from grpo_cli.core.memory import Fit, ran_out
 from grpo_cli.core.policy import Policy, Sequences
 from grpo_cli.core.puzzle import Puzzle
 from grpo_cli.core.rollout import Rollout, draws, sample
 from grpo_cli.core.run import Run
 from grpo_cli.core.settings import Settings
+from grpo_cli.core.state import Training
 from grpo_cli.core.task import Score, prompt, score
 
 
@@ -40,78 +39,11 @@ class Observer(Protocol):
     def progress(self, phase: str, done: int, total: int) -> None: ...
     def evaluated(self, step: int, accuracy: float, count: int, interval: tuple[float, float]) -> None: ...
     def step(self, metrics: Mapping[str, float], sample: Mapping[str, object]) -> None: ...
+    def message(self, text: str) -> None: ...
 
 
 class Interrupted(Exception):
     """Training was asked to stop; the last completed step has been saved."""
-
-
-@dataclass
-class Training:
-    """The state of a training: with the run's settings, all that going on from a checkpoint needs."""
-
-    policy: Policy
-    optimizer: torch.optim.Optimizer
-    step: int = 0
-    base_accuracy: float | None = None  # of the starting model, greedy on the val puzzles
-    accuracy: float | None = None  # at the last evaluation
-    best_accuracy: float | None = None
-    best_step: int = 0
-    resumed_from: int | None = None
-
-    def save(self, run: Run, *, keep: int) -> None:
-        """Write a checkpoint of this step, whole or not at all, and drop all but the last `keep`.
-
-        Raises CountdownError, with what was there before intact, if it cannot be written.
-        """
-        run.require_space(self.checkpoint_bytes())
-        facts = {
-            "step": self.step,
-            "model": type(self.policy.model).__name__,
-            "optimizer": type(self.optimizer).__name__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
-        try:
-            with run.saving(run.checkpoint_path(self.step), facts) as folder:
-                self.policy.save(folder / "model")
-                torch.save(
-                    {"optimizer": self.optimizer.state_dict(), "progress": self._progress()}, folder / "state.pt"
-                )
-        except (OSError, RuntimeError, SafetensorError) as error:
-            kept = ", ".join(str(step) for step, _ in run.checkpoints()) or "none"
-            raise CountdownError(
-                f"cannot save step {self.step} in `{run.path}`: {' '.join(str(error).split())}",
-                f"make room, then go on with `--run {run.name} --resume`; checkpoints: {kept}",
-                exit_code=1,
-            ) from error
-        run.prune_checkpoints(keep, also=self.resumed_from)
-
-    def checkpoint_bytes(self) -> int:
-        """About how large a checkpoint is: the weights, and two moments of each."""
-        return sum(3 * parameter.numel() * parameter.element_size() for parameter in self.policy.model.parameters())
-
-    def restore(self, folder: Path) -> None:
-        """Take up the state of a checkpoint whose model is already loaded."""
-        state = torch.load(folder / "state.pt", map_location=self.policy.device, weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        for name, value in state["progress"].items():
-            setattr(self, name, value)
-        self.resumed_from = self.step
-
-    def _progress(self) -> dict[str, float | int | None]:
-        names = ("step", "base_accuracy", "accuracy", "best_accuracy", "best_step")
-        return {name: getattr(self, name) for name in names}
-
-
-def build_optimizer(policy: Policy, *, name: str, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW, of torch or with 8-bit state of bitsandbytes ("auto": on CUDA). The learning rate is set per step."""
-    parameters = policy.model.parameters()
-    if name == "adamw8bit" or (name == "auto" and policy.device.type == "cuda"):
-        import bitsandbytes  # imported late: it looks for native kernels
-
-        return bitsandbytes.optim.AdamW8bit(parameters, weight_decay=weight_decay)  # type: ignore[no-any-return]
-    return torch.optim.AdamW(parameters, weight_decay=weight_decay)
 
 
 def learning_rate_at(step: int, *, peak: float, schedule: str, warmup_steps: int, num_iterations: int) -> float:
@@ -158,18 +90,77 @@ def train(
     observer: Observer,
     *,
     should_stop: Callable[[], bool] = lambda: False,
+    should_save: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Train from `training.step` to the end and return the last evaluation.
 
-    Logs every step to the run, keeps its best model and its last checkpoints. `should_stop` is asked between tokens and
-    between phases; once it says yes the last completed step is saved and Interrupted is raised.
+    Logs every step to the run, keeps its best model and its last checkpoints. `should_stop` is asked between tokens,
+    micro-batches and phases; once it says yes the last completed step is saved and Interrupted is raised. `should_save`
+    is asked after each step. Raises CountdownError, with the last good step saved, where going on makes no sense.
     """
-    loop = _Loop(training, reference, run, settings, observer, should_stop)
+    loop = _Loop(training, reference, run, settings, observer, should_stop, should_save)
     try:
         return loop.run()
     except Interrupted:
-        training.save(run, keep=settings.train.keep_last)
+        training.save(run, settings)
         raise
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        hint = f"take a smaller model or batch; checkpoints of the run: {_listed(run)}"
+        raise CountdownError(f"memory ran out after step {training.step}", hint, exit_code=1) from error
+
+
+def _listed(run: Run) -> str:
+    return ", ".join(str(step) for step, _ in run.checkpoints()) or "none"
+
+
+@dataclass
+class _Batch:
+    """The completions of a step, P prompts by G, and what they are worth."""
+
+    step: int
+    puzzles: list[Puzzle]
+    prompts: list[list[int]]
+    rollout: Rollout
+    texts: list[str]
+    scores: list[Score]
+    rewards: torch.Tensor  # (P, G)
+
+    def record(self, row: int) -> dict[str, object]:
+        """One completion, as samples.jsonl keeps it."""
+        prompt_index, sample_index = divmod(row, self.rewards.shape[1])
+        puzzle, found = self.puzzles[prompt_index], self.scores[row]
+        return {
+            "step": self.step,
+            "numbers": list(puzzle.numbers),
+            "target": puzzle.target,
+            "prompt_index": prompt_index,
+            "sample_index": sample_index,
+            "completion": self.texts[row],
+            "reward": found.reward if math.isfinite(found.reward) else str(found.reward),
+            "reason": found.reason,
+            "answer": found.answer,
+        }
+
+    def shown(self) -> list[dict[str, object]]:
+        """A completion of each prompt, another one of its group every step."""
+        prompts, generations = self.rewards.shape
+        return [self.record(index * generations + self.step % generations) for index in range(prompts)]
+
+    def describe(self) -> dict[str, float]:
+        """What the completions were like; shares are from 0 to 1."""
+        count = len(self.scores)
+        tokens = sum(map(len, self.rollout.completions))
+        return {
+            "reward": sum(found.reward for found in self.scores) / count,
+            "accuracy": sum(found.correct for found in self.scores) / count,
+            "format_rate": sum(found.well_formed for found in self.scores) / count,
+            "completion_length": tokens / count,
+            "truncated": sum(self.rollout.truncated) / count,
+            "zero_variance": float(zero_variance(self.rewards).float().mean()),
+            "tokens": tokens,
+        }
 
 
 @dataclass
@@ -180,6 +171,8 @@ class _Loop:
     settings: Settings
     observer: Observer
     should_stop: Callable[[], bool]
+    should_save: Callable[[], bool]
+    warned: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         train_settings, task = self.settings.train, self.settings.task
@@ -190,41 +183,40 @@ class _Loop:
                 range(len(self.val_puzzles)), train_settings.eval_puzzles
             )
             self.val_puzzles = [self.val_puzzles[index] for index in sorted(chosen)]
+        told = self.observer.message
+        self.sampling, self.evaluating = Fit(told=told), Fit(told=told)
+        self.learning = Fit(train_settings.micro_batch_size, told=told)
 
     def run(self) -> Evaluation:
-        training, settings = self.training, self.settings.train
-        evaluation = None
-        if training.base_accuracy is None:
-            evaluation = self._evaluate({"step": 0})
-        else:
+        training = self.training
+        if training.base_accuracy is not None:
             base, count = training.base_accuracy, len(self.val_puzzles)
             self.observer.evaluated(0, base, count, wilson(base, count))
-        for step in range(training.step + 1, settings.num_iterations + 1):
+        self.history = [line for line in self.run_folder.metrics() if line["step"] > 0]
+        evaluation = self._close()
+        for step in range(training.step + 1, self.settings.train.num_iterations + 1):
             clock = Clock()
-            started = time.perf_counter()
-            metrics, records = self._step(step, clock)
+            with clock.phase("total"):
+                metrics, batch = self._step(step, clock)
             training.step = step
-            metrics |= {**clock.seconds, "time/total": time.perf_counter() - started}
-            metrics["tokens_per_second"] = metrics.pop("tokens") / metrics["time/total"]
-            self.observer.step(metrics, records[step % len(records)])
+            metrics |= {**clock.seconds, "tokens_per_second": metrics.pop("tokens") / clock.seconds["time/total"]}
+            training.pending = {key: value for key, value in metrics.items() if math.isfinite(value)}
+            self.history.append(training.pending)
+            records = batch.shown()
+            self.observer.step(training.pending, records[step % len(records)])
             self.run_folder.log_samples(records)
-            evaluation = None
-            if step % settings.eval_every == 0 or step == settings.num_iterations:
-                evaluation = self._evaluate(metrics)
-            else:
-                self.run_folder.log(metrics)
-            if step % settings.save_every == 0 or step == settings.num_iterations:
-                training.save(self.run_folder, keep=settings.keep_last)
+            evaluation = self._close()
+            self._guard()
         return evaluation or self._evaluation()
 
-    def _step(self, step: int, clock: Clock) -> tuple[dict[str, float], list[dict[str, object]]]:
-        """One step of GRPO: its metrics, and one record of a completion for each prompt."""
-        policy, settings, style = self.training.policy, self.settings.train, self.settings.task.style
+    def _step(self, step: int, clock: Clock) -> tuple[dict[str, float], _Batch]:
+        """One step of GRPO: its metrics and its completions."""
+        policy, settings = self.training.policy, self.settings.train
         groups = (settings.batch_size, settings.num_generations)
 
         # 1. Sample a group of completions of each prompt.
         puzzles = puzzles_of_step(self.puzzles, step, batch_size=settings.batch_size, seed=settings.seed)
-        prompts = [policy.encode(prompt(puzzle, style)) for puzzle in puzzles]
+        prompts = [policy.encode(prompt(puzzle, self.settings.task.style)) for puzzle in puzzles]
         owners = [index for index in range(groups[0]) for _ in range(groups[1])]
         with clock.phase("rollout"):
             uniform = draws(settings.seed, step, range(groups[0]), groups[1], settings.max_new_tokens)
@@ -235,6 +227,7 @@ class _Loop:
                 max_new_tokens=settings.max_new_tokens,
                 temperature=settings.temperature,
                 uniform=uniform,
+                fit=self.sampling,
                 on_token=partial(self._token, "sampling token", settings.max_new_tokens),
             )
 
@@ -242,46 +235,79 @@ class _Loop:
         with clock.phase("score"):
             texts = [policy.decode(tokens) for tokens in rollout.completions]
             rows = zip(texts, owners, rollout.truncated, strict=True)
+            style = self.settings.task.style
             scores = [score(text, puzzles[owner], style=style, truncated=cut) for text, owner, cut in rows]
             rewards = torch.tensor([found.reward for found in scores]).view(groups)  # (P, G)
             advantage = advantages(rewards, scale=self.settings.loss.scale_rewards)  # (P, G)
+        batch = _Batch(step, puzzles, prompts, rollout, texts, scores, rewards)
 
         # 3. Ask the frozen reference how likely it finds them.
         sequences = Sequences(prompts, rollout.completions, owners)
         ref_logprobs = None
         with clock.phase("reference"):
-            self._poll()
             if self.reference is not None:
                 ref_logprobs = reference_logprobs(
-                    self.reference,
-                    sequences,
-                    temperature=settings.temperature,
-                    micro_batch_size=settings.micro_batch_size,
+                    self.reference, sequences, temperature=settings.temperature, fit=self.learning, poll=self._poll
                 )
 
         # 4. Make what did better than its group more likely.
         with clock.phase("update"):
-            self._poll()
             rate = self._learning_rate(step)
             for group in self.training.optimizer.param_groups:
                 group["lr"] = rate
-            updated = update(
-                policy,
-                self.training.optimizer,
-                sequences,
-                advantage.flatten(),
-                loss=self.settings.loss,
-                temperature=settings.temperature,
-                max_new_tokens=settings.max_new_tokens,
-                num_inner_updates=settings.num_inner_updates,
-                clip_grad_norm=settings.clip_grad_norm,
-                micro_batch_size=settings.micro_batch_size,
-                ref_logprobs=ref_logprobs,
-                sampled_logprobs=rollout.logprobs,
+            try:
+                updated = update(
+                    policy,
+                    self.training.optimizer,
+                    sequences,
+                    advantage.flatten(),
+                    loss=self.settings.loss,
+                    temperature=settings.temperature,
+                    max_new_tokens=settings.max_new_tokens,
+                    num_inner_updates=settings.num_inner_updates,
+                    clip_grad_norm=settings.clip_grad_norm,
+                    fit=self.learning,
+                    ref_logprobs=ref_logprobs,
+                    sampled_logprobs=rollout.logprobs,
+                    poll=self._poll,
+                )
+                self.training.bad_in_a_row = 0
+            except NotFinite as problem:
+                updated = {}
+                self._skip(batch, problem)
+        bad = self.training.bad_steps
+        return {"step": step, **batch.describe(), **updated, "learning_rate": rate, "bad_steps": bad}, batch
+
+    def _skip(self, batch: _Batch, problem: NotFinite) -> None:
+        """Leave the weights as they are, keep the batch for a report, and give up after too many in a row."""
+        training, limit = self.training, self.settings.train.max_bad_steps
+        training.bad_steps += 1
+        training.bad_in_a_row += 1
+        rows = range(len(batch.texts))
+        kept = [{**batch.record(row), "tokens": batch.rollout.completions[row]} for row in rows]
+        report = {"step": batch.step, "problem": str(problem), "prompts": batch.prompts, "completions": kept}
+        path = self.run_folder.write_bad_step(batch.step, report)
+        self.observer.message(f"step {batch.step}: {problem}; the weights stay as they are, the batch is in {path}")
+        if training.bad_in_a_row >= limit:
+            training.save(self.run_folder, self.settings)
+            good = self.run_folder.checkpoint_path(training.step) / "model"
+            times = f"in {limit} steps in a row" if limit > 1 else f"in step {batch.step}"
+            raise CountdownError(
+                f"{problem} {times}; the last good weights are in `{good}`",
+                f"start from them with `--model {good}` and a smaller `--learning-rate`, or `--precision float32`",
+                exit_code=1,
             )
-        described = _describe(rollout, scores, zero_variance(rewards))
-        metrics = {"step": step, **described, **updated, "learning_rate": rate}
-        return metrics, _records(step, puzzles, texts, scores, groups[1])
+
+    def _guard(self) -> None:
+        """Warn once of each sign that the training has gone wrong for good, and end it if that was asked for."""
+        for sign, sentence in collapses(self.history).items():
+            if self.settings.train.stop_on_collapse:
+                self.training.save(self.run_folder, self.settings)
+                hint = f"to go on all the same: `--run {self.run_folder.name} --resume --no-stop-on-collapse`"
+                raise CountdownError(f"step {self.training.step}: {sentence}", hint, exit_code=1)
+            if sign not in self.warned:
+                self.warned.add(sign)
+                self.observer.message(f"warning: {sentence}")
 
     def _learning_rate(self, step: int) -> float:
         settings = self.settings.train
@@ -293,22 +319,35 @@ class _Loop:
             num_iterations=settings.num_iterations,
         )
 
-    def _evaluate(self, metrics: dict[str, float]) -> Evaluation:
-        """Evaluate, log `metrics` with the result, and keep the model if it is the best so far."""
-        training, step = self.training, int(metrics["step"])
-        clock = Clock()
-        with clock.phase("eval"):
-            evaluation = self._evaluation()
-        training.accuracy = evaluation.accuracy
-        if step == 0:
-            training.base_accuracy = evaluation.accuracy
-        elif training.best_accuracy is None or evaluation.accuracy > training.best_accuracy:
-            training.best_accuracy, training.best_step = evaluation.accuracy, step
+    def _close(self) -> Evaluation | None:
+        """Evaluate, log and save as the last step demands, unless that is done."""
+        training, settings, step = self.training, self.settings.train, self.training.step
+        if training.pending is None:
+            return None
+        evaluation, clock, last = None, Clock(), step == settings.num_iterations
+        if step % settings.eval_every == 0 or last:
+            with clock.phase("eval"):
+                evaluation = self._evaluation()
+            self._keep_best(evaluation.accuracy)
+            training.pending |= {"val_accuracy": evaluation.accuracy, **clock.seconds}
+        self.run_folder.log(training.pending)
+        training.pending = None
+        if evaluation is not None:
+            self.observer.evaluated(step, evaluation.accuracy, evaluation.count, evaluation.interval)
+        if (step and step % settings.save_every == 0) or last or self.should_save():
+            training.save(self.run_folder, self.settings)
+        return evaluation
+
+    def _keep_best(self, accuracy: float) -> None:
+        """Keep the model if it is the best so far; the one that training starts from is not kept."""
+        training = self.training
+        training.accuracy = accuracy
+        if training.step == 0:
+            training.base_accuracy = accuracy
+        elif training.best_accuracy is None or accuracy > training.best_accuracy:
+            training.best_accuracy, training.best_step = accuracy, training.step
             with self.run_folder.saving(self.run_folder.model_path) as folder:
                 training.policy.save(folder)
-        self.run_folder.log({**metrics, "val_accuracy": evaluation.accuracy, **clock.seconds})
-        self.observer.evaluated(step, evaluation.accuracy, evaluation.count, evaluation.interval)
-        return evaluation
 
     def _evaluation(self) -> Evaluation:
         settings = self.settings
@@ -318,6 +357,7 @@ class _Loop:
             style=settings.task.style,
             max_new_tokens=settings.train.max_new_tokens,
             batch_size=settings.eval.batch_size,
+            fit=self.evaluating,
             progress=partial(self.observer.progress, "evaluating puzzle"),
             on_token=lambda _: self._poll(),
         )
@@ -331,46 +371,6 @@ class _Loop:
             raise Interrupted
 
 
-def _describe(rollout: Rollout, scores: Sequence[Score], same: torch.Tensor) -> dict[str, float]:
-    """What the completions of a step were like; shares are from 0 to 1."""
-    count = len(scores)
-    tokens = sum(map(len, rollout.completions))
-    return {
-        "reward": sum(found.reward for found in scores) / count,
-        "accuracy": sum(found.correct for found in scores) / count,
-        "format_rate": sum(found.well_formed for found in scores) / count,
-        "completion_length": tokens / count,
-        "truncated": sum(rollout.truncated) / count,
-        "zero_variance": float(same.float().mean()),
-        "tokens": tokens,
-    }
-
-
-def _records(
-    step: int, puzzles: Sequence[Puzzle], texts: Sequence[str], scores: Sequence[Score], num_generations: int
-) -> list[dict[str, object]]:
-    """One completion of each prompt, another one of its group every step."""
-    records: list[dict[str, object]] = []
-    for index, puzzle in enumerate(puzzles):
-        sample_index = step % num_generations
-        row = index * num_generations + sample_index
-        found = scores[row]
-        records.append(
-            {
-                "step": step,
-                "numbers": list(puzzle.numbers),
-                "target": puzzle.target,
-                "prompt_index": index,
-                "sample_index": sample_index,
-                "completion": texts[row],
-                "reward": found.reward,
-                "reason": found.reason,
-                "answer": found.answer,
-            }
-        )
-    return records
-
-
 def summary(training: Training, evaluation: Evaluation) -> dict[str, object]:
     """What a finished training came to."""
     return {
@@ -381,43 +381,5 @@ def summary(training: Training, evaluation: Evaluation) -> dict[str, object]:
         "final_interval": list(evaluation.interval),
         "best_accuracy": training.best_accuracy,
         "best_step": training.best_step,
+        "bad_steps": training.bad_steps,
     }
-
-
-def environment(policy: Policy) -> dict[str, object]:
-    """What the numbers of a run may depend on beside its settings."""
-    device = policy.device
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
-        "precision": policy.precision,
-        "parameters": sum(parameter.numel() for parameter in policy.model.parameters()),
-    }
-
-
-def choose_checkpoint(run: Run, step: int | None, skipped: Callable[[str], None]) -> tuple[int, Path | None]:
-    """The step and folder of the checkpoint of `step`, or of the newest one that is whole; `skipped` is told of others.
-
-    (0, None) if the run was stopped before its first. Raises CountdownError if all are damaged, or that of `step` is:
-    there is no falling back from a step that was asked for.
-    """
-    found = dict(run.checkpoints())
-    if step is not None and step not in found:
-        steps = ", ".join(map(str, found)) or "none"
-        raise CountdownError(f"run `{run.name}` has no checkpoint of step {step}", f"choose one of: {steps}")
-    for candidate in sorted(found, reverse=True) if step is None else [step]:
-        problem = run.damage(candidate)
-        if problem is None:
-            return candidate, found[candidate]
-        if step is not None:
-            hint = "leave out `--step` to go on from the newest that is whole"
-            raise CountdownError(f"the checkpoint of step {step} is damaged: {problem}", hint, exit_code=1)
-        skipped(f"skipping the checkpoint of step {candidate}: {problem}")
-    if found:
-        hint = "start the run again with `--overwrite`"
-        raise CountdownError(f"no checkpoint of run `{run.name}` is whole", hint, exit_code=1)
-    return 0, None

@@ -1,0 +1,173 @@
+"""The state of a training: what a checkpoint holds, how a run is taken up again, and what it started from.
+
+Puzzles and random numbers are functions of (seed, step), so with a run's settings nothing else is needed. Knows
+neither the algorithm nor file names of a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.policy import Policy
+from grpo_cli.core.puzzle import Puzzle
+from grpo_cli.core.run import Run
+from grpo_cli.core.settings import Settings, digest
+
+_PROGRESS = ["step", "pending", "base_accuracy", "accuracy", "best_accuracy", "best_step", "bad_steps", "bad_in_a_row"]
+
+
+@dataclass
+class Training:
+    """All that going on from a checkpoint needs besides the run's settings."""
+
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    # Metrics of `step` that are not logged yet, because an evaluation that belongs to them has not ended.
+    pending: dict[str, float] | None = field(default_factory=lambda: dict[str, float](step=0))
+    base_accuracy: float | None = None  # of the starting model, greedy on the val puzzles
+    accuracy: float | None = None  # at the last evaluation
+    best_accuracy: float | None = None
+    best_step: int = 0
+    bad_steps: int = 0  # steps without a finite loss and gradient, which were skipped
+    bad_in_a_row: int = 0
+    resumed_from: int | None = None
+
+    def save(self, run: Run, settings: Settings) -> None:
+        """Write a checkpoint of this step, whole or not at all, and drop old ones.
+
+        Raises CountdownError, with what was there before intact, if it cannot be written.
+        """
+        run.require_space(self.checkpoint_bytes())
+        facts = {
+            "step": self.step,
+            "config": digest(settings),
+            "model": type(self.policy.model).__name__,
+            "optimizer": type(self.optimizer).__name__,
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        }
+        if facts["optimizer"] == "AdamW8bit":
+            facts["bitsandbytes"] = version("bitsandbytes")
+        progress = {name: getattr(self, name) for name in _PROGRESS}
+        try:
+            with run.saving(run.checkpoint_path(self.step), facts) as folder:
+                self.policy.save(folder / "model")
+                torch.save({"optimizer": self.optimizer.state_dict(), "progress": progress}, folder / "state.pt")
+        except (OSError, RuntimeError, SafetensorError) as error:
+            kept = ", ".join(str(step) for step, _ in run.checkpoints()) or "none"
+            raise CountdownError(
+                f"cannot save step {self.step} in `{run.path}`: {' '.join(str(error).split())}",
+                f"make room, then go on with `--run {run.name} --resume`; checkpoints: {kept}",
+                exit_code=1,
+            ) from error
+        run.prune_checkpoints(settings.train.keep_last, also=self.resumed_from)
+
+    def checkpoint_bytes(self) -> int:
+        """About how large a checkpoint is: the weights, and two moments of each."""
+        return sum(3 * parameter.numel() * parameter.element_size() for parameter in self.policy.model.parameters())
+
+    def restore(self, folder: Path) -> None:
+        """Take up the state of a checkpoint whose model is already loaded."""
+        state = torch.load(folder / "state.pt", map_location=self.policy.device, weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name in _PROGRESS:
+            setattr(self, name, state["progress"][name])
+        self.resumed_from = self.step
+
+
+def choose_optimizer(wanted: str, device: torch.device) -> str:
+    """The optimizer that `wanted` names; "auto" keeps its state in 8 bits on CUDA."""
+    if wanted == "adamw8bit" and device.type == "mps":
+        raise CountdownError("`adamw8bit` does not run on MPS", "use `--optimizer adamw`")
+    return wanted if wanted != "auto" else "adamw8bit" if device.type == "cuda" else "adamw"
+
+
+def build_optimizer(policy: Policy, *, name: str, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW, of torch or with 8-bit state of bitsandbytes. The learning rate is set per step."""
+    parameters = policy.model.parameters()
+    if choose_optimizer(name, policy.device) == "adamw8bit":
+        import bitsandbytes  # imported late: it looks for native kernels
+
+        return bitsandbytes.optim.AdamW8bit(parameters, weight_decay=weight_decay)  # type: ignore[no-any-return]
+    return torch.optim.AdamW(parameters, weight_decay=weight_decay)
+
+
+def settled(settings: Settings, policy: Policy) -> Settings:
+    """The settings with what `auto` stood for, so that a run goes on alike on another machine."""
+    optimizer = choose_optimizer(settings.train.optimizer, policy.device)
+    model = settings.model.model_copy(update={"precision": policy.precision})
+    train = settings.train.model_copy(update={"optimizer": optimizer})
+    return settings.model_copy(update={"model": model, "train": train})
+
+
+def choose_checkpoint(
+    run: Run, settings: Settings, step: int | None, skipped: Callable[[str], None]
+) -> tuple[int, Path | None]:
+    """The step and folder of the checkpoint of `step`, or of the newest one that is whole; `skipped` is told of others.
+
+    (0, None) if the run was stopped before its first. Raises CountdownError if all are damaged, or that of `step` is:
+    there is no falling back from a step that was asked for. Also if the run's settings are not those it was saved with.
+    """
+    found = dict(run.checkpoints())
+    if step is not None and step not in found:
+        steps = ", ".join(map(str, found)) or "none"
+        raise CountdownError(f"run `{run.name}` has no checkpoint of step {step}", f"choose one of: {steps}")
+    for candidate in sorted(found, reverse=True) if step is None else [step]:
+        problem = run.damage(candidate)
+        if problem is None:
+            if run.manifest(candidate).get("config") != digest(settings):
+                raise CountdownError(
+                    f"`{run.config_path}` is not what it was when step {candidate} was saved",
+                    "put it back, or start a new run to train with other settings",
+                )
+            return candidate, found[candidate]
+        if step is not None:
+            hint = "leave out `--step` to go on from the newest that is whole"
+            raise CountdownError(f"the checkpoint of step {step} is damaged: {problem}", hint, exit_code=1)
+        skipped(f"skipping the checkpoint of step {candidate}: {problem}")
+    if found:
+        hint = "start the run again with `--overwrite`"
+        raise CountdownError(f"no checkpoint of run `{run.name}` is whole", hint, exit_code=1)
+    return 0, None
+
+
+def origin(policy: Policy, puzzles: Sequence[Puzzle]) -> dict[str, object]:
+    """What a run starts from: hashes of the model's weights and tokenizer, and of the puzzles."""
+    listed = "\n".join(f"{puzzle.numbers} {puzzle.target}" for puzzle in puzzles)
+    return {**policy.fingerprint(), "puzzles": hashlib.sha256(listed.encode()).hexdigest()}
+
+
+def require_origin(run: Run, policy: Policy, puzzles: Sequence[Puzzle]) -> None:
+    """Raise CountdownError unless `policy` and `puzzles` are what the run started from."""
+    saved, found = run.read_origin(), origin(policy, puzzles)
+    changed = [name for name in found if saved.get(name) != found[name]]
+    if changed:
+        raise CountdownError(
+            f"run `{run.name}` did not start from this `{policy.name}`: other {' and '.join(changed)}",
+            "put the model back as it was, or start a new run",
+        )
+
+
+def environment(policy: Policy) -> dict[str, object]:
+    """What the numbers of a run may depend on beside its settings."""
+    device = policy.device
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "precision": policy.precision,
+        "parameters": sum(parameter.numel() for parameter in policy.model.parameters()),
+    }
