@@ -365,13 +365,15 @@ def _need(package: str) -> None:
 
 def _require_writable(path: Path, *, overwrite: bool) -> None:
     """Raise CountdownError where a result could not be written later."""
+    from grpo_cli.core.run import can_write
+
     if not path.parent.is_dir():
         raise CountdownError(f"`{path.parent}` is no folder", "make it, or write elsewhere")
     if path.is_dir():
         raise CountdownError(f"`{path}` is a folder", "name a file in it")
     if path.exists() and not overwrite:
         raise CountdownError(f"`{path}` exists", "write elsewhere, or replace it with `--overwrite`")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if not can_write(path if path.exists() else path.parent):
         raise CountdownError(f"`{path}` cannot be written", "write elsewhere, or change its permissions")
 
 
@@ -483,6 +485,7 @@ def _signals() -> Iterator[tuple[list[int], list[int]]]:
 
 def _evaluate(plan: _Plan, *, quiet: bool) -> Evaluation:
     from grpo_cli.core.evaluate import evaluate, puzzle_set
+    from grpo_cli.core.memory import Fit
 
     task, settings = plan.settings.task, plan.settings.eval
     policy = _load(plan)
@@ -496,6 +499,7 @@ def _evaluate(plan: _Plan, *, quiet: bool) -> Evaluation:
             samples=settings.samples,
             temperature=settings.temperature,
             batch_size=settings.batch_size,
+            fit=Fit(told=display.note),
             progress=advance,
         )
 

@@ -1,11 +1,18 @@
-"""A tiny model in the format of Qwen2.5: Qwen2 architecture, a real Qwen2Tokenizer, Qwen's chat template."""
+"""A tiny model in the format of Qwen2.5 (Qwen2 architecture, a real Qwen2Tokenizer, Qwen's chat template), and
+the command line, called in this process."""
 
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from grpo_cli import cli
 from grpo_cli.core.builtin.tokenizer import train_tokenizer
 from grpo_cli.core.policy import Policy, load
 from grpo_cli.core.puzzle import Puzzle
@@ -47,3 +54,44 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_policy(tiny_folder: Path) -> Policy:
     return load(str(tiny_folder), device="cpu", precision="float32")
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def countdown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
+    """Runs `countdown ARGS` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("COUNTDOWN_")]:
+        monkeypatch.delenv(name)
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["countdown", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+            raise SystemExit(0)
+        shown = capfd.readouterr()
+        return Result(int(ended.value.code or 0), shown.out, shown.err)
+
+    before = signal.getsignal(signal.SIGINT)
+    yield call
+    signal.signal(signal.SIGINT, before)
+
+
+SMALL = ["--precision", "float32", "--batch-size", "2", "--num-generations", "2", "--max-new-tokens", "8"]
+SMALL += ["--num-iterations", "2", "--eval-every", "1", "--eval-puzzles", "4", "--save-every", "1"]
+
+
+@pytest.fixture
+def trained(countdown: Command, tiny_folder: Path) -> Command:
+    """The same, with a finished run `first`."""
+    assert countdown("train", "--model", tiny_folder, "--run", "first", *SMALL).code == 0
+    return countdown

@@ -1,60 +1,16 @@
 """The five commands as a user meets them: output, errors in one sentence, exit codes."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from conftest import SMALL, Command
 
-from grpo_cli import cli
 from grpo_cli.core.puzzle import Puzzle, read_puzzles
 from grpo_cli.core.task import score
-
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Result]
-
-
-@pytest.fixture
-def countdown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
-    """Runs `countdown ARGS` in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("COUNTDOWN_")]:
-        monkeypatch.delenv(name)
-
-    def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["countdown", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-            raise SystemExit(0)
-        shown = capfd.readouterr()
-        return Result(int(ended.value.code or 0), shown.out, shown.err)
-
-    before = signal.getsignal(signal.SIGINT)
-    yield call
-    signal.signal(signal.SIGINT, before)
-
-
-SMALL = ["--precision", "float32", "--batch-size", "2", "--num-generations", "2", "--max-new-tokens", "8"]
-SMALL += ["--num-iterations", "2", "--eval-every", "1", "--eval-puzzles", "4", "--save-every", "1"]
-
-
-@pytest.fixture
-def run(countdown: Command, tiny_folder: Path) -> Command:
-    """The same, with a finished run `first`."""
-    assert countdown("train", "--model", tiny_folder, "--run", "first", *SMALL).code == 0
-    return countdown
 
 
 def test_help_lists_the_five_commands(countdown: Command) -> None:
@@ -97,7 +53,7 @@ def test_gen_data_does_not_overwrite(countdown: Command, tmp_path: Path) -> None
     assert (tmp_path / "a").read_text() == "mine"
 
 
-def test_train_leaves_a_complete_run_and_says_what_it_came_to(run: Command, tmp_path: Path) -> None:
+def test_train_leaves_a_complete_run_and_says_what_it_came_to(trained: Command, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "first"
     names = "config.json environment.json metrics.jsonl samples.jsonl summary.json training_curve.png kl_divergence.png"
     assert {*names.split(), "model", "checkpoints"} <= {path.name for path in folder.iterdir()}
@@ -113,16 +69,16 @@ def test_train_says_first_which_preset_and_why(countdown: Command, tiny_folder: 
     assert "\x1b" not in found.err
 
 
-def test_train_goes_on_with_resume(run: Command, tmp_path: Path) -> None:
-    found = run("train", "--run", "first", "--resume", "--num-iterations", 3)
+def test_train_goes_on_with_resume(trained: Command, tmp_path: Path) -> None:
+    found = trained("train", "--run", "first", "--resume", "--num-iterations", 3)
     assert found.code == 0
     lines = (tmp_path / "runs" / "first" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3]
 
 
-def test_train_never_overwrites_a_run_unasked(run: Command, tiny_folder: Path, tmp_path: Path) -> None:
+def test_train_never_overwrites_a_run_unasked(trained: Command, tiny_folder: Path, tmp_path: Path) -> None:
     before = (tmp_path / "runs" / "first" / "metrics.jsonl").read_bytes()
-    found = run("train", "--model", tiny_folder, "--run", "first", *SMALL)
+    found = trained("train", "--model", tiny_folder, "--run", "first", *SMALL)
     assert found.code == 2
     assert "--resume" in found.err
     assert (tmp_path / "runs" / "first" / "metrics.jsonl").read_bytes() == before
@@ -141,19 +97,19 @@ def test_dry_run_shows_sources_and_a_prompt_and_trains_nothing(
     assert not (tmp_path / "runs").exists()
 
 
-def test_eval_json_is_one_object_and_nothing_else(run: Command) -> None:
-    found = run("eval", "first", "--json", "--limit", 3)
+def test_eval_json_is_one_object_and_nothing_else(trained: Command) -> None:
+    found = trained("eval", "first", "--json", "--limit", 3)
     result = json.loads(found.out)
     assert (result["model"], result["count"], result["split"]) == ("first", 3, "val")
 
 
-def test_eval_of_several_models_is_a_list(run: Command, tiny_folder: Path) -> None:
-    found = json.loads(run("eval", "first", tiny_folder, "--json", "--limit", 2).out)
+def test_eval_of_several_models_is_a_list(trained: Command, tiny_folder: Path) -> None:
+    found = json.loads(trained("eval", "first", tiny_folder, "--json", "--limit", 2).out)
     assert [result["model"] for result in found] == ["first", str(tiny_folder)]
 
 
-def test_eval_out_writes_every_completion(run: Command, tmp_path: Path) -> None:
-    found = run("eval", "first", "--limit", 2, "--samples", 3, "--temperature", 1, "--out", tmp_path / "all.jsonl")
+def test_eval_out_writes_every_completion(trained: Command, tmp_path: Path) -> None:
+    found = trained("eval", "first", "--limit", 2, "--samples", 3, "--temperature", 1, "--out", tmp_path / "all.jsonl")
     assert found.code == 0
     assert "pass@3" in found.out
     records = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
@@ -186,7 +142,7 @@ def test_a_puzzle_without_a_solution_is_told_before_a_model_loads(countdown: Com
     assert "no solution" in found.err
 
 
-def test_plot_draws_a_run_and_the_original_systems_file(run: Command, tmp_path: Path) -> None:
+def test_plot_draws_a_run_and_the_original_systems_file(trained: Command, tmp_path: Path) -> None:
     old = {
         "rewards_avg": [0.1, 0.5],
         "train_accuracies_avg": [0.1, 0.4],
@@ -194,7 +150,7 @@ def test_plot_draws_a_run_and_the_original_systems_file(run: Command, tmp_path: 
         "kl_avg": [0, 1],
     }
     (tmp_path / "old.json").write_text(json.dumps(old))
-    found = run("plot", "first", "old.json", "--smooth", "--window", 2, "--format", "svg")
+    found = trained("plot", "first", "old.json", "--smooth", "--window", 2, "--format", "svg")
     assert found.code == 0
     assert found.out.splitlines()[:2] == ["training_curve.svg", "kl_divergence.svg"]
     assert (tmp_path / "training_curve.svg").read_text().startswith("<?xml")

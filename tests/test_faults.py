@@ -9,10 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
+from conftest import Command
 
 from grpo_cli.core import config
 from grpo_cli.core.errors import CountdownError
@@ -164,6 +167,168 @@ def test_a_run_that_goes_on_may_be_longer_and_log_otherwise(tmp_path: Path) -> N
     assert (found.num_iterations, found.eval_every, found.save_every, found.keep_last) == (7, 3, 2, 5)
 
 
+def timeless(run: Run) -> list[dict[str, float]]:
+    """The metrics without what differs from one run to the next of the same."""
+    lines = run.metrics()
+    return [{k: v for k, v in line.items() if not k.startswith(("time", "tokens"))} for line in lines]
+
+
+def assert_same_run(found: Run, expected: Run, steps: int) -> None:
+    """Weights, optimizer, progress, metrics and samples are equal, bit for bit."""
+    weights = [run.checkpoint_path(steps) / "model" / "model.safetensors" for run in (found, expected)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    states = [torch.load(run.checkpoint_path(steps) / "state.pt", weights_only=True) for run in (found, expected)]
+    torch.testing.assert_close(states[0], states[1], atol=0, rtol=0)
+    assert timeless(found) == timeless(expected)
+    assert (found.path / "samples.jsonl").read_bytes() == (expected.path / "samples.jsonl").read_bytes()
+    for run in (found, expected):
+        assert run.damage(steps) is None
+
+
+# Signals
+
+SHORT = ["--precision", "float32", "--batch-size", "2", "--num-generations", "2", "--max-new-tokens", "8"]
+SHORT += ["--num-iterations", "3", "--eval-every", "1", "--eval-puzzles", "4", "--save-every", "3"]
+SHORT += ["--micro-batch-size", "2", "--num-inner-updates", "2", "--learning-rate", "1e-3"]
+
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    root = tmp_path_factory.mktemp("undisturbed")
+    line = [sys.executable, "-m", "grpo_cli", "train", "--runs", str(root), "--run", "whole"]
+    subprocess.run([*line, "--model", str(tiny_folder), *SHORT], check=True, env=ONE_THREAD)
+    return Run(root / "whole")
+
+
+Function = Callable[..., object]
+
+
+def before_call(at: int) -> Callable[[Function, Function], Function]:
+    """Something else happens before call number `at` of a function."""
+
+    def wrap(function: Function, act: Function) -> Function:
+        calls = count(1)
+
+        def wrapped(*arguments: object, **options: object) -> object:
+            if next(calls) == at:
+                act()
+            return function(*arguments, **options)
+
+        return wrapped
+
+    return wrap
+
+
+def at_token(call: int) -> Callable[[Function, Function], Function]:
+    """Something else happens after the third token of call number `call` of `sample`."""
+
+    def wrap(function: Function, act: Function) -> Function:
+        calls = count(1)
+
+        def wrapped(*arguments: object, on_token: Callable[[int], None], **options: object) -> object:
+            chosen = next(calls) == call
+
+            def told(tokens: int) -> None:
+                if chosen and tokens == 3:
+                    act()
+                on_token(tokens)
+
+            return function(*arguments, on_token=told, **options)
+
+        return wrapped
+
+    return wrap
+
+
+# The moment, what is interrupted there, and the step that is saved. A step asks for log-probabilities six times: for
+# two micro-batches of the reference, two of the first inner update and two of the second.
+MOMENTS: dict[str, tuple[str, Callable[[Function, Function], Function], int]] = {
+    "first evaluation": ("grpo_cli.core.evaluate.sample", at_token(1), 0),
+    "rollout of step 1": ("grpo_cli.core.train.sample", at_token(1), 0),
+    "rollout of step 2": ("grpo_cli.core.train.sample", at_token(2), 1),
+    "evaluation after step 2": ("grpo_cli.core.evaluate.sample", at_token(3), 2),
+    "last evaluation": ("grpo_cli.core.evaluate.sample", at_token(4), 3),
+    "scoring of step 2": ("grpo_cli.core.train.score", before_call(4 + 1), 1),
+    "reference pass of step 2": ("grpo_cli.core.policy.Policy.logprobs", before_call(6 + 1), 1),
+    "update of step 2": ("grpo_cli.core.policy.Policy.logprobs", before_call(6 + 3), 1),
+    "second inner update of step 2": ("grpo_cli.core.policy.Policy.logprobs", before_call(6 + 5), 2),
+    "saving of the best model": ("grpo_cli.core.policy.Policy.save", before_call(1), 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_at_any_moment_saves_the_last_completed_step_and_changes_nothing(
+    countdown: Command,
+    undisturbed: Run,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+    number: int,
+    code: int,
+) -> None:
+    monkeypatch.setattr("grpo_cli.cli._draw", lambda *_: [])  # most of the time of so small a training
+    place, wrap, saved = MOMENTS[moment]
+    handlers = [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)]
+    with monkeypatch.context() as patch:
+        patch.setattr(place, wrap(resolve_name(place), lambda: signal.raise_signal(number)))
+        found = countdown("train", "--model", tiny_folder, "--run", "stopped", *SHORT)
+    assert found.code == code
+    assert f"stopped after step {saved}; go on: countdown train --run stopped --resume" in found.err
+    run = Run(tmp_path / "runs" / "stopped")
+    assert [step for step, _ in run.checkpoints()] == [saved]
+    assert handlers == [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)]
+    assert countdown("train", "--run", "stopped", "--resume").code == 0
+    assert_same_run(run, undisturbed, 3)
+
+
+def test_a_second_signal_leaves_at_once_and_the_last_checkpoint_whole(tiny_folder: Path, tmp_path: Path) -> None:
+    """The first signal is answered between tokens, so the process sends the second before any poll."""
+    for first, second in [(signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)]:
+        name = second.name.lower()
+        code = f"""
+import signal, sys
+from grpo_cli import cli
+from grpo_cli.core import train
+update, calls = train.update, []
+def stopped(*arguments, **options):
+    calls.append(0)
+    if len(calls) == 2:
+        signal.raise_signal({int(first)})
+        signal.raise_signal({int(second)})
+    return update(*arguments, **options)
+train.update = stopped
+sys.argv = ["countdown", "train", "--run", "{name}", *sys.argv[1:]]
+cli.main()
+"""
+        line = [sys.executable, "-c", code, "--runs", str(tmp_path), "--model", str(tiny_folder), *SHORT]
+        found = subprocess.run([*line, "--save-every", "1"], capture_output=True, text=True, env=ONE_THREAD)
+        assert found.returncode == -second, found.stderr
+        assert "press Ctrl-C again" in found.stderr and "Traceback" not in found.stderr
+        run = Run(tmp_path / name)
+        assert [step for step, _ in run.checkpoints()] == [1]
+        assert run.damage(1) is None
+
+
+def test_a_checkpoint_is_saved_on_demand(
+    countdown: Command, undisturbed: Run, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, wrap, _ = MOMENTS["rollout of step 2"]
+    monkeypatch.setattr(place, wrap(resolve_name(place), lambda: signal.raise_signal(signal.SIGUSR1)))
+    assert countdown("train", "--model", tiny_folder, "--run", "asked", *SHORT).code == 0
+    run = Run(tmp_path / "runs" / "asked")
+    assert [step for step, _ in run.checkpoints()] == [2, 3]
+    assert_same_run(run, undisturbed, 3)
+
+
+# Kills
+
 STEPS = 120
 
 
@@ -179,11 +344,9 @@ def command(tiny_folder: Path, root: Path, name: str, *more: str) -> list[str]:
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_nothing(tiny_folder: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
     def begin(*arguments: str) -> subprocess.Popen[str]:
         line = command(tiny_folder, tmp_path, *arguments)
-        return subprocess.Popen(line, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+        return subprocess.Popen(line, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ONE_THREAD)
 
     shown, _ = (undisturbed := begin("whole")).communicate()
     assert undisturbed.returncode == 0, shown
@@ -216,13 +379,4 @@ def test_twenty_kills_at_random_moments_change_nothing(tiny_folder: Path, tmp_pa
     assert process.returncode == 0, shown
     assert kills == 20, reached
     assert len(set(reached)) > 5, reached
-    whole, killed = (Run(tmp_path / name) for name in ("whole", "killed"))
-    final = [(found.checkpoint_path(STEPS) / "model" / "model.safetensors").read_bytes() for found in (whole, killed)]
-    assert final[0] == final[1]
-    states = [torch.load(found.checkpoint_path(STEPS) / "state.pt", weights_only=True) for found in (whole, killed)]
-    torch.testing.assert_close(states[0], states[1], atol=0, rtol=0)
-    timeless = [
-        [{k: v for k, v in line.items() if not k.startswith(("time", "tokens"))} for line in found.metrics()]
-        for found in (whole, killed)
-    ]
-    assert timeless[0] == timeless[1]
+    assert_same_run(Run(tmp_path / "killed"), Run(tmp_path / "whole"), STEPS)

@@ -58,7 +58,7 @@ class Run:
     def check(root: Path, name: str | None, *, overwrite: bool = False) -> None:
         """Raise what `create` would for this name, and change nothing."""
         place = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
-        if not place.is_dir() or not os.access(place, os.W_OK):
+        if not place.is_dir() or not can_write(place):
             why = "cannot be written" if place.is_dir() else "is no folder"
             raise CountdownError(f"cannot make a run in `{root}`: `{place}` {why}", "choose another with `--runs`")
         if name is None or not os.path.lexists(path := root / _checked(name)):
@@ -279,6 +279,11 @@ class Run:
     @property
     def _samples(self) -> Path:
         return self.path / "samples.jsonl"
+
+
+def can_write(path: Path) -> bool:
+    """Whether this process may write to a file or folder that exists."""
+    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def list_runs(root: Path) -> list[Run]:
