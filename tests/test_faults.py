@@ -1,5 +1,6 @@
 """What happens to a run that is killed, damaged, crowded out or asked to go on as something else."""
 
+import json
 import os
 import random
 import resource
@@ -7,19 +8,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
 from pkgutil import resolve_name
 
 import pytest
 import torch
-from conftest import Command
+from conftest import Command, save_tiny_model
 
 from grpo_cli.core import config
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.policy import Policy
+from grpo_cli.core.puzzle import Puzzle
 from grpo_cli.core.run import Run
 from grpo_cli.core.settings import Settings
 from grpo_cli.core.state import Training, build_optimizer, choose_checkpoint
@@ -165,6 +168,233 @@ def test_a_run_that_goes_on_may_be_longer_and_log_otherwise(tmp_path: Path) -> N
     flags = {"train.num_iterations": 7, "train.eval_every": 3, "train.save_every": 2, "train.keep_last": 5}
     found = config.go_on(saved, tmp_path / "config.json", flags=flags).settings.train
     assert (found.num_iterations, found.eval_every, found.save_every, found.keep_last) == (7, 3, 2, 5)
+
+
+# Places that cannot be written
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that other users can enter, as `tmp_path` is not."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+@pytest.fixture
+def read_only(open_folder: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a finished run in it, to be entered and read only; no model can be loaded."""
+    shutil.copytree(tiny_folder, open_folder / "model")
+    run = Run.create(open_folder / "runs", "first")
+    run.write_config(default_settings(model__model=str(open_folder / "model")).model_dump())
+    run.log({"step": 0, "reward": 0.5})
+    shutil.copytree(tiny_folder, run.model_path)
+    for path in (open_folder, *open_folder.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    monkeypatch.setattr("grpo_cli.core.policy.load", lambda *_, **__: pytest.fail("loaded a model"))
+    monkeypatch.chdir(open_folder)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # root may write everywhere
+    yield open_folder
+    os.seteuid(user)
+    for path in (open_folder, *open_folder.rglob("*")):
+        path.chmod(0o755)
+
+
+BAD_PLACES = [
+    (["train", "--runs", "{}/new"], "cannot make a run in `{}/new`: `{}` cannot be written"),
+    (["train", "--runs", "{}/runs", "--run", "second"], "cannot make a run in `{}/runs`"),
+    (["train", "--runs", "{}/runs", "--run", "first", "--overwrite"], "cannot make a run in `{}/runs`"),
+    (["train", "--runs", "{}/runs", "--run", "first", "--resume"], "cannot write `{}/runs/first`: Permission denied"),
+    (["eval", "first", "--runs", "{}/runs", "--out", "{}/all.jsonl"], "`{}/all.jsonl` cannot be written"),
+    (["eval", "first", "--runs", "{}/runs", "--out", "{}/model/config.json", "--overwrite"], "cannot be written"),
+    (["plot", "first", "--runs", "{}/runs"], "`{}/runs/first/training_curve.png` cannot be written"),
+    (["gen-data", "--out", "{}/val.jsonl"], "cannot write `{}/val.jsonl`: Permission denied"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), BAD_PLACES)
+def test_what_cannot_be_written_is_told_before_any_work(
+    countdown: Command, read_only: Path, arguments: list[str], said: str
+) -> None:
+    before = everything(read_only)
+    found = countdown(*[argument.format(read_only) for argument in arguments])
+    assert (found.code, found.out) == (2, ""), found.err
+    assert said.format(read_only) in found.err
+    assert everything(read_only) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "--runs", "file"], "cannot make a run in `file`: `file` is no folder"),
+        (["train", "--runs", "file/runs"], "cannot make a run in `file/runs`: `"),
+        (["train", "--config", "file/config.toml"], "cannot read `file/config.toml`: Not a directory"),
+        (["eval", "builtin", "--out", "file/x"], "`file` is no folder"),
+        (["eval", "builtin", "--out", "missing/x"], "`missing` is no folder"),
+        (["eval", "builtin", "--out", "."], "`.` is a folder"),
+        (["plot", "metrics.jsonl", "--out", "file"], "`file` is no folder"),
+        (["plot", "metrics.jsonl", "--out", "missing"], "`missing` is no folder"),
+        (["gen-data", "--out", "file/x"], "cannot write `file/x`: Not a directory"),
+        (["gen-data", "--out", ".", "--overwrite"], "cannot write `.`: Is a directory"),
+        (["solve", "2 4 6 = 12", "--model", "file"], "no model at `file`"),
+    ],
+)
+def test_a_file_where_a_folder_should_be_is_named(
+    countdown: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    monkeypatch.setattr("grpo_cli.core.policy.load", lambda *_, **__: pytest.fail("loaded a model"))
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
+    before = everything(tmp_path)
+    found = countdown(*arguments)
+    assert found.code == 2
+    assert said in found.err
+    assert everything(tmp_path) == before
+
+
+def test_a_disk_that_fills_up_while_logging_is_one_sentence(
+    trained: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (tmp_path / "runs" / "first" / "samples.jsonl").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    log = Run.log_samples
+
+    def full(run: Run, samples: Iterable[Mapping[str, object]]) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 40, limits[1]))
+        try:
+            log(run, samples)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log_samples", full)
+        found = trained("train", "--run", "first", "--resume", "--num-iterations", "4")
+    assert found.code == 1
+    assert "error: File too large" in found.err and "Traceback" not in found.err
+    assert trained("train", "--run", "first", "--resume").code == 0  # on from step 2, the half line forgotten
+    lines = (tmp_path / "runs" / "first" / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_curves_that_cannot_be_drawn_do_not_end_a_training(
+    countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("grpo_cli.cli._draw", full)
+    found = countdown("train", "--model", tiny_folder, "--run", "first", *SHORT)
+    assert found.code == 0
+    assert found.err.count("the curves were not drawn: ") == 3
+
+
+# One run, two writers
+
+
+@pytest.mark.parametrize("how", [["--resume"], ["--overwrite"]])
+def test_a_run_that_is_being_written_is_left_alone(trained: Command, tmp_path: Path, how: list[str]) -> None:
+    run = Run(tmp_path / "runs" / "first")
+    before = {path: content for path, content in everything(run.path).items() if path.name != ".lock"}
+    with run.locked():
+        found = trained("train", "--run", "first", *how, *(SHORT if how == ["--overwrite"] else []))
+    assert found.code == 2
+    assert f"run `first` is being written by process {os.getpid()}" in found.err
+    assert {path: content for path, content in everything(run.path).items() if path.name != ".lock"} == before
+
+
+def test_a_stale_lock_is_taken_over_with_a_notice(trained: Command, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "first" / ".lock").write_text("999999")
+    found = trained("train", "--run", "first", "--resume", "--num-iterations", "3")
+    assert found.code == 0
+    assert "was left by process 999999, which no longer runs; taking it over" in found.err
+
+
+# Resumed as something else
+
+
+def other_weights(folder: Path) -> None:
+    flip(folder / "model.safetensors")
+
+
+def other_tokenizer(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace("<|im_end|>", "<|im_over|>"))
+    configure(folder / "tokenizer_config.json", eos_token="<|im_over|>")
+
+
+def other_template(folder: Path) -> None:
+    path = folder / "chat_template.jinja"
+    path.write_text("Answer truthfully. " + path.read_text())
+
+
+def other_size(folder: Path) -> None:
+    shutil.rmtree(folder)
+    save_tiny_model(folder, hidden_size=16, num_attention_heads=2)
+
+
+def configure(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("swap", "said"),
+    [
+        (other_weights, "other weights"),
+        (other_tokenizer, "other tokenizer"),
+        (other_template, "other tokenizer"),
+        (other_size, "other weights"),
+    ],
+)
+def test_the_reference_is_the_model_that_the_run_started_from(
+    countdown: Command, tiny_folder: Path, tmp_path: Path, swap: Callable[[Path], None], said: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    assert countdown("train", "--model", "model", "--run", "first", *SHORT).code == 0
+    swap(folder)
+    before = everything(tmp_path / "runs")
+    found = countdown("train", "--run", "first", "--resume", "--num-iterations", "5")
+    assert found.code == 2
+    assert "run `first` did not start from this `model`" in found.err and said in " ".join(found.err.split())
+    assert everything(tmp_path / "runs") == before
+
+
+def test_other_puzzles_are_not_taken_for_those_of_the_run(
+    trained: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grpo_cli.core.evaluate.puzzle_set", lambda *_: [Puzzle((3, 5, 2), 13)])
+    found = trained("train", "--run", "first", "--resume", "--num-iterations", "5")
+    assert found.code == 2
+    assert "other puzzles" in found.err
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "optimizer", "seed"])
+def test_settings_edited_in_the_run_folder_are_noticed(trained: Command, tmp_path: Path, key: str) -> None:
+    path = tmp_path / "runs" / "first" / "config.json"
+    config = json.loads(path.read_text())
+    config["train"][key] = {"learning_rate": 0.5, "optimizer": "adamw8bit", "seed": 9}[key]
+    path.write_text(json.dumps(config))
+    found = trained("train", "--run", "first", "--resume")
+    assert found.code == 2
+    assert "is not what it was when step 2 was saved" in found.err
+
+
+@pytest.mark.parametrize("flag", [["--optimizer", "adamw8bit"], ["--learning-rate", "1e-3"], ["--style", "natural"]])
+def test_a_flag_that_would_change_the_run_is_refused(trained: Command, flag: list[str]) -> None:
+    found = trained("train", "--run", "first", "--resume", *flag)
+    assert found.code == 2
+    assert "a run that goes on cannot change" in found.err and flag[1].replace("1e-3", "0.001") in found.err
+
+
+def test_what_auto_stood_for_is_kept(trained: Command, tmp_path: Path) -> None:
+    saved = json.loads((tmp_path / "runs" / "first" / "config.json").read_text())
+    assert (saved["train"]["optimizer"], saved["model"]["precision"]) == ("adamw", "float32")
+    facts = Run(tmp_path / "runs" / "first").manifest(2)
+    assert {"config", "model", "optimizer", "torch", "transformers", "files"} <= facts.keys()
+
+
+# Signals and kills in whole trainings
 
 
 def timeless(run: Run) -> list[dict[str, float]]:

@@ -244,8 +244,10 @@ def json_line(puzzle: Puzzle) -> str:
 def write_puzzles(path: Path, puzzles: Iterable[Puzzle], *, overwrite: bool = False) -> None:
     """Write a puzzle file in one step: it is there as a whole or not at all."""
     text = "".join(f"{json_line(puzzle)}\n" for puzzle in puzzles)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial = path.parent / f"{path.name}.{os.getpid()}.part"
     try:
+        if path.is_dir():
+            raise CountdownError(f"cannot write `{path}`: Is a directory", "name a file in it")
         if path.exists() and not overwrite:
             raise CountdownError(f"`{path}` exists", "write elsewhere, or replace it with `--overwrite`")
         partial.write_text(text, encoding="utf-8", newline="\n")
