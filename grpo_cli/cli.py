@@ -257,7 +257,7 @@ def plot_runs(
     chosen = [_curves(root, name) for name in names]
     folder = out or (chosen[0][1] if len(chosen) == 1 else Path("."))
     _need("matplotlib")
-    _require_writable(folder / "training_curve", overwrite=True)
+    _require_writable(folder / f"training_curve.{style.format}", overwrite=True)
     curves = [found for found, _ in chosen]
     for path in _draw(curves, folder, style):
         print(path)

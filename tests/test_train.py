@@ -1,14 +1,21 @@
 """The loop: what a step sees, what it logs, what it keeps, and how it stops and goes on."""
 
+import json
+import math
 import random
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from grpo_cli.core import config
+from grpo_cli.core import config, grpo
+from grpo_cli.core import train as train_module
+from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.policy import load
 from grpo_cli.core.puzzle import Puzzle, enumerate_puzzles
 from grpo_cli.core.run import Run
@@ -155,6 +162,7 @@ EVERY_STOP = [
 ]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("optimizer", "inner", "stop"), EVERY_STOP)
 def test_going_on_from_a_checkpoint_equals_never_having_stopped(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, inner: int, stop: int
@@ -217,3 +225,134 @@ def test_eight_bit_adamw_learns_on_the_cpu(tiny_policy: object, tiny_folder: Pat
     training, run, _ = trained(settings, tmp_path)
     assert type(training.optimizer).__name__ == "AdamW8bit"
     assert run.metrics()[1]["weights_changed"] > 0.5
+
+
+# Numbers that are not finite, and batches that teach nothing
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, what: str, value: float, bad: set[int]) -> None:
+    """In the steps `bad`, one reward of the eight, the loss, or its gradient is `value`, or multiplied by it."""
+    calls = count(8 if what == "reward" else 1)
+    scored, added = vars(train_module)["score"], grpo.batch_loss
+
+    def score(*arguments: Any, **options: Any) -> Score:
+        found, call = scored(*arguments, **options), next(calls)
+        return replace(found, reward=value) if call % 8 == 0 and call // 8 in bad else found
+
+    def batch_loss(*arguments: Any) -> Any:
+        total, *others = added(*arguments)
+        if next(calls) in bad:
+            if what == "loss":
+                total = total * value
+            else:
+                total.register_hook(lambda gradient: gradient * value)
+        return total, *others
+
+    if what == "reward":
+        monkeypatch.setattr(train_module, "score", score)
+    else:
+        monkeypatch.setattr(grpo, "batch_loss", batch_loss)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("what", ["reward", "loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_counted_and_kept(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, value: float
+) -> None:
+    weights: list[list[torch.Tensor]] = []
+
+    class Weigher(Watcher):
+        def step(self, metrics: Mapping[str, float], sample: Mapping[str, object]) -> None:
+            super().step(metrics, sample)
+            weights.append([parameter.detach().clone() for parameter in training.policy.model.parameters()])
+
+    spoil(monkeypatch, what, value, {2})
+    settings = small(tiny_folder)
+    training, run, watcher = start(settings), Run.create(tmp_path, "first"), Weigher()
+    found = train(training, training.policy.frozen_copy(), run, settings, watcher)
+    assert all(map(torch.equal, weights[0], weights[1]))
+    for one, other in ((1, 2), (2, 3)):
+        assert not all(map(torch.equal, weights[one], weights[other]))
+    assert all(bool(torch.isfinite(weight).all()) for weight in weights[3])
+    assert [line["bad_steps"] for line in run.metrics()[1:]] == [0, 1, 1, 1]
+    assert summary(training, found)["bad_steps"] == 1
+    (message,) = watcher.messages
+    assert message.startswith("step 2: the ") and "not finite" in message
+    report = json.loads((run.path / "bad_steps" / "step-2.json").read_text())
+    assert (report["step"], len(report["prompts"]), len(report["completions"])) == (2, 2, 8)
+    assert {"completion", "tokens", "reward", "numbers", "target"} <= report["completions"][0].keys()
+
+
+@pytest.mark.faults
+def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_last_good_weights(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, "loss", math.nan, {2, 4, 5})
+    settings = small(tiny_folder, **{"train.num_iterations": 9, "train.max_bad_steps": 2, "train.save_every": 100})
+    training, run = start(settings), Run.create(tmp_path, "first")
+    with pytest.raises(CountdownError, match="the loss is not finite in 2 steps in a row") as caught:
+        train(training, training.policy.frozen_copy(), run, settings, Watcher())
+    good = run.checkpoint_path(4) / "model"
+    assert caught.value.exit_code == 1
+    assert str(good) in caught.value.message and str(good) in (caught.value.hint or "")
+    assert all(bool(torch.isfinite(weight).all()) for weight in load(str(good), device="cpu").model.parameters())
+    assert training.bad_steps == 3
+    assert sorted(path.name for path in (run.path / "bad_steps").iterdir()) == [
+        "step-2.json",
+        "step-4.json",
+        "step-5.json",
+    ]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_rewards_that_are_all_equal_leave_finite_metrics_and_weights(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beta: float, scale: str
+) -> None:
+    same = Score(reward=0.2, correct=False, reason="no_answer", answer=None, well_formed=True, lenient=False)
+    monkeypatch.setattr(train_module, "score", lambda *_, **__: same)
+    training, run, watcher = trained(small(tiny_folder, **{"loss.beta": beta, "loss.scale_rewards": scale}), tmp_path)
+    assert training.bad_steps == 0 and not watcher.messages
+    assert all(line["zero_variance"] == 1 and line["reward"] == pytest.approx(0.2) for line in run.metrics()[1:])
+    moved = [line["weights_changed"] for line in run.metrics()[1:]]
+    assert moved == [0, 0, 0, 0] if beta == 0 else all(bool(torch.isfinite(w).all()) for w in weights_of(training))
+
+
+def weights_of(training: Training) -> list[torch.Tensor]:
+    return list(training.policy.model.parameters())
+
+
+@pytest.mark.faults
+def test_a_group_of_one_is_refused(tiny_folder: Path) -> None:
+    with pytest.raises(CountdownError, match="`--num-generations` must be a whole number of at least 2, not `1`"):
+        small(tiny_folder, **{"train.num_generations": 1})
+
+
+@pytest.mark.faults
+def test_a_run_whose_completions_are_all_truncated_goes_on(tiny_folder: Path, tmp_path: Path) -> None:
+    _, run, _ = trained(small(tiny_folder, **{"train.max_new_tokens": 1}), tmp_path)
+    assert [line["truncated"] for line in run.metrics()[1:]] == [1, 1, 1, 1]
+    assert all(math.isfinite(value) for line in run.metrics() for value in line.values())
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_collapse_is_warned_of_once_and_ends_the_run_if_asked_to(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: bool
+) -> None:
+    monkeypatch.setattr("grpo_cli.core.guards.WINDOW", 2)
+    hollow = Score(reward=0.2, correct=False, reason="wrong_value", answer="1", well_formed=True, lenient=False)
+    monkeypatch.setattr(train_module, "score", lambda *_, **__: hollow)
+    settings = small(tiny_folder, **{"train.stop_on_collapse": stop})
+    training, run, watcher = start(settings), Run.create(tmp_path, "first"), Watcher()
+    if not stop:
+        train(training, training.policy.frozen_copy(), run, settings, watcher)
+        (message,) = watcher.messages
+        assert message.startswith("warning: in 2 steps every completion was well formed and none was right")
+        return
+    with pytest.raises(CountdownError, match="step 2: in 2 steps every completion was well formed") as caught:
+        train(training, training.policy.frozen_copy(), run, settings, watcher)
+    assert caught.value.exit_code == 1 and "--no-stop-on-collapse" in (caught.value.hint or "")
+    assert choose_checkpoint(run, settings, None, print)[0] == 2

@@ -48,7 +48,8 @@ class Fit:
         self.rows = (largest + 1) // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self._told(f"memory ran out in the {doing}: doing it again with {self.rows} completions at once")
+        completions = "1 completion" if self.rows == 1 else f"{self.rows} completions"
+        self._told(f"memory ran out in the {doing}: doing it again with {completions} at once")
 
 
 def ran_out(error: Exception) -> bool:
