@@ -36,6 +36,7 @@ err = Console(markup=False, emoji=False, highlight=False, stderr=True)
 
 EXCERPT_CHARACTERS = 4_000
 ANSWER_CHARACTERS = 1_000
+REASONING_CHARACTERS = 20_000
 COMPARISON_WIDTH = 76
 LEVELS = "▁▂▃▄▅▆▇█"
 # Letters and marks that Unicode counts as printable but that show as nothing.
@@ -321,12 +322,15 @@ def sparklines(curves: Sequence[Curves]) -> None:
 
 
 def reasoning(chunks: Iterable[str]) -> str:
-    """Show a completion, dimmed, as it is written, on stderr; the whole of it comes back."""
+    """Show a completion, dimmed, as it is written, on stderr, as far as anybody reads; the whole of it comes back."""
     text = ""
     for chunk in chunks:
+        shown = chunk[: max(0, REASONING_CHARACTERS - len(text))]
         text += chunk
-        err.print(Text(printable(chunk, keep_newlines=True), style="dim"), end="", soft_wrap=True)
-    if not text.endswith("\n"):
+        err.print(Text(printable(shown, keep_newlines=True), style="dim"), end="", soft_wrap=True)
+    if len(text) > REASONING_CHARACTERS:
+        err.print(f"\n… {len(text) - REASONING_CHARACTERS:,} characters more …")
+    elif not text.endswith("\n"):
         err.print()
     return text
 

@@ -156,6 +156,7 @@ def test_plot_draws_a_run_and_the_original_systems_file(trained: Command, tmp_pa
     assert (tmp_path / "training_curve.svg").read_text().startswith("<?xml")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -189,7 +190,10 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert not list(tmp_path.glob("runs/*"))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, tiny_folder: Path, number: int, code: int) -> None:
     arguments = ["train", "--model", str(tiny_folder), "--run", "long", *SMALL]
     arguments[arguments.index("--num-iterations") + 1] = "100000"
@@ -206,6 +210,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, tiny_folder: Path,
     assert list((tmp_path / "runs" / "long" / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.faults
 def test_ctrl_c_elsewhere_is_exit_code_130(countdown: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("grpo_cli.core.puzzle.generate", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     found = countdown("gen-data", "--count", 5)

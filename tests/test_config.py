@@ -148,6 +148,7 @@ def test_the_shipped_file_in_the_working_directory_is_no_layer_of_its_own() -> N
     assert found.sources["train.seed"] == "config.toml"
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("text", [None, "", "\n", "# a comment", "[train]", b"\xef\xbb\xbf[train]\r\nseed = 0\r\n"])
 def test_a_file_that_is_missing_empty_or_from_windows_is_fine(tmp_path: Path, text: str | bytes | None) -> None:
     assert resolved(tmp_path, text).settings == resolved(tmp_path / "nowhere").settings
@@ -196,6 +197,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("table", "name", "value", "complaint"), WRONG)
 def test_a_wrong_value_in_a_file_names_file_key_and_range(
     tmp_path: Path, table: str, name: str, value: str, complaint: str
@@ -205,6 +207,7 @@ def test_a_wrong_value_in_a_file_names_file_key_and_range(
     assert message.endswith(complaint)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("key", "text"),
     [
@@ -230,6 +233,7 @@ def test_a_long_value_is_cut_short_in_the_message(tmp_path: Path) -> None:
     assert len(refused(tmp_path, flags={"train.seed": "x" * 10_000}).message) < 200
 
 
+@pytest.mark.faults
 def test_a_wrong_value_is_found_where_a_stronger_layer_hides_it(tmp_path: Path) -> None:
     hidden = refused(tmp_path, "[train]\nlearning_rate = -1\n", flags={"train.learning_rate": 1})
     assert hidden.message.startswith(f"`train.learning_rate` in `{tmp_path}/config.toml`")
@@ -239,6 +243,7 @@ def test_a_wrong_value_is_found_where_a_stronger_layer_hides_it(tmp_path: Path) 
     assert shadowed.message.startswith("`COUNTDOWN_TRAIN_SEED`")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("text", "name", "nearest"),
     [
@@ -258,6 +263,7 @@ def test_an_unknown_name_in_a_file_is_met_with_the_nearest(tmp_path: Path, text:
     assert error.hint == f"did you mean `{nearest}`?"
 
 
+@pytest.mark.faults
 def test_an_unknown_variable_is_met_with_the_nearest(tmp_path: Path) -> None:
     error = refused(tmp_path, environ={"COUNTDOWN_TRAIN_BATCHSIZE": "4"})
     assert error.message == "unknown setting `COUNTDOWN_TRAIN_BATCHSIZE` in the environment"
@@ -278,6 +284,7 @@ def test_an_unknown_preset_is_met_with_the_known_ones(tmp_path: Path) -> None:
     assert error.hint == "presets are `auto`, `builtin`, `mine`, `qwen2.5-1.5b`"
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -304,6 +311,7 @@ def test_a_malformed_file_is_named(tmp_path: Path, text: str | bytes, complaint:
     assert refused(tmp_path, text).message.startswith(complaint.format(tmp_path / "config.toml"))
 
 
+@pytest.mark.faults
 def test_a_config_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     for path, reason in [(tmp_path / "none.toml", "No such file or directory"), (tmp_path, "Is a directory")]:
         with pytest.raises(CountdownError, match=re.escape(f"cannot read `{path}`: {reason}")):
@@ -326,6 +334,7 @@ def test_a_run_goes_on_with_its_own_settings_under_new_flags(tmp_path: Path) -> 
     assert again.sources["train.num_iterations"] == "flag --num-iterations"
 
 
+@pytest.mark.faults
 def test_a_saved_configuration_that_was_damaged_is_named(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     for saved, complaint in [({"seed": -1}, "`train.seed` in"), ({"sede": 1}, "unknown setting `train.sede`")]:

@@ -68,6 +68,7 @@ def test_newlines_stay_only_where_asked_for() -> None:
     assert display.printable("a\nb\r\n", keep_newlines=True) == "a\nb\\r\n"
 
 
+@pytest.mark.faults
 def test_no_control_or_format_character_gets_through_unseen() -> None:
     everything = "".join(map(chr, [*range(0x10000), *range(0xE0000, 0xE0200)]))
     assert display.printable(everything).isprintable()
@@ -84,6 +85,7 @@ def test_an_excerpt_keeps_the_first_and_last_lines() -> None:
     assert display.excerpt("a\nb", width=10, lines=6).plain == "a\nb"
 
 
+@pytest.mark.faults
 def test_an_excerpt_of_one_endless_line_is_no_larger_than_asked_for() -> None:
     shown = display.excerpt("日" * 1_000_000, width=20, lines=5).plain.split("\n")
     assert len(shown) == 5
@@ -152,6 +154,7 @@ def test_a_narrow_encoding_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch)
     assert written.getvalue() == rb"4 \xd7 7 \u2212 3" + b"\n"
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "show",
     [

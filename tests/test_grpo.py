@@ -423,6 +423,7 @@ def infinite_gradient(policy: Policy, advantage: Tensor) -> str:
     return "gradient norm"
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("spoil", [infinite_loss, infinite_gradient])
 def test_a_loss_or_gradient_that_is_not_finite_leaves_the_weights_alone(
     tiny_policy: Policy, spoil: Callable[[Policy, Tensor], str]

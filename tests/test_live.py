@@ -95,6 +95,7 @@ def test_a_pipe_gets_one_plain_line_for_each_step() -> None:
     )
 
 
+@pytest.mark.faults
 def test_forced_colour_does_not_make_a_pipe_a_terminal() -> None:
     console = Console(file=io.StringIO(), _environ={"FORCE_COLOR": "1", "TERM": "xterm"})
     with TrainingView(200, console=console) as view:
@@ -103,6 +104,7 @@ def test_forced_colour_does_not_make_a_pipe_a_terminal() -> None:
     assert written(console).count("\n") == 1
 
 
+@pytest.mark.faults
 def test_a_terminal_that_cannot_redraw_gets_lines_that_fit() -> None:
     console = terminal(80, TERM="dumb")
     with TrainingView(200, console=console) as view:
@@ -120,6 +122,7 @@ def test_a_metric_that_was_not_logged_shows_as_a_dash() -> None:
 # On a terminal
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("width", "titles"),
     [
@@ -197,6 +200,7 @@ def test_time_left_is_the_pace_of_the_steps_seen_and_counts_down() -> None:
     assert picture(view)[0].endswith("0:00:13 left")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("no_colour", [False, True])
 def test_a_terminal_gets_no_control_character_from_a_completion(no_colour: bool) -> None:
     console = terminal(NO_COLOR="1") if no_colour else terminal()

@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 from conftest import save_tiny_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedModel
 
@@ -214,6 +215,19 @@ def a_mistral(folder: Path) -> None:
     MistralForCausalLM(MistralConfig(vocab_size=832, sliding_window=4, **shape)).save_pretrained(folder)
 
 
+def not_a_number(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def an_index_that_leads_elsewhere(folder: Path) -> None:
+    (folder.parent / "outside.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
+    (folder / "model.safetensors").unlink()
+    places = dict.fromkeys(["model.embed_tokens.weight"], "../outside.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
 SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing weights": (one_layer_more, "missing keys: model.layers.2.input_layernorm.weight and 11 more"),
     "unexpected weights": (one_layer_less, "unexpected keys: model.layers.1.input_layernorm.weight and 11 more"),
@@ -225,6 +239,20 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "config of noise": (containing("config.json", b"\xff{"), "not a valid JSON file"),
     "wrong type": (lambda f: configure(f, hidden_size="wide"), "expected int, got str"),
     "no heads": (lambda f: configure(f, num_attention_heads=0), "cannot load"),
+    "a billion layers": (
+        lambda f: configure(f, num_hidden_layers=10**9),
+        "describes 1000000000 layers, its files hold",
+    ),
+    "a billion words": (lambda f: configure(f, vocab_size=10**9), "weights, its files hold"),
+    "a vector of a billion": (lambda f: configure(f, hidden_size=10**9), "weights, its files hold"),
+    "a million heads": (lambda f: configure(f, num_attention_heads=10**6, head_dim=8), "weights, its files hold"),
+    "a width beyond integers": (lambda f: configure(f, intermediate_size=10**30), "cannot load"),
+    "a negative width": (lambda f: configure(f, intermediate_size=-5), "cannot load"),
+    "layers by name": (lambda f: configure(f, num_hidden_layers="many"), "describes many layers"),
+    "weights that are not numbers": (not_a_number, "are not finite: model.layers.1.mlp.up_proj.weight"),
+    "weights elsewhere": (an_index_that_leads_elsewhere, "cannot load"),
+    "config nested deeply": (containing("config.json", b"[" * 100_000), "cannot load"),
+    "a list for a config": (containing("config.json", b"[]"), "cannot load"),
     "unknown architecture": (lambda f: configure(f, model_type="zork"), "model type `zork`"),
     "no tokenizer": (without("tokenizer.json"), "has no vocabulary"),
     "tokenizer of noise": (containing("tokenizer.json", b"[]"), "cannot load"),
@@ -238,6 +266,7 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("case", SPOILED)
 def test_a_folder_that_does_not_fit_together_is_refused_in_one_sentence(folder: Path, case: str) -> None:
     spoil, reason = SPOILED[case]
@@ -245,17 +274,20 @@ def test_a_folder_that_does_not_fit_together_is_refused_in_one_sentence(folder: 
     assert reason in refusal(folder).message
 
 
+@pytest.mark.faults
 def test_a_pickle_is_never_opened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keep_only_a_pickle(folder)
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened a pickle"))
     refusal(folder)
 
 
+@pytest.mark.faults
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
     small = save_tiny_model(tmp_path / "small", vocab_size=500)
     assert "tokens, its model only 500" in refusal(small).message
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "name", ["nothing", "./no/thing", "/no/thing", "~/thing", "a/b/c", "../a/b", "tests/nothing", "", "a b/c"]
 )
@@ -268,6 +300,7 @@ def test_a_mistyped_folder_is_refused_before_anything_is_fetched(
     assert no_network == []
 
 
+@pytest.mark.faults
 def test_a_hub_id_that_cannot_be_reached_is_one_sentence(
     no_network: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +313,7 @@ def test_a_local_folder_is_loaded_without_a_network(tiny_folder: Path, no_networ
     assert no_network == []
 
 
+@pytest.mark.faults
 def test_code_that_a_folder_brings_along_is_not_run(folder: Path) -> None:
     canary = folder / "canary"
     (folder / "evil.py").write_text(f"import pathlib\npathlib.Path({str(canary)!r}).touch()\nclass C: pass\n")
@@ -292,6 +326,7 @@ def test_code_that_a_folder_brings_along_is_not_run(folder: Path) -> None:
     assert not canary.exists()
 
 
+@pytest.mark.faults
 def test_generation_settings_of_a_model_change_nothing(tiny_policy: Policy, folder: Path) -> None:
     hostile = {
         "do_sample": True,
@@ -327,6 +362,7 @@ def test_every_end_of_sequence_id_is_found(folder: Path) -> None:
     assert policy.end_ids == (5, 7, policy.tokenizer.eos_token_id)
 
 
+@pytest.mark.faults
 def test_a_saved_model_is_the_same_to_everybody(tiny_policy: Policy, tmp_path: Path) -> None:
     tiny_policy.save(tmp_path / "saved")
     assert {path.suffix for path in (tmp_path / "saved").iterdir()} == {".json", ".jinja", ".safetensors"}
@@ -374,6 +410,7 @@ def test_a_frozen_copy_stays_what_it_was(tiny_folder: Path) -> None:
     assert policy.model.training and not reference.model.training
 
 
+@pytest.mark.faults
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there_is_named(tiny_folder: Path) -> None:
     error = refusal(tiny_folder, device="cuda")

@@ -245,6 +245,7 @@ def test_a_file_is_replaced_only_on_request(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.faults
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(CountdownError, match=r"cannot write `.*folder`: Is a directory"):
@@ -259,6 +260,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
 GOOD = {"numbers": [3, 5, 2], "target": 13, "split": "train", "solution": "2 * 5 + 3"}
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -289,12 +291,14 @@ def test_a_wrong_line_is_named(tmp_path: Path, line: str, message: str) -> None:
         read_puzzles(path)
 
 
+@pytest.mark.faults
 def test_files_of_other_systems_are_read(tmp_path: Path) -> None:
     path = tmp_path / "puzzles.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + f"{json.dumps(GOOD)}\r\n{json.dumps(GOOD)}".encode())
     assert read_puzzles(path) == [Puzzle((3, 5, 2), 13)] * 2
 
 
+@pytest.mark.faults
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "puzzles.jsonl"
     with pytest.raises(CountdownError, match=r"cannot read `.*jsonl`: No such file or directory"):

@@ -35,6 +35,7 @@ def test_a_plain_name_makes_a_folder_of_that_name(tmp_path: Path, name: str) -> 
     assert run.path.is_dir()
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "name", ["", ".", "..", ".hidden", "-x", "_x", "a/b", "../x", "/x", "a b", "a\n", "é", "a\0", "a" * 65]
 )
@@ -69,6 +70,7 @@ def test_overwriting_a_name_that_is_free_makes_the_run(tmp_path: Path) -> None:
     assert Run.create(tmp_path, "x", overwrite=True).path.is_dir()
 
 
+@pytest.mark.faults
 def test_overwriting_deletes_links_and_not_what_they_point_to(run: Run, tmp_path: Path) -> None:
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").write_text("kept")
@@ -88,6 +90,7 @@ def link_to_a_run(path: Path) -> None:
     path.symlink_to(target.path)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("make", [other_folder, link_to_a_run, Path.touch, lambda path: path.symlink_to("nowhere")])
 def test_what_is_no_run_is_never_overwritten(tmp_path: Path, make: Callable[[Path], None]) -> None:
     (tmp_path / "runs").mkdir()
@@ -152,6 +155,7 @@ def test_json_files_come_back_as_they_were_written(run: Run) -> None:
     assert environment == {"from step 0": {"torch": "2"}, "from step 7": {"torch": "5"}}
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
@@ -188,6 +192,7 @@ def test_a_number_that_json_cannot_hold_is_not_logged(run: Run) -> None:
     assert run.metrics() == []
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
@@ -211,6 +216,7 @@ def test_a_wrong_line_of_metrics_is_numbered(run: Run, line: bytes, complaint: s
     assert caught.value.message == complaint.replace("{}", str(path))
 
 
+@pytest.mark.faults
 def test_a_last_line_that_was_cut_off_is_left_out(run: Run) -> None:
     run.log({"step": 1})
     with (run.path / "metrics.jsonl").open("a") as file:
@@ -255,6 +261,7 @@ def test_saving_replaces_what_was_there(run: Run) -> None:
     assert {path.name for path in run.path.iterdir()} == {"config.json", "model"}
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("failure", [OSError, KeyboardInterrupt])
 def test_saving_that_fails_keeps_what_was_there(run: Run, failure: type[BaseException]) -> None:
     save(run, run.model_path, "old")
@@ -265,6 +272,7 @@ def test_saving_that_fails_keeps_what_was_there(run: Run, failure: type[BaseExce
     assert {path.name for path in run.path.iterdir()} == {"config.json", "model"}
 
 
+@pytest.mark.faults
 def test_saving_that_fails_between_its_two_renames_puts_the_old_folder_back(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,6 +290,7 @@ def test_saving_that_fails_between_its_two_renames_puts_the_old_folder_back(
     assert contents(run.model_path) == {"weights": "old"}
 
 
+@pytest.mark.faults
 def test_saving_clears_up_after_a_process_that_was_killed(run: Run) -> None:
     checkpoint = run.checkpoint_path(50)
     staged = checkpoint.with_name(".step-50.tmp")
@@ -312,6 +321,7 @@ def test_checkpoints_are_in_order_of_steps_and_the_last_ones_are_kept(run: Run) 
     assert {path.name for path in (run.path / "checkpoints").iterdir()} == {"step-x"}
 
 
+@pytest.mark.faults
 def test_a_damaged_checkpoint_does_not_count_among_those_kept(run: Run) -> None:
     checkpoint(run, 1, 2, 3, 4, 5)
     (run.checkpoint_path(4) / "weights").write_text("longer than it was")
@@ -319,6 +329,7 @@ def test_a_damaged_checkpoint_does_not_count_among_those_kept(run: Run) -> None:
     assert [step for step, _ in run.checkpoints()] == [3, 4, 5]
 
 
+@pytest.mark.faults
 def test_a_checkpoint_that_cannot_be_removed_stays(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint(run, 1, 2, 3)
 
@@ -330,12 +341,14 @@ def test_a_checkpoint_that_cannot_be_removed_stays(run: Run, monkeypatch: pytest
     assert [step for step, _ in run.checkpoints()] == [1, 2, 3]
 
 
+@pytest.mark.faults
 def test_leftovers_of_a_failed_removal_do_not_count(run: Run) -> None:
     checkpoint(run, 1, 2)
     run.checkpoint_path(1).rename(run.path / "checkpoints" / ".step-1.old")
     assert [step for step, _ in run.checkpoints()] == [2]
 
 
+@pytest.mark.faults
 def test_a_second_writer_is_refused_and_named(run: Run) -> None:
     with run.locked() as left_by:
         assert left_by is None
@@ -346,6 +359,7 @@ def test_a_second_writer_is_refused_and_named(run: Run) -> None:
         assert left_by is None
 
 
+@pytest.mark.faults
 def test_the_lock_of_a_dead_process_is_taken_over(run: Run) -> None:
     (run.path / ".lock").write_text("99999999")
     with run.locked() as left_by:
@@ -358,6 +372,7 @@ def test_a_run_that_was_only_begun_is_overwritten(tmp_path: Path) -> None:
     assert Run.create(tmp_path, "begun", overwrite=True).path.is_dir()
 
 
+@pytest.mark.faults
 def test_too_little_space_is_one_sentence(run: Run) -> None:
     run.require_space(1)
     with pytest.raises(CountdownError, match="MB free, and a checkpoint needs") as caught:

@@ -1,7 +1,9 @@
 """The prompt, the scoring contract case by case, and hostile completions."""
 
 import json
+import math
 import random
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -76,6 +78,7 @@ def test_the_contract(answer: str, puzzle: Puzzle, reason: Reason, lenient: bool
     assert answered(answer, puzzle, style) == expected
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("answer", "reason"), HOSTILE, ids=lambda value: repr(value[:20]))
 def test_hostile_answers_neither_pay_nor_raise(answer: str, reason: Reason) -> None:
     assert answered(answer, P13).reason == reason
@@ -206,14 +209,73 @@ def test_a_reward_follows_from_the_answer_and_the_tags_alone(completion: str, st
     assert result.reward > 0.1 or not result.well_formed
 
 
+def seconds(completion: str, style: Style) -> float:
+    """Processor time of scoring a completion, the best of up to three tries."""
+    best = math.inf
+    for _ in range(3):
+        start = time.thread_time()
+        score(completion, P13, style=style)
+        best = min(best, time.thread_time() - start)
+        if best < 0.005:
+            break
+    return best
+
+
+def expression_shaped(rng: random.Random, size: int) -> str:
+    """An expression of the grammar of `size` numbers, its parentheses as deep as chance has it."""
+    if size == 1:
+        number = str(rng.choice([2, 3, 5, 10, 99, 10**9]))
+        return rng.choice(["", "", "-", "+", "- -"]) + (f"({number})" if rng.random() < 0.1 else number)
+    left = rng.randrange(1, size)
+    text = rng.choice([" ", ""]).join(
+        [expression_shaped(rng, left), rng.choice("+-*"), expression_shaped(rng, size - left)]
+    )
+    return f"({text})" if rng.random() < 0.5 else text
+
+
+def grammar_shaped(rng: random.Random) -> str:
+    """A completion around an expression, in every fourth one with a character replaced."""
+    answer = expression_shaped(rng, rng.choice([1, 2, 3, 3, 3, 4, 8, 30, 200]))
+    if rng.random() < 0.25:
+        place = rng.randrange(len(answer))
+        answer = answer[:place] + rng.choice("()+-*×=/. 0x_^\n") + answer[place + 1 :]
+    templates = ["<think>{0}</think>\n<answer>{0}</answer>", "<answer>{0} = 13</answer>", "{0} = 13. So {0}.", "{0}"]
+    return rng.choice(templates).format(answer)
+
+
 @pytest.mark.slow
-def test_a_million_random_strings_are_scored() -> None:
+@pytest.mark.faults
+def test_a_million_random_strings_are_scored_none_in_over_five_milliseconds() -> None:
     rng = random.Random(0)
     rewards = set()
     for number in range(1_000_000):
         completion = "".join(rng.choices(PIECES, k=rng.randrange(20)))
-        rewards.add(score(completion, P13, style=STYLES[number % 3], truncated=number % 2 == 0).reward)
+        style = STYLES[number % 3]
+        start = time.thread_time()
+        rewards.add(score(completion, P13, style=style, truncated=number % 2 == 0).reward)
+        assert time.thread_time() - start < 0.005 or seconds(completion, style) < 0.005, completion
     assert rewards == {0.0, 0.1, 0.2, 1.0}
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_a_hundred_thousand_strings_of_the_grammar_are_scored_none_in_over_five_milliseconds() -> None:
+    rng = random.Random(1)
+    rewards = set()
+    for number in range(100_000):
+        completion, style = grammar_shaped(rng), STYLES[number % 3]
+        rewards.add(score(completion, P13, style=style).reward)
+        assert seconds(completion, style) < 0.005, completion
+    assert rewards == {0.0, 0.1, 0.2, 1.0}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("piece", ["(", "((1)", "1+", "-", "1 = ", "<answer>", "</answer>", "<think>", "9", "\\times "])
+@pytest.mark.parametrize("style", STYLES)
+def test_a_megabyte_of_one_piece_is_scored(piece: str, style: Style) -> None:
+    bomb = piece * (1_000_000 // len(piece))
+    for completion in (bomb, f"<think></think><answer>{bomb}</answer>"):
+        assert score(completion, P13, style=style).reward < 1.0
 
 
 def test_prompts_carry_the_roles_of_their_style() -> None:
@@ -266,6 +328,7 @@ def test_the_bounds_of_a_question_are_inside(puzzle: Puzzle) -> None:
     assert read_question(f"{json.dumps(puzzle.numbers)} -> {puzzle.target}") == puzzle
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("text", "message"),
     [

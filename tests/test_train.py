@@ -236,7 +236,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch, what: str, value: float, bad: set[int
     scored, added = vars(train_module)["score"], grpo.batch_loss
 
     def score(*arguments: Any, **options: Any) -> Score:
-        found, call = scored(*arguments, **options), next(calls)
+        found: Score = scored(*arguments, **options)
+        call = next(calls)
         return replace(found, reward=value) if call % 8 == 0 and call // 8 in bad else found
 
     def batch_loss(*arguments: Any) -> Any:
