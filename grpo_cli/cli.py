@@ -9,13 +9,13 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import typer
 
@@ -432,7 +432,7 @@ def _train(plan: _Plan, old: Run | None, wanted: int | None, create: Callable[[]
                 except OSError as problem:
                     self.message(f"the curves were not drawn: {problem}")
 
-    with _signals() as (stop, save), View(settings.train.num_iterations, start=step) as view:
+    with _Signals() as signals, View(settings.train.num_iterations, start=step) as view:
         try:
             evaluation = core.train(
                 training,
@@ -440,12 +440,12 @@ def _train(plan: _Plan, old: Run | None, wanted: int | None, create: Callable[[]
                 run,
                 settings,
                 view,
-                should_stop=lambda: bool(stop),
-                should_save=lambda: bool(save) and bool(save.pop()),
+                should_stop=signals.should_stop,
+                should_save=signals.should_save,
             )
         except core.Interrupted:
             view.message(f"stopped after step {training.step}; go on: countdown train --run {run.name} --resume")
-            sys.exit(128 + stop[0])
+            sys.exit(128 + (signals.stop or 0))
     found = core.summary(training, evaluation)
     run.write_summary(found)
     display.training_summary(found, run.path)
@@ -457,30 +457,42 @@ def _lock(run: Run, held: ExitStack) -> None:
         display.note(f"run {run.name} was left by process {left_by}, which no longer runs; taking it over")
 
 
-@contextmanager
-def _signals() -> Iterator[tuple[list[int], list[int]]]:
-    """Two lists: the first SIGINT or SIGTERM goes to one, each SIGUSR1 to the other. A second stop ends the process."""
-    stop: list[int] = []
-    save: list[int] = []
+class _Signals:
+    """Remembers a SIGINT or SIGTERM, of which a second one ends the process, and a SIGUSR1, while it is entered."""
 
-    def remember(number: int, _: FrameType | None) -> None:
-        stop.append(number)
+    def __init__(self) -> None:
+        self.stop: int | None = None
+        self._save = self._told = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        handlers = {signal.SIGINT: self._stopped, signal.SIGTERM: self._stopped, signal.SIGUSR1: self._asked}
+        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _stopped(self, number: int, _: FrameType | None) -> None:
+        self.stop = number
         for stopping in (signal.SIGINT, signal.SIGTERM):
             signal.signal(stopping, signal.SIG_DFL)
-        display.note("stopping after saving the last completed step; press Ctrl-C again to leave at once")
-        display.err.show_cursor()  # the view, which hides it, may not get to end
+        if os.isatty(2):
+            os.write(2, b"\x1b[?25h")  # the cursor, which the view hides and may not get to show again
 
-    handlers = {
-        signal.SIGINT: remember,
-        signal.SIGTERM: remember,
-        signal.SIGUSR1: lambda number, _: save.append(number),
-    }
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield stop, save
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+    def _asked(self, _: int, __: FrameType | None) -> None:
+        self._save = True
+
+    def should_stop(self) -> bool:
+        if self.stop is not None and not self._told:
+            self._told = True
+            display.note("stopping after saving the last completed step; press Ctrl-C again to leave at once")
+        return self.stop is not None
+
+    def should_save(self) -> bool:
+        asked, self._save = self._save, False
+        return asked
 
 
 def _evaluate(plan: _Plan, *, quiet: bool) -> Evaluation:

@@ -305,6 +305,7 @@ def test_an_unknown_preset_is_met_with_the_known_ones(tmp_path: Path) -> None:
         (b"[train]\n# caf\xe9\n", "`{}` is not UTF-8 text (byte 13)"),
         (b"\xff\xfe[\x00", "`{}` is not UTF-8 text (byte 0)"),
         (b"runs = '\x00'", "`{}` is not valid TOML: "),
+        (b"#" * 2**21, "`{}` is too large for a settings file"),
     ],
 )
 def test_a_malformed_file_is_named(tmp_path: Path, text: str | bytes, complaint: str) -> None:

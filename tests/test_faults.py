@@ -540,7 +540,7 @@ cli.main()
         line = [sys.executable, "-c", code, "--runs", str(tmp_path), "--model", str(tiny_folder), *SHORT]
         found = subprocess.run([*line, "--save-every", "1"], capture_output=True, text=True, env=ONE_THREAD)
         assert found.returncode == -second, found.stderr
-        assert "press Ctrl-C again" in found.stderr and "Traceback" not in found.stderr
+        assert "Traceback" not in found.stderr
         run = Run(tmp_path / name)
         assert [step for step, _ in run.checkpoints()] == [1]
         assert run.damage(1) is None

@@ -19,6 +19,7 @@ from grpo_cli.core.settings import FIELDS, TABLES, Settings, expected, fixed
 _PACKAGE = Path(__file__).parents[1]
 SHIPPED = next(path for path in (_PACKAGE / "config.toml", _PACKAGE.parent / "config.toml") if path.exists())
 _PREFIX = "COUNTDOWN_"
+_LARGEST = 2**20  # bytes of a settings file
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,11 @@ def _user(config_file: Path | None, directory: Path) -> _File:
 
 def _parse(path: Path) -> dict[str, object]:
     try:
-        return tomli.loads(path.read_bytes().decode("utf-8-sig"))
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            raise CountdownError(f"`{path}` is too large for a settings file")
+        return tomli.loads(content.decode("utf-8-sig"))
     except OSError as error:
         raise CountdownError(f"cannot read `{path}`: {error.strerror}") from None
     except UnicodeDecodeError as error:
