@@ -58,8 +58,8 @@ class Pass:
         self.layers = [self._layer(layer) for layer in decoder.layers]
         positions = torch.arange(longest, device=model.device)
         cosines, sines = decoder.rotary_emb(self.norm, positions[None])  # (1, longest, d)
-        turned = torch.cat([-sines[0, :, : self.width // 2], sines[0, :, self.width // 2 :]], dim=-1)
-        self.cosines, self.sines = cosines[0, :, None].to(self.attend_in), turned[:, None].to(self.attend_in)
+        self.cosines, self.sines = (part[0, :, None].to(self.attend_in) for part in (cosines, sines))
+        self.sines = self.sines[..., : self.width // 2]  # the other half is the same
 
     def _layer(self, layer: Qwen2DecoderLayer) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
@@ -77,7 +77,7 @@ class Pass:
     def hidden(self, tokens: Tensor, positions: Tensor, plan: Plan, *, packed: bool = False) -> Tensor:
         """Final hidden states (M, D) of tokens (M,): M rows of one token each, or one row of M if `packed`."""
         with torch.autocast(self.device, enabled=False):
-            cosines, sines = self.cosines[positions], self.sines[positions]  # (M, 1, d)
+            cosines, sines = self.cosines[positions], self.sines[positions]  # (M, 1, d), (M, 1, d / 2)
             hidden = self.embed(tokens)  # (M, D)
             for index, layer in enumerate(self.layers):
                 mixed = torch.addmm(layer.bias, self._normed(hidden), layer.query_key_value)
@@ -105,20 +105,32 @@ class Pass:
 
 
 def _normed(hidden: Tensor, epsilon: Tensor) -> Tensor:
+    """Vectors x (M, D) over their root mean square, in float32."""
+    if not torch.is_grad_enabled():
+        return hidden * _scale(hidden, epsilon)  # a Function costs more than the arithmetic of a few rows
     return cast("Tensor", _Normed.apply(hidden, epsilon))  # type: ignore[no-untyped-call]
 
 
 def _rotated(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotary positions: the halves (x, y) of each head (M, H, d) become (x cos - y sin, y cos + x sin).
+
+    `cosines` are (M, 1, d), `sines` (M, 1, d / 2).
+    """
+    if not torch.is_grad_enabled():
+        return _turn(heads, cosines, sines)
     return cast("Tensor", _Rotate.apply(heads, cosines, sines))  # type: ignore[no-untyped-call]
 
 
-class _Normed(Function):
-    """Vectors x (M, D) over their root mean square, in float32."""
+def _scale(hidden: Tensor, epsilon: Tensor) -> Tensor:
+    """One over the root mean squares (M, 1)."""
+    norm = vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
+    return torch.addcmul(epsilon, norm, norm, value=1 / hidden.shape[-1]).rsqrt_()
 
+
+class _Normed(Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, epsilon: Tensor) -> Tensor:
-        norm = vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.addcmul(epsilon, norm, norm, value=1 / hidden.shape[-1]).rsqrt_()
+        scale = _scale(hidden, epsilon)
         normed = hidden * scale
         ctx.save_for_backward(normed, scale)
         ctx.dtype = hidden.dtype
@@ -133,11 +145,8 @@ class _Normed(Function):
 
 
 class _Rotate(Function):
-    """Rotary positions: the halves (x, y) of each head (M, H, d) become (x cos - y sin, y cos + x sin)."""
-
     @staticmethod
     def forward(ctx: Any, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-        """`cosines` (M, 1, d), `sines` (M, 1, d) with the signs that their half of the head needs."""
         ctx.save_for_backward(cosines, sines)
         return _turn(heads, cosines, sines)
 
@@ -150,6 +159,7 @@ class _Rotate(Function):
 
 def _turn(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     turned = heads * cosines
-    for mine, other in zip((0, 1), (1, 0), strict=True):
-        turned.chunk(2, dim=-1)[mine].addcmul_(heads.chunk(2, dim=-1)[other], sines.chunk(2, dim=-1)[mine])
+    (x, y), (left, right) = heads.chunk(2, dim=-1), turned.chunk(2, dim=-1)
+    left.addcmul_(y, sines, value=-1)
+    right.addcmul_(x, sines)
     return turned
