@@ -171,8 +171,10 @@ def evaluate_models(
 ) -> None:
     """Measure accuracy on all val puzzles; by default of the newest run's best model.
 
-    Example: countdown eval builtin first --style zero-shot
+    Several models are compared puzzle by puzzle with the first. Example: countdown eval builtin first --style zero-shot
     """
+    from grpo_cli.core.evaluate import paired
+
     if out is not None:
         _require_writable(out, overwrite=overwrite)
     plans = [_plan(ctx, config, name) for name in models] if models else [_plan(ctx, config, None)]
@@ -180,13 +182,16 @@ def evaluate_models(
     if out is not None:
         lines = [json.dumps({"model": result.model, **record}) for result in results for record in result.records()]
         out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    pairs = [pair for result in results[1:] if (pair := paired(results[0], result))]
     if as_json:
         found = [result.to_json() for result in results]
-        display.json_object(found[0] if len(found) == 1 else found)
+        display.json_object(found[0] if len(found) == 1 else {"models": found, "paired": [p.to_json() for p in pairs]})
     elif len(results) == 1:
         display.evaluation(results[0])
     else:
         display.comparison(results)
+        for pair in pairs:
+            display.paired(pair)
 
 
 @app.command(

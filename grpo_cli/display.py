@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from grpo_cli.core.config import Resolved
     from grpo_cli.core.errors import CountdownError
-    from grpo_cli.core.evaluate import Completion, Evaluation
+    from grpo_cli.core.evaluate import Completion, Evaluation, Paired
     from grpo_cli.core.puzzle import Puzzle, Summary
     from grpo_cli.core.task import Score
     from grpo_cli.plot import Curves
@@ -38,6 +38,7 @@ EXCERPT_CHARACTERS = 4_000
 ANSWER_CHARACTERS = 1_000
 REASONING_CHARACTERS = 20_000
 COMPARISON_WIDTH = 76
+SIGNIFICANT = 0.05
 LEVELS = "▁▂▃▄▅▆▇█"
 # Letters and marks that Unicode counts as printable but that show as nothing.
 INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0") | {chr(code) for code in range(0xFE00, 0xFE10)}
@@ -299,6 +300,34 @@ def comparison(results: Sequence[Evaluation]) -> None:
             f"{result.mean_length:.1f}",
         )
     out.print(table)
+
+
+def paired(found: Paired) -> None:
+    """What a second model solves that a first does not, and the reverse, with an example of both."""
+    gained, lost, sure = len(found.gained), len(found.lost), found.p_value < SIGNIFICANT
+    models = [printable(name) for name in (found.first, found.second)]
+    verdict = "" if sure else ": no difference that these puzzles carry"
+    out.print()
+    out.print(
+        Text.assemble(
+            (f"{models[0]} -> {models[1]}", "bold"),
+            f"  {gained:,} puzzles gained, {lost:,} lost, exact McNemar p {_probability(found.p_value)}{verdict}",
+        )
+    )
+    for word, pairs in (("gained", found.gained), ("lost", found.lost)):
+        for pair in pairs[:1]:
+            puzzle = question(pair[0].puzzle.numbers, pair[0].puzzle.target)
+            answers = (f"{printable(_outcome(completion), limit=ANSWER_CHARACTERS)}" for completion in pair)
+            out.print(Padding(Text(f"{word}: {puzzle}  {' -> '.join(answers)}"), (0, 0, 0, 2)))
+
+
+def _probability(value: float) -> str:
+    return f"= {value:.3f}" if value >= 0.001 else "< 0.001"
+
+
+def _outcome(completion: Completion) -> str:
+    answer = completion.score.answer
+    return completion.score.reason if answer is None else f"{answer} ({completion.score.reason})"
 
 
 def sparklines(curves: Sequence[Curves]) -> None:

@@ -103,9 +103,16 @@ def test_eval_json_is_one_object_and_nothing_else(trained: Command) -> None:
     assert (result["model"], result["count"], result["split"]) == ("first", 3, "val")
 
 
-def test_eval_of_several_models_is_a_list(trained: Command, tiny_folder: Path) -> None:
-    found = json.loads(trained("eval", "first", tiny_folder, "--json", "--limit", 2).out)
-    assert [result["model"] for result in found] == ["first", str(tiny_folder)]
+def test_eval_of_several_models_compares_them_with_the_first(trained: Command, tiny_folder: Path) -> None:
+    found = json.loads(trained("eval", "first", tiny_folder, "first", "--json", "--limit", 2).out)
+    assert [result["model"] for result in found["models"]] == ["first", str(tiny_folder), "first"]
+    assert [(pair["first"], pair["second"]) for pair in found["paired"]] == [
+        ("first", str(tiny_folder)),
+        ("first", "first"),
+    ]
+    assert found["paired"][1] == {"first": "first", "second": "first", "gained": 0, "lost": 0, "p_value": 1.0}
+    shown = trained("eval", "first", tiny_folder, "--limit", 2).out
+    assert "puzzles gained" in shown and "McNemar" in shown
 
 
 def test_eval_out_writes_every_completion(trained: Command, tmp_path: Path) -> None:

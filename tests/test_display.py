@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from grpo_cli import display
 from grpo_cli.core.config import resolve
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.evaluate import Completion, Evaluation
+from grpo_cli.core.evaluate import Completion, Evaluation, Paired
 from grpo_cli.core.puzzle import Puzzle, Summary
 from grpo_cli.core.task import score
 from grpo_cli.live import TrainingView
@@ -31,6 +31,12 @@ def eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def unprintable(text: str) -> set[str]:
     return {character for character in text if not character.isprintable()} - {"\n"}
+
+
+def pair(answer: str) -> tuple[Completion, Completion]:
+    texts = (f"<answer>{answer}</answer>", "<think></think><answer>4 * 7 - 3</answer>")
+    one, other = (Completion(PUZZLE, text, len(text), False, score(text, PUZZLE)) for text in texts)
+    return one, other
 
 
 def evaluation(*texts: str, model: str = "builtin") -> Evaluation:
@@ -165,6 +171,7 @@ def test_a_narrow_encoding_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch)
         lambda text: display.prompt_tokens([(1, text)]),
         lambda text: display.evaluation(evaluation(text, model=text)),
         lambda text: display.comparison([evaluation("", model=text)]),
+        lambda text: display.paired(Paired(text, text, [pair(text)], [])),
         lambda text: display.sparklines([Curves(text, [(1, 0.5)], [], [], {text: [(1, 0.5)]})]),
         lambda text: TrainingView(9).message(text),
     ],
@@ -287,6 +294,18 @@ def test_the_summary_of_a_training_compares_base_and_final_accuracy(capsys: pyte
         "best 82.3%, after step 180, saved as the run's model",
         "run runs/first",
     ]
+
+
+def test_a_comparison_never_calls_a_difference_that_chance_makes(capsys: pytest.CaptureFixture[str]) -> None:
+    display.paired(Paired("a", "b", [pair("4 + 7")] * 6, []))
+    display.paired(Paired("a", "b", [pair("4 + 7")] * 5, []))
+    sure, unsure = capsys.readouterr().out.strip().split("\n\n")
+    assert [line.rstrip() for line in sure.splitlines()] == [
+        "a -> b  6 puzzles gained, 0 lost, exact McNemar p = 0.031",
+        "  gained: [4, 7, 3] -> 25  4 + 7 (wrong_numbers) -> 4 * 7 - 3 (correct)",
+    ]
+    shown = " ".join(unsure.split())
+    assert "5 puzzles gained, 0 lost, exact McNemar p = 0.062: no difference that these puzzles carry" in shown
 
 
 def test_a_pipe_gets_no_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:

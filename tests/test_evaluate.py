@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from grpo_cli.core.evaluate import Completion, Evaluation, evaluate, puzzle_set, wilson
+from grpo_cli.core.evaluate import Completion, Evaluation, Paired, evaluate, paired, puzzle_set, wilson
 from grpo_cli.core.policy import Policy
 from grpo_cli.core.puzzle import Puzzle
 from grpo_cli.core.task import score
 
 EASY, HARD = Puzzle((2, 4, 6), 12), Puzzle((2, 4, 6), 36)  # 2 + 4 + 6 and others; (2 + 4) * 6 alone
+OTHER = Puzzle((2, 4, 6), 20)
 RIGHT, WRONG = "<think>x</think><answer>2 + 4 + 6</answer>", "<answer>2 + 4</answer>"
 
 
@@ -45,6 +46,44 @@ def test_one_sample_has_no_pass_at_k() -> None:
 def test_lenient_accuracy_counts_what_the_strict_score_does_not() -> None:
     result = made([completion(EASY, "<answer>2 + 4 + 6 = 12</answer>", 1)])
     assert (result.accuracy, result.lenient_accuracy) == (0.0, 1.0)
+
+
+def test_a_comparison_lists_the_puzzles_that_one_model_alone_solves() -> None:
+    base = made([completion(EASY, RIGHT, 1)], [completion(HARD, WRONG, 1)], [completion(OTHER, WRONG, 1)])
+    better = made(
+        [completion(EASY, RIGHT, 1)],
+        [completion(HARD, "<answer>(2 + 4) * 6</answer>", 1)],
+        [completion(OTHER, RIGHT, 1)],
+    )
+    found = paired(base, better)
+    assert found is not None
+    assert [pair[1].puzzle for pair in found.gained] == [HARD] and found.lost == []
+    assert paired(better, base) == Paired("m", "m", [], [(two, one) for one, two in found.gained])
+
+
+def test_only_the_same_puzzles_with_one_completion_each_are_compared() -> None:
+    one, other = made([completion(EASY, RIGHT, 1)]), made([completion(HARD, RIGHT, 1)])
+    assert paired(one, other) is None
+    assert paired(one, made([completion(EASY, RIGHT, 1)], [completion(HARD, RIGHT, 1)])) is None
+    assert paired(one, made([completion(EASY, RIGHT, 1)] * 2)) is None
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "p_value"),
+    [
+        (0, 0, 1.0),
+        (1, 0, 1.0),  # 2 * 1/2
+        (5, 0, 0.0625),  # 2 / 32
+        (6, 0, 0.03125),
+        (0, 6, 0.03125),
+        (8, 2, 0.109375),  # 2 * (1 + 10 + 45) / 1024
+        (3, 3, 1.0),  # 2 * 42 / 64, capped
+        (180, 3, 1.66651e-49),  # 2 * (1 + 183 + 16653 + 1004731) / 2**183
+    ],
+)
+def test_mcnemar_by_hand(gained: int, lost: int, p_value: float) -> None:
+    pair = (completion(EASY, RIGHT, 1), completion(EASY, WRONG, 1))
+    assert Paired("a", "b", [pair] * gained, [pair] * lost).p_value == pytest.approx(p_value, rel=1e-3)
 
 
 @pytest.mark.parametrize(

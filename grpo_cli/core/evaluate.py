@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 
 from grpo_cli.core.memory import Fit
@@ -133,6 +134,40 @@ class Evaluation:
                 "reason": completion.score.reason,
                 "answer": completion.score.answer,
             }
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two models on the same puzzles, one completion each: the pairs (first's, second's) of which one is right."""
+
+    first: str
+    second: str
+    gained: list[tuple[Completion, Completion]]  # right only in the second
+    lost: list[tuple[Completion, Completion]]
+
+    @property
+    def p_value(self) -> float:
+        """How likely so uneven a split is if gains and losses are: the exact, two-sided test of McNemar (1947)."""
+        changed, fewer = len(self.gained) + len(self.lost), min(len(self.gained), len(self.lost))
+        tail = sum(math.comb(changed, count) for count in range(fewer + 1))
+        return min(1.0, float(Fraction(2 * tail, 1 << changed)))
+
+    def to_json(self) -> dict[str, object]:
+        """The machine-readable result."""
+        found = {"first": self.first, "second": self.second, "gained": len(self.gained), "lost": len(self.lost)}
+        return {**found, "p_value": self.p_value}
+
+
+def paired(first: Evaluation, second: Evaluation) -> Paired | None:
+    """What the second model gains and loses; None unless both have one completion of each of the same puzzles."""
+    if first.samples > 1 or second.samples > 1:
+        return None
+    pairs = list(zip(first._all, second._all, strict=False))
+    if len(first._all) != len(second._all) or any(one.puzzle != other.puzzle for one, other in pairs):
+        return None
+    gained = [pair for pair in pairs if pair[1].score.correct and not pair[0].score.correct]
+    lost = [pair for pair in pairs if pair[0].score.correct and not pair[1].score.correct]
+    return Paired(first.model, second.model, gained, lost)
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
