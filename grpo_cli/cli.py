@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from grpo_cli.core.puzzle import Puzzle
     from grpo_cli.core.run import Run
     from grpo_cli.core.settings import Plot, Settings
+    from grpo_cli.core.state import Training
     from grpo_cli.core.task import Score
     from grpo_cli.plot import Curves
 
@@ -388,14 +389,11 @@ def _train(plan: _Plan, old: Run | None, wanted: int | None, create: Callable[[]
     `held` keeps the run's lock; `wanted` is the step of the checkpoint to go on from, if not the newest.
     """
     from grpo_cli.core import state
-    from grpo_cli.core import train as core
     from grpo_cli.core.evaluate import puzzle_set
     from grpo_cli.core.policy import detect_device
-    from grpo_cli.live import TrainingView
 
     settings = plan.settings
-    device = detect_device(settings.model.device)
-    if state.choose_optimizer(settings.train.optimizer, device) == "adamw8bit":
+    if state.choose_optimizer(settings.train.optimizer, detect_device(settings.model.device)) == "adamw8bit":
         _need("bitsandbytes")
     if old:
         _lock(old, held)
@@ -405,12 +403,12 @@ def _train(plan: _Plan, old: Run | None, wanted: int | None, create: Callable[[]
     optimizer = state.build_optimizer(policy, name=settings.train.optimizer, weight_decay=settings.train.weight_decay)
     training = state.Training(policy, optimizer)
     puzzles = puzzle_set(settings.task.numbers, "train")
-    reference = None
-    if settings.loss.beta > 0:
-        original = _load(plan) if checkpoint else policy
-        if old and checkpoint:
-            state.require_origin(old, original, puzzles)
-        reference = original.frozen_copy()
+    original = policy if checkpoint is None else _load(plan) if settings.loss.beta > 0 else None
+    if old and checkpoint:
+        state.require_origin(old, original, puzzles)
+        training.restore(checkpoint)
+    reference = original.frozen_copy() if original and settings.loss.beta > 0 else None
+
     if old is None:
         _lock(run := create(), held)
     else:
@@ -418,13 +416,18 @@ def _train(plan: _Plan, old: Run | None, wanted: int | None, create: Callable[[]
     run.require_space(2 * training.checkpoint_bytes())
     run.write_config(settings.model_dump())
     run.write_environment(state.environment(policy), step=step)
-    if checkpoint:
-        training.restore(checkpoint)
-    else:
+    if checkpoint is None:
         run.write_origin(state.origin(policy, puzzles))
     if old:
         run.go_back_to(step if checkpoint else -1)
     display.note(f"run {run.path}: {plan.name} on {policy.device}, {policy.precision}, from step {step}")
+    _learn(training, reference, run, settings)
+
+
+def _learn(training: Training, reference: Policy | None, run: Run, settings: Settings) -> None:
+    """Train to the end, or until a signal, with the live view and the run's images."""
+    from grpo_cli.core import train as core
+    from grpo_cli.live import TrainingView
 
     class View(TrainingView):
         """The live view, which also redraws the run's images after each evaluation."""
@@ -437,17 +440,10 @@ def _train(plan: _Plan, old: Run | None, wanted: int | None, create: Callable[[]
                 except OSError as problem:
                     self.message(f"the curves were not drawn: {problem}")
 
-    with _Signals() as signals, View(settings.train.num_iterations, start=step) as view:
+    with _Signals() as signals, View(settings.train.num_iterations, start=training.step) as view:
         try:
-            evaluation = core.train(
-                training,
-                reference,
-                run,
-                settings,
-                view,
-                should_stop=signals.should_stop,
-                should_save=signals.should_save,
-            )
+            stop, save = signals.should_stop, signals.should_save
+            evaluation = core.train(training, reference, run, settings, view, should_stop=stop, should_save=save)
         except core.Interrupted:
             view.message(f"stopped after step {training.step}; go on: countdown train --run {run.name} --resume")
             sys.exit(128 + (signals.stop or 0))

@@ -360,11 +360,13 @@ def test_the_reference_is_the_model_that_the_run_started_from(
     assert everything(tmp_path / "runs") == before
 
 
+@pytest.mark.parametrize("beta", ["0", "0.1"])
 def test_other_puzzles_are_not_taken_for_those_of_the_run(
-    trained: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, beta: str
 ) -> None:
+    assert countdown("train", "--model", tiny_folder, "--run", "first", "--beta", beta, *SHORT).code == 0
     monkeypatch.setattr("grpo_cli.core.evaluate.puzzle_set", lambda *_: [Puzzle((3, 5, 2), 13)])
-    found = trained("train", "--run", "first", "--resume", "--num-iterations", "5")
+    found = countdown("train", "--run", "first", "--resume", "--num-iterations", "5")
     assert found.code == 2
     assert "other puzzles" in found.err
 

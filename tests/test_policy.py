@@ -363,13 +363,16 @@ def test_every_end_of_sequence_id_is_found(folder: Path) -> None:
 
 
 @pytest.mark.faults
-def test_a_saved_model_is_the_same_to_everybody(tiny_policy: Policy, tmp_path: Path) -> None:
+def test_a_saved_model_is_the_same_to_everybody(tiny_policy: Policy, tiny_folder: Path, tmp_path: Path) -> None:
     tiny_policy.save(tmp_path / "saved")
     assert {path.suffix for path in (tmp_path / "saved").iterdir()} == {".json", ".jinja", ".safetensors"}
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     tokens = tiny_policy.encode(MESSAGES)
     assert tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True)["input_ids"] == tokens
+    original = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    with torch.no_grad():
+        assert torch.equal(model(torch.tensor([tokens])).logits, original(torch.tensor([tokens])).logits)
     again = load(str(tmp_path / "saved"), device="cpu", precision="float32")
     assert again.end_ids == tiny_policy.end_ids
     for name, weight in tiny_policy.model.state_dict().items():

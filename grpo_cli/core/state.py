@@ -141,20 +141,21 @@ def choose_checkpoint(
     return 0, None
 
 
-def origin(policy: Policy, puzzles: Sequence[Puzzle]) -> dict[str, object]:
-    """What a run starts from: hashes of the model's weights and tokenizer, and of the puzzles."""
+def origin(policy: Policy | None, puzzles: Sequence[Puzzle]) -> dict[str, object]:
+    """What a run starts from: hashes of the model's weights and tokenizer, if there is one, and of the puzzles."""
     listed = "\n".join(f"{puzzle.numbers} {puzzle.target}" for puzzle in puzzles)
-    return {**policy.fingerprint(), "puzzles": hashlib.sha256(listed.encode()).hexdigest()}
+    return {**(policy.fingerprint() if policy else {}), "puzzles": hashlib.sha256(listed.encode()).hexdigest()}
 
 
-def require_origin(run: Run, policy: Policy, puzzles: Sequence[Puzzle]) -> None:
-    """Raise CountdownError unless `policy` and `puzzles` are what the run started from."""
+def require_origin(run: Run, policy: Policy | None, puzzles: Sequence[Puzzle]) -> None:
+    """Raise CountdownError unless `policy`, if it is needed, and `puzzles` are what the run started from."""
     saved, found = run.read_origin(), origin(policy, puzzles)
     changed = [name for name in found if saved.get(name) != found[name]]
     if changed:
+        start = f"this `{policy.name}`" if policy else "these puzzles"
         raise CountdownError(
-            f"run `{run.name}` did not start from this `{policy.name}`: other {' and '.join(changed)}",
-            "put the model back as it was, or start a new run",
+            f"run `{run.name}` did not start from {start}: other {' and '.join(changed)}",
+            "put it back as it was, or start a new run",
         )
 
 
