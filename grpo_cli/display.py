@@ -409,4 +409,6 @@ def training_summary(summary: Mapping[str, object], folder: Path) -> None:
         ("best", f"{best}, after step {summary['best_step']}, saved as the run's model"),
         ("run", printable(str(folder))),
     ]
+    if summary["bad_steps"]:
+        rows.append(("skipped", f"{summary['bad_steps']} steps whose loss or gradient was not finite"))
     out.print(_facts(rows))

@@ -285,6 +285,7 @@ def test_the_summary_of_a_training_compares_base_and_final_accuracy(capsys: pyte
         "final_interval": [0.771, 0.855],
         "best_accuracy": 0.823,
         "best_step": 180,
+        "bad_steps": 2,
     }
     display.training_summary(summary, Path("runs/first"))
     assert [" ".join(line.split()) for line in STYLE_CODES.sub("", capsys.readouterr().out).splitlines()] == [
@@ -293,7 +294,10 @@ def test_the_summary_of_a_training_compares_base_and_final_accuracy(capsys: pyte
         "final 81.7% (95% interval 77.1 to 85.5%)",
         "best 82.3%, after step 180, saved as the run's model",
         "run runs/first",
+        "skipped 2 steps whose loss or gradient was not finite",
     ]
+    display.training_summary({**summary, "bad_steps": 0}, Path("runs/first"))
+    assert "skipped" not in capsys.readouterr().out
 
 
 def test_a_comparison_never_calls_a_difference_that_chance_makes(capsys: pytest.CaptureFixture[str]) -> None:
