@@ -93,12 +93,12 @@ def test_a_damaged_checkpoint_is_skipped_with_its_reason(run: Run, tmp_path: Pat
         b"{",
         b"{}",
         b"[" * 100_000,
+        b'{"format": 9, "step": 3, "files": {}}',
+        b'{"format": 2, "step": 2, "files": {}}',
+        b'{"format": 2, "step": 3, "files": []}',
         b'{"format": 2, "step": 3, "files": {}}',
-        b'{"format": 1, "step": 2, "files": {}}',
-        b'{"format": 1, "step": 3, "files": []}',
-        b'{"format": 1, "step": 3, "files": {}}',
-        b'{"format": 1, "step": 3, "files": {"a": 1}}',
-        b'{"format": 1, "step": 3, "files": {"state.pt": {}}}',
+        b'{"format": 2, "step": 3, "files": {"a": 1}}',
+        b'{"format": 2, "step": 3, "files": {"state.pt": {}}}',
     ],
 )
 def test_a_forged_manifest_is_skipped(run: Run, content: bytes) -> None:

@@ -25,7 +25,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CHECKPOINT = re.compile(r"step-([0-9]+)")
 _LOCK = ".lock"
 _MANIFEST = "manifest.json"
-_FORMAT = 1  # of a checkpoint; one of another format is not taken up
+_FORMAT = 2  # of a checkpoint; one of another format is not taken up
 
 
 @dataclass(frozen=True)
