@@ -130,13 +130,15 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(tmp_path: Path) 
     assert choose_checkpoint(Run.create(tmp_path, "begun"), default_settings(), None, print) == (0, None)
 
 
-def test_a_disk_that_fills_up_while_saving_leaves_the_checkpoints_before(run: Run, tiny_policy: Policy) -> None:
-    before = everything(run.path)
+@pytest.mark.parametrize("best", [False, True])
+def test_a_disk_that_fills_up_while_saving_leaves_what_was_there(run: Run, tiny_policy: Policy, best: bool) -> None:
+    training(tiny_policy, 3).save_best(run)
+    before, filling = everything(run.path), training(tiny_policy, 4)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
         with pytest.raises(CountdownError, match="cannot save step 4") as caught:
-            training(tiny_policy, 4).save(run, default_settings())
+            filling.save_best(run) if best else filling.save(run, default_settings())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.exit_code == 1

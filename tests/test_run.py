@@ -151,6 +151,8 @@ def test_json_files_come_back_as_they_were_written(run: Run) -> None:
     for step, torch in [(0, "1"), (0, "2"), (7, "3"), (9, "4"), (7, "5")]:
         run.write_environment({"torch": torch}, step=step)
     assert run.read_summary() == {"base": 0.25, "note": "\ud800 é"}
+    (run.path / "environment.json").write_text('{"from step 0": {"torch": "2"}, "from step x": 1, "mine": 2}')
+    run.write_environment({"torch": "5"}, step=7)
     environment = json.loads((run.path / "environment.json").read_text())
     assert environment == {"from step 0": {"torch": "2"}, "from step 7": {"torch": "5"}}
 

@@ -311,7 +311,7 @@ def _check_size(name: str, folder: Path) -> None:
 
 def _shapes(path: Path) -> list[list[int]]:
     with safe_open(path, framework="pt") as file:
-        return [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
+        return [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118 (it is no mapping)
 
 
 def _load_model(name: str, source: str, *, local: bool, dtype: torch.dtype) -> transformers.PreTrainedModel:

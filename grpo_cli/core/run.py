@@ -23,6 +23,7 @@ from grpo_cli.core.errors import CountdownError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CHECKPOINT = re.compile(r"step-([0-9]+)")
+_FROM_STEP = re.compile(r"from step ([0-9]+)")
 _LOCK = ".lock"
 _MANIFEST = "manifest.json"
 _FORMAT = 2  # of a checkpoint; one of another format is not taken up
@@ -109,6 +110,11 @@ class Run:
         folders = (self.path / "checkpoints").glob("step-*")
         matches = [(_CHECKPOINT.fullmatch(folder.name), folder) for folder in folders]
         return sorted((int(match[1]), folder) for match, folder in matches if match)
+
+    @property
+    def saved_steps(self) -> str:
+        """The steps of all checkpoints, to be read by people."""
+        return ", ".join(str(step) for step, _ in self.checkpoints()) or "none"
 
     def damage(self, step: int, *, contents: bool = True) -> str | None:
         """What is wrong with the checkpoint of a step by its manifest, or None; by sizes alone without `contents`."""
@@ -223,7 +229,8 @@ class Run:
         """Where the run is computed from `step` on; what was written of earlier steps stays."""
         path = self.path / "environment.json"
         known = _read_json(path) if step and path.exists() else {}
-        earlier = {key: value for key, value in known.items() if int(key.removeprefix("from step ")) < step}
+        steps = {key: _FROM_STEP.fullmatch(key) for key in known}
+        earlier = {key: known[key] for key, match in steps.items() if match and int(match[1]) < step}
         _write_json(path, {**earlier, f"from step {step}": environment})
 
     def write_summary(self, summary: Mapping[str, object]) -> None:

@@ -1,14 +1,15 @@
 """The state of a training: what a checkpoint holds, how a run is taken up again, and what it started from.
 
-Puzzles and random numbers are functions of (seed, step), so with a run's settings nothing else is needed. Knows
-neither the algorithm nor file names of a run.
+Puzzles and random numbers are functions of (seed, step), so with a run's settings nothing else is needed. Knows the
+files within a checkpoint, but neither the algorithm nor where a run keeps anything.
 """
 
 from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -59,18 +60,27 @@ class Training:
         if facts["optimizer"] == "AdamW8bit":
             facts["bitsandbytes"] = version("bitsandbytes")
         progress = {name: getattr(self, name) for name in _PROGRESS}
+        with self._reported(run), run.saving(run.checkpoint_path(self.step), facts) as folder:
+            self.policy.save(folder / "model")
+            torch.save({"optimizer": self.optimizer.state_dict(), "progress": progress}, folder / "state.pt")
+        run.prune_checkpoints(settings.train.keep_last, also=self.resumed_from)
+
+    def save_best(self, run: Run) -> None:
+        """Keep the model of this step as the run's; raises as `save` does."""
+        with self._reported(run), run.saving(run.model_path) as folder:
+            self.policy.save(folder)
+
+    @contextmanager
+    def _reported(self, run: Run) -> Iterator[None]:
+        """One sentence for whatever the libraries raise when a disk is full."""
         try:
-            with run.saving(run.checkpoint_path(self.step), facts) as folder:
-                self.policy.save(folder / "model")
-                torch.save({"optimizer": self.optimizer.state_dict(), "progress": progress}, folder / "state.pt")
+            yield
         except (OSError, RuntimeError, SafetensorError) as error:
-            kept = ", ".join(str(step) for step, _ in run.checkpoints()) or "none"
             raise CountdownError(
                 f"cannot save step {self.step} in `{run.path}`: {' '.join(str(error).split())}",
-                f"make room, then go on with `--run {run.name} --resume`; checkpoints: {kept}",
+                f"make room, then go on with `--run {run.name} --resume`; checkpoints: {run.saved_steps}",
                 exit_code=1,
             ) from error
-        run.prune_checkpoints(settings.train.keep_last, also=self.resumed_from)
 
     def checkpoint_bytes(self) -> int:
         """About how large a checkpoint is: the weights, and two moments of each."""
@@ -120,8 +130,8 @@ def choose_checkpoint(
     """
     found = dict(run.checkpoints())
     if step is not None and step not in found:
-        steps = ", ".join(map(str, found)) or "none"
-        raise CountdownError(f"run `{run.name}` has no checkpoint of step {step}", f"choose one of: {steps}")
+        hint = f"choose one of: {run.saved_steps}"
+        raise CountdownError(f"run `{run.name}` has no checkpoint of step {step}", hint)
     for candidate in sorted(found, reverse=True) if step is None else [step]:
         problem = run.damage(candidate)
         if problem is None:

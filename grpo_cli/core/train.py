@@ -107,12 +107,8 @@ def train(
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
-        hint = f"take a smaller model or batch; checkpoints of the run: {_listed(run)}"
+        hint = f"take a smaller model or batch; checkpoints of the run: {run.saved_steps}"
         raise CountdownError(f"memory ran out after step {training.step}", hint, exit_code=1) from error
-
-
-def _listed(run: Run) -> str:
-    return ", ".join(str(step) for step, _ in run.checkpoints()) or "none"
 
 
 @dataclass
@@ -346,8 +342,7 @@ class _Loop:
             training.base_accuracy = accuracy
         elif training.best_accuracy is None or accuracy > training.best_accuracy:
             training.best_accuracy, training.best_step = accuracy, training.step
-            with self.run_folder.saving(self.run_folder.model_path) as folder:
-                training.policy.save(folder)
+            training.save_best(self.run_folder)
 
     def _evaluation(self) -> Evaluation:
         settings = self.settings
