@@ -23,7 +23,7 @@ from grpo_cli.core.puzzle import Puzzle
 from grpo_cli.core.run import Run
 from grpo_cli.core.settings import Settings, digest
 
-_PROGRESS = ["step", "pending", "base_accuracy", "accuracy", "best_accuracy", "best_step", "bad_steps", "bad_in_a_row"]
+_PROGRESS = ["step", "pending", "base_accuracy", "best_accuracy", "best_step", "bad_steps", "bad_in_a_row"]
 
 
 @dataclass
@@ -36,7 +36,6 @@ class Training:
     # Metrics of `step` that are not logged yet, because an evaluation that belongs to them has not ended.
     pending: dict[str, float] | None = field(default_factory=lambda: dict[str, float](step=0))
     base_accuracy: float | None = None  # of the starting model, greedy on the val puzzles
-    accuracy: float | None = None  # at the last evaluation
     best_accuracy: float | None = None
     best_step: int = 0
     bad_steps: int = 0  # steps without a finite loss and gradient, which were skipped

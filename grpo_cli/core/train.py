@@ -337,7 +337,6 @@ class _Loop:
     def _keep_best(self, accuracy: float) -> None:
         """Keep the model if it is the best so far; the one that training starts from is not kept."""
         training = self.training
-        training.accuracy = accuracy
         if training.step == 0:
             training.base_accuracy = accuracy
         elif training.best_accuracy is None or accuracy > training.best_accuracy:
