@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from grpo_cli.core.evaluate import Completion, Evaluation, Paired, evaluate, paired, puzzle_set, wilson
+from grpo_cli.core.evaluate import Completion, Evaluation, Paired, evaluate, paired, puzzle_set
 from grpo_cli.core.policy import Policy
 from grpo_cli.core.puzzle import Puzzle
+from grpo_cli.core.statistics import wilson
 from grpo_cli.core.task import score
 
 EASY, HARD = Puzzle((2, 4, 6), 12), Puzzle((2, 4, 6), 36)  # 2 + 4 + 6 and others; (2 + 4) * 6 alone
@@ -66,37 +67,6 @@ def test_only_the_same_puzzles_with_one_completion_each_are_compared() -> None:
     assert paired(one, other) is None
     assert paired(one, made([completion(EASY, RIGHT, 1)], [completion(HARD, RIGHT, 1)])) is None
     assert paired(one, made([completion(EASY, RIGHT, 1)] * 2)) is None
-
-
-@pytest.mark.parametrize(
-    ("gained", "lost", "p_value"),
-    [
-        (0, 0, 1.0),
-        (1, 0, 1.0),  # 2 * 1/2
-        (5, 0, 0.0625),  # 2 / 32
-        (6, 0, 0.03125),
-        (0, 6, 0.03125),
-        (8, 2, 0.109375),  # 2 * (1 + 10 + 45) / 1024
-        (3, 3, 1.0),  # 2 * 42 / 64, capped
-        (180, 3, 1.66651e-49),  # 2 * (1 + 183 + 16653 + 1004731) / 2**183
-    ],
-)
-def test_mcnemar_by_hand(gained: int, lost: int, p_value: float) -> None:
-    pair = (completion(EASY, RIGHT, 1), completion(EASY, WRONG, 1))
-    assert Paired("a", "b", [pair] * gained, [pair] * lost).p_value == pytest.approx(p_value, rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("share", "count", "low", "high"),
-    [
-        (0.5, 10, 0.236593, 0.763407),
-        (0.0, 10, 0.0, 0.277533),
-        (1.0, 10, 0.722467, 1.0),
-        (0.8, 327, 0.753274, 0.839759),
-    ],
-)
-def test_wilson_interval(share: float, count: int, low: float, high: float) -> None:
-    assert wilson(share, count) == pytest.approx((low, high), abs=1e-5)
 
 
 def test_json_has_the_promised_keys() -> None:

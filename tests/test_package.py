@@ -30,6 +30,7 @@ LIGHT = [
     "grpo_cli.core.puzzle",
     "grpo_cli.core.run",
     "grpo_cli.core.settings",
+    "grpo_cli.core.statistics",
     "grpo_cli.core.task",
 ]
 

@@ -6,21 +6,19 @@ sampling error. Knows neither training nor terminals.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
 
 from grpo_cli.core.memory import Fit
 from grpo_cli.core.policy import Policy
 from grpo_cli.core.puzzle import ENUMERABLE, Puzzle, Split, enumerate_puzzles, generate, needs_parentheses, solve
 from grpo_cli.core.rollout import draws, sample
+from grpo_cli.core.statistics import mcnemar, wilson
 from grpo_cli.core.task import Score, Style, prompt, score
 
 GENERATED = 2_000  # puzzles drawn where the space is too large
-Z = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -147,10 +145,7 @@ class Paired:
 
     @property
     def p_value(self) -> float:
-        """How likely so uneven a split is if gains and losses are: the exact, two-sided test of McNemar (1947)."""
-        changed, fewer = len(self.gained) + len(self.lost), min(len(self.gained), len(self.lost))
-        tail = sum(math.comb(changed, count) for count in range(fewer + 1))
-        return min(1.0, float(Fraction(2 * tail, 1 << changed)))
+        return mcnemar(len(self.gained), len(self.lost))
 
     def to_json(self) -> dict[str, object]:
         """The machine-readable result."""
@@ -168,14 +163,6 @@ def paired(first: Evaluation, second: Evaluation) -> Paired | None:
     gained = [pair for pair in pairs if pair[1].score.correct and not pair[0].score.correct]
     lost = [pair for pair in pairs if pair[0].score.correct and not pair[1].score.correct]
     return Paired(first.model, second.model, gained, lost)
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a share seen in `count` trials (Wilson 1927)."""
-    spread = Z**2 / count
-    centre = (share + spread / 2) / (1 + spread)
-    half = Z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def puzzle_set(numbers: int, split: Split) -> list[Puzzle]:
