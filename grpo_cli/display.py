@@ -311,7 +311,7 @@ def paired(found: Paired) -> None:
     out.print(
         Text.assemble(
             (f"{models[0]} -> {models[1]}", "bold"),
-            f"  {gained:,} puzzles gained, {lost:,} lost, exact McNemar p {_probability(found.p_value)}{verdict}",
+            f"  {gained:,} puzzles gained, {lost:,} lost, exact McNemar p {probability(found.p_value)}{verdict}",
         )
     )
     for word, pairs in (("gained", found.gained), ("lost", found.lost)):
@@ -321,7 +321,8 @@ def paired(found: Paired) -> None:
             out.print(Padding(Text(f"{word}: {puzzle}  {' -> '.join(answers)}"), (0, 0, 0, 2)))
 
 
-def _probability(value: float) -> str:
+def probability(value: float) -> str:
+    """A p value as `= 0.031` or `< 0.001`."""
     return f"= {value:.3f}" if value >= 0.001 else "< 0.001"
 
 

@@ -2,8 +2,9 @@
 
 Nothing else knows a file name of a run. What the numbers, weights and tensors mean is not known here.
 
-runs/<name>/  config.json  origin.json  environment.json  summary.json  metrics.jsonl  samples.jsonl
-              training_curve.png  kl_divergence.png  model/  checkpoints/step-50/  bad_steps/  .lock
+runs/<name>/  config.json  origin.json  environment.json  summary.json  metrics.jsonl  evaluations.jsonl
+              samples.jsonl  training_curve.png  kl_divergence.png  report.html
+              model/  checkpoints/step-50/  bad_steps/  .lock
 """
 
 import fcntl
@@ -227,11 +228,14 @@ class Run:
 
     def write_environment(self, environment: Mapping[str, object], *, step: int) -> None:
         """Where the run is computed from `step` on; what was written of earlier steps stays."""
-        path = self.path / "environment.json"
-        known = _read_json(path) if step and path.exists() else {}
+        known = self.read_environment() if step else {}
         steps = {key: _FROM_STEP.fullmatch(key) for key in known}
         earlier = {key: known[key] for key, match in steps.items() if match and int(match[1]) < step}
-        _write_json(path, {**earlier, f"from step {step}": environment})
+        _write_json(self._environment, {**earlier, f"from step {step}": environment})
+
+    def read_environment(self) -> dict[str, object]:
+        """What `write_environment` wrote, by the step that it holds from."""
+        return _read_json(self._environment) if self._environment.exists() else {}
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
         _write_json(self._summary, summary)
@@ -259,6 +263,14 @@ class Run:
         """Every logged line, [] before the first; raises CountdownError naming the line that is not one of numbers."""
         return [_numbers(line) for line in _lines(self._metrics)]
 
+    def evaluations(self) -> list[tuple[str, dict[str, object]]]:
+        """(where it stands, what it holds) of every cell of puzzles evaluated, each with its `step`."""
+        return [(line.place, line.record) for line in _lines(self.path / "evaluations.jsonl")]
+
+    def samples(self) -> list[tuple[str, dict[str, object]]]:
+        """(where it stands, what it holds) of every completion logged, each with its `step`."""
+        return [(line.place, line.record) for line in _lines(self._samples)]
+
     def go_back_to(self, step: int) -> None:
         """Forget metrics, samples and checkpoints of later steps, which a training that goes on makes again."""
         _settle(self.model_path)
@@ -274,6 +286,10 @@ class Run:
     def config_path(self) -> Path:
         """File of the resolved settings."""
         return self.path / "config.json"
+
+    @property
+    def _environment(self) -> Path:
+        return self.path / "environment.json"
 
     @property
     def _summary(self) -> Path:
