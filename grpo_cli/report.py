@@ -27,6 +27,7 @@ from grpo_cli.plot import Curves, Series
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 STYLE = Path(__file__).with_suffix(".css")
 INCHES = (6.4, 4.4)
+TITLED = 3  # runs named in the title
 Record = TypeVar("Record")
 UNTESTED = "Which puzzles were solved was not recorded, so no test can tell whether this is more than chance."
 NO_DIFFERENCE = "no difference that these puzzles carry"
@@ -247,7 +248,7 @@ def _folded(summary: str, *content: Html) -> Html:
 def page(accounts: Sequence[Account], *, defaults: Mapping[str, object], smooth: bool = False, window: int = 10) -> str:
     """The whole page. `defaults` are the shipped settings by key; curves are smoothed over `window` steps if asked."""
     names = [account.name for account in accounts]
-    title = names[0] if len(names) == 1 else f"{len(names)} runs"
+    title = ", ".join(names) if len(names) <= TITLED else f"{len(names)} runs"
     sections = [
         ("", _all(_headline(account, titled=len(names) > 1) for account in accounts)),
         ("Curves", _figures([account.curves for account in accounts], smooth=smooth, window=window)),
@@ -346,13 +347,18 @@ def _verdict(account: Account) -> str:
     found = change(account.own.get(0), best)
     if found is None:
         return UNTESTED if 0 in account.own else "The start was not evaluated, so there is nothing to compare with."
-    p_value = min(1.0, found.p_value * account.looks)
-    chosen = f", times {account.looks} for choosing the best of them" if account.looks > 1 else ""
+    p_value = _corrected(account, found)
+    chosen = f", corrected for choosing the best of {account.looks} evaluations" if account.looks > 1 else ""
     counts = f"{found.gained:,} of {best.count:,} puzzles gained and {found.lost:,} lost"
     test = f"{counts} (exact McNemar p {probability(p_value)}{chosen})"
     if p_value >= SIGNIFICANT:
         return f"Start and best step show {NO_DIFFERENCE}: {test}."
     return f"The model {'improved' if found.gained > found.lost else 'got worse'}: {test}."
+
+
+def _corrected(account: Account, found: Change | None) -> float:
+    """The p value of start against best, which was chosen from several evaluations on the same puzzles."""
+    return min(1.0, found.p_value * account.looks) if found else 1.0
 
 
 def _duration(seconds: float) -> str:
@@ -386,26 +392,27 @@ def _matrix(account: Account) -> Html:
         return Html("")
     rows, tested = [], False
     for name, steps in account.cells.items():
-        count = max(found.count for found in steps.values())
         found = change(steps.get(0), steps.get(account.best or 0)) if account.best else None
         tested = tested or found is not None
-        peak = max(steps.values(), key=lambda one: one.accuracy)
-        rows.append(
-            [
-                name,
-                f"{count:,}" if count else "-",
-                *(_accuracy(steps.get(step)) for _, step in stations),
-                f"step {peak.step:,}",
-                *_changed(found, account.looks),
-            ]
-        )
+        marks = [_accuracy(steps.get(step)) for _, step in stations]
+        rows.append([_all([name, _small(_about(account, steps))]), *marks, _changed(found, _corrected(account, found))])
     titles = [_all([word, _small(f"step {step:,}")]) for word, step in stations]
-    table = _table(["cell", "puzzles", *titles, "peak", "gained", "lost", "p"], rows, kind="numbers")
+    table = _table(["cell", *titles, "start to best"], rows, kind="numbers")
     note = (
-        "Bands are 95 % intervals. Gained, lost and p (exact McNemar) compare the best step with the start on the "
-        f"same puzzles; p is multiplied by {account.looks}, the evaluations that the best was chosen from."
+        "Bands are 95 % intervals. Puzzles gained and lost from the start to the best step, with the p value of the "
+        f"exact McNemar test, multiplied by {account.looks}: the evaluations that the best was chosen from."
     )
     return _all([table, element("p", note if tested else UNTESTED, class_="soft")])
+
+
+def _about(account: Account, steps: Mapping[int, Evaluated]) -> str:
+    """How many puzzles a cell has, and where it peaked if that is not the best step."""
+    count = max(found.count for found in steps.values())
+    peak = max(steps.values(), key=lambda one: one.accuracy)
+    best = steps.get(account.best or 0)
+    beaten = best is not None and peak.accuracy > best.accuracy
+    words = [f"{count:,} puzzles"] * (count > 0) + [f"peak {percent(peak.accuracy)} at step {peak.step:,}"] * beaten
+    return ", ".join(words)
 
 
 def _accuracy(found: Evaluated | None) -> Html | str:
@@ -415,14 +422,10 @@ def _accuracy(found: Evaluated | None) -> Html | str:
     return _all([element("span", percent(found.accuracy)), bounds, _strip(found)])
 
 
-def _changed(found: Change | None, factor: int = 1) -> list[str]:
+def _changed(found: Change | None, p_value: float = 1.0) -> Html | str:
     if found is None:
-        return ["-", "-", "-"]
-    return [f"+{found.gained:,}", f"−{found.lost:,}", _p(min(1.0, found.p_value * factor))]
-
-
-def _p(value: float) -> str:
-    return probability(value).removeprefix("= ")
+        return "-"
+    return _all([f"+{found.gained:,} −{found.lost:,}", element("small", f"p {probability(p_value)}", class_="whole")])
 
 
 # Comparison
@@ -451,18 +454,17 @@ def _compared(first: Account, second: Account) -> Html:
             _all([one.cell, _small(f"{word} models, {one.count:,} puzzles")]),
             _all([percent(one.accuracy), _small(f"step {one.step:,}")]),
             _all([percent(other.accuracy), _small(f"step {other.step:,}")]),
-            *_changed(tested)[:2],
-            _p(p_value),
+            _changed(tested, p_value),
             _winner(tested, p_value, first.name, second.name),
         ]
         for (word, one, other, tested), p_value in zip(found, adjusted, strict=True)
     ]
     note = (
-        f"Gained and lost: puzzles that {second.name} solves and {first.name} does not, and the reverse. p: exact "
-        f"McNemar, adjusted by Holm's method for the {len(found)} tests read together. The best models were chosen on "
-        "puzzles that they are compared on, the last ones were not: theirs is the fairer test."
+        f"Puzzles that {second.name} solves and {first.name} does not, and the reverse, with the p value of the exact "
+        f"McNemar test, adjusted by Holm's method for the {len(found)} tests read together. Best models were chosen on "
+        "these puzzles, last ones were not: theirs is the fairer test."
     )
-    table = _table(["cell", first.name, second.name, "gained", "lost", "p", "verdict"], rows, kind="numbers")
+    table = _table(["cell", first.name, second.name, "change", "verdict"], rows, kind="numbers")
     return _all([title, table, element("p", note, class_="soft")])
 
 
