@@ -24,6 +24,7 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.options import flags, settings_command
 
 if TYPE_CHECKING:
+    from grpo_cli.account import Account
     from grpo_cli.core.config import Resolved
     from grpo_cli.core.evaluate import Evaluation
     from grpo_cli.core.policy import Policy
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from grpo_cli.core.state import Training
     from grpo_cli.core.task import Score
     from grpo_cli.plot import Curves
-    from grpo_cli.report import Account
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -569,18 +569,18 @@ def _draw(curves: Sequence[Curves], folder: Path, style: Plot) -> list[Path]:
 
 def _account(root: Path, name: str, curves: Curves) -> Account:
     """What a report tells of a run, or of a metrics file."""
-    from grpo_cli import report
+    from grpo_cli import account
     from grpo_cli.core import config
     from grpo_cli.core.settings import values
 
     run = _run_named(root, name)
     if run is None:
-        return report.Account(curves)
-    return report.Account(
+        return account.Account(curves)
+    return account.Account(
         curves,
         run.metrics(),
-        report.read_evaluations(run.evaluations()),
-        report.read_samples(run.samples()),
+        account.read_evaluations(run.evaluations()),
+        account.read_samples(run.samples()),
         values(config.restore(run.read_config(), run.config_path).settings),
         run.read_summary(),
         run.read_environment(),

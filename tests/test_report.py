@@ -19,11 +19,11 @@ import pytest
 from conftest import Command
 
 from grpo_cli import plot, report
+from grpo_cli.account import Account, Change, Evaluated, change, read_evaluations, read_samples
 from grpo_cli.core import config
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.run import Run
 from grpo_cli.core.settings import values
-from grpo_cli.report import Account, Change, Evaluated, change
 
 DEFAULTS = config.defaults()
 SETTINGS = values(config.resolve(has_cuda=lambda: False).settings)
@@ -68,7 +68,7 @@ def line(step: int, solved: str, *, cell: str = OWN, completion: str = "<answer>
 
 
 def evaluated(*lines: Mapping[str, object]) -> list[Evaluated]:
-    return report.read_evaluations([("here", one) for one in lines])
+    return read_evaluations([("here", one) for one in lines])
 
 
 def account(*lines: Mapping[str, object], name: str = "first", steps: int = 4) -> Account:
@@ -232,7 +232,7 @@ def test_samples_of_training_stand_in_for_examples() -> None:
         {"step": step, "numbers": [1, 2], "target": 3, "completion": f"say {text}", "reward": 0, "reason": "no_answer"}
         for step, text in rows
     ]
-    samples = report.read_samples([("here", record) for record in records])
+    samples = read_samples([("here", record) for record in records])
     assert [(sample.step, sample.completion) for sample in samples] == [(3, "say a"), (3, "say b"), (5, "say e")]
     words = shown(Account(account().curves, samples=samples)).words
     assert {"say a", "say b", "say e"} <= set(words)
