@@ -497,16 +497,16 @@ class _Signals:
 
 
 def _evaluate(plan: _Plan, *, quiet: bool) -> Evaluation:
-    from grpo_cli.core.evaluate import evaluate, puzzle_set
+    from grpo_cli.core.evaluate import evaluate, puzzles_of
     from grpo_cli.core.memory import Fit
+    from grpo_cli.core.suite import Cell
 
     task, settings = plan.settings.task, plan.settings.eval
     policy = _load(plan)
-    puzzles = puzzle_set(task.numbers, settings.split)
     with display.progress(f"evaluating {plan.name}", quiet=quiet) as advance:
         return evaluate(
             policy,
-            puzzles[: settings.limit or None],
+            puzzles_of(Cell(settings.split, task.numbers, task.style), settings.limit),
             style=task.style,
             max_new_tokens=settings.max_new_tokens,
             samples=settings.samples,

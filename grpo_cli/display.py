@@ -191,7 +191,9 @@ def gen_data_summary(summary: Summary, path: Path | None) -> None:
 def config_table(resolved: Resolved) -> None:
     """Every setting with its value and the source of the value; what differs from the shipped default stands out."""
     table = _table("setting", "value", "source")
-    for name, value in _flatten(resolved.settings.model_dump()):
+    settings = resolved.settings.model_dump()
+    suites = {f"suite.{name}": f"{len(cells)} cells" for name, cells in settings.pop("suite").items()}
+    for name, value in (*_flatten(settings), *suites.items()):
         source = resolved.sources[name]
         style = "dim" if source == "config.toml" else ""
         shown = json.dumps(value, ensure_ascii=False)

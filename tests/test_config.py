@@ -92,7 +92,7 @@ def test_your_file_changes_a_shipped_preset_key_by_key(tmp_path: Path) -> None:
 
 
 def test_every_setting_has_a_source(tmp_path: Path) -> None:
-    assert resolved(tmp_path).sources.keys() == FIELDS.keys()
+    assert resolved(tmp_path).sources.keys() == {*FIELDS, "suite.transfer"}
 
 
 @pytest.mark.parametrize(

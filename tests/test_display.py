@@ -41,7 +41,7 @@ def pair(answer: str) -> tuple[Completion, Completion]:
 
 def evaluation(*texts: str, model: str = "builtin") -> Evaluation:
     completions = [[Completion(PUZZLE, text, len(text), False, score(text, PUZZLE))] for text in texts]
-    return Evaluation(model, "val", "one-shot", 3, 1, 0.0, completions)
+    return Evaluation(model, "val", "one-shot", 3, 1, 0.0, 160, 0, completions)
 
 
 # Text

@@ -19,7 +19,7 @@ def completion(puzzle: Puzzle, text: str, length: int) -> Completion:
 
 
 def made(*rows: list[Completion]) -> Evaluation:
-    return Evaluation("m", "val", "one-shot", 3, len(rows[0]), 1.0, list(rows))
+    return Evaluation("m", "val", "one-shot", 3, len(rows[0]), 1.0, 160, 0, list(rows))
 
 
 def test_every_figure_by_hand() -> None:
