@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -338,6 +338,7 @@ def sparklines(curves: Sequence[Curves]) -> None:
     for run in curves:
         accuracies = {"train": run.accuracy, **run.val}
         shown = [(f"{name} accuracy", points, percent) for name, points in accuracies.items()]
+        shown += [(name, points, percent) for name, points in run.cells.items()]
         shown += [("reward", run.reward, "{:.3f}".format), ("kl", run.kl, "{:.4f}".format)]
         table = Table.grid(padding=(0, 2, 0, 0))
         for name, points, form in shown:
@@ -400,17 +401,41 @@ def progress(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def training_summary(summary: Mapping[str, object], folder: Path) -> None:
+def training_summary(summary: Mapping[str, Any], folder: Path) -> None:
     """What a training came to, on stdout."""
-    base, final, best = (percent(cast(float, summary[f"{name}_accuracy"])) for name in ("base", "final", "best"))
-    bounds = cast(tuple[float, float], summary["final_interval"])
+    base, final, best = (percent(summary[f"{name}_accuracy"]) for name in ("base", "final", "best"))
+    spent = summary["seconds"]
+    whole = spent["training"] + spent["evaluation"]
     out.print(Text(f"val accuracy on {summary['puzzles']} puzzles, greedy", style="bold"))
     rows = [
         ("base", base),
-        ("final", f"{final}  (95% interval {interval(bounds)})"),
+        ("final", f"{final}  (95% interval {interval(summary['final_interval'])})"),
         ("best", f"{best}, after step {summary['best_step']}, saved as the run's model"),
+        ("time", f"{whole:,.0f} s, {percent(spent['evaluation'] / whole if whole else 0.0)} of it in evaluations"),
         ("run", printable(str(folder))),
     ]
     if summary["bad_steps"]:
         rows.append(("skipped", f"{summary['bad_steps']} steps whose loss or gradient was not finite"))
     out.print(_facts(rows))
+    if len(summary["peaks"]) > 1:
+        out.print()
+        out.print(_peaks(summary))
+
+
+def _peaks(summary: Mapping[str, Any]) -> Group:
+    """When each cell of a suite was at its best, and what going on after the step that is kept has changed."""
+    best, last = f"step {summary['best_step']}", f"step {summary['steps']}"
+    numeric = ("puzzles", "start", "peak", "at step", best, last, "gained", "lost", "p")
+    columns = ["cell", *dict.fromkeys(numeric)]
+    table = _table(*columns, numeric=numeric)
+    for name, cell in summary["peaks"].items():
+        shares = {"start": "start", "peak": "accuracy", best: "kept", last: "last"}
+        cells = {column: percent(cell[key]) for column, key in shares.items()}
+        cells |= {"puzzles": f"{cell['count']:,}", "at step": str(cell["step"])}
+        cells |= {"gained": f"+{cell['gained']}", "lost": f"-{cell['lost']}", "p": f"{cell['p_value']:.3f}"}
+        table.add_row(name, *(cells[column] for column in columns[1:]))
+    spent = f"{summary['seconds_after_best']:,.0f} s after {best}"
+    sure = [name for name, cell in summary["peaks"].items() if cell["p_value"] < SIGNIFICANT]
+    words = "no cell has changed by more than chance" if not sure else f"changed by more than chance: {', '.join(sure)}"
+    went = f"going on took {spent}; {words}" if summary["steps"] > summary["best_step"] else "the last step is the best"
+    return Group(table, Text(f"\n{went} (exact McNemar from {best} to {last}, cell by cell)"))

@@ -286,6 +286,10 @@ def test_the_summary_of_a_training_compares_base_and_final_accuracy(capsys: pyte
         "best_accuracy": 0.823,
         "best_step": 180,
         "bad_steps": 2,
+        "steps": 200,
+        "seconds": {"training": 300.0, "evaluation": 100.0, "suite": 75.0},
+        "seconds_after_best": 40.0,
+        "peaks": {"val 3 one-shot": {}},
     }
     display.training_summary(summary, Path("runs/first"))
     assert [" ".join(line.split()) for line in STYLE_CODES.sub("", capsys.readouterr().out).splitlines()] == [
@@ -293,6 +297,7 @@ def test_the_summary_of_a_training_compares_base_and_final_accuracy(capsys: pyte
         "base 35.5%",
         "final 81.7% (95% interval 77.1 to 85.5%)",
         "best 82.3%, after step 180, saved as the run's model",
+        "time 400 s, 25.0% of it in evaluations",
         "run runs/first",
         "skipped 2 steps whose loss or gradient was not finite",
     ]

@@ -15,14 +15,16 @@ import torch
 
 from grpo_cli.core import config, grpo
 from grpo_cli.core import train as train_module
+from grpo_cli.core.curriculum import puzzles_of_step
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.policy import load
 from grpo_cli.core.puzzle import Puzzle, enumerate_puzzles
 from grpo_cli.core.run import Run
 from grpo_cli.core.settings import Settings
 from grpo_cli.core.state import Training, build_optimizer, choose_checkpoint
+from grpo_cli.core.summary import summary
 from grpo_cli.core.task import Reason, Score
-from grpo_cli.core.train import Interrupted, learning_rate_at, puzzles_of_step, summary, train
+from grpo_cli.core.train import Interrupted, learning_rate_at, train
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +51,9 @@ class Watcher:
     def progress(self, phase: str, done: int, total: int) -> None:
         self.tokens += phase.startswith("sampling")
 
-    def evaluated(self, step: int, accuracy: float, count: int, interval: tuple[float, float]) -> None:
+    def evaluated(
+        self, step: int, accuracy: float, count: int, interval: tuple[float, float], suite_mean: float | None
+    ) -> None:
         self.evaluations.append(step)
 
     def step(self, metrics: Mapping[str, float], sample: Mapping[str, object]) -> None:
@@ -217,7 +221,7 @@ def test_eval_puzzles_are_chosen_once(tiny_folder: Path, tmp_path: Path) -> None
     val = list(enumerate_puzzles(3, "val"))
     expected = [val[index] for index in sorted(random.Random(0).sample(range(327), 6))]
     assert [row[0].puzzle for row in found.completions] == expected
-    assert summary(training, found)["puzzles"] == 6
+    assert summary(training, found, run)["puzzles"] == 6
 
 
 def test_eight_bit_adamw_learns_on_the_cpu(tiny_policy: object, tiny_folder: Path, tmp_path: Path) -> None:
@@ -277,7 +281,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_kept(
         assert not all(map(torch.equal, weights[one], weights[other]))
     assert all(bool(torch.isfinite(weight).all()) for weight in weights[3])
     assert [line["bad_steps"] for line in run.metrics()[1:]] == [0, 1, 1, 1]
-    assert summary(training, found)["bad_steps"] == 1
+    assert summary(training, found, run)["bad_steps"] == 1
     (message,) = watcher.messages
     assert message.startswith("step 2: the ") and "not finite" in message
     report = json.loads((run.path / "bad_steps" / "step-2.json").read_text())

@@ -222,6 +222,12 @@ def mcnemar(gained: int, lost: int) -> float:
     return min(1.0, float(Fraction(2 * tail, 1 << changed)))
 
 
+def changes(first: str, second: str) -> tuple[int, int]:
+    """Puzzles gained and lost between two records of who was solved, a character for each puzzle, "1" if it was."""
+    pairs = Counter(zip(first, second, strict=True))
+    return pairs["0", "1"], pairs["1", "0"]
+
+
 def wilson(share: float, count: int) -> tuple[float, float]:
     """95 % Wilson score interval of a share seen in `count` trials (Wilson 1927)."""
     spread = Z**2 / count

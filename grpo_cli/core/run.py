@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import count
 from pathlib import Path
 from typing import Literal, Self
@@ -26,7 +26,22 @@ _CHECKPOINT = re.compile(r"step-([0-9]+)")
 _FROM_STEP = re.compile(r"from step ([0-9]+)")
 _LOCK = ".lock"
 _MANIFEST = "manifest.json"
-_FORMAT = 2  # of a checkpoint; one of another format is not taken up
+_FORMAT = 3  # of a checkpoint; one of another format is not taken up
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a run keeps of an evaluation of one cell; `Evaluation.record` says what each is."""
+
+    cell: str
+    count: int
+    accuracy: float
+    interval: list[float]
+    format_rate: float
+    mean_length: float
+    reasons: dict[str, int]
+    solved: str
+    examples: list[dict[str, object]]
 
 
 @dataclass(frozen=True)
@@ -248,6 +263,10 @@ class Run:
         """Append one line per completion, each with its `step`, to samples.jsonl."""
         _append(self._samples, samples)
 
+    def log_evaluations(self, records: Iterable[Mapping[str, object]]) -> None:
+        """Append one line per cell evaluated, each with its `step`, to evaluations.jsonl."""
+        _append(self._evaluations, records)
+
     def write_bad_step(self, step: int, batch: Mapping[str, object]) -> Path:
         """Keep the batch of a step that was skipped, and say where."""
         path = self.path / "bad_steps" / f"step-{step}.json"
@@ -259,14 +278,26 @@ class Run:
         """Every logged line, [] before the first; raises CountdownError naming the line that is not one of numbers."""
         return [_numbers(line) for line in _lines(self._metrics)]
 
-    def go_back_to(self, step: int) -> None:
-        """Forget metrics, samples and checkpoints of later steps, which a training that goes on makes again."""
+    def evaluations(self) -> dict[str, dict[int, Evaluated]]:
+        """What was evaluated: by cell, then by step, in order; {} before the first."""
+        found: dict[str, dict[int, Evaluated]] = {}
+        for line in _lines(self._evaluations):
+            one = _evaluated(line)
+            found.setdefault(one.cell, {})[line.step] = one
+        return found
+
+    def go_back_to(self, step: int, *, pending: bool = False) -> None:
+        """Forget metrics, samples and checkpoints of later steps, which a training that goes on makes again.
+
+        With `pending`, the evaluation and metrics of `step` itself are still to be logged too.
+        """
         _settle(self.model_path)
         for later, folder in self.checkpoints():
             if later > step:
                 _discard(folder)
-        for path in (self._metrics, self._samples):
-            kept = [line.raw for line in _lines(path) if line.step <= step]
+        for path in (self._metrics, self._evaluations, self._samples):
+            last = step - (pending and path != self._samples)
+            kept = [line.raw for line in _lines(path) if line.step <= last]
             if path.exists():
                 _write(path, b"".join(kept))
 
@@ -282,6 +313,10 @@ class Run:
     @property
     def _metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def _evaluations(self) -> Path:
+        return self.path / "evaluations.jsonl"
 
     @property
     def _samples(self) -> Path:
@@ -332,6 +367,20 @@ def _numbers(line: _Line) -> dict[str, float]:
             raise CountdownError(f"`{name}` in {line.place} is not a number")
         numbers[name] = value
     return numbers
+
+
+def _evaluated(line: _Line) -> Evaluated:
+    """The record of an evaluation, as `Evaluation.record` made it."""
+    names = [field.name for field in fields(Evaluated)]
+    try:
+        one = Evaluated(**{name: line.record[name] for name in names})  # type: ignore[arg-type]
+    except KeyError as missing:
+        raise CountdownError(f"{line.place} has no {missing}") from None
+    if not isinstance(one.cell, str) or not isinstance(one.accuracy, int | float):
+        raise CountdownError(f"{line.place} is no evaluation")
+    if not isinstance(one.solved, str) or len(one.solved) != one.count:
+        raise CountdownError(f"`solved` in {line.place} does not have a character for each of `count` puzzles")
+    return one
 
 
 def _append(path: Path, records: Iterable[Mapping[str, object]]) -> None:
