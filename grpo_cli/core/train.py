@@ -234,8 +234,9 @@ class _Loop:
             return False
         if training.step not in dict(self.run_folder.checkpoints()):
             training.save(self.run_folder, self.settings)
+        waited = f"{training.waited} evaluation{'s' if training.waited > 1 else ''} no better"
         best = f"the best is that of step {training.best_step}"
-        self.observer.message(f"stopping after step {training.step}: {training.waited} evaluations no better; {best}")
+        self.observer.message(f"stopping after step {training.step}: {waited}; {best}")
         return True
 
     def _step(self, step: int, clock: Clock) -> tuple[dict[str, float], _Batch]:
