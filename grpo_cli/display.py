@@ -425,15 +425,14 @@ def training_summary(summary: Mapping[str, Any], folder: Path) -> None:
 def _peaks(summary: Mapping[str, Any]) -> Group:
     """When each cell of a suite was at its best, and what going on after the step that is kept has changed."""
     best, last = f"step {summary['best_step']}", f"step {summary['steps']}"
-    numeric = ("puzzles", "start", "peak", "at step", best, last, "gained", "lost", "p")
-    columns = ["cell", *dict.fromkeys(numeric)]
-    table = _table(*columns, numeric=numeric)
+    columns = dict.fromkeys(["cell", "n", "start", "peak", best, last, "change", "p"])
+    table = _table(*columns, numeric=list(columns)[1:])
     for name, cell in summary["peaks"].items():
-        shares = {"start": "start", "peak": "accuracy", best: "kept", last: "last"}
-        cells = {column: percent(cell[key]) for column, key in shares.items()}
-        cells |= {"puzzles": f"{cell['count']:,}", "at step": str(cell["step"])}
-        cells |= {"gained": f"+{cell['gained']}", "lost": f"-{cell['lost']}", "p": f"{cell['p_value']:.3f}"}
-        table.add_row(name, *(cells[column] for column in columns[1:]))
+        cells = {"cell": name, "n": f"{cell['count']:,}", "start": percent(cell["start"])}
+        cells |= {"peak": f"{percent(cell['accuracy'])} at {cell['step']}"}
+        cells |= {best: percent(cell["kept"]), last: percent(cell["last"])}
+        cells |= {"change": f"+{cell['gained']} -{cell['lost']}", "p": _probability(cell["p_value"]).removeprefix("= ")}
+        table.add_row(*(cells[column] for column in columns))
     spent = f"{summary['seconds_after_best']:,.0f} s after {best}"
     sure = [name for name, cell in summary["peaks"].items() if cell["p_value"] < SIGNIFICANT]
     words = "no cell has changed by more than chance" if not sure else f"changed by more than chance: {', '.join(sure)}"
