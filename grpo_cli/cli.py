@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -150,6 +151,8 @@ def train(
         resolved = layers.go_on(old.read_config(), old.config_path, flags=given)
     display.note(f"preset {resolved.settings.preset}: {resolved.preset_reason}")
     plan = _plan_of(resolved, root, resolved.settings.model.model)
+    if resolved.settings.model.ref_model != "same":
+        _source(root, resolved.settings.model.ref_model)
     if old is None:
         Run.check(root, run, overwrite=overwrite)
     if dry_run:
@@ -321,17 +324,22 @@ def _plan(ctx: typer.Context, config_file: Path | None, name: str | None) -> _Pl
 
 def _plan_of(resolved: Resolved, root: Path, name: str) -> _Plan:
     """The plan for a run's name, a folder, a hub id or `builtin`; what is missing is refused before anything loads."""
+    return _Plan(_source(root, name), name, resolved.settings)
+
+
+def _source(root: Path, name: str) -> str:
+    """Where the model of a name is loaded from."""
     from grpo_cli.core.policy import find
 
     run = _run_named(root, name)
     if run is None:
         find(name)
-        return _Plan(name, name, resolved.settings)
+        return name
     if not run.model_path.is_dir():
         raise CountdownError(
             f"run `{name}` has no saved model yet", f"go on with `countdown train --run {name} --resume`"
         )
-    return _Plan(str(run.model_path), name, resolved.settings)
+    return str(run.model_path)
 
 
 def _run_named(root: Path, name: str) -> Run | None:
@@ -355,16 +363,13 @@ def _load(plan: _Plan, source: Path | None = None) -> Policy:
 
 def _show(resolved: Resolved, plan: _Plan) -> None:
     """What `train` would do: every setting with its source, and the first prompt as the model reads it."""
-    from grpo_cli.core.evaluate import puzzle_set
     from grpo_cli.core.policy import prompt_tokens
     from grpo_cli.core.task import prompt
-    from grpo_cli.core.train import puzzles_of_step
+    from grpo_cli.core.train import curriculum
 
-    settings = resolved.settings
     display.config_table(resolved)
-    puzzles = puzzle_set(settings.task.numbers, "train")
-    puzzle = puzzles_of_step(puzzles, 1, batch_size=1, seed=settings.train.seed)[0]
-    display.prompt_tokens(prompt_tokens(plan.source, prompt(puzzle, settings.task.style)))
+    puzzle, style = curriculum(resolved.settings).prompts(1)[0]
+    display.prompt_tokens(prompt_tokens(plan.source, prompt(puzzle, style)))
 
 
 def _need(package: str) -> None:
@@ -395,8 +400,8 @@ def _train(plan: _Plan, old: Run | None, wanted: int | None, create: Callable[[]
     `held` keeps the run's lock; `wanted` is the step of the checkpoint to go on from, if not the newest.
     """
     from grpo_cli.core import state
-    from grpo_cli.core.evaluate import puzzle_set
     from grpo_cli.core.policy import detect_device
+    from grpo_cli.core.train import curriculum
 
     settings = plan.settings
     if state.choose_optimizer(settings.train.optimizer, detect_device(settings.model.device)) == "adamw8bit":
@@ -408,12 +413,12 @@ def _train(plan: _Plan, old: Run | None, wanted: int | None, create: Callable[[]
     settings = state.settled(settings, policy)
     optimizer = state.build_optimizer(policy, name=settings.train.optimizer, weight_decay=settings.train.weight_decay)
     training = state.Training(policy, optimizer)
-    puzzles = puzzle_set(settings.task.numbers, "train")
+    puzzles = list(chain.from_iterable(curriculum(settings).puzzles.values()))
     original = policy if checkpoint is None else _load(plan) if settings.loss.beta > 0 else None
+    reference = _reference(plan, original) if original and settings.loss.beta > 0 else None
     if old and checkpoint:
-        state.require_origin(old, original, puzzles)
+        state.require_origin(old, original, reference, puzzles)
         training.restore(checkpoint)
-    reference = original.frozen_copy() if original and settings.loss.beta > 0 else None
 
     if old is None:
         _lock(run := create(), held)
@@ -423,23 +428,39 @@ def _train(plan: _Plan, old: Run | None, wanted: int | None, create: Callable[[]
     run.write_config(settings.model_dump())
     run.write_environment(state.environment(policy), step=step)
     if checkpoint is None:
-        run.write_origin(state.origin(policy, puzzles))
+        run.write_origin(state.origin(policy, reference, puzzles))
     if old:
-        run.go_back_to(step if checkpoint else -1)
+        run.go_back_to(step if checkpoint else -1, pending=training.pending is not None)
     display.note(f"run {run.path}: {plan.name} on {policy.device}, {policy.precision}, from step {step}")
     _learn(training, reference, run, settings)
+
+
+def _reference(plan: _Plan, starting: Policy) -> Policy:
+    """The frozen reference: `starting` as it is now, or the model that the settings name."""
+    name = plan.settings.model.ref_model
+    if name == "same":
+        return starting.frozen_copy()
+    other = _load(replace(plan, source=_source(Path(plan.settings.runs), name), name=name)).frozen_copy()
+    if other.fingerprint()["tokenizer"] != starting.fingerprint()["tokenizer"]:
+        raise CountdownError(
+            f"`{name}` reads text in other tokens than `{plan.name}`", "take a `--ref-model` with the same tokenizer"
+        )
+    return other
 
 
 def _learn(training: Training, reference: Policy | None, run: Run, settings: Settings) -> None:
     """Train to the end, or until a signal, with the live view and the run's images."""
     from grpo_cli.core import train as core
+    from grpo_cli.core.summary import summary
     from grpo_cli.live import TrainingView
 
     class View(TrainingView):
         """The live view, which also redraws the run's images after each evaluation."""
 
-        def evaluated(self, step: int, accuracy: float, count: int, interval: tuple[float, float]) -> None:
-            super().evaluated(step, accuracy, count, interval)
+        def evaluated(
+            self, step: int, accuracy: float, count: int, interval: tuple[float, float], suite_mean: float | None = None
+        ) -> None:
+            super().evaluated(step, accuracy, count, interval, suite_mean)
             if step:
                 try:
                     _draw([_curves_of(run)], run.path, settings.plot)
@@ -453,7 +474,7 @@ def _learn(training: Training, reference: Policy | None, run: Run, settings: Set
         except core.Interrupted:
             view.message(f"stopped after step {training.step}; go on: countdown train --run {run.name} --resume")
             sys.exit(128 + (signals.stop or 0))
-    found = core.summary(training, evaluation)
+    found = summary(training, evaluation, run)
     run.write_summary(found)
     display.training_summary(found, run.path)
 
@@ -503,16 +524,16 @@ class _Signals:
 
 
 def _evaluate(plan: _Plan, *, quiet: bool) -> Evaluation:
-    from grpo_cli.core.evaluate import evaluate, puzzle_set
+    from grpo_cli.core.evaluate import evaluate, puzzles_of
     from grpo_cli.core.memory import Fit
+    from grpo_cli.core.suite import Cell
 
     task, settings = plan.settings.task, plan.settings.eval
     policy = _load(plan)
-    puzzles = puzzle_set(task.numbers, settings.split)
     with display.progress(f"evaluating {plan.name}", quiet=quiet) as advance:
         return evaluate(
             policy,
-            puzzles[: settings.limit or None],
+            puzzles_of(Cell(settings.split, task.numbers, task.style), settings.limit),
             style=task.style,
             max_new_tokens=settings.max_new_tokens,
             samples=settings.samples,
@@ -579,8 +600,8 @@ def _account(root: Path, name: str, curves: Curves) -> Account:
     return account.Account(
         curves,
         run.metrics(),
-        account.read_evaluations(run.evaluations()),
-        account.read_samples(run.samples()),
+        run.evaluations(),
+        run.samples(),
         values(config.restore(run.read_config(), run.config_path).settings),
         run.read_summary(),
         run.read_environment(),

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -191,7 +191,9 @@ def gen_data_summary(summary: Summary, path: Path | None) -> None:
 def config_table(resolved: Resolved) -> None:
     """Every setting with its value and the source of the value; what differs from the shipped default stands out."""
     table = _table("setting", "value", "source")
-    for name, value in _flatten(resolved.settings.model_dump()):
+    settings = resolved.settings.model_dump()
+    suites = {f"suite.{name}": f"{len(cells)} cells" for name, cells in settings.pop("suite").items()}
+    for name, value in (*_flatten(settings), *suites.items()):
         source = resolved.sources[name]
         style = "dim" if source == "config.toml" else ""
         shown = json.dumps(value, ensure_ascii=False)
@@ -337,6 +339,7 @@ def sparklines(curves: Sequence[Curves]) -> None:
     for run in curves:
         accuracies = {"train": run.accuracy, **run.val}
         shown = [(f"{name} accuracy", points, percent) for name, points in accuracies.items()]
+        shown += [(name, points, percent) for name, points in run.cells.items()]
         shown += [("reward", run.reward, "{:.3f}".format), ("kl", run.kl, "{:.4f}".format)]
         table = Table.grid(padding=(0, 2, 0, 0))
         for name, points, form in shown:
@@ -399,17 +402,40 @@ def progress(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def training_summary(summary: Mapping[str, object], folder: Path) -> None:
+def training_summary(summary: Mapping[str, Any], folder: Path) -> None:
     """What a training came to, on stdout."""
-    base, final, best = (percent(cast(float, summary[f"{name}_accuracy"])) for name in ("base", "final", "best"))
-    bounds = cast(tuple[float, float], summary["final_interval"])
+    base, final, best = (percent(summary[f"{name}_accuracy"]) for name in ("base", "final", "best"))
+    spent = summary["seconds"]
+    whole = spent["training"] + spent["evaluation"]
     out.print(Text(f"val accuracy on {summary['puzzles']} puzzles, greedy", style="bold"))
     rows = [
         ("base", base),
-        ("final", f"{final}  (95% interval {interval(bounds)})"),
+        ("final", f"{final}  (95% interval {interval(summary['final_interval'])})"),
         ("best", f"{best}, after step {summary['best_step']}, saved as the run's model"),
+        ("time", f"{whole:,.0f} s, {percent(spent['evaluation'] / whole if whole else 0.0)} of it in evaluations"),
         ("run", printable(str(folder))),
     ]
     if summary["bad_steps"]:
         rows.append(("skipped", f"{summary['bad_steps']} steps whose loss or gradient was not finite"))
     out.print(_facts(rows))
+    if len(summary["peaks"]) > 1:
+        out.print()
+        out.print(_peaks(summary))
+
+
+def _peaks(summary: Mapping[str, Any]) -> Group:
+    """When each cell of a suite was at its best, and what going on after the step that is kept has changed."""
+    best, last = f"step {summary['best_step']}", f"step {summary['steps']}"
+    columns = dict.fromkeys(["cell", "n", "start", "peak", best, last, "change", "p"])
+    table = _table(*columns, numeric=list(columns)[1:])
+    for name, cell in summary["peaks"].items():
+        cells = {"cell": name, "n": f"{cell['count']:,}", "start": percent(cell["start"])}
+        cells |= {"peak": f"{percent(cell['accuracy'])} at {cell['step']}"}
+        cells |= {best: percent(cell["kept"]), last: percent(cell["last"])}
+        cells |= {"change": f"+{cell['gained']} -{cell['lost']}", "p": probability(cell["p_value"]).removeprefix("= ")}
+        table.add_row(*(cells[column] for column in columns))
+    spent = f"{summary['seconds_after_best']:,.0f} s after {best}"
+    sure = [name for name, cell in summary["peaks"].items() if cell["p_value"] < SIGNIFICANT]
+    words = "no cell has changed by more than chance" if not sure else f"changed by more than chance: {', '.join(sure)}"
+    went = f"going on took {spent}; {words}" if summary["steps"] > summary["best_step"] else "the last step is the best"
+    return Group(table, Text(f"\n{went} (exact McNemar from {best} to {last}, cell by cell)"))

@@ -84,6 +84,7 @@ class Evaluated:
     step: int
     accuracy: float
     interval: tuple[float, float]
+    suite_mean: float | None
 
 
 class TrainingView:
@@ -137,13 +138,16 @@ class TrainingView:
         """How far the phase of the current step is; shown on a terminal only."""
         self._phase = f"{phase} {done:,} of {total:,}"
 
-    def evaluated(self, step: int, accuracy: float, count: int, interval: tuple[float, float]) -> None:
-        """Accuracy on `count` val puzzles after `step`, with its 95 % interval."""
+    def evaluated(
+        self, step: int, accuracy: float, count: int, interval: tuple[float, float], suite_mean: float | None = None
+    ) -> None:
+        """Accuracy on `count` val puzzles after `step`, with its 95 % interval, and the mean of the suite's cells."""
         self._phase = ""
-        self._evaluations = (*self._evaluations, Evaluated(step, accuracy, interval))
+        self._evaluations = (*self._evaluations, Evaluated(step, accuracy, interval, suite_mean))
         if not self._live:
             shown = f"{display.percent(accuracy)} of {count:,} puzzles ({display.interval(interval)})"
-            self.message(f"step {step}: val accuracy {shown}")
+            suite = "" if suite_mean is None else f", mean of the suite {display.percent(suite_mean)}"
+            self.message(f"step {step}: val accuracy {shown}{suite}")
 
     def step(self, metrics: Mapping[str, float], sample: Mapping[str, object]) -> None:
         """The metrics of a finished step and one of its completions, a record of samples.jsonl."""
@@ -241,7 +245,8 @@ def _accuracies(evaluations: tuple[Evaluated, ...]) -> str:
     if latest is start:
         return f"start {accuracy} ({interval})"
     best = display.percent(max(evaluated.accuracy for evaluated in evaluations))
-    return f"start {display.percent(start.accuracy)}, step {latest.step} {accuracy} ({interval}), best {best}"
+    suite = "" if latest.suite_mean is None else f", suite {display.percent(latest.suite_mean)}"
+    return f"start {display.percent(start.accuracy)}, step {latest.step} {accuracy} ({interval}), best {best}{suite}"
 
 
 def _phases(metrics: Mapping[str, float]) -> str:

@@ -11,13 +11,14 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.suite import CELLS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +34,8 @@ ORIGINAL_KEYS = ("rewards_avg", "train_accuracies_avg", "val_accuracies_avg", "k
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v")
 MOST_MARKERS = 30
+SUITE = "suite/"
+STYLE_COLOURS = {"one-shot": COLOURS[0], "zero-shot": COLOURS[1], "natural": COLOURS[2]}
 NAME_CHARACTERS = 24
 LEGEND_CHARACTERS = 100
 FORMATS = ("png", "svg")
@@ -43,7 +46,8 @@ SVG_METADATA = ("Creator", "Date", "Format", "Type")
 class Curves:
     """The curves of one run, each as (step, value) points in the order of steps.
 
-    `val` holds one series for each set that was evaluated: `val`, or `val` with the name that the original gave it.
+    `val` holds one series for each set that was evaluated: `val`, or `val` with the name that the original gave it;
+    `cells` one for each cell of the suite that was evaluated besides, such as `val 4 zero-shot`.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Curves:
     accuracy: Series
     kl: Series
     val: dict[str, Series]
+    cells: dict[str, Series] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:
@@ -88,7 +93,8 @@ def from_metrics(name: str, lines: Iterable[Mapping[str, float]]) -> Curves:
     def series(key: str) -> Series:
         return [(int(row["step"]), row[key]) for row in rows if key in row and math.isfinite(row[key])]
 
-    return Curves(name, series("reward"), series("accuracy"), series("kl"), {"val": series("val_accuracy")})
+    cells = {cell: points for cell in CELLS if (points := series(SUITE + cell))}
+    return Curves(name, series("reward"), series("accuracy"), series("kl"), {"val": series("val_accuracy")}, cells)
 
 
 def _metrics(path: Path, text: str) -> Iterable[dict[str, float]]:
@@ -145,7 +151,10 @@ def moving_average(values: Sequence[float], window: int) -> list[float]:
 
 
 def training_curve(curves: Sequence[Curves], path: Path, *, smooth: bool = False, window: int = 10) -> None:
-    """Write train and val accuracy, and the reward below them, over the steps; PNG or SVG by the suffix of `path`."""
+    """Write train and val accuracy, the cells of a suite if there is one, and the reward below, over the steps.
+
+    Stars are peaks. PNG or SVG by the suffix of `path`.
+    """
     _write(training_figure(curves, smooth=smooth, window=window), path)
 
 
@@ -166,21 +175,28 @@ def svg(figure: Figure, *, prefix: str) -> str:
 
 
 def training_figure(curves: Sequence[Curves], *, smooth: bool, window: int) -> Figure:
-    """The figure that `training_curve` writes: accuracies in the upper panel, rewards in the lower."""
-    figure, (upper, lower) = _panels(curves, height=6.0, ratios=(2, 1))
+    """The figure that `training_curve` writes: accuracies, then those of the cells, if there are, then rewards."""
+    suites = any(run.cells for run in curves)
+    figure, panels = _panels(curves, height=9.0 if suites else 6.0, ratios=(2, 2, 1) if suites else (2, 1))
+    upper, lower = panels[0], panels[-1]
     for index, run in enumerate(curves):
         colour = COLOURS[index % len(COLOURS)]
         _line(upper, run.accuracy, colour, _label("train", run, curves), smooth=smooth, window=window)
         for order, (name, points) in enumerate(run.val.items()):
             val_colour = colour if len(curves) > 1 else COLOURS[(order + 1) % len(COLOURS)]
             marker = MARKERS[order % len(MARKERS)]
-            _markers(upper, points, val_colour, marker, _label(name, run, curves))
+            _markers(upper, points, val_colour, marker, "--", _label(name, run, curves))
+        for name, points in run.cells.items():
+            split, numbers, style = name.split(" ", 2)
+            look = (STYLE_COLOURS[style], MARKERS[int(numbers) - 3], "--" if split == "val" else ":")
+            _markers(panels[1], points, look[0] if len(curves) == 1 else colour, *look[1:], _label(name, run, curves))
         _line(lower, run.reward, colour, "", smooth=smooth, window=window)
-    upper.set(ylabel="accuracy", ylim=(0, 1.02))
-    upper.yaxis.set_major_formatter("{x:.0%}")
+    for axes in panels[:-1]:
+        axes.set(ylabel="accuracy", ylim=(0, 1.02))
+        axes.yaxis.set_major_formatter("{x:.0%}")
     lower.set_ylabel("reward")
     lower.set_ylim(bottom=0)
-    _legend(figure, upper)
+    _legend(figure, *panels[:-1])
     return figure
 
 
@@ -225,13 +241,15 @@ def _line(axes: Axes, points: Series, colour: str, label: str, *, smooth: bool, 
     axes.plot(steps, values, color=colour, marker=marker, label=label)
 
 
-def _markers(axes: Axes, points: Series, colour: str, marker: str, label: str) -> None:
-    """Draw a curve of few points, each marked; of many, some."""
+def _markers(axes: Axes, points: Series, colour: str, marker: str, linestyle: str, label: str) -> None:
+    """Draw a curve of few points, each marked; of many, some. Its first peak is a star."""
     if not points:
         return
     steps, values = zip(*points, strict=True)
-    (line,) = axes.plot(steps, values, color=colour, marker=marker, linestyle="--", linewidth=1, label=label)
-    line.set(markevery=math.ceil(len(points) / MOST_MARKERS), clip_on=False, zorder=3)
+    (line,) = axes.plot(steps, values, color=colour, marker=marker, linestyle=linestyle, linewidth=1, label=label)
+    line.set(markevery=math.ceil(len(points) / MOST_MARKERS), clip_on=False, zorder=3, markersize=4)
+    peak = max(points, key=lambda point: point[1])
+    axes.scatter(*peak, s=140, color=colour, marker="*", edgecolors="white", clip_on=False, zorder=4)
 
 
 def _label(curve: str, run: Curves, curves: Sequence[Curves]) -> str:
@@ -244,8 +262,12 @@ def _name(text: str) -> str:
     return (shown if len(shown) <= NAME_CHARACTERS else shown[: NAME_CHARACTERS - 1] + "…").replace("$", r"\$")
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
+def _legend(figure: Figure, *panels: Axes) -> None:
+    handles, labels = [], []
+    for axes in panels:
+        more = axes.get_legend_handles_labels()
+        handles += more[0]
+        labels += more[1]
     columns = max(1, LEGEND_CHARACTERS // (8 + max(map(len, labels), default=0)))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 

@@ -13,7 +13,8 @@ from itertools import zip_longest
 from pathlib import Path
 
 from grpo_cli import __version__, plot
-from grpo_cli.account import Account, Change, Evaluated, Example, change
+from grpo_cli.account import Account, Change, change, puzzles
+from grpo_cli.core.run import Evaluated, Example
 from grpo_cli.core.settings import FIELDS
 from grpo_cli.core.statistics import holm
 from grpo_cli.display import EXCERPT_CHARACTERS, SIGNIFICANT, interval, percent, printable, probability, question
@@ -23,6 +24,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri
 STYLE = Path(__file__).with_suffix(".css")
 INCHES = (6.4, 4.4)
 TITLED = 3  # runs named in the title
+DRAWN = 2  # completions shown of a step of training
 UNTESTED = "Which puzzles were solved was not recorded, so no test can tell whether this is more than chance."
 NO_DIFFERENCE = "no difference that these puzzles carry"
 
@@ -150,9 +152,13 @@ def _story(account: Account) -> str:
     planned, steps = values["train.num_iterations"], f"{account.steps:,} steps"
     if account.summary is None and account.steps != planned:
         steps = f"{account.steps:,} of {planned} steps so far"
+    style, numbers = (
+        values[f"task.{key}"] if values[f"train.prompt_{key}"] == "task" else values[f"train.prompt_{key}"]
+        for key in ("style", "numbers")
+    )
     return (
-        f"{_shown(values['model.model'])}, trained on {_shown(values['task.style'])} puzzles of "
-        f"{_shown(values['task.numbers'])} numbers: {steps} of {values['train.batch_size']} prompts with "
+        f"{_shown(values['model.model'])}, trained on {_shown(style)} puzzles of "
+        f"{_shown(numbers)} numbers: {steps} of {values['train.batch_size']} prompts with "
         f"{values['train.num_generations']} completions each, in {_duration(seconds)}."
     )
 
@@ -314,7 +320,7 @@ def _samples(account: Account) -> Html:
     parts = []
     for cell, steps in account.cells.items():
         one, other = steps.get(before), steps.get(after or 0)
-        if one and other and one.puzzles == other.puzzles and one.puzzles:
+        if one and other and puzzles(one) == puzzles(other) != []:
             pairs = zip(one.examples, other.examples, strict=True)
             told = [_pair(_side(before, first), _side(other.step, second)) for first, second in pairs]
             parts.append(_all([element("h4", cell), *told]) if steps is account.own else _folded(cell, *told))
@@ -325,7 +331,7 @@ def _drawn(samples: Sequence[Example]) -> Html:
     if not samples:
         return Html("")
     ends = dict.fromkeys((samples[0].step, samples[-1].step))
-    sides = [[_side(end, sample) for sample in samples if sample.step == end] for end in ends]
+    sides = [[_side(end, sample) for sample in samples if sample.step == end][:DRAWN] for end in ends]
     note = element("p", "Drawn in training, where every step has puzzles of its own.", class_="soft")
     return _all([note, *(_pair(*pair) for pair in zip_longest(*sides, fillvalue=Html("")))])
 

@@ -9,7 +9,8 @@ from pydantic import BaseModel
 
 from grpo_cli.core.config import SHIPPED, Resolved, defaults, flag, resolve, restore, variable
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.settings import FIELDS, TABLES, Settings, choices, describe
+from grpo_cli.core.settings import FIELDS, TABLES, Settings, choices, describe, digest
+from grpo_cli.core.task import STYLES
 
 
 def resolved(
@@ -92,7 +93,7 @@ def test_your_file_changes_a_shipped_preset_key_by_key(tmp_path: Path) -> None:
 
 
 def test_every_setting_has_a_source(tmp_path: Path) -> None:
-    assert resolved(tmp_path).sources.keys() == FIELDS.keys()
+    assert resolved(tmp_path).sources.keys() == {*FIELDS, "suite.transfer"}
 
 
 @pytest.mark.parametrize(
@@ -356,3 +357,83 @@ def test_choices_are_listed_where_there_are_some() -> None:
 def test_the_names_of_a_setting_follow_from_its_key() -> None:
     assert (flag("train.batch_size"), variable("train.batch_size")) == ("--batch-size", "COUNTDOWN_TRAIN_BATCH_SIZE")
     assert (flag("preset"), variable("preset")) == ("--preset", "COUNTDOWN_PRESET")
+
+
+# Suites and schedules
+
+
+def test_the_shipped_suite_crosses_splits_numbers_and_styles(tmp_path: Path) -> None:
+    cells = resolved(tmp_path).settings.suite["transfer"]
+    assert set(cells) == {f"{split} {n} {style}" for split in ("val", "train") for n in (3, 4) for style in STYLES}
+    assert all(weight == float(name.startswith("val")) for name, weight in cells.items())
+
+
+def test_a_suite_of_your_own_stands_beside_the_shipped_one_or_replaces_it(tmp_path: Path) -> None:
+    text = '[suite.mine]\n"val  4 natural" = 2\n[suite.transfer]\n"val 3 one-shot" = 1.5'
+    found = resolved(tmp_path, text, flags={"train.eval_suite": "mine"})
+    assert found.settings.suite == {"transfer": {"val 3 one-shot": 1.5}, "mine": {"val 4 natural": 2.0}}
+    assert found.sources["suite.mine"].endswith("config.toml") and found.settings.train.eval_suite == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("suite = 3", "must be a table"),
+        ("[suite]\na = 3", "`suite.a` in"),
+        ('[suite.a]\n"val 3 oneshot" = 1', "did you mean `val 3 one-shot`?"),
+        ('[suite.a]\n"val 3 one-shot" = -1', "the weight of `val 3 one-shot` must be a number of at least 0"),
+        ('[suite.a]\n"val 3 one-shot" = true', "the weight of `val 3 one-shot`"),
+        ('[suite.a]\n"val 3 one-shot" = nan', "the weight of `val 3 one-shot`"),
+        ('[suite.a]\n"val 3 one-shot" = 0', "no cell has a weight above 0"),
+        ("[suite.a]", "no cell has a weight above 0"),
+    ],
+)
+def test_a_suite_that_makes_no_sense_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    assert said in refused(tmp_path, text).message
+
+
+def test_a_suite_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
+    problem = refused(tmp_path, flags={"train.eval_suite": "transfr"})
+    assert problem.message == "`--eval-suite` names no suite: `transfr`"
+    assert problem.hint == "suites are `transfer`; add one as [suite.NAME]"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("prompt_numbers = 4", "4"),
+        ("prompt_numbers = {3 = 0.5, 4 = 0.5}", "3 = 0.5, 4 = 0.5"),
+        ("prompt_style = {one-shot = 1, natural = 3}", "one-shot = 1, natural = 3"),
+        ('prompt_style = "one-shot -> zero-shot, linear over 9 steps"', "one-shot -> zero-shot, linear over 9 steps"),
+        ('prompt_style = "task"', "task"),
+    ],
+)
+def test_a_schedule_is_one_of_them_a_table_of_weights_or_a_line(tmp_path: Path, line: str, expected: str) -> None:
+    train = resolved(tmp_path, f"[train]\n{line}").settings.train
+    assert expected in (train.prompt_style, train.prompt_numbers)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("prompt_numbers = 7", "`7` is none of 2, 3, 4, 5, 6"),
+        ("prompt_numbers = true", "must be"),
+        ("prompt_numbers = []", "must be"),
+        ("prompt_style = {one-shot = -1}", "`-1` is no weight"),
+        ('prompt_style = "one-shot, natural"', "`one-shot` has no weight"),
+        ('prompt_style = "oneshot"', "`oneshot` is none of one-shot, zero-shot, natural"),
+        ('prompt_style = ""', "is none of"),
+    ],
+)
+def test_a_schedule_that_makes_no_sense_is_refused(tmp_path: Path, line: str, said: str) -> None:
+    problem = refused(tmp_path, f"[train]\n{line}")
+    assert said in problem.message and f"train.{line.split()[0]}" in problem.message
+
+
+def test_a_run_that_goes_on_keeps_its_suite(tmp_path: Path) -> None:
+    plain = resolved(tmp_path).settings
+    given = resolved(tmp_path, flags={"train.eval_suite": "transfer"}).settings
+    other = given.model_copy(update={"suite": {"transfer": {"val 3 one-shot": 2.0}}})
+    assert len({digest(settings) for settings in (plain, given, other)}) == 3
+    unused = plain.model_copy(update={"suite": {}})
+    assert digest(unused) == digest(plain)

@@ -41,7 +41,7 @@ def pair(answer: str) -> tuple[Completion, Completion]:
 
 def evaluation(*texts: str, model: str = "builtin") -> Evaluation:
     completions = [[Completion(PUZZLE, text, len(text), False, score(text, PUZZLE))] for text in texts]
-    return Evaluation(model, "val", "one-shot", 3, 1, 0.0, completions)
+    return Evaluation(model, "val", "one-shot", 3, 1, 0.0, 160, 0, completions)
 
 
 # Text
@@ -286,6 +286,10 @@ def test_the_summary_of_a_training_compares_base_and_final_accuracy(capsys: pyte
         "best_accuracy": 0.823,
         "best_step": 180,
         "bad_steps": 2,
+        "steps": 200,
+        "seconds": {"training": 300.0, "evaluation": 100.0, "suite": 75.0},
+        "seconds_after_best": 40.0,
+        "peaks": {"val 3 one-shot": {}},
     }
     display.training_summary(summary, Path("runs/first"))
     assert [" ".join(line.split()) for line in STYLE_CODES.sub("", capsys.readouterr().out).splitlines()] == [
@@ -293,11 +297,36 @@ def test_the_summary_of_a_training_compares_base_and_final_accuracy(capsys: pyte
         "base 35.5%",
         "final 81.7% (95% interval 77.1 to 85.5%)",
         "best 82.3%, after step 180, saved as the run's model",
+        "time 400 s, 25.0% of it in evaluations",
         "run runs/first",
         "skipped 2 steps whose loss or gradient was not finite",
     ]
     display.training_summary({**summary, "bad_steps": 0}, Path("runs/first"))
     assert "skipped" not in capsys.readouterr().out
+
+
+def test_the_summary_of_a_suite_says_when_each_cell_peaked_and_what_going_on_cost(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cell = {"count": 327, "start": 0.4, "step": 10, "accuracy": 0.9, "kept": 0.85, "last": 0.6}
+    sure = {**cell, "gained": 2, "lost": 30, "p_value": 1e-6}
+    unsure = {**cell, "gained": 3, "lost": 6, "p_value": 0.508}
+    summary = {
+        **{f"{name}_accuracy": 0.5 for name in ("base", "final", "best")},
+        "final_interval": [0.4, 0.6], "puzzles": 327, "steps": 40, "best_step": 20, "bad_steps": 0,
+        "seconds": {"training": 300.0, "evaluation": 100.0, "suite": 75.0}, "seconds_after_best": 190.4,
+        "peaks": {"val 3 one-shot": sure, "val 4 natural": unsure},
+    }  # fmt: skip
+    display.training_summary(summary, Path("runs/first"))
+    shown = [" ".join(line.split()) for line in STYLE_CODES.sub("", capsys.readouterr().out).splitlines()]
+    assert "cell n start peak step 20 step 40 change p" in shown
+    assert "val 3 one-shot 327 40.0% 90.0% at 10 85.0% 60.0% +2 -30 < 0.001" in shown
+    text = " ".join(shown)
+    assert "going on took 190 s after step 20; changed by more than chance: val 3 one-shot (exact McNemar" in text
+    display.training_summary({**summary, "peaks": {"a": unsure, "b": unsure}}, Path("runs/first"))
+    assert "no cell has changed by more than chance" in " ".join(capsys.readouterr().out.split())
+    display.training_summary({**summary, "best_step": 40}, Path("runs/first"))
+    assert "the last step is the best" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_comparison_never_calls_a_difference_that_chance_makes(capsys: pytest.CaptureFixture[str]) -> None:

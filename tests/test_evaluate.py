@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from grpo_cli.core.evaluate import Completion, Evaluation, Paired, evaluate, paired, puzzle_set
+from grpo_cli.core.evaluate import Completion, Evaluation, Paired, evaluate, paired, puzzle_set, puzzles_of
 from grpo_cli.core.policy import Policy
 from grpo_cli.core.puzzle import Puzzle
 from grpo_cli.core.statistics import wilson
+from grpo_cli.core.suite import Cell
 from grpo_cli.core.task import score
 
 EASY, HARD = Puzzle((2, 4, 6), 12), Puzzle((2, 4, 6), 36)  # 2 + 4 + 6 and others; (2 + 4) * 6 alone
@@ -20,7 +21,7 @@ def completion(puzzle: Puzzle, text: str, length: int) -> Completion:
 
 
 def made(*rows: list[Completion]) -> Evaluation:
-    return Evaluation("m", "val", "one-shot", 3, len(rows[0]), 1.0, list(rows))
+    return Evaluation("m", "val", "one-shot", 3, len(rows[0]), 1.0, 160, 0, list(rows))
 
 
 def test_every_figure_by_hand() -> None:
@@ -104,3 +105,40 @@ def test_the_batch_size_does_not_change_the_completions(tiny_policy: Policy, sam
     texts = [[[item.text for item in row] for row in result.completions] for result in found]
     assert texts[0] == texts[1] == texts[2]
     assert all(len(row) == samples for row in texts[0])
+
+
+def test_a_limit_takes_a_sample_that_is_the_same_every_time() -> None:
+    whole, few, more = (puzzles_of(Cell("val", 3, "natural"), limit) for limit in (0, 20, 40))
+    assert whole == puzzle_set(3, "val") == puzzles_of(Cell("val", 3, "natural"), 999)
+    assert len(few) == 20 and few == puzzles_of(Cell("val", 3, "one-shot"), 20)
+    assert few != whole[:20] and [puzzle for puzzle in whole if puzzle in set(few)] == few
+    assert len(more) == 40
+
+
+def test_results_are_comparable_where_their_protocol_is_the_same() -> None:
+    result = made([completion(EASY, RIGHT, 10)], [completion(HARD, RIGHT, 10)])
+    same = replace(
+        result, model="other", completions=[[replace(one, text="x") for one in row] for row in result.completions]
+    )
+    assert same.protocol == result.protocol
+    others = [
+        replace(result, style="natural"),
+        replace(result, temperature=0.5),
+        replace(result, max_new_tokens=161),
+        replace(result, seed=1),
+        replace(result, completions=result.completions[::-1]),
+        replace(result, completions=result.completions[:1]),
+    ]
+    assert len({one.protocol for one in (result, *others)}) == 7
+    greedy = replace(result, temperature=0.0)
+    assert greedy.protocol == replace(greedy, seed=1).protocol  # no draws, no seed
+
+
+def test_a_record_says_who_was_solved_and_shows_the_same_puzzles_every_time() -> None:
+    rows = [[completion(EASY, text, 10)] for text in (RIGHT, WRONG, RIGHT, "none", RIGHT, WRONG, RIGHT)]
+    record = made(*rows).record()
+    assert record["cell"] == "val 3 one-shot" and record["solved"] == "1010101"
+    examples = record["examples"]
+    assert isinstance(examples, list)
+    assert [one["completion"] for one in examples] == [RIGHT, RIGHT, RIGHT, RIGHT]  # of puzzles 0, 2, 4 and 6
+    assert len(made(*rows[:2]).record()["examples"]) == 2  # type: ignore[arg-type]

@@ -362,12 +362,39 @@ def test_the_reference_is_the_model_that_the_run_started_from(
     assert everything(tmp_path / "runs") == before
 
 
+def test_a_reference_of_its_own_is_used_and_must_stay_what_it_was(
+    countdown: Command, tiny_folder: Path, tmp_path: Path
+) -> None:
+    save_tiny_model(tmp_path / "other", hidden_size=16, num_attention_heads=2)
+    flags = ["--model", tiny_folder, "--beta", "0.1", *SHORT]
+    assert countdown("train", "--run", "first", "--ref-model", "other", *flags).code == 0
+    assert countdown("train", "--run", "plain", *flags).code == 0
+    runs = [Run.open(tmp_path / "runs", name) for name in ("first", "plain")]
+    assert runs[0].metrics()[1]["kl"] > 0.01 > abs(runs[1].metrics()[1]["kl"])
+    assert "reference" in runs[0].read_origin()
+    assert countdown("train", "--run", "first", "--resume", "--num-iterations", "3").code == 0
+    other_weights(tmp_path / "other")
+    found = countdown("train", "--run", "first", "--resume", "--num-iterations", "5")
+    assert found.code == 2 and "`other` as its reference" in " ".join(found.err.split())
+
+
+def test_a_reference_that_reads_other_tokens_is_refused(countdown: Command, tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "other")
+    other_template(tmp_path / "other")
+    flags = ["--model", tiny_folder, "--beta", "0.1", "--ref-model"]
+    found = countdown("train", *flags, "other", *SHORT)
+    assert found.code == 2 and "`other` reads text in other tokens" in " ".join(found.err.split())
+    missing = countdown("train", *flags, "./nowhere", *SHORT)
+    assert missing.code == 2 and "nowhere" in missing.err
+    assert not list(tmp_path.glob("runs/*"))
+
+
 @pytest.mark.parametrize("beta", ["0", "0.1"])
 def test_other_puzzles_are_not_taken_for_those_of_the_run(
     countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, beta: str
 ) -> None:
     assert countdown("train", "--model", tiny_folder, "--run", "first", "--beta", beta, *SHORT).code == 0
-    monkeypatch.setattr("grpo_cli.core.evaluate.puzzle_set", lambda *_: [Puzzle((3, 5, 2), 13)])
+    monkeypatch.setattr("grpo_cli.core.train.puzzle_set", lambda *_: [Puzzle((3, 5, 2), 13)])
     found = countdown("train", "--run", "first", "--resume", "--num-iterations", "5")
     assert found.code == 2
     assert "other puzzles" in found.err

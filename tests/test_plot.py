@@ -161,6 +161,27 @@ def test_the_training_curve_has_accuracies_above_and_rewards_below() -> None:
     assert figure.axes[0].lines[1].get_marker() == "o"
 
 
+def test_the_cells_of_a_suite_have_a_panel_of_their_own_and_every_peak_a_star() -> None:
+    metrics = [
+        {"step": 0, "val_accuracy": 0.3, "suite/val 3 one-shot": 0.3, "suite/train 4 natural": 0.2, "suite/x": 1.0},
+        {"step": 5, "reward": 0.4, "val_accuracy": 0.7, "suite/val 3 one-shot": 0.7, "suite/train 4 natural": 0.1},
+        {"step": 9, "reward": 0.5, "val_accuracy": 0.7, "suite/val 3 one-shot": 0.5, "suite/train 4 natural": 0.2},
+    ]
+    found = plot.from_metrics("run-1", metrics)
+    assert found.cells == {
+        "val 3 one-shot": [(0, 0.3), (5, 0.7), (9, 0.5)],
+        "train 4 natural": [(0, 0.2), (5, 0.1), (9, 0.2)],
+    }
+    figure = plot.training_figure([found], smooth=False, window=10)
+    assert [axes.get_ylabel() for axes in figure.axes] == ["accuracy", "accuracy", "reward"]
+    assert dict(lines(figure, 1)) == found.cells
+    stars = [np.asarray(star.get_offsets()).tolist() for star in figure.axes[1].collections]
+    assert sorted(stars) == [[[0.0, 0.2]], [[5.0, 0.7]]]
+    one, other = figure.axes[1].lines
+    assert one.get_color() != other.get_color() and one.get_marker() != other.get_marker()
+    assert len(figure.legends[0].get_texts()) == 3
+
+
 def test_the_kl_curve_has_the_kl() -> None:
     figure = plot.kl_figure([RUN], smooth=False, window=10)
     assert lines(figure, 0) == [("KL", RUN.kl)]

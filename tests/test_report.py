@@ -17,12 +17,13 @@ from typing import Any
 
 import pytest
 from conftest import Command
+from pydantic import TypeAdapter
 
 from grpo_cli import plot, report
-from grpo_cli.account import Account, Change, Evaluated, change, read_evaluations, read_samples
+from grpo_cli.account import Account, Change, change
 from grpo_cli.core import config
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.run import Run
+from grpo_cli.core.run import Evaluated, Example, Run
 from grpo_cli.core.settings import values
 
 DEFAULTS = config.defaults()
@@ -68,12 +69,19 @@ def line(step: int, solved: str, *, cell: str = OWN, completion: str = "<answer>
 
 
 def evaluated(*lines: Mapping[str, object]) -> list[Evaluated]:
-    return read_evaluations([("here", one) for one in lines])
+    return [TypeAdapter(Evaluated).validate_python(one) for one in lines]
+
+
+def by_cell(*lines: Mapping[str, object]) -> dict[str, dict[int, Evaluated]]:
+    found: dict[str, dict[int, Evaluated]] = {}
+    for one in evaluated(*lines):
+        found.setdefault(one.cell, {})[one.step] = one
+    return found
 
 
 def account(*lines: Mapping[str, object], name: str = "first", steps: int = 4) -> Account:
     rows = metrics(steps)
-    return Account(plot.from_metrics(name, rows), rows, evaluated(*lines), settings=SETTINGS)
+    return Account(plot.from_metrics(name, rows), rows, by_cell(*lines), settings=SETTINGS)
 
 
 class Page(HTMLParser):
@@ -176,7 +184,7 @@ def test_the_best_step_is_the_one_that_was_kept() -> None:
     assert account(*lines[:2]).stations == [("start", 0), ("best and last", 2)]
     assert account(lines[0]).stations == [("start", 0)]
     rows = [{**row, "suite_mean": float(row["step"])} for row in metrics(4) if row["step"] in (2, 4)]
-    by_suite = Account(plot.from_metrics("first", rows), rows, evaluated(*lines), settings=SETTINGS)
+    by_suite = Account(plot.from_metrics("first", rows), rows, by_cell(*lines), settings=SETTINGS)
     assert by_suite.best == 4
     kept = Account(by_suite.curves, rows, by_suite.evaluations, settings=SETTINGS, summary={"best_step": 2})
     assert kept.best == 2
@@ -228,14 +236,9 @@ def test_the_environment_is_told_from_each_step_on() -> None:
 
 def test_samples_of_training_stand_in_for_examples() -> None:
     rows = [(3, "a"), (3, "b"), (3, "c"), (4, "d"), (5, "e")]
-    records = [
-        {"step": step, "numbers": [1, 2], "target": 3, "completion": f"say {text}", "reward": 0, "reason": "no_answer"}
-        for step, text in rows
-    ]
-    samples = read_samples([("here", record) for record in records])
-    assert [(sample.step, sample.completion) for sample in samples] == [(3, "say a"), (3, "say b"), (5, "say e")]
+    samples = [Example([1, 2], 3, f"say {text}", 0.0, "no_answer", step=step) for step, text in rows]
     words = shown(Account(account().curves, samples=samples)).words
-    assert {"say a", "say b", "say e"} <= set(words)
+    assert [word for word in words if word.startswith("say")] == ["say a", "say e", "say b"]
 
 
 @pytest.mark.parametrize("rows", [[], metrics(0), metrics(1)], ids=["nothing", "start", "one step"])
@@ -276,7 +279,7 @@ def hostile() -> Account:
     rows = metrics(4)
     settings = {**SETTINGS, "model.model": HOSTILE}
     environment = {HOSTILE: {HOSTILE: HOSTILE}}
-    return Account(plot.from_metrics(HOSTILE, rows), rows, evaluated(*lines), (), settings, None, environment)
+    return Account(plot.from_metrics(HOSTILE, rows), rows, by_cell(*lines), (), settings, None, environment)
 
 
 def test_hostile_text_is_shown_and_does_nothing() -> None:
@@ -345,15 +348,15 @@ def test_without_the_option_there_is_no_page(countdown: Command, tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"accuracy": 1.5}, "is damaged: `accuracy`: Input should be less than or equal to 1"),
-        ({"accuracy": float("nan")}, "is damaged: `accuracy`: Input should be"),
-        ({"cell": 3}, "is damaged: `cell`: Input should be a valid string"),
-        ({"count": 3}, "is damaged: there is not one `solved` for each puzzle"),
-        ({"solved": "01x1"}, "is damaged: `solved`: String should match pattern"),
-        ({"reasons": {"correct": -1}}, "is damaged: `reasons.correct`: Input should be greater than or equal to 0"),
-        ({"examples": [{"numbers": "x"}]}, "is damaged: `examples.0.numbers`: Input should be a valid list"),
-        ({"step": -1}, "is damaged: `step`: Input should be greater than or equal to 0"),
-        ({"step": None}, "is not an object with a `step`"),
+        ({"accuracy": 1.5}, "`accuracy` in {}: Input should be less than or equal to 1"),
+        ({"accuracy": float("nan")}, "`accuracy` in {}: Input should be"),
+        ({"cell": 3}, "`cell` in {}: Input should be a valid string"),
+        ({"count": 3}, "`solved` in {} does not have a character for each of `count` puzzles"),
+        ({"solved": "01x1"}, "`solved` in {}: String should match pattern"),
+        ({"reasons": {"correct": -1}}, "`reasons.correct` in {}: Input should be greater than or equal to 0"),
+        ({"examples": [{"numbers": "x"}]}, "`examples.0.numbers` in {}: Input should be a valid list"),
+        ({"step": -1}, "`step` in {}: Input should be greater than or equal to 0"),
+        ({"step": None}, "{} is not an object with a `step`"),
     ],
 )
 def test_a_damaged_evaluation_is_one_sentence(
@@ -362,7 +365,7 @@ def test_a_damaged_evaluation_is_one_sentence(
     path = keep(saved(tmp_path / "runs", "first"), line(0, "0011"), {**line(4, "0111"), **change})
     found = countdown("plot", "first", "--report")
     assert found.code == 2
-    assert found.err.startswith(f"error: line 2 of `{path.relative_to(tmp_path)}` {message}")
+    assert found.err.startswith("error: " + message.format(f"line 2 of `{path.relative_to(tmp_path)}`"))
     assert not (tmp_path / "runs/first/report.html").exists()
 
 

@@ -241,6 +241,51 @@ def test_a_run_that_goes_on_forgets_later_steps(run: Run) -> None:
     ]
 
 
+def evaluation(step: int, cell: str, solved: str) -> dict[str, object]:
+    accuracy = solved.count("1") / len(solved)
+    figures = {"accuracy": accuracy, "interval": [0.0, 1.0], "lenient_accuracy": accuracy, "format_rate": 1.0}
+    found = {"step": step, "cell": cell, "count": len(solved), "solved": solved, "mean_length": 9.5, "examples": []}
+    return {**found, **figures, "reasons": {"correct": solved.count("1")}}
+
+
+def test_evaluations_are_read_by_cell_and_step_the_last_of_each(run: Run) -> None:
+    assert run.evaluations() == {}
+    for step, solved in ((0, "010"), (5, "011"), (5, "111")):
+        run.log_evaluations([evaluation(step, "val 3 one-shot", solved), evaluation(step, "val 4 natural", "000")])
+    found = run.evaluations()
+    assert list(found) == ["val 3 one-shot", "val 4 natural"]
+    assert {step: one.solved for step, one in found["val 3 one-shot"].items()} == {0: "010", 5: "111"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ({"solved": "01"}, "does not have a character for each"),
+        ({"solved": 3}, "`solved` in"),
+        ({"accuracy": "high"}, "`accuracy` in"),
+        ({"cell": None}, "`cell` in"),
+        ({}, "`reasons` in"),
+    ],
+)
+def test_a_damaged_evaluation_is_one_sentence(run: Run, damage: dict[str, object], said: str) -> None:
+    whole = evaluation(0, "val 3 one-shot", "010")
+    run.log_evaluations([{**whole, **damage} if damage else {k: v for k, v in whole.items() if k != "reasons"}])
+    with pytest.raises(CountdownError, match=r"line 1 of `.+evaluations\.jsonl`") as caught:
+        run.evaluations()
+    assert said in caught.value.message
+
+
+def test_a_run_that_goes_on_forgets_what_its_pending_step_will_log_again(run: Run) -> None:
+    for step in range(3):
+        run.log({"step": step})
+        run.log_samples([{"step": step}])
+        run.log_evaluations([evaluation(step, "val 3 one-shot", "1")])
+    run.go_back_to(1, pending=True)
+    assert run.metrics() == [{"step": 0}]
+    assert list(run.evaluations()["val 3 one-shot"]) == [0]
+    assert len((run.path / "samples.jsonl").read_text().splitlines()) == 2
+
+
 def test_truncating_before_the_first_step_makes_no_files(run: Run) -> None:
     run.go_back_to(0)
     assert list(run.path.iterdir()) == [run.path / "config.json"]

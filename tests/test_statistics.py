@@ -2,7 +2,7 @@
 
 import pytest
 
-from grpo_cli.core.statistics import holm, mcnemar, wilson
+from grpo_cli.core.statistics import changes, holm, mcnemar, wilson
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,10 @@ def test_wilson_interval(share: float, count: int, low: float, high: float) -> N
 )
 def test_holm_by_hand(p_values: list[float], adjusted: list[float]) -> None:
     assert holm(p_values) == pytest.approx(adjusted)
+
+
+def test_changes_are_counted_puzzle_by_puzzle() -> None:
+    assert changes("0011", "0101") == (1, 1)
+    assert changes("000000", "111110") == (5, 0)
+    with pytest.raises(ValueError):
+        changes("0", "01")

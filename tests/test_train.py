@@ -15,14 +15,17 @@ import torch
 
 from grpo_cli.core import config, grpo
 from grpo_cli.core import train as train_module
+from grpo_cli.core.curriculum import puzzles_of_step
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.evaluate import evaluate
 from grpo_cli.core.policy import load
 from grpo_cli.core.puzzle import Puzzle, enumerate_puzzles
 from grpo_cli.core.run import Run
 from grpo_cli.core.settings import Settings
 from grpo_cli.core.state import Training, build_optimizer, choose_checkpoint
-from grpo_cli.core.task import Reason, Score
-from grpo_cli.core.train import Interrupted, learning_rate_at, puzzles_of_step, summary, train
+from grpo_cli.core.summary import summary
+from grpo_cli.core.task import Reason, Score, Style, prompt
+from grpo_cli.core.train import Interrupted, learning_rate_at, train
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +52,9 @@ class Watcher:
     def progress(self, phase: str, done: int, total: int) -> None:
         self.tokens += phase.startswith("sampling")
 
-    def evaluated(self, step: int, accuracy: float, count: int, interval: tuple[float, float]) -> None:
+    def evaluated(
+        self, step: int, accuracy: float, count: int, interval: tuple[float, float], suite_mean: float | None
+    ) -> None:
         self.evaluations.append(step)
 
     def step(self, metrics: Mapping[str, float], sample: Mapping[str, object]) -> None:
@@ -217,7 +222,7 @@ def test_eval_puzzles_are_chosen_once(tiny_folder: Path, tmp_path: Path) -> None
     val = list(enumerate_puzzles(3, "val"))
     expected = [val[index] for index in sorted(random.Random(0).sample(range(327), 6))]
     assert [row[0].puzzle for row in found.completions] == expected
-    assert summary(training, found)["puzzles"] == 6
+    assert summary(training, found, run)["puzzles"] == 6
 
 
 def test_eight_bit_adamw_learns_on_the_cpu(tiny_policy: object, tiny_folder: Path, tmp_path: Path) -> None:
@@ -277,7 +282,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_kept(
         assert not all(map(torch.equal, weights[one], weights[other]))
     assert all(bool(torch.isfinite(weight).all()) for weight in weights[3])
     assert [line["bad_steps"] for line in run.metrics()[1:]] == [0, 1, 1, 1]
-    assert summary(training, found)["bad_steps"] == 1
+    assert summary(training, found, run)["bad_steps"] == 1
     (message,) = watcher.messages
     assert message.startswith("step 2: the ") and "not finite" in message
     report = json.loads((run.path / "bad_steps" / "step-2.json").read_text())
@@ -357,3 +362,188 @@ def test_a_collapse_is_warned_of_once_and_ends_the_run_if_asked_to(
         train(training, training.policy.frozen_copy(), run, settings, watcher)
     assert caught.value.exit_code == 1 and "--no-stop-on-collapse" in (caught.value.hint or "")
     assert choose_checkpoint(run, settings, None, print)[0] == 2
+
+
+# Curricula, groups sampled anew, suites, and when to stop
+
+SUITE = {"val 3 one-shot": 1.0, "val 4 natural": 3.0, "train 3 zero-shot": 0.0}
+
+
+def with_suite(folder: Path, **flags: object) -> Settings:
+    settings = small(folder, **{"train.eval_suite": "transfer", **flags})
+    return settings.model_copy(update={"suite": {"transfer": SUITE}})
+
+
+def timeless(run: Run) -> list[dict[str, float]]:
+    return [{k: v for k, v in line.items() if not k.startswith(("time", "tokens"))} for line in run.metrics()]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_curriculum_shows_in_the_metrics_and_goes_on_as_if_it_had_not_stopped(
+    tiny_folder: Path, tmp_path: Path, stop: int
+) -> None:
+    flags: dict[str, object] = {
+        "train.prompt_style": "one-shot -> zero-shot, linear over 3 steps",
+        "train.prompt_numbers": "3 = 0.5, 4 = 0.5",
+        "train.refill": 2,
+        "train.save_every": 1,
+        "train.batch_size": 4,
+        "train.eval_every": 1,
+    }
+    settings = with_suite(tiny_folder, **flags)
+    whole, expected, _ = trained(settings, tmp_path, "whole")
+    styles = [line["prompts/zero-shot"] for line in expected.metrics()[1:]]
+    assert styles[0] == 0 and styles[3] == 1
+    assert all(line["prompts/one-shot"] == 1 - line["prompts/zero-shot"] for line in expected.metrics()[1:])
+    assert len({line["prompts/4 numbers"] for line in expected.metrics()[1:]}) > 1
+    run, half = Run.create(tmp_path, "halves"), start(settings)
+    train(half, half.policy.frozen_copy(), run, with_suite(tiny_folder, **flags, **{"train.num_iterations": stop}),
+          Watcher())  # fmt: skip
+    checkpoint = run.checkpoint_path(stop)
+    resumed = start(settings, str(checkpoint / "model"))
+    resumed.restore(checkpoint)
+    run.go_back_to(stop)
+    train(resumed, start(settings).policy.frozen_copy(), run, settings, Watcher())
+    assert timeless(run) == timeless(expected)
+    assert run.evaluations() == expected.evaluations()
+    assert resumed.best_step == whole.best_step and resumed.waited == whole.waited
+    assert all(map(torch.equal, weights_of(whole), weights_of(resumed)))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Puzzle]:
+    """The puzzles that prompts are made of."""
+    puzzles: list[Puzzle] = []
+
+    def remembering(puzzle: Puzzle, style: Style) -> list[dict[str, str]]:
+        puzzles.append(puzzle)
+        return prompt(puzzle, style)
+
+    monkeypatch.setattr(train_module, "prompt", remembering)
+    return puzzles
+
+
+def test_groups_of_equal_rewards_are_sampled_anew_from_other_puzzles(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[Puzzle]
+) -> None:
+    plain = list(enumerate_puzzles(3, "train"))
+    drawn = [set(puzzles_of_step(plain, step, batch_size=2, seed=0)) for step in range(1, 5)]
+    hopeless = drawn[0] | drawn[2]  # nobody is paid for the puzzles of steps 1 and 3
+    shared = iter(range(10**6))
+
+    def score(completion: str, puzzle: Puzzle, **_: object) -> Score:
+        right = puzzle not in hopeless and next(shared) % 2 == 0
+        return Score(float(right), right, "correct" if right else "no_answer", None, False, right)
+
+    monkeypatch.setattr(train_module, "score", score)
+    _, run, _ = trained(small(tiny_folder, **{"train.refill": 3, "train.eval_every": 100}), tmp_path)
+    lines = run.metrics()[1:]
+    assert [line["zero_variance"] for line in lines] == [1, 0, 1, 0]  # of what was drawn first
+    assert [line["reward"] for line in lines] == [0, 0.5, 0, 0.5]
+    assert [line["refilled"] for line in lines] == [1, 0, 1, 0]
+    assert lines[0]["loss"] != 0 or lines[0]["grad_norm"] > 0
+    assert len(asked) == 2 * (4 + 2)
+    records = [json.loads(line) for line in (run.path / "samples.jsonl").read_text().splitlines()]
+    kept = {(line["step"], tuple(line["numbers"]), line["target"]) for line in records}
+    assert {(2, puzzle.numbers, puzzle.target) for puzzle in drawn[1]} <= kept  # the order of the others is as ever
+    assert not {(1, puzzle.numbers, puzzle.target) for puzzle in drawn[0]} & kept
+
+
+def test_sampling_anew_is_bounded_and_leaves_what_cannot_be_helped(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[Puzzle]
+) -> None:
+    same = Score(reward=0.2, correct=False, reason="no_answer", answer=None, well_formed=True, lenient=False)
+    monkeypatch.setattr(train_module, "score", lambda *_, **__: same)
+    _, run, _ = trained(small(tiny_folder, **{"train.refill": 3, "train.eval_every": 100}), tmp_path)
+    assert len(asked) == 4 * 2 * (1 + 3)
+    assert len(set(asked)) > 4 * 2 * 3  # nearly always others
+    assert [line["refilled"] for line in run.metrics()[1:]] == [0, 0, 0, 0]
+
+
+def test_a_suite_is_evaluated_cell_by_cell_whatever_the_training_is_shown(tiny_folder: Path, tmp_path: Path) -> None:
+    settings = with_suite(tiny_folder, **{"train.prompt_style": "natural", "train.prompt_numbers": "4"})
+    training, run, _ = trained(settings, tmp_path)
+    found = run.evaluations()
+    assert list(found) == list(SUITE) and all(list(history) == [0, 2, 4] for history in found.values())
+    assert all(one.count == 6 == len(one.solved) for history in found.values() for one in history.values())
+    for line in run.metrics():
+        if line["step"] in (0, 2, 4):
+            values = {name: found[name][int(line["step"])].accuracy for name in SUITE}
+            assert {name: line[f"suite/{name}"] for name in SUITE} == values
+            assert line["suite_mean"] == pytest.approx((values["val 3 one-shot"] + 3 * values["val 4 natural"]) / 4)
+            assert line["val_accuracy"] == values["val 3 one-shot"]
+            assert line["time/suite"] <= line["time/eval"]
+        else:
+            assert not [key for key in line if key.startswith("suite")]
+    outcome = summary(training, train_again(training, run, settings), run)
+    assert outcome["peaks"]["val 4 natural"]["start"] == found["val 4 natural"][0].accuracy  # type: ignore[index]
+
+
+def train_again(training: Training, run: Run, settings: Settings) -> Any:
+    """The last evaluation of a training that has ended."""
+    return train(training, training.policy.frozen_copy(), run, settings, Watcher())
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """Evaluations that solve what stands here: for each cell, a text for each evaluation, a character a puzzle."""
+    script: dict[str, list[str]] = {}
+
+    def scripted(policy: Any, puzzles: list[Puzzle], **given: Any) -> Any:
+        found = evaluate(policy, puzzles, **given)
+        solved = script[found.cell].pop(0)
+        rows = [
+            [replace(one, score=replace(one.score, correct=mark == "1")) for one in row]
+            for row, mark in zip(found.completions, solved, strict=True)
+        ]
+        return replace(found, completions=rows)
+
+    monkeypatch.setattr(train_module, "evaluate", scripted)
+    return script
+
+
+def test_the_best_model_is_that_of_the_suite_and_the_summary_says_what_going_on_cost(
+    tiny_folder: Path, tmp_path: Path, scripted: dict[str, list[str]]
+) -> None:
+    scripted |= {
+        "val 3 one-shot": ["000000", "110000", "111000", "111111", "111110"],
+        "val 4 natural": ["000000", "111111", "111111", "000000", "000000"],
+        "train 3 zero-shot": ["111111"] * 5,
+    }
+    settings = with_suite(tiny_folder, **{"train.eval_every": 1})
+    training, run, watcher = start(settings), Run.create(tmp_path, "first"), Watcher()
+    found = train(training, training.policy.frozen_copy(), run, settings, watcher)
+    assert (training.best_step, training.waited) == (2, 2)
+    assert training.best_score == pytest.approx((3 / 6 + 3 * 1) / 4) and training.best_accuracy == 0.5
+    outcome: Any = summary(training, found, run)
+    assert (outcome["best_step"], outcome["steps"]) == (2, 4)
+    one, other = outcome["peaks"]["val 3 one-shot"], outcome["peaks"]["val 4 natural"]
+    assert (one["step"], one["accuracy"], one["kept"], one["last"]) == (3, 1.0, 0.5, pytest.approx(5 / 6))
+    assert (one["gained"], one["lost"], one["p_value"]) == (2, 0, 0.5)
+    assert (other["step"], other["kept"], other["last"], other["lost"]) == (1, 1.0, 0.0, 6)
+    assert other["p_value"] == 2 * 0.5**6
+    times = {line["step"]: line["time/total"] for line in run.metrics()[1:]}
+    evaluations = sum(line["time/eval"] for line in run.metrics() if line["step"] > 2)
+    assert outcome["seconds_after_best"] == pytest.approx(times[3] + times[4] + evaluations)
+
+
+@pytest.mark.parametrize(("patience", "steps"), [(1, 2), (2, 3), (3, 6), (0, 6)])
+def test_patience_counts_evaluations_without_a_better_one(
+    tiny_folder: Path, tmp_path: Path, scripted: dict[str, list[str]], patience: int, steps: int
+) -> None:
+    scripted["val 3 one-shot"] = ["000000", "110000", "110000", "100000", "111000", "000000", "000000"]
+    settings = small(
+        tiny_folder,
+        **{"train.eval_every": 1, "train.num_iterations": 6, "train.patience": patience, "train.save_every": 100},
+    )
+    training, run, watcher = start(settings), Run.create(tmp_path, "first"), Watcher()
+    train(training, training.policy.frozen_copy(), run, settings, watcher)
+    assert training.step == steps == run.metrics()[-1]["step"]
+    assert run.checkpoints()[-1][0] == steps
+    assert (len(watcher.messages) == 1) == (steps < 6)
+    if steps < 6:
+        words = "1 evaluation" if patience == 1 else f"{patience} evaluations"
+        assert watcher.messages == [f"stopping after step {steps}: {words} no better; the best is that of step 1"]
+        scripted["val 3 one-shot"].insert(0, "000000")
+        train(training, training.policy.frozen_copy(), run, settings, watcher)  # going on stops at once
+        assert training.step == steps

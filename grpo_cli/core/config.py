@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 import tomli
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.settings import FIELDS, TABLES, Settings, expected, fixed
@@ -20,6 +21,10 @@ _PACKAGE = Path(__file__).parents[1]
 SHIPPED = next(path for path in (_PACKAGE / "config.toml", _PACKAGE.parent / "config.toml") if path.exists())
 _PREFIX = "COUNTDOWN_"
 _LARGEST = 2**20  # bytes of a settings file
+_SCHEDULES = (
+    "a schedule is one of them, a mixture (`3 = 0.5, 4 = 0.5`), or a change (`one-shot -> zero-shot over 20 steps`,"
+    " `3 then 4 after 20 steps`)"
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,8 @@ def variable(key: str) -> str:
 
 def defaults() -> dict[str, object]:
     """Every setting with its value in the shipped `config.toml`, before any preset."""
-    return {key: item.value for key, item in _shipped().settings.items()}
+    shipped = _shipped().settings
+    return {key: shipped[key].value for key in FIELDS}
 
 
 def resolve(
@@ -174,14 +180,14 @@ def _sections(document: Mapping[str, object], label: str) -> _File:
 def _layer(tables: Mapping[str, object], label: str, source: str, prefix: str = "") -> _Layer:
     values: dict[str, object] = {}
     for name, content in tables.items():
-        if name not in TABLES:
+        if name not in TABLES and name != "suite":
             values[name] = content
         elif isinstance(content, dict):
             values |= {f"{name}.{key}": value for key, value in content.items()}
         else:
             raise CountdownError(f"`{prefix}{name}` in `{label}` must be a table")
     for key in values:
-        if key == "preset" or key not in FIELDS:
+        if key == "preset" or (key not in FIELDS and not key.startswith("suite.")):
             raise _unknown(f"`{prefix}{key}` in `{label}`", key, [*FIELDS, *TABLES])
     return {key: _Value(value, source, f"`{prefix}{key}` in `{label}`") for key, value in values.items()}
 
@@ -226,15 +232,41 @@ def _choose(asked: _Value, presets: Collection[str], has_cuda: Callable[[], bool
 def _validate(layer: _Layer) -> Settings:
     top = {key: item.value for key, item in layer.items() if "." not in key}
     tables = {name: {key: layer[f"{name}.{key}"].value for key in TABLES[name].model_fields} for name in TABLES}
+    suites = {key.partition(".")[2]: item.value for key, item in layer.items() if key.startswith("suite.")}
     try:
-        return Settings.model_validate(top | tables)
+        settings = Settings.model_validate(top | tables | {"suite": suites})
     except ValidationError as error:
-        key = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise CountdownError(f"{layer[key].place} must be {expected(key)}, not {_shown(layer[key].value)}") from None
+        raise _refused(layer, error.errors()[0]) from None
+    wanted = layer["train.eval_suite"]
+    if wanted.value != "none":
+        require_suite(settings, str(wanted.value), wanted.place)
+    return settings
+
+
+def require_suite(settings: Settings, name: str, place: str) -> None:
+    """Raise CountdownError unless `settings` have the suite that `place` names."""
+    if name not in settings.suite:
+        known = ", ".join(f"`{suite}`" for suite in settings.suite)
+        raise CountdownError(f"{place} names no suite: {_shown(name)}", f"suites are {known}; add one as [suite.NAME]")
+
+
+def _refused(layer: _Layer, problem: ErrorDetails) -> CountdownError:
+    """What is wrong with a value, and where it stands."""
+    table, *rest = (str(part) for part in problem["loc"])
+    key = ".".join([table, *rest[:1]])
+    item = layer[key]
+    words = str(problem["ctx"]["error"]) if problem["type"] == "value_error" else None
+    if table == "suite":
+        found = words or (f"the weight of `{rest[1]}` must be a number of at least 0" if rest[1:] else "it is no table")
+        return CountdownError(f"{item.place}: {found}", 'a cell and its weight are written `"val 3 one-shot" = 1.0`')
+    if words:
+        return CountdownError(f"{item.place}: {words}", _SCHEDULES)
+    return CountdownError(f"{item.place} must be {expected(key)}, not {_shown(item.value)}")
 
 
 def _resolved(layer: _Layer, reason: str) -> Resolved:
-    return Resolved(_validate(layer), {key: layer[key].source for key in FIELDS}, reason)
+    sources = {key: item.source for key, item in layer.items() if key in FIELDS or key.startswith("suite.")}
+    return Resolved(_validate(layer), sources, reason)
 
 
 def _shown(value: object) -> str:

@@ -6,6 +6,9 @@ sampling error. Knows neither training nor terminals.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,8 +19,10 @@ from grpo_cli.core.policy import Policy
 from grpo_cli.core.puzzle import ENUMERABLE, Puzzle, Split, enumerate_puzzles, generate, needs_parentheses, solve
 from grpo_cli.core.rollout import draws, sample
 from grpo_cli.core.statistics import mcnemar, wilson
+from grpo_cli.core.suite import Cell
 from grpo_cli.core.task import Score, Style, prompt, score
 
+EXAMPLES = 4  # completions, of the same puzzles every time, that an evaluation's record shows
 GENERATED = 2_000  # puzzles drawn where the space is too large
 
 
@@ -37,16 +42,36 @@ class Evaluation:
     """All completions of one model on one set of puzzles, a list of `samples` for each puzzle."""
 
     model: str
-    split: str
-    style: str
+    split: Split
+    style: Style
     numbers: int
     samples: int
     temperature: float
+    max_new_tokens: int
+    seed: int
     completions: list[list[Completion]]
 
     @cached_property
     def _all(self) -> list[Completion]:
         return [completion for row in self.completions for completion in row]
+
+    @property
+    def cell(self) -> str:
+        """What was evaluated, as suites name it: `val 3 one-shot`."""
+        return f"{self.split} {self.numbers} {self.style}"
+
+    @property
+    def decoding(self) -> dict[str, float]:
+        """How completions were decoded; the seed matters where they are sampled."""
+        found = {"samples": self.samples, "temperature": self.temperature, "max_new_tokens": self.max_new_tokens}
+        return {**found, "seed": self.seed} if self.temperature else found
+
+    @property
+    def protocol(self) -> str:
+        """Hash of what was asked and how it was decoded: two results are comparable where it is the same."""
+        asked = [prompt(row[0].puzzle, self.style) for row in self.completions]
+        content = json.dumps([asked, self.decoding], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property
     def count(self) -> int:
@@ -109,8 +134,8 @@ class Evaluation:
             "style": self.style,
             "numbers": self.numbers,
             "count": self.count,
-            "samples": self.samples,
-            "temperature": self.temperature,
+            "decoding": self.decoding,
+            "protocol": self.protocol,
             "accuracy": self.accuracy,
             "interval": list(self.interval),
             "lenient_accuracy": self.lenient_accuracy,
@@ -120,18 +145,40 @@ class Evaluation:
             "pass_at_k": self.pass_at_k,
         }
 
+    def record(self) -> dict[str, object]:
+        """What a run keeps of it: figures, who was solved, in the order of the puzzles, and a few examples."""
+        rows = self.completions
+        few = [rows[index * (len(rows) - 1) // max(1, EXAMPLES - 1)][0] for index in range(min(EXAMPLES, len(rows)))]
+        return {
+            "cell": self.cell,
+            "count": self.count,
+            "accuracy": self.accuracy,
+            "interval": list(self.interval),
+            "lenient_accuracy": self.lenient_accuracy,
+            "format_rate": self.format_rate,
+            "mean_length": self.mean_length,
+            "reasons": self.reasons,
+            "solved": "".join("1" if row[0].score.correct else "0" for row in rows),
+            "examples": [_shown(completion) for completion in few],
+        }
+
     def records(self) -> Iterator[dict[str, object]]:
         """Every completion as a JSON object."""
-        for completion in self._all:
-            yield {
-                "numbers": list(completion.puzzle.numbers),
-                "target": completion.puzzle.target,
-                "completion": completion.text,
-                "length": completion.length,
-                "reward": completion.score.reward,
-                "reason": completion.score.reason,
-                "answer": completion.score.answer,
-            }
+        return map(_shown, self._all)
+
+
+def _shown(completion: Completion) -> dict[str, object]:
+    """A completion as JSON keeps it."""
+    puzzle, found = completion.puzzle, completion.score
+    return {
+        "numbers": list(puzzle.numbers),
+        "target": puzzle.target,
+        "completion": completion.text,
+        "length": completion.length,
+        "reward": found.reward,
+        "reason": found.reason,
+        "answer": found.answer,
+    }
 
 
 @dataclass(frozen=True)
@@ -145,6 +192,7 @@ class Paired:
 
     @property
     def p_value(self) -> float:
+        """How likely so uneven a split would be by chance."""
         return mcnemar(len(self.gained), len(self.lost))
 
     def to_json(self) -> dict[str, object]:
@@ -170,6 +218,14 @@ def puzzle_set(numbers: int, split: Split) -> list[Puzzle]:
     if numbers <= ENUMERABLE:
         return list(enumerate_puzzles(numbers=numbers, split=split))
     return generate(GENERATED, numbers=numbers, split=split, seed=0)
+
+
+def puzzles_of(cell: Cell, limit: int = 0) -> list[Puzzle]:
+    """The puzzles of a cell, or a sample of `limit` of them, the same every time; 0 is all."""
+    puzzles = puzzle_set(cell.numbers, cell.split)
+    if not 0 < limit < len(puzzles):
+        return puzzles
+    return [puzzles[index] for index in sorted(random.Random(0).sample(range(len(puzzles)), limit))]
 
 
 def evaluate(
@@ -215,7 +271,9 @@ def evaluate(
         if progress is not None:
             progress(len(rows), len(puzzles))
     first = puzzles[0]
-    return Evaluation(policy.name, first.split, style, len(first.numbers), samples, temperature, rows)
+    return Evaluation(
+        policy.name, first.split, style, len(first.numbers), samples, temperature, max_new_tokens, seed, rows
+    )
 
 
 def _completion(policy: Policy, puzzle: Puzzle, tokens: list[int], truncated: bool, style: Style) -> Completion:

@@ -18,16 +18,53 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from grpo_cli.core.errors import CountdownError
 
+Share = Annotated[float, Field(ge=0, le=1)]
+_Record = TypeVar("_Record")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CHECKPOINT = re.compile(r"step-([0-9]+)")
 _FROM_STEP = re.compile(r"from step ([0-9]+)")
 _LOCK = ".lock"
 _MANIFEST = "manifest.json"
-_FORMAT = 2  # of a checkpoint; one of another format is not taken up
+_FORMAT = 3  # of a checkpoint; one of another format is not taken up
+
+
+@dataclass(frozen=True)
+class Example:
+    """A completion that a run keeps, and its score. Those of an evaluation have its step, not one of their own."""
+
+    numbers: list[int]
+    target: int
+    completion: str
+    reward: float | str
+    reason: str
+    answer: str | None = None
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a run keeps of an evaluation of one cell; `Evaluation.record` says what each is."""
+
+    step: Annotated[int, Field(ge=0)]
+    cell: str
+    count: Annotated[int, Field(ge=0)]
+    accuracy: Share
+    interval: tuple[Share, Share] | None
+    lenient_accuracy: Share | None
+    format_rate: Share | None
+    mean_length: Annotated[float, Field(ge=0)] | None
+    reasons: dict[str, Annotated[int, Field(ge=0)]]
+    solved: Annotated[str, Field(pattern="^[01]*$")]
+    examples: list[Example]
+
+
+_EXAMPLE, _EVALUATED = TypeAdapter(Example), TypeAdapter(Evaluated)
 
 
 @dataclass(frozen=True)
@@ -252,6 +289,10 @@ class Run:
         """Append one line per completion, each with its `step`, to samples.jsonl."""
         _append(self._samples, samples)
 
+    def log_evaluations(self, records: Iterable[Mapping[str, object]]) -> None:
+        """Append one line per cell evaluated, each with its `step`, to evaluations.jsonl."""
+        _append(self._evaluations, records)
+
     def write_bad_step(self, step: int, batch: Mapping[str, object]) -> Path:
         """Keep the batch of a step that was skipped, and say where."""
         path = self.path / "bad_steps" / f"step-{step}.json"
@@ -263,22 +304,32 @@ class Run:
         """Every logged line, [] before the first; raises CountdownError naming the line that is not one of numbers."""
         return [_numbers(line) for line in _lines(self._metrics)]
 
-    def evaluations(self) -> list[tuple[str, dict[str, object]]]:
-        """(where it stands, what it holds) of every cell of puzzles evaluated, each with its `step`."""
-        return [(line.place, line.record) for line in _lines(self.path / "evaluations.jsonl")]
+    def evaluations(self) -> dict[str, dict[int, Evaluated]]:
+        """What was evaluated: by cell, then by step, in order; {} before the first."""
+        found: dict[str, dict[int, Evaluated]] = {}
+        for line in _lines(self._evaluations):
+            one = _checked_as(_EVALUATED, line)
+            if len(one.solved) != one.count:
+                raise CountdownError(f"`solved` in {line.place} does not have a character for each of `count` puzzles")
+            found.setdefault(one.cell, {})[one.step] = one
+        return found
 
-    def samples(self) -> list[tuple[str, dict[str, object]]]:
-        """(where it stands, what it holds) of every completion logged, each with its `step`."""
-        return [(line.place, line.record) for line in _lines(self._samples)]
+    def samples(self) -> list[Example]:
+        """Every completion logged, [] before the first."""
+        return [_checked_as(_EXAMPLE, line) for line in _lines(self._samples)]
 
-    def go_back_to(self, step: int) -> None:
-        """Forget metrics, samples and checkpoints of later steps, which a training that goes on makes again."""
+    def go_back_to(self, step: int, *, pending: bool = False) -> None:
+        """Forget metrics, samples and checkpoints of later steps, which a training that goes on makes again.
+
+        With `pending`, the evaluation and metrics of `step` itself are still to be logged too.
+        """
         _settle(self.model_path)
         for later, folder in self.checkpoints():
             if later > step:
                 _discard(folder)
-        for path in (self._metrics, self._samples):
-            kept = [line.raw for line in _lines(path) if line.step <= step]
+        for path in (self._metrics, self._evaluations, self._samples):
+            last = step - (pending and path != self._samples)
+            kept = [line.raw for line in _lines(path) if line.step <= last]
             if path.exists():
                 _write(path, b"".join(kept))
 
@@ -298,6 +349,10 @@ class Run:
     @property
     def _metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def _evaluations(self) -> Path:
+        return self.path / "evaluations.jsonl"
 
     @property
     def _samples(self) -> Path:
@@ -348,6 +403,14 @@ def _numbers(line: _Line) -> dict[str, float]:
             raise CountdownError(f"`{name}` in {line.place} is not a number")
         numbers[name] = value
     return numbers
+
+
+def _checked_as(kind: TypeAdapter[_Record], line: _Line) -> _Record:
+    try:
+        return kind.validate_python(line.record)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        raise CountdownError(f"`{'.'.join(map(str, first['loc']))}` in {line.place}: {first['msg']}") from None
 
 
 def _append(path: Path, records: Iterable[Mapping[str, object]]) -> None:

@@ -5,11 +5,15 @@ A setting's flag, TOML key and environment variable share its name here. Where v
 
 import hashlib
 import json
-from functools import reduce
-from typing import Literal, get_args
+from functools import partial, reduce
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
+
+from grpo_cli.core.curriculum import schedule
+from grpo_cli.core.suite import SIZES, cell
+from grpo_cli.core.task import STYLES
 
 _KINDS: dict[object, str] = {
     int: "a whole number",
@@ -26,6 +30,33 @@ class Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+def _in_one_line(value: object) -> object:
+    """A table of weights, or a single number, as the text of a schedule."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} = {weight}" for name, weight in value.items())
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _scheduled(text: str, *, choices: tuple[str, ...]) -> str:
+    if text != "task":
+        schedule(text, choices)
+    return text
+
+
+def _some_weight(cells: dict[str, float]) -> dict[str, float]:
+    if not any(cells.values()):
+        raise ValueError("no cell has a weight above 0")
+    return cells
+
+
+StyleSchedule = Annotated[str, BeforeValidator(_in_one_line), AfterValidator(partial(_scheduled, choices=STYLES))]
+SizeSchedule = Annotated[
+    str, BeforeValidator(_in_one_line), AfterValidator(partial(_scheduled, choices=tuple(map(str, SIZES))))
+]
+CellName = Annotated[str, AfterValidator(lambda text: cell(text).name)]
+Suite = Annotated[dict[CellName, Annotated[float, Field(ge=0)]], AfterValidator(_some_weight)]
+
+
 class Task(Table):
     numbers: int = Field(ge=2, le=6, description="numbers in a puzzle")
     style: Literal["one-shot", "zero-shot", "natural"] = Field(description="how a puzzle is put to the model")
@@ -33,6 +64,7 @@ class Task(Table):
 
 class Model(Table):
     model: str = Field(min_length=1, description="`builtin`, a folder in Hugging Face format, or a hub id")
+    ref_model: str = Field(min_length=1, description="frozen reference of the KL penalty; `same` is the starting model")
     device: Literal["auto", "cuda", "mps", "cpu"] = Field(description="where the model runs")
     precision: Literal["auto", "float32", "bf16-master", "bf16"] = Field(
         description="weights in training; `bf16-master` adds float32 masters"
@@ -53,10 +85,17 @@ class Train(Table):
     clip_grad_norm: float = Field(gt=0, description="largest gradient norm that is not scaled down")
     optimizer: Literal["auto", "adamw", "adamw8bit"] = Field(description="AdamW of torch, or in 8 bits of bitsandbytes")
     weight_decay: float = Field(ge=0, description="decoupled weight decay")
+    prompt_style: StyleSchedule = Field(description="styles trained on, as a schedule; `task` is the one in [task]")
+    prompt_numbers: SizeSchedule = Field(description="numbers trained on, as a schedule; `task` is those in [task]")
+    refill: int = Field(ge=0, description="times that groups of equal rewards are sampled anew from other puzzles")
     micro_batch_size: int = Field(ge=0, description="completions per forward and backward pass; 0 is the whole step")
     seed: int = Field(ge=0, lt=2**32, description="seed of the puzzles drawn and of sampling")
     eval_every: int = Field(ge=1, description="steps between evaluations")
     eval_puzzles: int = Field(ge=0, description="val puzzles per evaluation; 0 is all of them")
+    eval_suite: str = Field(
+        min_length=1, description="suite that is evaluated too, and by which the best model is chosen; or `none`"
+    )
+    patience: int = Field(ge=0, description="evaluations without a better one after which to stop; 0 is never")
     save_every: int = Field(ge=1, description="steps between checkpoints")
     keep_last: int = Field(ge=2, description="checkpoints to keep")
     max_bad_steps: int = Field(ge=1, description="steps in a row without a finite loss and gradient that end the run")
@@ -102,6 +141,7 @@ class Settings(Table):
     loss: Loss
     eval: Eval
     plot: Plot
+    suite: dict[str, Suite] = Field(description="suites by name: their cells, each with its weight")
 
 
 TABLES: dict[str, type[Table]] = {
@@ -109,13 +149,13 @@ TABLES: dict[str, type[Table]] = {
     for name, info in Settings.model_fields.items()
     if isinstance(info.annotation, type) and issubclass(info.annotation, Table)
 }
-FIELDS: dict[str, FieldInfo] = {name: info for name, info in Settings.model_fields.items() if name not in TABLES} | {
-    f"{name}.{key}": info for name, table in TABLES.items() for key, info in table.model_fields.items()
-}
+FIELDS: dict[str, FieldInfo] = {
+    name: info for name, info in Settings.model_fields.items() if name not in TABLES and name != "suite"
+} | {f"{name}.{key}": info for name, table in TABLES.items() for key, info in table.model_fields.items()}
 
 # What a run that goes on may change: its length, its logging, and where it computes. Tables, and single settings.
 FREE = {"runs", "eval", "plot", "model.device", "train.num_iterations", "train.micro_batch_size", "train.eval_every"}
-FREE |= {"train.save_every", "train.keep_last", "train.max_bad_steps", "train.stop_on_collapse"}
+FREE |= {"train.save_every", "train.keep_last", "train.max_bad_steps", "train.stop_on_collapse", "train.patience"}
 
 
 def values(settings: Settings) -> dict[str, object]:
@@ -126,7 +166,8 @@ def values(settings: Settings) -> dict[str, object]:
 def fixed(settings: Settings) -> dict[str, object]:
     """The settings that make a run what it is, by key."""
     free = {key for key in FIELDS if key in FREE or key.partition(".")[0] in FREE}
-    return {key: value for key, value in values(settings).items() if key not in free}
+    kept = {key: value for key, value in values(settings).items() if key not in free}
+    return kept | {"suite": settings.suite.get(settings.train.eval_suite)}
 
 
 def digest(settings: Settings) -> str:

@@ -23,7 +23,8 @@ from grpo_cli.core.puzzle import Puzzle
 from grpo_cli.core.run import Run
 from grpo_cli.core.settings import Settings, digest
 
-_PROGRESS = ["step", "pending", "base_accuracy", "best_accuracy", "best_step", "bad_steps", "bad_in_a_row"]
+_PROGRESS = ["step", "pending", "base_accuracy", "best_score", "best_accuracy", "best_step", "waited"]
+_PROGRESS += ["bad_steps", "bad_in_a_row"]
 
 
 @dataclass
@@ -36,8 +37,10 @@ class Training:
     # Metrics of `step` that are not logged yet, because an evaluation that belongs to them has not ended.
     pending: dict[str, float] | None = field(default_factory=lambda: dict[str, float](step=0))
     base_accuracy: float | None = None  # of the starting model, greedy on the val puzzles
-    best_accuracy: float | None = None
+    best_score: float | None = None  # weighted mean over the suite of the model that is kept, or its val accuracy
+    best_accuracy: float | None = None  # its val accuracy
     best_step: int = 0
+    waited: int = 0  # evaluations since then
     bad_steps: int = 0  # steps without a finite loss and gradient, which were skipped
     bad_in_a_row: int = 0
     resumed_from: int | None = None
@@ -150,18 +153,26 @@ def choose_checkpoint(
     return 0, None
 
 
-def origin(policy: Policy | None, puzzles: Sequence[Puzzle]) -> dict[str, object]:
-    """What a run starts from: hashes of the model's weights and tokenizer, if there is one, and of the puzzles."""
+def origin(policy: Policy | None, reference: Policy | None, puzzles: Sequence[Puzzle]) -> dict[str, object]:
+    """What a run starts from: hashes of the model's weights and tokenizer, of the reference's weights, of the puzzles.
+
+    There is none of a model that is not needed.
+    """
     listed = "\n".join(f"{puzzle.numbers} {puzzle.target}" for puzzle in puzzles)
-    return {**(policy.fingerprint() if policy else {}), "puzzles": hashlib.sha256(listed.encode()).hexdigest()}
+    found: dict[str, object] = {**policy.fingerprint()} if policy else {}
+    if reference:
+        found["reference"] = reference.fingerprint()["weights"]
+    return {**found, "puzzles": hashlib.sha256(listed.encode()).hexdigest()}
 
 
-def require_origin(run: Run, policy: Policy | None, puzzles: Sequence[Puzzle]) -> None:
-    """Raise CountdownError unless `policy`, if it is needed, and `puzzles` are what the run started from."""
-    saved, found = run.read_origin(), origin(policy, puzzles)
+def require_origin(run: Run, policy: Policy | None, reference: Policy | None, puzzles: Sequence[Puzzle]) -> None:
+    """Raise CountdownError unless the run started from `policy` and `reference`, where needed, and `puzzles`."""
+    saved, found = run.read_origin(), origin(policy, reference, puzzles)
     changed = [name for name in found if saved.get(name) != found[name]]
     if changed:
         start = f"this `{policy.name}`" if policy else "these puzzles"
+        if changed == ["reference"] and reference:
+            start = f"`{reference.name}` as its reference"
         raise CountdownError(
             f"run `{run.name}` did not start from {start}: other {' and '.join(changed)}",
             "put it back as it was, or start a new run",

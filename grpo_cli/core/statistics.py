@@ -4,6 +4,7 @@ Standard library only, so that a report needs no torch.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -23,6 +24,12 @@ def mcnemar(gained: int, lost: int) -> float:
     changed = gained + lost
     tail = sum(math.comb(changed, count) for count in range(min(gained, lost) + 1))
     return min(1.0, float(Fraction(2 * tail, 1 << changed)))
+
+
+def changes(first: str, second: str) -> tuple[int, int]:
+    """Puzzles gained and lost between two records of who was solved, a character for each puzzle, "1" if it was."""
+    pairs = Counter(zip(first, second, strict=True))
+    return pairs["0", "1"], pairs["1", "0"]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -1,15 +1,14 @@
 """The training loop, which reads like the algorithm: draw, sample, score, update, log.
 
-Everything that a checkpoint must hold lives in `state.Training`; which puzzles a step sees and what it samples are
-functions of (seed, step) alone. Unlike the original system, the end-of-sequence token is trained on, evaluation is
-greedy over all val puzzles, and the model kept is the best on them, not the last. Knows neither tags nor terminals
-nor file names.
+Everything that a checkpoint must hold lives in `state.Training`; which prompts a step sees (`curriculum`) and what it
+samples are functions of (seed, step) alone. Unlike the original system, the end-of-sequence token is trained on,
+evaluation is greedy over all val puzzles, whatever the training is shown, and the model kept is the best on them or on
+a suite of cells, not the last. Knows neither tags nor terminals nor file names.
 """
 
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,8 +18,9 @@ from typing import Protocol
 
 import torch
 
+from grpo_cli.core.curriculum import Curriculum, schedule
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.evaluate import Evaluation, evaluate, puzzle_set
+from grpo_cli.core.evaluate import Evaluation, evaluate, puzzle_set, puzzles_of
 from grpo_cli.core.grpo import NotFinite, advantages, reference_logprobs, update, zero_variance
 from grpo_cli.core.guards import collapses
 from grpo_cli.core.memory import Fit, ran_out
@@ -31,14 +31,17 @@ from grpo_cli.core.run import Run
 from grpo_cli.core.settings import Settings
 from grpo_cli.core.state import Training
 from grpo_cli.core.statistics import wilson
-from grpo_cli.core.task import Score, prompt, score
+from grpo_cli.core.suite import SIZES, Cell, cell, weighted_mean
+from grpo_cli.core.task import STYLES, Score, Style, prompt, score
 
 
 class Observer(Protocol):
     """Whoever watches a training."""
 
     def progress(self, phase: str, done: int, total: int) -> None: ...
-    def evaluated(self, step: int, accuracy: float, count: int, interval: tuple[float, float]) -> None: ...
+    def evaluated(
+        self, step: int, accuracy: float, count: int, interval: tuple[float, float], suite_mean: float | None
+    ) -> None: ...
     def step(self, metrics: Mapping[str, float], sample: Mapping[str, object]) -> None: ...
     def message(self, text: str) -> None: ...
 
@@ -56,16 +59,17 @@ def learning_rate_at(step: int, *, peak: float, schedule: str, warmup_steps: int
     return peak * shapes[schedule]
 
 
-def puzzles_of_step(puzzles: Sequence[Puzzle], step: int, *, batch_size: int, seed: int) -> list[Puzzle]:
-    """The puzzles of a step, from 1: every epoch goes through all puzzles once, in an order of its own."""
-    places = range((step - 1) * batch_size, step * batch_size)
-    orders: dict[int, list[int]] = {}
-    drawn = []
-    for epoch, index in (divmod(place, len(puzzles)) for place in places):
-        if epoch not in orders:
-            orders[epoch] = random.Random(f"{seed}/{epoch}").sample(range(len(puzzles)), len(puzzles))
-        drawn.append(puzzles[orders[epoch][index]])
-    return drawn
+def curriculum(settings: Settings) -> Curriculum:
+    """The prompts of a training with these settings."""
+    task, wanted = settings.task, settings.train
+    numbers = schedule(_or_task(wanted.prompt_numbers, str(task.numbers)), [str(size) for size in SIZES])
+    style = schedule(_or_task(wanted.prompt_style, task.style), STYLES)
+    puzzles = {size: puzzle_set(size, "train") for size in map(int, numbers.choices)}
+    return Curriculum(puzzles, numbers, style, wanted.batch_size, wanted.seed)
+
+
+def _or_task(text: str, of_task: str) -> str:
+    return of_task if text == "task" else text
 
 
 @dataclass
@@ -80,7 +84,7 @@ class Clock:
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.seconds[f"time/{name}"] = time.perf_counter() - start
+        self.seconds[f"time/{name}"] = self.seconds.get(f"time/{name}", 0.0) + time.perf_counter() - start
 
 
 def train(
@@ -118,6 +122,7 @@ class _Batch:
 
     step: int
     puzzles: list[Puzzle]
+    styles: list[Style]
     prompts: list[list[int]]
     rollout: Rollout
     texts: list[str]
@@ -132,6 +137,7 @@ class _Batch:
             "step": self.step,
             "numbers": list(puzzle.numbers),
             "target": puzzle.target,
+            "style": self.styles[prompt_index],
             "prompt_index": prompt_index,
             "sample_index": sample_index,
             "completion": self.texts[row],
@@ -139,6 +145,20 @@ class _Batch:
             "reason": found.reason,
             "answer": found.answer,
         }
+
+    def take(self, places: Sequence[int], other: _Batch) -> None:
+        """Put the groups of another batch, of as many prompts as there are places, where they tell samples apart."""
+        size = self.rewards.shape[1]
+        for index, place in enumerate(places):
+            if bool(zero_variance(other.rewards[index : index + 1])):
+                continue
+            self.puzzles[place], self.styles[place] = other.puzzles[index], other.styles[index]
+            self.prompts[place], self.rewards[place] = other.prompts[index], other.rewards[index]
+            here, there = slice(place * size, (place + 1) * size), slice(index * size, (index + 1) * size)
+            self.texts[here], self.scores[here] = other.texts[there], other.scores[there]
+            mine, theirs = self.rollout, other.rollout
+            mine.completions[here], mine.logprobs[here] = theirs.completions[there], theirs.logprobs[there]
+            mine.truncated[here] = theirs.truncated[there]
 
     def shown(self) -> list[dict[str, object]]:
         """A completion of each prompt, another one of its group every step."""
@@ -173,13 +193,12 @@ class _Loop:
 
     def __post_init__(self) -> None:
         train_settings, task = self.settings.train, self.settings.task
-        self.puzzles = puzzle_set(task.numbers, "train")
-        self.val_puzzles = puzzle_set(task.numbers, "val")
-        if 0 < train_settings.eval_puzzles < len(self.val_puzzles):
-            chosen = random.Random(train_settings.seed).sample(
-                range(len(self.val_puzzles)), train_settings.eval_puzzles
-            )
-            self.val_puzzles = [self.val_puzzles[index] for index in sorted(chosen)]
+        self.curriculum = curriculum(self.settings)
+        self.val = Cell("val", task.numbers, task.style)
+        suite = self.settings.suite.get(train_settings.eval_suite, {})
+        cells = {self.val.name: self.val, **{name: cell(name) for name in suite}}
+        self.puzzles = {one: puzzles_of(one, train_settings.eval_puzzles) for one in cells.values()}
+        self.suite = suite
         told = self.observer.message
         self.sampling, self.evaluating = Fit(told=told), Fit(told=told)
         self.learning = Fit(train_settings.micro_batch_size, told=told)
@@ -187,16 +206,19 @@ class _Loop:
     def run(self) -> Evaluation:
         training = self.training
         if training.base_accuracy is not None:
-            base, count = training.base_accuracy, len(self.val_puzzles)
-            self.observer.evaluated(0, base, count, wilson(base, count))
+            base, count = training.base_accuracy, len(self.puzzles[self.val])
+            self.observer.evaluated(0, base, count, wilson(base, count), None)
         self.history = [line for line in self.run_folder.metrics() if line["step"] > 0]
         evaluation = self._close()
         for step in range(training.step + 1, self.settings.train.num_iterations + 1):
+            if self._out_of_patience():
+                break
             clock = Clock()
             with clock.phase("total"):
                 metrics, batch = self._step(step, clock)
             training.step = step
-            metrics |= {**clock.seconds, "tokens_per_second": metrics.pop("tokens") / clock.seconds["time/total"]}
+            tokens = metrics.pop("tokens") + metrics.pop("tokens_refilled", 0)
+            metrics |= {**clock.seconds, "tokens_per_second": tokens / clock.seconds["time/total"]}
             training.pending = {key: value for key, value in metrics.items() if math.isfinite(value)}
             self.history.append(training.pending)
             records = batch.shown()
@@ -204,42 +226,33 @@ class _Loop:
             self.run_folder.log_samples(records)
             evaluation = self._close()
             self._guard()
-        return evaluation or self._evaluation()
+        return evaluation or self._evaluate(self.val)
+
+    def _out_of_patience(self) -> bool:
+        """Whether the last `patience` evaluations found no better model; then the last step is saved."""
+        training, patience = self.training, self.settings.train.patience
+        if not 0 < patience <= training.waited:
+            return False
+        if training.step not in dict(self.run_folder.checkpoints()):
+            training.save(self.run_folder, self.settings)
+        waited = f"{training.waited} evaluation{'s' if training.waited > 1 else ''} no better"
+        best = f"the best is that of step {training.best_step}"
+        self.observer.message(f"stopping after step {training.step}: {waited}; {best}")
+        return True
 
     def _step(self, step: int, clock: Clock) -> tuple[dict[str, float], _Batch]:
         """One step of GRPO: its metrics and its completions."""
         policy, settings = self.training.policy, self.settings.train
-        groups = (settings.batch_size, settings.num_generations)
 
-        # 1. Sample a group of completions of each prompt.
-        puzzles = puzzles_of_step(self.puzzles, step, batch_size=settings.batch_size, seed=settings.seed)
-        prompts = [policy.encode(prompt(puzzle, self.settings.task.style)) for puzzle in puzzles]
-        owners = [index for index in range(groups[0]) for _ in range(groups[1])]
-        with clock.phase("rollout"):
-            uniform = draws(settings.seed, step, range(groups[0]), groups[1], settings.max_new_tokens)
-            rollout = sample(
-                policy,
-                prompts,
-                num_generations=groups[1],
-                max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                uniform=uniform,
-                fit=self.sampling,
-                on_token=partial(self._token, "sampling token", settings.max_new_tokens),
-            )
-
-        # 2. Score them, and compare each with its group.
-        with clock.phase("score"):
-            texts = [policy.decode(tokens) for tokens in rollout.completions]
-            rows = zip(texts, owners, rollout.truncated, strict=True)
-            style = self.settings.task.style
-            scores = [score(text, puzzles[owner], style=style, truncated=cut) for text, owner, cut in rows]
-            rewards = torch.tensor([found.reward for found in scores]).view(groups)  # (P, G)
-            advantage = advantages(rewards, scale=self.settings.loss.scale_rewards)  # (P, G)
-        batch = _Batch(step, puzzles, prompts, rollout, texts, scores, rewards)
+        # 1. Sample a group of completions of each prompt.  2. Score them, and compare each with its group.
+        batch = self._sample(step, clock, range(settings.batch_size))
+        described = batch.describe() | self.curriculum.shares(list(zip(batch.puzzles, batch.styles, strict=True)))
+        described |= self._refill(batch, clock)
+        advantage = advantages(batch.rewards, scale=self.settings.loss.scale_rewards)  # (P, G)
 
         # 3. Ask the frozen reference how likely it finds them.
-        sequences = Sequences(prompts, rollout.completions, owners)
+        owners = [index for index in range(settings.batch_size) for _ in range(settings.num_generations)]
+        sequences = Sequences(batch.prompts, batch.rollout.completions, owners)
         ref_logprobs = None
         with clock.phase("reference"):
             if self.reference is not None:
@@ -265,7 +278,7 @@ class _Loop:
                     clip_grad_norm=settings.clip_grad_norm,
                     fit=self.learning,
                     ref_logprobs=ref_logprobs,
-                    sampled_logprobs=rollout.logprobs,
+                    sampled_logprobs=batch.rollout.logprobs,
                     poll=self._poll,
                 )
                 self.training.bad_in_a_row = 0
@@ -273,7 +286,53 @@ class _Loop:
                 updated = {}
                 self._skip(batch, problem)
         bad = self.training.bad_steps
-        return {"step": step, **batch.describe(), **updated, "learning_rate": rate, "bad_steps": bad}, batch
+        return {"step": step, **described, **updated, "learning_rate": rate, "bad_steps": bad}, batch
+
+    def _sample(self, step: int, clock: Clock, places: Sequence[int], *, turn: int = 0) -> _Batch:
+        """Completions of the prompts at `places` in a step, scored. Later turns have other prompts."""
+        policy, settings = self.training.policy, self.settings.train
+        drawn = self.curriculum.prompts(step, turn=turn)
+        puzzles, styles = [drawn[place][0] for place in places], [drawn[place][1] for place in places]
+        prompts = [policy.encode(prompt(puzzle, style)) for puzzle, style in zip(puzzles, styles, strict=True)]
+        groups = (len(places), settings.num_generations)
+        with clock.phase("rollout"):
+            indices = [turn * settings.batch_size + place for place in places]
+            rollout = sample(
+                policy,
+                prompts,
+                num_generations=groups[1],
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                uniform=draws(settings.seed, step, indices, groups[1], settings.max_new_tokens),
+                fit=self.sampling,
+                on_token=partial(self._token, "sampling token", settings.max_new_tokens),
+            )
+        with clock.phase("score"):
+            texts = [policy.decode(tokens) for tokens in rollout.completions]
+            scores = []
+            for row, (text, cut) in enumerate(zip(texts, rollout.truncated, strict=True)):
+                index = row // groups[1]
+                scores.append(score(text, puzzles[index], style=styles[index], truncated=cut))
+            rewards = torch.tensor([found.reward for found in scores]).view(groups)  # (P, G)
+        return _Batch(step, puzzles, styles, prompts, rollout, texts, scores, rewards)
+
+    def _refill(self, batch: _Batch, clock: Clock) -> dict[str, float]:
+        """Put groups that tell their samples apart where all are rewarded alike, as DAPO does (arXiv 2503.14476).
+
+        They are of puzzles in an order of their own, so those of later steps stay what they are. At most `refill`
+        times; what is then still alike stays. Metrics describe what was drawn first: the others are not chosen fairly.
+        """
+        turns, tokens, flat = self.settings.train.refill, 0, zero_variance(batch.rewards)
+        first = int(flat.sum())
+        for turn in range(1, turns + 1):
+            places = flat.nonzero()[:, 0].tolist()
+            if not places:
+                break
+            other = self._sample(batch.step, clock, places, turn=turn)
+            tokens += sum(map(len, other.rollout.completions))
+            batch.take(places, other)
+            flat = zero_variance(batch.rewards)
+        return {"refilled": (first - int(flat.sum())) / len(flat), "tokens_refilled": tokens} if turns else {}
 
     def _skip(self, batch: _Batch, problem: NotFinite) -> None:
         """Leave the weights as they are, keep the batch for a report, and give up after too many in a row."""
@@ -321,39 +380,56 @@ class _Loop:
         training, settings, step = self.training, self.settings.train, self.training.step
         if training.pending is None:
             return None
-        evaluation, clock, last = None, Clock(), step == settings.num_iterations
+        found: dict[str, Evaluation] = {}
+        clock, last = Clock(), step == settings.num_iterations
         if step % settings.eval_every == 0 or last:
             with clock.phase("eval"):
-                evaluation = self._evaluation()
-            self._keep_best(evaluation.accuracy)
-            training.pending |= {"val_accuracy": evaluation.accuracy, **clock.seconds}
+                found[self.val.name] = self._evaluate(self.val)
+                with clock.phase("suite"):
+                    found |= {one.name: self._evaluate(one) for one in self.puzzles if one != self.val}
+            training.pending |= self._judge(found) | clock.seconds
+            self.run_folder.log_evaluations([{"step": step, **one.record()} for one in found.values()])
         self.run_folder.log(training.pending)
-        training.pending = None
-        if evaluation is not None:
-            self.observer.evaluated(step, evaluation.accuracy, evaluation.count, evaluation.interval)
+        suite_mean, training.pending = training.pending.get("suite_mean"), None
+        val = found.get(self.val.name)
+        if val is not None:
+            self.observer.evaluated(step, val.accuracy, val.count, val.interval, suite_mean)
         if (step and step % settings.save_every == 0) or last or self.should_save():
             training.save(self.run_folder, self.settings)
-        return evaluation
+        return val
 
-    def _keep_best(self, accuracy: float) -> None:
-        """Keep the model if it is the best so far; the one that training starts from is not kept."""
-        training = self.training
+    def _judge(self, found: Mapping[str, Evaluation]) -> dict[str, float]:
+        """Metrics of an evaluation. The model is kept if it is the best so far, unless training starts from it.
+
+        The best has the highest weighted mean over the suite, or the highest val accuracy where there is none.
+        """
+        training, accuracy = self.training, found[self.val.name].accuracy
+        metrics = {"val_accuracy": accuracy}
+        if self.suite:
+            values = {name: found[name].accuracy for name in self.suite}
+            metrics |= {f"suite/{name}": value for name, value in values.items()}
+            metrics["suite_mean"] = weighted_mean(values, self.suite)
+        judged = metrics.get("suite_mean", accuracy)
         if training.step == 0:
             training.base_accuracy = accuracy
-        elif training.best_accuracy is None or accuracy > training.best_accuracy:
-            training.best_accuracy, training.best_step = accuracy, training.step
+        elif training.best_score is None or judged > training.best_score:
+            training.best_score, training.best_accuracy, training.best_step = judged, accuracy, training.step
+            training.waited = 0
             training.save_best(self.run_folder)
+        else:
+            training.waited += 1
+        return metrics
 
-    def _evaluation(self) -> Evaluation:
+    def _evaluate(self, one: Cell) -> Evaluation:
         settings = self.settings
         return evaluate(
             self.training.policy,
-            self.val_puzzles,
-            style=settings.task.style,
+            self.puzzles[one],
+            style=one.style,
             max_new_tokens=settings.train.max_new_tokens,
             batch_size=settings.eval.batch_size,
             fit=self.evaluating,
-            progress=partial(self.observer.progress, "evaluating puzzle"),
+            progress=partial(self.observer.progress, f"evaluating {one.name}: puzzle"),
             on_token=lambda _: self._poll(),
         )
 
@@ -364,17 +440,3 @@ class _Loop:
     def _poll(self) -> None:
         if self.should_stop():
             raise Interrupted
-
-
-def summary(training: Training, evaluation: Evaluation) -> dict[str, object]:
-    """What a finished training came to."""
-    return {
-        "steps": training.step,
-        "puzzles": evaluation.count,
-        "base_accuracy": training.base_accuracy,
-        "final_accuracy": evaluation.accuracy,
-        "final_interval": list(evaluation.interval),
-        "best_accuracy": training.best_accuracy,
-        "best_step": training.best_step,
-        "bad_steps": training.bad_steps,
-    }

@@ -1,0 +1,287 @@
+"""What transfers, what does not, and when to stop: trainings of the built-in model, three seeds a condition.
+
+    python benchmarks/study.py                  train what is missing, print all tables, draw all figures
+    python benchmarks/study.py --table styles   print one of them from the runs that are there
+
+Every run is an ordinary `countdown train` on one thread, two at a time; its command is printed, its folder is in
+`--runs`, and one that was stopped goes on. Differences between conditions are paired by seed, with Student's 95 %
+interval over the seeds: a difference is called one only where that interval does not hold 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import fmean, stdev
+
+from matplotlib.figure import Figure
+
+from grpo_cli.core.run import Evaluated, Run
+from grpo_cli.plot import COLOURS
+
+HERE = Path(__file__).parent
+SEEDS = (0, 1, 2)
+T_QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 % of Student's t, by the number of seeds
+SHORT, LONG = 20, 60  # steps
+VAL = "val 3 one-shot"
+STYLES = ("one-shot", "zero-shot", "natural")
+SUITE = [f"val {numbers} {style}" for numbers in (3, 4) for style in STYLES]
+
+CONDITIONS = {
+    "one-shot": f"--num-iterations {LONG} --eval-suite study",
+    "zero-shot": "--prompt-style zero-shot --eval-suite study",
+    "fading": f"--prompt-style 'one-shot -> zero-shot, linear over {SHORT} steps' --eval-suite study",
+    "grpo": "--loss-type grpo",
+    "dr_grpo": "--loss-type dr_grpo",
+    "k3": "--beta 0.05",
+    "original-kl": "--beta 0.05 --kl-estimator original",
+    "groups-of-4": "--batch-size 16 --num-generations 4",
+    "groups-of-16": "--batch-size 4 --num-generations 16",
+}
+
+
+# Training
+
+
+def train(root: Path, condition: str, seed: int) -> None:
+    """Train a run to its end, unless it has ended."""
+    name = f"{condition}-{seed}"
+    if (root / name / "summary.json").exists():
+        return
+    settings = ["--config", str(HERE / "study.toml"), "--runs", str(root), "--run", name]
+    if (root / name / "checkpoints").is_dir():
+        arguments = ["--runs", str(root), "--run", name, "--resume"]
+    else:
+        arguments = [*settings, "--overwrite", "--seed", str(seed), *shlex.split(CONDITIONS[condition])]
+    print("countdown train", shlex.join(arguments), flush=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "grpo_cli", "train", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{name}: {done.stderr.strip()}")
+
+
+# Reading
+
+
+class Runs:
+    """The runs of the study: what each evaluated and logged."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._read: dict[str, dict[str, dict[int, Evaluated]]] = {}
+
+    def evaluations(self, condition: str, seed: int) -> dict[str, dict[int, Evaluated]]:
+        name = f"{condition}-{seed}"
+        if name not in self._read:
+            self._read[name] = Run.open(self.root, name).evaluations()
+        return self._read[name]
+
+    def accuracies(self, condition: str, cell: str, step: int) -> list[float]:
+        """Of each seed."""
+        return [self.evaluations(condition, seed)[cell][step].accuracy for seed in SEEDS]
+
+    def metrics(self, condition: str, seed: int) -> list[dict[str, float]]:
+        return [line for line in Run.open(self.root, f"{condition}-{seed}").metrics() if line["step"] > 0]
+
+
+def difference(values: Sequence[float], others: Sequence[float]) -> tuple[float, float, str]:
+    """Mean of values - others, paired; half of its 95 % interval; and what may be said of it."""
+    pairs = [one - other for one, other in zip(values, others, strict=True)]
+    mean, half = fmean(pairs), T_QUANTILE[len(pairs)] * stdev(pairs) / len(pairs) ** 0.5
+    return mean, half, "can't be told" if abs(mean) <= half else "more" if mean > 0 else "less"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{percent(fmean(values))} ({100 * min(values):.1f} to {100 * max(values):.1f})"
+
+
+def compared(values: Sequence[float], others: Sequence[float]) -> str:
+    mean, half, verdict = difference(values, others)
+    return f"{100 * mean:+.1f} ± {100 * half:.1f}, {verdict}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# Tables
+
+
+def styles(runs: Runs) -> str:
+    """Train in one style, test in all, with three and four numbers."""
+    rows = []
+    for cell in SUITE:
+        base = runs.accuracies("one-shot", cell, 0)
+        trained = {name: runs.accuracies(name, cell, SHORT) for name in ("one-shot", "zero-shot", "fading")}
+        shown = [spread(values) for values in trained.values()]
+        gain = compared(trained["one-shot"], base)
+        others = [compared(trained[name], trained["one-shot"]) for name in ("zero-shot", "fading")]
+        rows.append([cell, percent(base[0]), *shown, gain, *others])
+    head = ["cell", "base", "one-shot", "zero-shot", "fading", "one-shot less base"]
+    return table([*head, "zero-shot less one-shot", "fading less one-shot"], rows)
+
+
+def length(runs: Runs) -> str:
+    """Short against long, on one-shot prompts."""
+    rows = []
+    for cell in SUITE:
+        steps = {step: runs.accuracies("one-shot", cell, step) for step in range(0, LONG + 1, 10)}
+        rows.append([cell, *(percent(fmean(values)) for values in steps.values()), compared(steps[LONG], steps[SHORT])])
+    return table(["cell", *(f"step {step}" for step in range(0, LONG + 1, 10)), f"step {LONG} less {SHORT}"], rows)
+
+
+def stopping(runs: Runs) -> str:
+    """Which step each rule keeps, chosen on every other puzzle of the suite and judged on the rest."""
+    rows = []
+    judged: dict[str, list[float]] = {}
+    for seed in SEEDS:
+        found, metrics = runs.evaluations("one-shot", seed), runs.metrics("one-shot", seed)
+        steps = [step for step in found[VAL] if step]
+
+        def reward(step: int, metrics: list[dict[str, float]] = metrics) -> float:
+            return fmean(line["reward"] for line in metrics if step - 10 < line["step"] <= step)
+
+        def half(step: int, cells: Sequence[str], first: int, found: dict[str, dict[int, Evaluated]] = found) -> float:
+            return fmean(found[cell][step].solved[first::2].count("1") / len(found[cell][step].solved[first::2])
+                         for cell in cells)  # fmt: skip
+
+        rules: dict[str, Callable[[int], float]] = {
+            "highest training reward": reward,
+            f"best on {VAL}": lambda step: half(step, [VAL], 0),
+            "best on the suite": lambda step: half(step, SUITE, 0),
+            "the last step": float,
+        }
+        for name, rule in rules.items():
+            step = max(steps, key=rule)
+            result = half(step, SUITE, 1)
+            judged.setdefault(name, []).append(result)
+            rows.append([name, str(seed), str(step), percent(result), percent(half(step, [VAL], 1))])
+    rows.sort(key=lambda row: row[0])
+    head = table(["rule", "seed", "step kept", "suite, other half", f"{VAL}, other half"], rows)
+    last = judged["the last step"]
+    rest = [[name, spread(values), compared(values, last)] for name, values in judged.items() if values is not last]
+    return f"{head}\n\n{table(['rule', 'suite, other half', 'less the last step'], rest)}"
+
+
+def _against_baseline(runs: Runs, names: Sequence[str]) -> str:
+    rows = []
+    for name in ("one-shot", *names):
+        lines = [[line for line in runs.metrics(name, seed) if line["step"] <= SHORT] for seed in SEEDS]
+        steps = {step: runs.accuracies(name, VAL, step) for step in (SHORT // 2, SHORT)}
+        baseline = {step: runs.accuracies("one-shot", VAL, step) for step in steps}
+        cells = [spread(steps[step]) for step in steps]
+        cells += ["" if name == "one-shot" else compared(steps[step], baseline[step]) for step in steps]
+        cells.append(f"{fmean(seed[-1]['kl'] for seed in lines):.4f}")
+        cells.append(f"{fmean(fmean(line['zero_variance'] for line in seed) for seed in lines):.2f}")
+        cells.append(f"{fmean(fmean(line['completion_length'] for line in seed[-5:]) for seed in lines):.0f}")
+        rows.append(["baseline" if name == "one-shot" else name, *cells])
+    accuracies = [f"step {step}" for step in (SHORT // 2, SHORT)]
+    differences = [f"{words} less baseline" for words in accuracies]
+    return table(["condition", *accuracies, *differences, "KL", "zero variance", "tokens, last five"], rows)
+
+
+def losses(runs: Runs) -> str:
+    """Normalisers of the loss; the baseline is dapo."""
+    return _against_baseline(runs, ["grpo", "dr_grpo"])
+
+
+def kl(runs: Runs) -> str:
+    """Estimators of the KL at a weight of 0.05; the baseline has 0.001."""
+    difference = [runs.accuracies(name, VAL, SHORT) for name in ("original-kl", "k3")]
+    return (
+        f"{_against_baseline(runs, ['k3', 'original-kl'])}\n\noriginal less k3, step {SHORT}: {compared(*difference)}"
+    )
+
+
+def groups(runs: Runs) -> str:
+    """Sizes of a group, at 64 completions a step; the baseline has groups of 8."""
+    return _against_baseline(runs, ["groups-of-4", "groups-of-16"])
+
+
+TABLES = {table.__name__: table for table in (styles, length, stopping, losses, kl, groups)}
+
+
+# Figures
+
+
+def draw_styles(runs: Runs, path: Path) -> None:
+    """Accuracy of each cell over the steps, by the style trained on."""
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    panels = figure.subplots(2, 3, sharex=True, sharey=True)
+    for axes, cell in zip(panels.flat, SUITE, strict=True):
+        for colour, name in zip(COLOURS, ("one-shot", "zero-shot", "fading"), strict=False):
+            steps = [step for step in runs.evaluations(name, 0)[cell] if step <= SHORT]
+            seeds = [[runs.evaluations(name, seed)[cell][step].accuracy for step in steps] for seed in SEEDS]
+            for values in seeds:
+                axes.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
+            axes.plot(steps, [fmean(at) for at in zip(*seeds, strict=True)], color=colour, marker="o", label=name)
+        axes.set_title(cell, loc="left", fontsize=10)
+    _finish(figure, panels, "styles trained on", path)
+
+
+def draw_length(runs: Runs, path: Path) -> None:
+    """Reward and the suite's mean over the long runs."""
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(SEEDS), sharey=True, squeeze=False)
+    for axes, seed in zip(panels.flat, SEEDS, strict=True):
+        metrics, found = runs.metrics("one-shot", seed), runs.evaluations("one-shot", seed)
+        axes.plot([line["step"] for line in metrics], [line["accuracy"] for line in metrics],
+                  color=COLOURS[0], alpha=0.4, linewidth=1, label="training accuracy")  # fmt: skip
+        for index, (label, cells) in enumerate({VAL: [VAL], "mean of the suite": SUITE}.items(), start=1):
+            steps = list(found[VAL])
+            means = [fmean(found[cell][step].accuracy for cell in cells) for step in steps]
+            axes.plot(steps, means, color=COLOURS[index], marker="o", label=label)
+        axes.set_title(f"seed {seed}", loc="left", fontsize=10)
+    _finish(figure, panels, None, path)
+
+
+def _finish(figure: Figure, panels, title: str | None, path: Path) -> None:  # type: ignore[no-untyped-def]
+    for axes in panels.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e4e4e4")
+        axes.set_ylim(0, 1.02)
+        axes.yaxis.set_major_formatter("{x:.0%}")
+    for axes in panels[-1]:
+        axes.set_xlabel("step")
+    handles, labels = panels.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, title=title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    print(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("study"), help="folder of the runs")
+    parser.add_argument("--figures", type=Path, default=HERE.parent / "docs" / "study", help="folder of the figures")
+    parser.add_argument("--table", choices=TABLES, help="print this table alone, train nothing")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each")
+    asked = parser.parse_args()
+    if asked.table is None:
+        with ThreadPoolExecutor(asked.jobs) as pool:
+            # The long ones first, so that no core waits for them in the end.
+            jobs = [pool.submit(train, asked.runs, name, seed) for name in CONDITIONS for seed in SEEDS]
+            for job in jobs:
+                job.result()
+    runs = Runs(asked.runs)
+    for name in [asked.table] if asked.table else TABLES:
+        print(f"\n{TABLES[name].__doc__}\n\n{TABLES[name](runs)}")
+    if asked.table is None:
+        draw_styles(runs, asked.figures / "styles.png")
+        draw_length(runs, asked.figures / "length.png")
+
+
+if __name__ == "__main__":
+    main()
