@@ -22,7 +22,7 @@ from grpo_cli.plot import Curves, Series
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 STYLE = Path(__file__).with_suffix(".css")
-INCHES = (6.4, 4.4)
+SMALLER = 0.8  # than the images, so that text is as large as the page's
 TITLED = 3  # runs named in the title
 DRAWN = 2  # completions shown of a step of training
 UNTESTED = "Which puzzles were solved was not recorded, so no test can tell whether this is more than chance."
@@ -76,8 +76,8 @@ def _small(*content: object) -> Html:
     return element("small", *content)
 
 
-def _folded(summary: str, *content: Html) -> Html:
-    return element("details", element("summary", summary), *content)
+def _folded(summary: str, *content: Html, kind: str = "") -> Html:
+    return element("details", element("summary", summary), *content, class_=kind)
 
 
 # The page
@@ -214,7 +214,7 @@ def _figures(curves: Sequence[Curves], *, smooth: bool, window: int) -> Html:
     }
     shown = []
     for number, (caption, figure) in enumerate(drawn.items(), start=1):
-        figure.set_size_inches(*INCHES)
+        figure.set_size_inches(*(SMALLER * figure.get_size_inches()))
         picture = Html(plot.svg(figure, prefix=f"figure{number}"))
         shown.append(element("figure", picture, element("figcaption", caption)))
     return element("div", *shown, class_="figures")
@@ -323,7 +323,9 @@ def _samples(account: Account) -> Html:
         if one and other and puzzles(one) == puzzles(other) != []:
             pairs = zip(one.examples, other.examples, strict=True)
             told = [_pair(_side(before, first), _side(other.step, second)) for first, second in pairs]
-            parts.append(_all([element("h4", cell), *told]) if steps is account.own else _folded(cell, *told))
+            parts.append(
+                _all([element("h4", cell), *told]) if steps is account.own else _folded(cell, *told, kind="screen")
+            )
     return _all(parts) if parts else _drawn(account.samples)
 
 

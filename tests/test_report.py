@@ -532,7 +532,7 @@ def test_the_page_prints_whole(browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     report.write(report.page([suite("first"), suite("second")], defaults=DEFAULTS), path)
     browser.open(path, width=1280, dark=True)
-    visible = "[...document.querySelectorAll('details > .wide, details > .pair')]"
+    visible = "[...document.querySelectorAll('details > .wide')]"
     visible += ".map(one => one.checkVisibility({contentVisibilityAuto: true}))"
     assert set(browser.evaluate(visible)) == {False}
     browser.call("Emulation.setEmulatedMedia", media="print")
