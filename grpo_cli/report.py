@@ -149,17 +149,16 @@ def _story(account: Account) -> str:
     if not values:
         return f"The curves of a file of metrics, to step {account.steps:,}."
     seconds = sum(line.get("time/total", 0) + line.get("time/eval", 0) for line in account.metrics)
-    planned, steps = values["train.num_iterations"], f"{account.steps:,} steps"
-    if account.summary is None and account.steps != planned:
-        steps = f"{account.steps:,} of {planned} steps so far"
+    taken, planned = account.steps, values["train.num_iterations"]
+    steps = f"{taken:,} steps" if account.summary or taken == planned else f"{taken:,} of {planned} steps so far"
     style, numbers = (
         values[f"task.{key}"] if values[f"train.prompt_{key}"] == "task" else values[f"train.prompt_{key}"]
         for key in ("style", "numbers")
     )
     return (
-        f"{_shown(values['model.model'])}, trained on {_shown(style)} puzzles of "
-        f"{_shown(numbers)} numbers: {steps} of {values['train.batch_size']} prompts with "
-        f"{values['train.num_generations']} completions each, in {_duration(seconds)}."
+        f"{_shown(values['model.model'])}, trained on {_shown(style)} puzzles of {_shown(numbers)} numbers: "
+        f"{steps}, each of {values['train.batch_size']} prompts with {values['train.num_generations']} completions, "
+        f"in {_duration(seconds)}."
     )
 
 
