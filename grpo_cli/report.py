@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -422,7 +423,7 @@ def _configuration(accounts: Sequence[Account], defaults: Mapping[str, object]) 
     def table(keys: Iterable[str]) -> Html:
         rows = [
             [
-                element("code", key),
+                element("code", *_breakable(key)),
                 *(element("code", _shown(account.settings.get(key))) for account in accounts),
                 element("code", _shown(defaults[key])),
                 _small(FIELDS[key].description or ""),
@@ -433,6 +434,11 @@ def _configuration(accounts: Sequence[Account], defaults: Mapping[str, object]) 
 
     lead = element("p", "What differs from the defaults, by its preset or by choice:", class_="soft")
     return _all([lead, table(changed), _folded(f"all {len(defaults)} settings", table(defaults))])
+
+
+def _breakable(key: str) -> Iterable[str]:
+    """A key that a narrow column may break behind a dot or an underscore."""
+    return (Html("<wbr>") if part == "" else part for part in re.split(r"(?<=[._])()", key))
 
 
 def _environment(accounts: Sequence[Account]) -> Html:
