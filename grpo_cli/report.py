@@ -51,7 +51,8 @@ def element(name: str, *content: object, **attributes: str) -> Html:
     """An element, with `aria_hidden` for `aria-hidden` and `class_` for `class`. What is no `Html` is text."""
     keep = name == "pre"
     inside = "".join(part if isinstance(part, Html) else _text(str(part), keep_newlines=keep) for part in content)
-    given = "".join(f' {key.rstrip("_").replace("_", "-")}="{_text(value)}"' for key, value in attributes.items())
+    named = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value}
+    given = "".join(f' {key}="{_text(value)}"' for key, value in named.items())
     return Html(f"<{name}{given}>{inside}</{name}>")
 
 
@@ -209,7 +210,7 @@ def _duration(seconds: float) -> str:
 
 def _figures(curves: Sequence[Curves], *, smooth: bool, window: int) -> Html:
     drawn = {
-        "Accuracy and reward": plot.training_figure(curves, smooth=smooth, window=window),
+        "Accuracy and reward; stars are peaks": plot.training_figure(curves, smooth=smooth, window=window),
         "KL from the reference model": plot.kl_figure(curves, smooth=smooth, window=window),
     }
     shown = []
