@@ -12,6 +12,7 @@ from pathlib import Path
 
 from grpo_cli.core.builtin.recipe import may_imitate
 from grpo_cli.core.config import restore
+from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.puzzle import Puzzle
 from grpo_cli.core.run import list_runs, run_of
 
@@ -67,7 +68,11 @@ def _known(model: str, root: Path, later: frozenset[Path]) -> Known:
         return Known(recipe=True) if model == "builtin" else Known(unknown=model)
     start = restore(run.read_config(), run.config_path).settings.model.model
     before = _known(start, run.path.parent, later | {run.path.resolve()})
-    seen = frozenset(_key(numbers, target) for numbers, target in run.prompts())
+    try:
+        seen = frozenset(_key(numbers, target) for numbers, target in run.prompts())
+    except CountdownError as problem:
+        hint = "mend the line, or remove the file: what the run was trained on is then not known"
+        raise CountdownError(problem.message, hint) from None
     return replace(before, runs={run.name: seen, **before.runs}) if seen else Known(unknown=run.name)
 
 
