@@ -22,7 +22,7 @@ from grpo_cli.core.leaks import Known
 from grpo_cli.core.policy import Policy
 from grpo_cli.core.puzzle import Puzzle
 from grpo_cli.core.suite import cell
-from grpo_cli.core.task import score
+from grpo_cli.core.task import STYLES, score
 
 EASY, HARD = Puzzle((2, 4, 6), 12), Puzzle((2, 4, 6), 36)  # 2 + 4 + 6 and others; (2 + 4) * 6 alone
 OTHER = Puzzle((2, 4, 6), 20)
@@ -178,7 +178,7 @@ def a_suite(**solved: int) -> SuiteResult:
     puzzle = [completion(EASY, WRONG, 1)], [completion(EASY, RIGHT, 1)]
     cells = [
         replace(made(*(puzzle[index < count] for index in range(8))), style=style, temperature=0.0)
-        for style, count in zip(("one-shot", "zero-shot", "natural"), solved.values(), strict=True)
+        for style, count in zip(STYLES, solved.values(), strict=True)
     ]
     weights = {"val 3 one-shot": 1.0, "val 3 zero-shot": 3.0, "val 3 natural": 0.0}
     return SuiteResult("m", cells, weights, 1.0)
