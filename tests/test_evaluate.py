@@ -8,18 +8,23 @@ from grpo_cli.core.evaluate import (
     Completion,
     Evaluation,
     Paired,
+    SuiteResult,
     changes,
     evaluate,
+    evaluate_suite,
+    holm,
     mcnemar,
     paired,
     puzzle_set,
     puzzles_of,
+    suite_paired,
     wilson,
 )
+from grpo_cli.core.leaks import Known
 from grpo_cli.core.policy import Policy
 from grpo_cli.core.puzzle import Puzzle
-from grpo_cli.core.suite import Cell
-from grpo_cli.core.task import score
+from grpo_cli.core.suite import Cell, cell
+from grpo_cli.core.task import STYLES, score
 
 EASY, HARD = Puzzle((2, 4, 6), 12), Puzzle((2, 4, 6), 36)  # 2 + 4 + 6 and others; (2 + 4) * 6 alone
 OTHER = Puzzle((2, 4, 6), 20)
@@ -193,3 +198,82 @@ def test_changes_are_counted_puzzle_by_puzzle_and_tested_exactly() -> None:
     assert mcnemar(1, 5) == 2 * (1 + 6) / 64
     with pytest.raises(ValueError):
         changes("0", "01")
+
+
+@pytest.mark.parametrize(
+    ("p_values", "corrected"),
+    [
+        ([], []),
+        ([0.03], [0.03]),
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # 3 * 0.01, 2 * 0.03 for both, 4 * 0.005
+        ([0.02, 0.02], [0.04, 0.04]),
+        ([0.9, 0.6], [1.0, 1.0]),
+    ],
+)
+def test_holm_by_hand(p_values: list[float], corrected: list[float]) -> None:
+    assert holm(p_values) == pytest.approx(corrected)
+
+
+def test_a_puzzle_that_was_trained_on_is_counted() -> None:
+    result = made([completion(EASY, RIGHT, 1)], [completion(HARD, RIGHT, 1)])
+    assert result.overlap is None
+    seen = Known({"first": frozenset({((2, 4, 6), 12)})})
+    assert replace(result, known=seen).overlap == replace(result, known=seen).to_json()["overlap"] == 1
+    assert replace(result, known=Known(unknown="hub")).to_json()["overlap"] is None
+
+
+def a_suite(**solved: int) -> SuiteResult:
+    """Cells of eight puzzles each, of which so many are solved."""
+    puzzle = [completion(EASY, WRONG, 1)], [completion(EASY, RIGHT, 1)]
+    cells = [
+        replace(made(*(puzzle[index < count] for index in range(8))), style=style, temperature=0.0)
+        for style, count in zip(STYLES, solved.values(), strict=True)
+    ]
+    weights = {"val 3 one-shot": 1.0, "val 3 zero-shot": 3.0, "val 3 natural": 0.0}
+    return SuiteResult("m", cells, weights, 1.0)
+
+
+def test_the_mean_of_a_suite_is_weighted() -> None:
+    assert a_suite(one=4, zero=8, natural=0).mean == 0.875  # (1 * 0.5 + 3 * 1.0 + 0 * 0.0) / 4
+
+
+def test_the_puzzles_of_a_suite_are_counted_once() -> None:
+    assert a_suite(one=0, zero=0, natural=0).puzzles == [EASY]
+
+
+def test_suites_are_compared_cell_by_cell_with_p_corrected_for_their_number() -> None:
+    found = suite_paired(a_suite(one=0, zero=0, natural=1), a_suite(one=8, zero=6, natural=0))
+    assert found is not None
+    assert [(line["cell"], line["gained"], line["lost"], line["p_value"]) for line in found.to_json()] == [
+        ("val 3 one-shot", 8, 0, 2 / 256),
+        ("val 3 zero-shot", 6, 0, 2 / 64),
+        ("val 3 natural", 0, 1, 1.0),
+    ]
+    assert [line["p_holm"] for line in found.to_json()] == [3 * 2 / 256, 2 * 2 / 64, 1.0]
+
+
+def test_several_completions_of_a_puzzle_are_not_compared() -> None:
+    once = a_suite(one=1, zero=1, natural=1)
+    twice = [replace(cell, completions=[row * 2 for row in cell.completions], samples=2) for cell in once.cells]
+    assert suite_paired(once, replace(once, cells=twice)) is None
+
+
+def test_a_suite_is_evaluated_as_its_cells_would_be(tiny_policy: Policy) -> None:
+    policy = replace(tiny_policy, end_ids=tuple(range(0, 832, 16)))
+    cells = [cell("val 3 zero-shot"), cell("train 4 natural")]
+    asked = {cell: puzzles_of(cell, limit) for cell, limit in zip(cells, (5, 3), strict=True)}
+    told: list[tuple[int, int]] = []
+    found = evaluate_suite(
+        policy,
+        asked,
+        weights={cell.name: 1.0 for cell in cells},
+        max_new_tokens=8,
+        batch_size=2,
+        progress=lambda done, total: told.append((done, total)),
+    )
+    alone = [evaluate(policy, asked[cell], style=cell.style, max_new_tokens=8) for cell in cells]
+    assert found.cells == alone
+    assert told == [(2, 8), (4, 8), (5, 8), (7, 8), (8, 8)]
+    assert found.decoding == {"samples": 1, "temperature": 0.0, "max_new_tokens": 8}
+    hashes = {found.protocol, *(result.protocol for result in alone)}
+    assert len(hashes) == 3 and replace(found, cells=alone[:1]).protocol == alone[0].protocol
