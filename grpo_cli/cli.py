@@ -26,6 +26,7 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.options import flags, settings_command
 
 if TYPE_CHECKING:
+    from grpo_cli.account import Account
     from grpo_cli.core.config import Resolved
     from grpo_cli.core.evaluate import SuitePaired, SuiteResult
     from grpo_cli.core.policy import Policy
@@ -269,11 +270,12 @@ def plot_runs(
     out: Annotated[
         Path | None, typer.Option(help="folder of the images; default: the run's, or . for several", metavar="<folder>")
     ] = None,
+    report: Annotated[bool, typer.Option("--report", help="write report.html too: one page for people")] = False,
     config: ConfigFile = None,
 ) -> None:
     """Draw the training curve and the KL curve, of one run or of several overlaid.
 
-    Example: countdown plot first second --smooth
+    Example: countdown plot first second --smooth --report
     """
     from grpo_cli.core.run import Run
 
@@ -288,7 +290,11 @@ def plot_runs(
     _need("matplotlib")
     _require_writable(folder / f"training_curve.{style.format}", overwrite=True)
     curves = [found for found, _ in chosen]
-    for path in _draw(curves, folder, style):
+    page = folder / "report.html"
+    if report:
+        _require_writable(page, overwrite=True)
+        _report([_account(root, name, found) for name, found in zip(names, curves, strict=True)], page, style)
+    for path in [*_draw(curves, folder, style), *([page] * report)]:
         print(path)
     display.sparklines(curves)
 
@@ -656,3 +662,30 @@ def _draw(curves: Sequence[Curves], folder: Path, style: Plot) -> list[Path]:
     for path, draw in zip(paths, drawn.values(), strict=True):
         draw(curves, path, smooth=style.smooth, window=style.window)
     return paths
+
+
+def _account(root: Path, name: str, curves: Curves) -> Account:
+    """What a report tells of a run, or of a metrics file."""
+    from grpo_cli import account
+    from grpo_cli.core import config
+    from grpo_cli.core.settings import values
+
+    run = _run_named(root, name)
+    if run is None:
+        return account.Account(curves)
+    return account.Account(
+        curves,
+        run.metrics(),
+        run.evaluations(),
+        run.samples(),
+        values(config.restore(run.read_config(), run.config_path).settings),
+        run.read_summary(),
+        run.read_environment(),
+    )
+
+
+def _report(accounts: Sequence[Account], path: Path, style: Plot) -> None:
+    from grpo_cli import report
+    from grpo_cli.core.config import defaults
+
+    report.write(report.page(accounts, defaults=defaults(), smooth=style.smooth, window=style.window), path)

@@ -407,7 +407,7 @@ def paired(found: Paired) -> None:
     out.print(
         Text.assemble(
             (_models(found), "bold"),
-            f"  {gained:,} puzzles gained, {lost:,} lost, exact McNemar p {_probability(found.p_value)}{verdict}",
+            f"  {gained:,} puzzles gained, {lost:,} lost, exact McNemar p {probability(found.p_value)}{verdict}",
         )
     )
     _pair_examples(found.gained, found.lost)
@@ -437,8 +437,8 @@ def _gains(found: SuitePaired, *, raw: bool) -> tuple[list[str], list[list[str]]
             name,
             f"{len(cell.gained):,}",
             f"{len(cell.lost):,}",
-            *([_probability(cell.p_value).removeprefix("= ")] if raw else []),
-            _probability(corrected).removeprefix("= "),
+            *([probability(cell.p_value).removeprefix("= ")] if raw else []),
+            probability(corrected).removeprefix("= "),
             "" if corrected < SIGNIFICANT else UNSURE,
         ]
         for (name, cell), corrected in zip(found.cells.items(), found.p_holm.values(), strict=True)
@@ -483,7 +483,8 @@ def _escaped(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<|~])", r"\\\1", text)
 
 
-def _probability(value: float) -> str:
+def probability(value: float) -> str:
+    """A p value as `= 0.031` or `< 0.001`."""
     return f"= {value:.3f}" if value >= 0.001 else "< 0.001"
 
 
@@ -591,7 +592,7 @@ def _peaks(summary: Mapping[str, Any]) -> Group:
         cells = {"cell": name, "n": f"{cell['count']:,}", "start": percent(cell["start"])}
         cells |= {"peak": f"{percent(cell['accuracy'])} at {cell['step']}"}
         cells |= {best: percent(cell["kept"]), last: percent(cell["last"])}
-        cells |= {"change": f"+{cell['gained']} -{cell['lost']}", "p": _probability(cell["p_value"]).removeprefix("= ")}
+        cells |= {"change": f"+{cell['gained']} -{cell['lost']}", "p": probability(cell["p_value"]).removeprefix("= ")}
         table.add_row(*(cells[column] for column in columns))
     spent = f"{summary['seconds_after_best']:,.0f} s after {best}"
     sure = [name for name, cell in summary["peaks"].items() if cell["p_value"] < SIGNIFICANT]

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -37,6 +39,7 @@ STYLE_COLOURS = {"one-shot": COLOURS[0], "zero-shot": COLOURS[1], "natural": COL
 NAME_CHARACTERS = 24
 LEGEND_CHARACTERS = 100
 FORMATS = ("png", "svg")
+SVG_METADATA = ("Creator", "Date", "Format", "Type")
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,17 @@ def kl_curve(curves: Sequence[Curves], path: Path, *, smooth: bool = False, wind
     _write(kl_figure(curves, smooth=smooth, window=window), path)
 
 
+def svg(figure: Figure, *, prefix: str) -> str:
+    """The figure as an SVG element with text in it, to stand in a page; `prefix` keeps its ids apart from others'."""
+    import matplotlib
+
+    drawn = StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "countdown", "svg.fonttype": "none"}):
+        figure.savefig(drawn, format="svg", transparent=True, metadata=dict.fromkeys(SVG_METADATA))
+    element = drawn.getvalue().partition("<svg")[2]
+    return "<svg" + re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{prefix}-", element)
+
+
 def training_figure(curves: Sequence[Curves], *, smooth: bool, window: int) -> Figure:
     """The figure that `training_curve` writes: accuracies, then those of the cells, if there are, then rewards."""
     suites = any(run.cells for run in curves)
@@ -259,16 +273,21 @@ def _legend(figure: Figure, *panels: Axes) -> None:
 
 
 def _write(figure: Figure, path: Path) -> None:
-    """Write beside the target and rename, so that a reader never sees half a picture."""
     import matplotlib
 
     kind = path.suffix.removeprefix(".")
     if kind not in FORMATS:
         raise CountdownError(f"cannot draw `{path}`: not a PNG or SVG file", "end its name in `.png` or `.svg`")
+    with replacing(path) as staged, matplotlib.rc_context({"svg.hashsalt": "countdown"}):
+        figure.savefig(staged, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write, which then takes its place: a reader never sees half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with matplotlib.rc_context({"svg.hashsalt": "countdown"}):
-            figure.savefig(temporary, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+        yield temporary
         os.replace(temporary, path)
     except OSError as problem:
         raise CountdownError(f"cannot write `{path}`: {problem.strerror}", exit_code=1) from None

@@ -9,20 +9,17 @@ from grpo_cli.core.evaluate import (
     Evaluation,
     Paired,
     SuiteResult,
-    changes,
     evaluate,
     evaluate_suite,
-    holm,
-    mcnemar,
     paired,
     puzzle_set,
     puzzles_of,
     suite_paired,
-    wilson,
 )
 from grpo_cli.core.leaks import Known
 from grpo_cli.core.policy import Policy
 from grpo_cli.core.puzzle import Puzzle
+from grpo_cli.core.statistics import wilson
 from grpo_cli.core.suite import Cell, cell
 from grpo_cli.core.task import STYLES, score
 
@@ -83,37 +80,6 @@ def test_only_the_same_puzzles_with_one_completion_each_are_compared() -> None:
     assert paired(one, other) is None
     assert paired(one, made([completion(EASY, RIGHT, 1)], [completion(HARD, RIGHT, 1)])) is None
     assert paired(one, made([completion(EASY, RIGHT, 1)] * 2)) is None
-
-
-@pytest.mark.parametrize(
-    ("gained", "lost", "p_value"),
-    [
-        (0, 0, 1.0),
-        (1, 0, 1.0),  # 2 * 1/2
-        (5, 0, 0.0625),  # 2 / 32
-        (6, 0, 0.03125),
-        (0, 6, 0.03125),
-        (8, 2, 0.109375),  # 2 * (1 + 10 + 45) / 1024
-        (3, 3, 1.0),  # 2 * 42 / 64, capped
-        (180, 3, 1.66651e-49),  # 2 * (1 + 183 + 16653 + 1004731) / 2**183
-    ],
-)
-def test_mcnemar_by_hand(gained: int, lost: int, p_value: float) -> None:
-    pair = (completion(EASY, RIGHT, 1), completion(EASY, WRONG, 1))
-    assert Paired("a", "b", [pair] * gained, [pair] * lost).p_value == pytest.approx(p_value, rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("share", "count", "low", "high"),
-    [
-        (0.5, 10, 0.236593, 0.763407),
-        (0.0, 10, 0.0, 0.277533),
-        (1.0, 10, 0.722467, 1.0),
-        (0.8, 327, 0.753274, 0.839759),
-    ],
-)
-def test_wilson_interval(share: float, count: int, low: float, high: float) -> None:
-    assert wilson(share, count) == pytest.approx((low, high), abs=1e-5)
 
 
 def test_json_has_the_promised_keys() -> None:
@@ -188,30 +154,6 @@ def test_a_record_says_who_was_solved_and_shows_the_same_puzzles_every_time() ->
     assert isinstance(examples, list)
     assert [one["completion"] for one in examples] == [RIGHT, RIGHT, RIGHT, RIGHT]  # of puzzles 0, 2, 4 and 6
     assert len(made(*rows[:2]).record()["examples"]) == 2  # type: ignore[arg-type]
-
-
-def test_changes_are_counted_puzzle_by_puzzle_and_tested_exactly() -> None:
-    assert changes("0011", "0101") == (1, 1)
-    assert changes("000000", "111110") == (5, 0)
-    assert mcnemar(0, 0) == mcnemar(1, 1) == 1.0
-    assert mcnemar(0, 6) == mcnemar(6, 0) == 2 / 64
-    assert mcnemar(1, 5) == 2 * (1 + 6) / 64
-    with pytest.raises(ValueError):
-        changes("0", "01")
-
-
-@pytest.mark.parametrize(
-    ("p_values", "corrected"),
-    [
-        ([], []),
-        ([0.03], [0.03]),
-        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # 3 * 0.01, 2 * 0.03 for both, 4 * 0.005
-        ([0.02, 0.02], [0.04, 0.04]),
-        ([0.9, 0.6], [1.0, 1.0]),
-    ],
-)
-def test_holm_by_hand(p_values: list[float], corrected: list[float]) -> None:
-    assert holm(p_values) == pytest.approx(corrected)
 
 
 def test_a_puzzle_that_was_trained_on_is_counted() -> None:

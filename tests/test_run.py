@@ -261,10 +261,10 @@ def test_evaluations_are_read_by_cell_and_step_the_last_of_each(run: Run) -> Non
     ("damage", "said"),
     [
         ({"solved": "01"}, "does not have a character for each"),
-        ({"solved": 3}, "does not have a character for each"),
-        ({"accuracy": "high"}, "is no evaluation"),
-        ({"cell": None}, "is no evaluation"),
-        ({}, "has no 'reasons'"),
+        ({"solved": 3}, "`solved` in"),
+        ({"accuracy": "high"}, "`accuracy` in"),
+        ({"cell": None}, "`cell` in"),
+        ({}, "`reasons` in"),
     ],
 )
 def test_a_damaged_evaluation_is_one_sentence(run: Run, damage: dict[str, object], said: str) -> None:

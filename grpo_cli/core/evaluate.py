@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
 
 from grpo_cli.core.leaks import Known, overlap
@@ -22,12 +20,12 @@ from grpo_cli.core.memory import Fit
 from grpo_cli.core.policy import Policy
 from grpo_cli.core.puzzle import ENUMERABLE, Puzzle, Split, enumerate_puzzles, generate, needs_parentheses, solve
 from grpo_cli.core.rollout import draws, sample
+from grpo_cli.core.statistics import holm, mcnemar, wilson
 from grpo_cli.core.suite import Cell, weighted_mean
 from grpo_cli.core.task import Score, Style, prompt, score
 
 EXAMPLES = 4  # completions, of the same puzzles every time, that an evaluation's record shows
 GENERATED = 2_000  # puzzles drawn where the space is too large
-Z = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -287,39 +285,6 @@ def suite_paired(first: SuiteResult, second: SuiteResult) -> SuitePaired | None:
     """What the second model gains and loses in each cell; None where `paired` is."""
     found = {one.cell: pair for one, two in zip(first.cells, second.cells, strict=True) if (pair := paired(one, two))}
     return SuitePaired(first.model, second.model, found) if len(found) == len(first.cells) else None
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """The p values of several tests, corrected so that all of them together err no more often than one (Holm 1979).
-
-    p'[i] = max of (m - rank[j]) * p[j] over all p[j] <= p[i], at most 1; of m tests the smallest p has rank 0.
-    """
-    corrected, largest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        corrected[index] = largest
-    return corrected
-
-
-def mcnemar(gained: int, lost: int) -> float:
-    """p of so uneven a split if gains and losses are equally likely: the exact, two-sided test of McNemar (1947)."""
-    changed = gained + lost
-    tail = sum(math.comb(changed, count) for count in range(min(gained, lost) + 1))
-    return min(1.0, float(Fraction(2 * tail, 1 << changed)))
-
-
-def changes(first: str, second: str) -> tuple[int, int]:
-    """Puzzles gained and lost between two records of who was solved, a character for each puzzle, "1" if it was."""
-    pairs = Counter(zip(first, second, strict=True))
-    return pairs["0", "1"], pairs["1", "0"]
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a share seen in `count` trials (Wilson 1927)."""
-    spread = Z**2 / count
-    centre = (share + spread / 2) / (1 + spread)
-    half = Z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def puzzle_set(numbers: int, split: Split) -> list[Puzzle]:

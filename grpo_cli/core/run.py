@@ -2,8 +2,9 @@
 
 Nothing else knows a file name of a run. What the numbers, weights and tensors mean is not known here.
 
-runs/<name>/  config.json  origin.json  environment.json  summary.json  metrics.jsonl  samples.jsonl
-              training_curve.png  kl_divergence.png  model/  checkpoints/step-50/  bad_steps/  .lock
+runs/<name>/  config.json  origin.json  environment.json  summary.json  metrics.jsonl  evaluations.jsonl
+              samples.jsonl  training_curve.png  kl_divergence.png  report.html
+              model/  checkpoints/step-50/  bad_steps/  .lock
 """
 
 import fcntl
@@ -14,13 +15,17 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Literal, Self, cast
+from typing import Annotated, Literal, Self, TypeVar, cast
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from grpo_cli.core.errors import CountdownError
 
+Share = Annotated[float, Field(ge=0, le=1)]
+_Record = TypeVar("_Record")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CHECKPOINT = re.compile(r"step-([0-9]+)")
 _FROM_STEP = re.compile(r"from step ([0-9]+)")
@@ -30,18 +35,36 @@ _FORMAT = 3  # of a checkpoint; one of another format is not taken up
 
 
 @dataclass(frozen=True)
+class Example:
+    """A completion that a run keeps, and its score. Those of an evaluation have its step, not one of their own."""
+
+    numbers: list[int]
+    target: int
+    completion: str
+    reward: float | str
+    reason: str
+    answer: str | None = None
+    step: int = 0
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """What a run keeps of an evaluation of one cell; `Evaluation.record` says what each is."""
 
+    step: Annotated[int, Field(ge=0)]
     cell: str
-    count: int
-    accuracy: float
-    interval: list[float]
-    format_rate: float
-    mean_length: float
-    reasons: dict[str, int]
-    solved: str
-    examples: list[dict[str, object]]
+    count: Annotated[int, Field(ge=0)]
+    accuracy: Share
+    interval: tuple[Share, Share] | None
+    lenient_accuracy: Share | None
+    format_rate: Share | None
+    mean_length: Annotated[float, Field(ge=0)] | None
+    reasons: dict[str, Annotated[int, Field(ge=0)]]
+    solved: Annotated[str, Field(pattern="^[01]*$")]
+    examples: list[Example]
+
+
+_EXAMPLE, _EVALUATED = TypeAdapter(Example), TypeAdapter(Evaluated)
 
 
 @dataclass(frozen=True)
@@ -242,11 +265,14 @@ class Run:
 
     def write_environment(self, environment: Mapping[str, object], *, step: int) -> None:
         """Where the run is computed from `step` on; what was written of earlier steps stays."""
-        path = self.path / "environment.json"
-        known = _read_json(path) if step and path.exists() else {}
+        known = self.read_environment() if step else {}
         steps = {key: _FROM_STEP.fullmatch(key) for key in known}
         earlier = {key: known[key] for key, match in steps.items() if match and int(match[1]) < step}
-        _write_json(path, {**earlier, f"from step {step}": environment})
+        _write_json(self._environment, {**earlier, f"from step {step}": environment})
+
+    def read_environment(self) -> dict[str, object]:
+        """What `write_environment` wrote, by the step that it holds from."""
+        return _read_json(self._environment) if self._environment.exists() else {}
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
         _write_json(self._summary, summary)
@@ -290,9 +316,15 @@ class Run:
         """What was evaluated: by cell, then by step, in order; {} before the first."""
         found: dict[str, dict[int, Evaluated]] = {}
         for line in _lines(self._evaluations):
-            one = _evaluated(line)
-            found.setdefault(one.cell, {})[line.step] = one
+            one = _checked_as(_EVALUATED, line)
+            if len(one.solved) != one.count:
+                raise CountdownError(f"`solved` in {line.place} does not have a character for each of `count` puzzles")
+            found.setdefault(one.cell, {})[one.step] = one
         return found
+
+    def samples(self) -> list[Example]:
+        """Every completion logged, [] before the first."""
+        return [_checked_as(_EXAMPLE, line) for line in _lines(self._samples)]
 
     def go_back_to(self, step: int, *, pending: bool = False) -> None:
         """Forget metrics, samples and checkpoints of later steps, which a training that goes on makes again.
@@ -313,6 +345,10 @@ class Run:
     def config_path(self) -> Path:
         """File of the resolved settings."""
         return self.path / "config.json"
+
+    @property
+    def _environment(self) -> Path:
+        return self.path / "environment.json"
 
     @property
     def _summary(self) -> Path:
@@ -386,18 +422,12 @@ def _numbers(line: _Line) -> dict[str, float]:
     return numbers
 
 
-def _evaluated(line: _Line) -> Evaluated:
-    """The record of an evaluation, as `Evaluation.record` made it."""
-    names = [field.name for field in fields(Evaluated)]
+def _checked_as(kind: TypeAdapter[_Record], line: _Line) -> _Record:
     try:
-        one = Evaluated(**{name: line.record[name] for name in names})  # type: ignore[arg-type]
-    except KeyError as missing:
-        raise CountdownError(f"{line.place} has no {missing}") from None
-    if not isinstance(one.cell, str) or not isinstance(one.accuracy, int | float):
-        raise CountdownError(f"{line.place} is no evaluation")
-    if not isinstance(one.solved, str) or len(one.solved) != one.count:
-        raise CountdownError(f"`solved` in {line.place} does not have a character for each of `count` puzzles")
-    return one
+        return kind.validate_python(line.record)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        raise CountdownError(f"`{'.'.join(map(str, first['loc']))}` in {line.place}: {first['msg']}") from None
 
 
 def _append(path: Path, records: Iterable[Mapping[str, object]]) -> None:

@@ -158,11 +158,16 @@ FREE = {"runs", "eval", "plot", "model.device", "train.num_iterations", "train.m
 FREE |= {"train.save_every", "train.keep_last", "train.max_bad_steps", "train.stop_on_collapse", "train.patience"}
 
 
+def values(settings: Settings) -> dict[str, object]:
+    """Every setting, by key."""
+    return {key: reduce(getattr, key.split("."), settings) for key in FIELDS}
+
+
 def fixed(settings: Settings) -> dict[str, object]:
     """The settings that make a run what it is, by key."""
-    keys = [key for key in FIELDS if key not in FREE and key.partition(".")[0] not in FREE]
-    suite = settings.suite.get(settings.train.eval_suite)
-    return {key: reduce(getattr, key.split("."), settings) for key in keys} | {"suite": suite}
+    free = {key for key in FIELDS if key in FREE or key.partition(".")[0] in FREE}
+    kept = {key: value for key, value in values(settings).items() if key not in free}
+    return kept | {"suite": settings.suite.get(settings.train.eval_suite)}
 
 
 def digest(settings: Settings) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from grpo_cli.core.evaluate import Evaluation, changes, mcnemar
+from grpo_cli.core.evaluate import Evaluation
 from grpo_cli.core.run import Run
 from grpo_cli.core.state import Training
+from grpo_cli.core.statistics import changes, mcnemar
 
 
 def summary(training: Training, evaluation: Evaluation, run: Run) -> dict[str, object]:

@@ -20,7 +20,7 @@ import torch
 
 from grpo_cli.core.curriculum import Curriculum, schedule
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.evaluate import Evaluation, evaluate, puzzle_set, puzzles_of, wilson
+from grpo_cli.core.evaluate import Evaluation, evaluate, puzzle_set, puzzles_of
 from grpo_cli.core.grpo import NotFinite, advantages, reference_logprobs, update, zero_variance
 from grpo_cli.core.guards import collapses
 from grpo_cli.core.memory import Fit, ran_out
@@ -30,6 +30,7 @@ from grpo_cli.core.rollout import Rollout, draws, sample
 from grpo_cli.core.run import Run
 from grpo_cli.core.settings import Settings
 from grpo_cli.core.state import Training
+from grpo_cli.core.statistics import wilson
 from grpo_cli.core.suite import SIZES, Cell, cell, weighted_mean
 from grpo_cli.core.task import STYLES, Score, Style, prompt, score
 

@@ -1,0 +1,548 @@
+"""The report: what it claims, what it escapes, what it does without, and how a real browser shows it."""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import json
+import os
+import re
+import select
+import shutil
+import signal
+from collections.abc import Iterator, Mapping
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Command
+from pydantic import TypeAdapter
+
+from grpo_cli import plot, report
+from grpo_cli.account import Account, Change, change
+from grpo_cli.core import config
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.run import Evaluated, Example, Run
+from grpo_cli.core.settings import values
+
+DEFAULTS = config.defaults()
+SETTINGS = values(config.resolve(has_cuda=lambda: False).settings)
+OWN, OTHER = "val 3 one-shot", "val 4 natural"
+HOSTILE = (
+    '</pre></script><script>window.owned = 1</script><img src=x onerror="window.owned = 2">'
+    "<style>body{display:none}</style><svg onload='window.owned = 3'>&lt;\u202e52 = 7 * 4\u2066\x1b[2J\ud83d"
+    + "\u0301" * 200
+    + "W" * 3000
+)
+SHOWN = '<img src=x onerror="window.owned = 2">'  # as text
+
+
+def metrics(steps: int, *, every: int = 2) -> list[dict[str, float]]:
+    lines: list[dict[str, float]] = [{"step": 0, "val_accuracy": 0.25, "time/eval": 1.5}]
+    for step in range(1, steps + 1):
+        line = {"step": step, "reward": step / 40, "accuracy": step / 50, "kl": step / 1000, "entropy": 1 / step}
+        line |= {"time/total": 3.0, "truncated": 0.0, "zero_variance": 0.5}
+        lines.append(line | ({"val_accuracy": 0.25 + step / 50} if step % every == 0 else {}))
+    return lines
+
+
+def line(step: int, solved: str, *, cell: str = OWN, completion: str = "<answer>2</answer>") -> dict[str, object]:
+    count, right = len(solved), solved.count("1")
+    examples = [
+        {"numbers": [2, 4, 6], "target": 20, "completion": completion, "reward": 0.1, "reason": "wrong_value"},
+        {"numbers": [2, 4, 8], "target": 14, "completion": "yes", "reward": 1.0, "reason": "correct", "answer": "x"},
+    ]
+    return {
+        "step": step,
+        "cell": cell,
+        "count": count,
+        "accuracy": right / count,
+        "interval": [0.0, 1.0],
+        "lenient_accuracy": right / count,
+        "format_rate": 0.5,
+        "mean_length": 76.25,
+        "reasons": {"correct": right, "no_answer": count - right},
+        "solved": solved,
+        "examples": examples,
+    }
+
+
+def evaluated(*lines: Mapping[str, object]) -> list[Evaluated]:
+    return [TypeAdapter(Evaluated).validate_python(one) for one in lines]
+
+
+def by_cell(*lines: Mapping[str, object]) -> dict[str, dict[int, Evaluated]]:
+    found: dict[str, dict[int, Evaluated]] = {}
+    for one in evaluated(*lines):
+        found.setdefault(one.cell, {})[one.step] = one
+    return found
+
+
+def account(*lines: Mapping[str, object], name: str = "first", steps: int = 4) -> Account:
+    rows = metrics(steps)
+    return Account(plot.from_metrics(name, rows), rows, by_cell(*lines), settings=SETTINGS)
+
+
+class Page(HTMLParser):
+    """The elements of a page, in order, and its text; raises AssertionError where a tag is left open."""
+
+    VOID = frozenset({"meta", "wbr"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+
+def shown(*accounts: Account) -> Page:
+    return Page(report.page(accounts, defaults=DEFAULTS))
+
+
+# What it claims
+
+
+@pytest.mark.parametrize(
+    ("later", "verdict"),
+    [
+        (["111111"], "The model improved: 6 of 6 puzzles gained and 0 lost (exact McNemar p = 0.031)."),
+        (
+            ["111111", "100000"],  # 2 * 1/32 * 2
+            "Start and best step show no difference that these puzzles carry: "
+            "6 of 6 puzzles gained and 0 lost "
+            "(exact McNemar p = 0.062, corrected for choosing the best of 2 evaluations).",
+        ),
+        (
+            ["111110"],
+            "Start and best step show no difference that these puzzles carry: "
+            "5 of 6 puzzles gained and 0 lost (exact McNemar p = 0.062).",
+        ),
+        ([], "Nothing has been evaluated after training yet."),
+    ],
+)
+def test_the_verdict_claims_only_what_the_test_carries(later: list[str], verdict: str) -> None:
+    told = account(line(0, "000000"), *(line(step, solved) for step, solved in enumerate(later, start=1)))
+    assert verdict in shown(told).words
+
+
+def test_a_model_that_lost_puzzles_got_worse() -> None:
+    told = account(line(0, "1111110"), line(2, "0000001"))
+    assert told.best == 2
+    assert "The model got worse" not in shown(told).text  # 1 gained, 6 lost: p = 0.125
+    told = account(line(0, "11111111"), line(2, "00000000"))
+    assert "The model got worse: 0 of 8 puzzles gained and 8 lost (exact McNemar p = 0.008)." in shown(told).words
+
+
+def test_without_a_record_of_puzzles_solved_nothing_is_claimed() -> None:
+    rows = metrics(4)
+    told = Account(plot.from_metrics("first", rows), rows, settings=SETTINGS, summary={"puzzles": 100, "best_step": 4})
+    page = shown(told)
+    assert report.UNTESTED in page.words
+    assert "95 % interval 17.5 to 34.3%, 100 puzzles" in page.words
+    assert "improved" not in page.text
+
+
+def test_changes_are_counted_puzzle_by_puzzle() -> None:
+    first, second = evaluated(line(0, "0011"), line(1, "0101"))
+    assert change(first, second) == Change(gained=1, lost=1)
+    assert Change(8, 2).p_value == 0.109375
+
+
+def test_other_puzzles_are_not_compared() -> None:
+    one = line(0, "0011")
+    others = [line(1, "00111"), line(1, "0011", cell=OTHER), {**one, "solved": ""}, {**one, "examples": []}]
+    assert [change(*evaluated(one, other)) for other in others] == [None] * 4
+
+
+def test_the_best_step_is_the_one_that_was_kept() -> None:
+    lines = [line(0, "0001"), line(2, "0111"), line(4, "0011")]
+    assert account(*lines).best == 2
+    assert account(*lines).stations == [("start", 0), ("best", 2), ("last", 4)]
+    assert account(*lines[:2]).stations == [("start", 0), ("best and last", 2)]
+    assert account(lines[0]).stations == [("start", 0)]
+    rows = [{**row, "suite_mean": float(row["step"])} for row in metrics(4) if row["step"] in (2, 4)]
+    by_suite = Account(plot.from_metrics("first", rows), rows, by_cell(*lines), settings=SETTINGS)
+    assert by_suite.best == 4
+    kept = Account(by_suite.curves, rows, by_suite.evaluations, settings=SETTINGS, summary={"best_step": 2})
+    assert kept.best == 2
+
+
+def test_two_runs_are_compared_on_each_cell_that_both_know() -> None:
+    first = account(line(0, "0" * 8), line(2, "0" * 8), line(2, "0" * 8, cell=OTHER), name="first")
+    second = account(line(0, "0" * 8), line(2, "1" * 8), line(2, "11000000", cell=OTHER), name="second")
+    page = shown(first, second)
+    assert "first → second" in page.words
+    # best and last of two cells: 2 / 256 twice and 0.5 twice; Holm takes the smallest times 4
+    assert page.words.count("second is better") == 2
+    assert page.words.count("p = 0.031") == 2
+    assert page.words.count(report.NO_DIFFERENCE) == 2
+
+
+def test_runs_on_other_puzzles_are_not_compared() -> None:
+    page = shown(account(line(2, "0011")), account(line(2, "00111"), name="second"))
+    assert "No cell of both whose puzzles are known to be the same." in page.words
+
+
+# What it shows
+
+
+def test_every_section_has_its_place() -> None:
+    told = account(line(0, "0011"), line(2, "0111"), line(0, "0001", cell=OTHER), line(2, "0001", cell=OTHER))
+    text = report.page([told], defaults=DEFAULTS)
+    sections = ["Curves", "Accuracy, cell by cell", "Samples, before and after", "Failures by kind", "Health"]
+    assert re.findall("<h2>(.*?)</h2>", text) == [*sections, "Configuration"]
+    page = Page(text)
+    assert {"50.0%", "75.0%", "no_answer", "76.2", OWN, OTHER, "+1 −0"} <= set(page.words)
+    assert "builtin, trained on one-shot puzzles of 3 numbers: 4 of 40 steps so far" in page.text
+    assert "in 14 s." in page.text
+
+
+def test_settings_that_differ_from_the_defaults_come_first() -> None:
+    text = report.page([account()], defaults=DEFAULTS)
+    first, rest = text.partition("<h2>Configuration</h2>")[2].split("<details>")
+    first, rest = first.replace("<wbr>", ""), rest.replace("<wbr>", "")
+    assert "train.learning_rate" in first and "<code>3e-05</code>" in first and "<code>2e-06</code>" in first
+    assert "loss.epsilon_high" not in first
+    assert all(f"<code>{key}</code>" in rest for key in DEFAULTS)
+
+
+def test_the_environment_is_told_from_each_step_on() -> None:
+    told = Account(account().curves, environment={"from step 0": {"torch": "2.13"}, "from step 7": {"threads": 2}})
+    words = shown(told).words
+    assert words[words.index("from step 0") :][:6] == ["from step 0", "from step 7", "torch", "2.13", "-", "threads"]
+
+
+def test_samples_of_training_stand_in_for_examples() -> None:
+    rows = [(3, "a"), (3, "b"), (3, "c"), (4, "d"), (5, "e")]
+    samples = [Example([1, 2], 3, f"say {text}", 0.0, "no_answer", step=step) for step, text in rows]
+    words = shown(Account(account().curves, samples=samples)).words
+    assert [word for word in words if word.startswith("say")] == ["say a", "say e", "say b"]
+
+
+@pytest.mark.parametrize("rows", [[], metrics(0), metrics(1)], ids=["nothing", "start", "one step"])
+def test_a_run_that_has_hardly_begun_has_a_page(rows: list[dict[str, float]]) -> None:
+    page = shown(Account(plot.from_metrics("first", rows), rows, settings=SETTINGS))
+    assert "Nothing has been evaluated after training yet." in page.words
+
+
+def test_equal_runs_give_equal_pages() -> None:
+    told = account(line(0, "0011"), line(2, "0111"))
+    assert report.page([told, told], defaults=DEFAULTS) == report.page([told, told], defaults=DEFAULTS)
+
+
+# What it lets in
+
+
+def test_the_page_asks_for_nothing_and_its_ids_are_its_own() -> None:
+    page = shown(account(line(0, "0011"), line(2, "0111")), account(line(2, "0111"), name="second"))
+    attributes = [(name, value or "") for _, given in page.elements for name, value in given.items()]
+    links = [value for name, value in attributes if name in ("src", "href", "xlink:href", "data", "action", "srcset")]
+    assert links and all(link.startswith("#") for link in links)
+    ids = [value for name, value in attributes if name == "id"]
+    assert len(ids) == len(set(ids)) > 20
+    assert {link.removeprefix("#") for link in links} <= set(ids)
+    assert not {"script", "link", "img", "iframe", "object", "base", "form"} & {tag for tag, _ in page.elements}
+    (policy,) = [given["content"] for _, given in page.elements if given.get("http-equiv")]
+    assert policy and policy.startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:")
+
+
+def hostile() -> Account:
+    lines = [
+        line(step, solved, cell=cell, completion=HOSTILE)
+        for cell in (OWN, HOSTILE)
+        for step, solved in ((0, "0011"), (2, "0111"))
+    ]
+    for one in lines:
+        one["reasons"] = {"correct": 2, HOSTILE: 2}
+    rows = metrics(4)
+    settings = {**SETTINGS, "model.model": HOSTILE}
+    environment = {HOSTILE: {HOSTILE: HOSTILE}}
+    return Account(plot.from_metrics(HOSTILE, rows), rows, by_cell(*lines), (), settings, None, environment)
+
+
+def test_hostile_text_is_shown_and_does_nothing() -> None:
+    page = shown(hostile(), hostile())
+    assert SHOWN in page.text
+    assert not {"script", "img"} & {tag for tag, _ in page.elements}
+    assert {name for _, given in page.elements for name in given if name.startswith("on")} == set()
+    text = report.page([hostile()], defaults=DEFAULTS)
+    assert {character for character in text if not character.isprintable()} == {"\n"}
+    assert "\\u202e52" in text and "\\ud83d" in text and "\\x1b[2J" in text
+
+
+def test_a_long_completion_is_cut_in_the_middle() -> None:
+    told = account(line(0, "01", completion="a" * 50_000 + "end"), line(2, "01"))
+    assert "46,003 characters" in shown(told).text
+
+
+# From a run's folder
+
+
+def saved(root: Path, name: str, *, steps: int = 4) -> Run:
+    run = Run.create(root, name)
+    run.write_config(config.resolve(has_cuda=lambda: False).settings.model_dump())
+    run.write_environment({"device": "cpu", "torch": "2.13"}, step=0)
+    for row in metrics(steps):
+        run.log(row)
+    return run
+
+
+def keep(run: Run, *lines: Mapping[str, object]) -> Path:
+    path = run.path / "evaluations.jsonl"
+    path.write_text("".join(f"{json.dumps(one)}\n" for one in lines))
+    return path
+
+
+def test_the_report_stands_beside_the_images(countdown: Command, tmp_path: Path) -> None:
+    keep(saved(tmp_path / "runs", "first"), line(0, "00000000"), line(4, "11111111"))
+    found = countdown("plot", "first", "--report")
+    assert found.code == 0, found.err
+    assert found.out.splitlines()[:3] == [
+        "runs/first/training_curve.png",
+        "runs/first/kl_divergence.png",
+        "runs/first/report.html",
+    ]
+    page = Page((tmp_path / "runs/first/report.html").read_text())
+    assert "The model improved" in page.text and "2.13" in page.words
+
+
+def test_several_runs_and_files_share_a_page(countdown: Command, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        saved(tmp_path / "runs", name)
+    (tmp_path / "metrics.json").write_text('{"kl_avg": [0.1, 0.2], "val_accuracies_avg": {"a": [0.5, 0.75]}}')
+    (tmp_path / "pages").mkdir()
+    found = countdown("plot", "first", "second", "metrics.json", "--report", "--out", "pages")
+    assert found.code == 0, found.err
+    page = Page((tmp_path / "pages/report.html").read_text())
+    assert {"first, second, metrics", "first", "second", "metrics", "val a", "75.0%"} <= set(page.words)
+
+
+def test_without_the_option_there_is_no_page(countdown: Command, tmp_path: Path) -> None:
+    saved(tmp_path / "runs", "first")
+    assert countdown("plot", "first").code == 0
+    assert not (tmp_path / "runs/first/report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"accuracy": 1.5}, "`accuracy` in {}: Input should be less than or equal to 1"),
+        ({"accuracy": float("nan")}, "`accuracy` in {}: Input should be"),
+        ({"cell": 3}, "`cell` in {}: Input should be a valid string"),
+        ({"count": 3}, "`solved` in {} does not have a character for each of `count` puzzles"),
+        ({"solved": "01x1"}, "`solved` in {}: String should match pattern"),
+        ({"reasons": {"correct": -1}}, "`reasons.correct` in {}: Input should be greater than or equal to 0"),
+        ({"examples": [{"numbers": "x"}]}, "`examples.0.numbers` in {}: Input should be a valid list"),
+        ({"step": -1}, "`step` in {}: Input should be greater than or equal to 0"),
+        ({"step": None}, "{} is not an object with a `step`"),
+    ],
+)
+def test_a_damaged_evaluation_is_one_sentence(
+    countdown: Command, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    path = keep(saved(tmp_path / "runs", "first"), line(0, "0011"), {**line(4, "0111"), **change})
+    found = countdown("plot", "first", "--report")
+    assert found.code == 2
+    assert found.err.startswith("error: " + message.format(f"line 2 of `{path.relative_to(tmp_path)}`"))
+    assert not (tmp_path / "runs/first/report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["evaluations.jsonl", "samples.jsonl", "summary.json", "environment.json"])
+def test_a_file_that_is_not_json_is_one_sentence(countdown: Command, tmp_path: Path, name: str) -> None:
+    run = saved(tmp_path / "runs", "first")
+    (run.path / name).write_text("{\n{\n")
+    found = countdown("plot", "first", "--report")
+    assert found.code == 2
+    assert re.match(r"error: .*`runs/first/" + re.escape(name) + "` is not valid JSON", found.err)
+
+
+def test_half_a_last_line_is_left_out(countdown: Command, tmp_path: Path) -> None:
+    path = keep(saved(tmp_path / "runs", "first"), line(0, "0011"))
+    path.write_text(path.read_text() + '{"step": 4, "cel')
+    assert countdown("plot", "first", "--report").code == 0
+
+
+def test_a_page_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(CountdownError, match=r"cannot write `.*report\.html`: No such file or directory"):
+        report.write("x", tmp_path / "missing" / "report.html")
+
+
+# In a real browser
+
+
+class Browser:
+    """Chromium, spoken to by its DevTools protocol over two pipes; `requests` are what the page asked for,
+    and `blocked` why some of it was refused."""
+
+    def __init__(self, program: str, profile: Path) -> None:
+        ours, theirs = os.pipe(), os.pipe()
+        self._from, self._to = ours[0], theirs[1]
+        reads, writes = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in (theirs[0], ours[1]))
+        os.close(theirs[0])
+        os.close(ours[1])
+        command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        command += ["--remote-debugging-pipe", f"--user-data-dir={profile}", "--no-first-run"]
+        quiet = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)]
+        speaking = [(os.POSIX_SPAWN_DUP2, reads, 3), (os.POSIX_SPAWN_DUP2, writes, 4)]
+        self._process = os.posix_spawn(program, command, os.environ, file_actions=[*quiet, *speaking], setpgroup=0)
+        os.close(reads)
+        os.close(writes)
+        self._read, self._count, self._session = b"", 0, ""
+        self.requests: list[str] = []
+        self.blocked: list[str | None] = []
+        self.loaded = False
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.call("Page.enable")
+        self.call("Network.enable")
+
+    def call(self, method: str, **parameters: object) -> dict[str, Any]:
+        self._count += 1
+        message = {"id": self._count, "method": method, "params": parameters}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._to, json.dumps(message).encode() + b"\0")
+        while (answer := self._next()).get("id") != self._count:
+            pass
+        assert "error" not in answer, answer
+        return dict(answer["result"])
+
+    def _next(self) -> dict[str, Any]:
+        while b"\0" not in self._read:
+            assert select.select([self._from], [], [], 120)[0], "Chromium does not answer"
+            self._read += os.read(self._from, 1 << 20)
+        message, _, self._read = self._read.partition(b"\0")
+        found: dict[str, Any] = json.loads(message)
+        if found.get("method") == "Network.requestWillBeSent":
+            self.requests.append(found["params"]["request"]["url"])
+        if found.get("method") == "Network.loadingFailed":
+            self.blocked.append(found["params"].get("blockedReason"))
+        self.loaded = self.loaded or found.get("method") == "Page.loadEventFired"
+        return found
+
+    def open(self, path: Path, *, width: int, dark: bool = False) -> None:
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", media="", features=[scheme])
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
+        )
+        self.requests.clear()
+        self.blocked.clear()
+        self.loaded = False
+        self.call("Page.navigate", url=path.as_uri())
+        while not self.loaded:
+            self._next()
+
+    def evaluate(self, expression: str) -> Any:
+        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def close(self) -> None:
+        os.killpg(self._process, signal.SIGKILL)
+        os.waitpid(self._process, 0)
+        os.close(self._to)
+        os.close(self._from)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    assert program, "Chromium is not installed"
+    opened = Browser(program, tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
+
+
+def suite(name: str) -> Account:
+    """A run with six cells."""
+    cells = [f"val {numbers} {style}" for numbers in (3, 4) for style in ("one-shot", "zero-shot", "natural")]
+    found = [(0, "0" * 300), (2, "01" * 150), (4, "001" * 100)]
+    return account(*(line(step, solved, cell=cell) for step, solved in found for cell in cells), name=name)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A page on two runs: one has as long a name as a run may have, the other means harm."""
+    path = tmp_path / "report.html"
+    report.write(report.page([suite("a-run-" + 58 * "x"), hostile()], defaults=DEFAULTS), path)
+    return path
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [320, 390, 768, 1280, 1920])
+def test_the_page_never_scrolls_sideways(browser: Browser, written: Path, width: int, dark: bool) -> None:
+    browser.open(written, width=width, dark=dark)
+    assert browser.evaluate("innerWidth") == width
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate("document.querySelectorAll('figure svg').length") == 2
+    background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert background == ("rgb(21, 23, 26)" if dark else "rgb(255, 255, 255)")
+
+
+@pytest.mark.browser
+def test_a_hostile_run_does_not_act_in_the_browser(browser: Browser, written: Path) -> None:
+    browser.open(written, width=1280)
+    assert browser.requests == [written.as_uri()]
+    assert browser.evaluate("window.owned") is None
+    assert browser.evaluate("[document.scripts.length, document.images.length]") == [0, 0]
+    assert browser.evaluate("getComputedStyle(document.body).display") == "block"
+    assert SHOWN in browser.evaluate("[...document.querySelectorAll('pre')].map(pre => pre.innerText).join()")
+
+
+@pytest.mark.browser
+def test_the_page_forbids_scripts_and_requests(browser: Browser, written: Path) -> None:
+    browser.open(written, width=1280)
+    script = "const s = document.createElement('script'); s.textContent = 'window.owned = 4'; document.body.append(s)"
+    browser.evaluate(script)
+    assert browser.evaluate("window.owned") is None
+    load = "new Promise(done => {{ const i = new Image(); i.onload = () => done('in'); "
+    load += "i.onerror = () => done('out'); i.src = '{}' }})"
+    pixel = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
+    assert browser.evaluate(load.format("https://example.org/a.gif")) == "out"
+    assert browser.blocked == ["csp"]
+    assert browser.evaluate(load.format(pixel)) == "in"
+
+
+@pytest.mark.browser
+def test_the_page_prints_whole(browser: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    report.write(report.page([suite("first"), suite("second")], defaults=DEFAULTS), path)
+    browser.open(path, width=1280, dark=True)
+    visible = "[...document.querySelectorAll('details > .wide')]"
+    visible += ".map(one => one.checkVisibility({contentVisibilityAuto: true}))"
+    assert set(browser.evaluate(visible)) == {False}
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    browser.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    assert set(browser.evaluate(visible)) == {True}
+    assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    printed = browser.call("Page.printToPDF", preferCSSPageSize=True, printBackground=False)
+    document = base64.b64decode(printed["data"])
+    pages = re.findall(rb"/Type\s*/Page\b", document)
+    (box,) = set(re.findall(rb"/MediaBox \[0 0 ([0-9.]+) ([0-9.]+)\]", document))
+    assert [round(float(side) / 72 * 25.4) for side in box] == [210, 297]
+    assert 4 <= len(pages) <= 14
