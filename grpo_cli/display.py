@@ -50,6 +50,11 @@ EXPLANATIONS = {
     "wrong_numbers": "the answer does not use each number exactly once",
     "wrong_value": "the answer does not make the target",
 }
+CHEATS = {
+    "numbers": "right value, wrong numbers",
+    "not_arithmetic": "no expression in the tags",
+    "no_thought": "no thought before the answer",
+}
 
 
 def accept_any_encoding() -> None:
@@ -245,6 +250,8 @@ def _headline(result: Evaluation) -> None:
     ]
     if result.pass_at_k is not None:
         rows.insert(1, (f"pass@{result.samples}", percent(result.pass_at_k)))
+    total = sum(result.reasons.values())
+    rows += [("cheats", f"{percent(count / total)}  {CHEATS[kind]}") for kind, count in result.cheats.items()]
     out.print(_facts(rows))
 
 

@@ -328,3 +328,11 @@ def test_sparklines_show_first_and_last_value_of_each_curve(capsys: pytest.Captu
         ["reward", "▁█", "0.250", "->", "0.500"],
         ["kl", "▁█", "0.0000", "->", "0.0100"],
     ]
+
+
+def test_cheats_are_shown_where_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
+    honest, cheat = ("<think>x</think><answer>" + answer + "</answer>" for answer in ("4 * 7 - 3", "20 + 5"))
+    display.evaluation(evaluation(honest, honest, honest, cheat))
+    assert re.search("cheats +25.0%  right value, wrong numbers", capsys.readouterr().out)
+    display.evaluation(evaluation(honest))
+    assert "cheats" not in capsys.readouterr().out

@@ -86,6 +86,11 @@ class Evaluation:
         return dict(Counter(completion.score.reason for completion in self._all))
 
     @property
+    def cheats(self) -> dict[str, int]:
+        """Completions by the kind of cheat that they tried, of those that did."""
+        return dict(Counter(completion.score.cheat for completion in self._all if completion.score.cheat))
+
+    @property
     def pass_at_k(self) -> float | None:
         """Share of puzzles that at least one of several samples solves."""
         if self.samples == 1:
@@ -119,6 +124,7 @@ class Evaluation:
             "format_rate": self.format_rate,
             "mean_length": self.mean_length,
             "reasons": self.reasons,
+            "cheats": self.cheats,
             "pass_at_k": self.pass_at_k,
         }
 
@@ -147,10 +153,8 @@ class Paired:
 
     @property
     def p_value(self) -> float:
-        """How likely so uneven a split is if gains and losses are: the exact, two-sided test of McNemar (1947)."""
-        changed, fewer = len(self.gained) + len(self.lost), min(len(self.gained), len(self.lost))
-        tail = sum(math.comb(changed, count) for count in range(fewer + 1))
-        return min(1.0, float(Fraction(2 * tail, 1 << changed)))
+        """How likely so uneven a split would be by chance."""
+        return mcnemar(len(self.gained), len(self.lost))
 
     def to_json(self) -> dict[str, object]:
         """The machine-readable result."""
@@ -168,6 +172,13 @@ def paired(first: Evaluation, second: Evaluation) -> Paired | None:
     gained = [pair for pair in pairs if pair[1].score.correct and not pair[0].score.correct]
     lost = [pair for pair in pairs if pair[0].score.correct and not pair[1].score.correct]
     return Paired(first.model, second.model, gained, lost)
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """p of so uneven a split if gains and losses are equally likely: the exact, two-sided test of McNemar (1947)."""
+    changed = gained + lost
+    tail = sum(math.comb(changed, count) for count in range(min(gained, lost) + 1))
+    return min(1.0, float(Fraction(2 * tail, 1 << changed)))
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
