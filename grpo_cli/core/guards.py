@@ -8,8 +8,8 @@ from statistics import fmean, median
 WINDOW = 20  # steps that are judged together
 KL_LIMIT = 1.0  # nats a token; trainings that learn stay far below
 TRUNCATED_LIMIT = 0.9  # share of completions
-# Nats a token between sampler and trainer: rounding gives 1e-6 in float32 and up to 1e-2 in bfloat16. The gradient takes
-# both for one policy; this is five times the rounding, and a quarter of the distance at which ratios are clipped.
+# Nats a token between sampler and trainer; rounding gives 1e-6 in float32 and up to 1e-2 in bfloat16. The gradient
+# takes both for one policy; this is five times that rounding, and a quarter of how far ratios may go before the clip.
 GAP_LIMIT = 0.05
 EQUAL_LIMIT = 0.9  # share of groups whose rewards are all equal
 LEARNED = 0.9  # accuracy from which equal rewards and certainty are what was wanted
