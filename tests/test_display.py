@@ -12,6 +12,7 @@ from grpo_cli import display
 from grpo_cli.core.config import resolve
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evaluate import Completion, Evaluation, Paired
+from grpo_cli.core.probe import Probe, Sampled
 from grpo_cli.core.puzzle import Puzzle, Summary
 from grpo_cli.core.task import score
 from grpo_cli.live import TrainingView
@@ -336,3 +337,17 @@ def test_cheats_are_shown_where_there_are_any(capsys: pytest.CaptureFixture[str]
     assert re.search("cheats +25.0%  right value, wrong numbers", capsys.readouterr().out)
     display.evaluation(evaluation(honest))
     assert "cheats" not in capsys.readouterr().out
+
+
+def test_a_probe_fits_eighty_columns_and_says_what_it_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    one = Sampled("one-shot", 2, [2, 1, 0, 0], [False, True, False, False], 1.0, 0.5, 100.0, 800, 2.5)
+    other = Sampled("zero-shot", 2, [0] * 4, [False] * 4, 0.0, 0.0, 10.0, 80, 0.5)
+    display.probe(Probe("one-shot", 3, {"one-shot": one, "zero-shot": other}))
+    shown = STYLE_CODES.sub("", capsys.readouterr().out)
+    table, _, findings = shown.partition("  cost ")
+    assert all(cell_len(line.rstrip()) <= 80 for line in table.splitlines())
+    rows = [" ".join(line.split()) for line in shown.splitlines()]
+    assert "4 train puzzles of 3 numbers, groups of 2" in rows
+    assert "one-shot 37.5% (9.6 to 77.5%) 100.0% 25.0% 50.0% 100.0 2.5" in rows
+    assert "cost 3.0 seconds, 880 tokens" in rows
+    assert "in 1 of 4 one-shot groups" in findings and "50% of the completions run out of tokens" in findings

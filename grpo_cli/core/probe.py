@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from statistics import fmean
 
@@ -154,6 +155,10 @@ def probe(
     `progress` is told how many groups of how many are done.
     """
     styles: dict[Style, Sampled] = {}
+
+    def advance(index: int, done: int, total: int) -> None:
+        progress(index * total + done, len(STYLES) * total)
+
     for index, style in enumerate(STYLES):
         start = time.perf_counter()
         result = evaluate(
@@ -166,7 +171,7 @@ def probe(
             batch_size=batch_size,
             seed=seed,
             fit=fit,
-            progress=lambda done, total, before=index: progress(before * total + done, len(STYLES) * total),
+            progress=partial(advance, index),
         )
         styles[style] = measure(style, result.completions, time.perf_counter() - start)
     return Probe(chosen, len(puzzles[0].numbers), styles)
