@@ -21,7 +21,7 @@ from grpo_cli.core.puzzle import Puzzle, enumerate_puzzles
 from grpo_cli.core.run import Run
 from grpo_cli.core.settings import Settings
 from grpo_cli.core.state import Training, build_optimizer, choose_checkpoint
-from grpo_cli.core.task import Reason, Score
+from grpo_cli.core.task import Cheat, Reason, Score
 from grpo_cli.core.train import Interrupted, learning_rate_at, puzzles_of_step, summary, train
 
 
@@ -377,7 +377,7 @@ def test_a_training_with_nothing_left_to_learn_says_so_once_and_goes_on(
 def test_what_completions_were_like_is_logged_with_their_attempts_to_cheat(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kinds = cycle(["numbers", None, "no_thought", "numbers"])  # of every group of four
+    kinds: cycle[Cheat | None] = cycle(["numbers", None, "no_thought", "numbers"])  # of every group of four
     wrong = Score(reward=0.2, correct=False, reason="wrong_numbers", answer="1", well_formed=True, lenient=True)
     monkeypatch.setattr(train_module, "score", lambda *_, **__: replace(wrong, cheat=next(kinds)))
     _, run, _ = trained(small(tiny_folder), tmp_path)
