@@ -134,6 +134,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="show every setting and one prompt, train nothing")
     ] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="sample the starting model, say what there is to learn, train nothing")
+    ] = False,
     config: ConfigFile = None,
 ) -> None:
     """Train a model by reinforcement.
@@ -147,6 +150,10 @@ def train(
         raise CountdownError("`--resume` needs the name of a run, and no `--overwrite`", "say `--run NAME --resume`")
     if step is not None and not resume:
         raise CountdownError("`--step` names a checkpoint to go on from", "say `--run NAME --resume --step STEP`")
+    if probe and resume:
+        raise CountdownError(
+            "`--probe` looks at the model that a training starts from", "leave out `--resume`, and name it by `--model`"
+        )
     resolved = _resolve(ctx, config)
     root = Path(resolved.settings.runs)
     old = Run.open(root, run) if resume and run is not None else None
@@ -161,6 +168,9 @@ def train(
         Run.check(root, run, overwrite=overwrite)
     if dry_run:
         _show(resolved, plan)
+    if probe:
+        _probe(plan)
+    if dry_run or probe:
         return
     _need("matplotlib")
     with ExitStack() as held:
@@ -390,6 +400,30 @@ def _show(resolved: Resolved, plan: _Plan) -> None:
     display.config_table(resolved)
     puzzle, style = curriculum(resolved.settings).prompts(1)[0]
     display.prompt_tokens(prompt_tokens(plan.source, prompt(puzzle, style)))
+
+
+def _probe(plan: _Plan) -> None:
+    """Sample the starting model as training would, in every style, and show what there is to learn from."""
+    from grpo_cli.core import probe
+    from grpo_cli.core.evaluate import puzzle_set
+    from grpo_cli.core.memory import Fit
+
+    task, settings = plan.settings.task, plan.settings.train
+    policy = _load(plan)
+    with display.progress(f"probing {plan.name}", quiet=False) as advance:
+        found = probe.probe(
+            policy,
+            probe.chosen_puzzles(puzzle_set(task.numbers, "train"), settings.seed),
+            chosen=task.style,
+            num_generations=settings.num_generations,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            batch_size=settings.batch_size * settings.num_generations,
+            seed=settings.seed,
+            fit=Fit(told=display.note),
+            progress=advance,
+        )
+    display.probe(found)
 
 
 def _need(package: str) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from grpo_cli.core.config import Resolved
     from grpo_cli.core.errors import CountdownError
     from grpo_cli.core.evaluate import Completion, Evaluation, Paired, SuitePaired, SuiteResult
+    from grpo_cli.core.probe import Probe
     from grpo_cli.core.puzzle import Puzzle, Summary
     from grpo_cli.core.task import Score
     from grpo_cli.plot import Curves
@@ -53,6 +54,11 @@ EXPLANATIONS = {
     "not_an_expression": "the answer is not an expression",
     "wrong_numbers": "the answer does not use each number exactly once",
     "wrong_value": "the answer does not make the target",
+}
+CHEATS = {
+    "numbers": "right value, wrong numbers",
+    "not_arithmetic": "no expression in the tags",
+    "no_thought": "no thought before the answer",
 }
 
 
@@ -263,6 +269,8 @@ def _headline(result: Evaluation) -> None:
         rows.append(("overlap", printable(result.known.statement(result.puzzles))))
     if result.pass_at_k is not None:
         rows.insert(1, (f"pass@{result.samples}", percent(result.pass_at_k)))
+    total = sum(result.reasons.values())
+    rows += [("cheats", f"{percent(count / total)}  {CHEATS[kind]}") for kind, count in result.cheats.items()]
     out.print(_facts(rows))
 
 
@@ -458,6 +466,40 @@ def _pair_examples(
             puzzle = question(pair[0].puzzle.numbers, pair[0].puzzle.target)
             answers = (f"{printable(_outcome(completion), limit=ANSWER_CHARACTERS)}" for completion in pair)
             out.print(Padding(Text(f"{word}: {puzzle}  {' -> '.join(answers)}"), (0, 0, 0, 2)))
+
+
+def probe(found: Probe) -> None:
+    """What a model could learn from in each style, the chosen one in bold, with a line for each finding."""
+    chosen = found.styles[found.chosen]
+    size = f"{len(chosen.right)} train puzzles of {found.numbers} numbers, groups of {chosen.num_generations}"
+    out.print(Text(size, style="bold"))
+    out.print()
+    numeric = ("accuracy (95%)", "format", "mixed", "cut off", "length", "seconds")
+    table = _table("style", *numeric, numeric=numeric)
+    for style, sampled in found.styles.items():
+        table.add_row(
+            style,
+            f"{percent(sampled.accuracy)} ({interval(sampled.interval)})",
+            percent(sampled.format_rate),
+            percent(sampled.mixed_share),
+            percent(sampled.truncated),
+            f"{sampled.mean_length:.1f}",
+            f"{sampled.seconds:.1f}",
+            style="bold" if style == found.chosen else "",
+        )
+    out.print(table)
+    out.print()
+    shares = [f"{size} {percent(share)}" for size, share in found.expected_mixed.items()]
+    seconds, tokens = (sum(getattr(one, what) for one in found.styles.values()) for what in ("seconds", "tokens"))
+    rows = [
+        ("mixed", "groups whose rewards differ: what a step learns from"),
+        ("estimate", f"groups with right and wrong completions, by size: {', '.join(shares)}"),
+        ("cost", f"{seconds:.1f} seconds, {tokens:,} tokens"),
+    ]
+    out.print(_facts(rows))
+    out.print()
+    for sentence in found.findings.values():
+        out.print(Text(sentence), soft_wrap=True)
 
 
 def markdown(name: str | None, results: Sequence[SuiteResult], pairs: Sequence[SuitePaired]) -> None:

@@ -97,6 +97,18 @@ def test_dry_run_shows_sources_and_a_prompt_and_trains_nothing(
     assert not (tmp_path / "runs").exists()
 
 
+def test_probe_says_what_there_is_to_learn_and_leaves_nothing(
+    countdown: Command, tiny_folder: Path, tmp_path: Path
+) -> None:
+    found = countdown("train", "--probe", "--model", tiny_folder, "--numbers", 2, "--style", "zero-shot", *SMALL)
+    assert found.code == 0
+    shown = " ".join(found.out.split())
+    assert "32 train puzzles of 2 numbers, groups of 2" in shown
+    assert all(f"{style} 0.0% (0.0 to 10.7%)" in shown for style in ("one-shot", "zero-shot", "natural"))
+    assert "of the completions run out of tokens" in shown and "no completion was right" in shown
+    assert not (tmp_path / "runs").exists()
+
+
 def test_eval_json_is_one_object_and_nothing_else(trained: Command) -> None:
     found = trained("eval", "first", "--json", "--limit", 3)
     result = json.loads(found.out)
@@ -233,6 +245,7 @@ def test_plot_draws_a_run_and_the_original_systems_file(trained: Command, tmp_pa
         (["train", "--keep-last", "1"], "`--keep-last` must be a whole number of at least 2, not `1`"),
         (["train", "--max-bad-steps", "0"], "`--max-bad-steps` must be a whole number of at least 1, not `0`"),
         (["train", "--run", "x", "--step", "3"], "say `--run NAME --resume --step STEP`"),
+        (["train", "--run", "x", "--resume", "--probe"], "leave out `--resume`"),
         (["train", "--preset", "bultin"], "builtin"),
         (["train", "--model", "./nowhere"], "./nowhere"),
         (["train", "--run", "../x"], "../x"),

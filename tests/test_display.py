@@ -14,6 +14,7 @@ from grpo_cli.core.config import resolve
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evaluate import Completion, Evaluation, Paired, SuitePaired, SuiteResult
 from grpo_cli.core.leaks import Known
+from grpo_cli.core.probe import Probe, Sampled
 from grpo_cli.core.puzzle import Puzzle, Summary
 from grpo_cli.core.task import score
 from grpo_cli.live import TrainingView
@@ -436,3 +437,25 @@ def test_sparklines_show_first_and_last_value_of_each_curve(capsys: pytest.Captu
         ["reward", "▁█", "0.250", "->", "0.500"],
         ["kl", "▁█", "0.0000", "->", "0.0100"],
     ]
+
+
+def test_cheats_are_shown_where_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
+    honest, cheat = ("<think>x</think><answer>" + answer + "</answer>" for answer in ("4 * 7 - 3", "20 + 5"))
+    display.evaluation(evaluation(honest, honest, honest, cheat))
+    assert re.search("cheats +25.0%  right value, wrong numbers", capsys.readouterr().out)
+    display.evaluation(evaluation(honest))
+    assert "cheats" not in capsys.readouterr().out
+
+
+def test_a_probe_fits_eighty_columns_and_says_what_it_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    one = Sampled("one-shot", 2, [2, 1, 0, 0], [False, True, False, False], 1.0, 0.5, 100.0, 800, 2.5)
+    other = Sampled("zero-shot", 2, [0] * 4, [False] * 4, 0.0, 0.0, 10.0, 80, 0.5)
+    display.probe(Probe("one-shot", 3, {"one-shot": one, "zero-shot": other}))
+    shown = STYLE_CODES.sub("", capsys.readouterr().out)
+    table, _, findings = shown.partition("  cost ")
+    assert all(cell_len(line.rstrip()) <= 80 for line in table.splitlines())
+    rows = [" ".join(line.split()) for line in shown.splitlines()]
+    assert "4 train puzzles of 3 numbers, groups of 2" in rows
+    assert "one-shot 37.5% (9.2 to 78.1%) 100.0% 25.0% 50.0% 100.0 2.5" in rows
+    assert "cost 3.0 seconds, 880 tokens" in rows
+    assert "in 1 of 4 one-shot groups" in findings and "50% of the completions run out of tokens" in findings

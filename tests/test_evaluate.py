@@ -62,6 +62,13 @@ def test_lenient_accuracy_counts_what_the_strict_score_does_not() -> None:
     assert (result.accuracy, result.lenient_accuracy) == (0.0, 1.0)
 
 
+def test_cheats_are_counted_by_kind() -> None:
+    answers = ["2 + 4 + 6", "6 + 6", "12", "twelve", "2 + 4"]
+    result = made(*[[completion(EASY, f"<think>x</think><answer>{answer}</answer>", 1)] for answer in answers])
+    assert result.cheats == result.to_json()["cheats"] == {"numbers": 2, "not_arithmetic": 1}
+    assert made([completion(EASY, RIGHT, 1)]).cheats == {}
+
+
 def test_a_comparison_lists_the_puzzles_that_one_model_alone_solves() -> None:
     base = made([completion(EASY, RIGHT, 1)], [completion(HARD, WRONG, 1)], [completion(OTHER, WRONG, 1)])
     better = made(

@@ -121,6 +121,11 @@ class Evaluation:
         return dict(Counter(completion.score.reason for completion in self._all))
 
     @property
+    def cheats(self) -> dict[str, int]:
+        """Completions by the kind of cheat that they tried, of those that did."""
+        return dict(Counter(completion.score.cheat for completion in self._all if completion.score.cheat))
+
+    @property
     def pass_at_k(self) -> float | None:
         """Share of puzzles that at least one of several samples solves."""
         if self.samples == 1:
@@ -154,6 +159,7 @@ class Evaluation:
             "format_rate": self.format_rate,
             "mean_length": self.mean_length,
             "reasons": self.reasons,
+            "cheats": self.cheats,
             "pass_at_k": self.pass_at_k,
             "overlap": self.overlap,
         }
