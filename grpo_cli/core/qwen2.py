@@ -35,7 +35,8 @@ def fits(model: PreTrainedModel) -> bool:
     """Whether `Pass` computes what this model does."""
     if type(model) is not Qwen2ForCausalLM:
         return False
-    return model.config.rope_parameters["rope_type"] == "default" and model.config.hidden_act == "silu"
+    plain: bool = model.config.rope_parameters["rope_type"] == "default" and model.config.hidden_act == "silu"
+    return plain
 
 
 class Pass:
