@@ -9,9 +9,10 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import reduce
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -27,7 +28,7 @@ from grpo_cli.options import flags, settings_command
 if TYPE_CHECKING:
     from grpo_cli.account import Account
     from grpo_cli.core.config import Resolved
-    from grpo_cli.core.evaluate import Evaluation
+    from grpo_cli.core.evaluate import SuitePaired, SuiteResult
     from grpo_cli.core.policy import Policy
     from grpo_cli.core.puzzle import Puzzle
     from grpo_cli.core.run import Run
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from grpo_cli.core.state import Training
     from grpo_cli.core.task import Score
     from grpo_cli.plot import Curves
+
+_ASKED = ("task.style", "task.numbers", "eval.split")
+_DECODED = ("eval.limit", "eval.samples", "eval.temperature", "eval.max_new_tokens")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -130,6 +134,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="show every setting and one prompt, train nothing")
     ] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="sample the starting model, say what there is to learn, train nothing")
+    ] = False,
     config: ConfigFile = None,
 ) -> None:
     """Train a model by reinforcement.
@@ -143,6 +150,10 @@ def train(
         raise CountdownError("`--resume` needs the name of a run, and no `--overwrite`", "say `--run NAME --resume`")
     if step is not None and not resume:
         raise CountdownError("`--step` names a checkpoint to go on from", "say `--run NAME --resume --step STEP`")
+    if probe and resume:
+        raise CountdownError(
+            "`--probe` looks at the model that a training starts from", "leave out `--resume`, and name it by `--model`"
+        )
     resolved = _resolve(ctx, config)
     root = Path(resolved.settings.runs)
     old = Run.open(root, run) if resume and run is not None else None
@@ -157,6 +168,9 @@ def train(
         Run.check(root, run, overwrite=overwrite)
     if dry_run:
         _show(resolved, plan)
+    if probe:
+        _probe(plan)
+    if dry_run or probe:
         return
     _need("matplotlib")
     with ExitStack() as held:
@@ -169,34 +183,50 @@ def evaluate_models(
     models: Annotated[
         list[str] | None, typer.Argument(metavar="[MODEL]...", help="runs, folders, hub ids, or `builtin`")
     ] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="evaluate on the cells of this suite of the settings", metavar="<name>")
+    ] = None,
     as_json: Json = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="print Markdown tables, for a report")] = False,
     out: Annotated[Path | None, typer.Option(help="file for every completion, JSON Lines", metavar="<file>")] = None,
     overwrite: Overwrite = False,
     config: ConfigFile = None,
 ) -> None:
     """Measure accuracy on all val puzzles; by default of the newest run's best model.
 
-    Several models are compared puzzle by puzzle with the first. Example: countdown eval builtin first --style zero-shot
+    Several models are evaluated as the first would be, and compared with it puzzle by puzzle. With --suite, --limit is
+    puzzles per cell. Example: countdown eval builtin first --suite transfer
     """
-    from grpo_cli.core.evaluate import paired
+    from grpo_cli.core.evaluate import suite_paired
 
+    if as_json and as_markdown:
+        raise CountdownError("`--json` and `--markdown` exclude each other", "leave one of them out")
     if out is not None:
         _require_writable(out, overwrite=overwrite)
+    weights = None if suite is None else _weights(ctx, config, suite)
     plans = [_plan(ctx, config, name) for name in models] if models else [_plan(ctx, config, None)]
-    results = [_evaluate(plan, quiet=as_json) for plan in plans]
+    results = _evaluate(plans, weights, quiet=as_json)
     if out is not None:
-        lines = [json.dumps({"model": result.model, **record}) for result in results for record in result.records()]
+        lines = [json.dumps(record) for result in results for cell in result.cells for record in cell.records()]
         out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    pairs = [pair for result in results[1:] if (pair := paired(results[0], result))]
+    pairs = [pair for result in results[1:] if (pair := suite_paired(results[0], result))]
+    if len(results) > 1 and not pairs:
+        display.note("several completions of a puzzle are not compared in pairs")
+    display.leaks(results)
     if as_json:
-        found = [result.to_json() for result in results]
-        display.json_object(found[0] if len(found) == 1 else {"models": found, "paired": [p.to_json() for p in pairs]})
+        display.json_object(_evaluation_json(suite, results, pairs))
+    elif as_markdown:
+        display.markdown(suite, results, pairs)
+    elif suite is not None:
+        display.suite(suite, results)
+        for pair in pairs:
+            display.suite_paired(pair)
     elif len(results) == 1:
-        display.evaluation(results[0])
+        display.evaluation(results[0].cells[0])
     else:
         display.comparison(results)
-        for pair in pairs:
-            display.paired(pair)
+        for found in (found for pair in pairs for found in pair.cells.values()):
+            display.paired(found)
 
 
 @app.command(
@@ -372,6 +402,30 @@ def _show(resolved: Resolved, plan: _Plan) -> None:
     display.prompt_tokens(prompt_tokens(plan.source, prompt(puzzle, style)))
 
 
+def _probe(plan: _Plan) -> None:
+    """Sample the starting model as training would, in every style, and show what there is to learn from."""
+    from grpo_cli.core import probe
+    from grpo_cli.core.evaluate import puzzle_set
+    from grpo_cli.core.memory import Fit
+
+    task, settings = plan.settings.task, plan.settings.train
+    policy = _load(plan)
+    with display.progress(f"probing {plan.name}", quiet=False) as advance:
+        found = probe.probe(
+            policy,
+            probe.chosen_puzzles(puzzle_set(task.numbers, "train"), settings.seed),
+            chosen=task.style,
+            num_generations=settings.num_generations,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            batch_size=settings.batch_size * settings.num_generations,
+            seed=settings.seed,
+            fit=Fit(told=display.note),
+            progress=advance,
+        )
+    display.probe(found)
+
+
 def _need(package: str) -> None:
     """Refuse to begin what will need a package that is not there."""
     if find_spec(package) is None:
@@ -523,25 +577,81 @@ class _Signals:
         return asked
 
 
-def _evaluate(plan: _Plan, *, quiet: bool) -> Evaluation:
-    from grpo_cli.core.evaluate import evaluate, puzzles_of
-    from grpo_cli.core.memory import Fit
-    from grpo_cli.core.suite import Cell
+def _weights(ctx: typer.Context, config_file: Path | None, suite: str) -> Mapping[str, float]:
+    """The cells of a suite of this invocation's settings, with their weights."""
+    from grpo_cli.core.config import flag, require_suite
 
-    task, settings = plan.settings.task, plan.settings.eval
-    policy = _load(plan)
-    with display.progress(f"evaluating {plan.name}", quiet=quiet) as advance:
-        return evaluate(
-            policy,
-            puzzles_of(Cell(settings.split, task.numbers, task.style), settings.limit),
-            style=task.style,
-            max_new_tokens=settings.max_new_tokens,
-            samples=settings.samples,
-            temperature=settings.temperature,
-            batch_size=settings.batch_size,
-            fit=Fit(told=display.note),
-            progress=advance,
-        )
+    for key in _ASKED:
+        if key in flags(ctx):
+            raise CountdownError(f"`{flag(key)}` is what the cells of a suite say", "leave it out, or leave `--suite`")
+    settings = _resolve(ctx, config_file).settings
+    require_suite(settings, suite, "`--suite`")
+    return settings.suite[suite]
+
+
+def _evaluate(plans: Sequence[_Plan], weights: Mapping[str, float] | None, *, quiet: bool) -> list[SuiteResult]:
+    """Every model on the same puzzles, decoded as the first one's settings say; of one cell if there are no weights."""
+    from grpo_cli.core import leaks
+    from grpo_cli.core.evaluate import evaluate_suite, puzzles_of
+    from grpo_cli.core.memory import Fit
+    from grpo_cli.core.suite import Cell, cell
+
+    task, settings = plans[0].settings.task, plans[0].settings.eval
+    if weights is None:
+        weights = {Cell(settings.split, task.numbers, task.style).name: 1.0}
+        _note_differences(plans, _ASKED + _DECODED)
+    else:
+        _note_differences(plans, _DECODED)
+    known = [leaks.known(plan.source, Path(plan.settings.runs)) for plan in plans]
+    puzzles = {cell(name): puzzles_of(cell(name), settings.limit) for name in weights}
+    results: list[SuiteResult] = []
+    with display.progress("evaluating", quiet=quiet) as advance:
+
+        def done(count: int, total: int) -> None:
+            advance(len(results) * total + count, len(plans) * total)
+
+        for plan, trained_on in zip(plans, known, strict=True):
+            result = evaluate_suite(
+                _load(plan),
+                puzzles,
+                weights=weights,
+                max_new_tokens=settings.max_new_tokens,
+                samples=settings.samples,
+                temperature=settings.temperature,
+                batch_size=settings.batch_size,
+                fit=Fit(told=display.note),
+                known=trained_on,
+                progress=done,
+            )
+            results.append(result)
+    return results
+
+
+def _note_differences(plans: Sequence[_Plan], keys: Sequence[str]) -> None:
+    """Say where a model's own settings would have it evaluated otherwise than the first."""
+    first, *others = [{key: reduce(getattr, key.split("."), plan.settings) for key in keys} for plan in plans]
+    differing = [
+        f"{plan.name} by itself with {key} {own[key]}, not {first[key]}"
+        for plan, own in zip(plans[1:], others, strict=True)
+        for key in keys
+        if own[key] != first[key]
+    ]
+    if differing:
+        display.note(f"all are evaluated as {plans[0].name} would be: {'; '.join(differing)}")
+
+
+def _evaluation_json(
+    suite: str | None, results: Sequence[SuiteResult], pairs: Sequence[SuitePaired]
+) -> dict[str, object]:
+    """One model's evaluation; several and what sets them apart; or a suite's."""
+    if suite is not None:
+        first = results[0]
+        how = {"suite": suite, "decoding": first.decoding, "protocol": first.protocol, "weights": dict(first.weights)}
+        compared = [found for pair in pairs for found in pair.to_json()]
+        return {**how, "models": [result.to_json() for result in results], "paired": compared}
+    found = [result.cells[0].to_json() for result in results]
+    compared = [found.to_json() for pair in pairs for found in pair.cells.values()]
+    return found[0] if len(found) == 1 else {"models": found, "paired": compared}
 
 
 def _attempt(plan: _Plan, puzzle: Puzzle, attempts: int, *, quiet: bool) -> tuple[Score, int]:

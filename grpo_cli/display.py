@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
     from grpo_cli.core.config import Resolved
     from grpo_cli.core.errors import CountdownError
-    from grpo_cli.core.evaluate import Completion, Evaluation, Paired
+    from grpo_cli.core.evaluate import Completion, Evaluation, Paired, SuitePaired, SuiteResult
+    from grpo_cli.core.probe import Probe
     from grpo_cli.core.puzzle import Puzzle, Summary
     from grpo_cli.core.task import Score
     from grpo_cli.plot import Curves
@@ -38,7 +40,10 @@ EXCERPT_CHARACTERS = 4_000
 ANSWER_CHARACTERS = 1_000
 REASONING_CHARACTERS = 20_000
 COMPARISON_WIDTH = 76
+WIDE = 100  # columns from which tables show what can be left out
+CELL_WIDTH, ACCURACY_WIDTH = 28, 23  # of a matrix: its first columns, and each model's
 SIGNIFICANT = 0.05
+UNSURE = "no difference that these puzzles carry"
 LEVELS = "▁▂▃▄▅▆▇█"
 # Letters and marks that Unicode counts as printable but that show as nothing.
 INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0") | {chr(code) for code in range(0xFE00, 0xFE10)}
@@ -49,6 +54,11 @@ EXPLANATIONS = {
     "not_an_expression": "the answer is not an expression",
     "wrong_numbers": "the answer does not use each number exactly once",
     "wrong_value": "the answer does not make the target",
+}
+CHEATS = {
+    "numbers": "right value, wrong numbers",
+    "not_arithmetic": "no expression in the tags",
+    "no_thought": "no thought before the answer",
 }
 
 
@@ -114,6 +124,11 @@ def percent(share: float) -> str:
     return f"{share:.1%}"
 
 
+def accuracy(share: float, bounds: tuple[float, float]) -> str:
+    """A share of 1 with its interval as `41.6% (36.3 to 47.0%)`."""
+    return f"{percent(share)} ({interval(bounds)})"
+
+
 def interval(bounds: tuple[float, float]) -> str:
     """Two shares of 1 as `36.3 to 47.0%`."""
     return f"{100 * bounds[0]:.1f} to {percent(bounds[1])}"
@@ -130,6 +145,11 @@ def question(numbers: Iterable[int], target: int) -> str:
 def note(text: str) -> None:
     """One line about what is being done, on stderr."""
     err.print(Text(printable(text, keep_newlines=True)), soft_wrap=True)
+
+
+def warning(text: str) -> None:
+    """One line about what may mislead, on stderr."""
+    _headed("warning", "bold yellow", text)
 
 
 def error(problem: CountdownError) -> None:
@@ -236,18 +256,37 @@ def evaluation(result: Evaluation, *, examples: int = 3) -> None:
 
 
 def _headline(result: Evaluation) -> None:
-    decoding = f"{result.samples} samples at temperature {result.temperature:g}" if result.temperature else "greedy"
     puzzles = f"{result.count:,} {result.split} puzzles of {result.numbers} numbers"
-    out.print(Text.assemble((printable(result.model), "bold"), f"  {puzzles}, {result.style}, {decoding}"))
+    out.print(Text.assemble((printable(result.model), "bold"), f"  {puzzles}, {result.style}, {_sampling(result)}"))
     rows = [
         ("accuracy", f"{percent(result.accuracy)}  (95% interval {interval(result.interval)})"),
         ("lenient accuracy", percent(result.lenient_accuracy)),
         ("format", percent(result.format_rate)),
         ("mean length", f"{result.mean_length:.1f} tokens"),
+        ("decoding", f"up to {result.max_new_tokens} tokens, protocol {result.protocol}"),
     ]
+    if result.known is not None:
+        rows.append(("overlap", printable(result.known.statement(result.puzzles))))
     if result.pass_at_k is not None:
         rows.insert(1, (f"pass@{result.samples}", percent(result.pass_at_k)))
+    total = sum(result.reasons.values())
+    rows += [("cheats", f"{percent(count / total)}  {CHEATS[kind]}") for kind, count in result.cheats.items()]
     out.print(_facts(rows))
+
+
+def _sampling(result: Evaluation) -> str:
+    if not result.temperature:
+        return "greedy"
+    return f"{result.samples} sample{'s' if result.samples > 1 else ''} at temperature {result.temperature:g}"
+
+
+def leaks(results: Sequence[SuiteResult]) -> None:
+    """Warn of every model that was trained on puzzles that it was asked."""
+    for result in results:
+        asked = {f"{cell.split} {cell.numbers}": (cell.overlap, cell.count) for cell in result.cells}
+        found = [f"{seen:,} of {count:,} {name}" for name, (seen, count) in asked.items() if seen]
+        if found:
+            warning(f"{result.model} was trained on puzzles that it was asked: {', '.join(found)}")
 
 
 def _reasons(reasons: Mapping[str, int]) -> Table:
@@ -281,46 +320,209 @@ def _example(completion: Completion) -> None:
     out.print(Padding(excerpt(completion.text, width=max(out.width - 4, 10), lines=12), (0, 0, 0, 4)))
 
 
-def comparison(results: Sequence[Evaluation]) -> None:
-    """One line for each of several evaluations; several lines each where the terminal is narrow."""
+def comparison(results: Sequence[SuiteResult]) -> None:
+    """One line for each of several evaluations of one cell; several lines each where the terminal is narrow."""
     if out.width < COMPARISON_WIDTH:
         for result in results:
-            _headline(result)
+            _headline(result.cells[0])
             out.print()
         return
-    numeric = ("n", "count", "accuracy (95%)", "lenient", "format", "length")
-    table = _table("model", "style", *numeric, numeric=numeric)
-    for result in results:
-        table.add_row(
-            Text(printable(result.model)),
+    headers, rows = _comparison(results)
+    table = _table(*headers, numeric=headers[2:])
+    for row in rows:
+        table.add_row(*map(Text, row))
+    out.print(table)
+    _provenance(results)
+
+
+def _comparison(results: Sequence[SuiteResult]) -> tuple[list[str], list[list[str]]]:
+    rows = [
+        [
+            printable(result.model),
             result.style,
             str(result.numbers),
             f"{result.count:,}",
-            f"{percent(result.accuracy)} ({interval(result.interval)})",
+            accuracy(result.accuracy, result.interval),
             percent(result.lenient_accuracy),
             percent(result.format_rate),
             f"{result.mean_length:.1f}",
-        )
-    out.print(table)
+        ]
+        for result in (result.cells[0] for result in results)
+    ]
+    return ["model", "style", "n", "count", "accuracy (95%)", "lenient", "format", "length"], rows
+
+
+def suite(name: str, results: Sequence[SuiteResult]) -> None:
+    """A matrix of accuracies, cells by models, in several blocks where the terminal is narrow."""
+    counted = sum(weight > 0 for weight in results[0].weights.values())
+    cells = f"{len(results[0].cells)} cells, {counted} of them in the weighted mean"
+    out.print(Text.assemble((f"suite {printable(name)}", "bold"), f"  {cells}"))
+    each = max(1, (out.width - CELL_WIDTH) // (ACCURACY_WIDTH + 2))
+    for start in range(0, len(results), each):
+        block = results[start : start + each]
+        headers, rows = _matrix(block, weights=out.width >= WIDE)
+        table = _table(*headers[: -len(block)], numeric=headers[1:])
+        for header in headers[-len(block) :]:
+            table.add_column(Text(header), justify="right", overflow="fold", max_width=ACCURACY_WIDTH)
+        for row in rows:
+            table.add_row(*map(Text, row))
+        out.print()
+        out.print(table)
+    _provenance(results)
+
+
+def _matrix(results: Sequence[SuiteResult], *, weights: bool) -> tuple[list[str], list[list[str]]]:
+    """Cells by models; the last row holds the weighted means."""
+    first = results[0]
+    headers = ["cell", *(["weight"] if weights else []), "puzzles", *(printable(result.model) for result in results)]
+    rows = [
+        [
+            asked.cell,
+            *([f"{first.weights[asked.cell]:g}"] if weights else []),
+            f"{asked.count:,}",
+            *(accuracy(result.cells[index].accuracy, result.cells[index].interval) for result in results),
+        ]
+        for index, asked in enumerate(first.cells)
+    ]
+    blank = [""] * (len(headers) - len(results) - 1)
+    return headers, [*rows, ["weighted mean", *blank, *(percent(result.mean) for result in results)]]
+
+
+def _provenance(results: Sequence[SuiteResult]) -> None:
+    """How completions were decoded, how long each model took, and what it was trained on."""
+    out.print()
+    out.print(Text(_decoding(results[0])))
+    for line in map(_origin, results):
+        out.print(Text(line))
+
+
+def _decoding(result: SuiteResult) -> str:
+    asked = result.cells[0]
+    return f"decoded alike: {_sampling(asked)}, up to {asked.max_new_tokens} tokens, protocol {result.protocol}"
+
+
+def _origin(result: SuiteResult) -> str:
+    known = result.cells[0].known
+    statement = f"; {known.statement(result.puzzles)}" if known else ""
+    return printable(f"{result.model}: {result.seconds:.1f} s{statement}")
 
 
 def paired(found: Paired) -> None:
     """What a second model solves that a first does not, and the reverse, with an example of both."""
     gained, lost, sure = len(found.gained), len(found.lost), found.p_value < SIGNIFICANT
-    models = [printable(name) for name in (found.first, found.second)]
-    verdict = "" if sure else ": no difference that these puzzles carry"
+    verdict = "" if sure else f": {UNSURE}"
     out.print()
     out.print(
         Text.assemble(
-            (f"{models[0]} -> {models[1]}", "bold"),
+            (_models(found), "bold"),
             f"  {gained:,} puzzles gained, {lost:,} lost, exact McNemar p {probability(found.p_value)}{verdict}",
         )
     )
-    for word, pairs in (("gained", found.gained), ("lost", found.lost)):
+    _pair_examples(found.gained, found.lost)
+
+
+def suite_paired(found: SuitePaired) -> None:
+    """What a second model gains and loses in each cell, with an example of both."""
+    headers, rows = _gains(found, raw=out.width >= WIDE)
+    table = _table(*headers, numeric=headers[1:-1])
+    for row in rows:
+        table.add_row(*map(Text, row))
+    out.print()
+    out.print(Text.assemble((_models(found), "bold"), "  exact McNemar, p corrected by Holm for the cells"))
+    out.print()
+    out.print(table)
+    compared = found.cells.values()
+    _pair_examples(
+        list(chain.from_iterable(cell.gained for cell in compared)),
+        list(chain.from_iterable(cell.lost for cell in compared)),
+    )
+
+
+def _gains(found: SuitePaired, *, raw: bool) -> tuple[list[str], list[list[str]]]:
+    """Puzzles gained and lost by cell, p (if `raw`, uncorrected too), and what it does not show."""
+    rows = [
+        [
+            name,
+            f"{len(cell.gained):,}",
+            f"{len(cell.lost):,}",
+            *([probability(cell.p_value).removeprefix("= ")] if raw else []),
+            probability(corrected).removeprefix("= "),
+            "" if corrected < SIGNIFICANT else UNSURE,
+        ]
+        for (name, cell), corrected in zip(found.cells.items(), found.p_holm.values(), strict=True)
+    ]
+    return ["cell", "gained", "lost", *(["p"] if raw else []), "Holm p", ""], rows
+
+
+def _models(found: Paired | SuitePaired) -> str:
+    return f"{printable(found.first)} -> {printable(found.second)}"
+
+
+def _pair_examples(
+    gained: Sequence[tuple[Completion, Completion]], lost: Sequence[tuple[Completion, Completion]]
+) -> None:
+    for word, pairs in (("gained", gained), ("lost", lost)):
         for pair in pairs[:1]:
             puzzle = question(pair[0].puzzle.numbers, pair[0].puzzle.target)
             answers = (f"{printable(_outcome(completion), limit=ANSWER_CHARACTERS)}" for completion in pair)
             out.print(Padding(Text(f"{word}: {puzzle}  {' -> '.join(answers)}"), (0, 0, 0, 2)))
+
+
+def probe(found: Probe) -> None:
+    """What a model could learn from in each style, the chosen one in bold, with a line for each finding."""
+    chosen = found.styles[found.chosen]
+    size = f"{len(chosen.right)} train puzzles of {found.numbers} numbers, groups of {chosen.num_generations}"
+    out.print(Text(size, style="bold"))
+    out.print()
+    numeric = ("accuracy (95%)", "format", "mixed", "cut off", "length", "seconds")
+    table = _table("style", *numeric, numeric=numeric)
+    for style, sampled in found.styles.items():
+        table.add_row(
+            style,
+            f"{percent(sampled.accuracy)} ({interval(sampled.interval)})",
+            percent(sampled.format_rate),
+            percent(sampled.mixed_share),
+            percent(sampled.truncated),
+            f"{sampled.mean_length:.1f}",
+            f"{sampled.seconds:.1f}",
+            style="bold" if style == found.chosen else "",
+        )
+    out.print(table)
+    out.print()
+    shares = [f"{size} {percent(share)}" for size, share in found.expected_mixed.items()]
+    seconds, tokens = (sum(getattr(one, what) for one in found.styles.values()) for what in ("seconds", "tokens"))
+    rows = [
+        ("mixed", "groups whose rewards differ: what a step learns from"),
+        ("estimate", f"groups with right and wrong completions, by size: {', '.join(shares)}"),
+        ("cost", f"{seconds:.1f} seconds, {tokens:,} tokens"),
+    ]
+    out.print(_facts(rows))
+    out.print()
+    for sentence in found.findings.values():
+        out.print(Text(sentence), soft_wrap=True)
+
+
+def markdown(name: str | None, results: Sequence[SuiteResult], pairs: Sequence[SuitePaired]) -> None:
+    """The results of a suite, or of one cell, and their comparison as Markdown."""
+    headers, rows = _comparison(results) if name is None else _matrix(results, weights=True)
+    title = "" if name is None else f"Suite {name}, "
+    lines = [f"{title}{_decoding(results[0])}", "", *_markdown_table(headers, rows), ""]
+    lines += [f"- {_escaped(_origin(result))}" for result in results]
+    for pair in pairs:
+        lines += ["", f"{_escaped(_models(pair))}, exact McNemar:", "", *_markdown_table(*_gains(pair, raw=True))]
+    for line in lines:
+        out.print(Text(line), soft_wrap=True)
+
+
+def _markdown_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Lines of a table, all columns but the first right-aligned."""
+    for row in (headers, None, *rows):
+        cells = ["---", *["---:"] * (len(headers) - 1)] if row is None else map(_escaped, row)
+        yield f"| {' | '.join(cells)} |"
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\`*_\[\]<|~])", r"\\\1", text)
 
 
 def probability(value: float) -> str:

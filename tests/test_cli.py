@@ -97,6 +97,18 @@ def test_dry_run_shows_sources_and_a_prompt_and_trains_nothing(
     assert not (tmp_path / "runs").exists()
 
 
+def test_probe_says_what_there_is_to_learn_and_leaves_nothing(
+    countdown: Command, tiny_folder: Path, tmp_path: Path
+) -> None:
+    found = countdown("train", "--probe", "--model", tiny_folder, "--numbers", 2, "--style", "zero-shot", *SMALL)
+    assert found.code == 0
+    shown = " ".join(found.out.split())
+    assert "32 train puzzles of 2 numbers, groups of 2" in shown
+    assert all(f"{style} 0.0% (0.0 to 10.7%)" in shown for style in ("one-shot", "zero-shot", "natural"))
+    assert "of the completions run out of tokens" in shown and "no completion was right" in shown
+    assert not (tmp_path / "runs").exists()
+
+
 def test_eval_json_is_one_object_and_nothing_else(trained: Command) -> None:
     found = trained("eval", "first", "--json", "--limit", 3)
     result = json.loads(found.out)
@@ -122,6 +134,65 @@ def test_eval_out_writes_every_completion(trained: Command, tmp_path: Path) -> N
     records = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
     assert len(records) == 6
     assert {"numbers", "target", "completion", "reward", "reason", "answer"} <= records[0].keys()
+
+
+SUITE = '[suite.mine]\n"val 3 natural" = 1.0\n"train 4 zero-shot" = 3.0\n'
+
+
+def test_a_suite_is_a_matrix_of_the_same_puzzles_for_all_models(
+    trained: Command, tiny_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.toml").write_text(SUITE)
+    asked = ("eval", "--suite", "mine", "first", tiny_folder, "--limit", 3)
+    found = json.loads(trained(*asked, "--json", "--out", tmp_path / "all.jsonl").out)
+    names = ["val 3 natural", "train 4 zero-shot"]
+    assert (found["suite"], list(found["weights"])) == ("mine", names)
+    assert [model["model"] for model in found["models"]] == ["first", str(tiny_folder)]
+    for model in found["models"]:
+        assert [(cell["numbers"], cell["count"]) for cell in model["cells"]] == [(3, 3), (4, 3)]
+        assert model["mean"] == (model["cells"][0]["accuracy"] + 3 * model["cells"][1]["accuracy"]) / 4
+        assert model["seconds"] > 0
+        assert all(cell["decoding"] == found["decoding"] for cell in model["cells"])
+    assert [(pair["cell"], pair["second"]) for pair in found["paired"]] == [(name, str(tiny_folder)) for name in names]
+    assert {"p_value", "p_holm", "gained", "lost"} <= found["paired"][0].keys()
+    records = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert [record["cell"] for record in records] == [name for name in names for _ in range(3)] * 2
+    puzzles = [(record["cell"], record["numbers"], record["target"]) for record in records]
+    assert puzzles[:6] == puzzles[6:]
+    shown = trained(*asked).out
+    for text in ("weighted mean", found["protocol"], *names, "first -> "):
+        assert text in shown
+
+
+def test_markdown_is_tables_on_stdout(trained: Command, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(SUITE)
+    for arguments in (["--suite", "mine"], []):
+        lines = trained("eval", "first", "first", "--markdown", "--limit", 2, *arguments).out.splitlines()
+        tables = [line.count("|") for line in lines if line.startswith("|")]
+        assert sorted(set(tables)) == ([6, 7] if arguments else [7, 9])
+        assert "| --- | ---: |" in "".join(lines)
+
+
+def test_every_evaluation_says_what_its_model_was_trained_on(trained: Command, tmp_path: Path) -> None:
+    samples = [json.loads(line) for line in (tmp_path / "runs/first/samples.jsonl").read_text().splitlines()]
+    known = len({(*sorted(sample["numbers"]), sample["target"]) for sample in samples})
+    assert json.loads(trained("eval", "first", "--json", "--limit", 2).out)["overlap"] == 0
+    found = trained("eval", "first", "--split", "train")
+    assert f"{known} of 2,179 puzzles were trained on ({known} known from first" in " ".join(found.out.split())
+    assert f"warning: first was trained on puzzles that it was asked: {known} of 2,179 train 3" in found.err
+    assert "warning" not in trained("eval", "first", "--limit", 2).err
+
+
+def test_several_models_are_evaluated_as_the_first_would_be(trained: Command, tiny_folder: Path) -> None:
+    own = ("--precision", "float32", "--limit", 2)
+    found = trained("eval", "builtin", "first", "--style", "natural", "--max-new-tokens", 9, "--json", *own)
+    assert [result["decoding"]["max_new_tokens"] for result in json.loads(found.out)["models"]] == [9, 9]
+    assert "all are evaluated" not in found.err
+    trained("train", "--model", tiny_folder, "--run", "second", "--style", "natural", *SMALL)
+    found = trained("eval", "first", "second", "--json", *own)
+    assert [result["style"] for result in json.loads(found.out)["models"]] == ["one-shot", "one-shot"]
+    said = "all are evaluated as first would be: second by itself with task.style natural, not one-shot"
+    assert found.err.splitlines() == [said]
 
 
 def test_solve_prints_the_answer_alone_on_stdout_and_its_code_is_the_verdict(countdown: Command) -> None:
@@ -174,6 +245,7 @@ def test_plot_draws_a_run_and_the_original_systems_file(trained: Command, tmp_pa
         (["train", "--keep-last", "1"], "`--keep-last` must be a whole number of at least 2, not `1`"),
         (["train", "--max-bad-steps", "0"], "`--max-bad-steps` must be a whole number of at least 1, not `0`"),
         (["train", "--run", "x", "--step", "3"], "say `--run NAME --resume --step STEP`"),
+        (["train", "--run", "x", "--resume", "--probe"], "leave out `--resume`"),
         (["train", "--preset", "bultin"], "builtin"),
         (["train", "--model", "./nowhere"], "./nowhere"),
         (["train", "--run", "../x"], "../x"),
@@ -183,6 +255,9 @@ def test_plot_draws_a_run_and_the_original_systems_file(trained: Command, tmp_pa
         (["train", "--device", "cuda"], "not available"),
         (["eval", "./nowhere"], "./nowhere"),
         (["eval", "--style", "haiku"], "one-shot"),
+        (["eval", "./nowhere", "--suite", "transfr"], "did you mean `transfer`?"),
+        (["eval", "./nowhere", "--suite", "transfer", "--numbers", "4"], "`--numbers` is what the cells"),
+        (["eval", "./nowhere", "--json", "--markdown"], "exclude each other"),
         (["solve", "what is love"], "4 7 3 = 25"),
         (["plot"], "countdown train"),
         (["plot", "nothing.json"], "nothing.json"),

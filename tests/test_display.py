@@ -3,6 +3,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from rich.cells import cell_len
 from grpo_cli import display
 from grpo_cli.core.config import resolve
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.evaluate import Completion, Evaluation, Paired
+from grpo_cli.core.evaluate import Completion, Evaluation, Paired, SuitePaired, SuiteResult
+from grpo_cli.core.leaks import Known
+from grpo_cli.core.probe import Probe, Sampled
 from grpo_cli.core.puzzle import Puzzle, Summary
 from grpo_cli.core.task import score
 from grpo_cli.live import TrainingView
@@ -42,6 +45,15 @@ def pair(answer: str) -> tuple[Completion, Completion]:
 def evaluation(*texts: str, model: str = "builtin") -> Evaluation:
     completions = [[Completion(PUZZLE, text, len(text), False, score(text, PUZZLE))] for text in texts]
     return Evaluation(model, "val", "one-shot", 3, 1, 0.0, 160, 0, completions)
+
+
+def suite_result(*texts: str, model: str = "builtin", seen: bool = False) -> SuiteResult:
+    """A suite of two cells, the second not in the mean."""
+    key = (tuple(sorted(PUZZLE.numbers)), PUZZLE.target)
+    known = Known({model: frozenset({key})} if seen else {}, unknown=None if seen else model)
+    first = replace(evaluation(*texts, model=model), known=known)
+    cells = [first, replace(first, numbers=4, style="zero-shot")]
+    return SuiteResult(model, cells, {cells[0].cell: 1.0, cells[1].cell: 0.0}, 12.34)
 
 
 # Text
@@ -170,7 +182,10 @@ def test_a_narrow_encoding_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch)
         lambda text: display.error(CountdownError(text, text)),
         lambda text: display.prompt_tokens([(1, text)]),
         lambda text: display.evaluation(evaluation(text, model=text)),
-        lambda text: display.comparison([evaluation("", model=text)]),
+        lambda text: display.comparison([suite_result("", model=text)]),
+        lambda text: display.suite("s", [suite_result("", model=text)]),
+        lambda text: display.suite_paired(SuitePaired(text, text, {"c": Paired(text, text, [pair(text)], [])})),
+        lambda text: display.leaks([suite_result("", model=text, seen=True)]),
         lambda text: display.paired(Paired(text, text, [pair(text)], [])),
         lambda text: display.sparklines([Curves(text, [(1, 0.5)], [], [], {text: [(1, 0.5)]})]),
         lambda text: TrainingView(9).message(text),
@@ -235,15 +250,17 @@ def test_a_prompt_shows_its_tokens_apart_and_their_ids(capsys: pytest.CaptureFix
 
 def test_an_evaluation_shows_rates_outcomes_slices_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
     right, wrong = "<think>a</think><answer>4 * 7 - 3</answer>", "<think>b</think><answer>4 + 7 + 3</answer>"
-    display.evaluation(evaluation(right, wrong, wrong, "<think>c"))
+    result = evaluation(right, wrong, wrong, "<think>c")
+    display.evaluation(result)
     shown = STYLE_CODES.sub("", capsys.readouterr().out)
     rows = [" ".join(line.split()) for line in shown.splitlines()]
-    assert rows[:6] == [
+    assert rows[:7] == [
         "builtin 4 val puzzles of 3 numbers, one-shot, greedy",
         "accuracy 25.0% (95% interval 4.6 to 69.9%)",
         "lenient accuracy 25.0%",
         "format 75.0%",
         "mean length 33.5 tokens",
+        f"decoding up to 160 tokens, protocol {result.protocol}",
         "",
     ]
     for row in (
@@ -267,7 +284,10 @@ def test_tables_fit_the_terminal(
 ) -> None:
     monkeypatch.setattr(display.out, "width", width)
     result = evaluation("<answer>4 * 7 - 3</answer>", "A" * 1_000_000 + "<answer>four</answer>")
-    display.comparison([result, result])
+    results = [suite_result("<answer>4 * 7 - 3</answer>", "A", model=name * 30) for name in "abc"]
+    display.comparison(results)
+    display.suite("s", results)
+    display.suite_paired(SuitePaired("a" * 30, "b" * 30, {"train 4 zero-shot": Paired("a", "b", [pair("A")], [])}))
     display.evaluation(result)
     display.config_table(resolve(has_cuda=lambda: False))
     shown = STYLE_CODES.sub("", capsys.readouterr().out)
@@ -341,6 +361,66 @@ def test_a_comparison_never_calls_a_difference_that_chance_makes(capsys: pytest.
     assert "5 puzzles gained, 0 lost, exact McNemar p = 0.062: no difference that these puzzles carry" in shown
 
 
+RIGHT, WRONG = "<answer>4 * 7 - 3</answer>", "<answer>4</answer>"
+
+
+@pytest.mark.parametrize(("width", "blocks"), [(80, 2), (140, 1)])
+def test_a_suite_is_a_matrix_in_as_many_blocks_as_the_terminal_needs(
+    width: int, blocks: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(display.out, "width", width)
+    results = [
+        suite_result(RIGHT, WRONG, model="builtin"),
+        *(suite_result(RIGHT, RIGHT, model=name) for name in ("x", "y")),
+    ]
+    display.suite("mine", results)
+    rows = [" ".join(line.split()) for line in STYLE_CODES.sub("", capsys.readouterr().out).splitlines()]
+    assert rows[0] == "suite mine 2 cells, 1 of them in the weighted mean"
+    assert len([row for row in rows if row.startswith("weighted mean")]) == blocks
+    wide = ["val 3 one-shot 1 2 50.0% (9.5 to 90.5%) 100.0% (34.2 to 100.0%) 100.0% (34.2 to 100.0%)"]
+    narrow = [
+        "val 3 one-shot 2 50.0% (9.5 to 90.5%) 100.0% (34.2 to 100.0%)",
+        "val 3 one-shot 2 100.0% (34.2 to 100.0%)",
+    ]
+    assert [row for row in rows if row.startswith("val 3")] == (wide if blocks == 1 else narrow)
+    assert f"decoded alike: greedy, up to 160 tokens, protocol {results[0].protocol}" in rows
+    assert "x: 12.3 s; what x was trained on is not known" in rows
+
+
+def test_a_suites_comparison_calls_no_difference_that_does_not_hold_for_all_its_cells(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    gained = {"val 3 one-shot": 8, "val 3 natural": 6, "train 3 natural": 0}
+    cells = {name: Paired("a", "b", [pair("4 + 7")] * count, []) for name, count in gained.items()}
+    display.suite_paired(SuitePaired("a", "b", cells))
+    rows = [" ".join(line.split()) for line in STYLE_CODES.sub("", capsys.readouterr().out).splitlines()]
+    assert "val 3 one-shot 8 0 0.023" in rows  # 3 * 2 / 2**8
+    assert "val 3 natural 6 0 0.062 no difference that these puzzles carry" in rows  # 2 * 2 / 2**6
+    assert "train 3 natural 0 0 1.000 no difference that these puzzles carry" in rows
+    assert rows[-1] == "gained: [4, 7, 3] -> 25 4 + 7 (wrong_numbers) -> 4 * 7 - 3 (correct)"
+
+
+def test_markdown_is_escaped_and_never_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
+    results = [suite_result(RIGHT, WRONG, model="a"), suite_result(RIGHT, model="b_|" * 40)]
+    display.markdown("mine", results, [SuitePaired("a", "b", {"val 3 one-shot": Paired("a", "b", [], [])})])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:7] == [
+        "| cell | weight | puzzles | a | " + r"b\_\|" * 40 + " |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| val 3 one-shot | 1 | 2 | 50.0% (9.5 to 90.5%) | 100.0% (20.7 to 100.0%) |",
+        "| val 4 zero-shot | 0 | 2 | 50.0% (9.5 to 90.5%) | 100.0% (20.7 to 100.0%) |",
+        "| weighted mean |  |  | 50.0% | 100.0% |",
+    ]
+    assert lines[-1] == "| val 3 one-shot | 0 | 0 | 1.000 | 1.000 | no difference that these puzzles carry |"
+
+
+def test_a_model_that_was_trained_on_what_it_is_asked_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    display.leaks([suite_result(RIGHT, model="new"), suite_result(RIGHT, model="old", seen=True)])
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "warning: old was trained on puzzles that it was asked: 1 of 1 val 3, 1 of 1 val 4\n"
+
+
 def test_a_pipe_gets_no_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
     with display.progress("evaluating", quiet=False) as advance:
         advance(1, 2)
@@ -357,3 +437,25 @@ def test_sparklines_show_first_and_last_value_of_each_curve(capsys: pytest.Captu
         ["reward", "▁█", "0.250", "->", "0.500"],
         ["kl", "▁█", "0.0000", "->", "0.0100"],
     ]
+
+
+def test_cheats_are_shown_where_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
+    honest, cheat = ("<think>x</think><answer>" + answer + "</answer>" for answer in ("4 * 7 - 3", "20 + 5"))
+    display.evaluation(evaluation(honest, honest, honest, cheat))
+    assert re.search("cheats +25.0%  right value, wrong numbers", capsys.readouterr().out)
+    display.evaluation(evaluation(honest))
+    assert "cheats" not in capsys.readouterr().out
+
+
+def test_a_probe_fits_eighty_columns_and_says_what_it_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    one = Sampled("one-shot", 2, [2, 1, 0, 0], [False, True, False, False], 1.0, 0.5, 100.0, 800, 2.5)
+    other = Sampled("zero-shot", 2, [0] * 4, [False] * 4, 0.0, 0.0, 10.0, 80, 0.5)
+    display.probe(Probe("one-shot", 3, {"one-shot": one, "zero-shot": other}))
+    shown = STYLE_CODES.sub("", capsys.readouterr().out)
+    table, _, findings = shown.partition("  cost ")
+    assert all(cell_len(line.rstrip()) <= 80 for line in table.splitlines())
+    rows = [" ".join(line.split()) for line in shown.splitlines()]
+    assert "4 train puzzles of 3 numbers, groups of 2" in rows
+    assert "one-shot 37.5% (9.2 to 78.1%) 100.0% 25.0% 50.0% 100.0 2.5" in rows
+    assert "cost 3.0 seconds, 880 tokens" in rows
+    assert "in 1 of 4 one-shot groups" in findings and "50% of the completions run out of tokens" in findings

@@ -4,12 +4,24 @@ from dataclasses import replace
 
 import pytest
 
-from grpo_cli.core.evaluate import Completion, Evaluation, Paired, evaluate, paired, puzzle_set, puzzles_of
+from grpo_cli.core.evaluate import (
+    Completion,
+    Evaluation,
+    Paired,
+    SuiteResult,
+    evaluate,
+    evaluate_suite,
+    paired,
+    puzzle_set,
+    puzzles_of,
+    suite_paired,
+)
+from grpo_cli.core.leaks import Known
 from grpo_cli.core.policy import Policy
 from grpo_cli.core.puzzle import Puzzle
 from grpo_cli.core.statistics import wilson
-from grpo_cli.core.suite import Cell
-from grpo_cli.core.task import score
+from grpo_cli.core.suite import Cell, cell
+from grpo_cli.core.task import STYLES, score
 
 EASY, HARD = Puzzle((2, 4, 6), 12), Puzzle((2, 4, 6), 36)  # 2 + 4 + 6 and others; (2 + 4) * 6 alone
 OTHER = Puzzle((2, 4, 6), 20)
@@ -48,6 +60,13 @@ def test_one_sample_has_no_pass_at_k() -> None:
 def test_lenient_accuracy_counts_what_the_strict_score_does_not() -> None:
     result = made([completion(EASY, "<answer>2 + 4 + 6 = 12</answer>", 1)])
     assert (result.accuracy, result.lenient_accuracy) == (0.0, 1.0)
+
+
+def test_cheats_are_counted_by_kind() -> None:
+    answers = ["2 + 4 + 6", "6 + 6", "12", "twelve", "2 + 4"]
+    result = made(*[[completion(EASY, f"<think>x</think><answer>{answer}</answer>", 1)] for answer in answers])
+    assert result.cheats == result.to_json()["cheats"] == {"numbers": 2, "not_arithmetic": 1}
+    assert made([completion(EASY, RIGHT, 1)]).cheats == {}
 
 
 def test_a_comparison_lists_the_puzzles_that_one_model_alone_solves() -> None:
@@ -142,3 +161,68 @@ def test_a_record_says_who_was_solved_and_shows_the_same_puzzles_every_time() ->
     assert isinstance(examples, list)
     assert [one["completion"] for one in examples] == [RIGHT, RIGHT, RIGHT, RIGHT]  # of puzzles 0, 2, 4 and 6
     assert len(made(*rows[:2]).record()["examples"]) == 2  # type: ignore[arg-type]
+
+
+def test_a_puzzle_that_was_trained_on_is_counted() -> None:
+    result = made([completion(EASY, RIGHT, 1)], [completion(HARD, RIGHT, 1)])
+    assert result.overlap is None
+    seen = Known({"first": frozenset({((2, 4, 6), 12)})})
+    assert replace(result, known=seen).overlap == replace(result, known=seen).to_json()["overlap"] == 1
+    assert replace(result, known=Known(unknown="hub")).to_json()["overlap"] is None
+
+
+def a_suite(**solved: int) -> SuiteResult:
+    """Cells of eight puzzles each, of which so many are solved."""
+    puzzle = [completion(EASY, WRONG, 1)], [completion(EASY, RIGHT, 1)]
+    cells = [
+        replace(made(*(puzzle[index < count] for index in range(8))), style=style, temperature=0.0)
+        for style, count in zip(STYLES, solved.values(), strict=True)
+    ]
+    weights = {"val 3 one-shot": 1.0, "val 3 zero-shot": 3.0, "val 3 natural": 0.0}
+    return SuiteResult("m", cells, weights, 1.0)
+
+
+def test_the_mean_of_a_suite_is_weighted() -> None:
+    assert a_suite(one=4, zero=8, natural=0).mean == 0.875  # (1 * 0.5 + 3 * 1.0 + 0 * 0.0) / 4
+
+
+def test_the_puzzles_of_a_suite_are_counted_once() -> None:
+    assert a_suite(one=0, zero=0, natural=0).puzzles == [EASY]
+
+
+def test_suites_are_compared_cell_by_cell_with_p_corrected_for_their_number() -> None:
+    found = suite_paired(a_suite(one=0, zero=0, natural=1), a_suite(one=8, zero=6, natural=0))
+    assert found is not None
+    assert [(line["cell"], line["gained"], line["lost"], line["p_value"]) for line in found.to_json()] == [
+        ("val 3 one-shot", 8, 0, 2 / 256),
+        ("val 3 zero-shot", 6, 0, 2 / 64),
+        ("val 3 natural", 0, 1, 1.0),
+    ]
+    assert [line["p_holm"] for line in found.to_json()] == [3 * 2 / 256, 2 * 2 / 64, 1.0]
+
+
+def test_several_completions_of_a_puzzle_are_not_compared() -> None:
+    once = a_suite(one=1, zero=1, natural=1)
+    twice = [replace(cell, completions=[row * 2 for row in cell.completions], samples=2) for cell in once.cells]
+    assert suite_paired(once, replace(once, cells=twice)) is None
+
+
+def test_a_suite_is_evaluated_as_its_cells_would_be(tiny_policy: Policy) -> None:
+    policy = replace(tiny_policy, end_ids=tuple(range(0, 832, 16)))
+    cells = [cell("val 3 zero-shot"), cell("train 4 natural")]
+    asked = {cell: puzzles_of(cell, limit) for cell, limit in zip(cells, (5, 3), strict=True)}
+    told: list[tuple[int, int]] = []
+    found = evaluate_suite(
+        policy,
+        asked,
+        weights={cell.name: 1.0 for cell in cells},
+        max_new_tokens=8,
+        batch_size=2,
+        progress=lambda done, total: told.append((done, total)),
+    )
+    alone = [evaluate(policy, asked[cell], style=cell.style, max_new_tokens=8) for cell in cells]
+    assert found.cells == alone
+    assert told == [(2, 8), (4, 8), (5, 8), (7, 8), (8, 8)]
+    assert found.decoding == {"samples": 1, "temperature": 0.0, "max_new_tokens": 8}
+    hashes = {found.protocol, *(result.protocol for result in alone)}
+    assert len(hashes) == 3 and replace(found, cells=alone[:1]).protocol == alone[0].protocol

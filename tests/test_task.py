@@ -4,6 +4,7 @@ import json
 import math
 import random
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -75,7 +76,7 @@ HOSTILE: list[tuple[str, Reason]] = [
 def test_the_contract(answer: str, puzzle: Puzzle, reason: Reason, lenient: bool, style: Style) -> None:
     correct = reason == "correct"
     expected = Score(1.0 if correct else 0.2, correct, reason, answer.strip(), well_formed=True, lenient=lenient)
-    assert answered(answer, puzzle, style) == expected
+    assert replace(answered(answer, puzzle, style), cheat=None) == expected
 
 
 @pytest.mark.faults
@@ -361,3 +362,54 @@ def test_a_refused_question_comes_with_an_example() -> None:
     with pytest.raises(CountdownError) as caught:
         read_question("help")
     assert caught.value.hint == 'ask as in `countdown solve "4 7 3 = 25"`'
+
+
+THOUGHT = "<think>x</think>"
+
+
+@pytest.mark.parametrize(
+    ("completion", "cheat"),
+    [
+        (THOUGHT + "<answer>5 * 2 + 3</answer>", None),
+        (THOUGHT + "<answer>10 + 3</answer>", "numbers"),  # left out
+        (THOUGHT + "<answer>5 + 5 + 3</answer>", "numbers"),  # reused
+        (THOUGHT + "<answer>5 * 3 - 2 + 0</answer>", "numbers"),
+        (THOUGHT + "<answer>13</answer>", "numbers"),
+        (THOUGHT + "<answer>10 + 4</answer>", None),  # wrong numbers that do not make the target are a mistake
+        (THOUGHT + "<answer>5 + 3 + 2</answer>", None),  # and so is a wrong value
+        (THOUGHT + "<answer>5 * 2 + 3 = 99</answer>", "not_arithmetic"),
+        (THOUGHT + "<answer>five</answer>", "not_arithmetic"),
+        (THOUGHT + "<answer></answer>", "not_arithmetic"),
+        (THOUGHT + "<answer>(10 + 3 # 2</answer>", "not_arithmetic"),
+        (THOUGHT + "<answer>5 * 2 + 3 = 13</answer>", None),  # arithmetic, in another notation
+        (THOUGHT + "<answer>5 × 2 + 4</answer>", None),
+        ("<answer>5 * 2 + 3</answer>", "no_thought"),
+        ("<answer>5 + 3 + 2</answer>", "no_thought"),
+        ("<think>x<answer>5 * 2 + 3</answer></think>", "no_thought"),  # the thought is not over
+        ("<answer>5 * 2 + 3</answer><think>x</think>", "no_thought"),
+        ("</think><think><answer>5 * 2 + 3</answer>", "no_thought"),
+        ("<answer>10 + 3</answer>", "numbers"),  # the first kind that applies
+        ("<answer>five</answer>", "not_arithmetic"),
+        ("<answer>1</answer>" + THOUGHT + "<answer>5 * 2 + 3</answer>", None),
+        (THOUGHT, None),
+        ("5 * 2 + 3", None),
+        ("", None),
+    ],
+)
+@pytest.mark.parametrize("style", TAGGED)
+def test_attempts_to_cheat_by_kind(completion: str, cheat: str | None, style: Style) -> None:
+    assert score(completion, P13, style=style).cheat == cheat
+
+
+@pytest.mark.parametrize(
+    ("completion", "truncated", "cheat"),
+    [
+        ("5 * 2 + 3", False, None),  # nobody asked for a thought
+        ("So it is 10 + 3.", False, "numbers"),
+        ("So it is 10 + 3", True, None),  # it was still going on
+        ("I do not know.", False, None),
+        ("5 × 2 + 3", False, None),
+    ],
+)
+def test_the_natural_style_asks_for_no_thought(completion: str, truncated: bool, cheat: str | None) -> None:
+    assert score(completion, P13, style="natural", truncated=truncated).cheat == cheat

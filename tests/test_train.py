@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from grpo_cli.core.run import Run
 from grpo_cli.core.settings import Settings
 from grpo_cli.core.state import Training, build_optimizer, choose_checkpoint
 from grpo_cli.core.summary import summary
-from grpo_cli.core.task import Reason, Score, Style, prompt
+from grpo_cli.core.task import Cheat, Reason, Score, Style, prompt
 from grpo_cli.core.train import Interrupted, learning_rate_at, train
 
 
@@ -355,13 +355,40 @@ def test_a_collapse_is_warned_of_once_and_ends_the_run_if_asked_to(
     training, run, watcher = start(settings), Run.create(tmp_path, "first"), Watcher()
     if not stop:
         train(training, training.policy.frozen_copy(), run, settings, watcher)
-        (message,) = watcher.messages
-        assert message.startswith("warning: in 2 steps every completion was well formed and none was right")
+        collapse, health = watcher.messages
+        assert collapse.startswith("warning: in 2 steps every completion was well formed and none was right")
+        assert health.startswith("warning: 100% of the completions run out of tokens")
         return
     with pytest.raises(CountdownError, match="step 2: in 2 steps every completion was well formed") as caught:
         train(training, training.policy.frozen_copy(), run, settings, watcher)
     assert caught.value.exit_code == 1 and "--no-stop-on-collapse" in (caught.value.hint or "")
     assert choose_checkpoint(run, settings, None, print)[0] == 2
+
+
+def test_a_training_with_nothing_left_to_learn_says_so_once_and_goes_on(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grpo_cli.core.guards.WINDOW", 2)
+    solved = Score(reward=1.0, correct=True, reason="correct", answer="1", well_formed=True, lenient=True)
+    monkeypatch.setattr(train_module, "score", lambda *_, **__: solved)
+    training, _, watcher = trained(small(tiny_folder, **{"train.stop_on_collapse": True}), tmp_path)
+    assert training.step == 4
+    assert [message for message in watcher.messages if not message.startswith("warning: ")] == [
+        "100% of the completions are right: nothing is left to learn from these puzzles; stop, or take harder ones with"
+        " `--numbers`"
+    ]
+
+
+def test_what_completions_were_like_is_logged_with_their_attempts_to_cheat(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds: cycle[Cheat | None] = cycle(["numbers", None, "no_thought", "numbers"])  # of every group of four
+    wrong = Score(reward=0.2, correct=False, reason="wrong_numbers", answer="1", well_formed=True, lenient=True)
+    monkeypatch.setattr(train_module, "score", lambda *_, **__: replace(wrong, cheat=next(kinds)))
+    _, run, _ = trained(small(tiny_folder), tmp_path)
+    for line in run.metrics()[1:]:
+        assert (line["accuracy"], line["lenient_accuracy"]) == (0.0, 1.0)
+        assert (line["cheat/numbers"], line["cheat/no_thought"], line["cheat/not_arithmetic"]) == (0.5, 0.25, 0.0)
 
 
 # Curricula, groups sampled anew, suites, and when to stop

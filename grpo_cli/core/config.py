@@ -246,8 +246,10 @@ def _validate(layer: _Layer) -> Settings:
 def require_suite(settings: Settings, name: str, place: str) -> None:
     """Raise CountdownError unless `settings` have the suite that `place` names."""
     if name not in settings.suite:
+        nearest = [f"did you mean `{suite}`?" for suite in get_close_matches(name, settings.suite, n=1)]
         known = ", ".join(f"`{suite}`" for suite in settings.suite)
-        raise CountdownError(f"{place} names no suite: {_shown(name)}", f"suites are {known}; add one as [suite.NAME]")
+        hint = " ".join([*nearest, f"suites are {known}; add one as [suite.NAME]"])
+        raise CountdownError(f"{place} names no suite: {_shown(name)}", hint)
 
 
 def _refused(layer: _Layer, problem: ErrorDetails) -> CountdownError:

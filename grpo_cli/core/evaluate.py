@@ -9,17 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from grpo_cli.core.leaks import Known, overlap
 from grpo_cli.core.memory import Fit
 from grpo_cli.core.policy import Policy
 from grpo_cli.core.puzzle import ENUMERABLE, Puzzle, Split, enumerate_puzzles, generate, needs_parentheses, solve
 from grpo_cli.core.rollout import draws, sample
-from grpo_cli.core.statistics import mcnemar, wilson
-from grpo_cli.core.suite import Cell
+from grpo_cli.core.statistics import holm, mcnemar, wilson
+from grpo_cli.core.suite import Cell, weighted_mean
 from grpo_cli.core.task import Score, Style, prompt, score
 
 EXAMPLES = 4  # completions, of the same puzzles every time, that an evaluation's record shows
@@ -50,6 +52,7 @@ class Evaluation:
     max_new_tokens: int
     seed: int
     completions: list[list[Completion]]
+    known: Known | None = None  # what the model was trained on
 
     @cached_property
     def _all(self) -> list[Completion]:
@@ -77,6 +80,15 @@ class Evaluation:
     def count(self) -> int:
         """Puzzles."""
         return len(self.completions)
+
+    @property
+    def puzzles(self) -> list[Puzzle]:
+        return [row[0].puzzle for row in self.completions]
+
+    @property
+    def overlap(self) -> int | None:
+        """Puzzles that the model was trained on; None if that is not known."""
+        return None if self.known is None else overlap(self.puzzles, self.known)
 
     @property
     def accuracy(self) -> float:
@@ -107,6 +119,11 @@ class Evaluation:
     def reasons(self) -> dict[str, int]:
         """Completions by the reason of their score."""
         return dict(Counter(completion.score.reason for completion in self._all))
+
+    @property
+    def cheats(self) -> dict[str, int]:
+        """Completions by the kind of cheat that they tried, of those that did."""
+        return dict(Counter(completion.score.cheat for completion in self._all if completion.score.cheat))
 
     @property
     def pass_at_k(self) -> float | None:
@@ -142,7 +159,9 @@ class Evaluation:
             "format_rate": self.format_rate,
             "mean_length": self.mean_length,
             "reasons": self.reasons,
+            "cheats": self.cheats,
             "pass_at_k": self.pass_at_k,
+            "overlap": self.overlap,
         }
 
     def record(self) -> dict[str, object]:
@@ -164,7 +183,7 @@ class Evaluation:
 
     def records(self) -> Iterator[dict[str, object]]:
         """Every completion as a JSON object."""
-        return map(_shown, self._all)
+        return ({"model": self.model, "cell": self.cell, **_shown(completion)} for completion in self._all)
 
 
 def _shown(completion: Completion) -> dict[str, object]:
@@ -179,6 +198,61 @@ def _shown(completion: Completion) -> dict[str, object]:
         "reason": found.reason,
         "answer": found.answer,
     }
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """One model on the cells of a suite, `weights` by their names, and the seconds that it took."""
+
+    model: str
+    cells: list[Evaluation]
+    weights: Mapping[str, float]
+    seconds: float
+
+    @property
+    def mean(self) -> float:
+        """Weighted mean accuracy of the cells."""
+        return weighted_mean({result.cell: result.accuracy for result in self.cells}, self.weights)
+
+    @property
+    def decoding(self) -> dict[str, float]:
+        """How completions were decoded, in every cell."""
+        return self.cells[0].decoding
+
+    @property
+    def protocol(self) -> str:
+        """Hash of what was asked in all cells and how it was decoded; that of a single cell is the cell's own."""
+        hashes = [result.protocol for result in self.cells]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
+
+    @property
+    def puzzles(self) -> list[Puzzle]:
+        """All puzzles, each once, however many styles it is put in."""
+        return list(dict.fromkeys(puzzle for result in self.cells for puzzle in result.puzzles))
+
+    def to_json(self) -> dict[str, object]:
+        """The machine-readable result."""
+        cells = [result.to_json() for result in self.cells]
+        return {"model": self.model, "mean": self.mean, "seconds": self.seconds, "cells": cells}
+
+
+@dataclass(frozen=True)
+class SuitePaired:
+    """Two models on a suite, cell by cell."""
+
+    first: str
+    second: str
+    cells: dict[str, Paired]
+
+    @property
+    def p_holm(self) -> dict[str, float]:
+        """p of each cell, corrected by Holm for the number of cells."""
+        return dict(zip(self.cells, holm([found.p_value for found in self.cells.values()]), strict=True))
+
+    def to_json(self) -> list[dict[str, object]]:
+        """The machine-readable result, an object for each cell."""
+        corrected = self.p_holm
+        return [{"cell": cell, **found.to_json(), "p_holm": corrected[cell]} for cell, found in self.cells.items()]
 
 
 @dataclass(frozen=True)
@@ -213,6 +287,12 @@ def paired(first: Evaluation, second: Evaluation) -> Paired | None:
     return Paired(first.model, second.model, gained, lost)
 
 
+def suite_paired(first: SuiteResult, second: SuiteResult) -> SuitePaired | None:
+    """What the second model gains and loses in each cell; None where `paired` is."""
+    found = {one.cell: pair for one, two in zip(first.cells, second.cells, strict=True) if (pair := paired(one, two))}
+    return SuitePaired(first.model, second.model, found) if len(found) == len(first.cells) else None
+
+
 def puzzle_set(numbers: int, split: Split) -> list[Puzzle]:
     """All puzzles of a split; for more than four numbers a fixed sample of them."""
     if numbers <= ENUMERABLE:
@@ -239,13 +319,14 @@ def evaluate(
     batch_size: int = 64,
     seed: int = 0,
     fit: Fit | None = None,
+    known: Known | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Complete and score every puzzle; greedily if `temperature` is 0, else `samples` times. All have the same size.
 
-    `batch_size` is how many completions are decoded at once, fewer if `fit` finds that too many. `progress` is told
-    how many puzzles of how many are done.
+    `batch_size` is how many completions are decoded at once, fewer if `fit` finds that too many. `known` is what the
+    model was trained on. `progress` is told how many puzzles of how many are done.
     """
     fit = fit or Fit()
     rows: list[list[Completion]] = []
@@ -272,8 +353,46 @@ def evaluate(
             progress(len(rows), len(puzzles))
     first = puzzles[0]
     return Evaluation(
-        policy.name, first.split, style, len(first.numbers), samples, temperature, max_new_tokens, seed, rows
+        policy.name, first.split, style, len(first.numbers), samples, temperature, max_new_tokens, seed, rows, known
     )
+
+
+def evaluate_suite(
+    policy: Policy,
+    puzzles: Mapping[Cell, Sequence[Puzzle]],
+    *,
+    weights: Mapping[str, float],
+    max_new_tokens: int,
+    samples: int = 1,
+    temperature: float = 0.0,
+    batch_size: int = 64,
+    fit: Fit | None = None,
+    known: Known | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    on_token: Callable[[int], None] | None = None,
+) -> SuiteResult:
+    """Evaluate on the puzzles of every cell as `evaluate` does; `progress` counts the puzzles of all cells."""
+    start, total, cells = time.perf_counter(), sum(map(len, puzzles.values())), list[Evaluation]()
+
+    def advance(done: int, _: int) -> None:
+        progress(sum(result.count for result in cells) + done, total)
+
+    for cell, asked in puzzles.items():
+        result = evaluate(
+            policy,
+            asked,
+            style=cell.style,
+            max_new_tokens=max_new_tokens,
+            samples=samples,
+            temperature=temperature,
+            batch_size=batch_size,
+            fit=fit,
+            known=known,
+            progress=advance,
+            on_token=on_token,
+        )
+        cells.append(result)
+    return SuiteResult(policy.name, cells, weights, time.perf_counter() - start)
 
 
 def _completion(policy: Policy, puzzle: Puzzle, tokens: list[int], truncated: bool, style: Style) -> Completion:

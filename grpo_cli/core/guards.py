@@ -1,4 +1,4 @@
-"""Signs in the metrics that a training has gone wrong for good. Knows numbers alone."""
+"""Signs in the metrics that a training has gone wrong for good, or is not healthy. Knows numbers alone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,23 @@ from statistics import fmean, median
 WINDOW = 20  # steps that are judged together
 KL_LIMIT = 1.0  # nats a token; trainings that learn stay far below
 TRUNCATED_LIMIT = 0.9  # share of completions
+# Nats a token between sampler and trainer; rounding gives 1e-6 in float32 and up to 1e-2 in bfloat16. The gradient
+# takes both for one policy; this is five times that rounding, and a quarter of how far ratios may go before the clip.
+GAP_LIMIT = 0.05
+EQUAL_LIMIT = 0.9  # share of groups whose rewards are all equal
+LEARNED = 0.9  # accuracy from which equal rewards and certainty are what was wanted
+CUT_LIMIT = 0.3  # share of completions; what is cut off can't be right, so that accuracy stays below 1 less this
+ENTROPY_LIMIT = 0.01  # nats a token
+ENTROPY_LEFT = 0.1  # of the entropy in the first window
+MOVED_LIMIT = 0.1  # share of weights; float32 moves nearly all, and bf16 a few in a hundred where steps are small
+NOTATION_LIMIT = 0.1  # share of completions that are right but for their notation
+CHEAT_LIMIT = 0.1  # share of completions, and twice as many as in the first window
+
+CHEATS = {
+    "cheat/numbers": "make the target with numbers reused or left out",
+    "cheat/not_arithmetic": "put text that is no expression into the answer",
+    "cheat/no_thought": "answer without the thought that was asked for",
+}
 
 
 def collapses(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
@@ -39,6 +56,81 @@ def collapses(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
             " rewarded, so start from a model that solves some puzzles, or with fewer `--numbers`"
         )
     return found
+
+
+def warnings(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """What is not healthy in the metrics of all steps so far: a word for it -> what is seen and what to do.
+
+    gap: the sampler is not the policy that is trained. right (good news), wrong, settled: nearly all groups have equal
+    rewards. truncated: many completions run out of tokens. entropy: completions hardly differ. moved: rounding swallows
+    the steps. notation: right answers are not accepted. cheat/...: a kind of cheating spreads.
+    """
+    late, early = history[-WINDOW:], history[:WINDOW]
+    if len(late) < WINDOW:
+        return {}
+    gone = collapses(history)
+    found = {} if "format" in gone else _equal_rewards(late)
+    gap = median(_values(late, "logprob_gap") or [0.0])
+    if gap > GAP_LIMIT:
+        found["gap"] = (
+            f"sampling and training disagree by {gap:.2g} nats a token, where rounding explains 0.01: completions are"
+            " not judged by the policy that wrote them; try `--precision float32`"
+        )
+    truncated = _mean(late, "truncated")
+    if truncated > CUT_LIMIT and "length" not in gone:
+        found["truncated"] = (
+            f"{truncated:.0%} of the completions run out of tokens, and none of them can be right:"
+            " raise `--max-new-tokens`"
+        )
+    entropy, before, accuracy = _mean(late, "entropy"), _mean(early, "entropy"), _mean(late, "accuracy")
+    known = bool(_values(late, "entropy"))
+    if known and entropy < min(ENTROPY_LIMIT, ENTROPY_LEFT * before) and accuracy < LEARNED:
+        found["entropy"] = (
+            f"the entropy has fallen from {before:.2g} to {entropy:.2g} nats a token at an accuracy of {accuracy:.0%}:"
+            " completions hardly differ any more; lower `--learning-rate`, or raise `--temperature` or `--beta`"
+        )
+    moved = _values([step for step in late if step.get("zero_variance", 0) < 1], "weights_changed")
+    if len(moved) >= WINDOW / 2 and median(moved) < MOVED_LIMIT:
+        found["moved"] = (
+            f"a step changes {median(moved):.1%} of the weights, the others by less than they can hold: train with"
+            " `--precision bf16-master`, or raise `--learning-rate`"
+        )
+    notation = _mean(late, "lenient_accuracy") - accuracy
+    if notation > NOTATION_LIMIT:
+        found["notation"] = (
+            f"{notation:.0%} of the completions are right but for their notation, such as `×` or a trailing `= 13`,"
+            " and earn nothing for it: show the model the form with `--style one-shot`"
+        )
+    return {**found, **_spreading_cheats(late, early)}
+
+
+def _equal_rewards(late: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    equal, accuracy = _mean(late, "zero_variance"), _mean(late, "accuracy")
+    if equal <= EQUAL_LIMIT:
+        return {}
+    groups = f"in {equal:.0%} of the groups all rewards are equal"
+    if accuracy >= LEARNED:
+        good = f"{accuracy:.0%} of the completions are right: nothing is left to learn from these puzzles"
+        return {"right": f"{good}; stop, or take harder ones with `--numbers`"}
+    if accuracy <= 1 - LEARNED:
+        advice = "start from a model that solves some puzzles, or with fewer `--numbers`"
+        return {"wrong": f"{groups} and {accuracy:.0%} of the completions are right, so little is learned: {advice}"}
+    advice = "raise `--num-generations` or `--temperature`"
+    return {"settled": f"{groups}: a puzzle is always solved or never, which teaches little; {advice}"}
+
+
+def _spreading_cheats(late: Sequence[Mapping[str, float]], early: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    shares = {key: (_mean(late, key), _mean(early, key)) for key in CHEATS}
+    return {
+        key: f"{share:.0%} of the completions {CHEATS[key]}, {before:.0%} at first: read some in `samples.jsonl`;"
+        " to stay nearer to the starting model, raise `--beta` or lower `--learning-rate`"
+        for key, (share, before) in shares.items()
+        if share > CHEAT_LIMIT and share > 2 * before
+    }
+
+
+def _mean(steps: Sequence[Mapping[str, float]], key: str) -> float:
+    return fmean(_values(steps, key) or [0.0])
 
 
 def _values(steps: Sequence[Mapping[str, float]], key: str) -> list[float]:

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar, cast
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -293,6 +293,14 @@ class Run:
         """Append one line per cell evaluated, each with its `step`, to evaluations.jsonl."""
         _append(self._evaluations, records)
 
+    def prompts(self) -> Iterator[tuple[list[int], int]]:
+        """Numbers and target of every sample, one by one; raises CountdownError naming the line that has none."""
+        for line in _lines(self._samples):
+            numbers, target = line.record.get("numbers"), line.record.get("target")
+            if not isinstance(numbers, list) or any(type(number) is not int for number in (*numbers, target)):
+                raise CountdownError(f"{line.place} has no puzzle in `numbers` and `target`")
+            yield numbers, cast(int, target)
+
     def write_bad_step(self, step: int, batch: Mapping[str, object]) -> Path:
         """Keep the batch of a step that was skipped, and say where."""
         path = self.path / "bad_steps" / f"step-{step}.json"
@@ -369,6 +377,15 @@ def list_runs(root: Path) -> list[Run]:
     return [Run(path.parent) for path in sorted(root.glob("*/config.json")) if _NAME.fullmatch(path.parent.name)]
 
 
+def run_of(model: Path) -> Run | None:
+    """The run whose best model, or whose model of a checkpoint, is in the folder `model`."""
+    folder = model.resolve()
+    for run in map(Run, folder.parents[:3]):
+        if run.config_path.is_file() and folder in (run.model_path, *(path / "model" for _, path in run.checkpoints())):
+            return run
+    return None
+
+
 @dataclass(frozen=True)
 class _Line:
     place: str
@@ -377,23 +394,23 @@ class _Line:
     step: int
 
 
-def _lines(path: Path) -> list[_Line]:
-    """The lines of a log; what an interruption left of a last line is not one."""
-    lines: list[_Line] = []
-    raws = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    for number, raw in enumerate(raws, 1):
-        place = f"line {number} of `{path}`"
-        try:
-            record = json.loads(raw)
-        except (ValueError, RecursionError):
-            if number == len(raws) and not raw.endswith(b"\n"):
-                break
-            raise CountdownError(f"{place} is not valid JSON") from None
-        step = record.get("step") if isinstance(record, dict) else None
-        if not isinstance(step, int):
-            raise CountdownError(f"{place} is not an object with a `step`")
-        lines.append(_Line(place, raw.rstrip() + b"\n", record, step))
-    return lines
+def _lines(path: Path) -> Iterator[_Line]:
+    """The lines of a log, one by one; what an interruption left of a last line is not one."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            place = f"line {number} of `{path}`"
+            try:
+                record = json.loads(raw)
+            except (ValueError, RecursionError):
+                if not raw.endswith(b"\n"):
+                    return
+                raise CountdownError(f"{place} is not valid JSON") from None
+            step = record.get("step") if isinstance(record, dict) else None
+            if not isinstance(step, int):
+                raise CountdownError(f"{place} is not an object with a `step`")
+            yield _Line(place, raw.rstrip() + b"\n", record, step)
 
 
 def _numbers(line: _Line) -> dict[str, float]:

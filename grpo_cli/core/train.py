@@ -22,7 +22,7 @@ from grpo_cli.core.curriculum import Curriculum, schedule
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evaluate import Evaluation, evaluate, puzzle_set, puzzles_of
 from grpo_cli.core.grpo import NotFinite, advantages, reference_logprobs, update, zero_variance
-from grpo_cli.core.guards import collapses
+from grpo_cli.core.guards import collapses, warnings
 from grpo_cli.core.memory import Fit, ran_out
 from grpo_cli.core.policy import Policy, Sequences
 from grpo_cli.core.puzzle import Puzzle
@@ -32,7 +32,7 @@ from grpo_cli.core.settings import Settings
 from grpo_cli.core.state import Training
 from grpo_cli.core.statistics import wilson
 from grpo_cli.core.suite import SIZES, Cell, cell, weighted_mean
-from grpo_cli.core.task import STYLES, Score, Style, prompt, score
+from grpo_cli.core.task import CHEATS, STYLES, Score, Style, prompt, score
 
 
 class Observer(Protocol):
@@ -176,6 +176,8 @@ class _Batch:
             "completion_length": tokens / count,
             "truncated": sum(self.rollout.truncated) / count,
             "zero_variance": float(zero_variance(self.rewards).float().mean()),
+            "lenient_accuracy": sum(found.lenient for found in self.scores) / count,
+            **{f"cheat/{kind}": sum(found.cheat == kind for found in self.scores) / count for kind in CHEATS},
             "tokens": tokens,
         }
 
@@ -355,15 +357,16 @@ class _Loop:
             )
 
     def _guard(self) -> None:
-        """Warn once of each sign that the training has gone wrong for good, and end it if that was asked for."""
-        for sign, sentence in collapses(self.history).items():
-            if self.settings.train.stop_on_collapse:
+        """Tell once of each sign in the metrics; end a training gone wrong for good if that was asked for."""
+        gone = collapses(self.history)
+        for sign, sentence in {**gone, **warnings(self.history)}.items():
+            if sign in gone and self.settings.train.stop_on_collapse:
                 self.training.save(self.run_folder, self.settings)
                 hint = f"to go on all the same: `--run {self.run_folder.name} --resume --no-stop-on-collapse`"
                 raise CountdownError(f"step {self.training.step}: {sentence}", hint, exit_code=1)
             if sign not in self.warned:
                 self.warned.add(sign)
-                self.observer.message(f"warning: {sentence}")
+                self.observer.message(sentence if sign == "right" else f"warning: {sentence}")
 
     def _learning_rate(self, step: int) -> float:
         settings = self.settings.train

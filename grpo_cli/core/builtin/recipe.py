@@ -134,6 +134,16 @@ class Stage:
     patience: Patience
 
 
+def may_imitate(puzzle: Puzzle) -> bool:
+    """Whether the recipe draws from puzzles like this one: train puzzles of three or four numbers, solvable or not.
+
+    Which of them it drew is not kept. Its drills are no puzzles: they are worked out for two operands, or for numbers
+    of the train split.
+    """
+    numbers = puzzle.numbers
+    return puzzle.split == "train" and len(numbers) in FORMS and max(numbers) <= WIDEST and 1 <= puzzle.target <= 100
+
+
 class RowMaker:
     """An endless, seeded stream of rows to imitate."""
 
