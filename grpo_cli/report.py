@@ -15,6 +15,7 @@ from pathlib import Path
 
 from grpo_cli import __version__, plot
 from grpo_cli.account import Account, Change, change, puzzles
+from grpo_cli.core.guards import CHEATS, collapses, warnings
 from grpo_cli.core.run import Evaluated, Example
 from grpo_cli.core.settings import FIELDS
 from grpo_cli.core.statistics import holm
@@ -38,6 +39,8 @@ HEALTH = {
     "logprob_gap": ("log-prob gap", "between sampler and trainer, mean of a token", "{:.1e}"),
     "weights_changed": ("weights changed", "by the step", "{:.1%}"),
     "bad_steps": ("skipped", "steps whose loss or gradient was not finite", "{:g}"),
+    "lenient_accuracy": ("right, read leniently", "other notations allowed", "{:.1%}"),
+    **{key: ("cheats", f"completions that {meaning}", "{:.1%}") for key, meaning in CHEATS.items()},
 }
 
 # Markup
@@ -390,13 +393,19 @@ def _bar(reason: str, found: Evaluated) -> Html:
 
 
 def _health(account: Account) -> Html:
+    """Metrics of the first and the last step, and what the last steps warn of."""
+    history = [line for line in account.metrics if line["step"] > 0]
     rows = []
     for key, (label, meaning, form) in HEALTH.items():
-        points = [(int(line["step"]), line[key]) for line in account.metrics if key in line]
+        points = [(int(line["step"]), line[key]) for line in history if key in line]
         if points:
             first, last = (form.format(points[end][1]) for end in (0, -1))
             rows.append([_all([label, _small(meaning)]), first, _sparkline(points), last])
-    return _table(["", "first step", "", "last step"], rows, kind="numbers health") if rows else Html("")
+    if not rows:
+        return Html("")
+    signs = collapses(history) | warnings(history)
+    notes = [element("p", f"{sign[:1].upper()}{sign[1:]}.", class_="soft") for sign in signs.values()]
+    return _all([_table(["", "first step", "", "last step"], rows, kind="numbers health"), *notes])
 
 
 def _sparkline(points: Series) -> Html:

@@ -242,6 +242,13 @@ def test_samples_of_training_stand_in_for_examples() -> None:
     assert [word for word in words if word.startswith("say")] == ["say a", "say e", "say b"]
 
 
+def test_health_repeats_what_the_last_steps_warn_of() -> None:
+    rows = [{"step": step, "truncated": 0.5, "cheat/numbers": step / 40} for step in range(1, 21)]
+    words = shown(Account(plot.from_metrics("first", rows), rows, settings=SETTINGS)).words
+    assert "completions that make the target with numbers reused or left out" in words and "2.5%" in words
+    assert any(word.startswith("50% of the completions run out of tokens") for word in words)
+
+
 @pytest.mark.parametrize("rows", [[], metrics(0), metrics(1)], ids=["nothing", "start", "one step"])
 def test_a_run_that_has_hardly_begun_has_a_page(rows: list[dict[str, float]]) -> None:
     page = shown(Account(plot.from_metrics("first", rows), rows, settings=SETTINGS))
