@@ -278,11 +278,12 @@ def _comparison(accounts: Sequence[Account]) -> Html:
 
 def _compared(first: Account, second: Account) -> Html:
     """Two runs on each cell that both know, by their best models and by their last ones."""
-    pairs = []
+    pairs: list[tuple[str, Evaluated | None, Evaluated | None]] = []
     for cell in (name for name in first.cells if name in second.cells):
         one, other = first.cells[cell], second.cells[cell]
-        pairs.append(("best", one.get(first.best or -1), other.get(second.best or -1)))
-        pairs.append(("last", one.get(max(one)), other.get(max(other))))
+        best = (one.get(first.best or -1), other.get(second.best or -1))
+        last = (one[max(one)], other[max(other)])
+        pairs += [("best and last", *best)] if best == last else [("best", *best), ("last", *last)]
     found = [
         (word, one, other, tested) for word, one, other in pairs if (tested := change(one, other)) and one and other
     ]
