@@ -83,7 +83,7 @@ def our_step(
     """A function that takes one training step of ours."""
     policy = policy_of(folder, precision)
     reference = policy.frozen_copy()
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=LEARNING_RATE, fused=True)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=LEARNING_RATE)
     loss = Loss(loss_type="dapo", beta=BETA, epsilon=0.2, epsilon_high=0.2, kl_estimator="k3", scale_rewards="group")
     owners = [index for index in range(shape.prompts) for _ in range(shape.completions)]
 

@@ -273,8 +273,11 @@ def main() -> None:
         with ThreadPoolExecutor(asked.jobs) as pool:
             # The long ones first, so that no core waits for them in the end.
             jobs = [pool.submit(train, asked.runs, name, seed) for name in CONDITIONS for seed in SEEDS]
-            for job in jobs:
-                job.result()
+            try:
+                for job in jobs:
+                    job.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # one that fails ends the study
     runs = Runs(asked.runs)
     for name in [asked.table] if asked.table else TABLES:
         print(f"\n{TABLES[name].__doc__}\n\n{TABLES[name](runs)}")

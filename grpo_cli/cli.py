@@ -504,6 +504,7 @@ def _reference(plan: _Plan, starting: Policy) -> Policy:
 
 def _learn(training: Training, reference: Policy | None, run: Run, settings: Settings) -> None:
     """Train to the end, or until a signal, with the live view and the run's images."""
+    from grpo_cli.core import leaks
     from grpo_cli.core import train as core
     from grpo_cli.core.summary import summary
     from grpo_cli.live import TrainingView
@@ -528,9 +529,10 @@ def _learn(training: Training, reference: Policy | None, run: Run, settings: Set
         except core.Interrupted:
             view.message(f"stopped after step {training.step}; go on: countdown train --run {run.name} --resume")
             sys.exit(128 + (signals.stop or 0))
-    found = summary(training, evaluation, run)
+    seen = leaks.known(run.name, run.path.parent)
+    found = summary(training, replace(evaluation, known=seen), run)
     run.write_summary(found)
-    display.training_summary(found, run.path)
+    display.training_summary(found, run.path, overlap=seen.statement(evaluation.puzzles))
 
 
 def _lock(run: Run, held: ExitStack) -> None:

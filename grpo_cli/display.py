@@ -604,8 +604,8 @@ def progress(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def training_summary(summary: Mapping[str, Any], folder: Path) -> None:
-    """What a training came to, on stdout."""
+def training_summary(summary: Mapping[str, Any], folder: Path, *, overlap: str) -> None:
+    """What a training came to, on stdout; `overlap` says which of the val puzzles it was trained on."""
     base, final, best = (percent(summary[f"{name}_accuracy"]) for name in ("base", "final", "best"))
     spent = summary["seconds"]
     whole = spent["training"] + spent["evaluation"]
@@ -615,6 +615,7 @@ def training_summary(summary: Mapping[str, Any], folder: Path) -> None:
         ("final", f"{final}  (95% interval {interval(summary['final_interval'])})"),
         ("best", f"{best}, after step {summary['best_step']}, saved as the run's model"),
         ("time", f"{whole:,.0f} s, {percent(spent['evaluation'] / whole if whole else 0.0)} of it in evaluations"),
+        ("overlap", printable(overlap)),
         ("run", printable(str(folder))),
     ]
     if summary["bad_steps"]:

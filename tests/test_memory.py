@@ -1,5 +1,6 @@
 """Memory that runs out in sampling, scoring or learning: half as many rows, the same numbers, one sentence."""
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import pytest
@@ -7,12 +8,10 @@ import torch
 from conftest import Command
 from torch import Tensor
 
-from grpo_cli.core.attention import Plan, Prefill
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.grpo import reference_logprobs, update
 from grpo_cli.core.memory import Fit, ran_out
 from grpo_cli.core.policy import Policy, Sequences
-from grpo_cli.core.qwen2 import Pass
 from grpo_cli.core.rollout import draws, sample
 from grpo_cli.core.settings import Loss
 
@@ -176,13 +175,13 @@ def test_the_same_is_sampled_when_memory_runs_out(
         return found.completions, found.truncated
 
     expected = go(None)
-    hidden = Pass.hidden
+    step = Policy.step
 
-    def limited_hidden(forward: Pass, tokens: Tensor, positions: Tensor, plan: Plan) -> Tensor:
-        fits = isinstance(plan, Prefill) or len(tokens) <= rows
-        return hidden(forward, tokens, positions, plan) if fits else out_of_memory()
+    def limited_step(policy: Policy, longest: int) -> Callable[..., Tensor]:
+        one = step(policy, longest)
+        return lambda tokens, *rest: one(tokens, *rest) if len(tokens) <= rows else out_of_memory()
 
-    monkeypatch.setattr(Pass, "hidden", limited_hidden)
+    monkeypatch.setattr(Policy, "step", limited_step)
     fit = Fit()
     assert go(fit) == expected
     assert 1 <= fit.rows <= 6

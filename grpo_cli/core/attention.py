@@ -144,15 +144,11 @@ class Packed:
         self.positions = torch.cat(positions)[None].to(device)  # (1, N)
 
     def _mask(self, longest: int, owner: Tensor) -> Tensor:
-        """(R, 1, C, L + C), 0 where a completion's token attends, to its prompt and its own so far, else -inf.
-
-        One row serves all R if no prompt is padded.
-        """
-        to_prompt = torch.zeros(self.prompts.shape, device=owner.device).masked_fill(~self.prompts.real, float("-inf"))
-        to_prompt = to_prompt[:1] if self.prompts.places is None else to_prompt[owner]  # (R, L)
-        to_own = torch.full((longest, longest), float("-inf"), device=owner.device).triu(1)
-        to_both = [to_prompt[:, None].expand(-1, longest, -1), to_own.expand(len(to_prompt), -1, -1)]
-        return torch.cat(to_both, dim=-1)[:, None]
+        """(R, 1, C, L + C), 0 where a completion's token attends, to its prompt and its own so far, else -inf."""
+        causal = torch.ones(longest, longest, dtype=torch.bool, device=owner.device).tril()
+        to_prompt = self.prompts.real[owner][:, None, :].expand(-1, longest, -1)  # (R, C, L)
+        attends = torch.cat([to_prompt, causal.expand(len(owner), -1, -1)], dim=-1)[:, None]
+        return torch.zeros(attends.shape, device=owner.device).masked_fill(~attends, float("-inf"))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         # Split first, or each bucket's gradient would be as large as the whole row.

@@ -11,11 +11,11 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import torch
 import transformers
@@ -63,18 +63,6 @@ class Sequences:
         return Sequences([self.prompts[p] for p in used], completions, [number[self.owners[row]] for row in rows])
 
 
-class Forward(Protocol):
-    """A pass through a model."""
-
-    def hidden(self, tokens: Tensor, positions: Tensor, plan: Plan) -> Tensor:
-        """Final hidden states (B, T, D) of `tokens` (B, T) at `positions` (B, T), attending as `plan` says."""
-        ...
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits (..., V) of hidden states (..., D)."""
-        ...
-
-
 @dataclass(frozen=True)
 class Policy:
     """A model with its tokenizer on a device. `autocast` says that float32 weights compute in bfloat16."""
@@ -111,21 +99,22 @@ class Policy:
         """Next-token logits (..., V) of hidden states (..., D)."""
         return self.model.get_output_embeddings()(hidden)  # type: ignore[no-any-return]
 
-    def forward(self, longest: int) -> Forward:
-        """What samples: the fastest pass that there is for this model, for positions below `longest`."""
+    def step(self, longest: int) -> Callable[[Tensor, Tensor, Plan], Tensor]:
+        """What decodes one token a row: tokens (B,), positions (B,) below `longest` and a plan -> logits (B, V)."""
         if qwen2.fits(self.model):
             # On a CPU a single token's activations cost more to convert than multiplying them in bfloat16 saves.
             bfloat16 = self.precision == "bf16" or (self.precision == "bf16-master" and self.device.type != "cpu")
-            return qwen2.Pass(self.model, longest=longest, dtype=torch.bfloat16 if bfloat16 else torch.float32)
-        return self
+            written = qwen2.Pass(self.model, longest=longest, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+            return lambda tokens, positions, plan: written.logits(written.hidden(tokens, positions, plan))
+        return lambda tokens, positions, plan: self.logits(self.hidden(tokens[:, None], positions[:, None], plan)[:, 0])
 
     def _hidden_of_row(self, tokens: Tensor, plan: Packed) -> Tensor:
         """Final hidden states (N, D) of one packed row (N,). The written-out pass has no gradient checkpointing."""
-        forward: Forward = self
         if self.device.type == "cpu" and qwen2.fits(self.model) and not self.model.is_activation_checkpointing:
             dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
-            forward = qwen2.Pass(self.model, longest=int(plan.positions.max()) + 1, dtype=dtype)
-        return forward.hidden(tokens[None], plan.positions, plan)[0]
+            written = qwen2.Pass(self.model, longest=int(plan.positions.max()) + 1, dtype=dtype)
+            return written.hidden(tokens, plan.positions[0], plan, packed=True)
+        return self.hidden(tokens[None], plan.positions, plan)[0]
 
     def logprobs(self, sequences: Sequences, *, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy, both (B, T) float32, of each completion token under the sampling distribution.

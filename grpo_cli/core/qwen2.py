@@ -7,6 +7,7 @@ attends to.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.linalg import vector_norm
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear
 from transformers import PreTrainedModel, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
@@ -33,10 +34,7 @@ class _Layer(NamedTuple):
 
 def fits(model: PreTrainedModel) -> bool:
     """Whether `Pass` computes what this model does."""
-    if type(model) is not Qwen2ForCausalLM:
-        return False
-    plain: bool = model.config.rope_parameters["rope_type"] == "default" and model.config.hidden_act == "silu"
-    return plain
+    return type(model) is Qwen2ForCausalLM and model.config.rope_parameters["rope_type"] == "default"
 
 
 class Pass:
@@ -51,6 +49,7 @@ class Pass:
         self.device = model.device.type
         self.attend_in = attention_dtype(model.device, dtype)
         self.dtype, self.epsilon = dtype, torch.tensor(config.rms_norm_eps, device=model.device)
+        self.activation: Callable[[Tensor], Tensor] = decoder.layers[0].mlp.act_fn
         self.width = decoder.layers[0].self_attn.head_dim
         self.heads, self.key_value_heads = config.num_attention_heads, config.num_key_value_heads
         self.embed = decoder.embed_tokens
@@ -75,32 +74,31 @@ class Pass:
     def _columns(self, weight: Tensor) -> Tensor:
         return weight.to(self.dtype).t().contiguous()
 
-    def hidden(self, tokens: Tensor, positions: Tensor, plan: Plan) -> Tensor:
-        """Final hidden states (B, T, D) of `tokens` (B, T) at `positions` (B, T), attending as `plan` says."""
-        rows, count = tokens.shape  # of the matrices below there is a row for each of M = B * T tokens
+    def hidden(self, tokens: Tensor, positions: Tensor, plan: Plan, *, packed: bool = False) -> Tensor:
+        """Final hidden states (M, D) of tokens (M,): M rows of one token each, or one row of M if `packed`."""
         with torch.autocast(self.device, enabled=False):
-            places = positions.flatten()
-            cosines, sines = self.cosines[places], self.sines[places]  # (M, 1, d), (M, 1, d / 2)
-            hidden = self.embed(tokens.flatten())  # (M, D)
+            cosines, sines = self.cosines[positions], self.sines[positions]  # (M, 1, d), (M, 1, d / 2)
+            hidden = self.embed(tokens)  # (M, D)
             for index, layer in enumerate(self.layers):
                 mixed = torch.addmm(layer.bias, self._normed(hidden), layer.query_key_value)
-                heads = mixed.to(self.attend_in).view(rows * count, -1, self.width)  # (M, H + 2 * K, d)
-                turned = _rotated(heads, cosines, sines, self.key_value_heads)
-                query, key, value = (part.view(rows, count, -1, self.width).transpose(1, 2) for part in turned)
-                attended = plan.attend(index, query, key, value, self.width**-0.5)
-                hidden = hidden + attended.reshape(rows * count, -1).to(self.dtype) @ layer.output
-                hidden = hidden + _gated(self._normed(hidden) @ layer.gate_up) @ layer.down
+                heads = mixed.to(self.attend_in).view(len(tokens), -1, self.width)  # (M, H + 2 * K, d)
+                turning, value = heads.split([self.heads + self.key_value_heads, self.key_value_heads], dim=1)
+                query, key = _rotated(turning, cosines, sines).split([self.heads, self.key_value_heads], dim=1)
+                shaped = [part.transpose(0, 1)[None] if packed else part[:, :, None] for part in (query, key, value)]
+                attended = plan.attend(index, shaped[0], shaped[1], shaped[2], self.width**-0.5)
+                hidden = hidden + attended.reshape(len(tokens), -1).to(self.dtype) @ layer.output
+                gate, up = (self._normed(hidden) @ layer.gate_up).chunk(2, dim=-1)
+                hidden = hidden + (self.activation(gate) * up) @ layer.down
             final: Tensor = _normed(hidden, self.epsilon) * self.norm
-            return final.to(self.norm.dtype).view(rows, count, -1)
+            return final.to(self.norm.dtype)
 
     @cached_property
     def _head(self) -> Tensor:
         return self.output.to(self.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits (..., V) of hidden states (..., D)."""
-        with torch.autocast(self.device, enabled=False):
-            return linear(hidden.to(self.dtype), self._head)
+        """Next-token logits (M, V) of hidden states (M, D)."""
+        return linear(hidden.to(self.dtype), self._head)
 
     def _normed(self, hidden: Tensor) -> Tensor:
         return _normed(hidden, self.epsilon).to(self.dtype)
@@ -113,24 +111,14 @@ def _normed(hidden: Tensor, epsilon: Tensor) -> Tensor:
     return cast("Tensor", _Normed.apply(hidden, epsilon))  # type: ignore[no-untyped-call]
 
 
-def _rotated(heads: Tensor, cosines: Tensor, sines: Tensor, key_value_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (M, H, d), keys and values (M, K, d) from `heads` (M, H + 2 * K, d), all but the values turned.
+def _rotated(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotary positions: the halves (x, y) of each head (M, H, d) become (x cos - y sin, y cos + x sin).
 
-    Rotary positions: the halves (x, y) of each head become (x cos - y sin, y cos + x sin). `cosines` are (M, 1, d),
-    `sines` (M, 1, d / 2).
+    `cosines` are (M, 1, d), `sines` (M, 1, d / 2).
     """
     if not torch.is_grad_enabled():
-        return _parts(heads, cosines, sines, key_value_heads)
-    found = _Rotate.apply(heads, cosines, sines, key_value_heads)  # type: ignore[no-untyped-call]
-    return cast("tuple[Tensor, Tensor, Tensor]", found)
-
-
-def _gated(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, (M, F), of [gate | up] (M, 2 * F)."""
-    if not torch.is_grad_enabled():
-        gate, up = gate_up.chunk(2, dim=-1)
-        return silu(gate).mul_(up)
-    return cast("Tensor", _Gated.apply(gate_up))  # type: ignore[no-untyped-call]
+        return _turn(heads, cosines, sines)
+    return cast("Tensor", _Rotate.apply(heads, cosines, sines))  # type: ignore[no-untyped-call]
 
 
 def _scale(hidden: Tensor, epsilon: Tensor) -> Tensor:
@@ -158,54 +146,20 @@ class _Normed(Function):
 
 class _Rotate(Function):
     @staticmethod
-    def forward(
-        ctx: Any, heads: Tensor, cosines: Tensor, sines: Tensor, key_value_heads: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         ctx.save_for_backward(cosines, sines)
-        return _parts(heads, cosines, sines, key_value_heads)
+        return _turn(heads, cosines, sines)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        """What was turned one way is turned back, into one gradient of all heads."""
-        query, key, value = gradients
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """What was turned one way is turned back."""
         cosines, sines = ctx.saved_tensors
-        found = query.new_empty(len(query), query.shape[1] + 2 * key.shape[1], query.shape[2])
-        of_query, of_key, of_value = found.split([query.shape[1], key.shape[1], key.shape[1]], dim=1)
-        _turn(query, cosines, sines, of_query, direction=-1)
-        _turn(key, cosines, sines, of_key, direction=-1)
-        of_value.copy_(value)
-        return found, None, None, None
+        return _turn(gradients[0], cosines, -sines), None, None
 
 
-class _Gated(Function):
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        activated = silu(gate)
-        ctx.save_for_backward(gate_up, activated)
-        return activated * up
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        """Both halves are written where they belong."""
-        gate_up, activated = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        found = torch.empty_like(gate_up)
-        of_gate, of_up = found.chunk(2, dim=-1)
-        torch.mul(gradients[0], activated, out=of_up)
-        torch.ops.aten.silu_backward.grad_input(gradients[0] * up, gate, grad_input=of_gate)
-        return found
-
-
-def _parts(heads: Tensor, cosines: Tensor, sines: Tensor, key_value_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    turning, value = heads[:, :-key_value_heads], heads[:, -key_value_heads:]
-    turned = _turn(turning, cosines, sines, torch.empty_like(turning))
-    return turned[:, :-key_value_heads], turned[:, -key_value_heads:], value
-
-
-def _turn(heads: Tensor, cosines: Tensor, sines: Tensor, out: Tensor, *, direction: int = 1) -> Tensor:
-    torch.mul(heads, cosines, out=out)
-    (x, y), (left, right) = heads.chunk(2, dim=-1), out.chunk(2, dim=-1)
-    left.addcmul_(y, sines, value=-direction)
-    right.addcmul_(x, sines, value=direction)
-    return out
+def _turn(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    turned = heads * cosines
+    (x, y), (left, right) = heads.chunk(2, dim=-1), turned.chunk(2, dim=-1)
+    left.addcmul_(y, sines, value=-1)
+    right.addcmul_(x, sines)
+    return turned

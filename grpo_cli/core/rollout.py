@@ -148,12 +148,12 @@ class _Sampler:
         longest = int(lengths.max())
         tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)  # (P, L)
         prefill = Prefill()
-        self.forward = policy.forward(longest + max_new_tokens)
-        hidden = self.forward.hidden(tokens, torch.arange(longest, device=device).expand_as(tokens), prefill)
+        hidden = policy.hidden(tokens, torch.arange(longest, device=device).expand_as(tokens), prefill)
         last = hidden[torch.arange(len(prompts), device=device), lengths - 1]  # (P, D)
-        self.logits = self.forward.logits(last).repeat_interleave(num_generations, dim=0)  # (P * G, V)
+        self.logits = policy.logits(last).repeat_interleave(num_generations, dim=0)  # (P * G, V)
         self.cache = Decode(prefill, lengths, num_generations=num_generations, max_new_tokens=max_new_tokens)
         self.lengths = lengths
+        self.step = policy.step(longest + max_new_tokens)
         rows = len(prompts) * num_generations
         self.ids = torch.arange(rows, device=device).view(len(prompts), num_generations)
         self.uniform = None if uniform is None else uniform.to(device).view(rows, -1)
@@ -193,8 +193,7 @@ class _Sampler:
 
     def _advance(self, chosen: Tensor) -> None:
         positions = (self.lengths + self.cache.time)[:, None].expand_as(chosen)
-        hidden = self.forward.hidden(chosen.view(-1, 1), positions.reshape(-1, 1), self.cache)[:, 0]  # (B, D)
-        self.logits = self.forward.logits(hidden)
+        self.logits = self.step(chosen.flatten(), positions.flatten(), self.cache)
         self.cache.time += 1
 
     def result(self) -> Rollout:

@@ -111,7 +111,7 @@ def build_optimizer(policy: Policy, *, name: str, weight_decay: float) -> torch.
         import bitsandbytes  # imported late: it looks for native kernels
 
         return bitsandbytes.optim.AdamW8bit(parameters, weight_decay=weight_decay)  # type: ignore[no-any-return]
-    return torch.optim.AdamW(parameters, weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW(parameters, weight_decay=weight_decay)
 
 
 def settled(settings: Settings, policy: Policy) -> Settings:

@@ -15,6 +15,7 @@ def summary(training: Training, evaluation: Evaluation, run: Run) -> dict[str, o
     return {
         "steps": training.step,
         "puzzles": evaluation.count,
+        "overlap": evaluation.overlap,
         "base_accuracy": training.base_accuracy,
         "final_accuracy": evaluation.accuracy,
         "final_interval": list(evaluation.interval),
