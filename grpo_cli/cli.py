@@ -16,14 +16,14 @@ from functools import reduce
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from grpo_cli import __version__, display
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.options import flags, settings_command
+from grpo_cli.signals import Signals
 
 if TYPE_CHECKING:
     from grpo_cli.account import Account
@@ -522,7 +522,7 @@ def _learn(training: Training, reference: Policy | None, run: Run, settings: Set
                 except OSError as problem:
                     self.message(f"the curves were not drawn: {problem}")
 
-    with _Signals() as signals, View(settings.train.num_iterations, start=training.step) as view:
+    with Signals() as signals, View(settings.train.num_iterations, start=training.step) as view:
         try:
             stop, save = signals.should_stop, signals.should_save
             evaluation = core.train(training, reference, run, settings, view, should_stop=stop, should_save=save)
@@ -539,44 +539,6 @@ def _lock(run: Run, held: ExitStack) -> None:
     left_by = held.enter_context(run.locked())
     if left_by is not None:
         display.note(f"run {run.name} was left by process {left_by}, which no longer runs; taking it over")
-
-
-class _Signals:
-    """Remembers a SIGINT or SIGTERM, of which a second one ends the process, and a SIGUSR1, while it is entered."""
-
-    def __init__(self) -> None:
-        self.stop: int | None = None
-        self._save = self._told = False
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Self:
-        handlers = {signal.SIGINT: self._stopped, signal.SIGTERM: self._stopped, signal.SIGUSR1: self._asked}
-        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _stopped(self, number: int, _: FrameType | None) -> None:
-        self.stop = number
-        for stopping in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(stopping, signal.SIG_DFL)
-        if os.isatty(2):
-            os.write(2, b"\x1b[?25h")  # the cursor, which the view hides and may not get to show again
-
-    def _asked(self, _: int, __: FrameType | None) -> None:
-        self._save = True
-
-    def should_stop(self) -> bool:
-        if self.stop is not None and not self._told:
-            self._told = True
-            display.note("stopping after saving the last completed step; press Ctrl-C again to leave at once")
-        return self.stop is not None
-
-    def should_save(self) -> bool:
-        asked, self._save = self._save, False
-        return asked
 
 
 def _weights(ctx: typer.Context, config_file: Path | None, suite: str) -> Mapping[str, float]:
