@@ -395,7 +395,7 @@ def test_a_suite_that_makes_no_sense_is_refused(tmp_path: Path, text: str, said:
 def test_a_suite_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
     problem = refused(tmp_path, flags={"train.eval_suite": "transfr"})
     assert problem.message == "`--eval-suite` names no suite: `transfr`"
-    assert problem.hint == "suites are `transfer`; add one as [suite.NAME]"
+    assert problem.hint == "did you mean `transfer`? suites are `transfer`; add one as [suite.NAME]"
 
 
 @pytest.mark.parametrize(

@@ -418,6 +418,8 @@ def _numbers(line: _Line) -> dict[str, float]:
     for name, value in line.record.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise CountdownError(f"`{name}` in {line.place} is not a number")
+        if isinstance(value, int) and value.bit_length() > 64:
+            raise CountdownError(f"`{name}` in {line.place} is too large")
         numbers[name] = value
     return numbers
 
