@@ -5,7 +5,8 @@
 
 Every run is an ordinary `countdown train` on one thread, two at a time; its command is printed, its folder is in
 `--runs`, and one that was stopped goes on. Differences between conditions are paired by seed, with Student's 95 %
-interval over the seeds: a difference is called one only where that interval does not hold 0.
+interval over the seeds. A difference is called one only where that interval does not hold 0 and the puzzles carry it
+too: exact McNemar, p < 0.05, between the puzzles that most seeds solve here and there.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from statistics import fmean, stdev
 from matplotlib.figure import Figure
 
 from grpo_cli.core.run import Evaluated, Run
+from grpo_cli.core.statistics import changes, mcnemar
 from grpo_cli.plot import COLOURS
 
 HERE = Path(__file__).parent
@@ -43,6 +45,7 @@ CONDITIONS = {
     "original-kl": "--beta 0.05 --kl-estimator original",
     "groups-of-4": "--batch-size 16 --num-generations 4",
     "groups-of-16": "--batch-size 4 --num-generations 16",
+    "too-fast": f"--learning-rate 5e-4 --num-iterations {LONG} --eval-suite study",
 }
 
 
@@ -87,15 +90,19 @@ class Runs:
         """Of each seed."""
         return [self.evaluations(condition, seed)[cell][step].accuracy for seed in SEEDS]
 
+    def solved(self, condition: str, cell: str, step: int) -> str:
+        """Which puzzles most seeds solve, a character for each."""
+        marks = zip(*(self.evaluations(condition, seed)[cell][step].solved for seed in SEEDS), strict=True)
+        return "".join("1" if 2 * of_puzzle.count("1") > len(SEEDS) else "0" for of_puzzle in marks)
+
+    def compared(self, cell: str, one: tuple[str, int], other: tuple[str, int]) -> str:
+        """What sets two (condition, step) apart on a cell."""
+        values = [self.accuracies(condition, cell, step) for condition, step in (one, other)]
+        p_value = mcnemar(*changes(*(self.solved(condition, cell, step) for condition, step in (other, one))))
+        return compared(*values, p_value=p_value)
+
     def metrics(self, condition: str, seed: int) -> list[dict[str, float]]:
         return [line for line in Run.open(self.root, f"{condition}-{seed}").metrics() if line["step"] > 0]
-
-
-def difference(values: Sequence[float], others: Sequence[float]) -> tuple[float, float, str]:
-    """Mean of values - others, paired; half of its 95 % interval; and what may be said of it."""
-    pairs = [one - other for one, other in zip(values, others, strict=True)]
-    mean, half = fmean(pairs), T_QUANTILE[len(pairs)] * stdev(pairs) / len(pairs) ** 0.5
-    return mean, half, "can't be told" if abs(mean) <= half else "more" if mean > 0 else "less"
 
 
 def percent(share: float) -> str:
@@ -106,8 +113,13 @@ def spread(values: Sequence[float]) -> str:
     return f"{percent(fmean(values))} ({100 * min(values):.1f} to {100 * max(values):.1f})"
 
 
-def compared(values: Sequence[float], others: Sequence[float]) -> str:
-    mean, half, verdict = difference(values, others)
+def compared(values: Sequence[float], others: Sequence[float], *, p_value: float = 0.0) -> str:
+    """Mean of values - others, paired, with half of its 95 % interval, and what may be said of it."""
+    if list(values) == list(others):
+        return "the same"
+    pairs = [one - other for one, other in zip(values, others, strict=True)]
+    mean, half = fmean(pairs), T_QUANTILE[len(pairs)] * stdev(pairs) / len(pairs) ** 0.5
+    verdict = "can't be told" if abs(mean) <= half or p_value >= 0.05 else "more" if mean > 0 else "less"
     return f"{100 * mean:+.1f} ± {100 * half:.1f}, {verdict}"
 
 
@@ -126,8 +138,8 @@ def styles(runs: Runs) -> str:
         base = runs.accuracies("one-shot", cell, 0)
         trained = {name: runs.accuracies(name, cell, SHORT) for name in ("one-shot", "zero-shot", "fading")}
         shown = [spread(values) for values in trained.values()]
-        gain = compared(trained["one-shot"], base)
-        others = [compared(trained[name], trained["one-shot"]) for name in ("zero-shot", "fading")]
+        gain = runs.compared(cell, ("one-shot", SHORT), ("one-shot", 0))
+        others = [runs.compared(cell, (name, SHORT), ("one-shot", SHORT)) for name in ("zero-shot", "fading")]
         rows.append([cell, percent(base[0]), *shown, gain, *others])
     head = ["cell", "base", "one-shot", "zero-shot", "fading", "one-shot less base"]
     return table([*head, "zero-shot less one-shot", "fading less one-shot"], rows)
@@ -138,16 +150,21 @@ def length(runs: Runs) -> str:
     rows = []
     for cell in SUITE:
         steps = {step: runs.accuracies("one-shot", cell, step) for step in range(0, LONG + 1, 10)}
-        rows.append([cell, *(percent(fmean(values)) for values in steps.values()), compared(steps[LONG], steps[SHORT])])
+        longer = runs.compared(cell, ("one-shot", LONG), ("one-shot", SHORT))
+        rows.append([cell, *(percent(fmean(values)) for values in steps.values()), longer])
     return table(["cell", *(f"step {step}" for step in range(0, LONG + 1, 10)), f"step {LONG} less {SHORT}"], rows)
 
 
 def stopping(runs: Runs) -> str:
     """Which step each rule keeps, chosen on every other puzzle of the suite and judged on the rest."""
+    return "\n\n".join(f"**{name}**\n\n{_stopping(runs, name)}" for name in ("one-shot", "too-fast"))
+
+
+def _stopping(runs: Runs, condition: str) -> str:
     rows = []
     judged: dict[str, list[float]] = {}
     for seed in SEEDS:
-        found, metrics = runs.evaluations("one-shot", seed), runs.metrics("one-shot", seed)
+        found, metrics = runs.evaluations(condition, seed), runs.metrics(condition, seed)
         steps = [step for step in found[VAL] if step]
 
         def reward(step: int, metrics: list[dict[str, float]] = metrics) -> float:
@@ -180,9 +197,9 @@ def _against_baseline(runs: Runs, names: Sequence[str]) -> str:
     for name in ("one-shot", *names):
         lines = [[line for line in runs.metrics(name, seed) if line["step"] <= SHORT] for seed in SEEDS]
         steps = {step: runs.accuracies(name, VAL, step) for step in (SHORT // 2, SHORT)}
-        baseline = {step: runs.accuracies("one-shot", VAL, step) for step in steps}
         cells = [spread(steps[step]) for step in steps]
-        cells += ["" if name == "one-shot" else compared(steps[step], baseline[step]) for step in steps]
+        pairs = [((name, step), ("one-shot", step)) for step in steps]
+        cells += ["" if name == "one-shot" else runs.compared(VAL, *pair) for pair in pairs]
         cells.append(f"{fmean(seed[-1]['kl'] for seed in lines):.4f}")
         cells.append(f"{fmean(fmean(line['zero_variance'] for line in seed) for seed in lines):.2f}")
         cells.append(f"{fmean(fmean(line['completion_length'] for line in seed[-5:]) for seed in lines):.0f}")
