@@ -45,7 +45,7 @@ CONDITIONS = {
     "original-kl": "--beta 0.05 --kl-estimator original",
     "groups-of-4": "--batch-size 16 --num-generations 4",
     "groups-of-16": "--batch-size 4 --num-generations 16",
-    "too-fast": f"--learning-rate 5e-4 --num-iterations {LONG} --eval-suite study",
+    "too-fast": "--learning-rate 5e-4 --num-iterations 40 --eval-suite study",
 }
 
 
