@@ -228,10 +228,9 @@ def losses(runs: Runs) -> str:
 
 def kl(runs: Runs) -> str:
     """Estimators of the KL at a weight of 0.05; the baseline has 0.001."""
-    difference = [runs.accuracies(name, VAL, SHORT) for name in ("original-kl", "k3")]
-    return (
-        f"{_against_baseline(runs, ['k3', 'original-kl'])}\n\noriginal less k3, step {SHORT}: {compared(*difference)}"
-    )
+    difference = runs.compared(VAL, ("original-kl", SHORT), ("k3", SHORT))
+    against = _against_baseline(runs, ["k3", "original-kl"])
+    return f"{against}\n\noriginal-kl less k3, step {SHORT}, {len(MORE_SEEDS['k3'])} seeds: {difference}"
 
 
 def groups(runs: Runs) -> str:
