@@ -143,6 +143,17 @@ class Evaluation:
         }
         return {kind: _slice(self.completions, belongs) for kind, belongs in kinds.items()}
 
+    @property
+    def _figures(self) -> dict[str, object]:
+        return {
+            "accuracy": self.accuracy,
+            "interval": list(self.interval),
+            "lenient_accuracy": self.lenient_accuracy,
+            "format_rate": self.format_rate,
+            "mean_length": self.mean_length,
+            "reasons": self.reasons,
+        }
+
     def to_json(self) -> dict[str, object]:
         """The machine-readable result."""
         return {
@@ -153,12 +164,7 @@ class Evaluation:
             "count": self.count,
             "decoding": self.decoding,
             "protocol": self.protocol,
-            "accuracy": self.accuracy,
-            "interval": list(self.interval),
-            "lenient_accuracy": self.lenient_accuracy,
-            "format_rate": self.format_rate,
-            "mean_length": self.mean_length,
-            "reasons": self.reasons,
+            **self._figures,
             "cheats": self.cheats,
             "pass_at_k": self.pass_at_k,
             "overlap": self.overlap,
@@ -171,12 +177,7 @@ class Evaluation:
         return {
             "cell": self.cell,
             "count": self.count,
-            "accuracy": self.accuracy,
-            "interval": list(self.interval),
-            "lenient_accuracy": self.lenient_accuracy,
-            "format_rate": self.format_rate,
-            "mean_length": self.mean_length,
-            "reasons": self.reasons,
+            **self._figures,
             "solved": "".join("1" if row[0].score.correct else "0" for row in rows),
             "examples": [_shown(completion) for completion in few],
         }
