@@ -22,6 +22,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from grpo_cli.core.statistics import holm
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -629,16 +631,17 @@ def training_summary(summary: Mapping[str, Any], folder: Path, *, overlap: str) 
 def _peaks(summary: Mapping[str, Any]) -> Group:
     """When each cell of a suite was at its best, and what going on after the step that is kept has changed."""
     best, last = f"step {summary['best_step']}", f"step {summary['steps']}"
-    columns = dict.fromkeys(["cell", "n", "start", "peak", best, last, "change", "p"])
+    columns = dict.fromkeys(["cell", "n", "start", "peak", best, last, "change", "Holm p"])
+    p_values = holm([cell["p_value"] for cell in summary["peaks"].values()])
     table = _table(*columns, numeric=list(columns)[1:])
-    for name, cell in summary["peaks"].items():
+    for (name, cell), p_value in zip(summary["peaks"].items(), p_values, strict=True):
         cells = {"cell": name, "n": f"{cell['count']:,}", "start": percent(cell["start"])}
         cells |= {"peak": f"{percent(cell['accuracy'])} at {cell['step']}"}
         cells |= {best: percent(cell["kept"]), last: percent(cell["last"])}
-        cells |= {"change": f"+{cell['gained']} -{cell['lost']}", "p": probability(cell["p_value"]).removeprefix("= ")}
+        cells |= {"change": f"+{cell['gained']} -{cell['lost']}", "Holm p": probability(p_value).removeprefix("= ")}
         table.add_row(*(cells[column] for column in columns))
     spent = f"{summary['seconds_after_best']:,.0f} s after {best}"
-    sure = [name for name, cell in summary["peaks"].items() if cell["p_value"] < SIGNIFICANT]
+    sure = [name for name, p_value in zip(summary["peaks"], p_values, strict=True) if p_value < SIGNIFICANT]
     words = "no cell has changed by more than chance" if not sure else f"changed by more than chance: {', '.join(sure)}"
     went = f"going on took {spent}; {words}" if summary["steps"] > summary["best_step"] else "the last step is the best"
     return Group(table, Text(f"\n{went} (exact McNemar from {best} to {last}, cell by cell)"))

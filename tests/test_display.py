@@ -340,7 +340,7 @@ def test_the_summary_of_a_suite_says_when_each_cell_peaked_and_what_going_on_cos
     }  # fmt: skip
     display.training_summary(summary, Path("runs/first"), overlap="0 of 327 puzzles")
     shown = [" ".join(line.split()) for line in STYLE_CODES.sub("", capsys.readouterr().out).splitlines()]
-    assert "cell n start peak step 20 step 40 change p" in shown
+    assert "cell n start peak step 20 step 40 change Holm p" in shown
     assert "val 3 one-shot 327 40.0% 90.0% at 10 85.0% 60.0% +2 -30 < 0.001" in shown
     text = " ".join(shown)
     assert "going on took 190 s after step 20; changed by more than chance: val 3 one-shot (exact McNemar" in text
