@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -275,7 +276,7 @@ def draw_length(runs: Runs, path: Path) -> None:
     _finish(figure, panels, None, path)
 
 
-def _finish(figure: Figure, panels, title: str | None, path: Path) -> None:  # type: ignore[no-untyped-def]
+def _finish(figure: Figure, panels: Any, title: str | None, path: Path) -> None:
     for axes in panels.flat:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e4e4e4")

@@ -115,7 +115,7 @@ class Loss(Table):
 
 class Eval(Table):
     split: Literal["train", "val"] = Field(description="where the puzzles come from")
-    limit: int = Field(ge=0, description="puzzles to evaluate on; 0 is all of them")
+    limit: int = Field(ge=0, description="puzzles to evaluate on, in each cell; 0 is all")
     samples: int = Field(ge=1, description="completions per puzzle, for pass@k")
     temperature: float = Field(ge=0, description="sampling temperature; 0 is greedy")
     max_new_tokens: int = Field(ge=1, description="longest completion, in tokens")
