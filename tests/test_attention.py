@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias
 
-from grpo_cli.core.attention import BUCKET, Decode, Packed, Prefill
+from grpo_cli.core import attention
+from grpo_cli.core.attention import BUCKET, Decode, Packed, Prefill, order
 
 HEADS, KEY_HEADS, WIDTH, SCALING = 4, 2, 8, 0.37
 CPU = torch.device("cpu")
@@ -40,12 +42,21 @@ def test_a_first_token_is_predicted_by_the_last_token_of_its_prompt() -> None:
     assert crossed.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 5, 2, 3]]
 
 
+@pytest.fixture(params=[False, True], ids=["masked", "maskless"])
+def without_mask(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention as a CPU does it, and as CUDA does, whose flash kernels take no mask."""
+    monkeypatch.setattr(attention, "maskless", lambda device: request.param)
+
+
+@pytest.mark.usefixtures("without_mask")
 @pytest.mark.parametrize("rows", [1, BUCKET, BUCKET + 1, 3 * BUCKET - 5])
 def test_packed_attention_is_that_of_each_prompt_and_completion_on_its_own(rows: int) -> None:
     rng = torch.Generator().manual_seed(rows)
     prompts = [5, 1, 9]
     lengths = torch.randint(1, 12, (rows,), generator=rng).tolist()
     owners = torch.randint(0, 3, (rows,), generator=rng).tolist()
+    chosen = order(lengths, owners, CPU)
+    lengths, owners = ([values[row] for row in chosen] for values in (lengths, owners))
     plan = Packed(prompts, lengths, owners, CPU)
     query, key, value = random_layer(rng, 1, sum(prompts) + sum(lengths))
     attended = plan.attend(0, query, key, value, SCALING)[0]  # (N, H, d)
@@ -57,6 +68,14 @@ def test_packed_attention_is_that_of_each_prompt_and_completion_on_its_own(rows:
         of_prompt = prompts[owners[row]]
         torch.testing.assert_close(attended[own], expected[of_prompt:], atol=1e-6, rtol=0)
         torch.testing.assert_close(attended[sections[owners[row]]], expected[:of_prompt], atol=1e-6, rtol=0)
+
+
+def test_without_a_mask_completions_of_one_prompt_attend_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "maskless", lambda device: True)
+    assert order([5, 3, 4, 1], [1, 0, 1, 0], CPU) == [3, 1, 2, 0]
+    plan = Packed([2, 7], [1, 3, 4, 5], [0, 0, 1, 1], CPU)
+    assert [(owner.tolist(), reach) for _, owner, reach, _ in plan.buckets] == [([0, 0], 2), ([1, 1], 7)]
+    assert all(isinstance(bias, CausalBias) for *_, bias in plan.buckets)
 
 
 class Conversation:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedModel
 
+from grpo_cli.core import attention as attention_module
 from grpo_cli.core import policy as policy_module
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.policy import Policy, Sequences, load, token_logprobs
@@ -69,9 +70,16 @@ def gradients(model: PreTrainedModel, logprobs: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 @pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("maskless", [False, True])
 def test_logprobs_and_gradients_equal_the_plain_models(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, attention: str, gradient_checkpointing: bool, tiled: bool
+    tiny_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    attention: str,
+    gradient_checkpointing: bool,
+    tiled: bool,
+    maskless: bool,
 ) -> None:
+    monkeypatch.setattr(attention_module, "maskless", lambda device: maskless)
     if tiled:
         monkeypatch.setattr(policy_module, "LOGITS_AT_ONCE", 7 * 832)  # seven tokens at once
     policy = load(str(tiny_folder), device="cpu", precision="float32", gradient_checkpointing=gradient_checkpointing)

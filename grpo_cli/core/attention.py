@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 BUCKET = 16  # completions of like length that attend together in training; bounds the work lost to padding
@@ -35,6 +36,17 @@ def attention_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     On a CPU that is float32: its bfloat16 kernels are two to three times slower backward.
     """
     return torch.float32 if device.type == "cpu" else dtype
+
+
+def maskless(device: torch.device) -> bool:
+    """Whether completions attend without a mask in memory, which flash attention on CUDA can't take anyway."""
+    return device.type == "cuda"
+
+
+def order(lengths: Sequence[int], owners: Sequence[int], device: torch.device) -> list[int]:
+    """Completions in the order in which `Packed` wants them: those of like length, or of one prompt, together."""
+    apart = maskless(device)
+    return sorted(range(len(lengths)), key=lambda row: (owners[row] if apart else 0, lengths[row]))
 
 
 def shared_prefix_attention(
@@ -121,7 +133,8 @@ class Packed:
 
     Completion r attends to prompt `owners[r]` and to itself. Positions restart after the prompt for each completion.
     Example: prompts of 3 and 2 tokens, completions of 2 and 1 with owners [0, 1]: positions [0 1 2  0 1  3 4  2].
-    Every `BUCKET` completions attend together, padded to the longest: those of like length should be neighbours.
+    At most `BUCKET` completions attend together, padded to the longest. Where there is to be no mask all of them answer
+    one prompt: then what a token attends to is all but the last keys, as causal attention aligned at the end has it.
     """
 
     def __init__(
@@ -129,11 +142,13 @@ class Packed:
     ) -> None:
         self.prompts = _Rows(prompt_lengths, device)
         self.buckets = []
-        for start in range(0, len(lengths), BUCKET):
-            rows = _Rows(lengths[start : start + BUCKET], device)
-            owner = torch.tensor(owners[start : start + BUCKET], device=device)
-            self.buckets.append((rows, owner, self._mask(rows.shape[1], owner)))
-        self.sizes = [self.prompts.tokens, *(rows.tokens for rows, _, _ in self.buckets)]
+        apart = maskless(device)
+        for start, end in _cuts(owners if apart else [0] * len(owners)):
+            rows, owner = _Rows(lengths[start:end], device), torch.tensor(owners[start:end], device=device)
+            reach, longest = prompt_lengths[owners[start]] if apart else self.prompts.shape[1], rows.shape[1]
+            bias = causal_lower_right(longest, reach + longest) if apart else self._mask(longest, owner)
+            self.buckets.append((rows, owner, reach, bias))
+        self.sizes = [self.prompts.tokens, *(rows.tokens for rows, *_ in self.buckets)]
         ends = torch.tensor([*prompt_lengths, *lengths]).cumsum(0) - 1  # packed position of each section's last token
         firsts = ends[len(prompt_lengths) - 1 : -1] + 1
         before = torch.arange(int(ends[len(prompt_lengths) - 1]), int(ends[-1]))
@@ -155,11 +170,11 @@ class Packed:
         parts = zip(*(tensor[0].transpose(0, 1).split(self.sizes) for tensor in (query, key, value)), strict=True)
         queries, prompt_keys, prompt_values = (self.prompts.pad(part).transpose(1, 2) for part in next(parts))
         attended = [self.prompts.unpad(_causal(queries, prompt_keys, prompt_values, scaling).transpose(1, 2))]
-        for (rows, owner, mask), part in zip(self.buckets, parts, strict=True):
+        for (rows, owner, reach, bias), part in zip(self.buckets, parts, strict=True):
             queries, keys, values = (rows.pad(tensor).transpose(1, 2) for tensor in part)  # (R, H or K, C, d)
-            keys = torch.cat([prompt_keys.index_select(0, owner), keys], dim=2)
-            values = torch.cat([prompt_values.index_select(0, owner), values], dim=2)
-            attended.append(rows.unpad(_masked(queries, keys, values, mask, scaling).transpose(1, 2)))
+            keys = torch.cat([prompt_keys.index_select(0, owner)[:, :, :reach], keys], dim=2)
+            values = torch.cat([prompt_values.index_select(0, owner)[:, :, :reach], values], dim=2)
+            attended.append(rows.unpad(_biased(queries, keys, values, bias, scaling).transpose(1, 2)))
         return torch.cat(attended)[None]  # (1, N, H, d)
 
 
@@ -199,7 +214,17 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor
     return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
 
 
-def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """Attention under a mask (R, 1, C, L + C), each key-value head serving its H/K query heads."""
-    mask = mask.to(query.dtype)
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
+def _biased(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> Tensor:
+    """Attention under a mask (R, 1, C, L + C) or a causal bias, each key-value head serving its H/K query heads."""
+    bias = bias if isinstance(bias, CausalBias) else bias.to(query.dtype)
+    return scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=True)
+
+
+def _cuts(labels: Sequence[int]) -> list[tuple[int, int]]:
+    """Runs of equal labels, cut into ranges (start, end) of at most `BUCKET`. Example: [0, 0, 1] -> (0, 2), (2, 3)."""
+    found, start = [], 0
+    for end in range(1, len(labels) + 1):
+        if end == len(labels) or labels[end] != labels[start] or end - start == BUCKET:
+            found.append((start, end))
+            start = end
+    return found

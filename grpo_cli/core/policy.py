@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from grpo_cli.core import qwen2
 from grpo_cli.core.attention import Packed, Plan, shared_prefix_attention
+from grpo_cli.core.attention import order as packing_order
 from grpo_cli.core.errors import CountdownError
 
 ATTENTION = "countdown_shared_prefix"
@@ -121,7 +122,7 @@ class Policy:
 
         That is the softmax of logits / temperature, taken in float32. Padding is 0. Entropy carries no gradient.
         """
-        order = sorted(range(len(sequences.completions)), key=lambda row: len(sequences.completions[row]))
+        order = packing_order([len(row) for row in sequences.completions], sequences.owners, self.device)
         completions = [sequences.completions[row] for row in order]
         prompt_lengths, lengths = ([len(tokens) for tokens in part] for part in (sequences.prompts, completions))
         plan = Packed(prompt_lengths, lengths, [sequences.owners[row] for row in order], self.device)
