@@ -16,11 +16,11 @@ from grpo_cli.core.rollout import sample
 TOKENS = torch.arange(3, 33).view(6, 5)  # of 6 prompts, the last token of which is decoded
 
 
-def both(policy: Policy, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def both(policy: Policy, dtype: torch.dtype, *, in_place: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (6, V) of one token after random prompts: by transformers, and by the step."""
     found = []
     positions = torch.arange(4).expand(6, 4)
-    for written in (None, Pass(policy.model, longest=5, dtype=dtype)):
+    for written in (None, Pass(policy.model, longest=5, dtype=dtype, in_place=in_place)):
         prefill = Prefill()
         policy.hidden(TOKENS[:, :4], positions, prefill)
         plan = Decode(prefill, torch.full((6,), 4), num_generations=1, max_new_tokens=1)
@@ -30,13 +30,14 @@ def both(policy: Policy, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor
     return found[0], found[1]
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": 1}])
-def test_the_step_gives_the_logits_of_transformers(tmp_path: Path, changes: dict[str, object]) -> None:
+def test_the_step_gives_the_logits_of_transformers(tmp_path: Path, changes: dict[str, object], in_place: bool) -> None:
     policy = load(str(save_tiny_model(tmp_path, **changes)), device="cpu", precision="float32")
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
-        theirs, ours = both(policy, torch.float32)
+        theirs, ours = both(policy, torch.float32, in_place=in_place)
     assert theirs.abs().max() > 1
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
 
@@ -67,10 +68,11 @@ def test_a_packed_row_gives_the_gradients_of_transformers(tmp_path: Path, change
         torch.testing.assert_close(ours, theirs, atol=2e-5 * float(theirs.abs().max()), rtol=2e-5)
 
 
-def test_the_step_computes_in_bfloat16(tiny_folder: Path) -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_step_computes_in_bfloat16(tiny_folder: Path, in_place: bool) -> None:
     policy = load(str(tiny_folder), device="cpu", precision="bf16")
     with torch.no_grad():
-        theirs, ours = both(policy, torch.bfloat16)
+        theirs, ours = both(policy, torch.bfloat16, in_place=in_place)
         exact, _ = both(load(str(tiny_folder), device="cpu", precision="float32"), torch.float32)
     assert ours.dtype == torch.bfloat16
     spread = exact.std()

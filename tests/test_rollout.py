@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from grpo_cli.core.policy import Policy, Sequences
 from grpo_cli.core.puzzle import Puzzle
-from grpo_cli.core.rollout import Rollout, choose, draws, sample
+from grpo_cli.core.rollout import Rollout, draws, sample
+from grpo_cli.core.sampler import choose
 from grpo_cli.core.task import Style, prompt
 
 # Prompts of different lengths, so that padding is always in play.

@@ -98,26 +98,11 @@ class Decode:
         self.time = 0  # tokens that every completion has so far
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        prompt_keys, prompt_values = self.prompt_keys[layer], self.prompt_values[layer]
-        prompts, heads, longest, width = prompt_values.shape
-        grouped = (prompts, -1, heads, query.shape[1] // heads, width)
-        now = self.time + 1
-        self.own_keys[layer][:, :, :, self.time] = key.view(prompts, -1, heads, width).transpose(1, 2)
-        self.own_values[layer][:, :, :, self.time] = value.view(prompts, -1, heads, width).transpose(1, 2)
-        own_keys, own_values = (cache[layer].flatten(0, 2)[:, :now] for cache in (self.own_keys, self.own_values))
-
-        queries = (query * scaling).view(grouped).transpose(1, 2).reshape(prompts * heads, -1, width)
-        per_row = (len(own_keys), -1, width)
-        to_prompt = torch.bmm(queries, prompt_keys.flatten(0, 1))  # (P * K, G * H/K, L)
-        if self.absent is not None:
-            to_prompt.view(prompts, -1, longest).masked_fill_(self.absent, float("-inf"))
-        to_own = torch.bmm(queries.view(per_row), own_keys.mT)  # (P * K * G, H/K, now)
-        scores = torch.cat([to_prompt, to_own.view(*to_prompt.shape[:-1], now)], dim=-1)
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
-        of_prompt = torch.bmm(weights[..., :longest], prompt_values.flatten(0, 1)).view(per_row)
-        of_own = weights.view(*to_own.shape[:-1], -1)[..., longest:]
-        attended = torch.baddbmm(of_prompt, of_own, own_values)
-        return attended.view(prompts, heads, -1, *grouped[3:]).transpose(1, 2).reshape(query.shape[0], 1, -1, width)
+        prompts, heads, _, width = self.prompt_values[layer].shape
+        for cache, new in ((self.own_keys, key), (self.own_values, value)):
+            cache[layer][:, :, :, self.time] = new.view(prompts, -1, heads, width).transpose(1, 2)
+        keys, values = (cache[layer][:, :, :, : self.time + 1] for cache in (self.own_keys, self.own_values))
+        return _decoded(query, self.prompt_keys[layer], self.prompt_values[layer], keys, values, self.absent, scaling)
 
     def keep(self, prompts: Tensor, slots: Tensor) -> None:
         """Keep only these completions: `prompts` (P',) and for each of them the `slots` (P', G') to go on with."""
@@ -126,6 +111,58 @@ class Decode:
             cache[:] = [tensor[prompts] for tensor in cache]
         for cache in (self.own_keys, self.own_values):
             cache[:] = [_pick(tensor, prompts, slots, self.time) for tensor in cache]
+
+
+class StaticDecode:
+    """The same in buffers that never move or grow, and with no number on the host: what a CUDA graph can replay.
+
+    Made for P prompts of L tokens, with G completions of C tokens each. `fill` comes first, then `open` before each
+    token.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        heads: int,
+        width: int,
+        prompts: int,
+        longest: int,
+        num_generations: int,
+        max_new_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        def cache(*shape: int) -> list[Tensor]:
+            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+
+        self.prompt_keys = cache(prompts, heads, width, longest)
+        self.prompt_values = cache(prompts, heads, longest, width)
+        self.own_keys = cache(prompts, heads, num_generations, max_new_tokens, width)
+        self.own_values = cache(prompts, heads, num_generations, max_new_tokens, width)
+        self.absent = torch.ones(prompts, 1, longest + max_new_tokens, dtype=torch.bool, device=device)
+        self.slot = torch.zeros(1, dtype=torch.long, device=device)  # where the new token's key goes
+
+    def fill(self, prefill: Prefill, lengths: Tensor) -> None:
+        """Take in P prompts of `lengths` (P,), padded to any number of tokens up to L."""
+        longest = prefill.keys[0].shape[2]
+        for cache, key in zip(self.prompt_keys, prefill.keys, strict=True):
+            cache[..., :longest].copy_(key.mT)
+        for cache, value in zip(self.prompt_values, prefill.values, strict=True):
+            cache[:, :, :longest].copy_(value)
+        self.absent.copy_(torch.arange(self.absent.shape[2], device=lengths.device) >= lengths[:, None, None])
+
+    def open(self, slot: Tensor) -> None:
+        """The next token is the one number `slot` (1,) of its completion, from 0."""
+        self.slot.copy_(slot)
+        self.absent.index_fill_(2, self.prompt_values[0].shape[2] + slot, False)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        prompts, heads, _, width = self.prompt_values[layer].shape
+        own = (self.own_keys[layer], self.own_values[layer])
+        for cache, new in zip(own, (key, value), strict=True):
+            cache.index_copy_(3, self.slot, new.view(prompts, -1, heads, 1, width).transpose(1, 2))
+        return _decoded(query, self.prompt_keys[layer], self.prompt_values[layer], *own, self.absent, scaling)
 
 
 class Packed:
@@ -207,6 +244,38 @@ def _pick(cache: Tensor, prompts: Tensor, slots: Tensor, time: int) -> Tensor:
     picked = cache.new_empty((len(prompts), cache.shape[1], slots.shape[1], *cache.shape[3:]))
     picked[:, :, :, :time] = cache[:, :, :, :time][prompts[:, None, None], heads[None, :, None], slots[:, None, :]]
     return picked
+
+
+def _decoded(
+    query: Tensor,
+    prompt_keys: Tensor,
+    prompt_values: Tensor,
+    own_keys: Tensor,
+    own_values: Tensor,
+    absent: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """Attention of one token of each of P * G completions to the keys of its prompt and C of its own: (B, 1, H, d).
+
+    `query` is (B, H, 1, d), the prompt's keys (P, K, d, L) and values (P, K, L, d), its own (P, K, G, C, d). The first
+    keys that are not there are `absent` (P, 1, L) or (P, 1, L + C).
+    """
+    prompts, heads, longest, width = prompt_values.shape
+    grouped = (prompts, -1, heads, query.shape[1] // heads, width)
+    keys, values = own_keys.flatten(0, 2), own_values.flatten(0, 2)  # (P * K * G, C, d)
+    queries = (query * scaling).view(grouped).transpose(1, 2).reshape(prompts * heads, -1, width)
+    per_row = (len(keys), -1, width)
+    to_prompt = torch.bmm(queries, prompt_keys.flatten(0, 1))  # (P * K, G * H/K, L)
+    to_own = torch.bmm(queries.view(per_row), keys.mT)  # (P * K * G, H/K, C)
+    scores = torch.cat([to_prompt, to_own.view(*to_prompt.shape[:-1], -1)], dim=-1)
+    if absent is not None:
+        by_prompt = scores.view(prompts, -1, scores.shape[-1])
+        by_prompt[..., : absent.shape[-1]].masked_fill_(absent, float("-inf"))
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
+    of_prompt = torch.bmm(weights[..., :longest], prompt_values.flatten(0, 1)).view(per_row)
+    of_own = weights.view(*to_own.shape[:-1], -1)[..., longest:]
+    attended = torch.baddbmm(of_prompt, of_own, values)
+    return attended.view(prompts, heads, -1, *grouped[3:]).transpose(1, 2).reshape(query.shape[0], 1, -1, width)
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

@@ -73,6 +73,7 @@ class Policy:
     name: str
     precision: str
     end_ids: tuple[int, ...] = field(default=())
+    samplers: list[object] = field(default_factory=list, repr=False, compare=False)  # what a rollout keeps for the next
 
     @property
     def device(self) -> torch.device:
@@ -100,12 +101,21 @@ class Policy:
         """Next-token logits (..., V) of hidden states (..., D)."""
         return self.model.get_output_embeddings()(hidden)  # type: ignore[no-any-return]
 
-    def step(self, longest: int) -> Callable[[Tensor, Tensor, Plan], Tensor]:
-        """What decodes one token a row: tokens (B,), positions (B,) below `longest` and a plan -> logits (B, V)."""
+    @property
+    def can_step_in_place(self) -> bool:
+        """Whether `step` can do without copies of the weights."""
+        return qwen2.fits(self.model)
+
+    def step(self, longest: int, *, in_place: bool = False) -> Callable[[Tensor, Tensor, Plan], Tensor]:
+        """What decodes one token a row: tokens (B,), positions (B,) below `longest` and a plan -> logits (B, V).
+
+        With `in_place` it reads the weights where they lie whenever it is called, else those of now.
+        """
         if qwen2.fits(self.model):
             # On a CPU a single token's activations cost more to convert than multiplying them in bfloat16 saves.
             bfloat16 = self.precision == "bf16" or (self.precision == "bf16-master" and self.device.type != "cpu")
-            written = qwen2.Pass(self.model, longest=longest, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+            dtype = self.model.dtype if in_place else torch.bfloat16 if bfloat16 else torch.float32
+            written = qwen2.Pass(self.model, longest=longest, dtype=dtype, in_place=in_place)
             return lambda tokens, positions, plan: written.logits(written.hidden(tokens, positions, plan))
         return lambda tokens, positions, plan: self.logits(self.hidden(tokens[:, None], positions[:, None], plan)[:, 0])
 

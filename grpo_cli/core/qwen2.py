@@ -7,29 +7,19 @@ attends to.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.linalg import vector_norm
-from torch.nn.functional import linear
+from torch.nn.functional import linear, rms_norm
 from transformers import PreTrainedModel, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from grpo_cli.core.attention import Plan, attention_dtype
-
-
-class _Layer(NamedTuple):
-    """Weights of one layer, (in, out), in the dtype to compute in; those of its norms are multiplied into them."""
-
-    query_key_value: Tensor
-    bias: Tensor
-    output: Tensor
-    gate_up: Tensor
-    down: Tensor
 
 
 def fits(model: PreTrainedModel) -> bool:
@@ -37,42 +27,92 @@ def fits(model: PreTrainedModel) -> bool:
     return type(model) is Qwen2ForCausalLM and model.config.rope_parameters["rope_type"] == "default"
 
 
-class Pass:
-    """Forward passes at positions below `longest`, with the weights as they are when it is made.
+class _Merged:
+    """A layer's weights copied for few and small multiplications: (in, out), joined, its norms multiplied into them."""
 
-    Made for one rollout or one update: it holds copies of the projections that it merges, which lie in the graph if
-    gradients are wanted, and of all weights not yet in `dtype`.
+    def __init__(self, layer: Qwen2DecoderLayer, dtype: torch.dtype, epsilon: Tensor) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.dtype, self.epsilon = dtype, epsilon
+        self.activation: Callable[[Tensor], Tensor] = mlp.act_fn
+
+        def columns(weight: Tensor) -> Tensor:
+            # Few rows are multiplied faster by columns that lie in a row of memory.
+            return weight.to(dtype).t().contiguous()
+
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        merged = torch.cat([projection.weight for projection in projections]) * layer.input_layernorm.weight
+        gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * layer.post_attention_layernorm.weight
+        self.bias = torch.cat([projection.bias for projection in projections]).to(dtype)
+        self.query_key_value, self.gate_up = columns(merged), columns(gate_up)
+        self.output, self.down = columns(attention.o_proj.weight), columns(mlp.down_proj.weight)
+
+    def projected(self, hidden: Tensor) -> Tensor:
+        """Queries, keys and values (M, (H + 2 * K) * d) of hidden states (M, D)."""
+        return torch.addmm(self.bias, self._normed(hidden), self.query_key_value)
+
+    def mixed(self, attended: Tensor) -> Tensor:
+        """What attention (M, H * d) adds to the hidden states (M, D)."""
+        return attended @ self.output
+
+    def fed_forward(self, hidden: Tensor) -> Tensor:
+        """What the feed-forward part adds to hidden states (M, D)."""
+        gate, up = (self._normed(hidden) @ self.gate_up).chunk(2, dim=-1)
+        return (self.activation(gate) * up) @ self.down
+
+    def _normed(self, hidden: Tensor) -> Tensor:
+        return _normed(hidden, self.epsilon).to(self.dtype)
+
+
+class _Direct:
+    """A layer's own weights where they lie, read anew at every use; the same arithmetic as `_Merged`."""
+
+    def __init__(self, layer: Qwen2DecoderLayer, epsilon: float) -> None:
+        self.layer, self.epsilon = layer, epsilon
+
+    def projected(self, hidden: Tensor) -> Tensor:
+        attention, weight = self.layer.self_attn, self.layer.input_layernorm.weight
+        normed = rms_norm(hidden, weight.shape, weight, self.epsilon)
+        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+        return torch.cat([linear(normed, part.weight, part.bias) for part in parts], dim=-1)
+
+    def mixed(self, attended: Tensor) -> Tensor:
+        return linear(attended, self.layer.self_attn.o_proj.weight)
+
+    def fed_forward(self, hidden: Tensor) -> Tensor:
+        mlp, weight = self.layer.mlp, self.layer.post_attention_layernorm.weight
+        normed = rms_norm(hidden, weight.shape, weight, self.epsilon)
+        gate, up = linear(normed, mlp.gate_proj.weight), linear(normed, mlp.up_proj.weight)
+        return linear(mlp.act_fn(gate) * up, mlp.down_proj.weight)
+
+
+class Pass:
+    """Forward passes at positions below `longest`, computed in `dtype`.
+
+    By default made for one rollout or one update, with the weights as they then are: it holds copies of the projections
+    that it merges, which lie in the graph if gradients are wanted, and of all weights not yet in `dtype`. With
+    `in_place` it copies nothing and reads the model's weights, which must be of `dtype`, wherever they have got to.
     """
 
-    def __init__(self, model: PreTrainedModel, *, longest: int, dtype: torch.dtype) -> None:
+    def __init__(self, model: PreTrainedModel, *, longest: int, dtype: torch.dtype, in_place: bool = False) -> None:
         decoder, config = model.get_decoder(), model.config
+        assert not in_place or model.dtype == dtype
         self.device = model.device.type
         self.attend_in = attention_dtype(model.device, dtype)
         self.dtype, self.epsilon = dtype, torch.tensor(config.rms_norm_eps, device=model.device)
-        self.activation: Callable[[Tensor], Tensor] = decoder.layers[0].mlp.act_fn
         self.width = decoder.layers[0].self_attn.head_dim
         self.heads, self.key_value_heads = config.num_attention_heads, config.num_key_value_heads
         self.embed = decoder.embed_tokens
         self.norm = decoder.norm.weight
         self.output: Tensor = model.get_output_embeddings().weight
-        self.layers = [self._layer(layer) for layer in decoder.layers]
+        self.layers: Sequence[_Merged | _Direct] = (
+            [_Direct(layer, config.rms_norm_eps) for layer in decoder.layers]
+            if in_place
+            else [_Merged(layer, dtype, self.epsilon) for layer in decoder.layers]
+        )
         positions = torch.arange(longest, device=model.device)
-        cosines, sines = decoder.rotary_emb(self.norm, positions[None])  # (1, longest, d)
+        cosines, sines = decoder.rotary_emb(self.norm.float(), positions[None])  # (1, longest, d)
         self.cosines, self.sines = (part[0, :, None].to(self.attend_in) for part in (cosines, sines))
         self.sines = self.sines[..., : self.width // 2]  # the other half is the same
-
-    def _layer(self, layer: Qwen2DecoderLayer) -> _Layer:
-        attention, mlp = layer.self_attn, layer.mlp
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        merged = torch.cat([projection.weight for projection in projections]) * layer.input_layernorm.weight
-        gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * layer.post_attention_layernorm.weight
-        bias = torch.cat([projection.bias for projection in projections])
-        weights = (attention.o_proj.weight, gate_up, mlp.down_proj.weight)
-        # Few rows are multiplied faster by columns that lie in a row of memory.
-        return _Layer(self._columns(merged), bias.to(self.dtype), *map(self._columns, weights))
-
-    def _columns(self, weight: Tensor) -> Tensor:
-        return weight.to(self.dtype).t().contiguous()
 
     def hidden(self, tokens: Tensor, positions: Tensor, plan: Plan, *, packed: bool = False) -> Tensor:
         """Final hidden states (M, D) of tokens (M,): M rows of one token each, or one row of M if `packed`."""
@@ -80,15 +120,13 @@ class Pass:
             cosines, sines = self.cosines[positions], self.sines[positions]  # (M, 1, d), (M, 1, d / 2)
             hidden = self.embed(tokens)  # (M, D)
             for index, layer in enumerate(self.layers):
-                mixed = torch.addmm(layer.bias, self._normed(hidden), layer.query_key_value)
-                heads = mixed.to(self.attend_in).view(len(tokens), -1, self.width)  # (M, H + 2 * K, d)
+                heads = layer.projected(hidden).to(self.attend_in).view(len(tokens), -1, self.width)
                 turning, value = heads.split([self.heads + self.key_value_heads, self.key_value_heads], dim=1)
                 query, key = _rotated(turning, cosines, sines).split([self.heads, self.key_value_heads], dim=1)
                 shaped = [part.transpose(0, 1)[None] if packed else part[:, :, None] for part in (query, key, value)]
                 attended = plan.attend(index, shaped[0], shaped[1], shaped[2], self.width**-0.5)
-                hidden = hidden + attended.reshape(len(tokens), -1).to(self.dtype) @ layer.output
-                gate, up = (self._normed(hidden) @ layer.gate_up).chunk(2, dim=-1)
-                hidden = hidden + (self.activation(gate) * up) @ layer.down
+                hidden = hidden + layer.mixed(attended.reshape(len(tokens), -1).to(self.dtype))
+                hidden = hidden + layer.fed_forward(hidden)
             final: Tensor = _normed(hidden, self.epsilon) * self.norm
             return final.to(self.norm.dtype)
 
@@ -99,9 +137,6 @@ class Pass:
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (M, V) of hidden states (M, D)."""
         return linear(hidden.to(self.dtype), self._head)
-
-    def _normed(self, hidden: Tensor) -> Tensor:
-        return _normed(hidden, self.epsilon).to(self.dtype)
 
 
 def _normed(hidden: Tensor, epsilon: Tensor) -> Tensor:
