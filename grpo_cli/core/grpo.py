@@ -200,7 +200,7 @@ def update(
     matters = torch.ones(len(lengths), dtype=torch.bool) if loss.beta > 0 else (advantage != 0).cpu()
     rows = matters.nonzero()[:, 0].tolist()
     old = torch.zeros(sequences.mask().shape, device=policy.device)  # (B, T), of the first inner update
-    before = _probe(policy)
+    before = _probe(optimizer)
     history: list[dict[str, float]] = []
 
     def gradient(at_once: int) -> _Sums:
@@ -238,7 +238,7 @@ def update(
         sampled = torch.tensor([value for row in rows for value in sampled_logprobs[row]])
         trained = old[rows].cpu()[sequences.mask()[rows]]
         metrics["logprob_gap"] = float((trained - sampled).abs().mean())
-    return {**metrics, "weights_changed": _changed(policy, before)}
+    return {**metrics, "weights_changed": _changed(optimizer, before)}
 
 
 def _metrics(sums: _Sums, norm: Tensor, *, has_reference: bool) -> dict[str, float]:
@@ -256,16 +256,19 @@ def _require_finite(value: Tensor, what: str) -> None:
         raise NotFinite(f"the {what} is not finite")
 
 
-def _probe(policy: Policy) -> list[Tensor]:
+def _learning(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The tensors that the optimizer moves: the weights, or their masters."""
+    return [tensor.detach() for group in optimizer.param_groups for tensor in group["params"]]
+
+
+def _probe(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """A copy of evenly spaced weights of every tensor."""
-    return [
-        flat[:: max(1, flat.numel() // PROBED_WEIGHTS)].clone()
-        for flat in (parameter.detach().flatten() for parameter in policy.model.parameters())
-    ]
+    flattened = (tensor.flatten() for tensor in _learning(optimizer))
+    return [flat[:: max(1, flat.numel() // PROBED_WEIGHTS)].clone() for flat in flattened]
 
 
-def _changed(policy: Policy, before: list[Tensor]) -> float:
+def _changed(optimizer: torch.optim.Optimizer, before: list[Tensor]) -> float:
     """Share of the probed weights that are no longer what they were, each tensor counted by its size."""
-    sizes: list[int] = [parameter.numel() for parameter in policy.model.parameters()]
-    shares = [float((old != new).float().mean()) for old, new in zip(before, _probe(policy), strict=True)]
+    sizes: list[int] = [tensor.numel() for tensor in _learning(optimizer)]
+    shares = [float((old != new).float().mean()) for old, new in zip(before, _probe(optimizer), strict=True)]
     return sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)

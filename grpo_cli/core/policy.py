@@ -66,7 +66,7 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Policy:
-    """A model with its tokenizer on a device. `autocast` says that float32 weights compute in bfloat16."""
+    """A model with its tokenizer on a device."""
 
     model: transformers.PreTrainedModel
     tokenizer: transformers.PreTrainedTokenizerBase
@@ -89,7 +89,13 @@ class Policy:
 
     def autocast(self) -> AbstractContextManager[object]:
         """The arithmetic of a forward pass: bfloat16 over float32 weights where the precision says so."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-master")
+        wanted = self.precision == "bf16-master" and not self.has_masters
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether the weights are in bfloat16 and the optimizer is to keep float32 masters of them."""
+        return self.precision == "bf16-master" and self.model.dtype == torch.bfloat16
 
     def hidden(self, tokens: Tensor, positions: Tensor, plan: Plan) -> Tensor:
         """Final hidden states (B, T, D) of `tokens` (B, T) at `positions` (B, T), attending as `plan` says."""
@@ -113,8 +119,8 @@ class Policy:
         """
         if qwen2.fits(self.model):
             # On a CPU a single token's activations cost more to convert than multiplying them in bfloat16 saves.
-            bfloat16 = self.precision == "bf16" or (self.precision == "bf16-master" and self.device.type != "cpu")
-            dtype = self.model.dtype if in_place else torch.bfloat16 if bfloat16 else torch.float32
+            converted = self.precision == "bf16-master" and self.device.type != "cpu" and not in_place
+            dtype = torch.bfloat16 if converted else self.model.dtype
             written = qwen2.Pass(self.model, longest=longest, dtype=dtype, in_place=in_place)
             return lambda tokens, positions, plan: written.logits(written.hidden(tokens, positions, plan))
         return lambda tokens, positions, plan: self.logits(self.hidden(tokens[:, None], positions[:, None], plan)[:, 0])
@@ -260,7 +266,9 @@ def load(name: str, *, device: str = "auto", precision: str = "auto", gradient_c
     # A CPU takes a hundred times as long for numbers below 1e-38, of which sharp attention makes many.
     torch.set_flush_denormal(True)
     chosen = detect_precision(precision, place)
-    dtype = torch.bfloat16 if chosen == "bf16" else torch.float32
+    # On a GPU memory is dear: there the optimizer alone keeps float32.
+    bfloat16 = chosen == "bf16" or (chosen == "bf16-master" and place.type == "cuda")
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
     if local:
         _check_size(name, Path(source))
     model = _load_model(name, source, local=local, dtype=dtype)

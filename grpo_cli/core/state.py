@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.masters import Masters
 from grpo_cli.core.policy import Policy
 from grpo_cli.core.puzzle import Puzzle
 from grpo_cli.core.run import Run
@@ -55,7 +58,7 @@ class Training:
             "step": self.step,
             "config": digest(settings),
             "model": type(self.policy.model).__name__,
-            "optimizer": type(self.optimizer).__name__,
+            "optimizer": type(getattr(self.optimizer, "inner", self.optimizer)).__name__,
             "torch": torch.__version__,
             "transformers": version("transformers"),
         }
@@ -85,16 +88,30 @@ class Training:
             ) from error
 
     def checkpoint_bytes(self) -> int:
-        """About how large a checkpoint is: the weights, and two moments of each."""
-        return sum(3 * parameter.numel() * parameter.element_size() for parameter in self.policy.model.parameters())
+        """About how large a checkpoint is: the weights, two moments of each, and the masters if there are some."""
+        weights: int = sum(3 * weight.numel() * weight.element_size() for weight in self.policy.model.parameters())
+        masters = self.optimizer.masters if isinstance(self.optimizer, Masters) else []
+        return weights + sum(master.numel() * master.element_size() for master in masters)
 
     def restore(self, folder: Path) -> None:
         """Take up the state of a checkpoint whose model is already loaded."""
         state = torch.load(folder / "state.pt", map_location=self.policy.device, weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._restore_optimizer(state["optimizer"], folder / "model")
         for name in _PROGRESS:
             setattr(self, name, state["progress"][name])
         self.resumed_from = self.step
+
+    @torch.no_grad()
+    def _restore_optimizer(self, state: dict[str, Any], model: Path) -> None:
+        """Weights of float32 and masters of others are the same thing, so that a run may go on on another device."""
+        if isinstance(self.optimizer, Masters) and "masters" not in state:
+            saved = {name: tensor for path in model.glob("*.safetensors") for name, tensor in load_file(path).items()}
+            state = {"masters": [saved[name] for name, _ in self.policy.model.named_parameters()], "inner": state}
+        elif not isinstance(self.optimizer, Masters) and "masters" in state:
+            for weight, master in zip(self.policy.model.parameters(), state["masters"], strict=True):
+                weight.copy_(master)
+            state = state["inner"]
+        self.optimizer.load_state_dict(state)
 
 
 def choose_optimizer(wanted: str, device: torch.device) -> str:
@@ -106,12 +123,16 @@ def choose_optimizer(wanted: str, device: torch.device) -> str:
 
 def build_optimizer(policy: Policy, *, name: str, weight_decay: float) -> torch.optim.Optimizer:
     """AdamW, of torch or with 8-bit state of bitsandbytes. The learning rate is set per step."""
-    parameters = policy.model.parameters()
-    if choose_optimizer(name, policy.device) == "adamw8bit":
-        import bitsandbytes  # imported late: it looks for native kernels
 
-        return bitsandbytes.optim.AdamW8bit(parameters, weight_decay=weight_decay)  # type: ignore[no-any-return]
-    return torch.optim.AdamW(parameters, weight_decay=weight_decay)
+    def build(weights: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
+        if choose_optimizer(name, policy.device) == "adamw8bit":
+            import bitsandbytes  # imported late: it looks for native kernels
+
+            return bitsandbytes.optim.AdamW8bit(weights, weight_decay=weight_decay)  # type: ignore[no-any-return]
+        return torch.optim.AdamW(weights, weight_decay=weight_decay)
+
+    weights = policy.model.parameters()
+    return Masters(weights, build) if policy.has_masters else build(weights)
 
 
 def settled(settings: Settings, policy: Policy) -> Settings:
