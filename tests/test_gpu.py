@@ -1,0 +1,77 @@
+"""What only a CUDA device can show: that its fast paths agree with the plain ones. `pytest -m gpu` runs them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_policy import gradients, ragged
+from test_sampler import assert_same, rolled
+
+from grpo_cli.core import attention
+from grpo_cli.core.policy import Policy, load
+from grpo_cli.core.sampler import StaticSampler
+from grpo_cli.core.task import SYSTEM
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture
+def policy(tiny_folder: Path) -> Policy:
+    return load(str(tiny_folder), device="cuda", precision="float32")
+
+
+def prompts_of(policy: Policy) -> list[list[int]]:
+    asked = ("Make 13 of [3, 5, 2].", "Make 25 of [4, 7, 3, 9], please.")
+    return [policy.encode([{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]) for text in asked]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_a_cuda_graph_samples_what_the_eager_sampler_does(policy: Policy, temperature: float) -> None:
+    prompts = prompts_of(policy)
+    for step in range(3):
+        expected = rolled(policy, prompts, static=False, step=step, temperature=temperature)
+        assert_same(rolled(policy, prompts, static=True, step=step, temperature=temperature), expected, atol=1e-4)
+    assert len(policy.samplers) == 1
+
+
+def test_a_cuda_graph_follows_the_weights(policy: Policy) -> None:
+    prompts = prompts_of(policy)
+    before = rolled(policy, prompts, static=True)
+    with torch.no_grad():
+        for weight in policy.model.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    found = rolled(policy, prompts, static=True)
+    assert_same(found, rolled(policy, prompts, static=False), atol=1e-4)
+    assert found.completions != before.completions
+
+
+def test_the_memory_of_a_static_sampler_is_given_back(policy: Policy) -> None:
+    prompts = prompts_of(policy)
+    rolled(policy, prompts, static=True)
+    held = torch.cuda.memory_allocated()
+    assert isinstance(policy.samplers[0], StaticSampler)
+    policy.samplers.clear()
+    assert torch.cuda.memory_allocated() < held
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_flash_attention_gives_the_log_probabilities_of_the_masked_one(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, gradient_checkpointing: bool
+) -> None:
+    policy = load(str(tiny_folder), device="cuda", precision="bf16", gradient_checkpointing=gradient_checkpointing)
+    exact = load(str(tiny_folder), device="cpu", precision="float32")
+    sequences = ragged(37)
+    found = {}
+    for maskless in (False, True):
+        monkeypatch.setattr(attention, "maskless", lambda device, chosen=maskless: chosen)
+        logprobs, _ = policy.logprobs(sequences, temperature=1.3)
+        found[maskless] = [
+            logprobs.detach().cpu(),
+            *(part.cpu() for part in gradients(policy.model, logprobs).values()),
+        ]
+    monkeypatch.setattr(attention, "maskless", lambda device: False)
+    logprobs, _ = exact.logprobs(sequences, temperature=1.3)
+    expected = [logprobs.detach(), *gradients(exact.model, logprobs).values()]
+    for masked, flash, truth in zip(found[False], found[True], expected, strict=True):
+        # Rounding to bfloat16 is all that may part them: neither is further from the truth than the other.
+        assert (flash.float() - truth).norm() < 2 * (masked.float() - truth).norm() + 1e-3 * truth.norm()
