@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class Rollout:
     completions: list[list[int]]  # token ids, the end-of-sequence token included where there is one
     logprobs: list[list[float]]  # of each token, under the distribution that it was sampled from
     truncated: list[bool]  # ran out of tokens before its end-of-sequence token
+    seconds: dict[str, float] = field(compare=False)  # by phase: prefill, decode
+    computed: int = field(compare=False)  # token places of the passes through the model, padding included
 
 
 def draws(seed: int, step: int, prompts: Sequence[int], num_generations: int, tokens: int) -> Tensor:
@@ -81,11 +84,13 @@ def sample(
     def part(chosen: slice, generations: slice) -> Rollout:
         count = len(range(num_generations)[generations])
         drawn = None if uniform is None else uniform[chosen, generations]
+        start = _now(policy)
         sampler = _Sampler(policy, prompts[chosen], count, max_new_tokens, temperature, drawn)
+        prefilled = _now(policy)
         for time, _ in enumerate(sampler.run()):
             if on_token is not None:
                 on_token(time + 1)
-        return sampler.result()
+        return sampler.result({"prefill": prefilled - start, "decode": _now(policy) - prefilled})
 
     def everything(at_once: int) -> Rollout:
         with policy.autocast():
@@ -111,6 +116,13 @@ def stream(
     yield policy.decode(tokens)[len(shown) :]
 
 
+def _now(policy: Policy) -> float:
+    """Seconds, once the device has done what it was given."""
+    if policy.device.type == "cuda":
+        torch.cuda.synchronize(policy.device)
+    return perf_counter()
+
+
 def _parts(prompts: int, generations: int, rows: int) -> list[tuple[slice, slice]]:
     """P prompts by G generations cut into rectangles of at most `rows` completions, in order; one if `rows` is 0."""
     rows = rows or prompts * generations
@@ -127,6 +139,8 @@ def _joined(parts: Sequence[Rollout]) -> Rollout:
         [tokens for part in parts for tokens in part.completions],
         [logprobs for part in parts for logprobs in part.logprobs],
         [cut for part in parts for cut in part.truncated],
+        {phase: sum(part.seconds[phase] for part in parts) for phase in parts[0].seconds},
+        sum(part.computed for part in parts),
     )
 
 
@@ -147,6 +161,7 @@ class _Sampler:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         longest = int(lengths.max())
         tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)  # (P, L)
+        self.computed = tokens.numel()
         prefill = Prefill()
         hidden = policy.hidden(tokens, torch.arange(longest, device=device).expand_as(tokens), prefill)
         last = hidden[torch.arange(len(prompts), device=device), lengths - 1]  # (P, D)
@@ -195,10 +210,13 @@ class _Sampler:
         positions = (self.lengths + self.cache.time)[:, None].expand_as(chosen)
         self.logits = self.step(chosen.flatten(), positions.flatten(), self.cache)
         self.cache.time += 1
+        self.computed += chosen.numel()
 
-    def result(self) -> Rollout:
+    def result(self, seconds: dict[str, float]) -> Rollout:
         truncated = (self.ended == 0).tolist()
         lengths = [self.limit if cut else end for cut, end in zip(truncated, self.ended.tolist(), strict=True)]
         rows = zip(self.tokens.tolist(), self.logprobs.tolist(), lengths, strict=True)
         cut = [(tokens[:length], logprobs[:length]) for tokens, logprobs, length in rows]
-        return Rollout([tokens for tokens, _ in cut], [logprobs for _, logprobs in cut], truncated)
+        return Rollout(
+            [tokens for tokens, _ in cut], [logprobs for _, logprobs in cut], truncated, seconds, self.computed
+        )

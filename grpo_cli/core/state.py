@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.meter import hardware_of
 from grpo_cli.core.policy import Policy
 from grpo_cli.core.puzzle import Puzzle
 from grpo_cli.core.run import Run
@@ -191,4 +192,5 @@ def environment(policy: Policy) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "precision": policy.precision,
         "parameters": sum(parameter.numel() for parameter in policy.model.parameters()),
+        "hardware": hardware_of(policy).record(),
     }
