@@ -626,6 +626,21 @@ def training_summary(summary: Mapping[str, Any], folder: Path, *, overlap: str) 
     if len(summary["peaks"]) > 1:
         out.print()
         out.print(_peaks(summary))
+    if summary.get("phases"):
+        out.print()
+        out.print(_phases(summary["phases"]))
+        for sentence in summary["verdict"]:
+            out.print(Text(sentence))
+
+
+def _phases(phases: Mapping[str, Mapping[str, float]]) -> Table:
+    """Where the time went, and how near each phase came to the least that the hardware needs for it."""
+    table = _table("phase", "seconds", "share", "floor", "of floor", numeric=("seconds", "share", "floor", "of floor"))
+    for name, phase in phases.items():
+        floor = phase.get("floor")
+        bound = ("-", "-") if floor is None else (f"{floor:,.3g}", percent(floor / phase["seconds"]))
+        table.add_row(name, f"{phase['seconds']:,.1f}", percent(phase["share"]), *bound)
+    return table
 
 
 def _peaks(summary: Mapping[str, Any]) -> Group:

@@ -52,17 +52,18 @@ COLUMNS = (
     Column("completion_length", "length", "{:.1f}", 6, 5),
     Column("truncated", "truncated", "{:.1%}", 9, 6),
     Column("zero_variance", "zero-var", "{:.1%}", 8, 9),
-    Column("clip_fraction", "clip", "{:.1%}", 5, 13),
+    Column("clip_fraction", "clip", "{:.1%}", 5, 14),
     Column("grad_norm", "grad norm", "{:.3f}", 9, 10),
-    Column("weights_changed", "changed", "{:.1%}", 7, 12),
+    Column("weights_changed", "changed", "{:.1%}", 7, 13),
     Column("tokens_per_second", "tok/s", "{:,.0f}", 7, 11),
+    Column("floor_share", "floor", "{:.1%}", 6, 12),
     Column("time/total", "s/step", "{:.2f}", 6, 7),
 )
 PHASES = (
-    Column("time/rollout", "rollout", "{:.2f}s", 6, 14),
-    Column("time/score", "score", "{:.2f}s", 6, 15),
-    Column("time/reference", "reference", "{:.2f}s", 6, 16),
-    Column("time/update", "update", "{:.2f}s", 6, 17),
+    Column("time/rollout", "rollout", "{:.2f}s", 6, 15),
+    Column("time/score", "score", "{:.2f}s", 6, 16),
+    Column("time/reference", "reference", "{:.2f}s", 6, 17),
+    Column("time/update", "update", "{:.2f}s", 6, 18),
 )
 
 

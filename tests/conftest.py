@@ -20,6 +20,9 @@ from grpo_cli.core.task import STYLES, prompt
 
 torch.set_num_threads(1)
 
+# Metrics that no two runs share.
+MEASURED = ("time", "tokens", "floor", "arithmetic", "mfu", "peak_memory")
+
 
 def save_tiny_model(folder: Path, **changes: object) -> Path:
     """A random model of two layers; its weights are large enough for the distributions to be far from uniform."""

@@ -17,7 +17,7 @@ from pkgutil import resolve_name
 
 import pytest
 import torch
-from conftest import Command, save_tiny_model
+from conftest import MEASURED, Command, save_tiny_model
 
 from grpo_cli.core import config
 from grpo_cli.core.errors import CountdownError
@@ -431,7 +431,7 @@ def test_what_auto_stood_for_is_kept(trained: Command, tmp_path: Path) -> None:
 def timeless(run: Run) -> list[dict[str, float]]:
     """The metrics without what differs from one run to the next of the same."""
     lines = run.metrics()
-    return [{k: v for k, v in line.items() if not k.startswith(("time", "tokens"))} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in lines]
 
 
 def assert_same_run(found: Run, expected: Run, steps: int) -> None:

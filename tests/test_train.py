@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import MEASURED
 
 from grpo_cli.core import config, grpo
 from grpo_cli.core import train as train_module
@@ -136,7 +137,15 @@ def test_a_run_leaves_metrics_samples_best_model_and_last_checkpoints(tiny_folde
     assert [line["step"] for line in lines if "val_accuracy" in line] == [0, 2, 4] == watcher.evaluations
     expected = "reward accuracy format_rate kl loss entropy completion_length truncated zero_variance clip_fraction"
     expected += " grad_norm weights_changed learning_rate tokens_per_second logprob_gap time/rollout time/update"
+    expected += " time/prefill time/decode time/score time/reference time/optimizer padding peak_memory mfu floor_share"
     assert set(expected.split()) <= lines[1].keys()
+    for line in lines[1:]:
+        assert line["time/prefill"] + line["time/decode"] <= line["time/rollout"]
+        parts = ("rollout", "score", "reference", "update", "optimizer")
+        assert sum(line[f"time/{part}"] for part in parts) <= line["time/total"]
+        assert 0 <= line["padding"] < 1
+        assert line["mfu"] > 0
+        assert 0.05 < line["peak_memory"] < 100  # GB of this process
     assert [step for step, _ in run.checkpoints()] == [2, 4]
     assert load(str(run.model_path), device="cpu").model.num_parameters() == training.policy.model.num_parameters()
     assert len((run.path / "samples.jsonl").read_text().splitlines()) == 4 * 2
@@ -153,8 +162,7 @@ def test_the_first_step_starts_at_the_reference_and_later_ones_leave_it(tiny_fol
 def test_the_same_seed_gives_the_same_run(tiny_folder: Path, tmp_path: Path) -> None:
     runs = [trained(small(tiny_folder), tmp_path, name)[1] for name in ("a", "b")]
     timeless = [
-        [{k: v for k, v in line.items() if not k.startswith(("time", "tokens"))} for line in run.metrics()]
-        for run in runs
+        [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in run.metrics()] for run in runs
     ]
     assert timeless[0] == timeless[1]
 
@@ -191,7 +199,7 @@ def test_going_on_from_a_checkpoint_equals_never_having_stopped(
         assert torch.equal(left, right)
     timeless = [
         [
-            {k: v for k, v in line.items() if not k.startswith(("time", "tokens")) and k != "val_accuracy"}
+            {k: v for k, v in line.items() if not k.startswith(MEASURED) and k != "val_accuracy"}
             for line in found.metrics()
         ]
         for found in (expected, run)
@@ -402,7 +410,7 @@ def with_suite(folder: Path, **flags: object) -> Settings:
 
 
 def timeless(run: Run) -> list[dict[str, float]]:
-    return [{k: v for k, v in line.items() if not k.startswith(("time", "tokens"))} for line in run.metrics()]
+    return [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in run.metrics()]
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])

@@ -20,6 +20,7 @@ tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -182,12 +183,14 @@ def update(
     ref_logprobs: Tensor | None = None,
     sampled_logprobs: Sequence[Sequence[float]] | None = None,
     poll: Callable[[], None] = lambda: None,
+    stepping: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, float]:
     """Update the weights `num_inner_updates` times from completions (B rows) and their advantages (B,).
 
     `fit` says how many rows make a micro-batch. `poll` is called before each one until the weights change; what it
     raises ends the update with the weights as they were. Without a KL term, rows without advantage are skipped: their
-    gradient is exactly zero. Raises NotFinite, before the weights change, if the loss or the gradient is not finite.
+    gradient is exactly zero. `stepping` is entered around each step of the optimizer. Raises NotFinite, before the
+    weights change, if the loss or the gradient is not finite.
 
     Returns the metrics loss, kl (if there is a reference), entropy, clip_fraction, grad_norm, weights_changed, means
     over the inner updates, and logprob_gap: the mean distance of l from the sampler's own log-probabilities, if they
@@ -227,9 +230,10 @@ def update(
     try:
         for _ in range(num_inner_updates if rows else 0):
             sums = (fit or Fit()).attempt(gradient, total=len(rows), doing="update")
-            norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), clip_grad_norm)
-            _require_finite(norm, "gradient norm")
-            optimizer.step()
+            with stepping():
+                norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), clip_grad_norm)
+                _require_finite(norm, "gradient norm")
+                optimizer.step()
             history.append(_metrics(sums, norm, has_reference=ref_logprobs is not None))
     finally:
         optimizer.zero_grad(set_to_none=True)

@@ -28,6 +28,7 @@ class Rollout:
     logprobs: list[list[float]]  # of each token, under the distribution that it was sampled from
     truncated: list[bool]  # ran out of tokens before its end-of-sequence token
     seconds: dict[str, float] = field(compare=False)  # by phase: prefill, decode
+    computed: int = field(compare=False)  # token places of the passes through the model, padding included
 
 
 def draws(seed: int, step: int, prompts: Sequence[int], num_generations: int, tokens: int) -> Tensor:
@@ -157,7 +158,11 @@ def _rollout(sampler: Sampler, seconds: dict[str, float]) -> Rollout:
     rows = zip(sampler.tokens.tolist(), sampler.logprobs.tolist(), lengths, strict=False)
     cut = [(tokens[:length], logprobs[:length]) for tokens, logprobs, length in rows]
     return Rollout(
-        [tokens for tokens, _ in cut], [logprobs for _, logprobs in cut], [end == 0 for end in ended], seconds
+        [tokens for tokens, _ in cut],
+        [logprobs for _, logprobs in cut],
+        [end == 0 for end in ended],
+        seconds,
+        sampler.computed,
     )
 
 
@@ -167,4 +172,5 @@ def _joined(parts: Sequence[Rollout]) -> Rollout:
         [logprobs for part in parts for logprobs in part.logprobs],
         [cut for part in parts for cut in part.truncated],
         {phase: sum(part.seconds[phase] for part in parts) for phase in parts[0].seconds},
+        sum(part.computed for part in parts),
     )

@@ -54,6 +54,7 @@ class Sampler:
         self.logprobs = torch.zeros(rows, max_new_tokens, device=device)
         self.ended = torch.zeros(rows, dtype=torch.long, device=device)  # length at which a row ended, 0 until then
         self.rows = rows
+        self.computed = 0  # token places of the passes through the model
 
     def run(self) -> Iterator[int]:
         """Sample until every row has ended or is full; yields how many tokens the rows still going on have."""
@@ -65,6 +66,7 @@ class Sampler:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         longest = max(map(len, prompts))
         tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)  # (P, L)
+        self.computed = tokens.numel()
         prefill = Prefill()
         hidden = self.policy.hidden(tokens, torch.arange(longest, device=device).expand_as(tokens), prefill)
         last = hidden[torch.arange(len(prompts), device=device), lengths - 1]  # (P, D)
@@ -124,6 +126,7 @@ class ShrinkingSampler(Sampler):
         positions = (self.lengths + self.cache.time)[:, None].expand_as(chosen)
         self.logits = self.step(chosen.flatten(), positions.flatten(), self.cache)
         self.cache.time += 1
+        self.computed += chosen.numel()
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,7 @@ class StaticSampler(Sampler):
             if self.replay is None:
                 self.replay = record(self._turn, self.policy.device)
             self.replay()
+            self.computed += len(self.tokens)
             yield time + 1
 
     def _turn(self) -> None:

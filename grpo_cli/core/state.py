@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.masters import Masters
+from grpo_cli.core.meter import hardware_of
 from grpo_cli.core.policy import Policy
 from grpo_cli.core.puzzle import Puzzle
 from grpo_cli.core.run import Run
@@ -212,4 +213,5 @@ def environment(policy: Policy) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "precision": policy.precision,
         "parameters": sum(parameter.numel() for parameter in policy.model.parameters()),
+        "hardware": hardware_of(policy).record(),
     }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+from grpo_cli.core.cost import COMPUTED
 from grpo_cli.core.evaluate import Evaluation
 from grpo_cli.core.run import Run
 from grpo_cli.core.state import Training
@@ -29,6 +32,8 @@ def summary(training: Training, evaluation: Evaluation, run: Run) -> dict[str, o
             if line["step"] > training.best_step
         ),
         "peaks": _peaks(run, training.best_step),
+        "phases": (found := phases(metrics)),
+        "verdict": verdict(found),
     }
 
 
@@ -52,3 +57,65 @@ def _peaks(run: Run, best_step: int) -> dict[str, dict[str, float]]:
             "p_value": mcnemar(gained, lost),
         }
     return found
+
+
+def phases(metrics: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Where the time went: by phase its `seconds` and `share` of all, and where it has a floor, `floor` in seconds.
+
+    `matrix` is what its operations would take at the hardware's full rate. Empty if the steps did not log their phases,
+    as those of old runs.
+    """
+
+    def total(key: str) -> float:
+        return sum(line.get(key, 0.0) for line in metrics if "floor_share" in line)
+
+    names = ("prefill", "decode", "score", "reference", "update", "optimizer")
+    spent = {name: total(f"time/{name}") for name in names}
+    if not total("time/total"):
+        return {}
+    spent["other"] = total("time/total") - sum(spent.values())
+    spent["evaluation"] = sum(line.get("time/eval", 0.0) for line in metrics)
+    whole = sum(spent.values())
+    found = {name: {"seconds": seconds, "share": seconds / whole} for name, seconds in spent.items() if seconds > 0}
+    for name in COMPUTED:
+        if name in found:
+            found[name] |= {"floor": total(f"floor/{name}"), "matrix": total(f"arithmetic/{name}")}
+    return found
+
+
+# From which share of the floor a phase is bound by the hardware; from which share of the time a phase is worth a word.
+AT_THE_FLOOR, MATTERS = 0.4, 0.25
+REMEDIES = {
+    "prefill": "shorter prompts cost less",
+    "decode": "more completions for each prompt cost less than in proportion",
+    "reference": "`--beta 0` needs no reference",
+    "update": "larger micro-batches may fill the hardware better",
+    "optimizer": "a larger batch pays it less often",
+    "evaluation": "a larger `--eval-every` or fewer `--eval-puzzles` save it",
+}
+
+
+def verdict(found: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A sentence on what bounds each phase that takes a quarter of the time or more, or the longest if none does.
+
+    Rules, in order: above its floor's speed, the data stays in a cache; from 40 % of the floor on, arithmetic or memory
+    bandwidth bounds it, whichever makes its floor; below, neither does, but what each operation costs beside.
+    """
+    order = sorted(found, key=lambda name: -found[name]["seconds"])
+    return [_sentence(name, found[name]) for name in order if found[name]["share"] >= MATTERS or name == order[0]]
+
+
+def _sentence(name: str, phase: Mapping[str, float]) -> str:
+    takes = f"{name} takes {phase['share']:.0%} of the time"
+    remedy = f"; {REMEDIES[name]}" if name in REMEDIES else ""
+    if not phase.get("floor"):
+        return takes + remedy
+    reached, arithmetic = phase["floor"] / phase["seconds"], phase["matrix"] >= phase["floor"] / 2
+    what = "matrix rate" if arithmetic else "memory bandwidth"
+    if reached > 1:
+        return f"{takes}, at {reached:.0%} of the {what}: what it reads stays in a cache"
+    at = f"{takes}, at {reached:.0%} of the {what}"
+    if reached >= AT_THE_FLOOR:
+        spare = remedy if name == "decode" and not arithmetic else ""
+        return f"{at}: bound by {'arithmetic' if arithmetic else 'reading and writing memory'}{spare}"
+    return f"{at}: bound by what each operation costs beside its arithmetic and its memory{remedy}"

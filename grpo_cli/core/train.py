@@ -18,12 +18,14 @@ from typing import Protocol
 
 import torch
 
+from grpo_cli.core.cost import Work
 from grpo_cli.core.curriculum import Curriculum, schedule
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evaluate import Evaluation, evaluate, puzzle_set, puzzles_of
 from grpo_cli.core.grpo import NotFinite, advantages, reference_logprobs, update, zero_variance
 from grpo_cli.core.guards import collapses, warnings
 from grpo_cli.core.memory import Fit, ran_out
+from grpo_cli.core.meter import Meter
 from grpo_cli.core.policy import Policy, Sequences
 from grpo_cli.core.puzzle import Puzzle
 from grpo_cli.core.rollout import Rollout, draws, sample
@@ -215,12 +217,14 @@ class _Loop:
         for step in range(training.step + 1, self.settings.train.num_iterations + 1):
             if self._out_of_patience():
                 break
-            clock = Clock()
+            clock, meter = Clock(), Meter(training.policy, training.optimizer)
             with clock.phase("total"):
-                metrics, batch = self._step(step, clock)
+                metrics, batch = self._step(step, clock, meter)
+            clock.seconds["time/update"] -= clock.seconds.get("time/optimizer", 0.0)
             training.step = step
             tokens = metrics.pop("tokens") + metrics.pop("tokens_refilled", 0)
             metrics |= {**clock.seconds, "tokens_per_second": tokens / clock.seconds["time/total"]}
+            metrics |= meter.metrics(self._work(batch), at_once=self.learning.rows, seconds=clock.seconds["time/total"])
             training.pending = {key: value for key, value in metrics.items() if math.isfinite(value)}
             self.history.append(training.pending)
             records = batch.shown()
@@ -242,14 +246,14 @@ class _Loop:
         self.observer.message(f"stopping after step {training.step}: {waited}; {best}")
         return True
 
-    def _step(self, step: int, clock: Clock) -> tuple[dict[str, float], _Batch]:
+    def _step(self, step: int, clock: Clock, meter: Meter) -> tuple[dict[str, float], _Batch]:
         """One step of GRPO: its metrics and its completions."""
         policy, settings = self.training.policy, self.settings.train
 
         # 1. Sample a group of completions of each prompt.  2. Score them, and compare each with its group.
-        batch = self._sample(step, clock, range(settings.batch_size))
+        batch = self._sample(step, clock, meter, range(settings.batch_size))
         described = batch.describe() | self.curriculum.shares(list(zip(batch.puzzles, batch.styles, strict=True)))
-        described |= self._refill(batch, clock)
+        described |= self._refill(batch, clock, meter)
         advantage = advantages(batch.rewards, scale=self.settings.loss.scale_rewards)  # (P, G)
 
         # 3. Ask the frozen reference how likely it finds them.
@@ -282,6 +286,7 @@ class _Loop:
                     ref_logprobs=ref_logprobs,
                     sampled_logprobs=batch.rollout.logprobs,
                     poll=self._poll,
+                    stepping=partial(clock.phase, "optimizer"),
                 )
                 self.training.bad_in_a_row = 0
             except NotFinite as problem:
@@ -290,7 +295,7 @@ class _Loop:
         bad = self.training.bad_steps
         return {"step": step, **described, **updated, "learning_rate": rate, "bad_steps": bad}, batch
 
-    def _sample(self, step: int, clock: Clock, places: Sequence[int], *, turn: int = 0) -> _Batch:
+    def _sample(self, step: int, clock: Clock, meter: Meter, places: Sequence[int], *, turn: int = 0) -> _Batch:
         """Completions of the prompts at `places` in a step, scored. Later turns have other prompts."""
         policy, settings = self.training.policy, self.settings.train
         drawn = self.curriculum.prompts(step, turn=turn)
@@ -309,6 +314,9 @@ class _Loop:
                 fit=self.sampling,
                 on_token=partial(self._token, "sampling token", settings.max_new_tokens),
             )
+        meter.sampled(prompts, rollout)
+        for name, seconds in rollout.seconds.items():
+            clock.seconds[f"time/{name}"] = clock.seconds.get(f"time/{name}", 0.0) + seconds
         with clock.phase("score"):
             texts = [policy.decode(tokens) for tokens in rollout.completions]
             scores = []
@@ -318,7 +326,7 @@ class _Loop:
             rewards = torch.tensor([found.reward for found in scores]).view(groups)  # (P, G)
         return _Batch(step, puzzles, styles, prompts, rollout, texts, scores, rewards)
 
-    def _refill(self, batch: _Batch, clock: Clock) -> dict[str, float]:
+    def _refill(self, batch: _Batch, clock: Clock, meter: Meter) -> dict[str, float]:
         """Put groups that tell their samples apart where all are rewarded alike, as DAPO does (arXiv 2503.14476).
 
         They are of puzzles in an order of their own, so those of later steps stay what they are. At most `refill`
@@ -330,11 +338,28 @@ class _Loop:
             places = flat.nonzero()[:, 0].tolist()
             if not places:
                 break
-            other = self._sample(batch.step, clock, places, turn=turn)
+            other = self._sample(batch.step, clock, meter, places, turn=turn)
             tokens += sum(map(len, other.rollout.completions))
             batch.take(places, other)
             flat = zero_variance(batch.rewards)
         return {"refilled": (first - int(flat.sum())) / len(flat), "tokens_refilled": tokens} if turns else {}
+
+    def _work(self, batch: _Batch) -> Work:
+        """What the step of a batch computes, as `cost` prices it."""
+        settings = self.settings.train
+        lengths = list(map(len, batch.rollout.completions))
+        learned = None
+        if not self.settings.loss.beta:  # rows without advantage are skipped
+            advantage = advantages(batch.rewards, scale=self.settings.loss.scale_rewards)
+            learned = advantage.flatten().nonzero()[:, 0].tolist()
+        return Work(
+            list(map(len, batch.prompts)),
+            lengths,
+            settings.num_generations,
+            reference=self.reference is not None,
+            learned=learned,
+            updates=settings.num_inner_updates,
+        )
 
     def _skip(self, batch: _Batch, problem: NotFinite) -> None:
         """Leave the weights as they are, keep the batch for a report, and give up after too many in a row."""
