@@ -79,7 +79,7 @@ def test_the_floor_of_the_original_workload_on_an_h200() -> None:
 def counted(model: Qwen2ForCausalLM, tokens: int, **options: int) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, tokens, dtype=torch.long), **options)
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def test_operations_are_those_that_torch_counts() -> None:
