@@ -42,7 +42,7 @@ KNOWN: tuple[tuple[str, float, float], ...] = (
     (r"MI300X", 1307, 5300),
 )
 # These have no bfloat16 matrix units, so that what they do in bfloat16 is measured: T4, V100.
-MATRIX, COPY, REPEATS = 1024, 2**25, 3  # rows and columns; bytes, and twice that are moved
+MATRIX, COPY, REPEATS = 1024, 2**27, 8  # rows and columns; bytes, and twice that are moved
 
 
 @dataclass(frozen=True)

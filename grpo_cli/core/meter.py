@@ -5,7 +5,6 @@ Joins what a step computed with the formulas of `cost` and the peaks of `hardwar
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,8 +12,6 @@ from dataclasses import dataclass, field
 import torch
 
 from grpo_cli.core import cost
-from grpo_cli.core.attention import BUCKET
-from grpo_cli.core.grpo import micro_batches
 from grpo_cli.core.hardware import Hardware, hardware
 from grpo_cli.core.policy import Policy
 from grpo_cli.core.rollout import Rollout
@@ -55,19 +52,19 @@ class Meter:
         work = cost.Work(list(map(len, prompts)), lengths, len(lengths) // len(prompts))
         self.rollouts.append((work, rollout.computed))
 
-    def metrics(self, work: cost.Work, *, at_once: int, seconds: float) -> dict[str, float]:
-        """Metrics of a step that learned `work`, `at_once` rows a micro-batch (0 for all), and took `seconds`.
+    def metrics(self, work: cost.Work, *, seconds: float) -> dict[str, float]:
+        """Metrics of a step that learned `work` and took `seconds`.
 
-        `padding`: the share of padding in all token places that the rollouts and one pass of the update compute. Ended
-        rows that are still computed are padding; the update has some in its attention alone, counted as if its other
-        layers had it too. `peak_memory`: GB, of the step on CUDA, else of the process so far.
+        `padding`: share of the token places computed in the rollout that are of no token, ended rows that are still
+        computed among them; the packed row of the update has none. `peak_memory`: GB, of the step on CUDA, else of the
+        process so far.
         """
         bytes_of = widths(self.policy, self.optimizer)
         found = cost.costs(self.shape, work, bytes_of)
         for phase, price in (("prefill", cost.prefill), ("decode", cost.decode)):
             parts = [price(self.shape, one, bytes_of) for one, _ in self.rollouts]
             found[phase] = cost.Cost(sum(part.flops for part in parts), sum(part.bytes for part in parts))
-        real, computed = _packed_places(work, at_once)
+        real = computed = 0
         for one, places in self.rollouts:
             real += sum(one.prompts) + sum(length - 1 for length in one.completions)
             computed += places
@@ -78,22 +75,12 @@ class Meter:
         }
 
 
-def _packed_places(work: cost.Work, at_once: int) -> tuple[int, int]:
-    """Real tokens and token places, padding included, of one pass of the update."""
-    rows = list(range(len(work.completions))) if work.learned is None else list(work.learned)
-    real = computed = 0
-    for part in micro_batches(rows, at_once):
-        prompts = [work.prompts[index] for index in {row // work.generations for row in part}]
-        lengths = sorted(work.completions[row] for row in part)
-        real += sum(prompts) + sum(lengths)
-        computed += len(prompts) * max(prompts) + sum(
-            len(bucket) * bucket[-1] for bucket in micro_batches(lengths, BUCKET)
-        )
-    return real, computed
-
-
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0  # it has no such count
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -89,7 +89,7 @@ REMEDIES = {
     "prefill": "shorter prompts cost less",
     "decode": "more completions for each prompt cost less than in proportion",
     "reference": "`--beta 0` needs no reference",
-    "update": "larger micro-batches may fill the hardware better",
+    "update": "micro-batches as large as memory allows fill the hardware best",
     "optimizer": "a larger batch pays it less often",
     "evaluation": "a larger `--eval-every` or fewer `--eval-puzzles` save it",
 }

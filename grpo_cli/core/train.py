@@ -224,7 +224,7 @@ class _Loop:
             training.step = step
             tokens = metrics.pop("tokens") + metrics.pop("tokens_refilled", 0)
             metrics |= {**clock.seconds, "tokens_per_second": tokens / clock.seconds["time/total"]}
-            metrics |= meter.metrics(self._work(batch), at_once=self.learning.rows, seconds=clock.seconds["time/total"])
+            metrics |= meter.metrics(self._work(batch), seconds=clock.seconds["time/total"])
             training.pending = {key: value for key, value in metrics.items() if math.isfinite(value)}
             self.history.append(training.pending)
             records = batch.shown()

@@ -1,0 +1,390 @@
+"""The original's workload in the shape of Qwen2.5-1.5B on one GPU: probes, and training steps by phase.
+
+    python benchmarks/gpu.py --out gpu.json
+
+4 prompts of 290 tokens by 16 completions of 160, bfloat16, AdamW in 8 bits, KL to a frozen reference. Weights are
+random: speed and memory do not depend on them. Each variant of a step has a process of its own, so that its peak
+memory is its own; times are medians. Without CUDA the same code takes a tiny shape on the CPU, which shows that it
+runs and says nothing about speed. Beside each probe stands what was predicted before anything was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import multiprocessing
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from measured import Seconds, peak_bytes, table, timed, write
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from grpo_cli.core.builtin.tokenizer import train_tokenizer
+from grpo_cli.core.cost import Work, costs, shape_of
+from grpo_cli.core.grpo import advantages, reference_logprobs, update
+from grpo_cli.core.memory import Fit
+from grpo_cli.core.meter import hardware_of, widths
+from grpo_cli.core.policy import Policy, Sequences, load
+from grpo_cli.core.puzzle import Puzzle
+from grpo_cli.core.rollout import draws, sample
+from grpo_cli.core.settings import Loss
+from grpo_cli.core.state import build_optimizer
+from grpo_cli.core.task import STYLES, prompt
+
+SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {
+        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 128, "vocab_size": 1024,
+    },
+    "0.5b": {
+        "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+        "intermediate_size": 4864, "vocab_size": 151_936,
+    },
+    "1.5b": {
+        "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
+        "intermediate_size": 8960, "vocab_size": 151_936,
+    },
+}  # fmt: skip
+LOSS = Loss(loss_type="grpo", beta=0.01, epsilon=0.2, epsilon_high=0.2, kl_estimator="k3", scale_rewards="group")
+TEMPERATURE, LEARNING_RATE = 1.2, 2e-6
+PHASES = ("prefill", "decode", "reference", "update", "optimizer")
+
+
+@dataclass(frozen=True)
+class Load:
+    """The workload of a step."""
+
+    folder: str
+    device: str
+    prompts: int
+    prompt_tokens: int
+    completions: int  # of each prompt
+    tokens: int
+    rounds: int
+
+    def prompt_ids(self) -> list[list[int]]:
+        """Random tokens, other ones for each prompt."""
+        rng = torch.Generator().manual_seed(0)
+        return torch.randint(0, 400, (self.prompts, self.prompt_tokens), generator=rng).tolist()
+
+    def policy(self, precision: str) -> Policy:
+        """Without end-of-sequence ids, so that every completion is full."""
+        return replace(load(self.folder, device=self.device, precision=precision), end_ids=(10**6,))
+
+    def work(self) -> Work:
+        rows = self.prompts * self.completions
+        return Work([self.prompt_tokens] * self.prompts, [self.tokens] * rows, self.completions)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to take the step."""
+
+    name: str
+    precision: str = "bf16"
+    static: bool = True
+    padded: bool = False
+    gradient_checkpointing: bool = False
+    at_once: int = 0  # completions in a micro-batch
+
+
+VARIANTS = (
+    Variant("graph, shared prefix, bf16"),
+    Variant("the same, bf16-master", precision="bf16-master"),
+    Variant("eager decoding", static=False),
+    Variant("rows padded, each with its prompt", padded=True, at_once=16),
+    Variant("gradient checkpointing", gradient_checkpointing=True),
+)
+
+
+class Padded(Policy):
+    """Log-probabilities as one writes them first: every row has its prompt, padded to one length."""
+
+    def logprobs(self, sequences: Sequences, *, temperature: float) -> tuple[Tensor, Tensor]:
+        completions = sequences.completions
+        rows = [sequences.prompts[owner] + row for owner, row in zip(sequences.owners, completions, strict=True)]
+        assert len(set(map(len, rows))) == 1 == len(set(map(len, completions)))
+        tokens, length = torch.tensor(rows, device=self.device), len(completions[0])
+        attention = self.model.config._attn_implementation
+        self.model.set_attn_implementation("sdpa")
+        logits = self.model(input_ids=tokens, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
+        self.model.set_attn_implementation(attention)
+        everything = (logits.float() / temperature).log_softmax(dim=-1)  # (B, T, V)
+        entropy = -(everything.detach().exp() * everything.detach()).sum(dim=-1)
+        return everything.gather(-1, tokens[:, -length:, None])[..., 0], entropy
+
+
+def model_folder(scratch: Path, shape: str) -> str:
+    """A model folder of a shape, with random weights."""
+    texts = [message["content"] for style in STYLES for message in prompt(Puzzle((3, 5, 2), 13), style)]
+    tokenizer = train_tokenizer(texts, vocabulary=400)
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = Qwen2Config(tie_word_embeddings=True, max_position_embeddings=32_768, **SHAPES[shape], **ends)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = Qwen2ForCausalLM(config).bfloat16()
+    model.save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
+    return str(scratch)
+
+
+# Steps
+
+
+def steps(asked: Load, variant: Variant) -> dict[str, Any]:
+    """Medians by phase, peak memory, and what the floor of the hardware is."""
+    policy = asked.policy(variant.precision)
+    if variant.gradient_checkpointing:
+        policy.model.activation_checkpointing_enable()
+        policy.model.train()
+    if variant.padded:
+        policy = Padded(policy.model, policy.tokenizer, policy.name, policy.precision, policy.end_ids)
+    reference = replace(policy, model=policy.frozen_copy().model, samplers=[])
+    optimizer = build_optimizer(policy, name="adamw8bit", weight_decay=0.0)
+    for group in optimizer.param_groups:
+        group["lr"] = LEARNING_RATE
+    prompts, fit = asked.prompt_ids(), Fit(variant.at_once)
+    owners = [index for index in range(asked.prompts) for _ in range(asked.completions)]
+    rewards = torch.rand(asked.prompts, asked.completions, generator=torch.Generator().manual_seed(1))
+    rounds: list[Seconds] = []
+    for index in range(asked.rounds + 1):
+        seconds: Seconds = {}
+        with timed(seconds, "total"):
+            rollout = sample(
+                policy,
+                prompts,
+                num_generations=asked.completions,
+                max_new_tokens=asked.tokens,
+                temperature=TEMPERATURE,
+                uniform=draws(0, index, range(asked.prompts), asked.completions, asked.tokens),
+                static=variant.static,
+            )
+            seconds |= rollout.seconds
+            sequences = Sequences(prompts, rollout.completions, owners)
+            with timed(seconds, "reference"):
+                ref_logprobs = reference_logprobs(reference, sequences, temperature=TEMPERATURE, fit=fit)
+            with timed(seconds, "update"):
+                update(
+                    policy,
+                    optimizer,
+                    sequences,
+                    advantages(rewards).flatten(),
+                    loss=LOSS,
+                    temperature=TEMPERATURE,
+                    max_new_tokens=asked.tokens,
+                    clip_grad_norm=0.5,
+                    fit=fit,
+                    ref_logprobs=ref_logprobs,
+                    stepping=partial(timed, seconds, "optimizer"),
+                )
+        seconds["update"] -= seconds["optimizer"]
+        rounds.append(seconds)
+    medians = {phase: statistics.median(one[phase] for one in rounds[1:]) for phase in (*PHASES, "total")}
+    return {"seconds": medians, "peak": peak_bytes(), "floors": floors(asked, policy, optimizer)}
+
+
+def floors(asked: Load, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Seconds that the hardware needs at least, by phase."""
+    shape = shape_of(policy.model.config, sum(weight.numel() for weight in policy.model.parameters()))
+    found = costs(shape, asked.work(), widths(policy, optimizer))
+    return {phase: hardware_of(policy).peak.floor(found[phase]) for phase in PHASES}
+
+
+# Probes
+
+
+def kernel(asked: Load, *, masked: bool, backward: bool) -> str:
+    """The kernel in which attention of a group's completions to its prompt and themselves spends its time."""
+    heads, key_value_heads, width, longest = 12, 2, 128, asked.prompt_tokens + asked.tokens
+    device, dtype = torch.device(asked.device), torch.bfloat16
+    query, key, value = (
+        torch.randn(asked.completions, count, tokens, width, device=device, dtype=dtype, requires_grad=True)
+        for count, tokens in ((heads, asked.tokens), (key_value_heads, longest), (key_value_heads, longest))
+    )
+    bias: Tensor = causal_lower_right(asked.tokens, longest)
+    if masked:
+        bias = torch.zeros(asked.completions, 1, asked.tokens, longest, device=device, dtype=dtype)
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA if asked.device == "cuda" else activity.CPU]) as profiler:
+        attended = scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True)
+        if backward:
+            attended.sum().backward()
+    events = profiler.key_averages()
+    spent = {event.key: event.self_device_time_total or event.self_cpu_time_total for event in events}
+    return str(max(spent, key=lambda name: spent[name]))[:60]
+
+
+def decode_milliseconds(asked: Load, *, static: bool) -> float:
+    """Of one token of all rows."""
+    policy, prompts = asked.policy("bf16"), asked.prompt_ids()
+    uniform = draws(0, 0, range(asked.prompts), asked.completions, asked.tokens)
+    for _ in range(2):  # the first records
+        rollout = sample(
+            policy,
+            prompts,
+            num_generations=asked.completions,
+            max_new_tokens=asked.tokens,
+            temperature=TEMPERATURE,
+            uniform=uniform,
+            static=static,
+        )
+    return 1000 * rollout.seconds["decode"] / (asked.tokens - 1)
+
+
+def probes(asked: Load) -> dict[str, str]:
+    found = {
+        "eager, ms a token": f"{decode_milliseconds(asked, static=False):.2f}",
+        "graph, ms a token": f"{decode_milliseconds(asked, static=True):.2f}",
+    }
+    for masked, backward in ((False, False), (False, True), (True, False), (True, True)):
+        name = f"{'masked' if masked else 'aligned'}, {'forward and backward' if backward else 'forward'}"
+        found[name] = kernel(asked, masked=masked, backward=backward)
+    return found
+
+
+PREDICTED = {
+    "eager, ms a token": "25: launching kernels",
+    "graph, ms a token": "2 to 3; the floor is 0.9",
+    "aligned, forward": "flash, which shares keys among query heads",
+    "aligned, forward and backward": "flash",
+    "masked, forward": "none that is fused takes a mask and shared keys: plain products",
+    "masked, forward and backward": "plain products",
+}
+
+
+# In processes of their own
+
+
+def _child(connection: Connection, work: Callable[[], object]) -> None:
+    connection.send(work())
+
+
+def apart(work: Callable[[], Any]) -> Any:
+    """What `work` returns in a fresh process, whose memory and settings are its own."""
+    processes = multiprocessing.get_context("spawn")
+    connection, theirs = processes.Pipe()
+    process = processes.Process(target=_child, args=(theirs, work))
+    process.start()
+    theirs.close()
+    try:
+        return connection.recv()
+    finally:
+        process.join()
+
+
+def trl(asked: Load) -> dict[str, Any]:
+    """TRL's GRPOTrainer on transformers' own generation, with bfloat16 weights and AdamW in 8 bits."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    rows = asked.prompts * asked.completions
+    seconds: list[Seconds] = []
+
+    class Timed(GRPOTrainer):  # type: ignore[misc]
+        def training_step(self, *arguments: object, **options: object) -> object:
+            seconds.append({})
+            with timed(seconds[-1], "total"):
+                return super().training_step(*arguments, **options)
+
+        def _generate_single_turn(self, prompts: list[list[int]], *arguments: object, **options: object) -> object:
+            with timed(seconds[-1], "decode"):
+                return super()._generate_single_turn(ids, *arguments, **options)
+
+    ids = [prompt for prompt in asked.prompt_ids() for _ in range(asked.completions)]
+    settings = GRPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        max_steps=asked.rounds + 1,
+        per_device_train_batch_size=rows,
+        num_generations=asked.completions,
+        max_completion_length=asked.tokens,
+        generation_kwargs={"eos_token_id": 10**6},
+        temperature=TEMPERATURE,
+        beta=LOSS.beta,
+        learning_rate=LEARNING_RATE,
+        optim="adamw_bnb_8bit",
+        model_init_kwargs={"dtype": "bfloat16"},
+        bf16=asked.device == "cuda",
+        use_cpu=asked.device == "cpu",
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = Timed(
+        model=asked.folder,
+        reward_funcs=lambda completions, **_: [len(turns[0]["content"]) / 1000 for turns in completions],
+        args=settings,
+        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": "."}]} for _ in range(asked.prompts)]),
+    )
+    trainer.eos_token_ids = [10**6]
+    trainer.train()
+    return {"seconds": {"total": statistics.median(one["total"] for one in seconds[1:])}, "peak": peak_bytes()}
+
+
+def row(name: str, found: dict[str, Any], best: float) -> list[str]:
+    """Cells of a variant: seconds by phase and in all, shares of the floors, memory."""
+    seconds, lowest = found["seconds"], found.get("floors")
+    times = [f"{seconds[phase]:.3f}" if phase in seconds else "" for phase in PHASES]
+    shares = ["", ""]
+    if lowest:
+        whole = sum(lowest.values()) / seconds["total"]
+        shares = [f"{lowest['update'] / seconds['update']:.0%}", f"{whole:.0%}"]
+    total = f"{seconds['total']:.3f} ({seconds['total'] / best:.1f}x)"
+    return [name, *times, total, *shares, f"{found['peak'] / 1e9:.1f}"]
+
+
+def main() -> None:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="1.5b" if cuda else "tiny", help="of the model")
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--prompt-tokens", type=int, default=290)
+    parser.add_argument("--completions", type=int, default=16, help="of each prompt")
+    parser.add_argument("--tokens", type=int, default=160, help="of each completion")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that are timed, after one that is not")
+    parser.add_argument("--out", type=Path, help="write everything as JSON")
+    given = parser.parse_args()
+
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = model_folder(Path(scratch), given.shape)
+        asked = Load(
+            folder, "cuda" if cuda else "cpu", given.prompts, given.prompt_tokens, given.completions, given.tokens,
+            given.rounds,
+        )  # fmt: skip
+        found = apart(partial(probes, asked))
+        results["probes"] = found
+        print(table(["probe", "predicted", "found"], [[name, PREDICTED[name], value] for name, value in found.items()]))
+        print()
+        works: dict[str, Callable[[], Any]] = {one.name: partial(steps, asked, one) for one in VARIANTS}
+        if importlib.util.find_spec("trl"):
+            works["TRL"] = partial(trl, asked)
+        rows, best = [], 0.0
+        for name, work in works.items():
+            try:
+                taken = apart(work)
+            except EOFError:  # its process has ended, and said why
+                rows.append([name, "failed"])
+                continue
+            results[name] = taken
+            best = best or taken["seconds"]["total"]
+            rows.append(row(name, taken, best))
+    print(
+        table(
+            ["seconds", *PHASES, "total (times the first)", "update of its floor", "step of its floor", "peak, GB"],
+            rows,
+        )
+    )
+    write(given.out, {"asked": str(given), **results})
+
+
+if __name__ == "__main__":
+    main()
