@@ -1,8 +1,8 @@
 """How much memory a training needs, part by part, and what makes it fit: found before any weight is loaded.
 
-The real passes run on the meta device, which has shapes and no memory, with one layer and with two; what is live at
-their peaks grows by the same amount with every further layer. Of the choices that fit, the one that costs least time is
-taken. Knows neither puzzles nor files, and nothing of what a device does with memory that it has been given.
+The real passes run on the meta device, which has shapes and no memory, with two layers and with three; what is live
+at their peaks grows by the same amount with every further layer. Of the choices that fit, the one that costs least time
+is taken. Knows neither puzzles nor files, and nothing of what a device does with memory that it has been given.
 """
 
 from __future__ import annotations
@@ -214,14 +214,15 @@ def sampling_room(rows: int, vocabulary: int, dtype: torch.dtype) -> int:
         logits, uniform = torch.empty(rows, vocabulary, dtype=dtype), torch.empty(rows, dtype=torch.float64)
         with Ledger([]) as ledger:
             choose(logits, uniform, 1.0)
-    return sum(ledger.peak(0, len(ledger.events), lambda _: "").values()) + int(logits.nbytes)
+    room: int = logits.nbytes + sum(ledger.peak(0, len(ledger.events), lambda _: "").values())
+    return room
 
 
 def moment_bytes(shapes: Iterable[torch.Size], dtype: torch.dtype, optimizer: str) -> int:
     """Bytes of the moments of weights of these shapes and this type."""
     counts = [shape.numel() for shape in shapes]
     if optimizer == "adamw":
-        return 2 * dtype.itemsize * sum(counts)
+        return int(2 * dtype.itemsize * sum(counts))
     return sum(8 * n if n < MIN_8BIT else 2 * (n + 4 * -(-n // BLOCK_8BIT)) for n in counts)
 
 
@@ -258,12 +259,12 @@ class Planner:
     def __init__(self, name: str, work: Work) -> None:
         self.work, self.layers = work, number_of_layers(name)
         self.dtype = weights_dtype(work.precision, torch.device(work.device))
-        self.few = [skeleton(name, dtype=self.dtype, layers=layers) for layers in (1, 2)]
+        self.few = [skeleton(name, dtype=self.dtype, layers=layers) for layers in (2, 3)]
         self.has_masters = work.precision == "bf16-master" and self.dtype == torch.bfloat16
-        one, two = ([weight.shape for weight in model.parameters()] for model in self.few)
-        layer = [weight.shape for weight in self.few[0].get_decoder().layers[0].parameters()]
-        assert len(two) == len(one) + len(layer)
-        self.shapes = one + layer * (self.layers - 1)
+        layers = self.few[0].get_decoder().layers
+        within = {id(weight) for weight in layers.parameters()}
+        ends = [weight.shape for weight in self.few[0].parameters() if id(weight) not in within]
+        self.shapes = ends + [weight.shape for weight in layers[0].parameters()] * self.layers
         self._vocabulary = self.few[0].config.get_text_config().vocab_size
         self.count = sum(shape.numel() for shape in self.shapes)
         self._passes: dict[tuple[int, int, bool, bool], Amounts] = {}
@@ -346,11 +347,11 @@ class Planner:
         written = self.work.device == "cpu" and qwen2.fits(model)
         return _Outline(model, cast("Any", None), "", self.work.precision, tile=tile, written=written)
 
-    def _grown(self, one: Amounts, two: Amounts) -> Amounts:
-        """What one and two layers take up -> what all do."""
+    def _grown(self, two: Amounts, three: Amounts) -> Amounts:
+        """What two and three layers take up -> what all do."""
         return {
-            name: one.get(name, 0) + (self.layers - 1) * (two.get(name, 0) - one.get(name, 0))
-            for name in one.keys() | two.keys()
+            name: two.get(name, 0) + (self.layers - 2) * (three.get(name, 0) - two.get(name, 0))
+            for name in two.keys() | three.keys()
         }
 
     def _pass(self, choices: Choices, *, learn: bool) -> Amounts:
@@ -370,7 +371,7 @@ class Planner:
         for model in self.few:
             with checkpointed(model, wanted=checkpointing):
                 found.append(traced(self._policy(model, tile=tile), sequences, learn=learn, again=again))
-        peaks = [self._grown(one, two) for one, two in zip(*found, strict=True)]
+        peaks = [self._grown(two, three) for two, three in zip(*found, strict=True)]
         largest = max(peaks, key=lambda amounts: sum(amounts.values()))
         return largest | {"gradients": self.count * self.dtype.itemsize} if again else largest
 
