@@ -26,9 +26,12 @@ from grpo_cli.options import flags, settings_command
 from grpo_cli.signals import Signals
 
 if TYPE_CHECKING:
+    import torch
+
     from grpo_cli.account import Account
     from grpo_cli.core.config import Resolved
     from grpo_cli.core.evaluate import SuitePaired, SuiteResult
+    from grpo_cli.core.plan import Choices, MemoryPlan
     from grpo_cli.core.policy import Policy
     from grpo_cli.core.puzzle import Puzzle
     from grpo_cli.core.run import Run
@@ -57,6 +60,8 @@ def main() -> None:
     """Run the command line; what a user can mend is shown as one sentence, never as a traceback."""
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on Linux then keeps large tensors in huge pages
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # its newer name
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # less is lost between blocks
     try:
         app()
     except CountdownError as problem:
@@ -132,7 +137,7 @@ def train(
     ] = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="show every setting and one prompt, train nothing")
+        bool, typer.Option("--dry-run", help="show every setting, one prompt and the memory needed, train nothing")
     ] = False,
     probe: Annotated[
         bool, typer.Option("--probe", help="sample the starting model, say what there is to learn, train nothing")
@@ -378,7 +383,8 @@ def _run_named(root: Path, name: str) -> Run | None:
     return next((run for run in list_runs(root) if run.name == name), None)
 
 
-def _load(plan: _Plan, source: Path | None = None) -> Policy:
+def _load(plan: _Plan, source: Path | None = None, choices: Choices | None = None) -> Policy:
+    """The model of a plan, or of one of its checkpoints; to be trained as `choices` say, if there are any."""
     from grpo_cli.core.policy import load
 
     model = plan.settings.model
@@ -386,20 +392,41 @@ def _load(plan: _Plan, source: Path | None = None) -> Policy:
         plan.source if source is None else str(source),
         device=model.device,
         precision=model.precision,
-        gradient_checkpointing=model.gradient_checkpointing,
+        gradient_checkpointing=choices is not None and choices.checkpointing,
     )
-    return replace(policy, name=plan.name)
+    return replace(policy, name=plan.name, tile=choices.tile if choices else 0)
+
+
+def _memory(plan: _Plan, device: torch.device) -> MemoryPlan:
+    """What a training of this plan takes up on the device, from the model's config and tokenizer alone."""
+    from functools import partial
+
+    from grpo_cli.core import plan as memory
+    from grpo_cli.core.policy import encode, load_tokenizer
+    from grpo_cli.core.state import choose_optimizer
+    from grpo_cli.core.train import longest_prompt
+
+    settings = plan.settings
+    longest = longest_prompt(settings, partial(encode, load_tokenizer(plan.source)))
+    optimizer = choose_optimizer(settings.train.optimizer, device)
+    work = memory.Work.of(settings, device=device, optimizer=optimizer, prompt_tokens=longest)
+    return memory.plan_for(plan.source, work, settings)
 
 
 def _show(resolved: Resolved, plan: _Plan) -> None:
-    """What `train` would do: every setting with its source, and the first prompt as the model reads it."""
-    from grpo_cli.core.policy import prompt_tokens
+    """What `train` would do: every setting with its source, the first prompt as the model reads it, and the memory."""
+    import torch
+
+    from grpo_cli.core.policy import detect_device, prompt_tokens
     from grpo_cli.core.task import prompt
     from grpo_cli.core.train import curriculum
 
     display.config_table(resolved)
     puzzle, style = curriculum(resolved.settings).prompts(1)[0]
     display.prompt_tokens(prompt_tokens(plan.source, prompt(puzzle, style)))
+    model = plan.settings.model
+    elsewhere = model.device == "cuda" and model.memory > 0  # a plan needs no GPU
+    display.memory_plan(_memory(plan, torch.device("cuda") if elsewhere else detect_device(model.device)))
 
 
 def _probe(plan: _Plan) -> None:
@@ -453,23 +480,28 @@ def _train(plan: _Plan, old: Run | None, wanted: int | None, create: Callable[[]
 
     `held` keeps the run's lock; `wanted` is the step of the checkpoint to go on from, if not the newest.
     """
+    from grpo_cli.core import plan as memory
     from grpo_cli.core import state
     from grpo_cli.core.policy import detect_device
     from grpo_cli.core.train import curriculum
 
     settings = plan.settings
-    if state.choose_optimizer(settings.train.optimizer, detect_device(settings.model.device)) == "adamw8bit":
+    device = detect_device(settings.model.device)
+    if state.choose_optimizer(settings.train.optimizer, device) == "adamw8bit":
         _need("bitsandbytes")
+    planned = _memory(plan, device)
+    choices = planned.choices
+    memory.limit(settings, device)
     if old:
         _lock(old, held)
     step, checkpoint = state.choose_checkpoint(old, settings, wanted, display.note) if old else (0, None)
-    policy = _load(plan, checkpoint / "model" if checkpoint else None)
+    policy = _load(plan, checkpoint / "model" if checkpoint else None, choices)
     settings = state.settled(settings, policy)
     optimizer = state.build_optimizer(policy, name=settings.train.optimizer, weight_decay=settings.train.weight_decay)
     training = state.Training(policy, optimizer)
     puzzles = list(chain.from_iterable(curriculum(settings).puzzles.values()))
-    original = policy if checkpoint is None else _load(plan) if settings.loss.beta > 0 else None
-    reference = _reference(plan, original) if original and settings.loss.beta > 0 else None
+    original = policy if checkpoint is None else _load(plan, None, choices) if settings.loss.beta > 0 else None
+    reference = _reference(plan, original, choices) if original and settings.loss.beta > 0 else None
     if old and checkpoint:
         state.require_origin(old, original, reference, puzzles)
         training.restore(checkpoint)
@@ -486,15 +518,17 @@ def _train(plan: _Plan, old: Run | None, wanted: int | None, create: Callable[[]
     if old:
         run.go_back_to(step if checkpoint else -1, pending=training.pending is not None)
     display.note(f"run {run.path}: {plan.name} on {policy.device}, {policy.precision}, from step {step}")
-    _learn(training, reference, run, settings)
+    display.note(display.memory_line(planned))
+    _learn(training, reference, run, settings, rows=choices.rows)
 
 
-def _reference(plan: _Plan, starting: Policy) -> Policy:
+def _reference(plan: _Plan, starting: Policy, choices: Choices) -> Policy:
     """The frozen reference: `starting` as it is now, or the model that the settings name."""
     name = plan.settings.model.ref_model
     if name == "same":
-        return starting.frozen_copy()
-    other = _load(replace(plan, source=_source(Path(plan.settings.runs), name), name=name)).frozen_copy()
+        return starting.frozen_copy(on_host=choices.on_host)
+    other = _load(replace(plan, source=_source(Path(plan.settings.runs), name), name=name), None, choices)
+    other = other.frozen_copy(on_host=choices.on_host)
     if other.fingerprint()["tokenizer"] != starting.fingerprint()["tokenizer"]:
         raise CountdownError(
             f"`{name}` reads text in other tokens than `{plan.name}`", "take a `--ref-model` with the same tokenizer"
@@ -502,7 +536,7 @@ def _reference(plan: _Plan, starting: Policy) -> Policy:
     return other
 
 
-def _learn(training: Training, reference: Policy | None, run: Run, settings: Settings) -> None:
+def _learn(training: Training, reference: Policy | None, run: Run, settings: Settings, *, rows: int) -> None:
     """Train to the end, or until a signal, with the live view and the run's images."""
     from grpo_cli.core import leaks
     from grpo_cli.core import train as core
@@ -525,7 +559,9 @@ def _learn(training: Training, reference: Policy | None, run: Run, settings: Set
     with Signals() as signals, View(settings.train.num_iterations, start=training.step) as view:
         try:
             stop, save = signals.should_stop, signals.should_save
-            evaluation = core.train(training, reference, run, settings, view, should_stop=stop, should_save=save)
+            evaluation = core.train(
+                training, reference, run, settings, view, rows=rows, should_stop=stop, should_save=save
+            )
         except core.Interrupted:
             view.message(f"stopped after step {training.step}; go on: countdown train --run {run.name} --resume")
             sys.exit(128 + (signals.stop or 0))

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from grpo_cli.core.config import Resolved
     from grpo_cli.core.errors import CountdownError
     from grpo_cli.core.evaluate import Completion, Evaluation, Paired, SuitePaired, SuiteResult
+    from grpo_cli.core.plan import MemoryPlan
     from grpo_cli.core.probe import Probe
     from grpo_cli.core.puzzle import Puzzle, Summary
     from grpo_cli.core.task import Score
@@ -243,6 +244,41 @@ def prompt_tokens(tokens: Sequence[tuple[int, str]]) -> None:
     out.print(Text(f"a prompt of {len(tokens):,} tokens", style="bold"))
     out.print(Padding(text, (1, 0, 0, 2)))
     out.print(Padding(Text(" ".join(str(token) for token, _ in tokens), style="dim"), (1, 0, 0, 2)))
+
+
+def memory_plan(plan: MemoryPlan) -> None:
+    """What a training takes up, by component and phase in GB, what was chosen to make it fit, and why."""
+    table = _table("memory in GB", *plan.phases, "of", numeric=plan.phases)
+    for name, origin in plan.origins.items():
+        sizes = [amounts.get(name, 0) for amounts in plan.phases.values()]
+        if any(sizes):
+            table.add_row(name, *(_gigabytes(size) if size else "" for size in sizes), Text(origin, style="dim"))
+    sums = [sum(amounts.values()) for amounts in plan.phases.values()]
+    table.add_row("total", *map(_gigabytes, sums), f"{_gigabytes(plan.room)} can be used", style="bold")
+    out.print()
+    out.print(table)
+    out.print()
+    out.print(Text(memory_line(plan), style="bold"))
+    for reason in plan.reasons:
+        out.print(Text(f"  {reason}", style="dim"))
+
+
+def memory_line(plan: MemoryPlan) -> str:
+    """A plan of memory in one line."""
+    choices = plan.choices
+    return ", ".join(
+        [
+            f"memory: {_gigabytes(plan.peak)} GB at most, {_gigabytes(plan.room)} GB can be used: micro-batches of "
+            + (f"{choices.rows} completions" if choices.rows else "the whole step"),
+            f"gradient checkpointing {'on' if choices.checkpointing else 'off'}",
+            *([f"logits of {choices.tile:,} tokens at a time"] if choices.tile else []),
+            *([f"reference on the {'host' if choices.on_host else 'device'}"] if "reference" in plan.phases else []),
+        ]
+    )
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f}"
 
 
 def evaluation(result: Evaluation, *, examples: int = 3) -> None:

@@ -59,7 +59,7 @@ def test_the_qwen_preset_has_the_hyperparameters_of_the_original(tmp_path: Path)
     assert (train.max_new_tokens, train.num_iterations, train.num_inner_updates) == (160, 1200, 1)
     assert (train.clip_grad_norm, train.temperature, train.optimizer) == (0.5, 1.2, "adamw8bit")
     assert (loss.loss_type, loss.beta, loss.epsilon, loss.epsilon_high) == ("grpo", 0.01, 0.2, 0.2)
-    assert (settings.model.precision, settings.model.gradient_checkpointing) == ("bf16", True)
+    assert (settings.model.precision, settings.model.gradient_checkpointing) == ("bf16", "auto")
 
 
 def test_each_layer_wins_over_the_ones_before_it(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_the_configuration_shows_every_setting_with_its_source(capsys: pytest.Ca
     assert lines[0] == f"preset builtin: {resolved.preset_reason}"
     assert rows["train.seed"] == ["7", "flag --seed"]
     assert rows["task.style"] == ['"one-shot"', "config.toml"]
-    assert rows["model.gradient_checkpointing"] == ["false", "config.toml"]
+    assert rows["model.gradient_checkpointing"] == ['"auto"', "config.toml"]
     assert set(rows) == set(resolved.sources)
 
 

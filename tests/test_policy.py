@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -15,7 +16,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from grpo_cli.core import attention as attention_module
-from grpo_cli.core import policy as policy_module
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.policy import Policy, Sequences, load, token_logprobs
 from grpo_cli.core.rollout import draws, sample
@@ -80,9 +80,8 @@ def test_logprobs_and_gradients_equal_the_plain_models(
     maskless: bool,
 ) -> None:
     monkeypatch.setattr(attention_module, "maskless", lambda device: maskless)
-    if tiled:
-        monkeypatch.setattr(policy_module, "LOGITS_AT_ONCE", 7 * 832)  # seven tokens at once
     policy = load(str(tiny_folder), device="cpu", precision="float32", gradient_checkpointing=gradient_checkpointing)
+    policy = replace(policy, tile=7 if tiled else 0)
     plain = AutoModelForCausalLM.from_pretrained(tiny_folder, attn_implementation=attention)
     sequences = ragged(37)
 

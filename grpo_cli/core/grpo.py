@@ -136,7 +136,7 @@ def reference_logprobs(
             found[rows, : part.shape[1]] = part
         return found
 
-    with torch.no_grad():
+    with torch.no_grad(), reference.brought():
         return (fit or Fit()).attempt(compute, total=len(sequences.completions), doing="reference pass")
 
 

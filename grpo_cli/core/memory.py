@@ -42,7 +42,7 @@ class Fit:
         if largest <= 1:
             raise CountdownError(
                 f"memory ran out in the {doing} of a single completion",
-                "set a smaller `--max-new-tokens`, turn on `--gradient-checkpointing`, or take a smaller model",
+                "set a smaller `--max-new-tokens`, set `--gradient-checkpointing on`, or take a smaller model",
                 exit_code=1,
             )
         self.rows = (largest + 1) // 2

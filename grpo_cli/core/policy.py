@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -31,7 +31,6 @@ from grpo_cli.core.errors import CountdownError
 
 ATTENTION = "countdown_shared_prefix"
 BUILTIN = Path(__file__).parent / "builtin" / "model"
-LOGITS_AT_ONCE = 2**29  # logits computed at once, in entries (2 GB in float32); more are tiled and recomputed
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Precision = Literal["auto", "float32", "bf16-master", "bf16"]
@@ -74,6 +73,8 @@ class Policy:
     precision: str
     end_ids: tuple[int, ...] = field(default=())
     samplers: list[object] = field(default_factory=list, repr=False, compare=False)  # what a rollout keeps for the next
+    tile: int = 0  # tokens whose logits are computed at once, and again backward; 0 is all of them, once
+    works_on: torch.device | None = None  # where the weights are brought for a pass, if that is not where they live
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +82,7 @@ class Policy:
 
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Chat messages -> token ids up to where the assistant's answer begins, by the model's own chat template."""
-        return _encode(self.tokenizer, messages)
+        return encode(self.tokenizer, messages)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Completion ids -> text, without the end-of-sequence token."""
@@ -90,6 +91,8 @@ class Policy:
     def autocast(self) -> AbstractContextManager[object]:
         """The arithmetic of a forward pass: bfloat16 over float32 weights where the precision says so."""
         wanted = self.precision == "bf16-master" and not self.has_masters
+        if self.device.type == "meta":
+            return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
 
     @property
@@ -151,23 +154,39 @@ class Policy:
         return _scatter(logprobs, lengths, order), _scatter(entropy, lengths, order)
 
     def _gather(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (M,) of `targets` (M,) and entropies (M,), tiled where all logits at once are too many."""
-        tile = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
-        if len(targets) <= tile:
+        """Log-probabilities (M,) of `targets` (M,) and entropies (M,), `tile` tokens at a time."""
+        if not 0 < self.tile < len(targets):
             return self._logprobs_of(hidden, targets, temperature)
         parts = [
             checkpoint(self._logprobs_of, rows, wanted, temperature, use_reentrant=False)
-            for rows, wanted in zip(hidden.split(tile), targets.split(tile), strict=True)
+            for rows, wanted in zip(hidden.split(self.tile), targets.split(self.tile), strict=True)
         ]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
     def _logprobs_of(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         return token_logprobs(self.logits(hidden), targets, temperature)
 
-    def frozen_copy(self) -> Policy:
-        """The reference: the same weights, never updated."""
+    def frozen_copy(self, *, on_host: bool = False) -> Policy:
+        """The reference: the same weights, never updated. `on_host` keeps them there, to be `brought` for each pass."""
         model = copy.deepcopy(self.model).eval().requires_grad_(False)
-        return Policy(model, self.tokenizer, self.name, self.precision, self.end_ids)
+        device = self.device if on_host else None
+        if on_host:
+            model.cpu()
+            for weight in _tensors(model) if torch.cuda.is_available() else ():
+                weight.data = weight.data.pin_memory()  # copied several times as fast
+        return Policy(model, self.tokenizer, self.name, self.precision, self.end_ids, tile=self.tile, works_on=device)
+
+    @contextmanager
+    def brought(self) -> Iterator[None]:
+        """Copies of the weights where they are to work, while this lasts; what they are copies of stays at home."""
+        home = [(weight, weight.data) for weight in _tensors(self.model)] if self.works_on is not None else []
+        try:
+            for weight, data in home:
+                weight.data = data.to(self.works_on, non_blocking=True, copy=True)
+            yield
+        finally:
+            for weight, data in home:
+                weight.data = data
 
     def fingerprint(self) -> dict[str, str]:
         """SHA-256 of the weights, with their names, and of the tokenizer: its vocabulary, template and a sentence."""
@@ -183,6 +202,12 @@ class Policy:
         """Write the model and its tokenizer as a folder that AutoModelForCausalLM and AutoTokenizer open."""
         self.model.save_pretrained(path, safe_serialization=True)
         self.tokenizer.save_pretrained(path)
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[Tensor]:
+    """The weights of a model and all else that its passes compute with."""
+    yield from model.parameters()
+    yield from model.buffers()
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -218,7 +243,7 @@ class _TokenLogprobs(Function):
         return found.to(ctx.dtype), None, None
 
 
-def _encode(tokenizer: transformers.PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
+def encode(tokenizer: transformers.PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
     """Control tokens written in a message are text like any other: only the template opens and closes turns."""
     encoded = tokenizer.apply_chat_template(
         list(messages), add_generation_prompt=True, return_dict=True, sanitize_control_tokens=True
@@ -255,6 +280,12 @@ def detect_precision(wanted: str, device: torch.device) -> str:
     return "bf16-master" if device.type == "cuda" else "float32"
 
 
+def weights_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type of the model's weights. On a GPU memory is dear: there the optimizer alone keeps float32."""
+    bfloat16 = precision == "bf16" or (precision == "bf16-master" and device.type == "cuda")
+    return torch.bfloat16 if bfloat16 else torch.float32
+
+
 def load(name: str, *, device: str = "auto", precision: str = "auto", gradient_checkpointing: bool = False) -> Policy:
     """Load `builtin`, a local folder in Hugging Face format, or a hub id, ready to sample and to train.
 
@@ -266,9 +297,7 @@ def load(name: str, *, device: str = "auto", precision: str = "auto", gradient_c
     # A CPU takes a hundred times as long for numbers below 1e-38, of which sharp attention makes many.
     torch.set_flush_denormal(True)
     chosen = detect_precision(precision, place)
-    # On a GPU memory is dear: there the optimizer alone keeps float32.
-    bfloat16 = chosen == "bf16" or (chosen == "bf16-master" and place.type == "cuda")
-    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    dtype = weights_dtype(chosen, place)
     if local:
         _check_size(name, Path(source))
     model = _load_model(name, source, local=local, dtype=dtype)
@@ -282,6 +311,37 @@ def load(name: str, *, device: str = "auto", precision: str = "auto", gradient_c
         eos_token_id=list(end_ids), pad_token_id=tokenizer.pad_token_id
     )
     return Policy(model.to(place), tokenizer, name, chosen, end_ids)
+
+
+def number_of_layers(name: str) -> int:
+    """How many layers a model has, by its config alone."""
+    return int(_config(name).get_text_config().num_hidden_layers)
+
+
+def _config(name: str) -> transformers.PreTrainedConfig:
+    source, local = find(name)
+    with _load_errors(name):
+        found = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+        return cast("transformers.PreTrainedConfig", found)
+
+
+def skeleton(name: str, *, dtype: torch.dtype, layers: int) -> transformers.PreTrainedModel:
+    """The first layers of a model between its ends, on the meta device, which holds no weights: from its config alone.
+
+    Raises CountdownError as `load` does.
+    """
+    config = _config(name)
+    text = config.get_text_config()
+    with _load_errors(name):
+        if getattr(text, "layer_types", None):
+            text.layer_types = (text.layer_types * layers)[:layers]
+        text.num_hidden_layers = layers
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False
+            )
+    _check_attention(name, text)
+    return cast("transformers.PreTrainedModel", model.eval())
 
 
 def find(name: str) -> tuple[str, bool]:
@@ -377,7 +437,7 @@ def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
     source, local = find(name)
     with _load_errors(name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
-        probe = _encode(tokenizer, PROBE) if tokenizer.chat_template else []
+        probe = encode(tokenizer, PROBE) if tokenizer.chat_template else []
     if not tokenizer.chat_template:
         raise CountdownError(f"the tokenizer of `{name}` has no chat template", "use an instruction-tuned model")
     if PROBE[-1]["content"] not in tokenizer.decode(probe):
@@ -388,7 +448,7 @@ def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
 def prompt_tokens(name: str, messages: Sequence[dict[str, str]]) -> list[tuple[int, str]]:
     """A prompt as the model `name` reads it: (id, text) of each token. Loads the tokenizer alone."""
     tokenizer = load_tokenizer(name)
-    return [(token, str(tokenizer.decode([token]))) for token in _encode(tokenizer, messages)]
+    return [(token, str(tokenizer.decode([token]))) for token in encode(tokenizer, messages)]
 
 
 @contextmanager

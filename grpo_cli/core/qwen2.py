@@ -19,7 +19,7 @@ from torch.nn.functional import linear, rms_norm
 from transformers import PreTrainedModel, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from grpo_cli.core.attention import Plan, attention_dtype
+from grpo_cli.core.attention import Plan, attention_dtype, no_autocast
 
 
 def fits(model: PreTrainedModel) -> bool:
@@ -96,7 +96,6 @@ class Pass:
     def __init__(self, model: PreTrainedModel, *, longest: int, dtype: torch.dtype, in_place: bool = False) -> None:
         decoder, config = model.get_decoder(), model.config
         assert not in_place or model.dtype == dtype
-        self.device = model.device.type
         self.attend_in = attention_dtype(model.device, dtype)
         self.dtype, self.epsilon = dtype, torch.tensor(config.rms_norm_eps, device=model.device)
         self.width = decoder.layers[0].self_attn.head_dim
@@ -116,7 +115,7 @@ class Pass:
 
     def hidden(self, tokens: Tensor, positions: Tensor, plan: Plan, *, packed: bool = False) -> Tensor:
         """Final hidden states (M, D) of tokens (M,): M rows of one token each, or one row of M if `packed`."""
-        with torch.autocast(self.device, enabled=False):
+        with no_autocast(self.norm.device):
             cosines, sines = self.cosines[positions], self.sines[positions]  # (M, 1, d), (M, 1, d / 2)
             hidden = self.embed(tokens)  # (M, D)
             for index, layer in enumerate(self.layers):

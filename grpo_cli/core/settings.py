@@ -49,6 +49,11 @@ def _some_weight(cells: dict[str, float]) -> dict[str, float]:
     return cells
 
 
+def _switched(value: object) -> object:
+    """What was once a switch, in files of that time."""
+    return {"true": "on", "false": "off"}.get(str(value).lower(), value)
+
+
 StyleSchedule = Annotated[str, BeforeValidator(_in_one_line), AfterValidator(partial(_scheduled, choices=STYLES))]
 SizeSchedule = Annotated[
     str, BeforeValidator(_in_one_line), AfterValidator(partial(_scheduled, choices=tuple(map(str, SIZES))))
@@ -69,7 +74,13 @@ class Model(Table):
     precision: Literal["auto", "float32", "bf16-master", "bf16"] = Field(
         description="weights in training; `bf16-master` adds float32 masters"
     )
-    gradient_checkpointing: bool = Field(description="trade time for memory in the backward pass")
+    gradient_checkpointing: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switched)] = Field(
+        description="trade time for memory in the backward pass; `auto` if it must"
+    )
+    reference: Literal["auto", "device", "host"] = Field(
+        description="where the reference's weights live; `host` brings them for its pass"
+    )
+    memory: float = Field(ge=0, description="GB of memory to plan for; 0 is what is free")
 
 
 class Train(Table):
@@ -88,7 +99,7 @@ class Train(Table):
     prompt_style: StyleSchedule = Field(description="styles trained on, as a schedule; `task` is the one in [task]")
     prompt_numbers: SizeSchedule = Field(description="numbers trained on, as a schedule; `task` is those in [task]")
     refill: int = Field(ge=0, description="times that groups of equal rewards are sampled anew from other puzzles")
-    micro_batch_size: int = Field(ge=0, description="completions per forward and backward pass; 0 is the whole step")
+    micro_batch_size: int = Field(ge=0, description="completions per forward and backward pass; 0 is as many as fit")
     seed: int = Field(ge=0, lt=2**32, description="seed of the puzzles drawn and of sampling")
     eval_every: int = Field(ge=1, description="steps between evaluations")
     eval_puzzles: int = Field(ge=0, description="val puzzles per evaluation; 0 is all of them")
@@ -154,7 +165,8 @@ FIELDS: dict[str, FieldInfo] = {
 } | {f"{name}.{key}": info for name, table in TABLES.items() for key, info in table.model_fields.items()}
 
 # What a run that goes on may change: its length, its logging, and where it computes. Tables, and single settings.
-FREE = {"runs", "eval", "plot", "model.device", "train.num_iterations", "train.micro_batch_size", "train.eval_every"}
+FREE = {"runs", "eval", "plot", "model.device", "model.gradient_checkpointing", "model.reference", "model.memory"}
+FREE |= {"train.num_iterations", "train.micro_batch_size", "train.eval_every"}
 FREE |= {"train.save_every", "train.keep_last", "train.max_bad_steps", "train.stop_on_collapse", "train.patience"}
 
 

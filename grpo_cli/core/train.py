@@ -36,6 +36,8 @@ from grpo_cli.core.statistics import wilson
 from grpo_cli.core.suite import SIZES, Cell, cell, weighted_mean
 from grpo_cli.core.task import CHEATS, STYLES, Score, Style, prompt, score
 
+PLANNED_STEPS = 4  # whose prompts are looked at when memory is planned
+
 
 class Observer(Protocol):
     """Whoever watches a training."""
@@ -74,6 +76,13 @@ def _or_task(text: str, of_task: str) -> str:
     return of_task if text == "task" else text
 
 
+def longest_prompt(settings: Settings, encode: Callable[[Sequence[dict[str, str]]], list[int]]) -> int:
+    """Tokens of the longest prompt of a few steps."""
+    steps = range(1, min(PLANNED_STEPS, settings.train.num_iterations) + 1)
+    drawn = (item for step in steps for item in curriculum(settings).prompts(step))
+    return max(len(encode(prompt(puzzle, style))) for puzzle, style in drawn)
+
+
 @dataclass
 class Clock:
     """Seconds by phase of one step."""
@@ -96,16 +105,19 @@ def train(
     settings: Settings,
     observer: Observer,
     *,
+    rows: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
     should_save: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Train from `training.step` to the end and return the last evaluation.
 
+    `rows` completions are learned from at once, or all if that is 0, where the settings leave it open.
+
     Logs every step to the run, keeps its best model and its last checkpoints. `should_stop` is asked between tokens,
     micro-batches and phases; once it says yes the last completed step is saved and Interrupted is raised. `should_save`
     is asked after each step. Raises CountdownError, with the last good step saved, where going on makes no sense.
     """
-    loop = _Loop(training, reference, run, settings, observer, should_stop, should_save)
+    loop = _Loop(training, reference, run, settings, observer, should_stop, should_save, rows)
     try:
         return loop.run()
     except Interrupted:
@@ -193,6 +205,7 @@ class _Loop:
     observer: Observer
     should_stop: Callable[[], bool]
     should_save: Callable[[], bool]
+    rows: int = 0
     warned: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -205,7 +218,7 @@ class _Loop:
         self.suite = suite
         told = self.observer.message
         self.sampling, self.evaluating = Fit(told=told), Fit(told=told)
-        self.learning = Fit(train_settings.micro_batch_size, told=told)
+        self.learning = Fit(train_settings.micro_batch_size or self.rows, told=told)
 
     def run(self) -> Evaluation:
         training = self.training

@@ -1,0 +1,490 @@
+"""How much memory a training needs, part by part, and what makes it fit: found before any weight is loaded.
+
+The real passes run on the meta device, which has shapes and no memory, with two layers and with three; what is live
+at their peaks grows by the same amount with every further layer. Of the choices that fit, the one that costs least time
+is taken. Knows neither puzzles nor files, and nothing of what a device does with memory that it has been given.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import accumulate, product
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from grpo_cli.core import qwen2
+from grpo_cli.core.attention import Packed, Prefill
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.masters import AT_ONCE
+from grpo_cli.core.policy import Policy, Sequences, detect_precision, number_of_layers, skeleton, weights_dtype
+from grpo_cli.core.sampler import ROUNDED, choose
+from grpo_cli.core.settings import Settings
+
+GB = 1e9
+MARGIN = 0.05  # share of the free memory that is left alone: what allocators lose between their blocks
+LIBRARIES = 500_000_000  # bytes that CUDA's own libraries take beside it
+TILES = (0, 4096, 1024)  # tokens whose logits are computed at once; 0 is all
+
+# What a choice costs, in tokens passed forward through the model.
+OVERHEAD = 500  # a micro-batch more: launches, and rows too few to fill a GPU
+UPLOAD = 4000  # the reference brought from the host: 2 bytes a weight at 50 GB/s, against 2 FLOP at 200 TFLOP/s
+
+MIN_8BIT = 4096  # bitsandbytes keeps the moments of smaller tensors in float32
+BLOCK_8BIT = 256  # and one float32 scale for so many 8-bit values
+
+Amounts = dict[str, int]  # bytes by what they hold
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a training does: P prompts of L tokens with G completions of C tokens; `eval_rows` prompts with one each."""
+
+    device: str  # its type
+    precision: str
+    optimizer: str
+    prompts: int
+    generations: int
+    prompt_tokens: int
+    new_tokens: int
+    eval_rows: int
+    has_reference: bool
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.generations
+
+    @classmethod
+    def of(cls, settings: Settings, *, device: torch.device, optimizer: str, prompt_tokens: int) -> Work:
+        """The work of a training with these settings on a device."""
+        train = settings.train
+        return cls(
+            device=device.type,
+            precision=detect_precision(settings.model.precision, device),
+            optimizer=optimizer,
+            prompts=train.batch_size,
+            generations=train.num_generations,
+            prompt_tokens=prompt_tokens,
+            new_tokens=train.max_new_tokens,
+            eval_rows=settings.eval.batch_size,
+            has_reference=settings.loss.beta > 0,
+        )
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Where and how it is computed; nothing of it changes what is computed."""
+
+    tile: int = 0  # tokens whose logits are computed at once; 0 is all
+    rows: int = 0  # completions per forward and backward pass; 0 is the whole step
+    checkpointing: bool = False
+    on_host: bool = False  # where the reference's weights live
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a training takes up with the choices made, and the bytes of memory that it may."""
+
+    phases: dict[str, Amounts]  # by phase of a step: what is there at its peak, by component
+    origins: dict[str, str]  # by component: what its bytes are computed from
+    choices: Choices
+    room: int
+    reasons: list[str]
+
+    @property
+    def peak(self) -> int:
+        return max(sum(amounts.values()) for amounts in self.phases.values())
+
+
+class Ledger(TorchDispatchMode):
+    """Keeps account of every storage that comes and goes while it is on, but for those of the tensors `known`."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.shapes: list[tuple[torch.Size, int]] = []  # of the storages, in the order in which they came
+        self.events: list[int] = []  # number of a storage that came, or its complement if it went
+        self.numbers: dict[int, int] = {}
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._alive: dict[int, object] = {}
+
+    def __torch_dispatch__(
+        self, function: Callable[..., object], types: object, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> object:
+        found = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, Tensor):
+                self._see(leaf)
+        return found
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known or key in self.numbers:
+            return
+        number = self.numbers[key] = len(self.shapes)
+        self.shapes.append((tensor.shape, storage.nbytes()))
+        self.events.append(number)
+
+        def gone(_: object) -> None:
+            del self.numbers[key], self._alive[key]
+            self.events.append(~number)
+
+        self._alive[key] = weakref.ref(storage, gone)
+
+    def peak(self, start: int, end: int, kind: Callable[[int], str]) -> Amounts:
+        """Bytes by kind of storage at the largest sum between two moments, which are counted in events."""
+        changes = (self.shapes[event][1] if event >= 0 else -self.shapes[~event][1] for event in self.events[:end])
+        sums = [0, *accumulate(changes)]
+        moment = max(range(min(start, end), end + 1), key=sums.__getitem__)
+        gone = {~event for event in self.events[:moment] if event < 0}
+        amounts: Amounts = {}
+        for number in (event for event in self.events[:moment] if event >= 0 and event not in gone):
+            amounts[kind(number)] = amounts.get(kind(number), 0) + self.shapes[number][1]
+        return amounts
+
+
+def traced(policy: Policy, sequences: Sequences, *, learn: bool, again: bool = False) -> list[Amounts]:
+    """What is live at the peaks of a pass over the completions: activations, logits, gradients.
+
+    Two peaks if it is to `learn`: until the last layer's weights have their gradients, and since the first's get them;
+    each of them grows by the same amount with every layer. `again` says that gradients are there already, of other
+    micro-batches. Leaves no gradients.
+    """
+    model = policy.model
+    weights, layers = list(model.parameters()), model.get_decoder().layers
+    gradients = [torch.empty_like(weight) for weight in weights] if again else []
+    for weight, gradient in zip(weights, gradients, strict=False):
+        weight.grad = gradient
+    ledger = Ledger([*weights, *gradients, *model.buffers()])
+    first, last = list[int](), list[int]()
+    hooks = [
+        weight.register_post_accumulate_grad_hook(lambda _, moments=moments: moments.append(len(ledger.events)))
+        for layer, moments in ((layers[0], first), (layers[-1], last))
+        for weight in layer.parameters()
+    ]
+    try:
+        with ledger, torch.set_grad_enabled(learn):
+            logprobs, _ = policy.logprobs(sequences, temperature=1.0)
+            if learn:
+                logprobs.sum().backward()
+        found = (weight.grad for weight in weights if weight.grad is not None)
+        held = {ledger.numbers.get(gradient.untyped_storage()._cdata) for gradient in found}
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for weight in weights:
+            weight.grad = None
+    vocabulary = model.config.get_text_config().vocab_size
+
+    def kind(number: int) -> str:
+        shape = ledger.shapes[number][0]
+        if number in held:
+            return "gradients"
+        return "logits" if len(shape) > 1 and shape[-1] == vocabulary else "activations"
+
+    end = len(ledger.events)
+    spans = [(0, last[-1]), (first[0], end)] if learn else [(0, end)]
+    return [ledger.peak(*span, kind) for span in spans]
+
+
+def traced_prefill(policy: Policy, prompts: int, longest: int) -> Amounts:
+    """What is live at the peak of reading P prompts of L tokens before completions are sampled."""
+    tokens = torch.zeros(prompts, longest, dtype=torch.long, device=policy.device)
+    positions = torch.arange(longest, device=policy.device).expand_as(tokens)
+    prefill = Prefill()
+    ledger = Ledger([tokens, positions, *policy.model.parameters(), *policy.model.buffers()])
+    with ledger, torch.no_grad():
+        policy.logits(policy.hidden(tokens, positions, prefill)[:, -1])
+    return ledger.peak(0, len(ledger.events), lambda _: "activations")
+
+
+@cache
+def sampling_room(rows: int, vocabulary: int, dtype: torch.dtype) -> int:
+    """Bytes that choosing the next tokens of B rows takes, the logits included."""
+    with torch.device("meta"):
+        logits, uniform = torch.empty(rows, vocabulary, dtype=dtype), torch.empty(rows, dtype=torch.float64)
+        with Ledger([]) as ledger:
+            choose(logits, uniform, 1.0)
+    room: int = logits.nbytes + sum(ledger.peak(0, len(ledger.events), lambda _: "").values())
+    return room
+
+
+def moment_bytes(shapes: Iterable[torch.Size], dtype: torch.dtype, optimizer: str) -> int:
+    """Bytes of the moments of weights of these shapes and this type."""
+    counts = [shape.numel() for shape in shapes]
+    if optimizer == "adamw":
+        return int(2 * dtype.itemsize * sum(counts))
+    return sum(8 * n if n < MIN_8BIT else 2 * (n + 4 * -(-n // BLOCK_8BIT)) for n in counts)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of memory that a training may take on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@dataclass(frozen=True)
+class _Outline(Policy):
+    """A policy on the meta device that goes through its passes as one on a CPU or a GPU would."""
+
+    written: bool = False
+
+    def _hidden_of_row(self, tokens: Tensor, plan: Packed) -> Tensor:
+        if not self.written or self.model.is_activation_checkpointing:
+            return super()._hidden_of_row(tokens, plan)
+        dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
+        written = qwen2.Pass(self.model, longest=plan.positions.numel(), dtype=dtype)
+        return written.hidden(tokens, plan.positions[0], plan, packed=True)
+
+
+class Planner:
+    """Plans for one model and one kind of work; each pass is traced once."""
+
+    def __init__(self, name: str, work: Work) -> None:
+        self.work, self.layers = work, number_of_layers(name)
+        self.dtype = weights_dtype(work.precision, torch.device(work.device))
+        self.few = [skeleton(name, dtype=self.dtype, layers=layers) for layers in (2, 3)]
+        self.has_masters = work.precision == "bf16-master" and self.dtype == torch.bfloat16
+        layers = self.few[0].get_decoder().layers
+        within = {id(weight) for weight in layers.parameters()}
+        ends = [weight.shape for weight in self.few[0].parameters() if id(weight) not in within]
+        self.shapes = ends + [weight.shape for weight in layers[0].parameters()] * self.layers
+        self._vocabulary = self.few[0].config.get_text_config().vocab_size
+        self.count = sum(shape.numel() for shape in self.shapes)
+        self._passes: dict[tuple[int, int, bool, bool], Amounts] = {}
+        self._staying, self._rollout = self._static()
+
+    def plan(self, choices: Choices, *, room: int = 0, reasons: Sequence[str] = ()) -> MemoryPlan:
+        """What the work takes up with these choices."""
+        stays = dict(self._staying)
+        reference = stays.pop("reference") if choices.on_host else 0
+        gradients = self.count * self.dtype.itemsize
+        phases = {"rollout": self._rollout}
+        if self.work.has_reference:
+            brought = {"reference": reference} if choices.on_host else {}
+            phases["reference"] = brought | self._pass(choices, learn=False)
+        phases["update"] = self._pass(choices, learn=True)
+        phases["optimizer"] = {"gradients": gradients, "working room": self._optimizer_room()}
+        whole = {phase: stays | amounts for phase, amounts in phases.items()}
+        return MemoryPlan(whole, self._origins(choices), choices, room, list(reasons))
+
+    def fits(self, choices: Choices, room: int) -> bool:
+        """Whether the work fits; what shows at once that it does not is looked at first."""
+        stays = sum(size for name, size in self._staying.items() if name != "reference" or not choices.on_host)
+        untiled = self._pass(replace(choices, tile=0), learn=True)  # tiles make logits smaller and nothing else
+        if stays + untiled.get("activations", 0) > room or stays + sum(self._pass(choices, learn=True).values()) > room:
+            return False
+        return self.plan(choices).peak <= room
+
+    def cost(self, choices: Choices) -> float:
+        """Time of reference pass and update, in tokens passed forward through the model."""
+        work, rows = self.work, choices.rows or self.work.rows
+        passes = -(-work.rows // rows)
+        completions = work.rows * work.new_tokens
+        tokens = completions + passes * self._prompts_of(rows) * work.prompt_tokens
+        head = self.shapes[0].numel() / self.count
+        forward = 3 + choices.checkpointing + work.has_reference  # a backward pass is two forward
+        recomputed = head * completions if self._tiles(choices) else 0
+        return tokens * forward + passes * OVERHEAD + recomputed + UPLOAD * choices.on_host + (self._tiles(choices) > 1)
+
+    def _tiles(self, choices: Choices) -> int:
+        """Tiles of a micro-batch's logits; 0 if they are computed at once."""
+        tokens = (choices.rows or self.work.rows) * self.work.new_tokens
+        return -(-tokens // choices.tile) if 0 < choices.tile < tokens else 0
+
+    def _prompts_of(self, rows: int) -> int:
+        """Prompts that `rows` completions in a row answer, at most."""
+        each = self.work.generations
+        return min(self.work.prompts, rows // each if rows % each == 0 else (rows - 2) // each + 2 if rows > 1 else 1)
+
+    def _static(self) -> tuple[Amounts, Amounts]:
+        """What is there from the first step to the last; and what a rollout adds."""
+        work, size = self.work, self.count * self.dtype.itemsize
+        config, static = self.few[0].config.get_text_config(), work.device == "cuda"
+        width = self.few[0].get_decoder().layers[0].self_attn.head_dim
+        token = self.layers * 2 * config.num_key_value_heads * width * self.dtype.itemsize
+        longest = -(-work.prompt_tokens // ROUNDED) * ROUNDED if static else work.prompt_tokens
+        shapes = [(work.prompts, work.rows), (work.eval_rows, work.eval_rows)]
+        caches = [(prompts * longest + rows * work.new_tokens) * token for prompts, rows in shapes]
+        rooms = [sampling_room(rows, config.vocab_size, self.dtype) for _, rows in shapes]
+        # The samplers of a GPU stay, training's beside evaluation's; elsewhere one comes and goes.
+        together = sum if static else max
+        sampling = {"KV cache": together(caches), "sampling": together(rooms)}
+        rollout = self._prefill()
+        stays = {
+            "weights": size,
+            "master": 4 * self.count if self.has_masters else 0,
+            "moments": moment_bytes(self.shapes, torch.float32 if self.has_masters else self.dtype, work.optimizer),
+            "reference": size if work.has_reference else 0,
+        }
+        return (stays | sampling, rollout) if static else (stays, sampling | rollout)
+
+    def _prefill(self) -> Amounts:
+        """The peak of reading the prompts; a CPU also copies the weights of its layers to decode with."""
+        work, policies = self.work, [self._policy(model) for model in self.few]
+        prompts = max(work.prompts, work.eval_rows)
+        found = self._grown(*(traced_prefill(policy, prompts, work.prompt_tokens) for policy in policies))
+        copies = 0 if work.device == "cuda" else (self.count - self.shapes[0].numel()) * self.dtype.itemsize
+        return found | {"working room": copies}
+
+    def _policy(self, model: Any, *, tile: int = 0) -> Policy:
+        written = self.work.device == "cpu" and qwen2.fits(model)
+        return _Outline(model, cast("Any", None), "", self.work.precision, tile=tile, written=written)
+
+    def _grown(self, two: Amounts, three: Amounts) -> Amounts:
+        """What two and three layers take up -> what all do."""
+        return {
+            name: two.get(name, 0) + (self.layers - 2) * (three.get(name, 0) - two.get(name, 0))
+            for name in two.keys() | three.keys()
+        }
+
+    def _pass(self, choices: Choices, *, learn: bool) -> Amounts:
+        """Bytes at the peak of an update or of the reference pass, by what they hold."""
+        rows = choices.rows or self.work.rows
+        key = (choices.tile if self._tiles(choices) else 0, rows, choices.checkpointing and learn, learn)
+        if key not in self._passes:
+            self._passes[key] = self._traced(*key)
+        return self._passes[key]
+
+    def _traced(self, tile: int, rows: int, checkpointing: bool, learn: bool) -> Amounts:
+        work, prompts = self.work, self._prompts_of(rows)
+        owners = sorted(row % prompts for row in range(rows))
+        sequences = Sequences([[0] * work.prompt_tokens] * prompts, [[0] * work.new_tokens] * rows, owners)
+        again = learn and rows < work.rows
+        found = []
+        for model in self.few:
+            with checkpointed(model, wanted=checkpointing):
+                found.append(traced(self._policy(model, tile=tile), sequences, learn=learn, again=again))
+        peaks = [self._grown(two, three) for two, three in zip(*found, strict=True)]
+        largest = max(peaks, key=lambda amounts: sum(amounts.values()))
+        return largest | {"gradients": self.count * self.dtype.itemsize} if again else largest
+
+    def _optimizer_room(self) -> int:
+        """Bytes of what the optimizer makes for a while: gradients in float32, and torch's AdamW on a GPU a copy."""
+        largest = max(shape.numel() for shape in self.shapes)
+        at_once = min(self.count, max(AT_ONCE, largest)) if self.has_masters else 0
+        foreach = self.work.optimizer == "adamw" and self.work.device == "cuda"
+        copies = (4 * at_once or self.count * self.dtype.itemsize) if foreach else 0
+        return 4 * at_once + copies
+
+    def _origins(self, choices: Choices) -> dict[str, str]:
+        work, rows, dtype = self.work, choices.rows or self.work.rows, str(self.dtype).removeprefix("torch.")
+        prompts = self._prompts_of(rows)
+        several = "and" if work.device == "cuda" else "or"
+        recomputed = ", kept between layers alone" if choices.checkpointing else ""
+        return {
+            "weights": f"{self.count:,} weights in {dtype}",
+            "master": "the same in float32, which the optimizer moves",
+            "gradients": f"of the weights, in {dtype}; those there at the peak",
+            "moments": "two in 8 bits, with scales" if work.optimizer == "adamw8bit" else "two of each weight",
+            "reference": "the weights again" + (", brought from the host for its pass" if choices.on_host else ""),
+            "KV cache": f"{work.prompts} x {work.generations} completions, {several} {work.eval_rows} in evaluation",
+            "sampling": "logits of these, and what is made of them",
+            "activations": f"{prompts} x {work.prompt_tokens} prompt tokens, {rows} x {work.new_tokens} new ones,"
+            f" {self.layers} layers{recomputed}; before sampling: prompts",
+            "logits": f"of {choices.tile or rows * work.new_tokens:,} tokens, {self._vocabulary:,} each",
+            "working room": "some gradients in float32" if self.has_masters else "copies to compute with",
+        }
+
+
+@contextmanager
+def checkpointed(model: Any, *, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing while this lasts, as `load` turns it on."""
+    if wanted:
+        model.activation_checkpointing_enable()
+        model.train()
+    try:
+        yield
+    finally:
+        if wanted:
+            model.activation_checkpointing_disable()
+            model.eval()
+
+
+def find(
+    planner: Planner, *, free: int, rows: int = 0, checkpointing: bool | None = None, on_host: bool | None = None
+) -> MemoryPlan:
+    """The plan that costs the least time of those that fit in `free` bytes; what is given is not chosen.
+
+    Raises CountdownError if none does.
+    """
+    work = planner.work
+    room = int(free * (1 - MARGIN)) - (LIBRARIES if work.device == "cuda" else 0)
+    groups = [work.generations * -(-work.prompts // 2**halved) for halved in range(work.prompts.bit_length())]
+    parts = [-(-work.generations // 2**halved) for halved in range(1, (work.generations - 1).bit_length() + 1)]
+    sizes = [rows] if rows else [0, *dict.fromkeys(size for size in (*groups, *parts) if size < work.rows)]
+    hosts = [False] if not work.has_reference or work.device == "cpu" else [False, True]
+    options = [
+        Choices(tile, size, recomputed, host)
+        for recomputed, host, size, tile in product(
+            [False, True] if checkpointing is None else [checkpointing],
+            hosts if on_host is None else [on_host and work.has_reference],
+            sizes,
+            TILES,
+        )
+        if not tile or tile < (size or work.rows) * work.new_tokens
+    ]
+    for choices in sorted(options, key=planner.cost):
+        if planner.fits(choices, room):
+            return planner.plan(choices, room=room, reasons=_reasons(planner, choices))
+    least = min(planner.plan(choices).peak for choices in options)
+    raise CountdownError(
+        f"this training needs at least {least / GB:.1f} GB of memory, and {room / GB:.1f} GB can be used",
+        "take a smaller `--max-new-tokens`, `--batch-size` or model, or `--optimizer adamw8bit`;"
+        " `--memory` says how many GB to plan for",
+    )
+
+
+def plan_for(name: str, work: Work, settings: Settings) -> MemoryPlan:
+    """The plan for a training with these settings: what they leave open is chosen to fit in the memory they give.
+
+    Raises CountdownError if nothing fits.
+    """
+    model = settings.model
+    return find(
+        Planner(name, work),
+        free=int(model.memory * GB) or free_memory(torch.device(work.device)),
+        rows=settings.train.micro_batch_size,
+        checkpointing={"auto": None, "on": True, "off": False}[model.gradient_checkpointing],
+        on_host={"auto": None, "host": True, "device": False}[model.reference],
+    )
+
+
+def limit(settings: Settings, device: torch.device) -> None:
+    """Hold this process to the memory that the settings give, where the device can."""
+    if settings.model.memory and device.type == "cuda":
+        share = settings.model.memory * GB / torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+
+
+def _reasons(planner: Planner, choices: Choices) -> list[str]:
+    """Why each choice is not what it would be with more memory."""
+    sentences = {
+        "tile": f"logits of {choices.tile:,} tokens at a time",
+        "rows": f"micro-batches of {choices.rows} completions",
+        "checkpointing": "gradient checkpointing",
+        "on_host": "the reference on the host",
+    }
+    changed = {name: replace(choices, **{name: getattr(Choices(), name)}) for name in sentences}
+    found = [
+        f"{sentences[name]}: without, the peak would be {planner.plan(without).peak / GB:.1f} GB"
+        for name, without in changed.items()
+        if without != choices
+    ]
+    return found or ["everything at once: it fits"]

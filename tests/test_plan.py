@@ -1,0 +1,290 @@
+"""The memory plan: what it traces without memory is what real passes take, and it chooses what fits."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import bitsandbytes
+import pytest
+import torch
+from conftest import Command, save_tiny_model
+from torch import Tensor
+
+from grpo_cli.core import attention, plan, qwen2
+from grpo_cli.core.config import resolve
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.grpo import reference_logprobs
+from grpo_cli.core.plan import GB, Choices, Planner, Work, checkpointed, find, moment_bytes, traced, traced_prefill
+from grpo_cli.core.policy import Policy, Sequences, load, skeleton
+
+WORK = Work("cuda", "bf16-master", "adamw8bit", 4, 16, 290, 160, 64, has_reference=True)  # the original's
+QWEN = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 1536,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "intermediate_size": 8960,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 32768,
+}
+WEIGHTS = 1_543_714_304
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """Qwen2.5-1.5B without its weights: the config and some tokenizer."""
+    folder = tmp_path_factory.mktemp("qwen")
+    for path in tiny_folder.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "config.json").write_text(json.dumps(QWEN))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def planner(qwen: Path) -> Planner:
+    return Planner(str(qwen), WORK)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real passes on the CPU take the paths of CUDA; attention takes up what flash attention does."""
+    monkeypatch.setattr(attention, "maskless", lambda device: True)
+    monkeypatch.setattr(attention, "_aligned", lambda queries, keys, device: torch.empty(0))
+    monkeypatch.setattr(attention, "_causal", lambda query, key, value, _: attention.flash_outline(query, key, value))
+    monkeypatch.setattr(attention, "_biased", lambda query, key, value, *_: attention.flash_outline(query, key, value))
+    monkeypatch.setattr(qwen2, "fits", lambda model: False)
+
+
+def even(prompts: int, generations: int, prompt_tokens: int, new_tokens: int) -> Sequences:
+    owners = [prompt for prompt in range(prompts) for _ in range(generations)]
+    return Sequences([[1] * prompt_tokens] * prompts, [[2] * new_tokens] * len(owners), owners)
+
+
+def outlined(folder: Path, **changes: object) -> Policy:
+    real = load(str(folder), device="cpu", precision="float32")
+    model = skeleton(str(folder), dtype=torch.float32, layers=real.model.config.num_hidden_layers)
+    return replace(real, model=model, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 20, 9), (1, 8, 5, 30), (4, 2, 60, 4)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("tile", [0, 7])
+@pytest.mark.parametrize(("learn", "again"), [(True, False), (True, True), (False, False)])
+def test_what_is_traced_without_memory_is_what_the_real_model_takes(
+    tiny_folder: Path,
+    as_on_a_gpu: None,
+    shape: tuple[int, int, int, int],
+    checkpointing: bool,
+    tile: int,
+    learn: bool,
+    again: bool,
+) -> None:
+    sequences = even(*shape)
+    real = replace(load(str(tiny_folder), device="cpu", precision="float32"), tile=tile)
+    found = []
+    for policy in (real, outlined(tiny_folder, tile=tile)):
+        with checkpointed(policy.model, wanted=checkpointing):
+            found.append(traced(policy, sequences, learn=learn, again=again))
+    for measured, planned in zip(*found, strict=True):
+        assert sum(planned.values()) == pytest.approx(sum(measured.values()), rel=0.1)
+        assert planned.keys() == measured.keys()
+    assert len(found[0]) == (2 if learn else 1)
+
+
+def test_the_prefill_is_traced_as_it_is(tiny_folder: Path, as_on_a_gpu: None) -> None:
+    real, planned = load(str(tiny_folder), device="cpu", precision="float32"), outlined(tiny_folder)
+    measured = traced_prefill(real, 3, 40)["activations"]
+    assert traced_prefill(planned, 3, 40)["activations"] == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("choices", [Choices(), Choices(tile=16), Choices(rows=2), Choices(rows=2, checkpointing=True)])
+def test_every_layer_adds_what_the_third_one_adds(tmp_path: Path, choices: Choices, written: bool) -> None:
+    """Weights that are small beside activations, and the other way round: the peak is at the start or the end."""
+    for new_tokens, width in ((40, 48), (3, 400)):
+        folder = save_tiny_model(tmp_path / f"{width}", num_hidden_layers=6, intermediate_size=width)
+        work = Work("cpu" if written else "cuda", "float32", "adamw", 2, 4, 8, new_tokens, 8, has_reference=True)
+        grown = Planner(str(folder), work)
+        all_six = Planner(str(folder), work)
+        all_six.few = [skeleton(str(folder), dtype=torch.float32, layers=6)] * 2  # nothing is added to six
+        for learn in (True, False):
+            expected = sum(all_six._pass(choices, learn=learn).values())
+            assert sum(grown._pass(choices, learn=learn).values()) == pytest.approx(expected, rel=0.01)
+        assert grown.count == sum(weight.numel() for weight in load(str(folder), device="cpu").model.parameters())
+
+
+def test_a_ledger_finds_the_peak_and_what_made_it() -> None:
+    with plan.Ledger([]) as ledger:
+        first = torch.zeros(100)
+        second = torch.zeros(50)
+        del first
+        third = torch.zeros(30)
+        view = third[:3].mul_(2)
+        del second, third, view
+    assert ledger.peak(0, len(ledger.events), str) == {"0": 400, "1": 200}
+    assert ledger.peak(3, len(ledger.events), str) == {"1": 200, "2": 120}
+    assert not ledger.numbers
+
+
+def test_moments_take_what_the_optimizers_keep() -> None:
+    shapes = [(64, 64), (63, 65), (300, 100), (7,)]
+    for name, build in (("adamw8bit", bitsandbytes.optim.AdamW8bit), ("adamw", torch.optim.AdamW)):
+        for dtype in (torch.float32, torch.bfloat16):
+            weights = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
+            optimizer = build(weights)
+            for weight in weights:
+                weight.grad = torch.randn_like(weight)
+            optimizer.step()
+            kept = [
+                value
+                for state in optimizer.state.values()
+                for key, value in state.items()
+                if isinstance(value, Tensor) and key != "step" and not key.startswith("qmap")
+            ]
+            expected = moment_bytes([weight.shape for weight in weights], dtype, name)
+            assert sum(value.nbytes for value in kept) == expected, (name, dtype)
+
+
+def test_static_parts_of_qwen_are_those_worked_out_by_hand(planner: Planner) -> None:
+    stays = planner.plan(Choices()).phases["optimizer"]
+    assert planner.count == WEIGHTS
+    assert stays["weights"] == stays["reference"] == stays["gradients"] == 2 * WEIGHTS
+    assert stays["master"] == 4 * WEIGHTS
+    # 28 layers, keys and values, 2 heads of 128, 2 bytes; prompts padded to 320 tokens.
+    token = 28 * 2 * 2 * 128 * 2
+    assert stays["KV cache"] == token * (4 * 320 + 64 * 160 + 64 * 320 + 64 * 160)
+    assert stays["working room"] == 4 * 151936 * 1536  # the embedding's gradient in float32
+    norms_and_biases = 28 * (1536 + 256 + 256 + 2 * 1536) + 1536
+    blocked = WEIGHTS - norms_and_biases
+    assert stays["moments"] == 8 * norms_and_biases + 2 * blocked + 8 * blocked // 256
+
+
+def test_logits_of_the_whole_step_are_there_twice_in_float32_and_once_in_bfloat16(planner: Planner) -> None:
+    assert planner.plan(Choices()).phases["update"]["logits"] == 64 * 160 * 151936 * (4 + 4 + 2)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "expected"),
+    [
+        (141, Choices()),
+        (40, Choices(rows=16)),
+        (24, Choices(tile=1024, checkpointing=True)),
+        (22, Choices(tile=1024, checkpointing=True, on_host=True)),
+    ],
+)
+def test_the_cheapest_choices_that_fit_are_taken(planner: Planner, gigabytes: int, expected: Choices) -> None:
+    found = find(planner, free=int(gigabytes * GB))
+    assert found.choices == expected
+    assert found.peak <= found.room < gigabytes * GB
+    assert len(found.reasons) == max(1, sum(getattr(expected, name) != 0 for name in expected.__dataclass_fields__))
+
+
+def test_what_is_set_is_not_chosen(planner: Planner) -> None:
+    found = find(planner, free=int(40 * GB), rows=8, checkpointing=True, on_host=True)
+    assert found.choices == Choices(0, 8, checkpointing=True, on_host=True)
+    with pytest.raises(CountdownError, match=r"needs at least 54\.\d GB of memory, and 22\.3 GB") as caught:
+        find(planner, free=int(24 * GB), rows=64, checkpointing=False, on_host=False)
+    assert caught.value.exit_code == 2 and "--max-new-tokens" in str(caught.value.hint)
+
+
+def test_a_micro_batch_within_a_group_has_its_prompt_and_one_across_groups_all_that_it_touches(
+    planner: Planner,
+) -> None:
+    assert [planner._prompts_of(rows) for rows in (1, 2, 8, 16, 17, 32, 64)] == [1, 2, 2, 1, 2, 2, 4]
+
+
+def test_the_cost_of_choices_in_tokens_passed_forward(planner: Planner) -> None:
+    tokens = 4 * 290 + 64 * 160
+    assert planner.cost(Choices()) == 4 * tokens + 500
+    assert planner.cost(Choices(checkpointing=True)) == 5 * tokens + 500
+    assert planner.cost(Choices(rows=16, on_host=True)) == 4 * tokens + 4 * 500 + 4000
+
+
+def test_a_reference_on_the_host_is_brought_for_its_pass_and_no_longer(tiny_policy: Policy) -> None:
+    sequences = even(2, 2, 4, 3)
+    expected = reference_logprobs(tiny_policy.frozen_copy(), sequences, temperature=1.0)
+    reference = tiny_policy.frozen_copy(on_host=True)
+    home = [weight.data_ptr() for weight in reference.model.parameters()]
+    assert reference.fingerprint() == tiny_policy.fingerprint()
+    with reference.brought():
+        away = [weight.data_ptr() for weight in reference.model.parameters()]
+        assert not set(away) & set(home)
+    assert torch.equal(reference_logprobs(reference, sequences, temperature=1.0), expected)
+    assert [weight.data_ptr() for weight in reference.model.parameters()] == home
+    with pytest.raises(RuntimeError, match="halfway"), reference.brought():
+        raise RuntimeError("halfway")
+    assert [weight.data_ptr() for weight in reference.model.parameters()] == home
+
+
+def test_switches_of_older_files_are_still_read(tmp_path: Path) -> None:
+    for old, new in (("true", "on"), ("false", "off"), ('"auto"', "auto")):
+        file = tmp_path / "old.toml"
+        file.write_text(f"[model]\ngradient_checkpointing = {old}\n")
+        assert resolve(config_file=file, has_cuda=lambda: False).settings.model.gradient_checkpointing == new
+
+
+SMALL = ["--precision", "float32", "--batch-size", "2", "--num-generations", "2", "--max-new-tokens", "8"]
+SMALL += ["--num-iterations", "2", "--eval-puzzles", "2"]
+
+
+def test_a_dry_run_plans_for_a_gpu_that_is_not_there(countdown: Command, qwen: Path) -> None:
+    arguments = ["train", "--preset", "qwen2.5-1.5b", "--model", qwen, "--device", "cuda", "--dry-run"]
+    found = countdown(*arguments, "--precision", "bf16-master", "--memory", "24")
+    assert found.code == 0, found.err
+    assert "22.30 can be used" in " ".join(found.out.split())
+    for word in ("weights", "master", "gradients", "moments", "reference", "KV cache", "activations", "logits"):
+        assert f"\n{word} " in found.out
+    assert "gradient checkpointing on" in " ".join(found.out.split())
+    assert countdown(*arguments, "--memory", "8").code == 2
+    found = countdown(*arguments)
+    assert found.code == 2 and "device `cuda` is not available" in found.err
+
+
+def test_a_training_does_as_planned_and_says_so(countdown: Command, tiny_folder: Path) -> None:
+    found = countdown("train", "--model", tiny_folder, "--run", "plain", *SMALL)
+    assert found.code == 0
+    assert "micro-batches of the whole step, gradient checkpointing off, reference on the device" in found.err
+    changed = ["--gradient-checkpointing", "on", "--reference", "host", "--micro-batch-size", "1"]
+    found = countdown("train", "--model", tiny_folder, "--run", "lean", *SMALL, *changed)
+    assert found.code == 0
+    assert "micro-batches of 1 completions, gradient checkpointing on, reference on the host" in found.err
+    plain, lean = (
+        [json.loads(line) for line in Path("runs", name, "metrics.jsonl").read_text().splitlines()]
+        for name in ("plain", "lean")
+    )
+    for one, other in zip(plain, lean, strict=True):
+        for key in ("loss", "kl", "grad_norm", "reward"):
+            assert one.get(key, 0) == pytest.approx(other.get(key, 0), rel=1e-3, abs=1e-5)
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_loaded(countdown: Command, tiny_folder: Path) -> None:
+    found = countdown("train", "--model", tiny_folder, "--run", "none", *SMALL, "--memory", "0.0001")
+    assert found.code == 2
+    assert "this training needs at least" in found.err and "hint:" in found.err
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("expandable_segments:True", None)),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, ("backend:native", None)),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, (None, "backend:native")),
+    ],
+)
+def test_the_allocator_of_cuda_grows_its_blocks_unless_the_user_says_how(
+    countdown: Command, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: tuple[str | None, str | None]
+) -> None:
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # put back afterwards
+        monkeypatch.delenv(name)
+        if name in given:
+            monkeypatch.setenv(name, given[name])
+    assert countdown("--version").code == 0
+    assert (os.environ.get("PYTORCH_CUDA_ALLOC_CONF"), os.environ.get("PYTORCH_ALLOC_CONF")) == expected
