@@ -1,48 +1,83 @@
-"""Time of one training step beside TRL's GRPOTrainer, and of sampling beside transformers' `generate`.
+"""Time of a training step beside TRL's GRPOTrainer and beside plain transformers code.
 
-    python benchmarks/step.py --rounds 7 --out step.json
+    python benchmarks/step.py --rounds 9 --out step.json    completions end by themselves, as in training
+    python benchmarks/step.py --ends none                   all have exactly as many tokens
+    python benchmarks/step.py --rollouts                    sampling alone, in the shapes of training and evaluation
 
-Everybody has the same weights, the same one-shot prompts and exactly as many new tokens, because no end-of-sequence
-id can be sampled; KL penalty, one inner update, AdamW. Each contestant has a process of its own, so that none runs
-under another's settings, and they take turns, so that a change in the machine's load meets all of them. Figures are
-medians; TRL's update includes its scoring.
+Everybody has the same weights, the same one-shot prompts and the same end-of-sequence ids, samples at temperature 1,
+and takes one update by AdamW with a KL penalty. `plain` is what one writes first: `generate`, a forward pass of rows
+padded on the left, log-softmax and gather. Each contestant has a process of its own, so that none runs under another's
+settings, and they take turns, so that a change in the machine's load meets all of them. Times are medians over the
+rounds. The learning rate is too small to move a weight, so that all rounds sample from one distribution; lengths
+differ between contestants by the draw alone, and are shown. TRL's update includes its scoring.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+from measured import Seconds, peak_bytes, table, timed, write
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from grpo_cli.core.builtin.recipe import Recipe, build_model, build_tokenizer
-from grpo_cli.core.grpo import advantages, reference_logprobs, update
+from grpo_cli.core.grpo import advantages, batch_loss, normalizer, reference_logprobs, update
 from grpo_cli.core.policy import BUILTIN, Policy, Sequences, detect_precision, load
-from grpo_cli.core.puzzle import enumerate_puzzles
+from grpo_cli.core.puzzle import generate
 from grpo_cli.core.rollout import draws, sample
 from grpo_cli.core.settings import Loss
-from grpo_cli.core.task import Style, prompt
+from grpo_cli.core.task import prompt
 
 IMPOSSIBLE = 10**6  # an end-of-sequence id that no model samples
-TEMPERATURE, BETA, LEARNING_RATE = 1.0, 0.01, 1e-5
+TEMPERATURE, BETA, LEARNING_RATE = 1.0, 0.01, 1e-12
+LOSS = Loss(loss_type="dapo", beta=BETA, epsilon=0.2, epsilon_high=0.2, kl_estimator="k3", scale_rewards="group")
 PHASES = ("rollout", "reference", "update", "total")
-SHAPES = ((4, 16, 160), (16, 8, 320), (64, 1, 320), (1, 1, 320))  # prompts, completions of each, new tokens
-Seconds = dict[str, float]
+SHAPES = ((4, 16, 160), (16, 8, 360), (64, 1, 360), (1, 1, 360))  # prompts, completions of each, most new tokens
 Conversation = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every contestant is given."""
+
+    folder: str
+    precision: str
+    prompts: int
+    completions: int  # of each prompt
+    tokens: int  # the most that a completion may have
+    ends: str  # natural: by the model's own end-of-sequence ids; none: never before `tokens`
+    whole: bool  # a whole training step, or its rollout alone
+    rounds: int
+    numbers: int = 3  # in each puzzle
+
+    @property
+    def owners(self) -> list[int]:
+        return [index for index in range(self.prompts) for _ in range(self.completions)]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one step took, and what it sampled."""
+
+    seconds: Seconds
+    tokens: int
+    longest: int
+    peak: int  # bytes of its process so far
+
+
+Turn = Callable[[Round], None]
 
 
 def reward(text: str) -> float:
@@ -50,44 +85,38 @@ def reward(text: str) -> float:
     return len(set(text)) / 100
 
 
-def model_folder(scratch: Path) -> Path:
-    """The built-in model, or a random one of its shape."""
-    if BUILTIN.is_dir():
-        return BUILTIN
-    tokenizer = build_tokenizer(Recipe())
-    build_model(Recipe(), tokenizer).save_pretrained(scratch)
-    tokenizer.save_pretrained(scratch)
-    return scratch
+def advantages_of(work: Work, texts: list[str]) -> Tensor:
+    """(B,)"""
+    return advantages(torch.tensor([reward(text) for text in texts]).view(work.prompts, -1)).flatten()
 
 
-def policy_of(folder: Path, precision: str) -> Policy:
-    loaded = load(str(folder), device="cpu", precision=precision)
-    return Policy(loaded.model, loaded.tokenizer, loaded.name, loaded.precision, (IMPOSSIBLE,))
+def policy_of(work: Work) -> Policy:
+    loaded = load(work.folder, device="cpu", precision=work.precision)
+    return loaded if work.ends == "natural" else replace(loaded, end_ids=(IMPOSSIBLE,))
 
 
-def conversations(count: int, style: Style) -> list[Conversation]:
-    puzzles = list(enumerate_puzzles(numbers=3, split="train"))
-    return [prompt(puzzle, style) for puzzle in puzzles[:: len(puzzles) // count][:count]]
+def conversations(work: Work) -> list[Conversation]:
+    """One-shot prompts."""
+    puzzles = generate(work.prompts, numbers=work.numbers, split="train")
+    return [prompt(puzzle, "one-shot") for puzzle in puzzles]
 
 
-@contextmanager
-def timed(seconds: Seconds, phase: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+def round_of(seconds: Seconds, completions: list[list[int]]) -> Round:
+    lengths = [len(completion) for completion in completions]
+    return Round(dict(seconds), sum(lengths), max(lengths), peak_bytes())
 
 
-def our_step(
-    folder: Path, precision: str, chats: list[Conversation], shape: argparse.Namespace
-) -> Callable[[], Seconds]:
-    """A function that takes one training step of ours."""
-    policy = policy_of(folder, precision)
+# Contestants
+
+
+def countdown(work: Work, turn: Turn) -> None:
+    """Ours."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as its command line does
+    policy = policy_of(work)
     reference = policy.frozen_copy()
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=LEARNING_RATE)
-    loss = Loss(loss_type="dapo", beta=BETA, epsilon=0.2, epsilon_high=0.2, kl_estimator="k3", scale_rewards="group")
-    owners = [index for index in range(shape.prompts) for _ in range(shape.completions)]
-
-    def step() -> Seconds:
+    chats = conversations(work)
+    for index in range(work.rounds + 1):
         seconds: Seconds = {}
         with timed(seconds, "total"):
             with timed(seconds, "rollout"):
@@ -95,97 +124,102 @@ def our_step(
                 rollout = sample(
                     policy,
                     prompts,
-                    num_generations=shape.completions,
-                    max_new_tokens=shape.tokens,
+                    num_generations=work.completions,
+                    max_new_tokens=work.tokens,
                     temperature=TEMPERATURE,
-                    uniform=draws(0, 0, range(shape.prompts), shape.completions, shape.tokens),
+                    uniform=draws(0, index, range(work.prompts), work.completions, work.tokens),
                 )
-            assert all(rollout.truncated)
-            rewards = torch.tensor([reward(policy.decode(tokens)) for tokens in rollout.completions])
-            sequences = Sequences(prompts, rollout.completions, owners)
-            with timed(seconds, "reference"):
-                ref_logprobs = reference_logprobs(reference, sequences, temperature=TEMPERATURE)
-            with timed(seconds, "update"):
-                update(
-                    policy,
-                    optimizer,
-                    sequences,
-                    advantages(rewards.view(shape.prompts, -1)).flatten(),
-                    loss=loss,
-                    temperature=TEMPERATURE,
-                    max_new_tokens=shape.tokens,
-                    ref_logprobs=ref_logprobs,
-                )
-        return seconds
-
-    return step
+            if work.whole:
+                sequences = Sequences(prompts, rollout.completions, work.owners)
+                advantage = advantages_of(work, [policy.decode(tokens) for tokens in rollout.completions])
+                with timed(seconds, "reference"):
+                    ref_logprobs = reference_logprobs(reference, sequences, temperature=TEMPERATURE)
+                with timed(seconds, "update"):
+                    update(
+                        policy,
+                        optimizer,
+                        sequences,
+                        advantage,
+                        loss=LOSS,
+                        temperature=TEMPERATURE,
+                        max_new_tokens=work.tokens,
+                        ref_logprobs=ref_logprobs,
+                    )
+        turn(round_of(seconds, rollout.completions))
 
 
-def generate_rollout(
-    folder: Path, precision: str, chats: list[Conversation], completions: int, tokens: int
-) -> Callable[[], Seconds]:
-    """A function that samples the same completions with transformers' `generate`."""
-    from transformers import AutoModelForCausalLM
+def plain(work: Work, turn: Turn) -> None:
+    """What one writes first."""
+    policy = policy_of(work)
+    model, reference = (AutoModelForCausalLM.from_pretrained(work.folder, dtype=torch.float32) for _ in range(2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    rows = [policy.encode(chat) for chat in conversations(work) for _ in range(work.completions)]
+    torch.manual_seed(0)
+    for _ in range(work.rounds + 1):
+        seconds: Seconds = {}
+        with timed(seconds, "total"), policy.autocast():
+            with timed(seconds, "rollout"):
+                completions = generated(policy, model, rows, work.tokens)
+            if work.whole:
+                advantage = advantages_of(work, [policy.decode(tokens) for tokens in completions])
+                with timed(seconds, "reference"), torch.no_grad():
+                    ref_logprobs, _ = padded_logprobs(reference, rows, completions)
+                with timed(seconds, "update"):
+                    logprobs, mask = padded_logprobs(model, rows, completions)
+                    weight = normalizer(mask.sum(dim=1), loss_type=LOSS.loss_type, max_new_tokens=work.tokens)
+                    loss, *_ = batch_loss(logprobs, logprobs.detach(), ref_logprobs, advantage, mask, weight, LOSS)
+                    loss.backward()
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad()
+        turn(round_of(seconds, completions))
 
-    policy = policy_of(folder, precision)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+
+def generated(policy: Policy, model: PreTrainedModel, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """A completion of each prompt by transformers' `generate`, up to its end-of-sequence id."""
     policy.tokenizer.padding_side = "left"
+    batch = policy.tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
     settings = GenerationConfig(
         do_sample=True,
         temperature=TEMPERATURE,
         top_k=0,
         top_p=1.0,
         max_new_tokens=tokens,
-        eos_token_id=IMPOSSIBLE,
+        eos_token_id=list(policy.end_ids),
         pad_token_id=policy.tokenizer.pad_token_id,
     )
-
-    def rollout() -> Seconds:
-        seconds: Seconds = {}
-        with timed(seconds, "rollout"), policy.autocast():
-            rows = [policy.encode(chat) for chat in chats for _ in range(completions)]
-            batch = policy.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
-            found = model.generate(**batch, generation_config=settings)
-        assert found.shape == (len(rows), batch["input_ids"].shape[1] + tokens)
-        return seconds
-
-    return rollout
+    found = model.generate(**batch, generation_config=settings)[:, batch["input_ids"].shape[1] :].tolist()
+    ends = [[place for place, token in enumerate(row) if token in policy.end_ids] for row in found]
+    return [row[: places[0] + 1] if places else row for row, places in zip(found, ends, strict=True)]
 
 
-def our_rollout(
-    folder: Path, precision: str, chats: list[Conversation], completions: int, tokens: int
-) -> Callable[[], Seconds]:
-    policy = policy_of(folder, precision)
-
-    def rollout() -> Seconds:
-        seconds: Seconds = {}
-        with timed(seconds, "rollout"):
-            sample(
-                policy,
-                [policy.encode(chat) for chat in chats],
-                num_generations=completions,
-                max_new_tokens=tokens,
-                temperature=TEMPERATURE,
-                uniform=draws(0, 0, range(len(chats)), completions, tokens),
-            )
-        return seconds
-
-    return rollout
+def padded_logprobs(
+    model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (B, T) of completion tokens and which are real (B, T), both aligned on the right."""
+    rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    lengths = torch.tensor([len(completion) for completion in completions])
+    longest, most = max(map(len, rows)), int(lengths.max())
+    tokens = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    attention_mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    output = model(tokens, attention_mask=attention_mask, position_ids=positions, logits_to_keep=most + 1)
+    everything = (output.logits[:, :-1].float() / TEMPERATURE).log_softmax(dim=-1)  # (B, T, V)
+    mask = torch.arange(most) >= most - lengths[:, None]
+    return everything.gather(-1, tokens[:, -most:, None])[..., 0] * mask, mask
 
 
-def run_trl(
-    folder: Path,
-    precision: str,
-    chats: list[Conversation],
-    shape: argparse.Namespace,
-    turn: Callable[[Seconds], None],
-) -> None:
-    """Train with TRL for a round of warm-up and `shape.rounds` more, calling `turn` after each with its seconds."""
+def trl(work: Work, turn: Turn) -> None:
+    """TRL's GRPOTrainer on transformers' own generation."""
     from datasets import Dataset
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
+    policy = policy_of(work)
+    chats = conversations(work)
+    expected = sorted(policy.encode(chat) for chat in chats for _ in range(work.completions))
     seconds: Seconds = {}
+    sampled: list[list[int]] = []
 
     class Turns(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -195,172 +229,169 @@ def run_trl(
         def on_step_end(self, *_: Any, **__: Any) -> None:
             seconds["total"] = time.perf_counter() - seconds.pop("start")
             seconds["update"] = seconds["total"] - seconds["rollout"] - seconds["reference"]
-            turn(dict(seconds))
+            turn(round_of(seconds, sampled))
 
     class Timed(GRPOTrainer):  # type: ignore[misc]
-        def _generate_single_turn(self, *args: Any, **options: Any) -> Any:
+        def _generate_single_turn(self, prompts: list[list[int]], *args: Any, **options: Any) -> Any:
+            assert sorted(prompts) == expected
             with timed(seconds, "rollout"):
-                return super()._generate_single_turn(*args, **options)
+                completions, logprobs = super()._generate_single_turn(prompts, *args, **options)
+            sampled[:] = completions
+            return completions, logprobs
 
         def _get_per_token_logps_and_entropies(self, *args: Any, **options: Any) -> Any:
             with timed(seconds, "policy" if torch.is_grad_enabled() else "reference"):
                 return super()._get_per_token_logps_and_entropies(*args, **options)
 
-    rows = shape.prompts * shape.completions
     settings = GRPOConfig(
         output_dir=tempfile.mkdtemp(),
-        max_steps=shape.rounds + 1,
-        per_device_train_batch_size=rows,
-        num_generations=shape.completions,
-        max_completion_length=shape.tokens,
-        generation_kwargs={"eos_token_id": IMPOSSIBLE},
+        max_steps=work.rounds + 1,
+        per_device_train_batch_size=work.prompts * work.completions,
+        num_generations=work.completions,
+        max_completion_length=work.tokens,
+        generation_kwargs={} if work.ends == "natural" else {"eos_token_id": IMPOSSIBLE},
         temperature=TEMPERATURE,
         beta=BETA,
         learning_rate=LEARNING_RATE,
         activation_checkpointing=False,
-        bf16=precision == "bf16-master",
+        bf16=work.precision == "bf16-master",
         use_cpu=True,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
     )
     trainer = Timed(
-        model=str(folder),
+        model=work.folder,
         reward_funcs=lambda completions, **_: [reward(turns[0]["content"]) for turns in completions],
         args=settings,
         train_dataset=Dataset.from_list([{"prompt": chat} for chat in chats]),
         callbacks=[Turns()],
     )
-    trainer.eos_token_ids = [IMPOSSIBLE]
+    trainer.remove_callback(PrinterCallback)
+    if work.ends == "none":
+        trainer.eos_token_ids = [IMPOSSIBLE]
+    assert set(trainer.eos_token_ids) == set(policy.end_ids)
     trainer.train()
 
 
-def contend(
-    connection: Connection,
-    name: str,
-    folder: Path,
-    precision: str,
-    chats: list[Conversation],
-    shape: argparse.Namespace,
-) -> None:
-    """Take a step for each message that comes in, and send back its seconds."""
+CONTESTANTS: dict[str, Callable[[Work, Turn], None]] = {"TRL": trl, "plain": plain, "countdown": countdown}
 
-    def turn(seconds: Seconds) -> None:
-        connection.send(seconds)
+
+# Measuring
+
+
+def contend(connection: Connection, name: str, work: Work) -> None:
+    """Take a step for each message that comes in, and send it back."""
+
+    def turn(done: Round) -> None:
+        connection.send(done)
         connection.recv()
 
     connection.recv()
-    if name == "TRL":
-        run_trl(folder, precision, chats, shape, turn)
-        return
-    if name == "countdown":
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as its command line does
-        step = our_step(folder, precision, chats, shape)
-    else:
-        step = generate_rollout(folder, precision, chats, shape.completions, shape.tokens)
-    for _ in range(shape.rounds + 1):
-        turn(step())
+    CONTESTANTS[name](work, turn)
 
 
-def measure_steps(folder: Path, shape: argparse.Namespace, precisions: list[str]) -> dict[str, list[Seconds]]:
-    """Seconds by contestant, a dictionary for each round; the first round warms up and is left out."""
-    chats = conversations(shape.prompts, "one-shot")
-    found: dict[str, list[Seconds]] = {}
+def measure(work: Work, names: list[str], advance: Callable[[], None] = lambda: None) -> dict[str, list[Round]]:
+    """The rounds of each contestant; the first warms up and is left out."""
     processes = multiprocessing.get_context("spawn")
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("steps", total=len(precisions) * (shape.rounds + 1))
-        for precision in precisions:
-            started = {}
-            for name in ("TRL", "countdown", "generate"):
-                connection, theirs = processes.Pipe()
-                arguments = (theirs, name, folder, precision, chats, shape)
-                process = processes.Process(target=contend, args=arguments, daemon=True)
-                process.start()
-                theirs.close()  # so that a process that dies ends this one too
-                started[name] = (process, connection)
-            for _ in range(shape.rounds + 1):
-                for name, (_, connection) in started.items():
-                    connection.send(True)
-                    found.setdefault(f"{name} {precision}", []).append(connection.recv())
-                progress.advance(task)
-            for process, connection in started.values():
-                connection.send(True)
-                process.join()
+    started = {}
+    for name in names:
+        connection, theirs = processes.Pipe()
+        process = processes.Process(target=contend, args=(theirs, name, work), daemon=True)
+        process.start()
+        theirs.close()  # so that a process that dies ends this one too
+        started[name] = (process, connection)
+    found: dict[str, list[Round]] = {name: [] for name in names}
+    for _ in range(work.rounds + 1):
+        for name, (_, connection) in started.items():
+            connection.send(True)
+            found[name].append(connection.recv())
+        advance()
+    for process, connection in started.values():
+        connection.send(True)
+        process.join()
     return {name: rounds[1:] for name, rounds in found.items()}
 
 
-def measure_rollouts(folder: Path, rounds: int, precisions: list[str]) -> dict[str, dict[str, list[Seconds]]]:
-    """Seconds of sampling by shape and contestant, ours and `generate` in turn."""
-    found: dict[str, dict[str, list[Seconds]]] = {}
-    with Progress(console=Console(stderr=True)) as progress:
-        for prompts, completions, tokens in progress.track(SHAPES, description="shapes"):
-            chats = conversations(prompts, "one-shot")
-            for precision in precisions:
-                arguments = (folder, precision, chats, completions, tokens)
-                contestants = {"countdown": our_rollout(*arguments), "generate": generate_rollout(*arguments)}
-                taken: dict[str, list[Seconds]] = {name: [] for name in contestants}
-                for _ in range(rounds + 1):
-                    for name, rollout in contestants.items():
-                        taken[name].append(rollout())
-                found[f"{prompts} x {completions}, {tokens} tokens, {precision}"] = {
-                    name: seconds[1:] for name, seconds in taken.items()
-                }
-    return found
+@dataclass(frozen=True)
+class Summary:
+    """Medians of the rounds of a contestant; tokens per second and mean length are over all of them."""
+
+    seconds: Seconds
+    tokens_per_second: float  # of the rollout
+    mean_length: float
+    longest: float
+    peak: int
 
 
-def medians(rounds: list[Seconds]) -> Seconds:
-    return {phase: statistics.median(seconds[phase] for seconds in rounds) for phase in PHASES if phase in rounds[0]}
-
-
-def steps_table(found: dict[str, list[Seconds]], shape: argparse.Namespace) -> Table:
-    """Medians by phase, with each contestant's ratio to ours of the same precision."""
-    title = f"{shape.prompts} x {shape.completions} completions of {shape.tokens} tokens, seconds (times ours)"
-    table = Table("", *PHASES, title=title)
-    for name, rounds in found.items():
-        ours = medians(found[f"countdown {name.split()[1]}"])
-        cells = [
-            f"{value:.2f} ({value / ours[phase]:.1f}x)" if phase in medians(rounds) else "-"
+def summarize(rounds: list[Round], rows: int) -> Summary:
+    tokens = sum(one.tokens for one in rounds)
+    return Summary(
+        {
+            phase: statistics.median(one.seconds[phase] for one in rounds)
             for phase in PHASES
-            for value in [medians(rounds).get(phase, 0.0)]
-        ]
-        table.add_row(name, *cells)
-    return table
+            if phase in rounds[0].seconds
+        },
+        tokens / sum(one.seconds["rollout"] for one in rounds),
+        tokens / len(rounds) / rows,
+        statistics.median(one.longest for one in rounds),
+        rounds[-1].peak,
+    )
 
 
-def rollouts_table(found: dict[str, dict[str, list[Seconds]]]) -> Table:
-    table = Table("prompts x completions", "countdown", "generate", "ratio", title="sampling, seconds")
-    for shape, contestants in found.items():
-        ours, theirs = (medians(contestants[name])["rollout"] for name in ("countdown", "generate"))
-        table.add_row(shape, f"{ours:.2f}", f"{theirs:.2f}", f"{theirs / ours:.2f}")
-    return table
+def rows_of(work: Work, found: dict[str, Summary]) -> Iterator[list[str]]:
+    """Cells of a table: each contestant's medians, with their ratios to ours."""
+    ours = found["countdown"]
+    for name, summary in found.items():
+        times = [f"{value:.2f} ({value / ours.seconds[phase]:.1f}x)" for phase, value in summary.seconds.items()]
+        speed = f"{summary.tokens_per_second:,.0f} ({summary.tokens_per_second / ours.tokens_per_second:.2f}x)"
+        shape = f"{work.prompts} x {work.completions} x {work.tokens}"
+        lengths = [f"{summary.mean_length:.0f}", f"{summary.longest:g}"]
+        yield [shape, f"{name}, {work.precision}", *times, speed, *lengths, f"{summary.peak / 2**30:.1f}"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="rounds that are timed, after one that is not")
+    parser.add_argument("--ends", choices=("natural", "none"), default="natural", help="what ends a completion")
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--completions", type=int, default=16, help="of each prompt")
-    parser.add_argument("--tokens", type=int, default=160, help="new tokens of each completion")
-    parser.add_argument("--precision", choices=("float32", "bf16-master"), action="append", help="both by default")
-    parser.add_argument("--rollouts", action="store_true", help="time sampling alone, in the shapes of training")
+    parser.add_argument("--tokens", type=int, default=160, help="most new tokens of a completion")
+    help_precision = "the fastest one and float32 by default"
+    parser.add_argument("--precision", choices=("float32", "bf16-master"), action="append", help=help_precision)
+    parser.add_argument("--without", choices=("TRL", "plain"), action="append", default=[], help="leave one out")
+    parser.add_argument("--rollouts", action="store_true", help="time sampling alone, in several shapes")
+    parser.add_argument("--model", default=str(BUILTIN), help="model folder")
     parser.add_argument("--out", type=Path, help="write every round as JSON")
-    arguments = parser.parse_args()
+    asked = parser.parse_args()
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
     fastest = detect_precision("auto", torch.device("cpu"))
-    precisions = arguments.precision or sorted({"float32", fastest}, reverse=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = model_folder(Path(scratch))
-        console = Console()
-        found: dict[str, Any]
-        if arguments.rollouts:
-            found = measure_rollouts(folder, arguments.rounds, precisions)
-            console.print(rollouts_table(found))
-        else:
-            found = measure_steps(folder, arguments, precisions)
-            console.print(steps_table(found, arguments))
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"threads": torch.get_num_threads(), "seconds": found}, indent=1))
+    precisions = asked.precision or sorted({"float32", fastest})
+    shapes = SHAPES if asked.rollouts else ((asked.prompts, asked.completions, asked.tokens),)
+    works = [
+        Work(asked.model, precision, prompts, completions, tokens, asked.ends, not asked.rollouts, asked.rounds)
+        for prompts, completions, tokens in shapes
+        for precision in precisions
+    ]
+    names = [name for name in CONTESTANTS if name not in asked.without and not (asked.rollouts and name == "TRL")]
+    cells: list[list[str]] = []
+    results = []
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("rounds", total=len(works) * (asked.rounds + 1))
+        for work in works:
+            rounds = measure(work, names, lambda: progress.advance(task))
+            found = {name: summarize(each, work.prompts * work.completions) for name, each in rounds.items()}
+            cells += rows_of(work, found)
+            every = {name: [asdict(one) for one in each] for name, each in rounds.items()}
+            medians = {name: asdict(summary) for name, summary in found.items()}
+            results.append({"work": asdict(work), "medians": medians, "rounds": every})
+    phases = ["rollout", "total"] if asked.rollouts else PHASES
+    endings = {"natural": "by themselves", "none": "when full"}
+    print(f"seconds (times ours); completions end {endings[asked.ends]}\n")
+    head = ["shape", "", *phases, "tokens/s of rollout", "mean length", "longest", "peak memory, GB"]
+    print(table(head, cells))
+    write(asked.out, results)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
+from measured import table
 
 from grpo_cli.core.run import Evaluated, Run
 from grpo_cli.core.statistics import changes, mcnemar
@@ -59,8 +60,8 @@ def seeds_of(*conditions: str) -> tuple[int, ...]:
 # Training
 
 
-def train(root: Path, condition: str, seed: int) -> None:
-    """Train a run to its end, unless it has ended."""
+def train(root: Path, condition: str, options: str, seed: int) -> None:
+    """Train the run of a condition, which has these flags, to its end, unless it has ended."""
     name = f"{condition}-{seed}"
     if (root / name / "summary.json").exists():
         return
@@ -68,7 +69,7 @@ def train(root: Path, condition: str, seed: int) -> None:
     if (root / name / "checkpoints").is_dir():
         arguments = ["--runs", str(root), "--run", name, "--resume"]
     else:
-        arguments = [*settings, "--overwrite", "--seed", str(seed), *shlex.split(CONDITIONS[condition])]
+        arguments = [*settings, "--overwrite", "--seed", str(seed), *shlex.split(options)]
     print("countdown train", shlex.join(arguments), flush=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "grpo_cli", "train", *arguments]
@@ -133,11 +134,6 @@ def compared(values: Sequence[float], others: Sequence[float], *, p_value: float
     mean, half = fmean(pairs), T_QUANTILE[len(pairs)] * stdev(pairs) / len(pairs) ** 0.5
     verdict = "can't be told" if abs(mean) <= half or p_value >= 0.05 else "more" if mean > 0 else "less"
     return f"{100 * mean:+.1f} ± {100 * half:.1f}, {verdict}"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 # Tables
@@ -257,7 +253,7 @@ def draw_styles(runs: Runs, path: Path) -> None:
                 axes.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
             axes.plot(steps, [fmean(at) for at in zip(*seeds, strict=True)], color=colour, marker="o", label=name)
         axes.set_title(cell, loc="left", fontsize=10)
-    _finish(figure, panels, "styles trained on", path)
+    finish(figure, panels, "styles trained on", path)
 
 
 def draw_length(runs: Runs, path: Path) -> None:
@@ -273,10 +269,11 @@ def draw_length(runs: Runs, path: Path) -> None:
             means = [fmean(found[cell][step].accuracy for cell in cells) for step in steps]
             axes.plot(steps, means, color=COLOURS[index], marker="o", label=label)
         axes.set_title(f"seed {seed}", loc="left", fontsize=10)
-    _finish(figure, panels, None, path)
+    finish(figure, panels, None, path)
 
 
-def _finish(figure: Figure, panels: Any, title: str | None, path: Path) -> None:
+def finish(figure: Figure, panels: Any, title: str | None, path: Path) -> None:
+    """Give panels of shares over steps their look and one legend, and write them."""
     for axes in panels.flat:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e4e4e4")
@@ -301,7 +298,11 @@ def main() -> None:
     if asked.table is None:
         with ThreadPoolExecutor(asked.jobs) as pool:
             # The long ones first, so that no core waits for them in the end.
-            jobs = [pool.submit(train, asked.runs, name, seed) for name in CONDITIONS for seed in seeds_of(name)]
+            jobs = [
+                pool.submit(train, asked.runs, name, options, seed)
+                for name, options in CONDITIONS.items()
+                for seed in seeds_of(name)
+            ]
             try:
                 for job in jobs:
                     job.result()
