@@ -16,7 +16,7 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 from measured import table
-from study import HERE, VAL, Runs, compared, finish, percent, spread, train
+from study import HERE, VAL, Runs, finish, percent, spread, train
 
 from grpo_cli.plot import COLOURS
 
@@ -51,7 +51,9 @@ def report(runs: Runs) -> str:
         last = [runs.accuracies(name, VAL, STEPS) for name in names]
         start = fmean(runs.accuracies(names[0], VAL, 0))
         moved = [percent(fmean(changed(runs, name))) for name in names]
-        rows.append([rate, *moved, percent(start), *map(spread, last), compared(*last)])
+        rows.append(
+            [rate, *moved, percent(start), *map(spread, last), runs.compared(VAL, (names[0], STEPS), (names[1], STEPS))]
+        )
     return table([*head, "difference (95 %)"], rows)
 
 
