@@ -2,7 +2,6 @@
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import bitsandbytes
@@ -11,11 +10,10 @@ import torch
 from conftest import Command, save_tiny_model
 from torch import Tensor
 
-from grpo_cli.core import attention, plan, qwen2
 from grpo_cli.core.config import resolve
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.grpo import reference_logprobs
-from grpo_cli.core.plan import GB, Choices, Planner, Work, checkpointed, find, moment_bytes, traced, traced_prefill
+from grpo_cli.core.plan import GB, Choices, Planner, Work, find, moment_bytes
 from grpo_cli.core.policy import Policy, Sequences, load, skeleton
 
 WORK = Work("cuda", "bf16-master", "adamw8bit", 4, 16, 290, 160, 64, has_reference=True)  # the original's
@@ -51,58 +49,6 @@ def planner(qwen: Path) -> Planner:
     return Planner(str(qwen), WORK)
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real passes on the CPU take the paths of CUDA; attention takes up what flash attention does."""
-    monkeypatch.setattr(attention, "maskless", lambda device: True)
-    monkeypatch.setattr(attention, "_aligned", lambda queries, keys, device: torch.empty(0))
-    monkeypatch.setattr(attention, "_causal", lambda query, key, value, _: attention.flash_outline(query, key, value))
-    monkeypatch.setattr(attention, "_biased", lambda query, key, value, *_: attention.flash_outline(query, key, value))
-    monkeypatch.setattr(qwen2, "fits", lambda model: False)
-
-
-def even(prompts: int, generations: int, prompt_tokens: int, new_tokens: int) -> Sequences:
-    owners = [prompt for prompt in range(prompts) for _ in range(generations)]
-    return Sequences([[1] * prompt_tokens] * prompts, [[2] * new_tokens] * len(owners), owners)
-
-
-def outlined(folder: Path, **changes: object) -> Policy:
-    real = load(str(folder), device="cpu", precision="float32")
-    model = skeleton(str(folder), dtype=torch.float32, layers=real.model.config.num_hidden_layers)
-    return replace(real, model=model, **changes)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 20, 9), (1, 8, 5, 30), (4, 2, 60, 4)])
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("tile", [0, 7])
-@pytest.mark.parametrize(("learn", "again"), [(True, False), (True, True), (False, False)])
-def test_what_is_traced_without_memory_is_what_the_real_model_takes(
-    tiny_folder: Path,
-    as_on_a_gpu: None,
-    shape: tuple[int, int, int, int],
-    checkpointing: bool,
-    tile: int,
-    learn: bool,
-    again: bool,
-) -> None:
-    sequences = even(*shape)
-    real = replace(load(str(tiny_folder), device="cpu", precision="float32"), tile=tile)
-    found = []
-    for policy in (real, outlined(tiny_folder, tile=tile)):
-        with checkpointed(policy.model, wanted=checkpointing):
-            found.append(traced(policy, sequences, learn=learn, again=again))
-    for measured, planned in zip(*found, strict=True):
-        assert sum(planned.values()) == pytest.approx(sum(measured.values()), rel=0.1)
-        assert planned.keys() == measured.keys()
-    assert len(found[0]) == (2 if learn else 1)
-
-
-def test_the_prefill_is_traced_as_it_is(tiny_folder: Path, as_on_a_gpu: None) -> None:
-    real, planned = load(str(tiny_folder), device="cpu", precision="float32"), outlined(tiny_folder)
-    measured = traced_prefill(real, 3, 40)["activations"]
-    assert traced_prefill(planned, 3, 40)["activations"] == pytest.approx(measured, rel=0.1)
-
-
 @pytest.mark.parametrize("written", [False, True])
 @pytest.mark.parametrize("choices", [Choices(), Choices(tile=16), Choices(rows=2), Choices(rows=2, checkpointing=True)])
 def test_every_layer_adds_what_the_third_one_adds(tmp_path: Path, choices: Choices, written: bool) -> None:
@@ -117,19 +63,6 @@ def test_every_layer_adds_what_the_third_one_adds(tmp_path: Path, choices: Choic
             expected = sum(all_six._pass(choices, learn=learn).values())
             assert sum(grown._pass(choices, learn=learn).values()) == pytest.approx(expected, rel=0.01)
         assert grown.count == sum(weight.numel() for weight in load(str(folder), device="cpu").model.parameters())
-
-
-def test_a_ledger_finds_the_peak_and_what_made_it() -> None:
-    with plan.Ledger([]) as ledger:
-        first = torch.zeros(100)
-        second = torch.zeros(50)
-        del first
-        third = torch.zeros(30)
-        view = third[:3].mul_(2)
-        del second, third, view
-    assert ledger.peak(0, len(ledger.events), str) == {"0": 400, "1": 200}
-    assert ledger.peak(3, len(ledger.events), str) == {"1": 200, "2": 120}
-    assert not ledger.numbers
 
 
 def test_moments_take_what_the_optimizers_keep() -> None:
@@ -207,7 +140,7 @@ def test_the_cost_of_choices_in_tokens_passed_forward(planner: Planner) -> None:
 
 
 def test_a_reference_on_the_host_is_brought_for_its_pass_and_no_longer(tiny_policy: Policy) -> None:
-    sequences = even(2, 2, 4, 3)
+    sequences = Sequences([[1] * 4] * 2, [[2] * 3] * 4, [0, 0, 1, 1])
     expected = reference_logprobs(tiny_policy.frozen_copy(), sequences, temperature=1.0)
     reference = tiny_policy.frozen_copy(on_host=True)
     home = [weight.data_ptr() for weight in reference.model.parameters()]

@@ -31,7 +31,7 @@ _CHECKPOINT = re.compile(r"step-([0-9]+)")
 _FROM_STEP = re.compile(r"from step ([0-9]+)")
 _LOCK = ".lock"
 _MANIFEST = "manifest.json"
-_FORMAT = 3  # of a checkpoint; one of another format is not taken up
+_FORMAT = 4  # of a checkpoint; one of another format is not taken up
 
 
 @dataclass(frozen=True)
