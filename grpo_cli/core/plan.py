@@ -152,6 +152,8 @@ class Planner:
     def fits(self, choices: Choices, room: int) -> bool:
         """Whether the work fits; what shows at once that it does not is looked at first."""
         stays = sum(size for name, size in self._staying.items() if name != "reference" or not choices.on_host)
+        if stays + self.count * self.dtype.itemsize > room:  # the gradients are there whatever is chosen
+            return False
         untiled = self._pass(replace(choices, tile=0), learn=True)  # tiles make logits smaller and nothing else
         if stays + untiled.get("activations", 0) > room or stays + sum(self._pass(choices, learn=True).values()) > room:
             return False
@@ -294,10 +296,13 @@ def find(
     for choices in sorted(options, key=planner.cost):
         if planner.fits(choices, room):
             return planner.plan(choices, room=room, reasons=_reasons(planner, choices))
-    least = min(planner.plan(choices).peak for choices in options)
+    leanest = min(
+        options, key=lambda one: (one.rows or work.rows, not one.checkpointing, not one.on_host, one.tile or GB)
+    )
+    least = planner.plan(leanest).peak
     raise CountdownError(
         f"this training needs at least {least / GB:.1f} GB of memory, and {room / GB:.1f} GB can be used",
-        "take a smaller `--max-new-tokens`, `--batch-size` or model, or `--optimizer adamw8bit`;"
+        "take a smaller `--max-new-tokens`, `--batch-size` or model, `--optimizer adamw8bit` or `--precision bf16`;"
         " `--memory` says how many GB to plan for",
     )
 
