@@ -21,13 +21,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
 
 from grpo_cli.core.memory import Fit
 from grpo_cli.core.policy import Policy, Sequences
+from grpo_cli.core.ranks import Passing, Solo
 from grpo_cli.core.settings import Loss
 
 STD_EPSILON = 1e-4
@@ -124,20 +127,25 @@ def reference_logprobs(
     *,
     temperature: float,
     fit: Fit | None = None,
+    mine: range | None = None,
     poll: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """The frozen reference's log-probabilities (B, T) of the completions. `poll` and `fit` as for `update`."""
+    """The frozen reference's log-probabilities (B, T) of the completions; of the rows `mine` alone, if given.
+
+    `poll` and `fit` as for `update`.
+    """
+    chosen = range(len(sequences.completions)) if mine is None else mine
 
     def compute(at_once: int) -> Tensor:
         found = torch.zeros(sequences.mask().shape, device=reference.device)
-        for rows in micro_batches(range(len(sequences.completions)), at_once):
+        for rows in micro_batches(chosen, at_once):
             poll()
             part, _ = reference.logprobs(sequences.subset(rows), temperature=temperature)
             found[rows, : part.shape[1]] = part
         return found
 
     with torch.no_grad(), reference.brought():
-        return (fit or Fit()).attempt(compute, total=len(sequences.completions), doing="reference pass")
+        return (fit or Fit()).attempt(compute, total=len(chosen), doing="reference pass")
 
 
 def micro_batches(rows: Sequence[int], size: int) -> list[list[int]]:
@@ -163,8 +171,11 @@ class _Sums:
         self.clipped += float((clipped & mask).sum())
         self.tokens += int(mask.sum())
 
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
 
-class NotFinite(Exception):
+
+class NotFinite(Passing):
     """The loss or the gradient of an update is not finite; the weights are what they were before it."""
 
 
@@ -182,6 +193,8 @@ def update(
     fit: Fit | None = None,
     ref_logprobs: Tensor | None = None,
     sampled_logprobs: Sequence[Sequence[float]] | None = None,
+    ranks: Solo | None = None,
+    mine: range | None = None,
     poll: Callable[[], None] = lambda: None,
     stepping: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, float]:
@@ -192,6 +205,9 @@ def update(
     gradient is exactly zero. `stepping` is entered around each step of the optimizer. Raises NotFinite, before the
     weights change, if the loss or the gradient is not finite.
 
+    Of several `ranks` each is given all sequences and takes the rows `mine`; they add up their gradients, and then all
+    of them make the same step.
+
     Returns the metrics loss, kl (if there is a reference), entropy, clip_fraction, grad_norm, weights_changed, means
     over the inner updates, and logprob_gap: the mean distance of l from the sampler's own log-probabilities, if they
     are given.
@@ -201,7 +217,8 @@ def update(
     weight = normalizer(lengths, loss_type=loss.loss_type, max_new_tokens=max_new_tokens).to(policy.device)
     advantage = advantage.to(policy.device)
     matters = torch.ones(len(lengths), dtype=torch.bool) if loss.beta > 0 else (advantage != 0).cpu()
-    rows = matters.nonzero()[:, 0].tolist()
+    ranks, learned = ranks or Solo(), matters.nonzero()[:, 0].tolist()
+    rows = [row for row in learned if mine is None or row in mine]
     old = torch.zeros(sequences.mask().shape, device=policy.device)  # (B, T), of the first inner update
     before = _probe(optimizer)
     history: list[dict[str, float]] = []
@@ -228,8 +245,10 @@ def update(
         return sums
 
     try:
-        for _ in range(num_inner_updates if rows else 0):
-            sums = (fit or Fit()).attempt(gradient, total=len(rows), doing="update")
+        for _ in range(num_inner_updates if learned else 0):
+            parts = ranks.each(lambda: (fit or Fit()).attempt(gradient, total=len(rows), doing="update"))
+            sums = reduce(add, parts)
+            ranks.add_gradients(policy.model.parameters())
             with stepping():
                 norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), clip_grad_norm)
                 _require_finite(norm, "gradient norm")
@@ -241,7 +260,7 @@ def update(
     if sampled_logprobs is not None and history:
         sampled = torch.tensor([value for row in rows for value in sampled_logprobs[row]])
         trained = old[rows].cpu()[sequences.mask()[rows]]
-        metrics["logprob_gap"] = float((trained - sampled).abs().mean())
+        metrics["logprob_gap"] = float(torch.cat(ranks.each(lambda: (trained - sampled).abs())).mean())
     return {**metrics, "weights_changed": _changed(optimizer, before)}
 
 

@@ -188,6 +188,10 @@ class Policy:
             for weight, data in home:
                 weight.data = data
 
+    def sums(self) -> list[float]:
+        """The sum of each tensor of weights: equal weights have equal ones."""
+        return [float(weight.detach().sum(dtype=torch.float64)) for weight in self.model.parameters()]
+
     def fingerprint(self) -> dict[str, str]:
         """SHA-256 of the weights, with their names, and of the tokenizer: its vocabulary, template and a sentence."""
         weights = hashlib.sha256()
