@@ -519,7 +519,8 @@ def _join(settings: Settings) -> Solo:
                 "start one process for each device with `--nproc-per-node`",
             )
         torch.cuda.set_device(here.local_rank)
-    return ranks.join(here.rank, here.size, device=device, timeout=settings.ranks.timeout)
+    timeout = settings.ranks.timeout
+    return ranks.join(here.rank, here.size, device=device, timeout=timeout, attempt=here.restarts)
 
 
 def _train(
@@ -530,12 +531,18 @@ def _train(
     `held` keeps the run's lock; `wanted` is the step of the checkpoint to go on from, if not the newest.
     """
     from grpo_cli.core import plan as memory
-    from grpo_cli.core import state
+    from grpo_cli.core import shards, state
     from grpo_cli.core.policy import detect_device
     from grpo_cli.core.train import curriculum
 
     settings = plan.settings
     device = detect_device(settings.model.device)
+    if settings.ranks.shard:
+        if ranks.size == 1:
+            raise CountdownError("`--shard` spreads a model over several processes", "start them with torchrun")
+        if settings.train.optimizer == "adamw8bit":
+            raise CountdownError("`adamw8bit` does not know sharded tensors", "use `--optimizer adamw` with `--shard`")
+        settings = settings.model_copy(update={"train": settings.train.model_copy(update={"optimizer": "adamw"})})
     if state.choose_optimizer(settings.train.optimizer, device) == "adamw8bit":
         _need("bitsandbytes")
     shared = settings.train.model_copy(update={"batch_size": len(ranks.share(settings.train.batch_size)) or 1})
@@ -548,8 +555,11 @@ def _train(
         step, checkpoint = ranks.first(lambda: state.choose_checkpoint(old, settings, wanted, display.note))
     policy = ranks.own(lambda: _load(plan, checkpoint / "model" if checkpoint else None, choices))
     settings = state.settled(settings, policy)
-    optimizer = state.build_optimizer(policy, name=settings.train.optimizer, weight_decay=settings.train.weight_decay)
-    training = state.Training(policy, optimizer)
+    learner = ranks.own(lambda: shards.sharded(policy)) if settings.ranks.shard else None
+    optimizer = state.build_optimizer(
+        learner or policy, name=settings.train.optimizer, weight_decay=settings.train.weight_decay
+    )
+    training = state.Training(policy, optimizer, learner)
     puzzles = list(chain.from_iterable(curriculum(settings).puzzles.values()))
 
     def frozen() -> Policy | None:
@@ -577,6 +587,8 @@ def _train(
         return run
 
     run = replace(ranks.first(begun), writes=ranks.rank == 0)
+    if reference and learner:
+        reference = shards.sharded(reference)
     among = f", by {ranks.size} processes" if ranks.size > 1 else ""
     display.note(f"run {run.path}: {plan.name} on {policy.device}, {policy.precision}, from step {step}{among}")
     display.note(display.memory_line(planned))

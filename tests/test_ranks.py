@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import SMALL
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.ranks import Solo, _buckets
 from grpo_cli.launch import Place, place
-from tests.conftest import SMALL
 
 ROOT = Path(__file__).parent.parent
 TRAIN = [*SMALL, "--device", "cpu", "--num-iterations", "3", "--batch-size", "3"]

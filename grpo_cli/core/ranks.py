@@ -39,7 +39,7 @@ class Solo:
     """One process by itself; what several would have to agree on is what it says."""
 
     rank, size = 0, 1
-    doing = "the start"  # what all ranks are at, for messages
+    doing = "the preparation"  # what all ranks are at, for messages
     spent = 0.0  # seconds spent on other ranks: waiting for them, and adding up gradients
 
     def share(self, count: int) -> range:
@@ -189,15 +189,18 @@ class Ranks(Solo):
         return sorted(present)
 
 
-def join(rank: int, size: int, *, device: torch.device, timeout: float) -> Ranks:
+def join(rank: int, size: int, *, device: torch.device, timeout: float, attempt: int = 0) -> Ranks:
     """Meet the other ranks where the environment's MASTER_ADDR and MASTER_PORT say, as torchrun sets them.
 
-    `timeout`: the seconds that a rank may keep the others waiting.
+    `timeout`: the seconds that a rank may keep the others waiting. `attempt`: how often they have met before, for what
+    ranks that are no more have left there is not to be found.
     """
+    from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     try:
         store, _, _ = next(rendezvous("env://", rank, size, timeout=timedelta(seconds=max(1.0, timeout))))
+        store = PrefixStore(f"attempt-{attempt}", store)
         return Ranks(store, rank, size, device=device, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise CountdownError(

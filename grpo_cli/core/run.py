@@ -144,6 +144,11 @@ class Run:
         """Folder of the checkpoint of a step; write it through `saving`."""
         return self.path / "checkpoints" / f"step-{step}"
 
+    @property
+    def shards_path(self) -> Path:
+        """Folder in which the ranks leave their parts of the next checkpoint."""
+        return self.path / ".shards"
+
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, folder) of every complete checkpoint, in order of steps."""
         folders = (self.path / "checkpoints").glob("step-*")

@@ -141,6 +141,7 @@ class Plot(Table):
 
 class Ranks(Table):
     timeout: float = Field(gt=0, description="seconds that a process under torchrun may keep the others waiting")
+    shard: bool = Field(description="spread weights, gradients and moments over the processes, for what does not fit")
 
 
 class Settings(Table):

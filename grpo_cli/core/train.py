@@ -23,7 +23,7 @@ from grpo_cli.core.cost import Work
 from grpo_cli.core.curriculum import Curriculum, schedule
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evaluate import Evaluation, evaluate, puzzle_set, puzzles_of
-from grpo_cli.core.grpo import NotFinite, advantages, reference_logprobs, update, zero_variance
+from grpo_cli.core.grpo import NotFinite, advantages, extra_passes, reference_logprobs, update, zero_variance
 from grpo_cli.core.guards import collapses, warnings
 from grpo_cli.core.memory import Fit, ran_out
 from grpo_cli.core.meter import Meter
@@ -33,6 +33,7 @@ from grpo_cli.core.ranks import Passing, Solo
 from grpo_cli.core.rollout import Rollout, draws, sample
 from grpo_cli.core.run import Run
 from grpo_cli.core.settings import Settings
+from grpo_cli.core.shards import gather
 from grpo_cli.core.state import Training
 from grpo_cli.core.statistics import wilson
 from grpo_cli.core.suite import SIZES, Cell, cell, weighted_mean
@@ -317,7 +318,12 @@ class _Loop:
         with clock.phase("reference"):
             if self.reference is not None:
                 likelihood = partial(reference_logprobs, self.reference, sequences, temperature=settings.temperature)
-                ref_logprobs = self.ranks.own(partial(likelihood, fit=self.learning, mine=mine, poll=self._poll))
+                likelihood = partial(likelihood, fit=self.learning, mine=mine)
+                if self.reference.is_sharded:
+                    extra = extra_passes(self.ranks, mine, self.learning.rows)
+                    ref_logprobs = self.ranks.own(partial(likelihood, extra=extra))
+                else:
+                    ref_logprobs = self.ranks.own(partial(likelihood, poll=self._poll))
 
         # 4. Make what did better than its group more likely.
         with clock.phase("update"):
@@ -326,7 +332,7 @@ class _Loop:
                 group["lr"] = rate
             try:
                 updated = update(
-                    policy,
+                    self.training.learns,
                     self.training.optimizer,
                     sequences,
                     advantage.flatten(),
@@ -344,6 +350,8 @@ class _Loop:
                     stepping=partial(clock.phase, "optimizer"),
                 )
                 self.training.bad_in_a_row = 0
+                if self.training.learner:
+                    gather(self.training.learner, policy)
             except NotFinite as problem:
                 updated = {}
                 self._skip(batch, problem)
@@ -497,6 +505,7 @@ class _Loop:
         """Write a checkpoint of the last completed step, once, of weights that are the same on all ranks."""
         if any(other != sums for sums, other in pairwise(self.ranks.each(self.training.policy.sums))):
             raise CountdownError("the ranks no longer have the same weights", "go on with `--resume`", exit_code=1)
+        self.ranks.own(lambda: self.training.save_shards(self.run_folder))
         self.ranks.first(lambda: self.training.save(self.run_folder, self.settings))
 
     def _judge(self, found: Mapping[str, Evaluation]) -> dict[str, float]:
