@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMALL
+from transformers import AutoModelForCausalLM
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.ranks import Solo, _buckets
@@ -260,6 +261,30 @@ def test_two_processes_go_on_from_one(tiny_folder: Path, tmp_path: Path, alone: 
     code, _, err = ended(launched(tmp_path, 2, *arguments))
     assert code == 0, err
     assert rows(alone / "samples.jsonl") == rows(tmp_path / "runs" / "two" / "samples.jsonl")
+
+
+@pytest.mark.slow
+def test_sharded_weights_learn_the_same_and_go_on_in_any_number(tiny_folder: Path, tmp_path: Path, alone: Path) -> None:
+    """Three steps: sharded over two throughout; then one step sharded, one whole, one sharded again."""
+    code, _, err = ended(launched(tmp_path, 2, "train", "--model", tiny_folder, "--run", "two", *TRAIN, "--shard"))
+    assert code == 0, err
+    same_experiment(alone, tmp_path / "runs" / "two")
+    saved = tmp_path / "runs" / "two" / "checkpoints" / "step-3"
+    whole = AutoModelForCausalLM.from_pretrained(saved / "model").state_dict()
+    expected = AutoModelForCausalLM.from_pretrained(alone / "checkpoints" / "step-3" / "model").state_dict()
+    assert all(torch.allclose(whole[name], expected[name], atol=1e-5) for name in expected)
+
+    goes_on = ["train", "--run", "mixed", "--resume", "--num-iterations"]
+    first = ["train", "--model", tiny_folder, "--run", "mixed", *TRAIN, "--optimizer", "adamw", "--num-iterations", "1"]
+    assert ended(launched(tmp_path, 2, *first, "--shard"))[0] == 0
+    command = [sys.executable, "-m", "grpo_cli", *goes_on, "2", "--no-shard"]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    code, _, err = ended(launched(tmp_path, 2, *goes_on, "3", "--shard"))
+    assert code == 0, err
+    assert rows(alone / "samples.jsonl") == rows(tmp_path / "runs" / "mixed" / "samples.jsonl")
+    curves = [rows(run / "metrics.jsonl")[1:] for run in (alone, tmp_path / "runs" / "mixed")]
+    for line, same in zip(*curves, strict=True):
+        assert same["loss"] == pytest.approx(line["loss"], abs=1e-5)
 
 
 def test_batch_size_by_the_process_is_the_total_by_the_process(
