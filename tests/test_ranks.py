@@ -192,6 +192,7 @@ train.score = slow
 LONG = [*TRAIN, "--batch-size", "2", "--num-iterations", "30", "--eval-every", "30"]
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(tiny_folder: Path, tmp_path: Path) -> None:
     arguments = ["train", "--model", tiny_folder, "--run", "two", *TRAIN, "--batch-size", "4"]
@@ -203,6 +204,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(tiny_folder: Pa
     assert [path.name for path in (tmp_path / "runs" / "two" / "bad_steps").iterdir()] == ["step-2.json"]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("plugin", "sentence"),
     [
@@ -225,6 +227,7 @@ def test_a_rank_that_fails_stops_all_with_one_message(
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-1"]
 
 
+@pytest.mark.faults
 def test_a_signal_to_the_launcher_saves_once_and_one_process_goes_on(
     tiny_folder: Path, tmp_path: Path, alone: Path
 ) -> None:
@@ -241,6 +244,7 @@ def test_a_signal_to_the_launcher_saves_once_and_one_process_goes_on(
     same_experiment(alone, run)
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 def test_a_restart_by_the_launcher_goes_on_by_itself(tiny_folder: Path, tmp_path: Path, alone: Path) -> None:
     dies_once = DIES.replace("rank == 1:", "rank == 1 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':")
