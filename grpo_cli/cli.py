@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -22,7 +22,8 @@ import typer
 
 from grpo_cli import __version__, display
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.options import flags, settings_command
+from grpo_cli.launch import place
+from grpo_cli.options import flags, give, settings_command
 from grpo_cli.signals import Signals
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from grpo_cli.core.plan import Choices, MemoryPlan
     from grpo_cli.core.policy import Policy
     from grpo_cli.core.puzzle import Puzzle
+    from grpo_cli.core.ranks import Solo
     from grpo_cli.core.run import Run
     from grpo_cli.core.settings import Plot, Settings
     from grpo_cli.core.state import Training
@@ -63,8 +65,11 @@ def main() -> None:
     if "PYTORCH_ALLOC_CONF" not in os.environ:  # its newer name
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # less is lost between blocks
     try:
+        display.silence(place().rank > 0)
         app()
     except CountdownError as problem:
+        if getattr(problem, "tells", False):
+            display.silence(False)
         display.error(problem)
         sys.exit(problem.exit_code)
     except BrokenPipeError:
@@ -125,7 +130,7 @@ def gen_data(
     display.gen_data_summary(summarize(puzzles), out)
 
 
-@app.command(cls=settings_command("preset", "runs", "task", "model", "train", "loss"))
+@app.command(cls=settings_command("preset", "runs", "task", "model", "train", "loss", "ranks"))
 def train(
     ctx: typer.Context,
     run: Annotated[
@@ -139,6 +144,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="show every setting, one prompt and the memory needed, train nothing")
     ] = False,
+    batch_size_per_rank: Annotated[
+        int | None, typer.Option(min=1, help="--batch-size by the process, under torchrun", metavar="<int>")
+    ] = None,
     probe: Annotated[
         bool, typer.Option("--probe", help="sample the starting model, say what there is to learn, train nothing")
     ] = False,
@@ -159,8 +167,19 @@ def train(
         raise CountdownError(
             "`--probe` looks at the model that a training starts from", "leave out `--resume`, and name it by `--model`"
         )
+    here = place()
+    if batch_size_per_rank is not None and not here.restarts:
+        if "train.batch_size" in flags(ctx):
+            raise CountdownError(
+                "`--batch-size` and `--batch-size-per-rank` exclude each other", "leave one of them out"
+            )
+        give(ctx, "train.batch_size", batch_size_per_rank * here.size)
+    if here.max_restarts and run is None:
+        raise CountdownError("a training that may be restarted must know its run", "name it with `--run`")
     resolved = _resolve(ctx, config)
     root = Path(resolved.settings.runs)
+    if here.restarts and run is not None:
+        overwrite, resume = True, Run(root / run).config_path.is_file()
     old = Run.open(root, run) if resume and run is not None else None
     if old is not None:
         given = {key: value for key, value in flags(ctx).items() if key != "runs"}
@@ -173,16 +192,18 @@ def train(
         Run.check(root, run, overwrite=overwrite)
     if dry_run:
         _show(resolved, plan)
-    if probe:
+    if probe and here.rank == 0:
         _probe(plan)
     if dry_run or probe:
         return
     _need("matplotlib")
     with ExitStack() as held:
-        _train(plan, old, step, lambda: Run.create(root, run, overwrite=overwrite), held)
+        ranks = _join(resolved.settings)
+        _train(plan, old, step, lambda: Run.create(root, run, overwrite=overwrite), held, ranks)
+        ranks.leave()
 
 
-@app.command("eval", cls=settings_command("preset", "runs", "task", "model.device", "model.precision", "eval"))
+@app.command("eval", cls=settings_command("preset", "runs", "task", "model.device", "model.precision", "eval", "ranks"))
 def evaluate_models(
     ctx: typer.Context,
     models: Annotated[
@@ -210,7 +231,11 @@ def evaluate_models(
         _require_writable(out, overwrite=overwrite)
     weights = None if suite is None else _weights(ctx, config, suite)
     plans = [_plan(ctx, config, name) for name in models] if models else [_plan(ctx, config, None)]
-    results = _evaluate(plans, weights, quiet=as_json)
+    ranks = _join(plans[0].settings)
+    results = _evaluate(plans, weights, quiet=as_json or ranks.rank > 0, ranks=ranks)
+    ranks.leave()
+    if ranks.rank > 0:
+        return
     if out is not None:
         lines = [json.dumps(record) for result in results for cell in result.cells for record in cell.records()]
         out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -475,51 +500,99 @@ def _require_writable(path: Path, *, overwrite: bool) -> None:
         raise CountdownError(f"`{path}` cannot be written", "write elsewhere, or change its permissions")
 
 
-def _train(plan: _Plan, old: Run | None, wanted: int | None, create: Callable[[], Run], held: ExitStack) -> None:
+def _join(settings: Settings) -> Solo:
+    """The processes that share the work: those that a launcher started, or this one by itself."""
+    from grpo_cli.core import ranks
+    from grpo_cli.core.policy import detect_device
+
+    here = place()
+    if here.size == 1:
+        return ranks.Solo()
+    device = detect_device(settings.model.device)
+    if device.type == "cuda":
+        import torch
+
+        devices = torch.cuda.device_count()
+        if here.local_rank >= devices:
+            raise CountdownError(
+                f"process {here.local_rank} of this machine has no device of its own: it has {devices}",
+                "start one process for each device with `--nproc-per-node`",
+            )
+        torch.cuda.set_device(here.local_rank)
+    timeout = settings.ranks.timeout
+    return ranks.join(here.rank, here.size, device=device, timeout=timeout, attempt=here.restarts)
+
+
+def _train(
+    plan: _Plan, old: Run | None, wanted: int | None, create: Callable[[], Run], held: ExitStack, ranks: Solo
+) -> None:
     """Go on with the run `old`, or start the one that `create` makes, which it does once the model has loaded.
 
     `held` keeps the run's lock; `wanted` is the step of the checkpoint to go on from, if not the newest.
     """
     from grpo_cli.core import plan as memory
-    from grpo_cli.core import state
+    from grpo_cli.core import shards, state
     from grpo_cli.core.policy import detect_device
     from grpo_cli.core.train import curriculum
 
     settings = plan.settings
     device = detect_device(settings.model.device)
+    if settings.ranks.shard:
+        if ranks.size == 1:
+            raise CountdownError("`--shard` spreads a model over several processes", "start them with torchrun")
+        if settings.train.optimizer == "adamw8bit":
+            raise CountdownError("`adamw8bit` does not know sharded tensors", "use `--optimizer adamw` with `--shard`")
+        settings = settings.model_copy(update={"train": settings.train.model_copy(update={"optimizer": "adamw"})})
     if state.choose_optimizer(settings.train.optimizer, device) == "adamw8bit":
         _need("bitsandbytes")
-    planned = _memory(plan, device)
+    shared = settings.train.model_copy(update={"batch_size": len(ranks.share(settings.train.batch_size)) or 1})
+    planned = ranks.own(lambda: _memory(replace(plan, settings=settings.model_copy(update={"train": shared})), device))
     choices = planned.choices
     memory.limit(settings, device)
+    step, checkpoint = 0, None
     if old:
-        _lock(old, held)
-    step, checkpoint = state.choose_checkpoint(old, settings, wanted, display.note) if old else (0, None)
-    policy = _load(plan, checkpoint / "model" if checkpoint else None, choices)
+        ranks.first(lambda: _lock(old, held))
+        step, checkpoint = ranks.first(lambda: state.choose_checkpoint(old, settings, wanted, display.note))
+    policy = ranks.own(lambda: _load(plan, checkpoint / "model" if checkpoint else None, choices))
     settings = state.settled(settings, policy)
-    optimizer = state.build_optimizer(policy, name=settings.train.optimizer, weight_decay=settings.train.weight_decay)
-    training = state.Training(policy, optimizer)
+    learner = ranks.own(lambda: shards.sharded(policy)) if settings.ranks.shard else None
+    optimizer = state.build_optimizer(
+        learner or policy, name=settings.train.optimizer, weight_decay=settings.train.weight_decay
+    )
+    training = state.Training(policy, optimizer, learner)
     puzzles = list(chain.from_iterable(curriculum(settings).puzzles.values()))
-    original = policy if checkpoint is None else _load(plan, None, choices) if settings.loss.beta > 0 else None
-    reference = _reference(plan, original, choices) if original and settings.loss.beta > 0 else None
-    if old and checkpoint:
-        state.require_origin(old, original, reference, puzzles)
-        training.restore(checkpoint)
 
-    if old is None:
-        _lock(run := create(), held)
-    else:
-        run = old
-    run.require_space(2 * training.checkpoint_bytes())
-    run.write_config(settings.model_dump())
-    run.write_environment(state.environment(policy), step=step)
-    if checkpoint is None:
-        run.write_origin(state.origin(policy, reference, puzzles))
-    if old:
-        run.go_back_to(step if checkpoint else -1, pending=training.pending is not None)
-    display.note(f"run {run.path}: {plan.name} on {policy.device}, {policy.precision}, from step {step}")
+    def frozen() -> Policy | None:
+        original = policy if checkpoint is None else _load(plan, None, choices) if settings.loss.beta > 0 else None
+        reference = _reference(plan, original, choices) if original and settings.loss.beta > 0 else None
+        if old and checkpoint:
+            state.require_origin(old, original, reference, puzzles)
+            training.restore(checkpoint)
+        return reference
+
+    reference = ranks.own(frozen)
+
+    def begun() -> Run:
+        if old is None:
+            _lock(run := create(), held)
+        else:
+            run = old
+        run.require_space(2 * training.checkpoint_bytes())
+        run.write_config(settings.model_dump())
+        run.write_environment(state.environment(policy) | {"ranks": ranks.size}, step=step)
+        if checkpoint is None:
+            run.write_origin(state.origin(policy, reference, puzzles))
+        if old:
+            run.go_back_to(step if checkpoint else -1, pending=training.pending is not None)
+        return run
+
+    run = replace(ranks.first(begun), writes=ranks.rank == 0)
+    if reference and learner:
+        reference = shards.sharded(reference)
+    among = f", by {ranks.size} processes" if ranks.size > 1 else ""
+    display.note(f"run {run.path}: {plan.name} on {policy.device}, {policy.precision}, from step {step}{among}")
     display.note(display.memory_line(planned))
-    _learn(training, reference, run, settings, rows=choices.rows)
+    _learn(training, reference, run, settings, ranks, rows=choices.rows)
 
 
 def _reference(plan: _Plan, starting: Policy, choices: Choices) -> Policy:
@@ -536,12 +609,14 @@ def _reference(plan: _Plan, starting: Policy, choices: Choices) -> Policy:
     return other
 
 
-def _learn(training: Training, reference: Policy | None, run: Run, settings: Settings, *, rows: int) -> None:
+def _learn(
+    training: Training, reference: Policy | None, run: Run, settings: Settings, ranks: Solo, *, rows: int
+) -> None:
     """Train to the end, or until a signal, with the live view and the run's images."""
     from grpo_cli.core import leaks
     from grpo_cli.core import train as core
     from grpo_cli.core.summary import summary
-    from grpo_cli.live import TrainingView
+    from grpo_cli.live import TrainingView, Unseen
 
     class View(TrainingView):
         """The live view, which also redraws the run's images after each evaluation."""
@@ -556,15 +631,20 @@ def _learn(training: Training, reference: Policy | None, run: Run, settings: Set
                 except OSError as problem:
                     self.message(f"the curves were not drawn: {problem}")
 
-    with Signals() as signals, View(settings.train.num_iterations, start=training.step) as view:
+    shown: TrainingView | Unseen = Unseen()
+    if run.writes:
+        shown = View(settings.train.num_iterations, start=training.step)
+    with Signals(launched=ranks.size > 1) as signals, shown as view:
         try:
             stop, save = signals.should_stop, signals.should_save
             evaluation = core.train(
-                training, reference, run, settings, view, rows=rows, should_stop=stop, should_save=save
+                training, reference, run, settings, view, rows=rows, should_stop=stop, should_save=save, ranks=ranks
             )
         except core.Interrupted:
             view.message(f"stopped after step {training.step}; go on: countdown train --run {run.name} --resume")
-            sys.exit(128 + (signals.stop or 0))
+            sys.exit(128 + (signals.stop or signal.SIGTERM))
+    if not run.writes:
+        return
     seen = leaks.known(run.name, run.path.parent)
     found = summary(training, replace(evaluation, known=seen), run)
     run.write_summary(found)
@@ -589,7 +669,9 @@ def _weights(ctx: typer.Context, config_file: Path | None, suite: str) -> Mappin
     return settings.suite[suite]
 
 
-def _evaluate(plans: Sequence[_Plan], weights: Mapping[str, float] | None, *, quiet: bool) -> list[SuiteResult]:
+def _evaluate(
+    plans: Sequence[_Plan], weights: Mapping[str, float] | None, *, quiet: bool, ranks: Solo
+) -> list[SuiteResult]:
     """Every model on the same puzzles, decoded as the first one's settings say; of one cell if there are no weights."""
     from grpo_cli.core import leaks
     from grpo_cli.core.evaluate import evaluate_suite, puzzles_of
@@ -612,7 +694,7 @@ def _evaluate(plans: Sequence[_Plan], weights: Mapping[str, float] | None, *, qu
 
         for plan, trained_on in zip(plans, known, strict=True):
             result = evaluate_suite(
-                _load(plan),
+                ranks.own(partial(_load, plan)),
                 puzzles,
                 weights=weights,
                 max_new_tokens=settings.max_new_tokens,
@@ -620,6 +702,7 @@ def _evaluate(plans: Sequence[_Plan], weights: Mapping[str, float] | None, *, qu
                 temperature=settings.temperature,
                 batch_size=settings.batch_size,
                 fit=Fit(told=display.note),
+                ranks=ranks,
                 known=trained_on,
                 progress=done,
             )

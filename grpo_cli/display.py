@@ -145,6 +145,11 @@ def question(numbers: Iterable[int], target: int) -> str:
 # Messages
 
 
+def silence(quiet: bool = True) -> None:
+    """Show nothing from now on, or show again what is to be shown."""
+    out.quiet = err.quiet = quiet
+
+
 def note(text: str) -> None:
     """One line about what is being done, on stderr."""
     err.print(Text(printable(text, keep_newlines=True)), soft_wrap=True)

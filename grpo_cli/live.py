@@ -88,6 +88,21 @@ class Evaluated:
     suite_mean: float | None
 
 
+class Unseen:
+    """Shows nothing: another process of the same training has the view."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+    def progress(self, phase: str, done: int, total: int) -> None: ...
+    def evaluated(
+        self, step: int, accuracy: float, count: int, interval: tuple[float, float], suite_mean: float | None = None
+    ) -> None: ...
+    def step(self, metrics: Mapping[str, float], sample: Mapping[str, object]) -> None: ...
+    def message(self, text: str) -> None: ...
+
+
 class TrainingView:
     """Shows a training: enter it, tell it each step, leave it.
 

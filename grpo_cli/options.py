@@ -48,6 +48,7 @@ _PANELS = {
         "train.stop_on_collapse",
     ),
     "Output": ("runs", "plot"),
+    "Ranks": ("ranks",),
 }
 _METAVARS: dict[object, str] = {int: "<int>", float: "<float>"}
 
@@ -63,6 +64,11 @@ def settings_command(*names: str) -> type[TyperCommand]:
 def flags(ctx: typer.Context) -> dict[str, object]:
     """The setting options given on the command line, keyed `train.batch_size`, as `config.resolve` takes them."""
     return dict(ctx.meta.get(__name__, {}))
+
+
+def give(ctx: typer.Context, key: str, value: int) -> None:
+    """Set a setting as if its option had been given."""
+    ctx.meta.setdefault(__name__, {})[key] = str(value)
 
 
 class _SettingsCommand(TyperCommand):

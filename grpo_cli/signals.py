@@ -11,9 +11,13 @@ from grpo_cli import display
 
 
 class Signals:
-    """Remembers a SIGINT or SIGTERM, of which a second one ends the process, and a SIGUSR1, while it is entered."""
+    """Remembers a SIGINT or SIGTERM, of which a second one ends the process, and a SIGUSR1, while it is entered.
 
-    def __init__(self) -> None:
+    Under a `launched` training the second one may be the same one, passed on by the launcher: it ends nothing.
+    """
+
+    def __init__(self, *, launched: bool = False) -> None:
+        self._launched = launched
         self.stop: int | None = None
         self._save = self._told = False
         self._before: dict[signal.Signals, Any] = {}
@@ -29,7 +33,7 @@ class Signals:
 
     def _stopped(self, number: int, _: FrameType | None) -> None:
         self.stop = number
-        for stopping in (signal.SIGINT, signal.SIGTERM):
+        for stopping in () if self._launched else (signal.SIGINT, signal.SIGTERM):
             signal.signal(stopping, signal.SIG_DFL)
         if os.isatty(2):
             os.write(2, b"\x1b[?25h")  # the cursor, which the view hides and may not get to show again

@@ -19,6 +19,7 @@ from grpo_cli.core.leaks import Known, overlap
 from grpo_cli.core.memory import Fit
 from grpo_cli.core.policy import Policy
 from grpo_cli.core.puzzle import ENUMERABLE, Puzzle, Split, enumerate_puzzles, generate, needs_parentheses, solve
+from grpo_cli.core.ranks import Solo
 from grpo_cli.core.rollout import draws, sample
 from grpo_cli.core.statistics import holm, mcnemar, wilson
 from grpo_cli.core.suite import Cell, weighted_mean
@@ -320,6 +321,7 @@ def evaluate(
     batch_size: int = 64,
     seed: int = 0,
     fit: Fit | None = None,
+    ranks: Solo | None = None,
     known: Known | None = None,
     progress: Callable[[int, int], None] | None = None,
     on_token: Callable[[int], None] | None = None,
@@ -327,31 +329,37 @@ def evaluate(
     """Complete and score every puzzle; greedily if `temperature` is 0, else `samples` times. All have the same size.
 
     `batch_size` is how many completions are decoded at once, fewer if `fit` finds that too many. `known` is what the
-    model was trained on. `progress` is told how many puzzles of how many are done.
+    model was trained on. `progress` is told how many puzzles of how many are done. Several `ranks` share the puzzles,
+    and each of them returns the whole.
     """
-    fit = fit or Fit()
-    rows: list[list[Completion]] = []
-    size = max(1, batch_size // samples)
-    for start in range(0, len(puzzles), size):
-        chunk = puzzles[start : start + size]
-        indices = range(start, start + len(chunk))
-        rollout = sample(
-            policy,
-            [policy.encode(prompt(puzzle, style)) for puzzle in chunk],
-            num_generations=samples,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature or 1.0,
-            uniform=draws(seed, 0, indices, samples, max_new_tokens) if temperature else None,
-            fit=fit,
-            on_token=on_token,
-        )
-        scored = [
-            _completion(policy, chunk[row // samples], tokens, truncated, style)
-            for row, (tokens, truncated) in enumerate(zip(rollout.completions, rollout.truncated, strict=True))
-        ]
-        rows += [scored[first : first + samples] for first in range(0, len(scored), samples)]
-        if progress is not None:
-            progress(len(rows), len(puzzles))
+    ranks, chosen = ranks or Solo(), fit or Fit()
+    mine, size = ranks.share(len(puzzles)), max(1, batch_size // samples)
+
+    def share() -> list[list[Completion]]:
+        rows: list[list[Completion]] = []
+        for start in range(mine.start, mine.stop, size):
+            indices = range(start, min(start + size, mine.stop))
+            chunk = [puzzles[index] for index in indices]
+            rollout = sample(
+                policy,
+                [policy.encode(prompt(puzzle, style)) for puzzle in chunk],
+                num_generations=samples,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature or 1.0,
+                uniform=draws(seed, 0, indices, samples, max_new_tokens) if temperature else None,
+                fit=chosen,
+                on_token=on_token,
+            )
+            scored = [
+                _completion(policy, chunk[row // samples], tokens, truncated, style)
+                for row, (tokens, truncated) in enumerate(zip(rollout.completions, rollout.truncated, strict=True))
+            ]
+            rows += [scored[first : first + samples] for first in range(0, len(scored), samples)]
+            if progress is not None:
+                progress(min(len(rows) * ranks.size, len(puzzles)), len(puzzles))
+        return rows
+
+    rows = [row for part in ranks.each(share) for row in part]
     first = puzzles[0]
     return Evaluation(
         policy.name, first.split, style, len(first.numbers), samples, temperature, max_new_tokens, seed, rows, known
@@ -368,6 +376,7 @@ def evaluate_suite(
     temperature: float = 0.0,
     batch_size: int = 64,
     fit: Fit | None = None,
+    ranks: Solo | None = None,
     known: Known | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     on_token: Callable[[int], None] | None = None,
@@ -388,6 +397,7 @@ def evaluate_suite(
             temperature=temperature,
             batch_size=batch_size,
             fit=fit,
+            ranks=ranks,
             known=known,
             progress=advance,
             on_token=on_token,

@@ -21,14 +21,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import reduce
+from operator import add
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from grpo_cli.core.memory import Fit
 from grpo_cli.core.policy import Policy, Sequences
+from grpo_cli.core.ranks import Passing, Solo
 from grpo_cli.core.settings import Loss
+from grpo_cli.core.shards import local, whole
 
 STD_EPSILON = 1e-4
 PROBED_WEIGHTS = 4096  # weights of each tensor that are compared before and after a step
@@ -124,20 +129,32 @@ def reference_logprobs(
     *,
     temperature: float,
     fit: Fit | None = None,
+    mine: range | None = None,
+    extra: int = 0,
     poll: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """The frozen reference's log-probabilities (B, T) of the completions. `poll` and `fit` as for `update`."""
+    """The frozen reference's log-probabilities (B, T) of the completions; of the rows `mine` alone, if given.
+
+    `poll` and `fit` as for `update`. `extra` passes of a single row are of use to the ranks of a sharded model alone.
+    """
+    chosen = range(len(sequences.completions)) if mine is None else mine
 
     def compute(at_once: int) -> Tensor:
         found = torch.zeros(sequences.mask().shape, device=reference.device)
-        for rows in micro_batches(range(len(sequences.completions)), at_once):
+        for rows in micro_batches(chosen, at_once) + [[0]] * extra:
             poll()
             part, _ = reference.logprobs(sequences.subset(rows), temperature=temperature)
             found[rows, : part.shape[1]] = part
         return found
 
     with torch.no_grad(), reference.brought():
-        return (fit or Fit()).attempt(compute, total=len(sequences.completions), doing="reference pass")
+        return (fit or Fit()).attempt(compute, total=len(chosen), doing="reference pass")
+
+
+def extra_passes(ranks: Solo, rows: Sequence[int], size: int) -> int:
+    """How many passes other ranks of a sharded model have more than this one, with micro-batches of its rows."""
+    passes = len(micro_batches(rows, size))
+    return max(ranks.each(lambda: passes)) - passes
 
 
 def micro_batches(rows: Sequence[int], size: int) -> list[list[int]]:
@@ -163,8 +180,11 @@ class _Sums:
         self.clipped += float((clipped & mask).sum())
         self.tokens += int(mask.sum())
 
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
 
-class NotFinite(Exception):
+
+class NotFinite(Passing):
     """The loss or the gradient of an update is not finite; the weights are what they were before it."""
 
 
@@ -182,6 +202,8 @@ def update(
     fit: Fit | None = None,
     ref_logprobs: Tensor | None = None,
     sampled_logprobs: Sequence[Sequence[float]] | None = None,
+    ranks: Solo | None = None,
+    mine: range | None = None,
     poll: Callable[[], None] = lambda: None,
     stepping: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, float]:
@@ -192,6 +214,9 @@ def update(
     gradient is exactly zero. `stepping` is entered around each step of the optimizer. Raises NotFinite, before the
     weights change, if the loss or the gradient is not finite.
 
+    Of several `ranks` each is given all sequences and takes the rows `mine`; they add up their gradients, and then all
+    of them make the same step.
+
     Returns the metrics loss, kl (if there is a reference), entropy, clip_fraction, grad_norm, weights_changed, means
     over the inner updates, and logprob_gap: the mean distance of l from the sampler's own log-probabilities, if they
     are given.
@@ -201,17 +226,19 @@ def update(
     weight = normalizer(lengths, loss_type=loss.loss_type, max_new_tokens=max_new_tokens).to(policy.device)
     advantage = advantage.to(policy.device)
     matters = torch.ones(len(lengths), dtype=torch.bool) if loss.beta > 0 else (advantage != 0).cpu()
-    rows = matters.nonzero()[:, 0].tolist()
+    ranks, learned = ranks or Solo(), matters.nonzero()[:, 0].tolist()
+    rows = [row for row in learned if mine is None or row in mine]
     old = torch.zeros(sequences.mask().shape, device=policy.device)  # (B, T), of the first inner update
     before = _probe(optimizer)
     history: list[dict[str, float]] = []
+    extra, fitting = 0, fit or Fit()
 
     def gradient(at_once: int) -> _Sums:
-        """Leave the gradient of the whole step in the parameters."""
+        """Leave the gradient of this rank's rows in the parameters; of all ranks' if the model is sharded."""
         optimizer.zero_grad(set_to_none=True)
         sums = _Sums()
         for chosen in micro_batches(rows, at_once):
-            if not history:
+            if not history and not policy.is_sharded:  # whose ranks cannot leave each other within a pass
                 poll()
             part = sequences.subset(chosen)
             logprobs, entropy = policy.logprobs(part, temperature=temperature)
@@ -222,16 +249,25 @@ def update(
             total, clipped, kl = batch_loss(
                 logprobs, old[chosen, : mask.shape[1]], reference, advantage[chosen], mask, weight[chosen], loss
             )
-            _require_finite(total, "loss")
+            if not policy.is_sharded:
+                _require_finite(total, "loss")
             total.backward()
             sums.add(total, kl, entropy, clipped, mask)
+        for _ in range(extra):  # takes part in the passes of ranks that have more rows
+            (policy.logprobs(sequences.subset([0]), temperature=temperature)[0].sum() * 0).backward()
         return sums
 
     try:
-        for _ in range(num_inner_updates if rows else 0):
-            sums = (fit or Fit()).attempt(gradient, total=len(rows), doing="update")
+        for _ in range(num_inner_updates if learned else 0):
+            if policy.is_sharded:
+                extra = extra_passes(ranks, rows, fitting.rows)
+                sums = reduce(add, ranks.each(lambda: gradient(fitting.rows)))
+            else:
+                parts = ranks.each(lambda: fitting.attempt(gradient, total=len(rows), doing="update"))
+                sums = reduce(add, parts)
+                ranks.add_gradients(policy.model.parameters())
             with stepping():
-                norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), clip_grad_norm)
+                norm = whole(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), clip_grad_norm))
                 _require_finite(norm, "gradient norm")
                 optimizer.step()
             history.append(_metrics(sums, norm, has_reference=ref_logprobs is not None))
@@ -241,8 +277,11 @@ def update(
     if sampled_logprobs is not None and history:
         sampled = torch.tensor([value for row in rows for value in sampled_logprobs[row]])
         trained = old[rows].cpu()[sequences.mask()[rows]]
-        metrics["logprob_gap"] = float((trained - sampled).abs().mean())
-    return {**metrics, "weights_changed": _changed(optimizer, before)}
+        metrics["logprob_gap"] = float(torch.cat(ranks.each(lambda: (trained - sampled).abs())).mean())
+    changed = _changed(optimizer, before)
+    if policy.is_sharded:
+        changed = fmean(ranks.each(lambda: changed))
+    return {**metrics, "weights_changed": changed}
 
 
 def _metrics(sums: _Sums, norm: Tensor, *, has_reference: bool) -> dict[str, float]:
@@ -262,7 +301,7 @@ def _require_finite(value: Tensor, what: str) -> None:
 
 def _learning(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """The tensors that the optimizer moves: the weights, or their masters."""
-    return [tensor.detach() for group in optimizer.param_groups for tensor in group["params"]]
+    return [local(tensor.detach()) for group in optimizer.param_groups for tensor in group["params"]]
 
 
 def _probe(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -274,5 +313,8 @@ def _probe(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def _changed(optimizer: torch.optim.Optimizer, before: list[Tensor]) -> float:
     """Share of the probed weights that are no longer what they were, each tensor counted by its size."""
     sizes: list[int] = [tensor.numel() for tensor in _learning(optimizer)]
-    shares = [float((old != new).float().mean()) for old, new in zip(before, _probe(optimizer), strict=True)]
+    shares = [
+        float((old != new).float().mean()) if len(old) else 0.0
+        for old, new in zip(before, _probe(optimizer), strict=True)
+    ]
     return sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)

@@ -72,6 +72,7 @@ class Policy:
     name: str
     precision: str
     end_ids: tuple[int, ...] = field(default=())
+    is_sharded: bool = False  # over the ranks, which then pass through the model together
     samplers: list[object] = field(default_factory=list, repr=False, compare=False)  # what a rollout keeps for the next
     tile: int = 0  # tokens whose logits are computed at once, and again backward; 0 is all of them, once
     works_on: torch.device | None = None  # where the weights are brought for a pass, if that is not where they live
@@ -147,6 +148,12 @@ class Policy:
         plan = Packed(prompt_lengths, lengths, [sequences.owners[row] for row in order], self.device)
         packed = [token for part in (*sequences.prompts, *completions) for token in part]
         targets = packed[sum(prompt_lengths) :]
+        if self.is_sharded:  # a layer is whole only within the model's own forward pass
+            given = {"input_ids": torch.tensor(packed, device=self.device)[None], "position_ids": plan.positions}
+            with self.autocast():
+                output = self.model(**given, use_cache=False, plan=plan, logits_to_keep=plan.predecessors)
+                found = token_logprobs(output.logits[0], torch.tensor(targets, device=self.device), temperature)
+            return _scatter(found[0], lengths, order), _scatter(found[1], lengths, order)
         with self.autocast():
             hidden = self._hidden_of_row(torch.tensor(packed, device=self.device), plan)  # (N, D)
             before = hidden[plan.predecessors]  # (M, D)
@@ -187,6 +194,10 @@ class Policy:
         finally:
             for weight, data in home:
                 weight.data = data
+
+    def sums(self) -> list[float]:
+        """The sum of each tensor of weights: equal weights have equal ones."""
+        return [float(weight.detach().sum(dtype=torch.float64)) for weight in self.model.parameters()]
 
     def fingerprint(self) -> dict[str, str]:
         """SHA-256 of the weights, with their names, and of the tokenizer: its vocabulary, template and a sentence."""

@@ -72,6 +72,7 @@ class Run:
     """One run, known by its folder; made by `create`, `open` or `newest`."""
 
     path: Path
+    writes: bool = True  # not where another process of the same training does
 
     @classmethod
     def create(cls, root: Path, name: str | None = None, *, overwrite: bool = False) -> Self:
@@ -142,6 +143,11 @@ class Run:
     def checkpoint_path(self, step: int) -> Path:
         """Folder of the checkpoint of a step; write it through `saving`."""
         return self.path / "checkpoints" / f"step-{step}"
+
+    @property
+    def shards_path(self) -> Path:
+        """Folder in which the ranks leave their parts of the next checkpoint."""
+        return self.path / ".shards"
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, folder) of every complete checkpoint, in order of steps."""
@@ -283,15 +289,19 @@ class Run:
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Append one line of finite numbers, `step` among them, to metrics.jsonl."""
-        _append(self._metrics, [metrics])
+        self._append(self._metrics, [metrics])
 
     def log_samples(self, samples: Iterable[Mapping[str, object]]) -> None:
         """Append one line per completion, each with its `step`, to samples.jsonl."""
-        _append(self._samples, samples)
+        self._append(self._samples, samples)
 
     def log_evaluations(self, records: Iterable[Mapping[str, object]]) -> None:
         """Append one line per cell evaluated, each with its `step`, to evaluations.jsonl."""
-        _append(self._evaluations, records)
+        self._append(self._evaluations, records)
+
+    def _append(self, path: Path, records: Iterable[Mapping[str, object]]) -> None:
+        if self.writes:
+            _append(path, records)
 
     def prompts(self) -> Iterator[tuple[list[int], int]]:
         """Numbers and target of every sample, one by one; raises CountdownError naming the line that has none."""
@@ -304,8 +314,9 @@ class Run:
     def write_bad_step(self, step: int, batch: Mapping[str, object]) -> Path:
         """Keep the batch of a step that was skipped, and say where."""
         path = self.path / "bad_steps" / f"step-{step}.json"
-        path.parent.mkdir(exist_ok=True)
-        _write_json(path, batch)
+        if self.writes:
+            path.parent.mkdir(exist_ok=True)
+            _write_json(path, batch)
         return path
 
     def metrics(self) -> list[dict[str, float]]:

@@ -139,6 +139,11 @@ class Plot(Table):
     format: Literal["png", "svg"] = Field(description="image format of the curves")
 
 
+class Ranks(Table):
+    timeout: float = Field(gt=0, description="seconds that a process under torchrun may keep the others waiting")
+    shard: bool = Field(description="spread weights, gradients and moments over the processes, for what does not fit")
+
+
 class Settings(Table):
     """Every setting of one invocation; `preset` is the one chosen, never `auto`, once resolved."""
 
@@ -152,6 +157,7 @@ class Settings(Table):
     loss: Loss
     eval: Eval
     plot: Plot
+    ranks: Ranks
     suite: dict[str, Suite] = Field(description="suites by name: their cells, each with its weight")
 
 
@@ -165,8 +171,8 @@ FIELDS: dict[str, FieldInfo] = {
 } | {f"{name}.{key}": info for name, table in TABLES.items() for key, info in table.model_fields.items()}
 
 # What a run that goes on may change: its length, its logging, and where it computes. Tables, and single settings.
-FREE = {"runs", "eval", "plot", "model.device", "model.gradient_checkpointing", "model.reference", "model.memory"}
-FREE |= {"train.num_iterations", "train.micro_batch_size", "train.eval_every"}
+FREE = {"runs", "eval", "plot", "ranks", "model.device", "model.gradient_checkpointing"}
+FREE |= {"model.reference", "model.memory", "train.num_iterations", "train.micro_batch_size", "train.eval_every"}
 FREE |= {"train.save_every", "train.keep_last", "train.max_bad_steps", "train.stop_on_collapse", "train.patience"}
 
 

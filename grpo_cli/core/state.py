@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from grpo_cli.core import shards
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.masters import Masters
 from grpo_cli.core.meter import hardware_of
@@ -37,6 +38,7 @@ class Training:
 
     policy: Policy
     optimizer: torch.optim.Optimizer
+    learner: Policy | None = None  # the sharded policy that learns, where `policy` is a copy that samples
     step: int = 0
     # Metrics of `step` that are not logged yet, because an evaluation that belongs to them has not ended.
     pending: dict[str, float] | None = field(default_factory=lambda: dict[str, float](step=0))
@@ -48,6 +50,16 @@ class Training:
     bad_steps: int = 0  # steps without a finite loss and gradient, which were skipped
     bad_in_a_row: int = 0
     resumed_from: int | None = None
+
+    @property
+    def learns(self) -> Policy:
+        """The policy whose weights the optimizer moves."""
+        return self.learner or self.policy
+
+    def save_shards(self, run: Run) -> None:
+        """Write this rank's part of weights and moments, if they are sharded, where `save` takes them up."""
+        if self.learner:
+            shards.save_shards(run.shards_path, self.learner.model, self.optimizer)
 
     def save(self, run: Run, settings: Settings) -> None:
         """Write a checkpoint of this step, whole or not at all, and drop old ones.
@@ -68,7 +80,12 @@ class Training:
         progress = {name: getattr(self, name) for name in _PROGRESS}
         with self._reported(run), run.saving(run.checkpoint_path(self.step), facts) as folder:
             self.policy.save(folder / "model")
-            torch.save({"optimizer": self.optimizer.state_dict(), "progress": progress}, folder / "state.pt")
+            state: dict[str, Any] = {"progress": progress}
+            if self.learner:
+                run.shards_path.rename(folder / "shards")
+            else:
+                state["optimizer"] = self.optimizer.state_dict()
+            torch.save(state, folder / "state.pt")
         run.prune_checkpoints(settings.train.keep_last, also=self.resumed_from)
 
     def save_best(self, run: Run) -> None:
@@ -97,7 +114,12 @@ class Training:
     def restore(self, folder: Path) -> None:
         """Take up the state of a checkpoint whose model is already loaded."""
         state = torch.load(folder / "state.pt", map_location=self.policy.device, weights_only=True)
-        self._restore_optimizer(state["optimizer"], folder / "model")
+        if "optimizer" not in state:
+            shards.load_shards(folder / "shards", self.learns.model, self.optimizer)
+        elif self.learner:
+            shards.spread(self.learner.model, self.optimizer, state["optimizer"])
+        else:
+            self._restore_optimizer(state["optimizer"], folder / "model")
         for name in _PROGRESS:
             setattr(self, name, state["progress"][name])
         self.resumed_from = self.step

@@ -69,7 +69,7 @@ def phases(metrics: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]
     def total(key: str) -> float:
         return sum(line.get(key, 0.0) for line in metrics if "floor_share" in line)
 
-    names = ("prefill", "decode", "score", "reference", "update", "optimizer")
+    names = ("prefill", "decode", "score", "reference", "update", "optimizer", "reduce", "wait")
     spent = {name: total(f"time/{name}") for name in names}
     if not total("time/total"):
         return {}

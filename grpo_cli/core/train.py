@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from itertools import pairwise
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -22,21 +23,24 @@ from grpo_cli.core.cost import Work
 from grpo_cli.core.curriculum import Curriculum, schedule
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evaluate import Evaluation, evaluate, puzzle_set, puzzles_of
-from grpo_cli.core.grpo import NotFinite, advantages, reference_logprobs, update, zero_variance
+from grpo_cli.core.grpo import NotFinite, advantages, extra_passes, reference_logprobs, update, zero_variance
 from grpo_cli.core.guards import collapses, warnings
 from grpo_cli.core.memory import Fit, ran_out
 from grpo_cli.core.meter import Meter
 from grpo_cli.core.policy import Policy, Sequences
 from grpo_cli.core.puzzle import Puzzle
+from grpo_cli.core.ranks import Passing, Solo
 from grpo_cli.core.rollout import Rollout, draws, sample
 from grpo_cli.core.run import Run
 from grpo_cli.core.settings import Settings
+from grpo_cli.core.shards import gather
 from grpo_cli.core.state import Training
 from grpo_cli.core.statistics import wilson
 from grpo_cli.core.suite import SIZES, Cell, cell, weighted_mean
 from grpo_cli.core.task import CHEATS, STYLES, Score, Style, prompt, score
 
 PLANNED_STEPS = 4  # whose prompts are looked at when memory is planned
+T = TypeVar("T")
 
 
 class Observer(Protocol):
@@ -50,7 +54,7 @@ class Observer(Protocol):
     def message(self, text: str) -> None: ...
 
 
-class Interrupted(Exception):
+class Interrupted(Passing):
     """Training was asked to stop; the last completed step has been saved."""
 
 
@@ -88,14 +92,17 @@ class Clock:
     """Seconds by phase of one step."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    ranks: Solo = field(default_factory=Solo)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        """Count the time of a block, but for what was spent on other ranks; `total` has all of it."""
+        start, spent = time.perf_counter(), self.ranks.spent
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.seconds[f"time/{name}"] = self.seconds.get(f"time/{name}", 0.0) + time.perf_counter() - start
+        spent = 0.0 if name == "total" else self.ranks.spent - spent
+        self.seconds[f"time/{name}"] = self.seconds.get(f"time/{name}", 0.0) + time.perf_counter() - start - spent
 
 
 def train(
@@ -108,6 +115,7 @@ def train(
     rows: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
     should_save: Callable[[], bool] = lambda: False,
+    ranks: Solo | None = None,
 ) -> Evaluation:
     """Train from `training.step` to the end and return the last evaluation.
 
@@ -116,12 +124,15 @@ def train(
     Logs every step to the run, keeps its best model and its last checkpoints. `should_stop` is asked between tokens,
     micro-batches and phases; once it says yes the last completed step is saved and Interrupted is raised. `should_save`
     is asked after each step. Raises CountdownError, with the last good step saved, where going on makes no sense.
+
+    Of several `ranks` each samples and learns from its share of a step's prompts, and all go the same way. The run of
+    all but the first is one that does not write.
     """
-    loop = _Loop(training, reference, run, settings, observer, should_stop, should_save, rows)
+    loop = _Loop(training, reference, run, settings, observer, should_stop, should_save, ranks or Solo(), rows)
     try:
         return loop.run()
     except Interrupted:
-        training.save(run, settings)
+        loop.save()
         raise
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
@@ -159,6 +170,33 @@ class _Batch:
             "reason": found.reason,
             "answer": found.answer,
         }
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Batch]) -> _Batch:
+        """One batch of those of several shares, some of which may be of no prompts."""
+
+        def chain(pieces: Iterable[list[T]]) -> list[T]:
+            return [item for piece in pieces for item in piece]
+
+        parts = [part for part in parts if part.prompts]
+        if len(parts) == 1:
+            return parts[0]
+        rollouts = [part.rollout for part in parts]
+        return cls(
+            parts[0].step,
+            chain(part.puzzles for part in parts),
+            chain(part.styles for part in parts),
+            chain(part.prompts for part in parts),
+            replace(
+                rollouts[0],
+                completions=chain(one.completions for one in rollouts),
+                logprobs=chain(one.logprobs for one in rollouts),
+                truncated=chain(one.truncated for one in rollouts),
+            ),
+            chain(part.texts for part in parts),
+            chain(part.scores for part in parts),
+            torch.cat([part.rewards for part in parts]),
+        )
 
     def take(self, places: Sequence[int], other: _Batch) -> None:
         """Put the groups of another batch, of as many prompts as there are places, where they tell samples apart."""
@@ -205,6 +243,7 @@ class _Loop:
     observer: Observer
     should_stop: Callable[[], bool]
     should_save: Callable[[], bool]
+    ranks: Solo
     rows: int = 0
     warned: set[str] = field(default_factory=set)
 
@@ -225,19 +264,21 @@ class _Loop:
         if training.base_accuracy is not None:
             base, count = training.base_accuracy, len(self.puzzles[self.val])
             self.observer.evaluated(0, base, count, wilson(base, count), None)
-        self.history = [line for line in self.run_folder.metrics() if line["step"] > 0]
+        self.history = [line for line in self.ranks.first(self.run_folder.metrics) if line["step"] > 0]
         evaluation = self._close()
         for step in range(training.step + 1, self.settings.train.num_iterations + 1):
             if self._out_of_patience():
                 break
-            clock, meter = Clock(), Meter(training.policy, training.optimizer)
+            clock, meter = Clock(ranks=self.ranks), Meter(training.policy, training.optimizer)
+            self.ranks.doing = f"step {step}"
             with clock.phase("total"):
                 metrics, batch = self._step(step, clock, meter)
             clock.seconds["time/update"] -= clock.seconds.get("time/optimizer", 0.0)
             training.step = step
-            tokens = metrics.pop("tokens") + metrics.pop("tokens_refilled", 0)
-            metrics |= {**clock.seconds, "tokens_per_second": tokens / clock.seconds["time/total"]}
-            metrics |= meter.metrics(self._work(batch), seconds=clock.seconds["time/total"])
+            tokens, times = metrics.pop("tokens") + metrics.pop("tokens_refilled", 0), self.ranks.slowest(clock.seconds)
+            metrics |= {**times, "tokens_per_second": tokens / times["time/total"]}
+            if self.ranks.rank == 0:  # which speaks for one device of all
+                metrics |= meter.metrics(self._work(batch), seconds=times["time/total"])
             training.pending = {key: value for key, value in metrics.items() if math.isfinite(value)}
             self.history.append(training.pending)
             records = batch.shown()
@@ -252,8 +293,8 @@ class _Loop:
         training, patience = self.training, self.settings.train.patience
         if not 0 < patience <= training.waited:
             return False
-        if training.step not in dict(self.run_folder.checkpoints()):
-            training.save(self.run_folder, self.settings)
+        if self.ranks.first(lambda: training.step not in dict(self.run_folder.checkpoints())):
+            self.save()
         waited = f"{training.waited} evaluation{'s' if training.waited > 1 else ''} no better"
         best = f"the best is that of step {training.best_step}"
         self.observer.message(f"stopping after step {training.step}: {waited}; {best}")
@@ -273,11 +314,16 @@ class _Loop:
         owners = [index for index in range(settings.batch_size) for _ in range(settings.num_generations)]
         sequences = Sequences(batch.prompts, batch.rollout.completions, owners)
         ref_logprobs = None
+        mine = self._rows(settings.batch_size)
         with clock.phase("reference"):
             if self.reference is not None:
-                ref_logprobs = reference_logprobs(
-                    self.reference, sequences, temperature=settings.temperature, fit=self.learning, poll=self._poll
-                )
+                likelihood = partial(reference_logprobs, self.reference, sequences, temperature=settings.temperature)
+                likelihood = partial(likelihood, fit=self.learning, mine=mine)
+                if self.reference.is_sharded:
+                    extra = extra_passes(self.ranks, mine, self.learning.rows)
+                    ref_logprobs = self.ranks.own(partial(likelihood, extra=extra))
+                else:
+                    ref_logprobs = self.ranks.own(partial(likelihood, poll=self._poll))
 
         # 4. Make what did better than its group more likely.
         with clock.phase("update"):
@@ -286,7 +332,7 @@ class _Loop:
                 group["lr"] = rate
             try:
                 updated = update(
-                    policy,
+                    self.training.learns,
                     self.training.optimizer,
                     sequences,
                     advantage.flatten(),
@@ -298,18 +344,33 @@ class _Loop:
                     fit=self.learning,
                     ref_logprobs=ref_logprobs,
                     sampled_logprobs=batch.rollout.logprobs,
+                    ranks=self.ranks,
+                    mine=mine,
                     poll=self._poll,
                     stepping=partial(clock.phase, "optimizer"),
                 )
                 self.training.bad_in_a_row = 0
+                if self.training.learner:
+                    gather(self.training.learner, policy)
             except NotFinite as problem:
                 updated = {}
                 self._skip(batch, problem)
         bad = self.training.bad_steps
         return {"step": step, **described, **updated, "learning_rate": rate, "bad_steps": bad}, batch
 
+    def _rows(self, prompts: int) -> range:
+        """The completions of this rank's share of `prompts`."""
+        share, size = self.ranks.share(prompts), self.settings.train.num_generations
+        return range(share.start * size, share.stop * size)
+
     def _sample(self, step: int, clock: Clock, meter: Meter, places: Sequence[int], *, turn: int = 0) -> _Batch:
         """Completions of the prompts at `places` in a step, scored. Later turns have other prompts."""
+        share = [places[index] for index in self.ranks.share(len(places))]
+        return _Batch.joined(self.ranks.each(lambda: self._sample_share(step, clock, meter, share, turn)))
+
+    def _sample_share(self, step: int, clock: Clock, meter: Meter, places: Sequence[int], turn: int) -> _Batch:
+        if not places:
+            return _Batch(step, [], [], [], Rollout([], [], [], {}, 0), [], [], torch.zeros(0))
         policy, settings = self.training.policy, self.settings.train
         drawn = self.curriculum.prompts(step, turn=turn)
         puzzles, styles = [drawn[place][0] for place in places], [drawn[place][1] for place in places]
@@ -358,15 +419,15 @@ class _Loop:
         return {"refilled": (first - int(flat.sum())) / len(flat), "tokens_refilled": tokens} if turns else {}
 
     def _work(self, batch: _Batch) -> Work:
-        """What the step of a batch computes, as `cost` prices it."""
-        settings = self.settings.train
-        lengths = list(map(len, batch.rollout.completions))
+        """What this rank computes in the step of a batch, as `cost` prices it."""
+        settings, mine = self.settings.train, self._rows(len(batch.prompts))
+        lengths = [len(batch.rollout.completions[row]) for row in mine]
         learned = None
         if not self.settings.loss.beta:  # rows without advantage are skipped
             advantage = advantages(batch.rewards, scale=self.settings.loss.scale_rewards)
-            learned = advantage.flatten().nonzero()[:, 0].tolist()
+            learned = advantage.flatten()[mine.start : mine.stop].nonzero()[:, 0].tolist()
         return Work(
-            list(map(len, batch.prompts)),
+            [len(batch.prompts[index]) for index in self.ranks.share(len(batch.prompts))],
             lengths,
             settings.num_generations,
             reference=self.reference is not None,
@@ -385,7 +446,7 @@ class _Loop:
         path = self.run_folder.write_bad_step(batch.step, report)
         self.observer.message(f"step {batch.step}: {problem}; the weights stay as they are, the batch is in {path}")
         if training.bad_in_a_row >= limit:
-            training.save(self.run_folder, self.settings)
+            self.save()
             good = self.run_folder.checkpoint_path(training.step) / "model"
             times = f"in {limit} steps in a row" if limit > 1 else f"in step {batch.step}"
             raise CountdownError(
@@ -399,7 +460,7 @@ class _Loop:
         gone = collapses(self.history)
         for sign, sentence in {**gone, **warnings(self.history)}.items():
             if sign in gone and self.settings.train.stop_on_collapse:
-                self.training.save(self.run_folder, self.settings)
+                self.save()
                 hint = f"to go on all the same: `--run {self.run_folder.name} --resume --no-stop-on-collapse`"
                 raise CountdownError(f"step {self.training.step}: {sentence}", hint, exit_code=1)
             if sign not in self.warned:
@@ -422,22 +483,30 @@ class _Loop:
         if training.pending is None:
             return None
         found: dict[str, Evaluation] = {}
-        clock, last = Clock(), step == settings.num_iterations
+        clock, last = Clock(ranks=self.ranks), step == settings.num_iterations
         if step % settings.eval_every == 0 or last:
             with clock.phase("eval"):
                 found[self.val.name] = self._evaluate(self.val)
                 with clock.phase("suite"):
                     found |= {one.name: self._evaluate(one) for one in self.puzzles if one != self.val}
-            training.pending |= self._judge(found) | clock.seconds
+            slowest = self.ranks.slowest(clock.seconds)
+            training.pending |= self._judge(found) | {name: slowest[name] for name in clock.seconds}
             self.run_folder.log_evaluations([{"step": step, **one.record()} for one in found.values()])
         self.run_folder.log(training.pending)
         suite_mean, training.pending = training.pending.get("suite_mean"), None
         val = found.get(self.val.name)
         if val is not None:
             self.observer.evaluated(step, val.accuracy, val.count, val.interval, suite_mean)
-        if (step and step % settings.save_every == 0) or last or self.should_save():
-            training.save(self.run_folder, self.settings)
+        if self.ranks.first(self.should_save) or (step and step % settings.save_every == 0) or last:
+            self.save()
         return val
+
+    def save(self) -> None:
+        """Write a checkpoint of the last completed step, once, of weights that are the same on all ranks."""
+        if any(other != sums for sums, other in pairwise(self.ranks.each(self.training.policy.sums))):
+            raise CountdownError("the ranks no longer have the same weights", "go on with `--resume`", exit_code=1)
+        self.ranks.own(lambda: self.training.save_shards(self.run_folder))
+        self.ranks.first(lambda: self.training.save(self.run_folder, self.settings))
 
     def _judge(self, found: Mapping[str, Evaluation]) -> dict[str, float]:
         """Metrics of an evaluation. The model is kept if it is the best so far, unless training starts from it.
@@ -456,7 +525,7 @@ class _Loop:
         elif training.best_score is None or judged > training.best_score:
             training.best_score, training.best_accuracy, training.best_step = judged, accuracy, training.step
             training.waited = 0
-            training.save_best(self.run_folder)
+            self.ranks.first(lambda: training.save_best(self.run_folder))
         else:
             training.waited += 1
         return metrics
@@ -470,6 +539,7 @@ class _Loop:
             max_new_tokens=settings.train.max_new_tokens,
             batch_size=settings.eval.batch_size,
             fit=self.evaluating,
+            ranks=self.ranks,
             progress=partial(self.observer.progress, f"evaluating {one.name}: puzzle"),
             on_token=lambda _: self._poll(),
         )

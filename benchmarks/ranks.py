@@ -1,0 +1,127 @@
+"""One training by several processes on the CPU: is it the same as by one, and what does each process add?
+
+    python benchmarks/ranks.py same --steps 20 --processes 1 2 4     curves and completions side by side
+    python benchmarks/ranks.py scaling --steps 10                    weak scaling from 1 to 2 processes, by phase
+
+Both train the built-in model; every process has one thread. Runs and a JSON summary are left in --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PHASES = ("rollout", "score", "reference", "update", "optimizer", "reduce", "wait", "total")
+CURVE = ("reward", "loss", "kl", "grad_norm", "completion_length")
+DUMP = """
+import os, torch
+from grpo_cli.core import grpo
+plain = torch.nn.utils.clip_grad_norm_
+def clip(weights, limit, **given):
+    weights = list(weights)
+    path = {path!r}
+    if int(os.environ.get("RANK", "0")) == 0 and not os.path.exists(path):
+        torch.save([weight.grad.clone() for weight in weights], path)
+    return plain(weights, limit, **given)
+torch.nn.utils.clip_grad_norm_ = clip
+from grpo_cli.cli import main
+main()
+"""
+
+
+def train(out: Path, name: str, processes: int, arguments: Sequence[str]) -> Path:
+    """Train under torchrun, or without it for one process; the gradient of the first step is left beside the run."""
+    script = out / f"{name}.py"
+    gradient = out / f"{name}.pt"
+    gradient.unlink(missing_ok=True)
+    script.write_text(DUMP.format(path=str(gradient)))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--"]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(script), "train", "--overwrite"]
+    command += ["--preset", "builtin", "--device", "cpu", "--run", name, "--runs", str(out / "runs"), *arguments]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, check=True, env=environ, cwd=out)
+    return out / "runs" / name
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def same(out: Path, processes: Sequence[int], arguments: Sequence[str]) -> dict[str, object]:
+    """How far the runs of several processes stay what the run of the first number of them is."""
+    import torch
+
+    runs = {count: train(out, f"same-{count}", count, arguments) for count in processes}
+    base = processes[0]
+    curves = {count: rows(run / "metrics.jsonl")[1:] for count, run in runs.items()}
+    samples = {count: rows(run / "samples.jsonl") for count, run in runs.items()}
+    gradients = {count: torch.load(out / f"same-{count}.pt") for count in processes}
+    found: dict[str, object] = {}
+    for count in processes[1:]:
+        pairs = list(zip(gradients[base], gradients[count], strict=True))
+        differing = [mine["step"] for mine, other in zip(samples[base], samples[count], strict=True) if mine != other]
+        found[f"{base} against {count}"] = {
+            "gradient, largest difference": max(float((one - other).abs().max()) for one, other in pairs),
+            "gradient, largest": max(float(one.abs().max()) for one, _ in pairs),
+            "completions shown": len(samples[base]),
+            "completions that differ": len(differing),
+            "first step that differs": min(differing, default=None),
+        }
+    print(f"\n{'step':>4}  " + "".join(f"{f'{name} ({count})':>26}" for name in CURVE[:2] for count in processes))
+    for index in range(len(curves[base])):
+        values = "".join(f"{curves[count][index][name]:>26.9f}" for name in CURVE[:2] for count in processes)
+        print(f"{index + 1:>4}  {values}")
+    found["curves"] = {
+        name: {str(count): [line[name] for line in lines] for count, lines in curves.items()} for name in CURVE
+    }
+    return found
+
+
+def scaling(out: Path, batch_size: int, arguments: Sequence[str]) -> dict[str, object]:
+    """Median seconds of a step by phase: one process, and two with twice the prompts; efficiency is their ratio."""
+    seconds: dict[int, dict[str, float]] = {}
+    for count in (1, 2):
+        run = train(out, f"scaling-{count}", count, [*arguments, "--batch-size", str(batch_size * count)])
+        lines = rows(run / "metrics.jsonl")[2:]  # the first step warms up
+        seconds[count] = {name: statistics.median(line.get(f"time/{name}", 0.0) for line in lines) for name in PHASES}
+    print(f"\n{'phase':>10} {'1 process':>12} {'2 processes':>12} {'efficiency':>12}")
+    for name in PHASES:
+        one, two = seconds[1][name], seconds[2][name]
+        print(f"{name:>10} {one:>11.3f}s {two:>11.3f}s {f'{one / two:.1%}' if one and two else '-':>12}")
+    return {"seconds": seconds, "efficiency": seconds[1]["total"] / seconds[2]["total"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("what", choices=["same", "scaling"])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts, in scaling those of each process")
+    parser.add_argument("--num-generations", type=int, default=8)
+    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--out", type=Path, default=Path("ranks-benchmark"))
+    given = parser.parse_args()
+    out = given.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    arguments = ["--num-iterations", given.steps, "--eval-every", given.steps, "--save-every", given.steps]
+    arguments += ["--eval-puzzles", 16, "--num-generations", given.num_generations, "--precision", given.precision]
+    arguments = [*map(str, arguments), "--max-new-tokens", str(given.max_new_tokens)]
+    if given.what == "same":
+        found = same(out, given.processes, [*arguments, "--batch-size", str(given.batch_size)])
+    else:
+        found = scaling(out, given.batch_size, arguments)
+    (out / f"{given.what}.json").write_text(json.dumps(found, indent=1))
+    print(json.dumps({key: value for key, value in found.items() if key != "curves"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

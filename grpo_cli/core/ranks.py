@@ -1,0 +1,246 @@
+"""The processes that share a training or an evaluation: what each one works on, and how they come to agree.
+
+The one module that knows torch.distributed. Every rank runs the same code on the same data, and differs in its share
+alone; where one fails all of them do, with one message. `Solo` is the one process that there is without a launcher, and
+loads nothing. Neither knows what is shared.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from grpo_cli.core.errors import CountdownError
+
+T = TypeVar("T")
+BUCKET = 2**24  # gradients that are added up at once: 64 MB of float32
+ROLL_CALL = 5.0  # seconds in which a rank that is alive says so, once another has gone
+
+
+class Passing(Exception):
+    """What is no failure but ends the work of all ranks alike: the one that raised it need not be named."""
+
+
+class Failed(CountdownError):
+    """Ranks failed, or no longer answer; `tells` says whether it is this process that says so."""
+
+    def __init__(self, message: str, hint: str | None, *, exit_code: int, tells: bool) -> None:
+        super().__init__(message, hint, exit_code=exit_code)
+        self.tells = tells
+
+
+class Solo:
+    """One process by itself; what several would have to agree on is what it says."""
+
+    rank, size = 0, 1
+    doing = "the preparation"  # what all ranks are at, for messages
+    spent = 0.0  # seconds spent on other ranks: waiting for them, and adding up gradients
+
+    def share(self, count: int) -> range:
+        """Which of `count` pieces of work are this rank's. No rank has two more than another; the first has most."""
+        return range(-(-count * self.rank // self.size), -(-count * (self.rank + 1) // self.size))
+
+    def each(self, work: Callable[[], T]) -> list[T]:
+        """What `work` returns on each rank, by rank, once all have ended it.
+
+        Where it raises on one, all raise: what it raised if that is a `Passing`, else a CountdownError that names it.
+        """
+        return [work()]
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What `work` returns on the first rank, which alone does it; raises as `each` does."""
+        return self.each(lambda: work() if self.rank == 0 else cast(T, None))[0]
+
+    def own(self, work: Callable[[], T]) -> T:
+        """What `work` returns on this rank, once all have ended theirs; raises as `each` does."""
+        kept: list[T] = []
+        self.each(lambda: kept.append(work()))
+        return kept[0]
+
+    def add_gradients(self, weights: Iterable[Tensor]) -> None:
+        """Put the sum over all ranks of their gradients in each; where a rank has none it counts as zero."""
+
+    def slowest(self, seconds: Mapping[str, float]) -> dict[str, float]:
+        """Times of the slowest rank in each phase.
+
+        Of several ranks also the mean seconds of a rank since this was last asked: `time/wait` for the others, and
+        `time/reduce` to add up gradients.
+        """
+        return dict(seconds)
+
+    def leave(self) -> None:
+        """Part from the others."""
+
+
+class Ranks(Solo):
+    """Several processes, of which this is `rank` of `size`, that meet in `store`."""
+
+    def __init__(self, store: Any, rank: int, size: int, *, device: torch.device, timeout: float) -> None:
+        import torch.distributed as dist
+
+        self.rank, self.size = rank, size
+        self._dist, self._store, self._timeout = dist, store, timeout
+        self._waited = self._reduced = 0.0
+        # Python objects travel by the CPU, so that a rank that fails is known before NCCL waits for it.
+        backend = f"cpu:gloo,cuda:{dist.Backend.NCCL}" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=max(1.0, timeout))
+        )
+
+    def each(self, work: Callable[[], T]) -> list[T]:
+        """As `Solo.each`; by one collective."""
+        result, problem = cast(T, None), None
+        try:
+            result = work()
+        except Failed:
+            raise
+        except Exception as error:  # of whatever kind: the others wait for word of it
+            problem = error
+        start = time.perf_counter()
+        found: list[Any] = [None] * self.size
+        self._answered(lambda: self._dist.all_gather_object(found, (result, _portable(problem))))
+        self._waited += time.perf_counter() - start
+        failed = {rank: error for rank, (_, error) in enumerate(found) if error is not None}
+        if failed:
+            self._raise(failed, problem)
+        return [value for value, _ in found]
+
+    def _raise(self, failed: Mapping[int, Exception], own: Exception | None) -> None:
+        """One failure stands for all: the lowest rank's, real ones before those that pass."""
+        rank = min(failed, key=lambda rank: (isinstance(failed[rank], Passing), rank))
+        error = failed[rank]
+        if isinstance(error, Passing):
+            raise error
+        hint = error.hint if isinstance(error, CountdownError) else "the last checkpoint is whole: go on with --resume"
+        code = error.exit_code if isinstance(error, CountdownError) else 1
+        if len(failed) == self.size and isinstance(error, CountdownError):
+            message = error.message  # all of them say so: it is of no rank
+        else:
+            message = f"rank {rank} of {self.size} failed in {self.doing}: {error}"
+        raise Failed(message, hint, exit_code=code, tells=self.rank == 0) from own
+
+    def add_gradients(self, weights: Iterable[Tensor]) -> None:
+        """As `Solo.add_gradients`; in buckets, all of them under way at once."""
+        start = time.perf_counter()
+        learning = [weight for weight in weights if weight.requires_grad]
+        for weight in learning:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        buckets = _buckets([cast(Tensor, weight.grad) for weight in learning])
+        flat = [torch.cat([gradient.flatten() for gradient in bucket]) for bucket in buckets]
+
+        def reduce() -> None:
+            for under_way in [self._dist.all_reduce(bucket, async_op=True) for bucket in flat]:
+                cast(Any, under_way).wait()
+
+        self._answered(reduce)
+        for bucket, summed in zip(buckets, flat, strict=True):
+            parts = summed.split([gradient.numel() for gradient in bucket])
+            for gradient, part in zip(bucket, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+        self._reduced += time.perf_counter() - start
+
+    @property
+    def spent(self) -> float:  # type: ignore[override]
+        return self._waited + self._reduced
+
+    def slowest(self, seconds: Mapping[str, float]) -> dict[str, float]:
+        own = {"time/wait": self._waited, "time/reduce": self._reduced}
+        everyone = self.each(lambda: (dict(seconds), own))
+        self._waited = self._reduced = 0.0
+        slowest = {name: max(one.get(name, 0.0) for one, _ in everyone) for one, _ in everyone for name in one}
+        return slowest | {name: sum(one[name] for _, one in everyone) / self.size for name in own}
+
+    def leave(self) -> None:
+        self._dist.destroy_process_group()
+
+    def _answered(self, collective: Callable[[], object]) -> None:
+        """Take part in a collective; a CountdownError that names the ranks that have gone if it fails."""
+        try:
+            collective()
+        except RuntimeError as error:
+            present = self._roll_call()
+            gone = [rank for rank in range(self.size) if rank not in present]
+            if gone:
+                named = f"rank{'s' * (len(gone) > 1)} {', '.join(map(str, gone))} of {self.size}"
+                message = f"{named} no longer answer{'s' * (len(gone) == 1)} in {self.doing}"
+            else:
+                message = f"the {self.size} ranks lost each other in {self.doing}: {_sentence(error)}"
+            hint = f"the last checkpoint is whole: go on with --resume (a rank may be silent for {self._timeout:g} s)"
+            raise Failed(message, hint, exit_code=1, tells=self.rank == min(present)) from error
+
+    def _roll_call(self) -> list[int]:
+        """The ranks that say within a few seconds that they are alive."""
+        until = time.monotonic() + ROLL_CALL
+        present = {self.rank}
+        try:
+            self._store.set(f"alive/{self.rank}", "yes")
+            while len(present) < self.size and time.monotonic() < until:
+                present |= {rank for rank in range(self.size) if self._store.check([f"alive/{rank}"])}
+                time.sleep(0.1)
+        except RuntimeError:
+            pass  # whoever kept the store has gone too
+        return sorted(present)
+
+
+def join(rank: int, size: int, *, device: torch.device, timeout: float, attempt: int = 0) -> Ranks:
+    """Meet the other ranks where the environment's MASTER_ADDR and MASTER_PORT say, as torchrun sets them.
+
+    `timeout`: the seconds that a rank may keep the others waiting. `attempt`: how often they have met before, for what
+    ranks that are no more have left there is not to be found.
+    """
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=timedelta(seconds=max(1.0, timeout))))
+        store = PrefixStore(f"attempt-{attempt}", store)
+        return Ranks(store, rank, size, device=device, timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        raise CountdownError(
+            f"rank {rank} of {size} did not find the others: {_sentence(error)}",
+            "look at MASTER_ADDR and MASTER_PORT, and whether all processes were started",
+            exit_code=1,
+        ) from error
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    """The error, or one that says the same and can be sent."""
+    if isinstance(error, CountdownError):
+        return _rebuilt(error.message, error.hint, error.exit_code)
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever a foreign class raises
+        return RuntimeError(_sentence(cast(Exception, error)))
+    return error
+
+
+class _Sent(CountdownError):
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (self.message, self.hint, self.exit_code)
+
+
+def _rebuilt(message: str, hint: str | None, exit_code: int) -> CountdownError:
+    return _Sent(message, hint, exit_code=exit_code)
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Tensors in lists of one kind, each of at most BUCKET numbers if there are several in it."""
+    buckets: list[list[Tensor]] = []
+    for tensor in tensors:
+        fits = buckets and buckets[-1][0].dtype == tensor.dtype
+        if fits and sum(one.numel() for one in buckets[-1]) + tensor.numel() <= BUCKET:
+            buckets[-1].append(tensor)
+        else:
+            buckets.append([tensor])
+    return buckets

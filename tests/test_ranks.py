@@ -1,0 +1,306 @@
+"""Several processes are one experiment: the same prompts, completions, gradients and files as one process has."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SMALL
+from transformers import AutoModelForCausalLM
+
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.ranks import Solo, _buckets
+from grpo_cli.launch import Place, place
+
+ROOT = Path(__file__).parent.parent
+TRAIN = [*SMALL, "--device", "cpu", "--num-iterations", "3", "--batch-size", "3"]
+
+
+def launched(
+    folder: Path, ranks: int, *arguments: object, plugin: str = "", torchrun: list[str] | None = None
+) -> subprocess.Popen[str]:
+    """`countdown ARGUMENTS` under torchrun in `folder`; each process first runs the lines of `plugin`."""
+    script = folder / "start.py"
+    script.write_text(f"import os\nrank = int(os.environ['RANK'])\n{plugin}\nfrom grpo_cli.cli import main\nmain()\n")
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("COUNTDOWN_")}
+    environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [*start, *(torchrun or []), "--", str(script), *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, env=environ, stdout=pipe, stderr=pipe, text=True)
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def untimed(line: Mapping[str, float]) -> dict[str, float]:
+    """What a line of metrics says of the experiment, not of the machine."""
+    machine = ("time/", "floor", "arithmetic/", "tokens_per_second", "mfu", "padding", "peak_memory")
+    return {key: value for key, value in line.items() if not key.startswith(machine)}
+
+
+def same_experiment(one: Path, other: Path, *, tolerance: float = 1e-4) -> None:
+    assert rows(one / "samples.jsonl") == rows(other / "samples.jsonl")
+    assert rows(one / "evaluations.jsonl") == rows(other / "evaluations.jsonl")
+    mine, theirs = (list(map(untimed, rows(folder / "metrics.jsonl"))) for folder in (one, other))
+    assert [list(line) for line in mine] == [list(line) for line in theirs]
+    for line, same in zip(mine, theirs, strict=True):
+        assert same == pytest.approx(line, rel=tolerance, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process, in three steps."""
+    folder = tmp_path_factory.mktemp("alone")
+    command = [sys.executable, "-m", "grpo_cli", "train", "--model", str(tiny_folder), "--run", "one", *TRAIN]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=folder, env=environ, check=True, capture_output=True)
+    return folder / "runs" / "one"
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "shares"), [(4, 2, [2, 2]), (5, 2, [3, 2]), (1, 3, [1, 0, 0]), (7, 3, [3, 2, 2])]
+)
+def test_shares_are_even_whole_and_in_order(count: int, size: int, shares: list[int]) -> None:
+    parts = []
+    for rank in range(size):
+        one = Solo()
+        one.rank, one.size = rank, size
+        parts.append(one.share(count))
+    assert sorted(map(len, parts), reverse=True) == sorted(shares, reverse=True) and len(parts[0]) == max(shares)
+    assert [index for part in parts for index in part] == list(range(count))
+
+
+def test_a_launcher_is_known_by_its_environment() -> None:
+    torchrun = {
+        "RANK": "3",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "a",
+        "TORCHELASTIC_RESTART_COUNT": "2",
+    }
+    slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}
+    assert place(torchrun) == Place(3, 8, 1, restarts=2)
+    assert place(slurm) == place({}) == Place()
+    assert place(slurm | {"MASTER_ADDR": "node1"}) == Place(5, 16, 1)
+    with pytest.raises(CountdownError, match="RANK=x"):
+        place(torchrun | {"RANK": "x"})
+
+
+def test_buckets_hold_gradients_of_one_kind_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo_cli.core.ranks.BUCKET", 10)
+    tensors = [torch.zeros(4), torch.zeros(6), torch.zeros(1), torch.zeros(2, dtype=torch.bfloat16), torch.zeros(30)]
+    assert [[one.numel() for one in bucket] for bucket in _buckets(tensors)] == [[4, 6], [1], [2], [30]]
+
+
+def test_one_process_never_starts_torch_distributed(tiny_folder: Path, tmp_path: Path) -> None:
+    arguments = ["countdown", "train", "--model", str(tiny_folder), "--run", "one", *SMALL]
+    code = f"import sys; sys.argv = {arguments!r}\nfrom grpo_cli.cli import main\n"
+    code += "import torch, torch.distributed as dist\n"
+    code += "before = set(sys.modules)\ndef refuse(*_, **__): raise SystemExit(9)\ndist.init_process_group = refuse\n"
+    code += "main()\nassert not dist.is_initialized()\n"
+    code += "assert 'torch.distributed.rendezvous' not in set(sys.modules) - before\n"
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environ, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_follow_the_curve_of_one(ranks: int, tiny_folder: Path, tmp_path: Path, alone: Path) -> None:
+    """Three prompts by two processes, or by four of which one has none."""
+    code, _, err = ended(launched(tmp_path, ranks, "train", "--model", tiny_folder, "--run", "two", *TRAIN))
+    assert code == 0, err
+    same_experiment(alone, tmp_path / "runs" / "two")
+    lines = rows(tmp_path / "runs" / "two" / "metrics.jsonl")[1:]
+    assert all(line["time/wait"] > 0 and line["time/reduce"] > 0 for line in lines)
+    assert err.count("step 2 of 3") == 1  # one of them has the view
+    assert not (tmp_path / "runs" / "two" / "bad_steps").exists()
+
+
+@pytest.mark.slow
+def test_an_evaluation_is_dealt_out(tiny_folder: Path, tmp_path: Path) -> None:
+    asked = [
+        "eval",
+        tiny_folder,
+        "--device",
+        "cpu",
+        "--precision",
+        "float32",
+        "--max-new-tokens",
+        8,
+        "--limit",
+        7,
+        "--json",
+    ]
+    alone = subprocess.run(
+        [sys.executable, "-m", "grpo_cli", *map(str, asked)],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    code, out, err = ended(launched(tmp_path, 2, *asked))
+    assert code == 0, err
+    assert json.loads(out) == json.loads(alone.stdout)
+
+
+# Each plugin changes what one rank does, as a fault would.
+NAN = """
+if rank == 1:
+    from grpo_cli.core import grpo
+    plain, calls = grpo.batch_loss, []
+    def broken(*args):
+        calls.append(1)
+        total, clipped, kl = plain(*args)
+        return (total * float("nan") if len(calls) == 2 else total), clipped, kl
+    grpo.batch_loss = broken
+"""
+RAISES = """
+if rank == 1:
+    from grpo_cli.core import train
+    plain, calls = train.score, []
+    def broken(*args, **given):
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("out of luck")
+        return plain(*args, **given)
+    train.score = broken
+"""
+DIES = RAISES.replace('raise RuntimeError("out of luck")', "os.kill(os.getpid(), 9)")
+HANGS = RAISES.replace('raise RuntimeError("out of luck")', "import time; time.sleep(100)")
+SLOW = """
+import time
+from grpo_cli.core import train
+plain = train.score
+def slow(*args, **given):
+    print("scoring", flush=True)
+    time.sleep(0.3)
+    return plain(*args, **given)
+train.score = slow
+"""
+LONG = [*TRAIN, "--batch-size", "2", "--num-iterations", "30", "--eval-every", "30"]
+
+
+@pytest.mark.slow
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(tiny_folder: Path, tmp_path: Path) -> None:
+    arguments = ["train", "--model", tiny_folder, "--run", "two", *TRAIN, "--batch-size", "4"]
+    code, _, err = ended(launched(tmp_path, 2, *arguments, plugin=NAN))
+    assert code == 0, err
+    lines = rows(tmp_path / "runs" / "two" / "metrics.jsonl")
+    assert [line["bad_steps"] for line in lines[1:]] == [0, 1, 1]
+    assert err.count("the loss is not finite; the weights stay as they are") == 1
+    assert [path.name for path in (tmp_path / "runs" / "two" / "bad_steps").iterdir()] == ["step-2.json"]
+
+
+@pytest.mark.parametrize(
+    ("plugin", "sentence"),
+    [
+        (RAISES, "error: rank 1 of 2 failed in step 2: out of luck"),
+        (DIES, "error: rank 1 of 2 no longer answers in step 2"),
+        pytest.param(HANGS, "error: rank 1 of 2 no longer answers in step 2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_fails_stops_all_with_one_message(
+    plugin: str, sentence: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    arguments = ["train", "--model", tiny_folder, "--run", "two", *LONG, "--timeout", "6"]
+    code, _, err = ended(launched(tmp_path, 2, *arguments, plugin=plugin, torchrun=["--shutdown-timeout=3"]))
+    assert code == 1
+    assert err.count(sentence) == 1, err
+    assert [line for line in err.splitlines() if line.startswith("error:")] == [
+        line for line in err.splitlines() if line.startswith(sentence)
+    ]
+    run = tmp_path / "runs" / "two"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-1"]
+
+
+def test_a_signal_to_the_launcher_saves_once_and_one_process_goes_on(
+    tiny_folder: Path, tmp_path: Path, alone: Path
+) -> None:
+    run = tmp_path / "runs" / "two"
+    arguments = ["train", "--model", tiny_folder, "--run", "two", *TRAIN, "--save-every", "3"]
+    process = launched(tmp_path, 2, *arguments, plugin=SLOW)
+    wait_for(lambda: len(rows(run / "metrics.jsonl")) > 1 if (run / "metrics.jsonl").exists() else False)
+    process.send_signal(signal.SIGTERM)
+    _, _, err = ended(process)
+    (saved,) = (run / "checkpoints").iterdir()
+    assert f"stopped after step {saved.name.removeprefix('step-')}" in err
+    command = [sys.executable, "-m", "grpo_cli", "train", "--run", "two", "--resume"]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    same_experiment(alone, run)
+
+
+@pytest.mark.slow
+def test_a_restart_by_the_launcher_goes_on_by_itself(tiny_folder: Path, tmp_path: Path, alone: Path) -> None:
+    dies_once = DIES.replace("rank == 1:", "rank == 1 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':")
+    arguments = ["train", "--model", tiny_folder, "--run", "two", *TRAIN, "--timeout", "6"]
+    restarts = ["--max-restarts=1", "--shutdown-timeout=3"]
+    code, _, err = ended(launched(tmp_path, 2, *arguments, plugin=dies_once, torchrun=restarts))
+    assert code == 0, err
+    assert err.count("from step 1, by 2 processes") == 1
+    same_experiment(alone, tmp_path / "runs" / "two")
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_from_one(tiny_folder: Path, tmp_path: Path, alone: Path) -> None:
+    one = [sys.executable, "-m", "grpo_cli", "train", "--model", str(tiny_folder), "--run", "two", *TRAIN]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([*one, "--num-iterations", "2"], cwd=tmp_path, env=environ, check=True, capture_output=True)
+    arguments = ["train", "--run", "two", "--resume", "--num-iterations", "3"]
+    code, _, err = ended(launched(tmp_path, 2, *arguments))
+    assert code == 0, err
+    assert rows(alone / "samples.jsonl") == rows(tmp_path / "runs" / "two" / "samples.jsonl")
+
+
+@pytest.mark.slow
+def test_sharded_weights_learn_the_same_and_go_on_in_any_number(tiny_folder: Path, tmp_path: Path, alone: Path) -> None:
+    """Three steps: sharded over two throughout; then one step sharded, one whole, one sharded again."""
+    code, _, err = ended(launched(tmp_path, 2, "train", "--model", tiny_folder, "--run", "two", *TRAIN, "--shard"))
+    assert code == 0, err
+    same_experiment(alone, tmp_path / "runs" / "two")
+    saved = tmp_path / "runs" / "two" / "checkpoints" / "step-3"
+    whole = AutoModelForCausalLM.from_pretrained(saved / "model").state_dict()
+    expected = AutoModelForCausalLM.from_pretrained(alone / "checkpoints" / "step-3" / "model").state_dict()
+    assert all(torch.allclose(whole[name], expected[name], atol=1e-5) for name in expected)
+
+    goes_on = ["train", "--run", "mixed", "--resume", "--num-iterations"]
+    first = ["train", "--model", tiny_folder, "--run", "mixed", *TRAIN, "--optimizer", "adamw", "--num-iterations", "1"]
+    assert ended(launched(tmp_path, 2, *first, "--shard"))[0] == 0
+    command = [sys.executable, "-m", "grpo_cli", *goes_on, "2", "--no-shard"]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    code, _, err = ended(launched(tmp_path, 2, *goes_on, "3", "--shard"))
+    assert code == 0, err
+    assert rows(alone / "samples.jsonl") == rows(tmp_path / "runs" / "mixed" / "samples.jsonl")
+    curves = [rows(run / "metrics.jsonl")[1:] for run in (alone, tmp_path / "runs" / "mixed")]
+    for line, same in zip(*curves, strict=True):
+        assert same["loss"] == pytest.approx(line["loss"], abs=1e-5)
+
+
+def test_batch_size_by_the_process_is_the_total_by_the_process(
+    countdown: Callable[..., Any], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["train", "--model", tiny_folder, "--dry-run", "--batch-size-per-rank", "3"]
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "here"}.items():
+        monkeypatch.setenv(name, value)
+    shown = countdown(*given)
+    assert any("batch_size" in line and " 12 " in line for line in (shown.out + shown.err).splitlines())
+    refused = countdown(*given, "--batch-size", "3")
+    assert refused.code == 2 and "exclude each other" in refused.err
+
+
+def wait_for(found: Callable[[], bool], seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < until
+        time.sleep(0.05)
