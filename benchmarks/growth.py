@@ -18,10 +18,11 @@ import torch
 from measured import table, write
 from rich.console import Console
 from rich.progress import Progress
-from step import PHASES, Summary, Work, measure, summarize
+from step import Summary, Work, measure, summarize
 
 from grpo_cli.core.policy import BUILTIN, detect_precision
 
+PHASES = ("prefill", "decode", "reference", "update", "total")
 SWEEPS = {
     "completions": (8, 16, 32, 64),
     "tokens": (64, 128, 256, 512, 1024),

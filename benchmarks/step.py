@@ -129,6 +129,7 @@ def countdown(work: Work, turn: Turn) -> None:
                     temperature=TEMPERATURE,
                     uniform=draws(0, index, range(work.prompts), work.completions, work.tokens),
                 )
+            seconds |= rollout.seconds
             if work.whole:
                 sequences = Sequences(prompts, rollout.completions, work.owners)
                 advantage = advantages_of(work, [policy.decode(tokens) for tokens in rollout.completions])
@@ -327,11 +328,7 @@ class Summary:
 def summarize(rounds: list[Round], rows: int) -> Summary:
     tokens = sum(one.tokens for one in rounds)
     return Summary(
-        {
-            phase: statistics.median(one.seconds[phase] for one in rounds)
-            for phase in PHASES
-            if phase in rounds[0].seconds
-        },
+        {phase: statistics.median(one.seconds[phase] for one in rounds) for phase in rounds[0].seconds},
         tokens / sum(one.seconds["rollout"] for one in rounds),
         tokens / len(rounds) / rows,
         statistics.median(one.longest for one in rounds),
@@ -343,7 +340,11 @@ def rows_of(work: Work, found: dict[str, Summary]) -> Iterator[list[str]]:
     """Cells of a table: each contestant's medians, with their ratios to ours."""
     ours = found["countdown"]
     for name, summary in found.items():
-        times = [f"{value:.2f} ({value / ours.seconds[phase]:.1f}x)" for phase, value in summary.seconds.items()]
+        times = [
+            f"{summary.seconds[phase]:.2f} ({summary.seconds[phase] / ours.seconds[phase]:.1f}x)"
+            for phase in PHASES
+            if phase in summary.seconds
+        ]
         speed = f"{summary.tokens_per_second:,.0f} ({summary.tokens_per_second / ours.tokens_per_second:.2f}x)"
         shape = f"{work.prompts} x {work.completions} x {work.tokens}"
         lengths = [f"{summary.mean_length:.0f}", f"{summary.longest:g}"]
