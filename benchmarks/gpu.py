@@ -282,7 +282,7 @@ def apart(work: Callable[[], Any]) -> Any:
 
 
 def trl(asked: Load) -> dict[str, Any]:
-    """TRL's GRPOTrainer on transformers' own generation, with bfloat16 weights and AdamW in 8 bits."""
+    """TRL's GRPOTrainer by transformers' generation: bfloat16 weights, AdamW in 8 bits, checkpointing as it likes."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
