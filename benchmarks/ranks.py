@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -86,17 +85,21 @@ def same(out: Path, processes: Sequence[int], arguments: Sequence[str]) -> dict[
 
 
 def scaling(out: Path, batch_size: int, arguments: Sequence[str]) -> dict[str, object]:
-    """Median seconds of a step by phase: one process, and two with twice the prompts; efficiency is their ratio."""
-    seconds: dict[int, dict[str, float]] = {}
+    """Milliseconds a token by phase: one process, and two with twice the prompts; efficiency is half of their ratio.
+
+    The learning rate is too small to move a weight, so that completions are of one distribution in both.
+    """
+    costs: dict[int, dict[str, float]] = {}
     for count in (1, 2):
-        run = train(out, f"scaling-{count}", count, [*arguments, "--batch-size", str(batch_size * count)])
-        lines = rows(run / "metrics.jsonl")[2:]  # the first step warms up
-        seconds[count] = {name: statistics.median(line.get(f"time/{name}", 0.0) for line in lines) for name in PHASES}
-    print(f"\n{'phase':>10} {'1 process':>12} {'2 processes':>12} {'efficiency':>12}")
+        prompts = ["--batch-size", str(batch_size * count), "--learning-rate", "1e-12"]
+        lines = rows(train(out, f"scaling-{count}", count, [*arguments, *prompts]) / "metrics.jsonl")[2:]  # warmed up
+        tokens = sum(line["tokens_per_second"] * line["time/total"] for line in lines)
+        costs[count] = {name: 1000 * sum(line.get(f"time/{name}", 0.0) for line in lines) / tokens for name in PHASES}
+    print(f"\n{'ms a token':>10} {'1 process':>12} {'2 processes':>12} {'efficiency':>12}")
     for name in PHASES:
-        one, two = seconds[1][name], seconds[2][name]
-        print(f"{name:>10} {one:>11.3f}s {two:>11.3f}s {f'{one / two:.1%}' if one and two else '-':>12}")
-    return {"seconds": seconds, "efficiency": seconds[1]["total"] / seconds[2]["total"]}
+        one, two = costs[1][name], costs[2][name]
+        print(f"{name:>10} {one:>12.4f} {two:>12.4f} {f'{one / two / 2:.1%}' if one and two else '-':>12}")
+    return {"milliseconds": costs, "efficiency": costs[1]["total"] / costs[2]["total"] / 2}
 
 
 def main() -> None:
