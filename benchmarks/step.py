@@ -316,7 +316,7 @@ def measure(work: Work, names: list[str], advance: Callable[[], None] = lambda: 
 
 @dataclass(frozen=True)
 class Summary:
-    """Medians of the rounds of a contestant; tokens per second and mean length are over all of them."""
+    """Medians of the rounds of a contestant; the mean length is over all of them."""
 
     seconds: Seconds
     tokens_per_second: float  # of the rollout
@@ -326,11 +326,10 @@ class Summary:
 
 
 def summarize(rounds: list[Round], rows: int) -> Summary:
-    tokens = sum(one.tokens for one in rounds)
     return Summary(
         {phase: statistics.median(one.seconds[phase] for one in rounds) for phase in rounds[0].seconds},
-        tokens / sum(one.seconds["rollout"] for one in rounds),
-        tokens / len(rounds) / rows,
+        statistics.median(one.tokens / one.seconds["rollout"] for one in rounds),
+        sum(one.tokens for one in rounds) / len(rounds) / rows,
         statistics.median(one.longest for one in rounds),
         rounds[-1].peak,
     )
