@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from conftest import SMALL
 from transformers import AutoModelForCausalLM
 
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.ranks import Solo, _buckets
+from grpo_cli.core.ranks import Gradients, Ranks, Solo, _buckets, _Summed
 from grpo_cli.launch import Place, place
 
 ROOT = Path(__file__).parent.parent
@@ -103,9 +104,74 @@ def test_a_launcher_is_known_by_its_environment() -> None:
 
 
 def test_buckets_hold_gradients_of_one_kind_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grpo_cli.core.ranks.BUCKET", 10)
+    monkeypatch.setattr("grpo_cli.core.ranks.BUCKET", 40)
     tensors = [torch.zeros(4), torch.zeros(6), torch.zeros(1), torch.zeros(2, dtype=torch.bfloat16), torch.zeros(30)]
     assert [[one.numel() for one in bucket] for bucket in _buckets(tensors)] == [[4, 6], [1], [2], [30]]
+
+
+class Deep(torch.nn.Module):
+    """Layers of 2 to 5 numbers, the first of them used twice and the third not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(wide, wide + 1) for wide in (2, 3, 3, 4))
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        first, second, _, last = list(self.layers)
+        found: torch.Tensor = last(second(first(given))) + first(given).sum(dim=1, keepdim=True)
+        return found.square().sum()
+
+
+@pytest.fixture
+def only_rank() -> Iterator[Ranks]:
+    """A group of one process, whose sums are of its own gradients."""
+    ranks = Ranks(torch._C._distributed_c10d.HashStore(), 0, 1, device=torch.device("cpu"), timeout=10)
+    yield ranks
+    ranks.leave()
+
+
+def test_gradients_are_sent_during_the_last_backward_pass_and_each_once(
+    only_rank: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three micro-batches; memory runs out late in the last one, and it is done again in five."""
+    monkeypatch.setattr("grpo_cli.core.ranks.BUCKET", 1)  # a bucket for each weight
+    model: Any = Deep()
+    given = torch.randn(15, 2, generator=torch.Generator().manual_seed(4))
+    model(given).backward()
+    expected = [weight.grad.clone() if weight.grad is not None else None for weight in model.parameters()]
+    sent: list[list[int]] = []
+    send = _Summed._send
+
+    def noted(self: _Summed) -> None:
+        sent[-1].append(self._sent)
+        send(self)
+
+    monkeypatch.setattr(_Summed, "_send", noted)
+
+    def attempt(gradients: Gradients, parts: int) -> None:
+        gradients.begin()
+        sent.append([])
+        for number, part in enumerate(given.chunk(parts), start=1):
+            if number == parts:
+                gradients.ending()
+            model(part).backward()
+            assert number == parts or not sent[-1]
+
+    def out_of_memory(_: torch.Tensor) -> None:
+        if sent[-1]:
+            raise torch.OutOfMemoryError
+
+    with only_rank.gradients(model.parameters()) as gradients:
+        hook = model.layers[0].weight.register_hook(out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            attempt(gradients, 3)
+        hook.remove()
+        gradients.completed(lambda: attempt(gradients, 5))
+        gradients.add_up()
+    for weight, wanted in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(weight.grad, torch.zeros_like(weight) if wanted is None else wanted)
+    assert sent == [[0, 1], [2, 3, 4, 5, 6, 7]]  # the third layer has no gradient, and waits for the end
 
 
 def test_one_process_never_starts_torch_distributed(tiny_folder: Path, tmp_path: Path) -> None:
@@ -179,6 +245,19 @@ if rank == 1:
 """
 DIES = RAISES.replace('raise RuntimeError("out of luck")', "os.kill(os.getpid(), 9)")
 HANGS = RAISES.replace('raise RuntimeError("out of luck")', "import time; time.sleep(100)")
+LATE = """
+from grpo_cli.core import ranks
+ranks.BUCKET = 5_000
+if rank == 1:
+    import torch
+    left, once = ranks._Summed._left, []
+    def limited(self, weight):
+        left(self, weight)
+        if self._sent and not once:
+            once.append(print("memory ran out after", self._sent, "of", len(self._buckets), flush=True))
+            raise torch.OutOfMemoryError
+    ranks._Summed._left = limited
+"""
 SLOW = """
 import time
 from grpo_cli.core import train
@@ -202,6 +281,17 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(tiny_folder: Pa
     assert [line["bad_steps"] for line in lines[1:]] == [0, 1, 1]
     assert err.count("the loss is not finite; the weights stay as they are") == 1
     assert [path.name for path in (tmp_path / "runs" / "two" / "bad_steps").iterdir()] == ["step-2.json"]
+
+
+@pytest.mark.faults
+def test_memory_that_runs_out_on_one_rank_when_sums_are_under_way_changes_nothing(
+    tiny_folder: Path, tmp_path: Path, alone: Path
+) -> None:
+    arguments = ["train", "--model", tiny_folder, "--run", "two", *TRAIN]
+    code, out, err = ended(launched(tmp_path, 2, *arguments, plugin=LATE))
+    assert code == 0, err
+    assert re.search(r"memory ran out after \d of \d\d", out)
+    same_experiment(alone, tmp_path / "runs" / "two")
 
 
 @pytest.mark.faults

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from statistics import fmean
 
@@ -31,11 +31,12 @@ from torch import Tensor
 
 from grpo_cli.core.memory import Fit
 from grpo_cli.core.policy import Policy, Sequences
-from grpo_cli.core.ranks import Passing, Solo
+from grpo_cli.core.ranks import Gradients, Passing, Solo
 from grpo_cli.core.settings import Loss
 from grpo_cli.core.shards import local, whole
 
 STD_EPSILON = 1e-4
+IDLE = Sequences([[0]], [[0]], [0])  # what a rank reads in passes that others make
 PROBED_WEIGHTS = 4096  # weights of each tensor that are compared before and after a step
 
 
@@ -88,18 +89,27 @@ def policy_loss(
     return per_token, clipped * gain < ratio * gain
 
 
-def normalizer(lengths: Tensor, *, loss_type: str, max_new_tokens: int) -> Tensor:
-    """Weight (B,) of each token of each row in the loss, from the row lengths (B,) of the whole step.
+@dataclass(frozen=True)
+class Step:
+    """The completions of a whole step, of which a rank may have a part."""
+
+    rows: int
+    tokens: int
+    teaches: bool  # whether the gradient of any of them may be other than zero
+
+
+def normalizer(lengths: Tensor, *, loss_type: str, max_new_tokens: int, step: Step | None = None) -> Tensor:
+    """Weight (B,) of each token of each row in the loss, from row lengths (B,): of the whole step, or of part of one.
 
     `grpo` and `gspo`: mean over rows of the mean over tokens. `dapo` and `cispo`: mean over all tokens. `dr_grpo`:
     sum over tokens divided by rows times `max_new_tokens`, which favours no length.
     """
-    rows = len(lengths)
+    rows, tokens = (step.rows, step.tokens) if step else (len(lengths), int(lengths.sum()))
     if loss_type in ("grpo", "gspo"):
         return 1.0 / (rows * lengths)
     if loss_type == "dr_grpo":
-        return torch.full((rows,), 1.0 / (rows * max_new_tokens))
-    return torch.full((rows,), 1.0 / float(lengths.sum()))
+        return torch.full(lengths.shape, 1.0 / (rows * max_new_tokens))
+    return torch.full(lengths.shape, 1.0 / tokens)
 
 
 def batch_loss(
@@ -129,22 +139,23 @@ def reference_logprobs(
     *,
     temperature: float,
     fit: Fit | None = None,
-    mine: range | None = None,
     extra: int = 0,
     poll: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """The frozen reference's log-probabilities (B, T) of the completions; of the rows `mine` alone, if given.
+    """The frozen reference's log-probabilities (B, T) of the completions.
 
-    `poll` and `fit` as for `update`. `extra` passes of a single row are of use to the ranks of a sharded model alone.
+    `poll` and `fit` as for `update`. `extra` passes of nothing are of use to the ranks of a sharded model alone.
     """
-    chosen = range(len(sequences.completions)) if mine is None else mine
+    chosen = range(len(sequences.completions))
 
     def compute(at_once: int) -> Tensor:
         found = torch.zeros(sequences.mask().shape, device=reference.device)
-        for rows in micro_batches(chosen, at_once) + [[0]] * extra:
+        for rows in micro_batches(chosen, at_once):
             poll()
             part, _ = reference.logprobs(sequences.subset(rows), temperature=temperature)
             found[rows, : part.shape[1]] = part
+        for _ in range(extra):
+            reference.logprobs(IDLE, temperature=temperature)
         return found
 
     with torch.no_grad(), reference.brought():
@@ -171,6 +182,7 @@ class _Sums:
     kl: float = 0.0
     entropy: float = 0.0
     clipped: float = 0.0
+    gap: float = 0.0
     tokens: int = 0
 
     def add(self, loss: Tensor, kl: Tensor | None, entropy: Tensor, clipped: Tensor, mask: Tensor) -> None:
@@ -203,7 +215,7 @@ def update(
     ref_logprobs: Tensor | None = None,
     sampled_logprobs: Sequence[Sequence[float]] | None = None,
     ranks: Solo | None = None,
-    mine: range | None = None,
+    step: Step | None = None,
     poll: Callable[[], None] = lambda: None,
     stepping: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, float]:
@@ -214,30 +226,31 @@ def update(
     gradient is exactly zero. `stepping` is entered around each step of the optimizer. Raises NotFinite, before the
     weights change, if the loss or the gradient is not finite.
 
-    Of several `ranks` each is given all sequences and takes the rows `mine`; they add up their gradients, and then all
-    of them make the same step.
+    Of several `ranks` each is given its own completions of a `step`, if any; they add up their gradients, and then all
+    of them move the weights alike.
 
     Returns the metrics loss, kl (if there is a reference), entropy, clip_fraction, grad_norm, weights_changed, means
     over the inner updates, and logprob_gap: the mean distance of l from the sampler's own log-probabilities, if they
     are given.
     """
     assert ref_logprobs is not None or loss.beta == 0
-    lengths = torch.tensor([len(completion) for completion in sequences.completions])
-    weight = normalizer(lengths, loss_type=loss.loss_type, max_new_tokens=max_new_tokens).to(policy.device)
+    ranks, fitting, extra = ranks or Solo(), fit or Fit(), 0
     advantage = advantage.to(policy.device)
-    matters = torch.ones(len(lengths), dtype=torch.bool) if loss.beta > 0 else (advantage != 0).cpu()
-    ranks, learned = ranks or Solo(), matters.nonzero()[:, 0].tolist()
-    rows = [row for row in learned if mine is None or row in mine]
+    matters = torch.ones(len(advantage), dtype=torch.bool) if loss.beta > 0 else (advantage != 0).cpu()
+    rows: list[int] = matters.nonzero()[:, 0].tolist()
+    lengths = torch.tensor([len(completion) for completion in sequences.completions])
+    step = step or Step(len(lengths), int(lengths.sum()), teaches=bool(rows))
+    weight = normalizer(lengths, loss_type=loss.loss_type, max_new_tokens=max_new_tokens, step=step).to(policy.device)
     old = torch.zeros(sequences.mask().shape, device=policy.device)  # (B, T), of the first inner update
     before = _probe(optimizer)
     history: list[dict[str, float]] = []
-    extra, fitting = 0, fit or Fit()
+    gap = 0.0
 
-    def gradient(at_once: int) -> _Sums:
+    def gradient(gradients: Gradients, at_once: int) -> _Sums:
         """Leave the gradient of this rank's rows in the parameters; of all ranks' if the model is sharded."""
-        optimizer.zero_grad(set_to_none=True)
-        sums = _Sums()
-        for chosen in micro_batches(rows, at_once):
+        gradients.begin()
+        sums, batches = _Sums(), micro_batches(rows, at_once)
+        for number, chosen in enumerate(batches, start=1):
             if not history and not policy.is_sharded:  # whose ranks cannot leave each other within a pass
                 poll()
             part = sequences.subset(chosen)
@@ -245,39 +258,46 @@ def update(
             mask = part.mask().to(policy.device)
             if not history:
                 old[chosen, : mask.shape[1]] = logprobs.detach()
+                if sampled_logprobs is not None:
+                    sums.gap += _gap(logprobs.detach(), mask, [sampled_logprobs[row] for row in chosen])
             reference = None if ref_logprobs is None else ref_logprobs[chosen, : mask.shape[1]]
             total, clipped, kl = batch_loss(
                 logprobs, old[chosen, : mask.shape[1]], reference, advantage[chosen], mask, weight[chosen], loss
             )
             if not policy.is_sharded:
                 _require_finite(total, "loss")
+            if number == len(batches):
+                gradients.ending()
             total.backward()
             sums.add(total, kl, entropy, clipped, mask)
         for _ in range(extra):  # takes part in the passes of ranks that have more rows
-            (policy.logprobs(sequences.subset([0]), temperature=temperature)[0].sum() * 0).backward()
+            (policy.logprobs(IDLE, temperature=temperature)[0].sum() * 0).backward()
         return sums
 
     try:
-        for _ in range(num_inner_updates if learned else 0):
+        for _ in range(num_inner_updates if step.teaches else 0):
             if policy.is_sharded:
                 extra = extra_passes(ranks, rows, fitting.rows)
-                sums = reduce(add, ranks.each(lambda: gradient(fitting.rows)))
+                own = Gradients(policy.model.parameters())  # the model itself adds up what its ranks leave
+                parts = ranks.each(partial(gradient, own, fitting.rows))
             else:
-                parts = ranks.each(lambda: fitting.attempt(gradient, total=len(rows), doing="update"))
-                sums = reduce(add, parts)
-                ranks.add_gradients(policy.model.parameters())
+                with ranks.gradients(policy.model.parameters()) as gradients:
+                    attempt = partial(fitting.attempt, partial(gradient, gradients), total=len(rows), doing="update")
+                    parts = ranks.each(partial(gradients.completed, attempt))
+                    gradients.add_up()
+            sums = reduce(add, parts)
             with stepping():
                 norm = whole(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), clip_grad_norm))
                 _require_finite(norm, "gradient norm")
                 optimizer.step()
+            if not history:
+                gap = sums.gap / sums.tokens
             history.append(_metrics(sums, norm, has_reference=ref_logprobs is not None))
     finally:
         optimizer.zero_grad(set_to_none=True)
     metrics = {key: sum(entry[key] for entry in history) / len(history) for key in history[0]} if history else {}
     if sampled_logprobs is not None and history:
-        sampled = torch.tensor([value for row in rows for value in sampled_logprobs[row]])
-        trained = old[rows].cpu()[sequences.mask()[rows]]
-        metrics["logprob_gap"] = float(torch.cat(ranks.each(lambda: (trained - sampled).abs())).mean())
+        metrics["logprob_gap"] = gap
     changed = _changed(optimizer, before)
     if policy.is_sharded:
         changed = fmean(ranks.each(lambda: changed))
@@ -292,6 +312,12 @@ def _metrics(sums: _Sums, norm: Tensor, *, has_reference: bool) -> dict[str, flo
         "grad_norm": float(norm),
     }
     return {**metrics, "kl": sums.kl / sums.tokens} if has_reference else metrics
+
+
+def _gap(logprobs: Tensor, mask: Tensor, sampled: Sequence[Sequence[float]]) -> float:
+    """Sum of the distances of log-probabilities (B, T) from those of the sampler, of rows without padding."""
+    values = torch.tensor([value for row in sampled for value in row], device=logprobs.device)
+    return float((logprobs[mask] - values).abs().sum())
 
 
 def _require_finite(value: Tensor, what: str) -> None:

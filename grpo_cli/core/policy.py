@@ -53,7 +53,7 @@ class Sequences:
     def mask(self) -> Tensor:
         """(B, T) boolean: which entries of a padded matrix of completion tokens are real. Built from lengths alone."""
         lengths = torch.tensor([len(completion) for completion in self.completions])
-        return torch.arange(int(lengths.max())) < lengths[:, None]
+        return torch.arange(max(lengths.tolist(), default=0)) < lengths[:, None]
 
     def subset(self, rows: Sequence[int]) -> Sequences:
         """The completions `rows`, with the prompts that they answer and no others."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -19,7 +21,8 @@ from torch import Tensor
 from grpo_cli.core.errors import CountdownError
 
 T = TypeVar("T")
-BUCKET = 2**24  # gradients that are added up at once: 64 MB of float32
+BUCKET = 25 * 2**20  # bytes of gradients that are added up at once, as in torch's own DistributedDataParallel
+ALIGNED = 64  # numbers, at multiples of which each gradient of a bucket begins, as kernels like it
 ROLL_CALL = 5.0  # seconds in which a rank that is alive says so, once another has gone
 
 
@@ -33,6 +36,28 @@ class Failed(CountdownError):
     def __init__(self, message: str, hint: str | None, *, exit_code: int, tells: bool) -> None:
         super().__init__(message, hint, exit_code=exit_code)
         self.tells = tells
+
+
+class Gradients:
+    """The gradients that passes over a step leave in the weights: those of one process, as they are."""
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        self.weights = [weight for weight in weights if weight.requires_grad]
+
+    def begin(self) -> None:
+        """Forget what an attempt at the step has left."""
+        for weight in self.weights:
+            weight.grad = None
+
+    def ending(self) -> None:
+        """The backward pass to come is this process's last of the attempt: what it leaves is whole."""
+
+    def completed(self, work: Callable[[], T]) -> T:
+        """What `work` returns, which makes the passes; whether or not it fails, this process's part is done then."""
+        return work()
+
+    def add_up(self) -> None:
+        """Put the sum over all ranks in the weights; where a rank has left none it counts as zero."""
 
 
 class Solo:
@@ -63,16 +88,18 @@ class Solo:
         self.each(lambda: kept.append(work()))
         return kept[0]
 
-    def add_gradients(self, weights: Iterable[Tensor]) -> None:
-        """Put the sum over all ranks of their gradients in each; where a rank has none it counts as zero."""
+    @contextmanager
+    def gradients(self, weights: Iterable[Tensor]) -> Iterator[Gradients]:
+        """What takes up the gradients of `weights` over a step, and adds up those of the ranks."""
+        yield Gradients(weights)
 
-    def slowest(self, seconds: Mapping[str, float]) -> dict[str, float]:
-        """Times of the slowest rank in each phase.
+    def report(self, seconds: Mapping[str, float], part: list[T]) -> tuple[dict[str, float], list[T]]:
+        """Times of the slowest rank in each phase, and the parts of all ranks, in order.
 
         Of several ranks also the mean seconds of a rank since this was last asked: `time/wait` for the others, and
-        `time/reduce` to add up gradients.
+        `time/reduce` for sums of gradients that its own passes had not hidden.
         """
-        return dict(seconds)
+        return dict(seconds), part
 
     def leave(self) -> None:
         """Part from the others."""
@@ -125,37 +152,25 @@ class Ranks(Solo):
             message = f"rank {rank} of {self.size} failed in {self.doing}: {error}"
         raise Failed(message, hint, exit_code=code, tells=self.rank == 0) from own
 
-    def add_gradients(self, weights: Iterable[Tensor]) -> None:
-        """As `Solo.add_gradients`; in buckets, all of them under way at once."""
-        start = time.perf_counter()
-        learning = [weight for weight in weights if weight.requires_grad]
-        for weight in learning:
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-        buckets = _buckets([cast(Tensor, weight.grad) for weight in learning])
-        flat = [torch.cat([gradient.flatten() for gradient in bucket]) for bucket in buckets]
-
-        def reduce() -> None:
-            for under_way in [self._dist.all_reduce(bucket, async_op=True) for bucket in flat]:
-                cast(Any, under_way).wait()
-
-        self._answered(reduce)
-        for bucket, summed in zip(buckets, flat, strict=True):
-            parts = summed.split([gradient.numel() for gradient in bucket])
-            for gradient, part in zip(bucket, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
-        self._reduced += time.perf_counter() - start
+    @contextmanager
+    def gradients(self, weights: Iterable[Tensor]) -> Iterator[Gradients]:
+        found = _Summed(self, weights)
+        try:
+            yield found
+        finally:
+            found.close()
 
     @property
     def spent(self) -> float:  # type: ignore[override]
         return self._waited + self._reduced
 
-    def slowest(self, seconds: Mapping[str, float]) -> dict[str, float]:
+    def report(self, seconds: Mapping[str, float], part: list[T]) -> tuple[dict[str, float], list[T]]:
         own = {"time/wait": self._waited, "time/reduce": self._reduced}
-        everyone = self.each(lambda: (dict(seconds), own))
+        everyone = self.each(lambda: (dict(seconds), own, part))
         self._waited = self._reduced = 0.0
-        slowest = {name: max(one.get(name, 0.0) for one, _ in everyone) for one, _ in everyone for name in one}
-        return slowest | {name: sum(one[name] for _, one in everyone) / self.size for name in own}
+        slowest = {name: max(one.get(name, 0.0) for one, _, _ in everyone) for one, _, _ in everyone for name in one}
+        means = {name: sum(one[name] for _, one, _ in everyone) / self.size for name in own}
+        return slowest | means, [item for _, _, part in everyone for item in part]
 
     def leave(self) -> None:
         self._dist.destroy_process_group()
@@ -187,6 +202,90 @@ class Ranks(Solo):
         except RuntimeError:
             pass  # whoever kept the store has gone too
         return sorted(present)
+
+
+class _Summed(Gradients):
+    """Gradients that lie in buckets, each added up over the ranks while the last backward pass goes on to others.
+
+    A bucket is sent once it is whole, all ranks in one order. Where memory runs out and a rank makes its passes again,
+    those that it has sent stay as they are.
+    """
+
+    def __init__(self, ranks: Ranks, weights: Iterable[Tensor]) -> None:
+        super().__init__(weights)
+        super().begin()  # first, so that the memory of the gradients before is free
+        self._ranks, self._sent, self._last = ranks, 0, False
+        self._under_way: list[Any] = []
+        self._buckets = [_Bucket.of(bucket) for bucket in _buckets(self.weights[::-1])]  # as backward passes reach them
+        self._of = {id(weight): bucket for bucket in self._buckets for weight in bucket.weights}
+        self._hooks = [weight.register_post_accumulate_grad_hook(self._left) for weight in self.weights]
+
+    def begin(self) -> None:
+        super().begin()
+        self._last = False
+        for bucket in self._buckets[self._sent :]:
+            bucket.wanting = len(bucket.weights)
+            bucket.flat.zero_()
+            bucket.give()
+
+    def ending(self) -> None:
+        self._last = True
+
+    def _left(self, weight: Tensor) -> None:
+        if self._last:
+            self._of[id(weight)].wanting -= 1
+            while self._sent < len(self._buckets) and self._buckets[self._sent].wanting <= 0:
+                self._send()
+
+    def _send(self) -> None:
+        self._under_way.append(self._ranks._dist.all_reduce(self._buckets[self._sent].flat, async_op=True))
+        self._sent += 1
+
+    def completed(self, work: Callable[[], T]) -> T:
+        try:
+            return work()
+        finally:
+            while self._sent < len(self._buckets):
+                self._send()
+
+    def add_up(self) -> None:
+        start = time.perf_counter()
+        self._ranks._answered(self._wait)
+        for bucket in self._buckets:
+            bucket.give()
+        self._ranks._reduced += time.perf_counter() - start
+
+    def _wait(self) -> None:
+        while self._under_way:
+            self._under_way.pop(0).wait()
+
+    def close(self) -> None:
+        """Let go of the weights, once nothing is under way."""
+        for hook in self._hooks:
+            hook.remove()
+        with suppress(RuntimeError):  # the ranks have lost each other, which is known by then
+            self._wait()
+
+
+@dataclass
+class _Bucket:
+    """Weights of one kind, and one tensor with room for their gradients."""
+
+    weights: list[Tensor]
+    flat: Tensor
+    views: list[Tensor]
+    wanting: int = 0  # gradients that the last backward pass has yet to leave
+
+    @classmethod
+    def of(cls, weights: list[Tensor]) -> _Bucket:
+        sizes = [-(-weight.numel() // ALIGNED) * ALIGNED for weight in weights]
+        flat = torch.zeros(sum(sizes), dtype=weights[0].dtype, device=weights[0].device)
+        parts = zip(weights, flat.split(sizes), strict=True)
+        return cls(weights, flat, [part[: weight.numel()].view_as(weight) for weight, part in parts])
+
+    def give(self) -> None:
+        for weight, view in zip(self.weights, self.views, strict=True):
+            weight.grad = view
 
 
 def join(rank: int, size: int, *, device: torch.device, timeout: float, attempt: int = 0) -> Ranks:
@@ -235,11 +334,11 @@ def _sentence(error: Exception) -> str:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Tensors in lists of one kind, each of at most BUCKET numbers if there are several in it."""
+    """Tensors in lists of one kind, each of at most BUCKET bytes if there are several in it."""
     buckets: list[list[Tensor]] = []
     for tensor in tensors:
         fits = buckets and buckets[-1][0].dtype == tensor.dtype
-        if fits and sum(one.numel() for one in buckets[-1]) + tensor.numel() <= BUCKET:
+        if fits and sum(one.nbytes for one in buckets[-1]) + tensor.nbytes <= BUCKET:
             buckets[-1].append(tensor)
         else:
             buckets.append([tensor])

@@ -22,7 +22,7 @@ from grpo_cli.core.policy import Policy
 def sharded(policy: Policy) -> Policy:
     """The policy with every rank holding its part of the float32 weights, a unit for each layer and one for the rest.
 
-    Ranks add up their gradients, as `Ranks.add_gradients` does, not their mean.
+    Ranks add up their gradients, as `Gradients` of whole weights are, not their mean.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 

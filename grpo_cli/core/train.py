@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import pairwise
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, field
+from functools import partial, reduce
+from itertools import chain, pairwise
+from operator import add
+from typing import Protocol
 
 import torch
 
@@ -23,7 +24,7 @@ from grpo_cli.core.cost import Work
 from grpo_cli.core.curriculum import Curriculum, schedule
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evaluate import Evaluation, evaluate, puzzle_set, puzzles_of
-from grpo_cli.core.grpo import NotFinite, advantages, extra_passes, reference_logprobs, update, zero_variance
+from grpo_cli.core.grpo import NotFinite, Step, advantages, extra_passes, reference_logprobs, update, zero_variance
 from grpo_cli.core.guards import collapses, warnings
 from grpo_cli.core.memory import Fit, ran_out
 from grpo_cli.core.meter import Meter
@@ -40,7 +41,6 @@ from grpo_cli.core.suite import SIZES, Cell, cell, weighted_mean
 from grpo_cli.core.task import CHEATS, STYLES, Score, Style, prompt, score
 
 PLANNED_STEPS = 4  # whose prompts are looked at when memory is planned
-T = TypeVar("T")
 
 
 class Observer(Protocol):
@@ -143,9 +143,10 @@ def train(
 
 @dataclass
 class _Batch:
-    """The completions of a step, P prompts by G, and what they are worth."""
+    """A rank's completions of a step, P prompts by G, and what they are worth."""
 
     step: int
+    places: list[int]  # of the prompts in the step
     puzzles: list[Puzzle]
     styles: list[Style]
     prompts: list[list[int]]
@@ -163,7 +164,7 @@ class _Batch:
             "numbers": list(puzzle.numbers),
             "target": puzzle.target,
             "style": self.styles[prompt_index],
-            "prompt_index": prompt_index,
+            "prompt_index": self.places[prompt_index],
             "sample_index": sample_index,
             "completion": self.texts[row],
             "reward": found.reward if math.isfinite(found.reward) else str(found.reward),
@@ -171,37 +172,10 @@ class _Batch:
             "answer": found.answer,
         }
 
-    @classmethod
-    def joined(cls, parts: Sequence[_Batch]) -> _Batch:
-        """One batch of those of several shares, some of which may be of no prompts."""
-
-        def chain(pieces: Iterable[list[T]]) -> list[T]:
-            return [item for piece in pieces for item in piece]
-
-        parts = [part for part in parts if part.prompts]
-        if len(parts) == 1:
-            return parts[0]
-        rollouts = [part.rollout for part in parts]
-        return cls(
-            parts[0].step,
-            chain(part.puzzles for part in parts),
-            chain(part.styles for part in parts),
-            chain(part.prompts for part in parts),
-            replace(
-                rollouts[0],
-                completions=chain(one.completions for one in rollouts),
-                logprobs=chain(one.logprobs for one in rollouts),
-                truncated=chain(one.truncated for one in rollouts),
-            ),
-            chain(part.texts for part in parts),
-            chain(part.scores for part in parts),
-            torch.cat([part.rewards for part in parts]),
-        )
-
-    def take(self, places: Sequence[int], other: _Batch) -> None:
-        """Put the groups of another batch, of as many prompts as there are places, where they tell samples apart."""
+    def take(self, other: _Batch) -> None:
+        """Put the groups of another batch, for some of the same places, where they tell samples apart."""
         size = self.rewards.shape[1]
-        for index, place in enumerate(places):
+        for index, place in enumerate(map(self.places.index, other.places)):
             if bool(zero_variance(other.rewards[index : index + 1])):
                 continue
             self.puzzles[place], self.styles[place] = other.puzzles[index], other.styles[index]
@@ -217,21 +191,37 @@ class _Batch:
         prompts, generations = self.rewards.shape
         return [self.record(index * generations + self.step % generations) for index in range(prompts)]
 
+    def tally(self) -> _Tally:
+        lengths, scores = list(map(len, self.rollout.completions)), self.scores
+        sums = {
+            "reward": sum(found.reward for found in scores),
+            "accuracy": sum(found.correct for found in scores),
+            "format_rate": sum(found.well_formed for found in scores),
+            "completion_length": sum(lengths),
+            "truncated": sum(self.rollout.truncated),
+            "lenient_accuracy": sum(found.lenient for found in scores),
+            **{f"cheat/{kind}": sum(found.cheat == kind for found in scores) for kind in CHEATS},
+        }
+        return _Tally(self.rewards.tolist(), sum(lengths), sums)
+
+
+@dataclass
+class _Tally:
+    """What all ranks must know of the completions of one, or of all."""
+
+    rewards: list[list[float]]  # P rows of G
+    tokens: int
+    sums: dict[str, float]
+
+    def __add__(self, other: _Tally) -> _Tally:
+        sums = {name: value + other.sums[name] for name, value in self.sums.items()}
+        return _Tally(self.rewards + other.rewards, self.tokens + other.tokens, sums)
+
     def describe(self) -> dict[str, float]:
         """What the completions were like; shares are from 0 to 1."""
-        count = len(self.scores)
-        tokens = sum(map(len, self.rollout.completions))
-        return {
-            "reward": sum(found.reward for found in self.scores) / count,
-            "accuracy": sum(found.correct for found in self.scores) / count,
-            "format_rate": sum(found.well_formed for found in self.scores) / count,
-            "completion_length": tokens / count,
-            "truncated": sum(self.rollout.truncated) / count,
-            "zero_variance": float(zero_variance(self.rewards).float().mean()),
-            "lenient_accuracy": sum(found.lenient for found in self.scores) / count,
-            **{f"cheat/{kind}": sum(found.cheat == kind for found in self.scores) / count for kind in CHEATS},
-            "tokens": tokens,
-        }
+        rewards = torch.tensor(self.rewards)
+        means = {name: value / rewards.numel() for name, value in self.sums.items()}
+        return {**means, "zero_variance": float(zero_variance(rewards).float().mean()), "tokens": self.tokens}
 
 
 @dataclass
@@ -272,16 +262,16 @@ class _Loop:
             clock, meter = Clock(ranks=self.ranks), Meter(training.policy, training.optimizer)
             self.ranks.doing = f"step {step}"
             with clock.phase("total"):
-                metrics, batch = self._step(step, clock, meter)
+                metrics, batch, advantage = self._step(step, clock, meter)
             clock.seconds["time/update"] -= clock.seconds.get("time/optimizer", 0.0)
             training.step = step
-            tokens, times = metrics.pop("tokens") + metrics.pop("tokens_refilled", 0), self.ranks.slowest(clock.seconds)
+            tokens = metrics.pop("tokens") + metrics.pop("tokens_refilled", 0)
+            times, records = self.ranks.report(clock.seconds, batch.shown())
             metrics |= {**times, "tokens_per_second": tokens / times["time/total"]}
             if self.ranks.rank == 0:  # which speaks for one device of all
-                metrics |= meter.metrics(self._work(batch), seconds=times["time/total"])
+                metrics |= meter.metrics(self._work(batch, advantage), seconds=times["time/total"])
             training.pending = {key: value for key, value in metrics.items() if math.isfinite(value)}
             self.history.append(training.pending)
-            records = batch.shown()
             self.observer.step(training.pending, records[step % len(records)])
             self.run_folder.log_samples(records)
             evaluation = self._close()
@@ -300,27 +290,28 @@ class _Loop:
         self.observer.message(f"stopping after step {training.step}: {waited}; {best}")
         return True
 
-    def _step(self, step: int, clock: Clock, meter: Meter) -> tuple[dict[str, float], _Batch]:
-        """One step of GRPO: its metrics and its completions."""
+    def _step(self, step: int, clock: Clock, meter: Meter) -> tuple[dict[str, float], _Batch, torch.Tensor]:
+        """One step of GRPO: its metrics, this rank's completions, and their advantages (B,)."""
         policy, settings = self.training.policy, self.settings.train
 
         # 1. Sample a group of completions of each prompt.  2. Score them, and compare each with its group.
-        batch = self._sample(step, clock, meter, range(settings.batch_size))
-        described = batch.describe() | self.curriculum.shares(list(zip(batch.puzzles, batch.styles, strict=True)))
-        described |= self._refill(batch, clock, meter)
-        advantage = advantages(batch.rewards, scale=self.settings.loss.scale_rewards)  # (P, G)
+        batch, tally = self._sample(step, clock, meter, range(settings.batch_size))
+        described = tally.describe() | self.curriculum.shares(self.curriculum.prompts(step))
+        tally, refilled = self._refill(batch, tally, clock, meter)
+        described |= refilled
+        everyone = advantages(torch.tensor(tally.rewards), scale=self.settings.loss.scale_rewards)
+        advantage = everyone[batch.places].flatten()  # (B,), of this rank's completions
 
         # 3. Ask the frozen reference how likely it finds them.
-        owners = [index for index in range(settings.batch_size) for _ in range(settings.num_generations)]
+        owners = [index for index in range(len(batch.prompts)) for _ in range(settings.num_generations)]
         sequences = Sequences(batch.prompts, batch.rollout.completions, owners)
         ref_logprobs = None
-        mine = self._rows(settings.batch_size)
         with clock.phase("reference"):
             if self.reference is not None:
                 likelihood = partial(reference_logprobs, self.reference, sequences, temperature=settings.temperature)
-                likelihood = partial(likelihood, fit=self.learning, mine=mine)
+                likelihood = partial(likelihood, fit=self.learning)
                 if self.reference.is_sharded:
-                    extra = extra_passes(self.ranks, mine, self.learning.rows)
+                    extra = extra_passes(self.ranks, range(len(owners)), self.learning.rows)
                     ref_logprobs = self.ranks.own(partial(likelihood, extra=extra))
                 else:
                     ref_logprobs = self.ranks.own(partial(likelihood, poll=self._poll))
@@ -335,7 +326,7 @@ class _Loop:
                     self.training.learns,
                     self.training.optimizer,
                     sequences,
-                    advantage.flatten(),
+                    advantage,
                     loss=self.settings.loss,
                     temperature=settings.temperature,
                     max_new_tokens=settings.max_new_tokens,
@@ -345,7 +336,9 @@ class _Loop:
                     ref_logprobs=ref_logprobs,
                     sampled_logprobs=batch.rollout.logprobs,
                     ranks=self.ranks,
-                    mine=mine,
+                    step=Step(
+                        everyone.numel(), tally.tokens, teaches=bool(self.settings.loss.beta) or bool(everyone.any())
+                    ),
                     poll=self._poll,
                     stepping=partial(clock.phase, "optimizer"),
                 )
@@ -356,21 +349,28 @@ class _Loop:
                 updated = {}
                 self._skip(batch, problem)
         bad = self.training.bad_steps
-        return {"step": step, **described, **updated, "learning_rate": rate, "bad_steps": bad}, batch
+        return {"step": step, **described, **updated, "learning_rate": rate, "bad_steps": bad}, batch, advantage
 
-    def _rows(self, prompts: int) -> range:
-        """The completions of this rank's share of `prompts`."""
-        share, size = self.ranks.share(prompts), self.settings.train.num_generations
-        return range(share.start * size, share.stop * size)
+    def _sample(
+        self, step: int, clock: Clock, meter: Meter, places: Sequence[int], *, turn: int = 0
+    ) -> tuple[_Batch, _Tally]:
+        """This rank's completions of the prompts at `places` in a step, scored, and the tally of all ranks'.
 
-    def _sample(self, step: int, clock: Clock, meter: Meter, places: Sequence[int], *, turn: int = 0) -> _Batch:
-        """Completions of the prompts at `places` in a step, scored. Later turns have other prompts."""
-        share = [places[index] for index in self.ranks.share(len(places))]
-        return _Batch.joined(self.ranks.each(lambda: self._sample_share(step, clock, meter, share, turn)))
+        Later turns have other prompts.
+        """
+        share = [place for place in self.ranks.share(self.settings.train.batch_size) if place in places]
+        kept: list[_Batch] = []
 
-    def _sample_share(self, step: int, clock: Clock, meter: Meter, places: Sequence[int], turn: int) -> _Batch:
+        def work() -> _Tally:
+            kept.append(self._sample_share(step, clock, meter, share, turn))
+            return kept[0].tally()
+
+        tallies = self.ranks.each(work)
+        return kept[0], reduce(add, tallies)
+
+    def _sample_share(self, step: int, clock: Clock, meter: Meter, places: list[int], turn: int) -> _Batch:
         if not places:
-            return _Batch(step, [], [], [], Rollout([], [], [], {}, 0), [], [], torch.zeros(0))
+            return _Batch(step, [], [], [], [], Rollout([], [], [], {}, 0), [], [], torch.zeros(0, 0))
         policy, settings = self.training.policy, self.settings.train
         drawn = self.curriculum.prompts(step, turn=turn)
         puzzles, styles = [drawn[place][0] for place in places], [drawn[place][1] for place in places]
@@ -398,40 +398,39 @@ class _Loop:
                 index = row // groups[1]
                 scores.append(score(text, puzzles[index], style=styles[index], truncated=cut))
             rewards = torch.tensor([found.reward for found in scores]).view(groups)  # (P, G)
-        return _Batch(step, puzzles, styles, prompts, rollout, texts, scores, rewards)
+        return _Batch(step, places, puzzles, styles, prompts, rollout, texts, scores, rewards)
 
-    def _refill(self, batch: _Batch, clock: Clock, meter: Meter) -> dict[str, float]:
+    def _refill(self, batch: _Batch, tally: _Tally, clock: Clock, meter: Meter) -> tuple[_Tally, dict[str, float]]:
         """Put groups that tell their samples apart where all are rewarded alike, as DAPO does (arXiv 2503.14476).
 
         They are of puzzles in an order of their own, so those of later steps stay what they are. At most `refill`
-        times; what is then still alike stays. Metrics describe what was drawn first: the others are not chosen fairly.
+        times; what is then still alike stays. Returns the tally of what there is then. Metrics describe what was drawn
+        first: the others are not chosen fairly.
         """
-        turns, tokens, flat = self.settings.train.refill, 0, zero_variance(batch.rewards)
-        first = int(flat.sum())
+        turns, tokens = self.settings.train.refill, 0
+        first = flat = zero_variance(torch.tensor(tally.rewards))
         for turn in range(1, turns + 1):
             places = flat.nonzero()[:, 0].tolist()
             if not places:
                 break
-            other = self._sample(batch.step, clock, meter, places, turn=turn)
-            tokens += sum(map(len, other.rollout.completions))
-            batch.take(places, other)
-            flat = zero_variance(batch.rewards)
-        return {"refilled": (first - int(flat.sum())) / len(flat), "tokens_refilled": tokens} if turns else {}
+            other, drawn = self._sample(batch.step, clock, meter, places, turn=turn)
+            tokens += drawn.tokens
+            batch.take(other)
+            tally = reduce(add, self.ranks.each(batch.tally))
+            flat = zero_variance(torch.tensor(tally.rewards))
+        if not turns:
+            return tally, {}
+        return tally, {"refilled": float(first.sum() - flat.sum()) / len(flat), "tokens_refilled": tokens}
 
-    def _work(self, batch: _Batch) -> Work:
-        """What this rank computes in the step of a batch, as `cost` prices it."""
-        settings, mine = self.settings.train, self._rows(len(batch.prompts))
-        lengths = [len(batch.rollout.completions[row]) for row in mine]
-        learned = None
-        if not self.settings.loss.beta:  # rows without advantage are skipped
-            advantage = advantages(batch.rewards, scale=self.settings.loss.scale_rewards)
-            learned = advantage.flatten()[mine.start : mine.stop].nonzero()[:, 0].tolist()
+    def _work(self, batch: _Batch, advantage: torch.Tensor) -> Work:
+        """What this rank computes in the step of a batch with its advantages (B,), as `cost` prices it."""
+        settings = self.settings.train
         return Work(
-            [len(batch.prompts[index]) for index in self.ranks.share(len(batch.prompts))],
-            lengths,
+            list(map(len, batch.prompts)),
+            list(map(len, batch.rollout.completions)),
             settings.num_generations,
             reference=self.reference is not None,
-            learned=learned,
+            learned=None if self.settings.loss.beta else advantage.nonzero()[:, 0].tolist(),
             updates=settings.num_inner_updates,
         )
 
@@ -440,9 +439,10 @@ class _Loop:
         training, limit = self.training, self.settings.train.max_bad_steps
         training.bad_steps += 1
         training.bad_in_a_row += 1
-        rows = range(len(batch.texts))
-        kept = [{**batch.record(row), "tokens": batch.rollout.completions[row]} for row in rows]
-        report = {"step": batch.step, "problem": str(problem), "prompts": batch.prompts, "completions": kept}
+        rows = enumerate(batch.rollout.completions)
+        own = batch.prompts, [{**batch.record(row), "tokens": tokens} for row, tokens in rows]
+        prompts, kept = (list(chain.from_iterable(parts)) for parts in zip(*self.ranks.each(lambda: own), strict=True))
+        report = {"step": batch.step, "problem": str(problem), "prompts": prompts, "completions": kept}
         path = self.run_folder.write_bad_step(batch.step, report)
         self.observer.message(f"step {batch.step}: {problem}; the weights stay as they are, the batch is in {path}")
         if training.bad_in_a_row >= limit:
@@ -489,7 +489,7 @@ class _Loop:
                 found[self.val.name] = self._evaluate(self.val)
                 with clock.phase("suite"):
                     found |= {one.name: self._evaluate(one) for one in self.puzzles if one != self.val}
-            slowest = self.ranks.slowest(clock.seconds)
+            slowest, _ = self.ranks.report(clock.seconds, [])
             training.pending |= self._judge(found) | {name: slowest[name] for name in clock.seconds}
             self.run_folder.log_evaluations([{"step": step, **one.record()} for one in found.values()])
         self.run_folder.log(training.pending)
