@@ -232,6 +232,10 @@ if rank == 1:
         return (total * float("nan") if len(calls) == 2 else total), clipped, kl
     grpo.batch_loss = broken
 """
+NAN_BACKWARD = NAN.replace(
+    'return (total * float("nan") if len(calls) == 2 else total)',
+    'if len(calls) == 2: total.register_hook(lambda gradient: gradient * float("nan"))\n        return total',
+)
 RAISES = """
 if rank == 1:
     from grpo_cli.core import train
@@ -273,13 +277,19 @@ LONG = [*TRAIN, "--batch-size", "2", "--num-iterations", "30", "--eval-every", "
 
 @pytest.mark.faults
 @pytest.mark.slow
-def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(tiny_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("plugin", "problem"),
+    [(NAN, "the loss of rank 1 of 2 is not finite"), (NAN_BACKWARD, "the gradient of rank 1 of 2 is not finite")],
+)
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(
+    plugin: str, problem: str, tiny_folder: Path, tmp_path: Path
+) -> None:
     arguments = ["train", "--model", tiny_folder, "--run", "two", *TRAIN, "--batch-size", "4"]
-    code, _, err = ended(launched(tmp_path, 2, *arguments, plugin=NAN))
+    code, _, err = ended(launched(tmp_path, 2, *arguments, plugin=plugin))
     assert code == 0, err
     lines = rows(tmp_path / "runs" / "two" / "metrics.jsonl")
     assert [line["bad_steps"] for line in lines[1:]] == [0, 1, 1]
-    assert err.count("the loss is not finite; the weights stay as they are") == 1
+    assert err.count(f"step 2: {problem}; the weights stay as they are") == 1
     assert [path.name for path in (tmp_path / "runs" / "two" / "bad_steps").iterdir()] == ["step-2.json"]
 
 

@@ -265,7 +265,7 @@ def update(
                 logprobs, old[chosen, : mask.shape[1]], reference, advantage[chosen], mask, weight[chosen], loss
             )
             if not policy.is_sharded:
-                _require_finite(total, "loss")
+                _require_finite(total, f"loss{ranks.of_rank}")
             if number == len(batches):
                 gradients.ending()
             total.backward()
@@ -284,7 +284,9 @@ def update(
                 with ranks.gradients(policy.model.parameters()) as gradients:
                     attempt = partial(fitting.attempt, partial(gradient, gradients), total=len(rows), doing="update")
                     parts = ranks.each(partial(gradients.completed, attempt))
-                    gradients.add_up()
+                    broken = gradients.add_up()
+                if broken:
+                    raise NotFinite(f"the gradient of {ranks.named(broken)} is not finite")
             sums = reduce(add, parts)
             with stepping():
                 norm = whole(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), clip_grad_norm))

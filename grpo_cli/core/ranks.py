@@ -56,14 +56,19 @@ class Gradients:
         """What `work` returns, which makes the passes; whether or not it fails, this process's part is done then."""
         return work()
 
-    def add_up(self) -> None:
-        """Put the sum over all ranks in the weights; where a rank has left none it counts as zero."""
+    def add_up(self) -> list[int]:
+        """Put the sum over all ranks in the weights; where a rank has left none it counts as zero.
+
+        Returns the ranks whose gradients were not finite, where there are several.
+        """
+        return []
 
 
 class Solo:
     """One process by itself; what several would have to agree on is what it says."""
 
     rank, size = 0, 1
+    of_rank = ""  # what sets this rank apart in messages, where there are several
     doing = "the preparation"  # what all ranks are at, for messages
     spent = 0.0  # seconds spent on other ranks: waiting for them, and adding up gradients
 
@@ -101,6 +106,10 @@ class Solo:
         """
         return dict(seconds), part
 
+    def named(self, ranks: Sequence[int]) -> str:
+        """What these ranks are called in messages."""
+        return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} of {self.size}"
+
     def leave(self) -> None:
         """Part from the others."""
 
@@ -111,7 +120,7 @@ class Ranks(Solo):
     def __init__(self, store: Any, rank: int, size: int, *, device: torch.device, timeout: float) -> None:
         import torch.distributed as dist
 
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.of_rank = rank, size, f" of rank {rank} of {size}"
         self._dist, self._store, self._timeout = dist, store, timeout
         self._waited = self._reduced = 0.0
         # Python objects travel by the CPU, so that a rank that fails is known before NCCL waits for it.
@@ -183,8 +192,7 @@ class Ranks(Solo):
             present = self._roll_call()
             gone = [rank for rank in range(self.size) if rank not in present]
             if gone:
-                named = f"rank{'s' * (len(gone) > 1)} {', '.join(map(str, gone))} of {self.size}"
-                message = f"{named} no longer answer{'s' * (len(gone) == 1)} in {self.doing}"
+                message = f"{self.named(gone)} no longer answer{'s' * (len(gone) == 1)} in {self.doing}"
             else:
                 message = f"the {self.size} ranks lost each other in {self.doing}: {_sentence(error)}"
             hint = f"the last checkpoint is whole: go on with --resume (a rank may be silent for {self._timeout:g} s)"
@@ -216,7 +224,8 @@ class _Summed(Gradients):
         super().begin()  # first, so that the memory of the gradients before is free
         self._ranks, self._sent, self._last = ranks, 0, False
         self._under_way: list[Any] = []
-        self._buckets = [_Bucket.of(bucket) for bucket in _buckets(self.weights[::-1])]  # as backward passes reach them
+        reached = _buckets(self.weights[::-1])  # by backward passes, in about this order
+        self._buckets = [_Bucket.of(bucket, ranks.size) for bucket in reached]
         self._of = {id(weight): bucket for bucket in self._buckets for weight in bucket.weights}
         self._hooks = [weight.register_post_accumulate_grad_hook(self._left) for weight in self.weights]
 
@@ -238,7 +247,9 @@ class _Summed(Gradients):
                 self._send()
 
     def _send(self) -> None:
-        self._under_way.append(self._ranks._dist.all_reduce(self._buckets[self._sent].flat, async_op=True))
+        bucket, ranks = self._buckets[self._sent], self._ranks
+        bucket.broken[ranks.rank] = ~bucket.flat.sum().isfinite()
+        self._under_way.append(ranks._dist.all_reduce(bucket.flat, async_op=True))
         self._sent += 1
 
     def completed(self, work: Callable[[], T]) -> T:
@@ -248,12 +259,14 @@ class _Summed(Gradients):
             while self._sent < len(self._buckets):
                 self._send()
 
-    def add_up(self) -> None:
+    def add_up(self) -> list[int]:
         start = time.perf_counter()
         self._ranks._answered(self._wait)
         for bucket in self._buckets:
             bucket.give()
+        broken = torch.stack([bucket.broken.float() for bucket in self._buckets]).amax(dim=0)
         self._ranks._reduced += time.perf_counter() - start
+        return broken.nonzero()[:, 0].tolist()
 
     def _wait(self) -> None:
         while self._under_way:
@@ -274,14 +287,16 @@ class _Bucket:
     weights: list[Tensor]
     flat: Tensor
     views: list[Tensor]
+    broken: Tensor  # (ranks,) the end of `flat`: whether the gradients of each were not finite
     wanting: int = 0  # gradients that the last backward pass has yet to leave
 
     @classmethod
-    def of(cls, weights: list[Tensor]) -> _Bucket:
+    def of(cls, weights: list[Tensor], ranks: int) -> _Bucket:
         sizes = [-(-weight.numel() // ALIGNED) * ALIGNED for weight in weights]
-        flat = torch.zeros(sum(sizes), dtype=weights[0].dtype, device=weights[0].device)
-        parts = zip(weights, flat.split(sizes), strict=True)
-        return cls(weights, flat, [part[: weight.numel()].view_as(weight) for weight, part in parts])
+        flat = torch.zeros(sum(sizes) + ranks, dtype=weights[0].dtype, device=weights[0].device)
+        *parts, broken = flat.split([*sizes, ranks])
+        views = [part[: weight.numel()].view_as(weight) for weight, part in zip(weights, parts, strict=True)]
+        return cls(weights, flat, views, broken)
 
     def give(self) -> None:
         for weight, view in zip(self.weights, self.views, strict=True):
