@@ -45,7 +45,7 @@ main()
 """
 
 
-def train(out: Path, name: str, processes: int, arguments: Sequence[str]) -> Path:
+def start(out: Path, name: str, processes: int, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
     """Train under torchrun, or without it for one process; the gradient of the first step is left beside the run."""
     script = out / f"{name}.py"
     gradient = out / f"{name}.pt"
@@ -55,7 +55,13 @@ def train(out: Path, name: str, processes: int, arguments: Sequence[str]) -> Pat
     command = [sys.executable, *(launcher if processes > 1 else []), str(script), "train", "--overwrite"]
     command += ["--preset", "builtin", "--device", "cpu", "--run", name, "--runs", str(out / "runs"), *arguments]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, check=True, env=environ, cwd=out)
+    return subprocess.Popen(command, env=environ, cwd=out)
+
+
+def train(out: Path, name: str, processes: int, arguments: Sequence[str]) -> Path:
+    """Train as `start` does, to the end; the folder of the run."""
+    if start(out, name, processes, arguments).wait():
+        sys.exit(f"the training {name} failed")
     return out / "runs" / name
 
 
@@ -94,21 +100,35 @@ def same(out: Path, processes: Sequence[int], arguments: Sequence[str]) -> dict[
 
 
 def scaling(out: Path, batch_size: int, arguments: Sequence[str]) -> dict[str, object]:
-    """Milliseconds a token by phase: one process, and two with twice the prompts; efficiency is half of their ratio.
+    """Milliseconds a token by phase: one process; two that share twice the prompts; and two that know nothing of it.
 
-    The learning rate is too small to move a weight, so that completions are of one distribution in both.
+    The last are what the machine allows. Efficiency is half of the ratio. The learning rate is too small to move a
+    weight, so that completions are of one distribution in all of them.
     """
-    costs: dict[int, dict[str, float]] = {}
-    for count in (1, 2):
-        prompts = ["--batch-size", str(batch_size * count), "--learning-rate", "1e-12"]
-        lines = rows(train(out, f"scaling-{count}", count, [*arguments, *prompts]) / "metrics.jsonl")[2:]  # warmed up
-        tokens = sum(line["tokens_per_second"] * line["time/total"] for line in lines)
-        costs[count] = {name: 1000 * sum(line.get(f"time/{name}", 0.0) for line in lines) / tokens for name in PHASES}
-    print(f"\n{'ms a token':>10} {'1 process':>12} {'2 processes':>12} {'efficiency':>12}")
+    arguments = [*arguments, "--learning-rate", "1e-12", "--batch-size"]
+    one = _milliseconds([train(out, "scaling-1", 1, [*arguments, str(batch_size)])])
+    together = _milliseconds([train(out, "scaling-2", 2, [*arguments, str(2 * batch_size)])])
+    each = [start(out, f"scaling-{seed}", 1, [*arguments, str(batch_size), "--seed", seed]) for seed in "34"]
+    if sum(process.wait() for process in each):
+        sys.exit("a training failed")
+    apart = _milliseconds([out / "runs" / f"scaling-{seed}" for seed in "34"])
+    print("\nms a token    1 process  2 processes   efficiency      2 apart   efficiency")
+    found: dict[str, object] = {}
     for name in PHASES:
-        one, two = costs[1][name], costs[2][name]
-        print(f"{name:>10} {one:>12.4f} {two:>12.4f} {f'{one / two / 2:.1%}' if one and two else '-':>12}")
-    return {"milliseconds": costs, "efficiency": costs[1]["total"] / costs[2]["total"] / 2}
+        shares = [f"{one[name] / two[name] / 2:.1%}" if one[name] and two[name] else "-" for two in (together, apart)]
+        print(
+            f"{name:>10} {one[name]:>12.4f} {together[name]:>12.4f} {shares[0]:>12} {apart[name]:>12.4f} {shares[1]:>12}"
+        )
+        found[name] = {"1": one[name], "2": together[name], "2 apart": apart[name], "efficiency": shares}
+    return found
+
+
+def _milliseconds(runs: Sequence[Path]) -> dict[str, float]:
+    """Milliseconds a token of each phase, of runs that went on at the same time, once they were warmed up."""
+    lines = [rows(run / "metrics.jsonl")[2:] for run in runs]
+    tokens = sum(line["tokens_per_second"] * line["time/total"] for run in lines for line in run)
+    seconds = {name: sum(line.get(f"time/{name}", 0.0) for run in lines for line in run) for name in PHASES}
+    return {name: 1000 * value / len(runs) / tokens for name, value in seconds.items()}
 
 
 def expected(step_seconds: float, backward_seconds: float) -> None:
@@ -128,7 +148,7 @@ def main() -> None:
     parser.add_argument("what", choices=["same", "scaling", "expected"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--batch-size", type=int, default=8, help="prompts, in scaling those of each process")
+    parser.add_argument("--batch-size", type=int, default=12, help="prompts, in scaling those of each process")
     parser.add_argument("--num-generations", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--precision", default="float32")
