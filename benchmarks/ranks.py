@@ -115,11 +115,10 @@ def scaling(out: Path, batch_size: int, arguments: Sequence[str]) -> dict[str, o
     print("\nms a token    1 process  2 processes   efficiency      2 apart   efficiency")
     found: dict[str, object] = {}
     for name in PHASES:
-        shares = [f"{one[name] / two[name] / 2:.1%}" if one[name] and two[name] else "-" for two in (together, apart)]
-        print(
-            f"{name:>10} {one[name]:>12.4f} {together[name]:>12.4f} {shares[0]:>12} {apart[name]:>12.4f} {shares[1]:>12}"
-        )
-        found[name] = {"1": one[name], "2": together[name], "2 apart": apart[name], "efficiency": shares}
+        both = together[name], apart[name]
+        shares = [f"{one[name] / two / 2:.1%}" if one[name] and two else "-" for two in both]
+        print(f"{name:>10} {one[name]:>12.4f} {both[0]:>12.4f} {shares[0]:>12} {both[1]:>12.4f} {shares[1]:>12}")
+        found[name] = {"1": one[name], "2": both[0], "2 apart": both[1], "efficiency": shares}
     return found
 
 
