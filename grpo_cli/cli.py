@@ -539,7 +539,9 @@ def _train(
     device = detect_device(settings.model.device)
     if settings.ranks.shard:
         if ranks.size == 1:
-            raise CountdownError("`--shard` spreads a model over several processes", "start them with torchrun")
+            raise CountdownError(
+                "`--shard` spreads a model over several processes", "start them with torchrun, or give `--no-shard`"
+            )
         if settings.train.optimizer == "adamw8bit":
             raise CountdownError("`adamw8bit` does not know sharded tensors", "use `--optimizer adamw` with `--shard`")
         settings = settings.model_copy(update={"train": settings.train.model_copy(update={"optimizer": "adamw"})})
