@@ -177,6 +177,8 @@ def train(
     if here.max_restarts and run is None:
         raise CountdownError("a training that may be restarted must know its run", "name it with `--run`")
     resolved = _resolve(ctx, config)
+    if "ranks.rollout" in flags(ctx) and not resolved.settings.ranks.shard:
+        raise CountdownError("`--rollout` says how a sharded model samples", "add `--shard`, or leave it out")
     root = Path(resolved.settings.runs)
     if here.restarts and run is not None:
         overwrite, resume = True, Run(root / run).config_path.is_file()
@@ -410,20 +412,23 @@ def _run_named(root: Path, name: str) -> Run | None:
 
 def _load(plan: _Plan, source: Path | None = None, choices: Choices | None = None) -> Policy:
     """The model of a plan, or of one of its checkpoints; to be trained as `choices` say, if there are any."""
-    from grpo_cli.core.policy import load
+    from grpo_cli.core.policy import detect_device, detect_precision, load
 
     model = plan.settings.model
     policy = load(
         plan.source if source is None else str(source),
-        device=model.device,
-        precision=model.precision,
+        device="cpu" if choices is not None and choices.by_layers else model.device,
+        precision=detect_precision(model.precision, detect_device(model.device)),
         gradient_checkpointing=choices is not None and choices.checkpointing,
     )
     return replace(policy, name=plan.name, tile=choices.tile if choices else 0)
 
 
-def _memory(plan: _Plan, device: torch.device) -> MemoryPlan:
-    """What a training of this plan takes up on the device, from the model's config and tokenizer alone."""
+def _memory(plan: _Plan, device: torch.device, *, ranks: int, free: int = 0) -> MemoryPlan:
+    """What a training by so many ranks takes up on the device of each, from the model's config and tokenizer alone.
+
+    `free`: bytes, of which the settings may give others.
+    """
     from functools import partial
 
     from grpo_cli.core import plan as memory
@@ -433,9 +438,9 @@ def _memory(plan: _Plan, device: torch.device) -> MemoryPlan:
 
     settings = plan.settings
     longest = longest_prompt(settings, partial(encode, load_tokenizer(plan.source)))
-    optimizer = choose_optimizer(settings.train.optimizer, device)
-    work = memory.Work.of(settings, device=device, optimizer=optimizer, prompt_tokens=longest)
-    return memory.plan_for(plan.source, work, settings)
+    optimizer = choose_optimizer("adamw" if settings.ranks.shard else settings.train.optimizer, device)
+    work = memory.Work.of(settings, device=device, optimizer=optimizer, prompt_tokens=longest, ranks=ranks)
+    return memory.plan_for(plan.source, work, settings, free=free)
 
 
 def _show(resolved: Resolved, plan: _Plan) -> None:
@@ -451,7 +456,8 @@ def _show(resolved: Resolved, plan: _Plan) -> None:
     display.prompt_tokens(prompt_tokens(plan.source, prompt(puzzle, style)))
     model = plan.settings.model
     elsewhere = model.device == "cuda" and model.memory > 0  # a plan needs no GPU
-    display.memory_plan(_memory(plan, torch.device("cuda") if elsewhere else detect_device(model.device)))
+    device = torch.device("cuda") if elsewhere else detect_device(model.device)
+    display.memory_plan(_memory(plan, device, ranks=place().size))
 
 
 def _probe(plan: _Plan) -> None:
@@ -547,8 +553,8 @@ def _train(
         settings = settings.model_copy(update={"train": settings.train.model_copy(update={"optimizer": "adamw"})})
     if state.choose_optimizer(settings.train.optimizer, device) == "adamw8bit":
         _need("bitsandbytes")
-    shared = settings.train.model_copy(update={"batch_size": len(ranks.share(settings.train.batch_size)) or 1})
-    planned = ranks.own(lambda: _memory(replace(plan, settings=settings.model_copy(update={"train": shared})), device))
+    free = min(ranks.each(lambda: memory.free_memory(device)))  # so that all choose alike
+    planned = ranks.own(lambda: _memory(replace(plan, settings=settings), device, ranks=ranks.size, free=free))
     choices = planned.choices
     memory.limit(settings, device)
     step, checkpoint = 0, None
@@ -557,11 +563,11 @@ def _train(
         step, checkpoint = ranks.first(lambda: state.choose_checkpoint(old, settings, wanted, display.note))
     policy = ranks.own(lambda: _load(plan, checkpoint / "model" if checkpoint else None, choices))
     settings = state.settled(settings, policy)
-    learner = ranks.own(lambda: shards.sharded(policy)) if settings.ranks.shard else None
+    learner = ranks.own(lambda: shards.sharded(policy, ranks, device)) if settings.ranks.shard else None
     optimizer = state.build_optimizer(
         learner or policy, name=settings.train.optimizer, weight_decay=settings.train.weight_decay
     )
-    training = state.Training(policy, optimizer, learner)
+    training = state.Training(policy, optimizer, learner, by_layers=choices.by_layers)
     puzzles = list(chain.from_iterable(curriculum(settings).puzzles.values()))
 
     def frozen() -> Policy | None:
@@ -590,7 +596,7 @@ def _train(
 
     run = replace(ranks.first(begun), writes=ranks.rank == 0)
     if reference and learner:
-        reference = shards.sharded(reference)
+        reference = shards.sharded(reference, ranks, device)
     among = f", by {ranks.size} processes" if ranks.size > 1 else ""
     display.note(f"run {run.path}: {plan.name} on {policy.device}, {policy.precision}, from step {step}{among}")
     display.note(display.memory_line(planned))

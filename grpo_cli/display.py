@@ -278,6 +278,7 @@ def memory_line(plan: MemoryPlan) -> str:
             f"gradient checkpointing {'on' if choices.checkpointing else 'off'}",
             *([f"logits of {choices.tile:,} tokens at a time"] if choices.tile else []),
             *([f"reference on the {'host' if choices.on_host else 'device'}"] if "reference" in plan.phases else []),
+            *(["sampling layer by layer"] if choices.by_layers else []),
         ]
     )
 

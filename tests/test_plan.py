@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import bitsandbytes
@@ -116,6 +117,56 @@ def test_the_cheapest_choices_that_fit_are_taken(planner: Planner, gigabytes: in
     assert found.choices == expected
     assert found.peak <= found.room < gigabytes * GB
     assert len(found.reasons) == max(1, sum(getattr(expected, name) != 0 for name in expected.__dataclass_fields__))
+
+
+SHARDED = replace(WORK, optimizer="adamw", ranks=8, shards=8)
+LAYER = 2 * 1536 * 1536 + 1536 + 2 * (1536 * 256 + 256) + 3 * 1536 * 8960 + 2 * 1536
+ENDS = 151936 * 1536 + 1536
+
+
+@pytest.fixture(scope="session")
+def eighth(qwen: Path) -> Planner:
+    return Planner(str(qwen), SHARDED)
+
+
+def test_parts_of_eight_shards_are_those_worked_out_by_hand(eighth: Planner) -> None:
+    by_copy, by_layers = (eighth.plan(Choices(rows=4, by_layers=wanted)).phases for wanted in (False, True))
+    assert by_copy["rollout"]["weights"] == 2 * WEIGHTS and by_layers["rollout"]["weights"] == 0
+    for phases in (by_copy, by_layers):
+        assert phases["update"]["master"] == phases["update"]["reference"] == phases["update"]["gradients"]
+        assert phases["update"]["gradients"] == WEIGHTS // 2  # four bytes, an eighth of them
+        assert phases["update"]["moments"] == WEIGHTS
+        # The ends and two layers in bfloat16, and the gradients of the ends and of one layer.
+        assert phases["reference"]["working room"] == 2 * (ENDS + 2 * LAYER)
+        assert phases["update"]["working room"] == 2 * (2 * ENDS + 3 * LAYER)
+    assert by_layers["rollout"]["working room"] == 2 * (ENDS + 2 * LAYER)
+    # One sampler at a time, where a graph would keep two: keys of 64 completions of each.
+    assert by_layers["rollout"]["KV cache"] == 28 * 2 * 2 * 128 * 2 * 64 * (290 + 160)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "expected"),
+    [
+        (24, Choices(rows=32, checkpointing=True)),
+        (14, Choices(rows=8, checkpointing=True)),
+        (8, Choices(rows=4, checkpointing=True, by_layers=True)),
+    ],
+)
+def test_what_is_refused_whole_is_taken_in_shards(
+    planner: Planner, eighth: Planner, gigabytes: int, expected: Choices
+) -> None:
+    found = find(eighth, free=int(gigabytes * GB))
+    assert found.choices == expected and found.peak <= found.room
+    if gigabytes < 16:
+        with pytest.raises(CountdownError):
+            find(planner, free=int(gigabytes * GB))
+
+
+def test_gradients_of_several_ranks_have_their_place_before_the_first_pass(qwen: Path, planner: Planner) -> None:
+    alone, shared = planner, Planner(str(qwen), replace(WORK, ranks=2))
+    choices = Choices(tile=1024, checkpointing=True)
+    assert alone.plan(choices).phases["update"]["gradients"] < 2 * WEIGHTS
+    assert shared.plan(choices).phases["update"]["gradients"] == 2 * WEIGHTS
 
 
 def test_what_is_set_is_not_chosen(planner: Planner) -> None:

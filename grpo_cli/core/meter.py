@@ -48,6 +48,8 @@ class Meter:
 
     def sampled(self, prompts: Sequence[Sequence[int]], rollout: Rollout) -> None:
         """Count a rollout, of token ids."""
+        if not prompts:
+            return
         lengths = list(map(len, rollout.completions))
         work = cost.Work(list(map(len, prompts)), lengths, len(lengths) // len(prompts))
         self.rollouts.append((work, rollout.computed))

@@ -50,25 +50,31 @@ class Work:
     new_tokens: int
     eval_rows: int
     has_reference: bool
+    ranks: int = 1  # of which this is one
+    shards: int = 1  # into which weights, gradients, moments and reference are cut
 
     @property
     def rows(self) -> int:
         return self.prompts * self.generations
 
     @classmethod
-    def of(cls, settings: Settings, *, device: torch.device, optimizer: str, prompt_tokens: int) -> Work:
-        """The work of a training with these settings on a device."""
+    def of(
+        cls, settings: Settings, *, device: torch.device, optimizer: str, prompt_tokens: int, ranks: int = 1
+    ) -> Work:
+        """The work of a training with these settings on a device, one of `ranks` that share its prompts."""
         train = settings.train
         return cls(
             device=device.type,
             precision=detect_precision(settings.model.precision, device),
             optimizer=optimizer,
-            prompts=train.batch_size,
+            prompts=-(-train.batch_size // ranks),
             generations=train.num_generations,
             prompt_tokens=prompt_tokens,
             new_tokens=train.max_new_tokens,
             eval_rows=settings.eval.batch_size,
             has_reference=settings.loss.beta > 0,
+            ranks=ranks,
+            shards=ranks if settings.ranks.shard else 1,
         )
 
 
@@ -80,6 +86,7 @@ class Choices:
     rows: int = 0  # completions per forward and backward pass; 0 is the whole step
     checkpointing: bool = False
     on_host: bool = False  # where the reference's weights live
+    by_layers: bool = False  # whether sharded weights are gathered layer by layer for each token, or once to a copy
 
 
 @dataclass(frozen=True)
@@ -125,34 +132,34 @@ class Planner:
         self.work, self.layers = work, number_of_layers(name)
         self.dtype = weights_dtype(work.precision, torch.device(work.device))
         self.few = [skeleton(name, dtype=self.dtype, layers=layers) for layers in (2, 3)]
-        self.has_masters = work.precision == "bf16-master" and self.dtype == torch.bfloat16
+        self.has_masters = work.precision == "bf16-master" and self.dtype == torch.bfloat16 and work.shards == 1
         layers = self.few[0].get_decoder().layers
         within = {id(weight) for weight in layers.parameters()}
         ends = [weight.shape for weight in self.few[0].parameters() if id(weight) not in within]
-        self.shapes = ends + [weight.shape for weight in layers[0].parameters()] * self.layers
+        layer = [weight.shape for weight in layers[0].parameters()]
+        self.shapes = ends + layer * self.layers
+        self._ends, self._layer = (sum(shape.numel() for shape in shapes) for shapes in (ends, layer))
         self._vocabulary = self.few[0].config.get_text_config().vocab_size
         self.count = sum(shape.numel() for shape in self.shapes)
         self._passes: dict[tuple[int, int, bool, bool], Amounts] = {}
-        self._staying, self._rollout = self._static()
+        self._held = {by_layers: self._sampling(by_layers) for by_layers in (False, True)[: work.shards]}
 
     def plan(self, choices: Choices, *, room: int = 0, reasons: Sequence[str] = ()) -> MemoryPlan:
         """What the work takes up with these choices."""
-        stays = dict(self._staying)
-        reference = stays.pop("reference") if choices.on_host else 0
-        gradients = self.count * self.dtype.itemsize
-        phases = {"rollout": self._rollout}
+        stays, rollout = self._stays(choices)
+        phases = {"rollout": rollout}
         if self.work.has_reference:
-            brought = {"reference": reference} if choices.on_host else {}
+            brought = {"reference": self._reference} if choices.on_host else {}
             phases["reference"] = brought | self._pass(choices, learn=False)
         phases["update"] = self._pass(choices, learn=True)
-        phases["optimizer"] = {"gradients": gradients, "working room": self._optimizer_room()}
+        phases["optimizer"] = {"gradients": self._gradients, "working room": self._optimizer_room()}
         whole = {phase: stays | amounts for phase, amounts in phases.items()}
         return MemoryPlan(whole, self._origins(choices), choices, room, list(reasons))
 
     def fits(self, choices: Choices, room: int) -> bool:
         """Whether the work fits; what shows at once that it does not is looked at first."""
-        stays = sum(size for name, size in self._staying.items() if name != "reference" or not choices.on_host)
-        if stays + self.count * self.dtype.itemsize > room:  # the gradients are there whatever is chosen
+        stays = sum(self._stays(choices)[0].values())
+        if stays + self._gradients > room:  # which are there whatever is chosen
             return False
         untiled = self._pass(replace(choices, tile=0), learn=True)  # tiles make logits smaller and nothing else
         if stays + untiled.get("activations", 0) > room or stays + sum(self._pass(choices, learn=True).values()) > room:
@@ -168,7 +175,8 @@ class Planner:
         head = self.shapes[0].numel() / self.count
         forward = 3 + choices.checkpointing + work.has_reference  # a backward pass is two forward
         recomputed = head * completions if self._tiles(choices) else 0
-        return tokens * forward + passes * OVERHEAD + recomputed + UPLOAD * choices.on_host + (self._tiles(choices) > 1)
+        brought = UPLOAD * (choices.on_host + choices.by_layers * work.new_tokens)
+        return tokens * forward + passes * OVERHEAD + recomputed + brought + (self._tiles(choices) > 1)
 
     def _tiles(self, choices: Choices) -> int:
         """Tiles of a micro-batch's logits; 0 if they are computed at once."""
@@ -180,10 +188,49 @@ class Planner:
         each = self.work.generations
         return min(self.work.prompts, rows // each if rows % each == 0 else (rows - 2) // each + 2 if rows > 1 else 1)
 
-    def _static(self) -> tuple[Amounts, Amounts]:
+    @property
+    def _learned(self) -> torch.dtype:
+        """The type of the weights that learn; sharded ones are masters of themselves."""
+        return torch.float32 if self.work.shards > 1 and self.work.precision != "bf16" else self.dtype
+
+    def _share(self, bytes_each: int) -> int:
+        """Bytes on this device of something that each weight has."""
+        return int(-(-self.count * bytes_each // self.work.shards))
+
+    @property
+    def _gradients(self) -> int:
+        return self._share(self._learned.itemsize)
+
+    @property
+    def _reference(self) -> int:
+        return self._share(self._learned.itemsize) if self.work.has_reference else 0
+
+    def _gathered(self, *, learn: bool) -> int:
+        """Bytes of what is whole of sharded weights at a time: the ends of the model and two layers, and gradients."""
+        if self.work.shards == 1:
+            return 0
+        computed = 2 if self.work.device == "cuda" and self.work.precision != "float32" else self._learned.itemsize
+        gradients = self._ends + self._layer if learn else 0
+        return int(computed * (self._ends + 2 * self._layer + gradients))
+
+    def _stays(self, choices: Choices) -> tuple[Amounts, Amounts]:
         """What is there from the first step to the last; and what a rollout adds."""
-        work, size = self.work, self.count * self.dtype.itemsize
-        config, static = self.few[0].config.get_text_config(), work.device == "cuda"
+        work, (sampling, rollout) = self.work, self._held[choices.by_layers]
+        on_device = not choices.by_layers or work.device == "cpu"
+        master = 4 if self.has_masters else 0
+        moments = moment_bytes(self.shapes, torch.float32 if self.has_masters else self._learned, work.optimizer)
+        stays = {
+            "weights": self.count * self.dtype.itemsize if on_device else 0,
+            "master": self._share(self._learned.itemsize) if work.shards > 1 else self.count * master,
+            "moments": -(-moments // work.shards),
+            "reference": 0 if choices.on_host else self._reference,
+        }
+        return stays | sampling, rollout
+
+    def _sampling(self, by_layers: bool) -> tuple[Amounts, Amounts]:
+        """What sampling has always, and what it adds while it goes on."""
+        work, config = self.work, self.few[0].config.get_text_config()
+        static = work.device == "cuda" and not by_layers
         width = self.few[0].get_decoder().layers[0].self_attn.head_dim
         token = self.layers * 2 * config.num_key_value_heads * width * self.dtype.itemsize
         longest = -(-work.prompt_tokens // ROUNDED) * ROUNDED if static else work.prompt_tokens
@@ -193,14 +240,8 @@ class Planner:
         # The samplers of a GPU stay, training's beside evaluation's; elsewhere one comes and goes.
         together = sum if static else max
         sampling = {"KV cache": together(caches), "sampling": together(rooms)}
-        rollout = self._prefill()
-        stays = {
-            "weights": size,
-            "master": 4 * self.count if self.has_masters else 0,
-            "moments": moment_bytes(self.shapes, torch.float32 if self.has_masters else self.dtype, work.optimizer),
-            "reference": size if work.has_reference else 0,
-        }
-        return (stays | sampling, rollout) if static else (stays, sampling | rollout)
+        rollout = self._prefill() | ({"working room": self._gathered(learn=False)} if by_layers else {})
+        return (sampling, rollout) if static else ({}, sampling | rollout)
 
     def _prefill(self) -> Amounts:
         """The peak of reading the prompts; a CPU also copies the weights of its layers to decode with."""
@@ -233,45 +274,65 @@ class Planner:
         work, prompts = self.work, self._prompts_of(rows)
         owners = sorted(row % prompts for row in range(rows))
         sequences = Sequences([[0] * work.prompt_tokens] * prompts, [[0] * work.new_tokens] * rows, owners)
-        again = learn and rows < work.rows
+        again = learn and (
+            rows < work.rows or work.ranks > work.shards
+        )  # sums over ranks have their place from the start
         found = []
         for model in self.few:
             with checkpointed(model, wanted=checkpointing):
                 found.append(traced(self._policy(model, tile=tile), sequences, learn=learn, again=again))
         peaks = [self._grown(two, three) for two, three in zip(*found, strict=True)]
+        if work.shards > 1:
+            spread = {"working room": self._gathered(learn=learn), "gradients": self._gradients if learn else 0}
+            peaks = [peak | spread for peak in peaks]
         largest = max(peaks, key=lambda amounts: sum(amounts.values()))
-        return largest | {"gradients": self.count * self.dtype.itemsize} if again else largest
+        return largest | {"gradients": self._gradients} if again else largest
 
     def _optimizer_room(self) -> int:
         """Bytes of what the optimizer makes for a while: gradients in float32, and torch's AdamW on a GPU a copy."""
         largest = max(shape.numel() for shape in self.shapes)
         at_once = min(self.count, max(AT_ONCE, largest)) if self.has_masters else 0
         foreach = self.work.optimizer == "adamw" and self.work.device == "cuda"
-        copies = (4 * at_once or self.count * self.dtype.itemsize) if foreach else 0
+        copies = (4 * at_once or self._gradients) if foreach else 0
         return 4 * at_once + copies
 
     def _origins(self, choices: Choices) -> dict[str, str]:
         work, rows, dtype = self.work, choices.rows or self.work.rows, str(self.dtype).removeprefix("torch.")
         prompts = self._prompts_of(rows)
-        several = "and" if work.device == "cuda" else "or"
+        several = "and" if work.device == "cuda" and not choices.by_layers else "or"
+        spread = f", a share of {work.shards}" if work.shards > 1 else ""
+        learned = str(self._learned).removeprefix("torch.")
+        copy = "on the host" if choices.by_layers else "a copy that samples"
         recomputed = ", kept between layers alone" if choices.checkpointing else ""
         return {
-            "weights": f"{self.count:,} weights in {dtype}",
-            "master": "the same in float32, which the optimizer moves",
-            "gradients": f"of the weights, in {dtype}; those there at the peak",
-            "moments": "two in 8 bits, with scales" if work.optimizer == "adamw8bit" else "two of each weight",
-            "reference": "the weights again" + (", brought from the host for its pass" if choices.on_host else ""),
+            "weights": f"{self.count:,} weights in {dtype}" + (f", {copy}" if spread else ""),
+            "master": f"the same in {learned}, which the optimizer moves{spread}",
+            "gradients": f"of the weights, in {learned}; those there at the peak{spread}",
+            "moments": f"two {'in 8 bits, with scales' if work.optimizer == 'adamw8bit' else 'of each weight'}{spread}",
+            "reference": "the weights again"
+            + (", brought from the host for its pass" if choices.on_host else "")
+            + (f" in {learned}{spread}" if spread else ""),
             "KV cache": f"{work.prompts} x {work.generations} completions, {several} {work.eval_rows} in evaluation",
             "sampling": "logits of these, and what is made of them",
             "activations": f"{prompts} x {work.prompt_tokens} prompt tokens, {rows} x {work.new_tokens} new ones,"
             f" {self.layers} layers{recomputed}; before sampling: prompts",
             "logits": f"of {choices.tile or rows * work.new_tokens:,} tokens, {self._vocabulary:,} each",
-            "working room": "some gradients in float32" if self.has_masters else "copies to compute with",
+            "working room": "some gradients in float32"
+            if self.has_masters
+            else "the layers that are whole at a time"
+            if spread
+            else "copies to compute with",
         }
 
 
 def find(
-    planner: Planner, *, free: int, rows: int = 0, checkpointing: bool | None = None, on_host: bool | None = None
+    planner: Planner,
+    *,
+    free: int,
+    rows: int = 0,
+    checkpointing: bool | None = None,
+    on_host: bool | None = None,
+    by_layers: bool | None = None,
 ) -> MemoryPlan:
     """The plan that costs the least time of those that fit in `free` bytes; what is given is not chosen.
 
@@ -282,14 +343,16 @@ def find(
     groups = [work.generations * -(-work.prompts // 2**halved) for halved in range(work.prompts.bit_length())]
     parts = [-(-work.generations // 2**halved) for halved in range(1, (work.generations - 1).bit_length() + 1)]
     sizes = [rows] if rows else [0, *dict.fromkeys(size for size in (*groups, *parts) if size < work.rows)]
-    hosts = [False] if not work.has_reference or work.device == "cpu" else [False, True]
+    shards = work.shards > 1
+    hosts = [False] if not work.has_reference or work.device == "cpu" or shards else [False, True]
     options = [
-        Choices(tile, size, recomputed, host)
-        for recomputed, host, size, tile in product(
+        Choices(tile, size, recomputed, host, layers)
+        for layers, recomputed, host, size, tile in product(
+            [False] if not shards else [False, True] if by_layers is None else [by_layers],
             [False, True] if checkpointing is None else [checkpointing],
-            hosts if on_host is None else [on_host and work.has_reference],
+            hosts if on_host is None or shards else [on_host and work.has_reference],
             sizes,
-            TILES,
+            TILES[:1] if shards else TILES,
         )
         if not tile or tile < (size or work.rows) * work.new_tokens
     ]
@@ -297,28 +360,39 @@ def find(
         if planner.fits(choices, room):
             return planner.plan(choices, room=room, reasons=_reasons(planner, choices))
     leanest = min(
-        options, key=lambda one: (one.rows or work.rows, not one.checkpointing, not one.on_host, one.tile or GB)
+        options,
+        key=lambda one: (
+            one.rows or work.rows,
+            not one.by_layers,
+            not one.checkpointing,
+            not one.on_host,
+            one.tile or GB,
+        ),
     )
     least = planner.plan(leanest).peak
     raise CountdownError(
         f"this training needs at least {least / GB:.1f} GB of memory, and {room / GB:.1f} GB can be used",
-        "take a smaller `--max-new-tokens`, `--batch-size` or model, `--optimizer adamw8bit` or `--precision bf16`;"
+        "take a smaller `--max-new-tokens`, `--batch-size` or model, `--optimizer adamw8bit`, `--precision bf16`, or"
+        " more processes with `--shard`;"
         " `--memory` says how many GB to plan for",
     )
 
 
-def plan_for(name: str, work: Work, settings: Settings) -> MemoryPlan:
+def plan_for(name: str, work: Work, settings: Settings, *, free: int = 0) -> MemoryPlan:
     """The plan for a training with these settings: what they leave open is chosen to fit in the memory they give.
+
+    Where they give none it is `free` bytes, or what is free on this device now.
 
     Raises CountdownError if nothing fits.
     """
     model = settings.model
     return find(
         Planner(name, work),
-        free=int(model.memory * GB) or free_memory(torch.device(work.device)),
+        free=int(model.memory * GB) or free or free_memory(torch.device(work.device)),
         rows=settings.train.micro_batch_size,
         checkpointing={"auto": None, "on": True, "off": False}[model.gradient_checkpointing],
         on_host={"auto": None, "host": True, "device": False}[model.reference],
+        by_layers={"auto": None, "copy": False, "layers": True}[settings.ranks.rollout],
     )
 
 
@@ -336,6 +410,7 @@ def _reasons(planner: Planner, choices: Choices) -> list[str]:
         "rows": f"micro-batches of {choices.rows} completions",
         "checkpointing": "gradient checkpointing",
         "on_host": "the reference on the host",
+        "by_layers": "sampling layer by layer",
     }
     changed = {name: replace(choices, **{name: getattr(Choices(), name)}) for name in sentences}
     found = [

@@ -25,9 +25,10 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from grpo_cli.core import qwen2
-from grpo_cli.core.attention import Packed, Plan, shared_prefix_attention
+from grpo_cli.core.attention import Packed, Plan, Prefill, shared_prefix_attention
 from grpo_cli.core.attention import order as packing_order
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.ranks import Solo
 
 ATTENTION = "countdown_shared_prefix"
 BUILTIN = Path(__file__).parent / "builtin" / "model"
@@ -72,10 +73,14 @@ class Policy:
     name: str
     precision: str
     end_ids: tuple[int, ...] = field(default=())
-    is_sharded: bool = False  # over the ranks, which then pass through the model together
+    ranks: Solo | None = None  # over which the weights are sharded, and which then pass through the model together
     samplers: list[object] = field(default_factory=list, repr=False, compare=False)  # what a rollout keeps for the next
     tile: int = 0  # tokens whose logits are computed at once, and again backward; 0 is all of them, once
     works_on: torch.device | None = None  # where the weights are brought for a pass, if that is not where they live
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.ranks is not None
 
     @property
     def device(self) -> torch.device:
@@ -111,16 +116,36 @@ class Policy:
         """Next-token logits (..., V) of hidden states (..., D)."""
         return self.model.get_output_embeddings()(hidden)  # type: ignore[no-any-return]
 
+    def prefill(self, tokens: Tensor, lengths: Tensor, plan: Prefill) -> Tensor:
+        """Logits (P, V) of what follows prompts (P, L) of which the first `lengths` (P,) tokens are real."""
+        rows = torch.arange(len(tokens), device=self.device)
+        positions = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
+        if self.ranks:
+            self.ranks.going(mine=True)
+            kept, which = (lengths - 1).unique(return_inverse=True)
+            return self._of_model(tokens, positions, plan, kept)[rows, which]
+        return self.logits(self.hidden(tokens, positions, plan)[rows, lengths - 1])
+
+    def _of_model(self, tokens: Tensor, positions: Tensor, plan: Plan, kept: Tensor | int) -> Tensor:
+        """Logits (B, T', V) of the places `kept` (T',), all if it is 0, by the model as a whole.
+
+        Within its forward pass alone are the layers of a sharded model whole.
+        """
+        output = self.model(input_ids=tokens, position_ids=positions, use_cache=False, plan=plan, logits_to_keep=kept)
+        return cast(Tensor, output.logits)
+
     @property
     def can_step_in_place(self) -> bool:
         """Whether `step` can do without copies of the weights."""
-        return qwen2.fits(self.model)
+        return qwen2.fits(self.model) and not self.is_sharded
 
     def step(self, longest: int, *, in_place: bool = False) -> Callable[[Tensor, Tensor, Plan], Tensor]:
         """What decodes one token a row: tokens (B,), positions (B,) below `longest` and a plan -> logits (B, V).
 
         With `in_place` it reads the weights where they lie whenever it is called, else those of now.
         """
+        if self.ranks:
+            return self._step_of_model
         if qwen2.fits(self.model):
             # On a CPU a single token's activations cost more to convert than multiplying them in bfloat16 saves.
             converted = self.precision == "bf16-master" and self.device.type != "cpu" and not in_place
@@ -128,6 +153,23 @@ class Policy:
             written = qwen2.Pass(self.model, longest=longest, dtype=dtype, in_place=in_place)
             return lambda tokens, positions, plan: written.logits(written.hidden(tokens, positions, plan))
         return lambda tokens, positions, plan: self.logits(self.hidden(tokens[:, None], positions[:, None], plan)[:, 0])
+
+    def _step_of_model(self, tokens: Tensor, positions: Tensor, plan: Plan) -> Tensor:
+        if self.ranks:
+            self.ranks.going(mine=True)
+        return self._of_model(tokens[:, None], positions[:, None], plan, 0)[:, 0]
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """While this lasts the policy samples; of a sharded one all ranks do, until none has a pass to make."""
+        try:
+            yield
+        finally:
+            if self.ranks:
+                nothing = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+                while self.ranks.going(mine=False):
+                    self._of_model(nothing, nothing, Prefill(), 0)
+                cast(Any, self.model).reshard()
 
     def _hidden_of_row(self, tokens: Tensor, plan: Packed) -> Tensor:
         """Final hidden states (N, D) of one packed row (N,). The written-out pass has no gradient checkpointing."""
@@ -148,16 +190,14 @@ class Policy:
         plan = Packed(prompt_lengths, lengths, [sequences.owners[row] for row in order], self.device)
         packed = [token for part in (*sequences.prompts, *completions) for token in part]
         targets = packed[sum(prompt_lengths) :]
-        if self.is_sharded:  # a layer is whole only within the model's own forward pass
-            given = {"input_ids": torch.tensor(packed, device=self.device)[None], "position_ids": plan.positions}
-            with self.autocast():
-                output = self.model(**given, use_cache=False, plan=plan, logits_to_keep=plan.predecessors)
-                found = token_logprobs(output.logits[0], torch.tensor(targets, device=self.device), temperature)
-            return _scatter(found[0], lengths, order), _scatter(found[1], lengths, order)
+        tokens, wanted = torch.tensor(packed, device=self.device), torch.tensor(targets, device=self.device)
         with self.autocast():
-            hidden = self._hidden_of_row(torch.tensor(packed, device=self.device), plan)  # (N, D)
-            before = hidden[plan.predecessors]  # (M, D)
-            logprobs, entropy = self._gather(before, torch.tensor(targets, device=self.device), temperature)
+            if self.is_sharded:
+                logits = self._of_model(tokens[None], plan.positions, plan, plan.predecessors)[0]  # (M, V)
+                logprobs, entropy = token_logprobs(logits, wanted, temperature)
+            else:
+                before = self._hidden_of_row(tokens, plan)[plan.predecessors]  # (M, D)
+                logprobs, entropy = self._gather(before, wanted, temperature)
         return _scatter(logprobs, lengths, order), _scatter(entropy, lengths, order)
 
     def _gather(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -175,10 +215,10 @@ class Policy:
 
     def frozen_copy(self, *, on_host: bool = False) -> Policy:
         """The reference: the same weights, never updated. `on_host` keeps them there, to be `brought` for each pass."""
-        model = copy.deepcopy(self.model).eval().requires_grad_(False)
+        model = host_copy(self.model) if on_host else copy.deepcopy(self.model)
+        model.eval().requires_grad_(False)
         device = self.device if on_host else None
         if on_host:
-            model.cpu()
             for weight in _tensors(model) if torch.cuda.is_available() else ():
                 weight.data = weight.data.pin_memory()  # copied several times as fast
         return Policy(model, self.tokenizer, self.name, self.precision, self.end_ids, tile=self.tile, works_on=device)
@@ -213,6 +253,14 @@ class Policy:
         """Write the model and its tokenizer as a folder that AutoModelForCausalLM and AutoTokenizer open."""
         self.model.save_pretrained(path, safe_serialization=True)
         self.tokenizer.save_pretrained(path)
+
+
+def host_copy(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """A copy on the host, for which no second one is made on the device."""
+    home = model.device
+    found = copy.deepcopy(model.cpu())
+    model.to(home)
+    return found
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[Tensor]:

@@ -93,6 +93,10 @@ class Solo:
         self.each(lambda: kept.append(work()))
         return kept[0]
 
+    def going(self, *, mine: bool) -> bool:
+        """Whether any rank goes on, as this one does if it is `mine` to say; all ask."""
+        return mine
+
     @contextmanager
     def gradients(self, weights: Iterable[Tensor]) -> Iterator[Gradients]:
         """What takes up the gradients of `weights` over a step, and adds up those of the ranks."""
@@ -160,6 +164,12 @@ class Ranks(Solo):
         else:
             message = f"rank {rank} of {self.size} failed in {self.doing}: {error}"
         raise Failed(message, hint, exit_code=code, tells=self.rank == 0) from own
+
+    def going(self, *, mine: bool) -> bool:
+        flag, start = torch.tensor(float(mine)), time.perf_counter()
+        self._answered(lambda: self._dist.all_reduce(flag))
+        self._waited += time.perf_counter() - start
+        return bool(flag > 0)
 
     @contextmanager
     def gradients(self, weights: Iterable[Tensor]) -> Iterator[Gradients]:

@@ -40,10 +40,10 @@ def draws(seed: int, step: int, prompts: Sequence[int], num_generations: int, to
             digest = hashlib.blake2b(f"{seed}/{step}/{prompt}/{sample}".encode(), digest_size=8).digest()
             generator.manual_seed(int.from_bytes(digest, "little") >> 1)
             rows.append(torch.rand(tokens, generator=generator, dtype=torch.float64))
-    return torch.stack(rows).view(len(prompts), num_generations, tokens)
+    found = torch.stack(rows) if rows else torch.empty(0)
+    return found.view(len(prompts), num_generations, tokens)
 
 
-@torch.inference_mode()
 def sample(
     policy: Policy,
     prompts: Sequence[list[int]],
@@ -60,7 +60,7 @@ def sample(
 
     `fit` says how many at once; by default all, or as many as memory allows. `static` says by which sampler, by default
     the static one on CUDA. `on_token` is told after each token of the rows still going on how many tokens they have;
-    what it raises ends the rollout.
+    what it raises ends the rollout. The ranks of a sharded policy sample together, each its own prompts, if it has any.
     """
 
     def part(chosen: slice, generations: slice) -> Rollout:
@@ -76,6 +76,8 @@ def sample(
         return _rollout(sampler, seconds)
 
     def everything(at_once: int) -> Rollout:
+        if not prompts:
+            return Rollout([], [], [], {}, 0)
         try:
             with policy.autocast():
                 return _joined([part(*slices) for slices in _parts(len(prompts), num_generations, at_once)])
@@ -83,7 +85,12 @@ def sample(
             policy.samplers.clear()  # what they hold is needed if memory ran out
             raise
 
-    return (fit or Fit()).attempt(everything, total=len(prompts) * num_generations, doing="rollout")
+    fit = fit or Fit()
+    if policy.is_sharded:  # whose weights, once gathered, are to be learned from; and ranks cannot sample again alone
+        with torch.no_grad(), policy.in_step():
+            return everything(fit.rows)
+    with torch.inference_mode():
+        return fit.attempt(everything, total=len(prompts) * num_generations, doing="rollout")
 
 
 @torch.inference_mode()

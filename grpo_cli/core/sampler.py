@@ -68,9 +68,7 @@ class Sampler:
         tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)  # (P, L)
         self.computed = tokens.numel()
         prefill = Prefill()
-        hidden = self.policy.hidden(tokens, torch.arange(longest, device=device).expand_as(tokens), prefill)
-        last = hidden[torch.arange(len(prompts), device=device), lengths - 1]  # (P, D)
-        return prefill, lengths, self.policy.logits(last)
+        return prefill, lengths, self.policy.prefill(tokens, lengths, prefill)
 
 
 class ShrinkingSampler(Sampler):

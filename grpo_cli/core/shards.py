@@ -3,12 +3,12 @@
 Each rank keeps its shard of every weight, of its gradient and of its moments; a layer's weights are whole only while it
 computes. The optimizer is torch's AdamW, since it works on DTensors element by element: the 8-bit state of bitsandbytes
 is quantised in blocks of a whole tensor, by kernels that know no DTensor. Completions are sampled by a copy with all
-weights, gathered once per step. Knows neither the algorithm nor where a run keeps anything.
+weights, gathered once per step, or by the sharded model itself, whose layers are then gathered for every token. Knows
+neither the algorithm nor where a run keeps anything.
 """
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,27 +16,31 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from grpo_cli.core.policy import Policy
+from grpo_cli.core.policy import Policy, host_copy
+from grpo_cli.core.ranks import Solo
 
 
-def sharded(policy: Policy) -> Policy:
-    """The policy with every rank holding its part of the float32 weights, a unit for each layer and one for the rest.
+def sharded(policy: Policy, ranks: Solo, device: torch.device) -> Policy:
+    """The policy with every rank holding its part of the weights on its device, by layers.
 
-    Ranks add up their gradients, as `Gradients` of whole weights are, not their mean.
+    They are in float32, unless the precision is bfloat16 alone, and come from the host unit by unit, so that the device
+    never holds all of them. Ranks add up their gradients, as `Gradients` of whole weights do; they take no mean.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    model = copy.deepcopy(policy.model).float()
-    half = policy.precision == "bf16-master" and policy.device.type == "cuda"
+    model = host_copy(policy.model).to(torch.bfloat16 if policy.precision == "bf16" else torch.float32)
+    half = policy.precision == "bf16-master" and device.type == "cuda"
     mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
+    mesh = init_device_mesh(device.type, (ranks.size,))
     for layer in cast(Any, model.get_decoder()).layers:
-        fully_shard(layer, mp_policy=mixed)
-    fully_shard(model, mp_policy=mixed)
+        fully_shard(layer, mesh=mesh, mp_policy=mixed)
+    fully_shard(model, mesh=mesh, mp_policy=mixed)
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)  # gloo has no other sum that is scaled
-    return replace(policy, model=model, is_sharded=True, samplers=[])
+    return replace(policy, model=model, ranks=ranks, samplers=[], works_on=None)
 
 
 @torch.no_grad()

@@ -259,7 +259,7 @@ class _Loop:
         for step in range(training.step + 1, self.settings.train.num_iterations + 1):
             if self._out_of_patience():
                 break
-            clock, meter = Clock(ranks=self.ranks), Meter(training.policy, training.optimizer)
+            clock, meter = Clock(ranks=self.ranks), Meter(training.sampler, training.optimizer)
             self.ranks.doing = f"step {step}"
             with clock.phase("total"):
                 metrics, batch, advantage = self._step(step, clock, meter)
@@ -369,9 +369,7 @@ class _Loop:
         return kept[0], reduce(add, tallies)
 
     def _sample_share(self, step: int, clock: Clock, meter: Meter, places: list[int], turn: int) -> _Batch:
-        if not places:
-            return _Batch(step, [], [], [], [], Rollout([], [], [], {}, 0), [], [], torch.zeros(0, 0))
-        policy, settings = self.training.policy, self.settings.train
+        policy, settings = self.training.sampler, self.settings.train
         drawn = self.curriculum.prompts(step, turn=turn)
         puzzles, styles = [drawn[place][0] for place in places], [drawn[place][1] for place in places]
         prompts = [policy.encode(prompt(puzzle, style)) for puzzle, style in zip(puzzles, styles, strict=True)]
@@ -533,7 +531,7 @@ class _Loop:
     def _evaluate(self, one: Cell) -> Evaluation:
         settings = self.settings
         return evaluate(
-            self.training.policy,
+            self.training.sampler,
             self.puzzles[one],
             style=one.style,
             max_new_tokens=settings.train.max_new_tokens,
