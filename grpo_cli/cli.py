@@ -412,14 +412,15 @@ def _run_named(root: Path, name: str) -> Run | None:
 
 def _load(plan: _Plan, source: Path | None = None, choices: Choices | None = None) -> Policy:
     """The model of a plan, or of one of its checkpoints; to be trained as `choices` say, if there are any."""
-    from grpo_cli.core.policy import detect_device, detect_precision, load
+    from grpo_cli.core.policy import load
 
     model = plan.settings.model
     policy = load(
         plan.source if source is None else str(source),
-        device="cpu" if choices is not None and choices.by_layers else model.device,
-        precision=detect_precision(model.precision, detect_device(model.device)),
+        device=model.device,
+        precision=model.precision,
         gradient_checkpointing=choices is not None and choices.checkpointing,
+        on_host=choices is not None and choices.by_layers,
     )
     return replace(policy, name=plan.name, tile=choices.tile if choices else 0)
 
@@ -587,7 +588,7 @@ def _train(
             run = old
         run.require_space(2 * training.checkpoint_bytes())
         run.write_config(settings.model_dump())
-        run.write_environment(state.environment(policy) | {"ranks": ranks.size}, step=step)
+        run.write_environment(state.environment(training.sampler) | {"ranks": ranks.size}, step=step)
         if checkpoint is None:
             run.write_origin(state.origin(policy, reference, puzzles))
         if old:
@@ -598,18 +599,20 @@ def _train(
     if reference and learner:
         reference = shards.sharded(reference, ranks, device)
     among = f", by {ranks.size} processes" if ranks.size > 1 else ""
-    display.note(f"run {run.path}: {plan.name} on {policy.device}, {policy.precision}, from step {step}{among}")
+    display.note(
+        f"run {run.path}: {plan.name} on {training.sampler.device}, {policy.precision}, from step {step}{among}"
+    )
     display.note(display.memory_line(planned))
     _learn(training, reference, run, settings, ranks, rows=choices.rows)
 
 
 def _reference(plan: _Plan, starting: Policy, choices: Choices) -> Policy:
     """The frozen reference: `starting` as it is now, or the model that the settings name."""
-    name = plan.settings.model.ref_model
+    name, on_host = plan.settings.model.ref_model, choices.on_host or plan.settings.ranks.shard
     if name == "same":
-        return starting.frozen_copy(on_host=choices.on_host)
+        return starting.frozen_copy(on_host=on_host)
     other = _load(replace(plan, source=_source(Path(plan.settings.runs), name), name=name), None, choices)
-    other = other.frozen_copy(on_host=choices.on_host)
+    other = other.frozen_copy(on_host=on_host)
     if other.fingerprint()["tokenizer"] != starting.fingerprint()["tokenizer"]:
         raise CountdownError(
             f"`{name}` reads text in other tokens than `{plan.name}`", "take a `--ref-model` with the same tokenizer"

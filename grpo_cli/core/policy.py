@@ -345,8 +345,17 @@ def weights_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bfloat16 else torch.float32
 
 
-def load(name: str, *, device: str = "auto", precision: str = "auto", gradient_checkpointing: bool = False) -> Policy:
+def load(
+    name: str,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    gradient_checkpointing: bool = False,
+    on_host: bool = False,
+) -> Policy:
     """Load `builtin`, a local folder in Hugging Face format, or a hub id, ready to sample and to train.
+
+    `on_host` leaves it there, as it would be on the device.
 
     Raises CountdownError for a folder that is not there, weights that are missing, misshapen or not safetensors, a
     tokenizer that does not fit the model or has no chat template, and an architecture without full attention.
@@ -369,7 +378,7 @@ def load(name: str, *, device: str = "auto", precision: str = "auto", gradient_c
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=list(end_ids), pad_token_id=tokenizer.pad_token_id
     )
-    return Policy(model.to(place), tokenizer, name, chosen, end_ids)
+    return Policy(model if on_host else model.to(place), tokenizer, name, chosen, end_ids)
 
 
 def number_of_layers(name: str) -> int:
