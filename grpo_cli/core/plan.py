@@ -206,12 +206,15 @@ class Planner:
         return self._share(self._learned.itemsize) if self.work.has_reference else 0
 
     def _gathered(self, *, learn: bool) -> int:
-        """Bytes of what is whole of sharded weights at a time: the ends of the model and two layers, and gradients."""
+        """Bytes of what is whole of sharded weights at a time: the ends of the model and two layers.
+
+        In an update also the gradients of the ends and of a layer, and again as they are added up.
+        """
         if self.work.shards == 1:
             return 0
         computed = 2 if self.work.device == "cuda" and self.work.precision != "float32" else self._learned.itemsize
-        gradients = self._ends + self._layer if learn else 0
-        return int(computed * (self._ends + 2 * self._layer + gradients))
+        gradients = (computed + self._learned.itemsize) * (self._ends + self._layer) if learn else 0
+        return int(computed * (self._ends + 2 * self._layer) + gradients)
 
     def _stays(self, choices: Choices) -> tuple[Amounts, Amounts]:
         """What is there from the first step to the last; and what a rollout adds."""
@@ -289,12 +292,16 @@ class Planner:
         return largest | {"gradients": self._gradients} if again else largest
 
     def _optimizer_room(self) -> int:
-        """Bytes of what the optimizer makes for a while: gradients in float32, and torch's AdamW on a GPU a copy."""
+        """Bytes of what the optimizer makes for a while: gradients in float32, and torch's AdamW on a GPU a copy.
+
+        Sharded weights are then made whole for their copy, one after the other.
+        """
         largest = max(shape.numel() for shape in self.shapes)
         at_once = min(self.count, max(AT_ONCE, largest)) if self.has_masters else 0
         foreach = self.work.optimizer == "adamw" and self.work.device == "cuda"
         copies = (4 * at_once or self._gradients) if foreach else 0
-        return 4 * at_once + copies
+        whole = self._learned.itemsize * largest if self.work.shards > 1 else 0
+        return max(4 * at_once + copies, whole)
 
     def _origins(self, choices: Choices) -> dict[str, str]:
         work, rows, dtype = self.work, choices.rows or self.work.rows, str(self.dtype).removeprefix("torch.")

@@ -35,7 +35,9 @@ def sharded(policy: Policy, ranks: Solo, device: torch.device) -> Policy:
     mesh = init_device_mesh(device.type, (ranks.size,))
     for layer in cast(Any, model.get_decoder()).layers:
         fully_shard(layer, mesh=mesh, mp_policy=mixed)
-    fully_shard(model, mesh=mesh, mp_policy=mixed)
+    learns = any(weight.requires_grad for weight in model.parameters())
+    # By default the ends stay whole until a backward pass, which a reference never makes.
+    fully_shard(model, mesh=mesh, mp_policy=mixed, reshard_after_forward=None if learns else True)
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
