@@ -66,7 +66,10 @@ def main() -> None:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # less is lost between blocks
     try:
         display.silence(place().rank > 0)
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # here, and not at the end of the interpreter, it may fail
     except CountdownError as problem:
         if getattr(problem, "tells", False):
             display.silence(False)

@@ -260,6 +260,7 @@ def test_a_training_is_shown_on_any_terminal(
 @pytest.mark.parametrize(
     "arguments",
     [
+        ["--version"],  # so short that it is written last of all
         ["gen-data"],
         ["eval", "{}", "--limit", "2", "--json"],
         pytest.param(["train", "--dry-run", "--model", "{}"], marks=pytest.mark.slow),
