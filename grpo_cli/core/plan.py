@@ -255,7 +255,7 @@ class Planner:
         return found | {"working room": copies}
 
     def _policy(self, model: Any, *, tile: int = 0) -> Policy:
-        written = self.work.device == "cpu" and qwen2.fits(model)
+        written = self.work.device == "cpu" and self.work.shards == 1 and qwen2.fits(model)
         return Outline(model, cast("Any", None), "", self.work.precision, tile=tile, written=written)
 
     def _grown(self, two: Amounts, three: Amounts) -> Amounts:
@@ -277,9 +277,8 @@ class Planner:
         work, prompts = self.work, self._prompts_of(rows)
         owners = sorted(row % prompts for row in range(rows))
         sequences = Sequences([[0] * work.prompt_tokens] * prompts, [[0] * work.new_tokens] * rows, owners)
-        again = learn and (
-            rows < work.rows or work.ranks > work.shards
-        )  # sums over ranks have their place from the start
+        summed = work.ranks > work.shards  # over ranks: gradients have their place before the first pass
+        again = learn and (rows < work.rows or summed)
         found = []
         for model in self.few:
             with checkpointed(model, wanted=checkpointing):

@@ -121,9 +121,8 @@ class Policy:
         rows = torch.arange(len(tokens), device=self.device)
         positions = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
         if self.ranks:
-            self.ranks.going(mine=True)
             kept, which = (lengths - 1).unique(return_inverse=True)
-            return self._of_model(tokens, positions, plan, kept)[rows, which]
+            return self._with_ranks(self.ranks, tokens, positions, plan, kept)[rows, which]
         return self.logits(self.hidden(tokens, positions, plan)[rows, lengths - 1])
 
     def _of_model(self, tokens: Tensor, positions: Tensor, plan: Plan, kept: Tensor | int) -> Tensor:
@@ -144,8 +143,10 @@ class Policy:
 
         With `in_place` it reads the weights where they lie whenever it is called, else those of now.
         """
-        if self.ranks:
-            return self._step_of_model
+        if ranks := self.ranks:
+            return lambda tokens, positions, plan: self._with_ranks(
+                ranks, tokens[:, None], positions[:, None], plan, 0
+            )[:, 0]
         if qwen2.fits(self.model):
             # On a CPU a single token's activations cost more to convert than multiplying them in bfloat16 saves.
             converted = self.precision == "bf16-master" and self.device.type != "cpu" and not in_place
@@ -154,10 +155,10 @@ class Policy:
             return lambda tokens, positions, plan: written.logits(written.hidden(tokens, positions, plan))
         return lambda tokens, positions, plan: self.logits(self.hidden(tokens[:, None], positions[:, None], plan)[:, 0])
 
-    def _step_of_model(self, tokens: Tensor, positions: Tensor, plan: Plan) -> Tensor:
-        if self.ranks:
-            self.ranks.going(mine=True)
-        return self._of_model(tokens[:, None], positions[:, None], plan, 0)[:, 0]
+    def _with_ranks(self, ranks: Solo, tokens: Tensor, positions: Tensor, plan: Plan, kept: Tensor | int) -> Tensor:
+        """As `_of_model`, in a pass that the other ranks make too, within `in_step`."""
+        ranks.going(mine=True)
+        return self._of_model(tokens, positions, plan, kept)
 
     @contextmanager
     def in_step(self) -> Iterator[None]:

@@ -124,7 +124,8 @@ class Ranks(Solo):
     def __init__(self, store: Any, rank: int, size: int, *, device: torch.device, timeout: float) -> None:
         import torch.distributed as dist
 
-        self.rank, self.size, self.of_rank = rank, size, f" of rank {rank} of {size}"
+        self.rank, self.size = rank, size
+        self.of_rank = f" of {self.named([rank])}"
         self._dist, self._store, self._timeout = dist, store, timeout
         self._waited = self._reduced = 0.0
         # Python objects travel by the CPU, so that a rank that fails is known before NCCL waits for it.
@@ -162,7 +163,7 @@ class Ranks(Solo):
         if len(failed) == self.size and isinstance(error, CountdownError):
             message = error.message  # all of them say so: it is of no rank
         else:
-            message = f"rank {rank} of {self.size} failed in {self.doing}: {error}"
+            message = f"{self.named([rank])} failed in {self.doing}: {error}"
         raise Failed(message, hint, exit_code=code, tells=self.rank == 0) from own
 
     def going(self, *, mine: bool) -> bool:

@@ -192,17 +192,17 @@ class _Batch:
         return [self.record(index * generations + self.step % generations) for index in range(prompts)]
 
     def tally(self) -> _Tally:
-        lengths, scores = list(map(len, self.rollout.completions)), self.scores
+        scores = self.scores
         sums = {
             "reward": sum(found.reward for found in scores),
             "accuracy": sum(found.correct for found in scores),
             "format_rate": sum(found.well_formed for found in scores),
-            "completion_length": sum(lengths),
+            "completion_length": sum(map(len, self.rollout.completions)),
             "truncated": sum(self.rollout.truncated),
             "lenient_accuracy": sum(found.lenient for found in scores),
             **{f"cheat/{kind}": sum(found.cheat == kind for found in scores) for kind in CHEATS},
         }
-        return _Tally(self.rewards.tolist(), sum(lengths), sums)
+        return _Tally(self.rewards.tolist(), sums)
 
 
 @dataclass
@@ -210,12 +210,15 @@ class _Tally:
     """What all ranks must know of the completions of one, or of all."""
 
     rewards: list[list[float]]  # P rows of G
-    tokens: int
     sums: dict[str, float]
 
     def __add__(self, other: _Tally) -> _Tally:
         sums = {name: value + other.sums[name] for name, value in self.sums.items()}
-        return _Tally(self.rewards + other.rewards, self.tokens + other.tokens, sums)
+        return _Tally(self.rewards + other.rewards, sums)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.sums["completion_length"])
 
     def describe(self) -> dict[str, float]:
         """What the completions were like; shares are from 0 to 1."""
@@ -301,6 +304,7 @@ class _Loop:
         described |= refilled
         everyone = advantages(torch.tensor(tally.rewards), scale=self.settings.loss.scale_rewards)
         advantage = everyone[batch.places].flatten()  # (B,), of this rank's completions
+        teaches = self.settings.loss.beta > 0 or bool(everyone.any())
 
         # 3. Ask the frozen reference how likely it finds them.
         owners = [index for index in range(len(batch.prompts)) for _ in range(settings.num_generations)]
@@ -336,9 +340,7 @@ class _Loop:
                     ref_logprobs=ref_logprobs,
                     sampled_logprobs=batch.rollout.logprobs,
                     ranks=self.ranks,
-                    step=Step(
-                        everyone.numel(), tally.tokens, teaches=bool(self.settings.loss.beta) or bool(everyone.any())
-                    ),
+                    step=Step(everyone.numel(), tally.tokens, teaches),
                     poll=self._poll,
                     stepping=partial(clock.phase, "optimizer"),
                 )
