@@ -428,6 +428,21 @@ def _load(plan: _Plan, source: Path | None = None, choices: Choices | None = Non
     return replace(policy, name=plan.name, tile=choices.tile if choices else 0)
 
 
+def _for_ranks(plan: _Plan, ranks: int) -> _Plan:
+    """The plan as so many ranks carry it out: with an optimizer that knows sharded tensors, if there are to be some."""
+    settings = plan.settings
+    if not settings.ranks.shard:
+        return plan
+    if ranks == 1:
+        raise CountdownError(
+            "`--shard` spreads a model over several processes", "start them with torchrun, or give `--no-shard`"
+        )
+    if settings.train.optimizer == "adamw8bit":
+        raise CountdownError("`adamw8bit` does not know sharded tensors", "use `--optimizer adamw` with `--shard`")
+    train = settings.train.model_copy(update={"optimizer": "adamw"})
+    return replace(plan, settings=settings.model_copy(update={"train": train}))
+
+
 def _memory(plan: _Plan, device: torch.device, *, ranks: int, free: int = 0) -> MemoryPlan:
     """What a training by so many ranks takes up on the device of each, from the model's config and tokenizer alone.
 
@@ -442,7 +457,7 @@ def _memory(plan: _Plan, device: torch.device, *, ranks: int, free: int = 0) -> 
 
     settings = plan.settings
     longest = longest_prompt(settings, partial(encode, load_tokenizer(plan.source)))
-    optimizer = choose_optimizer("adamw" if settings.ranks.shard else settings.train.optimizer, device)
+    optimizer = choose_optimizer(settings.train.optimizer, device)
     work = memory.Work.of(settings, device=device, optimizer=optimizer, prompt_tokens=longest, ranks=ranks)
     return memory.plan_for(plan.source, work, settings, free=free)
 
@@ -455,6 +470,7 @@ def _show(resolved: Resolved, plan: _Plan) -> None:
     from grpo_cli.core.task import prompt
     from grpo_cli.core.train import curriculum
 
+    plan = _for_ranks(plan, place().size)
     display.config_table(resolved)
     puzzle, style = curriculum(resolved.settings).prompts(1)[0]
     display.prompt_tokens(prompt_tokens(plan.source, prompt(puzzle, style)))
@@ -545,20 +561,13 @@ def _train(
     from grpo_cli.core.policy import detect_device
     from grpo_cli.core.train import curriculum
 
+    plan = _for_ranks(plan, ranks.size)
     settings = plan.settings
     device = detect_device(settings.model.device)
-    if settings.ranks.shard:
-        if ranks.size == 1:
-            raise CountdownError(
-                "`--shard` spreads a model over several processes", "start them with torchrun, or give `--no-shard`"
-            )
-        if settings.train.optimizer == "adamw8bit":
-            raise CountdownError("`adamw8bit` does not know sharded tensors", "use `--optimizer adamw` with `--shard`")
-        settings = settings.model_copy(update={"train": settings.train.model_copy(update={"optimizer": "adamw"})})
     if state.choose_optimizer(settings.train.optimizer, device) == "adamw8bit":
         _need("bitsandbytes")
     free = min(ranks.each(lambda: memory.free_memory(device)))  # so that all choose alike
-    planned = ranks.own(lambda: _memory(replace(plan, settings=settings), device, ranks=ranks.size, free=free))
+    planned = ranks.own(lambda: _memory(plan, device, ranks=ranks.size, free=free))
     choices = planned.choices
     memory.limit(settings, device)
     step, checkpoint = 0, None
