@@ -45,6 +45,13 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+def by_one(folder: Path, *arguments: object) -> str:
+    """What `countdown ARGUMENTS` prints in `folder`, by one process without torchrun."""
+    command = [sys.executable, "-m", "grpo_cli", *map(str, arguments)]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=environ, check=True, capture_output=True, text=True).stdout
+
+
 def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -68,9 +75,7 @@ def same_experiment(one: Path, other: Path, *, tolerance: float = 1e-4) -> None:
 def alone(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process, in three steps."""
     folder = tmp_path_factory.mktemp("alone")
-    command = [sys.executable, "-m", "grpo_cli", "train", "--model", str(tiny_folder), "--run", "one", *TRAIN]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, cwd=folder, env=environ, check=True, capture_output=True)
+    by_one(folder, "train", "--model", tiny_folder, "--run", "one", *TRAIN)
     return folder / "runs" / "one"
 
 
@@ -199,26 +204,12 @@ def test_several_processes_follow_the_curve_of_one(ranks: int, tiny_folder: Path
 
 @pytest.mark.slow
 def test_an_evaluation_is_dealt_out(tiny_folder: Path, tmp_path: Path) -> None:
-    asked = [
-        "eval",
-        tiny_folder,
-        "--device",
-        "cpu",
-        "--precision",
-        "float32",
-        "--max-new-tokens",
-        8,
-        "--limit",
-        7,
-        "--json",
-    ]
-    alone = subprocess.run(
-        [sys.executable, "-m", "grpo_cli", *map(str, asked)],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True, text=True,
-    )  # fmt: skip
+    asked = ["eval", tiny_folder, "--device", "cpu", "--precision", "float32", "--limit", 7, "--json"]
+    asked += ["--max-new-tokens", 8]
+    alone = by_one(tmp_path, *asked)
     code, out, err = ended(launched(tmp_path, 2, *asked))
     assert code == 0, err
-    assert json.loads(out) == json.loads(alone.stdout)
+    assert json.loads(out) == json.loads(alone)
 
 
 # Each plugin changes what one rank does, as a fault would.
@@ -339,8 +330,7 @@ def test_a_signal_to_the_launcher_saves_once_and_one_process_goes_on(
     _, _, err = ended(process)
     (saved,) = (run / "checkpoints").iterdir()
     assert f"stopped after step {saved.name.removeprefix('step-')}" in err
-    command = [sys.executable, "-m", "grpo_cli", "train", "--run", "two", "--resume"]
-    subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    by_one(tmp_path, "train", "--run", "two", "--resume")
     same_experiment(alone, run)
 
 
@@ -358,9 +348,7 @@ def test_a_restart_by_the_launcher_goes_on_by_itself(tiny_folder: Path, tmp_path
 
 @pytest.mark.slow
 def test_two_processes_go_on_from_one(tiny_folder: Path, tmp_path: Path, alone: Path) -> None:
-    one = [sys.executable, "-m", "grpo_cli", "train", "--model", str(tiny_folder), "--run", "two", *TRAIN]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([*one, "--num-iterations", "2"], cwd=tmp_path, env=environ, check=True, capture_output=True)
+    by_one(tmp_path, "train", "--model", tiny_folder, "--run", "two", *TRAIN, "--num-iterations", "2")
     arguments = ["train", "--run", "two", "--resume", "--num-iterations", "3"]
     code, _, err = ended(launched(tmp_path, 2, *arguments))
     assert code == 0, err
@@ -381,8 +369,7 @@ def test_sharded_weights_learn_the_same_and_go_on_in_any_number(tiny_folder: Pat
     goes_on = ["train", "--run", "mixed", "--resume", "--num-iterations"]
     first = ["train", "--model", tiny_folder, "--run", "mixed", *TRAIN, "--optimizer", "adamw", "--num-iterations", "1"]
     assert ended(launched(tmp_path, 2, *first, "--shard"))[0] == 0
-    command = [sys.executable, "-m", "grpo_cli", *goes_on, "2", "--no-shard"]
-    subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    by_one(tmp_path, *goes_on, "2", "--no-shard")
     code, _, err = ended(launched(tmp_path, 2, *goes_on, "3", "--shard"))
     assert code == 0, err
     assert rows(alone / "samples.jsonl") == rows(tmp_path / "runs" / "mixed" / "samples.jsonl")
@@ -391,12 +378,13 @@ def test_sharded_weights_learn_the_same_and_go_on_in_any_number(tiny_folder: Pat
         assert same["loss"] == pytest.approx(line["loss"], abs=1e-5)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("ranks", "checkpointing"), [(2, "on"), pytest.param(4, "off", marks=pytest.mark.slow)])
 def test_sharded_weights_sample_layer_by_layer_what_a_copy_samples(
-    ranks: int, tiny_folder: Path, tmp_path: Path, alone: Path
+    ranks: int, checkpointing: str, tiny_folder: Path, tmp_path: Path, alone: Path
 ) -> None:
-    """Three prompts by two processes, or by four of which one has none; then one process goes on."""
+    """Three prompts by two processes, or by four of which one has none."""
     arguments = ["train", "--model", tiny_folder, "--run", "two", *TRAIN, "--shard", "--rollout", "layers"]
+    arguments += ["--gradient-checkpointing", checkpointing]
     code, _, err = ended(launched(tmp_path, ranks, *arguments))
     assert code == 0, err
     assert "sampling layer by layer" in err
@@ -430,8 +418,7 @@ def test_a_signal_ends_sampling_layer_by_layer_and_one_process_goes_on(
     _, _, err = ended(process)
     saved = sorted(path.name for path in (run / "checkpoints").iterdir())[-1]
     assert f"stopped after {saved.replace('-', ' ')}" in err
-    command = [sys.executable, "-m", "grpo_cli", "train", "--run", "two", "--resume", "--no-shard"]
-    subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    by_one(tmp_path, "train", "--run", "two", "--resume", "--no-shard")
     same_experiment(alone, run)
 
 
