@@ -663,7 +663,8 @@ def training_summary(summary: Mapping[str, Any], folder: Path, *, overlap: str) 
         ("run", printable(str(folder))),
     ]
     if summary["bad_steps"]:
-        rows.append(("skipped", f"{summary['bad_steps']} steps whose loss or gradient was not finite"))
+        count = summary["bad_steps"]
+        rows.append(("skipped", f"{count} step{'s' if count != 1 else ''} whose loss or gradient was not finite"))
     out.print(_facts(rows))
     if len(summary["peaks"]) > 1:
         out.print()
