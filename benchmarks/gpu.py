@@ -30,16 +30,18 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_cli.core.builtin.tokenizer import train_tokenizer
-from grpo_cli.core.cost import Work, costs, shape_of
-from grpo_cli.core.grpo import advantages, reference_logprobs, update
-from grpo_cli.core.memory import Fit
-from grpo_cli.core.meter import hardware_of, widths
-from grpo_cli.core.policy import Policy, Sequences, load
-from grpo_cli.core.puzzle import Puzzle
-from grpo_cli.core.rollout import draws, sample
-from grpo_cli.core.settings import Loss
-from grpo_cli.core.state import build_optimizer
-from grpo_cli.core.task import STYLES, prompt
+from grpo_cli.core.config.settings import Loss
+from grpo_cli.core.model.load import load
+from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.perf.cost import Work, costs, shape_of
+from grpo_cli.core.perf.meter import hardware_of, widths
+from grpo_cli.core.perf.microbatch import MicroBatch
+from grpo_cli.core.rl.grpo import advantages
+from grpo_cli.core.rl.session import build_optimizer
+from grpo_cli.core.rl.update import reference_logprobs, update
+from grpo_cli.core.sampling.rollout import sample, uniforms
+from grpo_cli.core.task.prompts import STYLES, prompt
+from grpo_cli.core.task.puzzle import Puzzle
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {
@@ -112,7 +114,7 @@ class Padded(Policy):
 
     def logprobs(self, sequences: Sequences, *, temperature: float) -> tuple[Tensor, Tensor]:
         completions = sequences.completions
-        rows = [sequences.prompts[owner] + row for owner, row in zip(sequences.owners, completions, strict=True)]
+        rows = [sequences.prompts[owner] + row for owner, row in zip(sequences.prompt_index, completions, strict=True)]
         assert len(set(map(len, rows))) == 1 == len(set(map(len, completions)))
         tokens, length = torch.tensor(rows, device=self.device), len(completions[0])
         attention = self.model.config._attn_implementation
@@ -152,8 +154,8 @@ def steps(asked: Load, variant: Variant) -> dict[str, Any]:
     optimizer = build_optimizer(policy, name="adamw8bit", weight_decay=0.0)
     for group in optimizer.param_groups:
         group["lr"] = LEARNING_RATE
-    prompts, fit = asked.prompt_ids(), Fit(variant.at_once)
-    owners = [index for index in range(asked.prompts) for _ in range(asked.completions)]
+    prompts, fit = asked.prompt_ids(), MicroBatch(variant.at_once)
+    prompt_index = [index for index in range(asked.prompts) for _ in range(asked.completions)]
     rewards = torch.rand(asked.prompts, asked.completions, generator=torch.Generator().manual_seed(1))
     rounds: list[Seconds] = []
     for index in range(asked.rounds + 1):
@@ -165,11 +167,11 @@ def steps(asked: Load, variant: Variant) -> dict[str, Any]:
                 num_generations=asked.completions,
                 max_new_tokens=asked.tokens,
                 temperature=TEMPERATURE,
-                uniform=draws(0, index, range(asked.prompts), asked.completions, asked.tokens),
+                uniform=uniforms(0, index, range(asked.prompts), asked.completions, asked.tokens),
                 static=variant.static,
             )
             seconds |= rollout.seconds
-            sequences = Sequences(prompts, rollout.completions, owners)
+            sequences = Sequences(prompts, rollout.completions, prompt_index)
             with timed(seconds, "reference"):
                 ref_logprobs = reference_logprobs(reference, sequences, temperature=TEMPERATURE, fit=fit)
             with timed(seconds, "update"):
@@ -226,7 +228,7 @@ def kernel(asked: Load, *, masked: bool, backward: bool) -> str:
 def decode_milliseconds(asked: Load, *, static: bool) -> float:
     """Of one token of all rows."""
     policy, prompts = asked.policy("bf16"), asked.prompt_ids()
-    uniform = draws(0, 0, range(asked.prompts), asked.completions, asked.tokens)
+    uniform = uniforms(0, 0, range(asked.prompts), asked.completions, asked.tokens)
     for _ in range(2):  # the first records
         rollout = sample(
             policy,

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from step import Summary, Work, measure, summarize
 
-from grpo_cli.core.policy import BUILTIN, detect_precision
+from grpo_cli.core.model.load import BUILTIN, detect_precision
 
 PHASES = ("prefill", "decode", "reference", "update", "total")
 SWEEPS = {

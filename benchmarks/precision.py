@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from measured import table
 from study import HERE, VAL, Runs, finish, percent, spread, train
 
-from grpo_cli.plot import COLOURS
+from grpo_cli.ui.figures import COLOURS
 
 RATES = ("2e-6", "1e-5", "3e-5", "1e-4")
 PRECISIONS = ("bf16-master", "bf16")

@@ -31,7 +31,7 @@ MESSAGES = 2_733  # bytes that a rank sends to all others in a step, as pickled 
 READ = 20e-6  # seconds to read them, on a CPU core
 DUMP = """
 import os, torch
-from grpo_cli.core import grpo
+from grpo_cli.core.rl import grpo
 plain = torch.nn.utils.clip_grad_norm_
 def clip(weights, limit, **given):
     weights = list(weights)
@@ -40,7 +40,7 @@ def clip(weights, limit, **given):
         torch.save([weight.grad.clone() for weight in weights], path)
     return plain(weights, limit, **given)
 torch.nn.utils.clip_grad_norm_ = clip
-from grpo_cli.cli import main
+from grpo_cli.cli.app import main
 main()
 """
 

@@ -33,12 +33,14 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from grpo_cli.core.grpo import advantages, batch_loss, normalizer, reference_logprobs, update
-from grpo_cli.core.policy import BUILTIN, Policy, Sequences, detect_precision, load
-from grpo_cli.core.puzzle import generate
-from grpo_cli.core.rollout import draws, sample
-from grpo_cli.core.settings import Loss
-from grpo_cli.core.task import prompt
+from grpo_cli.core.config.settings import Loss
+from grpo_cli.core.model.load import BUILTIN, detect_precision, load
+from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.rl.grpo import advantages, batch_loss, normalizer
+from grpo_cli.core.rl.update import reference_logprobs, update
+from grpo_cli.core.sampling.rollout import sample, uniforms
+from grpo_cli.core.task.data import generate
+from grpo_cli.core.task.prompts import prompt
 
 IMPOSSIBLE = 10**6  # an end-of-sequence id that no model samples
 TEMPERATURE, BETA, LEARNING_RATE = 1.0, 0.01, 1e-12
@@ -63,7 +65,7 @@ class Work:
     numbers: int = 3  # in each puzzle
 
     @property
-    def owners(self) -> list[int]:
+    def prompt_index(self) -> list[int]:
         return [index for index in range(self.prompts) for _ in range(self.completions)]
 
 
@@ -127,11 +129,11 @@ def countdown(work: Work, turn: Turn) -> None:
                     num_generations=work.completions,
                     max_new_tokens=work.tokens,
                     temperature=TEMPERATURE,
-                    uniform=draws(0, index, range(work.prompts), work.completions, work.tokens),
+                    uniform=uniforms(0, index, range(work.prompts), work.completions, work.tokens),
                 )
             seconds |= rollout.seconds
             if work.whole:
-                sequences = Sequences(prompts, rollout.completions, work.owners)
+                sequences = Sequences(prompts, rollout.completions, work.prompt_index)
                 advantage = advantages_of(work, [policy.decode(tokens) for tokens in rollout.completions])
                 with timed(seconds, "reference"):
                     ref_logprobs = reference_logprobs(reference, sequences, temperature=TEMPERATURE)

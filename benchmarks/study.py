@@ -25,9 +25,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from measured import table
 
-from grpo_cli.core.run import Evaluated, Run
-from grpo_cli.core.statistics import changes, mcnemar
-from grpo_cli.plot import COLOURS
+from grpo_cli.core.evals.statistics import changes, mcnemar
+from grpo_cli.core.run.folder import Evaluated, Run
+from grpo_cli.ui.figures import COLOURS
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)

@@ -12,11 +12,12 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from grpo_cli import cli
+from grpo_cli.cli import app as cli
 from grpo_cli.core.builtin.tokenizer import train_tokenizer
-from grpo_cli.core.policy import Policy, load
-from grpo_cli.core.puzzle import Puzzle
-from grpo_cli.core.task import STYLES, prompt
+from grpo_cli.core.model.load import load
+from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.task.prompts import STYLES, prompt
+from grpo_cli.core.task.puzzle import Puzzle
 
 torch.set_num_threads(1)
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias
 
-from grpo_cli.core import attention
-from grpo_cli.core.attention import BUCKET, Decode, Packed, Prefill, order
+from grpo_cli.core.model import attention
+from grpo_cli.core.model.attention import BUCKET, Decode, Packed, Prefill, order
 
 HEADS, KEY_HEADS, WIDTH, SCALING = 4, 2, 8, 0.37
 CPU = torch.device("cpu")
@@ -54,20 +54,20 @@ def test_packed_attention_is_that_of_each_prompt_and_completion_on_its_own(rows:
     rng = torch.Generator().manual_seed(rows)
     prompts = [5, 1, 9]
     lengths = torch.randint(1, 12, (rows,), generator=rng).tolist()
-    owners = torch.randint(0, 3, (rows,), generator=rng).tolist()
-    chosen = order(lengths, owners, CPU)
-    lengths, owners = ([values[row] for row in chosen] for values in (lengths, owners))
-    plan = Packed(prompts, lengths, owners, CPU)
+    prompt_index = torch.randint(0, 3, (rows,), generator=rng).tolist()
+    chosen = order(lengths, prompt_index, CPU)
+    lengths, prompt_index = ([values[row] for row in chosen] for values in (lengths, prompt_index))
+    plan = Packed(prompts, lengths, prompt_index, CPU)
     query, key, value = random_layer(rng, 1, sum(prompts) + sum(lengths))
     attended = plan.attend(0, query, key, value, SCALING)[0]  # (N, H, d)
     sections = torch.split(torch.arange(attended.shape[0]), [*prompts, *lengths])
     for row, own in enumerate(sections[3:]):
-        seen = torch.cat([sections[owners[row]], own])
+        seen = torch.cat([sections[prompt_index[row]], own])
         allowed = torch.ones(len(seen), len(seen), dtype=torch.bool).tril()
         expected = plain(query[0][:, seen], key[0][:, seen], value[0][:, seen], allowed)
-        of_prompt = prompts[owners[row]]
+        of_prompt = prompts[prompt_index[row]]
         torch.testing.assert_close(attended[own], expected[of_prompt:], atol=1e-6, rtol=0)
-        torch.testing.assert_close(attended[sections[owners[row]]], expected[:of_prompt], atol=1e-6, rtol=0)
+        torch.testing.assert_close(attended[sections[prompt_index[row]]], expected[:of_prompt], atol=1e-6, rtol=0)
 
 
 def test_without_a_mask_completions_of_one_prompt_attend_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from grpo_cli.core.policy import Policy, Sequences
+from grpo_cli.core.model.policy import Policy, Sequences
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = [[5, 9, 200, 31], [7, 7, 3, 90, 12, 400, 8]]

@@ -10,11 +10,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_cli.core.builtin.recipe import IGNORED, Recipe, RowMaker, build_tokenizer, impatient, patient
 from grpo_cli.core.builtin.traces import drill, failure, form_tree, line, reduce, search, trace, write
-from grpo_cli.core.evaluate import evaluate, puzzle_set
-from grpo_cli.core.expression import parse
-from grpo_cli.core.policy import BUILTIN, load
-from grpo_cli.core.puzzle import Puzzle, enumerate_puzzles
-from grpo_cli.core.task import STYLES, Style, prompt, score
+from grpo_cli.core.evals.evaluate import evaluate, puzzle_set
+from grpo_cli.core.model.load import BUILTIN, load
+from grpo_cli.core.task.data import enumerate_puzzles
+from grpo_cli.core.task.expression import parse
+from grpo_cli.core.task.prompts import STYLES, Style, prompt
+from grpo_cli.core.task.puzzle import Puzzle
+from grpo_cli.core.task.scoring import score
 
 
 @pytest.mark.parametrize(

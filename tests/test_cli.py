@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import SMALL, Command
 
-from grpo_cli.core.puzzle import Puzzle, read_puzzles
-from grpo_cli.core.task import score
+from grpo_cli.core.task.data import read_puzzles
+from grpo_cli.core.task.puzzle import Puzzle
+from grpo_cli.core.task.scoring import score
 
 
 def test_help_lists_the_five_commands(countdown: Command) -> None:
@@ -21,10 +22,8 @@ def test_help_lists_the_five_commands(countdown: Command) -> None:
 
 
 def test_gen_data_loads_neither_torch_nor_matplotlib() -> None:
-    code = "import sys; sys.argv = ['countdown', 'gen-data', '--split', 'val']; from grpo_cli import cli\n"
-    code += (
-        "try: cli.main()\nfinally: print({'torch', 'transformers', 'matplotlib'} & set(sys.modules), file=sys.stderr)"
-    )
+    code = "import sys; sys.argv = ['countdown', 'gen-data', '--split', 'val']; from grpo_cli.cli.app import main\n"
+    code += "try: main()\nfinally: print({'torch', 'transformers', 'matplotlib'} & set(sys.modules), file=sys.stderr)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stderr.rstrip().endswith("set()")
     assert len(found.stdout.splitlines()) == 327
@@ -298,7 +297,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, tiny_folder: Path,
 
 @pytest.mark.faults
 def test_ctrl_c_elsewhere_is_exit_code_130(countdown: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grpo_cli.core.puzzle.generate", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("grpo_cli.core.task.data.generate", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     found = countdown("gen-data", "--count", 5)
     assert found.code == 130
     assert "Traceback" not in found.err

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from grpo_cli.core.config import SHIPPED, Resolved, defaults, flag, resolve, restore, variable
+from grpo_cli.core.config.resolve import SHIPPED, Resolved, defaults, flag, resolve, restore, variable
+from grpo_cli.core.config.settings import FIELDS, TABLES, Settings, choices, describe, digest
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.settings import FIELDS, TABLES, Settings, choices, describe, digest
-from grpo_cli.core.task import STYLES
+from grpo_cli.core.task.prompts import STYLES
 
 
 def resolved(
@@ -323,7 +323,7 @@ def test_a_config_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_a_default_that_was_deleted_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "config.toml"
     broken.write_text(re.sub(r"(?m)^save_every.*$", "", SHIPPED.read_text("utf-8")), "utf-8")
-    monkeypatch.setattr("grpo_cli.core.config.SHIPPED", broken)
+    monkeypatch.setattr("grpo_cli.core.config.resolve.SHIPPED", broken)
     with pytest.raises(CountdownError, match=re.escape(f"`{broken}` has no `train.save_every`")):
         resolve(has_cuda=lambda: False)
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from grpo_cli.core.cost import Cost, Peak, Shape, Widths, Work, costs, describe, packed, prefill, shape_of
+from grpo_cli.core.perf.cost import Cost, Peak, Shape, Widths, Work, costs, describe, packed, prefill, shape_of
 
 # W = 2 * 4 * (2 * 3 * 2 + 3 * 5) = 216, V = 4 * 10 = 40, A = 4 * 2 * 2 * 2 = 32, keys and values 2 * 2 * 1 * 2 = 8
 TINY = Shape(layers=2, width=4, heads=2, key_value_heads=1, head_width=2, intermediate=5, vocabulary=10, parameters=300)

@@ -4,9 +4,10 @@ from collections import Counter
 
 import pytest
 
-from grpo_cli.core.curriculum import Curriculum, Schedule, puzzles_of_step, schedule
-from grpo_cli.core.puzzle import Puzzle, enumerate_puzzles
-from grpo_cli.core.task import STYLES
+from grpo_cli.core.task.curriculum import Curriculum, Schedule, puzzles_of_step, schedule
+from grpo_cli.core.task.data import enumerate_puzzles
+from grpo_cli.core.task.prompts import STYLES
+from grpo_cli.core.task.puzzle import Puzzle
 
 NUMBERS = ("3", "4")
 

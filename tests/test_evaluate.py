@@ -4,24 +4,23 @@ from dataclasses import replace
 
 import pytest
 
-from grpo_cli.core.evaluate import (
+from grpo_cli.core.evals.compare import Paired, paired, suite_paired
+from grpo_cli.core.evals.contamination import Known
+from grpo_cli.core.evals.evaluate import (
     Completion,
     Evaluation,
-    Paired,
     SuiteResult,
     evaluate,
     evaluate_suite,
-    paired,
     puzzle_set,
     puzzles_of,
-    suite_paired,
 )
-from grpo_cli.core.leaks import Known
-from grpo_cli.core.policy import Policy
-from grpo_cli.core.puzzle import Puzzle
-from grpo_cli.core.statistics import wilson
-from grpo_cli.core.suite import Cell, cell
-from grpo_cli.core.task import STYLES, score
+from grpo_cli.core.evals.statistics import wilson
+from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.task.prompts import STYLES
+from grpo_cli.core.task.puzzle import Puzzle
+from grpo_cli.core.task.scoring import score
+from grpo_cli.core.task.suite import Cell, cell
 
 EASY, HARD = Puzzle((2, 4, 6), 12), Puzzle((2, 4, 6), 36)  # 2 + 4 + 6 and others; (2 + 4) * 6 alone
 OTHER = Puzzle((2, 4, 6), 20)
@@ -100,7 +99,7 @@ def test_all_val_puzzles_are_the_default_set() -> None:
 
 
 def test_a_set_too_large_to_enumerate_is_a_fixed_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grpo_cli.core.evaluate.GENERATED", 20)
+    monkeypatch.setattr("grpo_cli.core.evals.evaluate.GENERATED", 20)
     assert puzzle_set(5, "val") == puzzle_set(5, "val")
     assert all(len(puzzle.numbers) == 5 for puzzle in puzzle_set(5, "val"))
 

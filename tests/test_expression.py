@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_cli.core.expression import MAX_CHARACTERS, MAX_DEPTH, last_expression, parse, parse_lenient
+from grpo_cli.core.task.expression import MAX_CHARACTERS, MAX_DEPTH, last_expression, parse, parse_lenient
 
 EXPRESSIONS = [
     ("7", (7,), 7),

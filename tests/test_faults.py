@@ -19,14 +19,14 @@ import pytest
 import torch
 from conftest import MEASURED, Command, save_tiny_model
 
-from grpo_cli.core import config
+from grpo_cli.core.config import resolve as config
+from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.outline import Outline
-from grpo_cli.core.policy import Policy
-from grpo_cli.core.puzzle import Puzzle
-from grpo_cli.core.run import Run
-from grpo_cli.core.settings import Settings
-from grpo_cli.core.state import Training, build_optimizer, choose_checkpoint
+from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.perf.outline import Outline
+from grpo_cli.core.rl.session import Training, build_optimizer, choose_checkpoint
+from grpo_cli.core.run.folder import Run
+from grpo_cli.core.task.puzzle import Puzzle
 
 pytestmark = pytest.mark.faults
 
@@ -194,7 +194,7 @@ def read_only(open_folder: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPa
     shutil.copytree(tiny_folder, run.model_path)
     for path in (open_folder, *open_folder.rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)
-    monkeypatch.setattr("grpo_cli.core.policy.load", lambda *_, **__: pytest.fail("loaded a model"))
+    monkeypatch.setattr("grpo_cli.core.model.load.load", lambda *_, **__: pytest.fail("loaded a model"))
     monkeypatch.chdir(open_folder)
     user = os.geteuid()
     if user == 0:
@@ -247,7 +247,7 @@ def test_what_cannot_be_written_is_told_before_any_work(
 def test_a_file_where_a_folder_should_be_is_named(
     countdown: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
 ) -> None:
-    monkeypatch.setattr("grpo_cli.core.policy.load", lambda *_, **__: pytest.fail("loaded a model"))
+    monkeypatch.setattr("grpo_cli.core.model.load.load", lambda *_, **__: pytest.fail("loaded a model"))
     (tmp_path / "file").write_text("kept")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
     before = everything(tmp_path)
@@ -287,7 +287,7 @@ def test_curves_that_cannot_be_drawn_do_not_end_a_training(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("grpo_cli.cli._draw", full)
+    monkeypatch.setattr("grpo_cli.cli.app._draw", full)
     found = countdown("train", "--model", tiny_folder, "--run", "first", *SHORT)
     assert found.code == 0
     assert found.err.count("the curves were not drawn: ") == 3
@@ -395,7 +395,7 @@ def test_other_puzzles_are_not_taken_for_those_of_the_run(
     countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, beta: str
 ) -> None:
     assert countdown("train", "--model", tiny_folder, "--run", "first", "--beta", beta, *SHORT).code == 0
-    monkeypatch.setattr("grpo_cli.core.train.puzzle_set", lambda *_: [Puzzle((3, 5, 2), 13)])
+    monkeypatch.setattr("grpo_cli.core.rl.train.puzzle_set", lambda *_: [Puzzle((3, 5, 2), 13)])
     found = countdown("train", "--run", "first", "--resume", "--num-iterations", "5")
     assert found.code == 2
     assert "other puzzles" in found.err
@@ -508,16 +508,16 @@ def at_token(call: int) -> Callable[[Function, Function], Function]:
 # The moment, what is interrupted there, and the step that is saved. A step asks for log-probabilities six times: for
 # two micro-batches of the reference, two of the first inner update and two of the second.
 MOMENTS: dict[str, tuple[str, Callable[[Function, Function], Function], int]] = {
-    "first evaluation": ("grpo_cli.core.evaluate.sample", at_token(1), 0),
-    "rollout of step 1": ("grpo_cli.core.train.sample", at_token(1), 0),
-    "rollout of step 2": ("grpo_cli.core.train.sample", at_token(2), 1),
-    "evaluation after step 2": ("grpo_cli.core.evaluate.sample", at_token(3), 2),
-    "last evaluation": ("grpo_cli.core.evaluate.sample", at_token(4), 3),
-    "scoring of step 2": ("grpo_cli.core.train.score", before_call(4 + 1), 1),
-    "reference pass of step 2": ("grpo_cli.core.policy.Policy.logprobs", before_call(6 + 1), 1),
-    "update of step 2": ("grpo_cli.core.policy.Policy.logprobs", before_call(6 + 3), 1),
-    "second inner update of step 2": ("grpo_cli.core.policy.Policy.logprobs", before_call(6 + 5), 2),
-    "saving of the best model": ("grpo_cli.core.policy.Policy.save", before_call(1), 1),
+    "first evaluation": ("grpo_cli.core.evals.evaluate.sample", at_token(1), 0),
+    "rollout of step 1": ("grpo_cli.core.rl.train.sample", at_token(1), 0),
+    "rollout of step 2": ("grpo_cli.core.rl.train.sample", at_token(2), 1),
+    "evaluation after step 2": ("grpo_cli.core.evals.evaluate.sample", at_token(3), 2),
+    "last evaluation": ("grpo_cli.core.evals.evaluate.sample", at_token(4), 3),
+    "scoring of step 2": ("grpo_cli.core.rl.train.score", before_call(4 + 1), 1),
+    "reference pass of step 2": ("grpo_cli.core.model.policy.Policy.logprobs", before_call(6 + 1), 1),
+    "update of step 2": ("grpo_cli.core.model.policy.Policy.logprobs", before_call(6 + 3), 1),
+    "second inner update of step 2": ("grpo_cli.core.model.policy.Policy.logprobs", before_call(6 + 5), 2),
+    "saving of the best model": ("grpo_cli.core.model.policy.Policy.save", before_call(1), 1),
 }
 
 
@@ -535,7 +535,7 @@ def test_a_signal_at_any_moment_saves_the_last_completed_step_and_changes_nothin
     number: int,
     code: int,
 ) -> None:
-    monkeypatch.setattr("grpo_cli.cli._draw", lambda *_: [])  # most of the time of so small a training
+    monkeypatch.setattr("grpo_cli.cli.app._draw", lambda *_: [])  # most of the time of so small a training
     place, wrap, saved = MOMENTS[moment]
     handlers = [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)]
     with monkeypatch.context() as patch:
@@ -556,8 +556,8 @@ def test_a_second_signal_leaves_at_once_and_the_last_checkpoint_whole(tiny_folde
         name = second.name.lower()
         code = f"""
 import signal, sys
-from grpo_cli import cli
-from grpo_cli.core import train
+from grpo_cli.cli import app as cli
+from grpo_cli.core.rl import train
 update, calls = train.update, []
 def stopped(*arguments, **options):
     calls.append(0)

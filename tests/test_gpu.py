@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_decode import assert_same, rolled
 from test_policy import gradients, ragged
-from test_sampler import assert_same, rolled
 
-from grpo_cli.core import attention
-from grpo_cli.core.policy import Policy, load
-from grpo_cli.core.sampler import StaticSampler
-from grpo_cli.core.task import SYSTEM
+from grpo_cli.core.model import attention
+from grpo_cli.core.model.load import load
+from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.sampling.decode import StaticSampler
+from grpo_cli.core.task.prompts import SYSTEM
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

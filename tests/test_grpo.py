@@ -10,20 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_cli.core.grpo import (
-    NotFinite,
-    advantages,
-    kl_estimate,
-    micro_batches,
-    normalizer,
-    policy_loss,
-    reference_logprobs,
-    update,
-    zero_variance,
-)
-from grpo_cli.core.memory import Fit
-from grpo_cli.core.policy import Policy, Sequences, load
-from grpo_cli.core.settings import Loss
+from grpo_cli.core.config.settings import Loss
+from grpo_cli.core.model.load import load
+from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.perf.microbatch import MicroBatch
+from grpo_cli.core.rl.grpo import advantages, kl_estimate, normalizer, policy_loss, zero_variance
+from grpo_cli.core.rl.update import NotFinite, micro_batches, reference_logprobs, update
 
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "cispo", "gspo")
 TEMPERATURE = 1.2
@@ -207,8 +199,8 @@ class Batch:
             return found
 
         completions = [tokens(length) for length in (5, 1, 17, 9, 9, 3, 20, 12, 2, 6)]
-        owners = [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
-        self.sequences = Sequences([tokens(7), tokens(15), tokens(4)], completions, owners)
+        prompt_index = [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
+        self.sequences = Sequences([tokens(7), tokens(15), tokens(4)], completions, prompt_index)
         self.advantage = torch.randn(10, generator=rng)
         self.advantage[[2, 7]] = 0.0
         self.lengths = torch.tensor([len(completion) for completion in completions])
@@ -221,7 +213,7 @@ class Batch:
         sequences = Sequences(
             [given.prompts[prompt] for prompt in prompts],
             [given.completions[row] for row in rows],
-            [prompts.index(given.owners[row]) for row in rows],
+            [prompts.index(given.prompt_index[row]) for row in rows],
         )
         return sequences, self.advantage[rows], self.ref_logprobs[rows]
 
@@ -253,7 +245,7 @@ def recorded(
     advantage: Tensor,
     loss: Loss,
     *,
-    fit: Fit | None = None,
+    fit: MicroBatch | None = None,
     ref_logprobs: Tensor | None = None,
 ) -> tuple[dict[str, float], list[Tensor]]:
     """Metrics and gradients of an update that leaves the weights alone."""
@@ -294,7 +286,7 @@ def test_the_gradient_is_that_of_single_rows_whatever_the_micro_batches(
             batch.sequences,
             batch.advantage,
             loss,
-            fit=Fit(micro_batch_size),
+            fit=MicroBatch(micro_batch_size),
             ref_logprobs=batch.ref_logprobs if beta > 0 else None,
         )
         assert_same(found, expected)
@@ -307,7 +299,7 @@ def test_the_order_of_prompts_and_rows_changes_nothing(tiny_policy: Policy, prom
     batch, loss = Batch(tiny_policy), a_loss(beta=0.3)
     metrics, expected = recorded(tiny_policy, batch.sequences, batch.advantage, loss, ref_logprobs=batch.ref_logprobs)
     sequences, advantage, ref_logprobs = batch.reordered(prompts, [9, 0, 5, 3, 7, 1, 2, 8, 6, 4])
-    reordered, found = recorded(tiny_policy, sequences, advantage, loss, fit=Fit(4), ref_logprobs=ref_logprobs)
+    reordered, found = recorded(tiny_policy, sequences, advantage, loss, fit=MicroBatch(4), ref_logprobs=ref_logprobs)
     assert_same(found, expected)
     assert reordered == pytest.approx(metrics, abs=1e-5)
 
@@ -336,7 +328,7 @@ def test_kl_and_entropy_are_means_over_all_tokens(tiny_policy: Policy) -> None:
         batch.sequences,
         batch.advantage,
         a_loss(beta=0.1),
-        fit=Fit(3),
+        fit=MicroBatch(3),
         ref_logprobs=batch.ref_logprobs,
     )
     with torch.no_grad():
@@ -351,7 +343,9 @@ def test_reference_logprobs_are_the_policys_at_the_start(tiny_policy: Policy) ->
     batch = Batch(tiny_policy)
     expected, _ = tiny_policy.logprobs(batch.sequences, temperature=TEMPERATURE)
     for size in (0, 1, 4):
-        found = reference_logprobs(tiny_policy.frozen_copy(), batch.sequences, temperature=TEMPERATURE, fit=Fit(size))
+        found = reference_logprobs(
+            tiny_policy.frozen_copy(), batch.sequences, temperature=TEMPERATURE, fit=MicroBatch(size)
+        )
         torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=0)
 
 
@@ -369,7 +363,7 @@ def test_logprob_gap_compares_each_trained_token_with_its_sample(tiny_policy: Po
         loss=a_loss(),
         temperature=TEMPERATURE,
         max_new_tokens=MAX_NEW_TOKENS,
-        fit=Fit(3),
+        fit=MicroBatch(3),
         sampled_logprobs=sampled,
     )
     # Rows 2 and 7 are skipped: (0*5 + 1*1 + 3*9 + 4*9 + 5*3 + 6*20 + 8*2 + 9*6) / (5 + 1 + 9 + 9 + 3 + 20 + 2 + 6)
@@ -400,7 +394,7 @@ def test_the_second_inner_update_measures_its_ratio_from_before_the_first(tiny_p
         max_new_tokens=MAX_NEW_TOKENS,
         num_inner_updates=2,
         clip_grad_norm=math.inf,
-        fit=Fit(4),
+        fit=MicroBatch(4),
         ref_logprobs=batch.ref_logprobs,
     )
     for found, expected in zip(tiny_policy.model.parameters(), by_hand.model.parameters(), strict=True):
@@ -441,7 +435,7 @@ def test_a_loss_or_gradient_that_is_not_finite_leaves_the_weights_alone(
             loss=a_loss(),
             temperature=TEMPERATURE,
             max_new_tokens=MAX_NEW_TOKENS,
-            fit=Fit(3),
+            fit=MicroBatch(3),
         )
     assert all(map(torch.equal, before, tiny_policy.model.parameters()))
     assert all(parameter.grad is None for parameter in tiny_policy.model.parameters())

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from grpo_cli.core.hardware import hardware, known, measure
+from grpo_cli.core.perf.hardware import hardware, known, measure
 
 
 @pytest.mark.parametrize(

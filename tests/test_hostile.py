@@ -14,10 +14,10 @@ import pytest
 from conftest import SMALL, Command
 
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.policy import Policy
-from grpo_cli.core.puzzle import generate, json_line, read_puzzles
-from grpo_cli.core.run import Run
-from grpo_cli.core.task import read_question
+from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.run.folder import Run
+from grpo_cli.core.task.data import generate, json_line, read_puzzles
+from grpo_cli.core.task.prompts import read_question
 
 pytestmark = pytest.mark.faults
 
@@ -199,7 +199,7 @@ def test_a_package_that_is_missing_is_named_before_a_model_loads(
 ) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr("grpo_cli.core.policy.load", lambda *_, **__: pytest.fail("loaded a model"))
+    monkeypatch.setattr("grpo_cli.core.model.load.load", lambda *_, **__: pytest.fail("loaded a model"))
     found = countdown(*[argument.format(tiny_folder) for argument in arguments])
     assert found.code == 2
     assert f"the package `{package}` is not installed" in found.err

@@ -6,8 +6,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from grpo_cli import display
-from grpo_cli.live import COLUMNS, PHASES, TrainingView, fitting
+from grpo_cli.ui import text as show
+from grpo_cli.ui.live import COLUMNS, PHASES, TrainingView, fitting
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202e\u200b\r[bold]markup[/bold]"
 ESCAPED = r"\x1b[2J\x1b]0;owned\x07\x9b31m\u202e\u200b\r[bold]markup[/bold]"
@@ -228,4 +228,4 @@ def test_the_cursor_comes_back_when_training_is_interrupted() -> None:
 def test_the_view_writes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     TrainingView(2).message("hello")
     assert capsys.readouterr() == ("", "hello\n")
-    assert display.err.stderr
+    assert show.err.stderr

@@ -1,204 +1,278 @@
-"""Memory that runs out in sampling, scoring or learning: half as many rows, the same numbers, one sentence."""
+"""The memory plan: what it traces without memory is what real passes take, and it chooses what fits."""
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
-from conftest import Command
+from conftest import Command, save_tiny_model
 from torch import Tensor
 
+from grpo_cli.core.config.resolve import resolve
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.grpo import reference_logprobs, update
-from grpo_cli.core.memory import Fit, ran_out
-from grpo_cli.core.policy import Policy, Sequences
-from grpo_cli.core.rollout import draws, sample
-from grpo_cli.core.settings import Loss
+from grpo_cli.core.model.load import load, skeleton
+from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.perf.memory import GB, Choices, Planner, Work, find, moment_bytes
+from grpo_cli.core.rl.update import reference_logprobs
 
-pytestmark = pytest.mark.faults
+WORK = Work("cuda", "bf16-master", "adamw8bit", 4, 16, 290, 160, 64, has_reference=True)  # the original's
+QWEN = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 1536,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "intermediate_size": 8960,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 32768,
+}
+WEIGHTS = 1_543_714_304
 
-LOSS = Loss(loss_type="grpo", beta=0.1, epsilon=0.2, epsilon_high=0.2, kl_estimator="k3", scale_rewards="group")
-COMPLETIONS = [[5, 6, 7], [9, 8], [30, 31, 32, 33], [7], [11, 12, 13], [40, 41]]
-SEQUENCES = Sequences([[1, 2, 3], [4, 5]], COMPLETIONS, [0, 0, 0, 1, 1, 1])
-ADVANTAGE = torch.tensor([1.0, -0.5, 0.25, -1.0, 0.5, 2.0])
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """Qwen2.5-1.5B without its weights: the config and some tokenizer."""
+    folder = tmp_path_factory.mktemp("qwen")
+    for path in tiny_folder.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "config.json").write_text(json.dumps(QWEN))
+    return folder
 
 
-def out_of_memory(*_: object) -> NoReturn:
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+@pytest.fixture(scope="session")
+def planner(qwen: Path) -> Planner:
+    return Planner(str(qwen), WORK)
+
+
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize(
+    "choices", [Choices(), Choices(logit_chunk=16), Choices(rows=2), Choices(rows=2, checkpointing=True)]
+)
+def test_every_layer_adds_what_the_third_one_adds(tmp_path: Path, choices: Choices, written: bool) -> None:
+    """Weights that are small beside activations, and the other way round: the peak is at the start or the end."""
+    for new_tokens, width in ((40, 48), (3, 400)):
+        folder = save_tiny_model(tmp_path / f"{width}", num_hidden_layers=6, intermediate_size=width)
+        work = Work("cpu" if written else "cuda", "float32", "adamw", 2, 4, 8, new_tokens, 8, has_reference=True)
+        grown = Planner(str(folder), work)
+        all_six = Planner(str(folder), work)
+        all_six.few = [skeleton(str(folder), dtype=torch.float32, layers=6)] * 2  # nothing is added to six
+        for learn in (True, False):
+            expected = sum(all_six._pass(choices, learn=learn).values())
+            assert sum(grown._pass(choices, learn=learn).values()) == pytest.approx(expected, rel=0.01)
+        assert grown.count == sum(weight.numel() for weight in load(str(folder), device="cpu").model.parameters())
+
+
+def test_moments_take_what_the_optimizers_keep() -> None:
+    shapes = [(64, 64), (63, 65), (300, 100), (7,)]
+    for name, build in (("adamw8bit", bitsandbytes.optim.AdamW8bit), ("adamw", torch.optim.AdamW)):
+        for dtype in (torch.float32, torch.bfloat16):
+            weights = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
+            optimizer = build(weights)
+            for weight in weights:
+                weight.grad = torch.randn_like(weight)
+            optimizer.step()
+            kept = [
+                value
+                for state in optimizer.state.values()
+                for key, value in state.items()
+                if isinstance(value, Tensor) and key != "step" and not key.startswith("qmap")
+            ]
+            expected = moment_bytes([weight.shape for weight in weights], dtype, name)
+            assert sum(value.nbytes for value in kept) == expected, (name, dtype)
+
+
+def test_static_parts_of_qwen_are_those_worked_out_by_hand(planner: Planner) -> None:
+    stays = planner.plan(Choices()).phases["optimizer"]
+    assert planner.count == WEIGHTS
+    assert stays["weights"] == stays["reference"] == stays["gradients"] == 2 * WEIGHTS
+    assert stays["master"] == 4 * WEIGHTS
+    # 28 layers, keys and values, 2 heads of 128, 2 bytes; prompts padded to 320 tokens.
+    token = 28 * 2 * 2 * 128 * 2
+    assert stays["KV cache"] == token * (4 * 320 + 64 * 160 + 64 * 320 + 64 * 160)
+    assert stays["working room"] == 4 * 151936 * 1536  # the embedding's gradient in float32
+    norms_and_biases = 28 * (1536 + 256 + 256 + 2 * 1536) + 1536
+    blocked = WEIGHTS - norms_and_biases
+    assert stays["moments"] == 8 * norms_and_biases + 2 * blocked + 8 * blocked // 256
+
+
+def test_logits_of_the_whole_step_are_there_twice_in_float32_and_once_in_bfloat16(planner: Planner) -> None:
+    assert planner.plan(Choices()).phases["update"]["logits"] == 64 * 160 * 151936 * (4 + 4 + 2)
 
 
 @pytest.mark.parametrize(
-    ("error", "answer"),
+    ("gigabytes", "expected"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory"), True),
-        (
-            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
-            True,
-        ),
-        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), True),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-        (MemoryError(), True),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
-        (ValueError("out of memory"), False),
+        (141, Choices()),
+        (40, Choices(rows=16)),
+        (24, Choices(logit_chunk=1024, checkpointing=True)),
+        (22, Choices(logit_chunk=1024, checkpointing=True, on_host=True)),
     ],
 )
-def test_what_counts_as_too_little_memory(error: Exception, answer: bool) -> None:
-    assert ran_out(error) == answer
+def test_the_cheapest_choices_that_fit_are_taken(planner: Planner, gigabytes: int, expected: Choices) -> None:
+    found = find(planner, free=int(gigabytes * GB))
+    assert found.choices == expected
+    assert found.peak <= found.room < gigabytes * GB
+    assert len(found.reasons) == max(1, sum(getattr(expected, name) != 0 for name in expected.__dataclass_fields__))
 
 
-def test_an_impossible_allocation_is_recognized() -> None:
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(2**60)
-    assert ran_out(caught.value)
+SHARDED = replace(WORK, optimizer="adamw", ranks=8, shards=8)
+LAYER = 2 * 1536 * 1536 + 1536 + 2 * (1536 * 256 + 256) + 3 * 1536 * 8960 + 2 * 1536
+ENDS = 151936 * 1536 + 1536
+
+
+@pytest.fixture(scope="session")
+def eighth(qwen: Path) -> Planner:
+    return Planner(str(qwen), SHARDED)
+
+
+def test_parts_of_eight_shards_are_those_worked_out_by_hand(eighth: Planner) -> None:
+    by_copy, by_layers = (eighth.plan(Choices(rows=4, by_layers=wanted)).phases for wanted in (False, True))
+    assert by_copy["rollout"]["weights"] == 2 * WEIGHTS and by_layers["rollout"]["weights"] == 0
+    for phases in (by_copy, by_layers):
+        assert phases["update"]["master"] == phases["update"]["reference"] == phases["update"]["gradients"]
+        assert phases["update"]["gradients"] == WEIGHTS // 2  # four bytes, an eighth of them
+        assert phases["update"]["moments"] == WEIGHTS
+        # The ends and two layers in bfloat16; gradients of the ends and of a layer in bfloat16, and again in float32.
+        assert phases["reference"]["working room"] == 2 * (ENDS + 2 * LAYER)
+        assert phases["update"]["working room"] == 2 * (ENDS + 2 * LAYER) + 6 * (ENDS + LAYER)
+        assert phases["optimizer"]["working room"] == 4 * 151936 * 1536  # the embedding whole, to be copied
+    assert by_layers["rollout"]["working room"] == 2 * (ENDS + 2 * LAYER)
+    # One sampler at a time, where a graph would keep two: keys of 64 completions of each.
+    assert by_layers["rollout"]["KV cache"] == 28 * 2 * 2 * 128 * 2 * 64 * (290 + 160)
 
 
 @pytest.mark.parametrize(
-    ("rows", "total", "fits", "tried"),
-    [(0, 64, 20, [0, 32, 16]), (0, 7, 1, [0, 4, 2, 1]), (8, 64, 8, [8]), (100, 6, 3, [100, 3])],
+    ("gigabytes", "expected"),
+    [
+        (24, Choices(rows=32, checkpointing=True)),
+        (15, Choices(rows=8, checkpointing=True)),
+        (9, Choices(rows=4, checkpointing=True, by_layers=True)),
+    ],
 )
-def test_rows_are_halved_until_they_fit(rows: int, total: int, fits: int, tried: list[int]) -> None:
-    seen, told = list[int](), list[str]()
-
-    def work(at_once: int) -> str:
-        seen.append(at_once)
-        if not 0 < at_once <= fits:
-            out_of_memory()
-        return "done"
-
-    fit = Fit(rows, told=told.append)
-    assert fit.attempt(work, total=total, doing="update") == "done"
-    assert (seen, fit.rows, len(told)) == (tried, tried[-1], len(tried) - 1)
-    assert all("memory ran out in the update" in line for line in told)
-    assert fit.attempt(work, total=total, doing="update") == "done"
-    assert len(seen) == len(tried) + 1  # what fitted is remembered
-
-
-def test_one_row_that_does_not_fit_comes_with_advice() -> None:
-    with pytest.raises(CountdownError, match="memory ran out in the rollout of a single completion") as caught:
-        Fit().attempt(out_of_memory, total=5, doing="rollout")
-    assert caught.value.hint is not None and "--max-new-tokens" in caught.value.hint
-    assert caught.value.exit_code == 1
-
-
-def test_other_errors_are_not_memorys_fault() -> None:
-    def work(_: int) -> None:
-        raise RuntimeError("shapes")
-
-    with pytest.raises(RuntimeError, match="shapes"):
-        Fit().attempt(work, total=5, doing="update")
-
-
-def limited(monkeypatch: pytest.MonkeyPatch, rows: int, *, backward: bool = False) -> None:
-    """Log-probabilities of more than `rows` completions run out of memory, forward or backward."""
-    logprobs = Policy.logprobs
-
-    def wrapped(policy: Policy, sequences: Sequences, *, temperature: float) -> tuple[Tensor, Tensor]:
-        too_many = len(sequences.completions) > rows and policy.device.type != "meta"  # where memory is planned
-        if too_many and not backward:
-            out_of_memory()
-        found, entropy = logprobs(policy, sequences, temperature=temperature)
-        if too_many:
-            found.register_hook(out_of_memory)
-        return found, entropy
-
-    monkeypatch.setattr(Policy, "logprobs", wrapped)
-
-
-class Recorder(torch.optim.SGD):
-    """Keeps the gradients that it is given, and does what SGD does."""
-
-    def __init__(self, policy: Policy) -> None:
-        super().__init__(policy.model.parameters(), lr=0.1)
-        self.gradients: list[list[Tensor]] = []
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        (group,) = self.param_groups
-        self.gradients.append([parameter.grad.clone() for parameter in group["params"]])
-        super().step()
-
-
-def learn(policy: Policy, fit: Fit) -> list[list[Tensor]]:
-    """Two inner updates; the gradient of each."""
-    recorder = Recorder(policy)
-    update(
-        policy,
-        recorder,
-        SEQUENCES,
-        ADVANTAGE,
-        loss=LOSS,
-        temperature=1.0,
-        max_new_tokens=4,
-        num_inner_updates=2,
-        fit=fit,
-        ref_logprobs=torch.full((6, 4), -3.0),
-    )
-    return recorder.gradients
-
-
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 4, 5])
-def test_the_gradient_is_the_same_when_memory_runs_out(
-    tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch, rows: int, backward: bool
+def test_what_is_refused_whole_is_taken_in_shards(
+    planner: Planner, eighth: Planner, gigabytes: int, expected: Choices
 ) -> None:
-    untouched = tiny_policy.frozen_copy()
-    untouched.model.requires_grad_(True)
-    expected = learn(untouched, Fit())
-    limited(monkeypatch, rows, backward=backward)
-    told: list[str] = []
-    found = learn(tiny_policy, Fit(told=told.append))
-    assert told and f"doing it again with {min(rows, 3)} completion" in told[-1]
-    assert len(found) == len(expected) == 2
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+    found = find(eighth, free=int(gigabytes * GB))
+    assert found.choices == expected and found.peak <= found.room
+    if gigabytes < 16:
+        with pytest.raises(CountdownError):
+            find(planner, free=int(gigabytes * GB))
 
 
-def test_the_reference_pass_is_the_same_when_memory_runs_out(
-    tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch
+def test_gradients_of_several_ranks_have_their_place_before_the_first_pass(qwen: Path, planner: Planner) -> None:
+    alone, shared = planner, Planner(str(qwen), replace(WORK, ranks=2))
+    choices = Choices(logit_chunk=1024, checkpointing=True)
+    assert alone.plan(choices).phases["update"]["gradients"] < 2 * WEIGHTS
+    assert shared.plan(choices).phases["update"]["gradients"] == 2 * WEIGHTS
+
+
+def test_what_is_set_is_not_chosen(planner: Planner) -> None:
+    found = find(planner, free=int(40 * GB), rows=8, checkpointing=True, on_host=True)
+    assert found.choices == Choices(0, 8, checkpointing=True, on_host=True)
+    with pytest.raises(CountdownError, match=r"needs at least 54\.\d GB of memory, and 22\.3 GB") as caught:
+        find(planner, free=int(24 * GB), rows=64, checkpointing=False, on_host=False)
+    assert caught.value.exit_code == 2 and "--max-new-tokens" in str(caught.value.hint)
+
+
+def test_a_micro_batch_within_a_group_has_its_prompt_and_one_across_groups_all_that_it_touches(
+    planner: Planner,
 ) -> None:
-    expected = reference_logprobs(tiny_policy, SEQUENCES, temperature=1.0)
-    limited(monkeypatch, 2)
-    fit = Fit()
-    torch.testing.assert_close(reference_logprobs(tiny_policy, SEQUENCES, temperature=1.0, fit=fit), expected)
-    assert fit.rows == 2
+    assert [planner._prompts_of(rows) for rows in (1, 2, 8, 16, 17, 32, 64)] == [1, 2, 2, 1, 2, 2, 4]
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
-def test_the_same_is_sampled_when_memory_runs_out(
-    tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch, rows: int
-) -> None:
-    prompts, uniform = [[1, 2, 3], [4, 5], [6]], draws(0, 1, range(3), 4, 6)
-
-    def go(fit: Fit | None) -> tuple[list[list[int]], list[bool]]:
-        found = sample(
-            tiny_policy, prompts, num_generations=4, max_new_tokens=6, temperature=1.0, uniform=uniform, fit=fit
-        )
-        return found.completions, found.truncated
-
-    expected = go(None)
-    step = Policy.step
-
-    def limited_step(policy: Policy, longest: int) -> Callable[..., Tensor]:
-        one = step(policy, longest)
-        return lambda tokens, *rest: one(tokens, *rest) if len(tokens) <= rows else out_of_memory()
-
-    monkeypatch.setattr(Policy, "step", limited_step)
-    fit = Fit()
-    assert go(fit) == expected
-    assert 1 <= fit.rows <= 6
-    assert go(Fit(rows)) == expected
+def test_the_cost_of_choices_in_tokens_passed_forward(planner: Planner) -> None:
+    tokens = 4 * 290 + 64 * 160
+    assert planner.cost(Choices()) == 4 * tokens + 500
+    assert planner.cost(Choices(checkpointing=True)) == 5 * tokens + 500
+    assert planner.cost(Choices(rows=16, on_host=True)) == 4 * tokens + 4 * 500 + 4000
 
 
-def test_a_training_goes_on_with_fewer_rows_and_says_so(
-    countdown: Command, tiny_folder: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    limited(monkeypatch, 1)
-    arguments = ["--precision", "float32", "--batch-size", "2", "--num-generations", "2", "--max-new-tokens", "8"]
-    arguments += ["--num-iterations", "1", "--eval-puzzles", "2"]
-    found = countdown("train", "--model", tiny_folder, "--run", "small", *arguments)
+def test_a_reference_on_the_host_is_brought_for_its_pass_and_no_longer(tiny_policy: Policy) -> None:
+    sequences = Sequences([[1] * 4] * 2, [[2] * 3] * 4, [0, 0, 1, 1])
+    expected = reference_logprobs(tiny_policy.frozen_copy(), sequences, temperature=1.0)
+    reference = tiny_policy.frozen_copy(on_host=True)
+    home = [weight.data_ptr() for weight in reference.model.parameters()]
+    assert reference.fingerprint() == tiny_policy.fingerprint()
+    with reference.brought():
+        away = [weight.data_ptr() for weight in reference.model.parameters()]
+        assert not set(away) & set(home)
+    assert torch.equal(reference_logprobs(reference, sequences, temperature=1.0), expected)
+    assert [weight.data_ptr() for weight in reference.model.parameters()] == home
+    with pytest.raises(RuntimeError, match="halfway"), reference.brought():
+        raise RuntimeError("halfway")
+    assert [weight.data_ptr() for weight in reference.model.parameters()] == home
+
+
+def test_switches_of_older_files_are_still_read(tmp_path: Path) -> None:
+    for old, new in (("true", "on"), ("false", "off"), ('"auto"', "auto")):
+        file = tmp_path / "old.toml"
+        file.write_text(f"[model]\ngradient_checkpointing = {old}\n")
+        assert resolve(config_file=file, has_cuda=lambda: False).settings.model.gradient_checkpointing == new
+
+
+SMALL = ["--precision", "float32", "--batch-size", "2", "--num-generations", "2", "--max-new-tokens", "8"]
+SMALL += ["--num-iterations", "2", "--eval-puzzles", "2"]
+
+
+def test_a_dry_run_plans_for_a_gpu_that_is_not_there(countdown: Command, qwen: Path) -> None:
+    arguments = ["train", "--preset", "qwen2.5-1.5b", "--model", qwen, "--device", "cuda", "--dry-run"]
+    found = countdown(*arguments, "--precision", "bf16-master", "--memory", "24")
+    assert found.code == 0, found.err
+    assert "22.30 can be used" in " ".join(found.out.split())
+    for word in ("weights", "master", "gradients", "moments", "reference", "KV cache", "activations", "logits"):
+        assert f"\n{word} " in found.out
+    assert "gradient checkpointing on" in " ".join(found.out.split())
+    assert countdown(*arguments, "--memory", "8").code == 2
+    found = countdown(*arguments)
+    assert found.code == 2 and "device `cuda` is not available" in found.err
+
+
+def test_a_training_does_as_planned_and_says_so(countdown: Command, tiny_folder: Path) -> None:
+    found = countdown("train", "--model", tiny_folder, "--run", "plain", *SMALL)
     assert found.code == 0
-    assert "memory ran out in the reference pass: doing it again with 2 completions at once" in found.err
-    assert "with 1 completion at once" in found.err
-    limited(monkeypatch, 0)
-    found = countdown("train", "--model", tiny_folder, "--run", "smaller", *arguments)
-    assert found.code == 1
-    assert "memory ran out in the reference pass of a single completion" in found.err and "hint:" in found.err
+    assert "micro-batches of the whole step, gradient checkpointing off, reference on the device" in found.err
+    changed = ["--gradient-checkpointing", "on", "--reference", "host", "--micro-batch-size", "1"]
+    found = countdown("train", "--model", tiny_folder, "--run", "lean", *SMALL, *changed)
+    assert found.code == 0
+    assert "micro-batches of 1 completions, gradient checkpointing on, reference on the host" in found.err
+    plain, lean = (
+        [json.loads(line) for line in Path("runs", name, "metrics.jsonl").read_text().splitlines()]
+        for name in ("plain", "lean")
+    )
+    for one, other in zip(plain, lean, strict=True):
+        for key in ("loss", "kl", "grad_norm", "reward"):
+            assert one.get(key, 0) == pytest.approx(other.get(key, 0), rel=1e-3, abs=1e-5)
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_loaded(countdown: Command, tiny_folder: Path) -> None:
+    found = countdown("train", "--model", tiny_folder, "--run", "none", *SMALL, "--memory", "0.0001")
+    assert found.code == 2
+    assert "this training needs at least" in found.err and "hint:" in found.err
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("expandable_segments:True", None)),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, ("backend:native", None)),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, (None, "backend:native")),
+    ],
+)
+def test_the_allocator_of_cuda_grows_its_blocks_unless_the_user_says_how(
+    countdown: Command, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: tuple[str | None, str | None]
+) -> None:
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # put back afterwards
+        monkeypatch.delenv(name)
+        if name in given:
+            monkeypatch.setenv(name, given[name])
+    assert countdown("--version").code == 0
+    assert (os.environ.get("PYTORCH_CUDA_ALLOC_CONF"), os.environ.get("PYTORCH_ALLOC_CONF")) == expected

@@ -8,9 +8,9 @@ import typer
 from typer.core import TyperCommand
 from typer.testing import CliRunner
 
-from grpo_cli.core.config import flag
-from grpo_cli.core.settings import FIELDS, choices
-from grpo_cli.options import flags, settings_command
+from grpo_cli.cli.options import flags, settings_command
+from grpo_cli.core.config.resolve import flag
+from grpo_cli.core.config.settings import FIELDS, choices
 
 EVERYTHING = ("preset", "runs", "task", "model", "train", "loss", "plot")  # [eval] shares names with [train]
 

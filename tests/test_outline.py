@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_cli.core import attention, qwen2
-from grpo_cli.core.outline import Ledger, checkpointed, traced, traced_prefill
-from grpo_cli.core.policy import Policy, Sequences, load, skeleton
+from grpo_cli.core.model import attention, qwen2
+from grpo_cli.core.model.load import load, skeleton
+from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.perf.outline import Ledger, checkpointed, traced, traced_prefill
 
 
 @pytest.fixture
@@ -22,8 +23,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def even(prompts: int, generations: int, prompt_tokens: int, new_tokens: int) -> Sequences:
-    owners = [prompt for prompt in range(prompts) for _ in range(generations)]
-    return Sequences([[1] * prompt_tokens] * prompts, [[2] * new_tokens] * len(owners), owners)
+    prompt_index = [prompt for prompt in range(prompts) for _ in range(generations)]
+    return Sequences([[1] * prompt_tokens] * prompts, [[2] * new_tokens] * len(prompt_index), prompt_index)
 
 
 def outlined(folder: Path, **changes: object) -> Policy:
@@ -34,21 +35,21 @@ def outlined(folder: Path, **changes: object) -> Policy:
 
 @pytest.mark.parametrize("shape", [(2, 3, 20, 9), (1, 8, 5, 30), (4, 2, 60, 4)])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("tile", [0, 7])
+@pytest.mark.parametrize("logit_chunk", [0, 7])
 @pytest.mark.parametrize(("learn", "again"), [(True, False), (True, True), (False, False)])
 def test_what_is_traced_without_memory_is_what_the_real_model_takes(
     tiny_folder: Path,
     as_on_a_gpu: None,
     shape: tuple[int, int, int, int],
     checkpointing: bool,
-    tile: int,
+    logit_chunk: int,
     learn: bool,
     again: bool,
 ) -> None:
     sequences = even(*shape)
-    real = replace(load(str(tiny_folder), device="cpu", precision="float32"), tile=tile)
+    real = replace(load(str(tiny_folder), device="cpu", precision="float32"), logit_chunk=logit_chunk)
     found = []
-    for policy in (real, outlined(tiny_folder, tile=tile)):
+    for policy in (real, outlined(tiny_folder, logit_chunk=logit_chunk)):
         with checkpointed(policy.model, wanted=checkpointing):
             found.append(traced(policy, sequences, learn=learn, again=again))
     for measured, planned in zip(*found, strict=True):

@@ -22,18 +22,18 @@ MODULES = {
 }
 HEAVY = {"torch", "transformers", "bitsandbytes", "matplotlib", "numpy"}
 LIGHT = [
-    "grpo_cli.cli",
-    "grpo_cli.display",
-    "grpo_cli.options",
-    "grpo_cli.plot",
-    "grpo_cli.account",
-    "grpo_cli.report",
-    "grpo_cli.core.config",
-    "grpo_cli.core.puzzle",
-    "grpo_cli.core.run",
-    "grpo_cli.core.settings",
-    "grpo_cli.core.statistics",
-    "grpo_cli.core.task",
+    "grpo_cli.cli.app",
+    "grpo_cli.ui.tables",
+    "grpo_cli.cli.options",
+    "grpo_cli.ui.figures",
+    "grpo_cli.ui.account",
+    "grpo_cli.ui.report",
+    "grpo_cli.core.config.resolve",
+    "grpo_cli.core.task.puzzle",
+    "grpo_cli.core.run.folder",
+    "grpo_cli.core.config.settings",
+    "grpo_cli.core.evals.statistics",
+    "grpo_cli.core.task.scoring",
 ]
 
 
@@ -56,7 +56,7 @@ def imports(tree: ast.Module) -> Iterator[str]:
 
 
 def test_help_loads_neither_a_model_nor_the_settings() -> None:
-    code = "import sys; sys.argv = ['countdown', '--help']\nfrom grpo_cli.cli import main\nmain()"
+    code = "import sys; sys.argv = ['countdown', '--help']\nfrom grpo_cli.cli.app import main\nmain()"
     assert loaded_by(code) & {*HEAVY, "pydantic"} == set()
 
 
@@ -65,7 +65,9 @@ def test_what_needs_no_model_loads_none(module: str) -> None:
     assert loaded_by(f"import {module}") & HEAVY == set()
 
 
-@pytest.mark.parametrize("module", ["errors", "expression", "puzzle", "task"])
+@pytest.mark.parametrize(
+    "module", ["errors", "task.expression", "task.puzzle", "task.prompts", "task.scoring", "task.solver", "task.data"]
+)
 def test_puzzles_and_scores_need_the_standard_library_alone(module: str) -> None:
     assert loaded_by(f"import grpo_cli.core.{module}") - loaded_by("") - sys.stdlib_module_names == {"grpo_cli"}
 
@@ -84,8 +86,16 @@ def test_the_core_neither_prints_nor_exits_nor_reads_the_environment() -> None:
 
 
 def test_the_core_knows_nothing_above_it() -> None:
-    above = {"typer", "rich", "grpo_cli.cli", "grpo_cli.display", "grpo_cli.live", "grpo_cli.options", "grpo_cli.plot"}
-    above |= {"grpo_cli.report", "grpo_cli.account"}
+    above = {
+        "typer",
+        "rich",
+        "grpo_cli.cli.app",
+        "grpo_cli.ui.tables",
+        "grpo_cli.ui.live",
+        "grpo_cli.cli.options",
+        "grpo_cli.ui.figures",
+    }
+    above |= {"grpo_cli.ui.report", "grpo_cli.ui.account"}
     core = {name: set(imports(tree)) & above for name, tree in MODULES.items() if name.startswith("grpo_cli.core")}
     assert {name: names for name, names in core.items() if names} == {}
 
@@ -102,7 +112,7 @@ def test_every_module_says_what_it_does() -> None:
 def test_every_command_is_in_the_readme() -> None:
     from typer.main import get_group
 
-    from grpo_cli.cli import app
+    from grpo_cli.cli.app import app
 
     readme = (PACKAGE.parent / "README.md").read_text("utf-8")
     assert [name for name in get_group(app).commands if f"countdown {name}" not in readme] == []

@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from grpo_cli.core.grpo import advantages, batch_loss, normalizer
-from grpo_cli.core.policy import Policy, Sequences
-from grpo_cli.core.puzzle import Puzzle
-from grpo_cli.core.settings import Loss
-from grpo_cli.core.task import prompt
+from grpo_cli.core.config.settings import Loss
+from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.rl.grpo import advantages, batch_loss, normalizer
+from grpo_cli.core.task.prompts import prompt
+from grpo_cli.core.task.puzzle import Puzzle
 
 pytestmark = [
     pytest.mark.peer,
@@ -69,9 +69,9 @@ def trainer(folder: Path, output: Path, fixed: Fixed, *, loss_type: str, beta: f
     sequences, rows = fixed.sequences, GROUPS * GENERATIONS
 
     def rollout(prompts: list[str], _: object) -> dict[str, list[Any]]:
-        assert prompts == [str(owner) for owner in sequences.owners]
+        assert prompts == [str(owner) for owner in sequences.prompt_index]
         return {
-            "prompt_ids": [sequences.prompts[owner] for owner in sequences.owners],
+            "prompt_ids": [sequences.prompts[owner] for owner in sequences.prompt_index],
             "completion_ids": sequences.completions,
             "logprobs": [[0.0] * len(completion) for completion in sequences.completions],
         }
@@ -111,7 +111,7 @@ def trainer(folder: Path, output: Path, fixed: Fixed, *, loss_type: str, beta: f
 
 def peer_inputs(peer: Any, fixed: Fixed) -> dict[str, Tensor]:
     found: dict[str, Tensor] = peer._generate_and_score_completions(
-        [{"prompt": str(owner)} for owner in fixed.sequences.owners]
+        [{"prompt": str(owner)} for owner in fixed.sequences.prompt_index]
     )
     return found
 

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from grpo_cli.core import attention as attention_module
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.policy import Policy, Sequences, load, token_logprobs
-from grpo_cli.core.rollout import draws, sample
-from grpo_cli.core.task import SYSTEM
+from grpo_cli.core.model import attention as attention_module
+from grpo_cli.core.model.load import load
+from grpo_cli.core.model.policy import Policy, Sequences, token_logprobs
+from grpo_cli.core.sampling.rollout import sample, uniforms
+from grpo_cli.core.task.prompts import SYSTEM
 
 MESSAGES = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Make 13 of [3, 5, 2]."}]
 TEMPERATURE = 1.3
@@ -34,15 +35,15 @@ def ragged(rows: int) -> Sequences:
 
     prompts = [tokens(length) for length in (17, 3, 31, 8)]
     lengths = torch.randint(1, 41, (rows,), generator=rng).tolist()
-    owners = torch.randint(0, 4, (rows,), generator=rng).tolist()
-    return Sequences(prompts, [tokens(length) for length in lengths], owners)
+    prompt_index = torch.randint(0, 4, (rows,), generator=rng).tolist()
+    return Sequences(prompts, [tokens(length) for length in lengths], prompt_index)
 
 
 def plain_logprobs(model: PreTrainedModel, sequences: Sequences) -> tuple[Tensor, Tensor]:
     """What the textbook does: every row [padding | prompt | completion] on its own, all logits, log-softmax."""
     rows = [
         sequences.prompts[owner] + completion
-        for owner, completion in zip(sequences.owners, sequences.completions, strict=True)
+        for owner, completion in zip(sequences.prompt_index, sequences.completions, strict=True)
     ]
     longest = max(map(len, rows))
     tokens = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
@@ -81,7 +82,7 @@ def test_logprobs_and_gradients_equal_the_plain_models(
 ) -> None:
     monkeypatch.setattr(attention_module, "maskless", lambda device: maskless)
     policy = load(str(tiny_folder), device="cpu", precision="float32", gradient_checkpointing=gradient_checkpointing)
-    policy = replace(policy, tile=7 if tiled else 0)
+    policy = replace(policy, logit_chunk=7 if tiled else 0)
     plain = AutoModelForCausalLM.from_pretrained(tiny_folder, attn_implementation=attention)
     sequences = ragged(37)
 
@@ -345,7 +346,7 @@ def test_generation_settings_of_a_model_change_nothing(tiny_policy: Policy, fold
     }
     configure(folder, "generation_config.json", **hostile, max_length=3, suppress_tokens=list(range(400)))
     other = load(str(folder), device="cpu", precision="float32")
-    uniform = draws(0, 0, [0], 4, 24)
+    uniform = uniforms(0, 0, [0], 4, 24)
     for choice in (None, uniform):
         count = 1 if choice is None else 4
         found, expected = (

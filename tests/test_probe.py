@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from grpo_cli.core.evaluate import Completion
-from grpo_cli.core.policy import Policy
-from grpo_cli.core.probe import PUZZLES, Probe, Sampled, chosen_puzzles, expected_mixed, measure, probe
-from grpo_cli.core.puzzle import Puzzle, enumerate_puzzles
-from grpo_cli.core.statistics import wilson
-from grpo_cli.core.task import STYLES, Style, score
+from grpo_cli.core.evals.evaluate import Completion
+from grpo_cli.core.evals.statistics import wilson
+from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.rl.probe import PUZZLES, Probe, Sampled, chosen_puzzles, expected_mixed, measure, probe
+from grpo_cli.core.task.data import enumerate_puzzles
+from grpo_cli.core.task.prompts import STYLES, Style
+from grpo_cli.core.task.puzzle import Puzzle
+from grpo_cli.core.task.scoring import score
 
 PUZZLE = Puzzle((2, 4, 6), 12)
 RIGHT, WRONG, BARE = "<think>x</think><answer>2 + 4 + 6</answer>", "<think>x</think><answer>2 * 4 + 6</answer>", "no"

@@ -11,22 +11,10 @@ from pathlib import Path
 import pytest
 
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.expression import parse
-from grpo_cli.core.puzzle import (
-    Puzzle,
-    Split,
-    Summary,
-    checked,
-    enumerate_puzzles,
-    generate,
-    judge,
-    needs_parentheses,
-    read_puzzles,
-    solve,
-    split_of,
-    summarize,
-    write_puzzles,
-)
+from grpo_cli.core.task.data import Summary, enumerate_puzzles, generate, read_puzzles, summarize, write_puzzles
+from grpo_cli.core.task.expression import parse
+from grpo_cli.core.task.puzzle import Puzzle, Split, checked, judge, split_of
+from grpo_cli.core.task.solver import needs_parentheses, solve
 
 PRIME = 2**61 - 1
 

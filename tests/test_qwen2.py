@@ -8,10 +8,11 @@ from conftest import save_tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config
 from transformers import Qwen2ForCausalLM as Qwen2
 
-from grpo_cli.core.attention import Decode, Packed, Prefill
-from grpo_cli.core.policy import Policy, load, load_tokenizer
-from grpo_cli.core.qwen2 import Pass, fits
-from grpo_cli.core.rollout import sample
+from grpo_cli.core.model.attention import Decode, Packed, Prefill
+from grpo_cli.core.model.load import load, load_tokenizer
+from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.model.qwen2 import Pass, fits
+from grpo_cli.core.sampling.rollout import sample
 
 TOKENS = torch.arange(3, 33).view(6, 5)  # of 6 prompts, the last token of which is decoded
 

@@ -18,9 +18,9 @@ import torch
 from conftest import SMALL
 from transformers import AutoModelForCausalLM
 
+from grpo_cli.cli.launch import Place, place
+from grpo_cli.core.dist.ranks import Gradients, Ranks, Solo, _buckets, _Summed
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.ranks import Gradients, Ranks, Solo, _buckets, _Summed
-from grpo_cli.launch import Place, place
 
 ROOT = Path(__file__).parent.parent
 TRAIN = [*SMALL, "--device", "cpu", "--num-iterations", "3", "--batch-size", "3"]
@@ -31,7 +31,9 @@ def launched(
 ) -> subprocess.Popen[str]:
     """`countdown ARGUMENTS` under torchrun in `folder`; each process first runs the lines of `plugin`."""
     script = folder / "start.py"
-    script.write_text(f"import os\nrank = int(os.environ['RANK'])\n{plugin}\nfrom grpo_cli.cli import main\nmain()\n")
+    script.write_text(
+        f"import os\nrank = int(os.environ['RANK'])\n{plugin}\nfrom grpo_cli.cli.app import main\nmain()\n"
+    )
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environ = {key: value for key, value in os.environ.items() if not key.startswith("COUNTDOWN_")}
     environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -109,7 +111,7 @@ def test_a_launcher_is_known_by_its_environment() -> None:
 
 
 def test_buckets_hold_gradients_of_one_kind_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grpo_cli.core.ranks.BUCKET", 40)
+    monkeypatch.setattr("grpo_cli.core.dist.ranks.BUCKET", 40)
     tensors = [torch.zeros(4), torch.zeros(6), torch.zeros(1), torch.zeros(2, dtype=torch.bfloat16), torch.zeros(30)]
     assert [[one.numel() for one in bucket] for bucket in _buckets(tensors)] == [[4, 6], [1], [2], [30]]
 
@@ -140,7 +142,7 @@ def test_gradients_are_sent_during_the_last_backward_pass_and_each_once(
     only_rank: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three micro-batches; memory runs out late in the last one, and it is done again in five."""
-    monkeypatch.setattr("grpo_cli.core.ranks.BUCKET", 1)  # a bucket for each weight
+    monkeypatch.setattr("grpo_cli.core.dist.ranks.BUCKET", 1)  # a bucket for each weight
     model: Any = Deep()
     given = torch.randn(15, 2, generator=torch.Generator().manual_seed(4))
     model(given).backward()
@@ -181,7 +183,7 @@ def test_gradients_are_sent_during_the_last_backward_pass_and_each_once(
 
 def test_one_process_never_starts_torch_distributed(tiny_folder: Path, tmp_path: Path) -> None:
     arguments = ["countdown", "train", "--model", str(tiny_folder), "--run", "one", *SMALL]
-    code = f"import sys; sys.argv = {arguments!r}\nfrom grpo_cli.cli import main\n"
+    code = f"import sys; sys.argv = {arguments!r}\nfrom grpo_cli.cli.app import main\n"
     code += "import torch, torch.distributed as dist\n"
     code += "before = set(sys.modules)\ndef refuse(*_, **__): raise SystemExit(9)\ndist.init_process_group = refuse\n"
     code += "main()\nassert not dist.is_initialized()\n"
@@ -215,7 +217,7 @@ def test_an_evaluation_is_dealt_out(tiny_folder: Path, tmp_path: Path) -> None:
 # Each plugin changes what one rank does, as a fault would.
 NAN = """
 if rank == 1:
-    from grpo_cli.core import grpo
+    from grpo_cli.core.rl import grpo
     plain, calls = grpo.batch_loss, []
     def broken(*args):
         calls.append(1)
@@ -229,7 +231,7 @@ NAN_BACKWARD = NAN.replace(
 )
 RAISES = """
 if rank == 1:
-    from grpo_cli.core import train
+    from grpo_cli.core.rl import train
     plain, calls = train.score, []
     def broken(*args, **given):
         calls.append(1)
@@ -241,7 +243,7 @@ if rank == 1:
 DIES = RAISES.replace('raise RuntimeError("out of luck")', "os.kill(os.getpid(), 9)")
 HANGS = RAISES.replace('raise RuntimeError("out of luck")', "import time; time.sleep(100)")
 LATE = """
-from grpo_cli.core import ranks
+from grpo_cli.core.dist import ranks
 ranks.BUCKET = 5_000
 if rank == 1:
     import torch
@@ -255,7 +257,7 @@ if rank == 1:
 """
 SLOW = """
 import time
-from grpo_cli.core import train
+from grpo_cli.core.rl import train
 plain = train.score
 def slow(*args, **given):
     print("scoring", flush=True)
@@ -396,7 +398,7 @@ def test_sharded_weights_sample_layer_by_layer_what_a_copy_samples(
 
 SLOW_TOKENS = """
 import time
-from grpo_cli.core import sampler
+from grpo_cli.core.sampling import decode as sampler
 plain = sampler.choose
 def slow(*args):
     time.sleep(0.1)

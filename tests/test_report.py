@@ -19,12 +19,13 @@ import pytest
 from conftest import Command
 from pydantic import TypeAdapter
 
-from grpo_cli import plot, report
-from grpo_cli.account import Account, Change, change
-from grpo_cli.core import config
+from grpo_cli.core.config import resolve as config
+from grpo_cli.core.config.settings import values
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.run import Evaluated, Example, Run
-from grpo_cli.core.settings import values
+from grpo_cli.core.run.folder import Evaluated, Example, Run
+from grpo_cli.ui import figures as plot
+from grpo_cli.ui import report
+from grpo_cli.ui.account import Account, Change, change
 
 DEFAULTS = config.defaults()
 SETTINGS = values(config.resolve(has_cuda=lambda: False).settings)

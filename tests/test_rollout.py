@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from grpo_cli.core.policy import Policy, Sequences
-from grpo_cli.core.puzzle import Puzzle
-from grpo_cli.core.rollout import Rollout, draws, sample
-from grpo_cli.core.sampler import choose
-from grpo_cli.core.task import Style, prompt
+from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.sampling.decode import choose
+from grpo_cli.core.sampling.rollout import Rollout, sample, uniforms
+from grpo_cli.core.task.prompts import Style, prompt
+from grpo_cli.core.task.puzzle import Puzzle
 
 # Prompts of different lengths, so that padding is always in play.
 PUZZLES: list[tuple[Puzzle, Style]] = [
@@ -58,9 +58,9 @@ def test_greedy_output_equals_generate_token_for_token(tiny_policy: Policy, tiny
 def test_sampled_logprobs_equal_the_trainers(tiny_policy: Policy) -> None:
     policy = with_frequent_end(tiny_policy)
     prompts = encoded(policy)
-    rollout = rolled(policy, prompts, draws(1, 2, [0, 1, 2], 8, 48), temperature=1.3)
-    owners = [row // 8 for row in range(24)]
-    logprobs, _ = policy.logprobs(Sequences(prompts, rollout.completions, owners), temperature=1.3)
+    rollout = rolled(policy, prompts, uniforms(1, 2, [0, 1, 2], 8, 48), temperature=1.3)
+    prompt_index = [row // 8 for row in range(24)]
+    logprobs, _ = policy.logprobs(Sequences(prompts, rollout.completions, prompt_index), temperature=1.3)
     for row, sampled in enumerate(rollout.logprobs):
         torch.testing.assert_close(logprobs[row, : len(sampled)], torch.tensor(sampled), atol=1e-4, rtol=0)
     assert len({len(completion) for completion in rollout.completions}) > 5
@@ -70,16 +70,16 @@ def test_sampled_logprobs_equal_the_trainers(tiny_policy: Policy) -> None:
 def test_the_batch_split_does_not_change_what_is_sampled(tiny_policy: Policy, split: list[list[int]]) -> None:
     policy = with_frequent_end(tiny_policy)
     prompts = encoded(policy)
-    whole = rolled(policy, prompts, draws(5, 3, [0, 1, 2], 4, 48))
+    whole = rolled(policy, prompts, uniforms(5, 3, [0, 1, 2], 4, 48))
     for chosen in split:
-        part = rolled(policy, [prompts[index] for index in chosen], draws(5, 3, chosen, 4, 48))
+        part = rolled(policy, [prompts[index] for index in chosen], uniforms(5, 3, chosen, 4, 48))
         expected = [whole.completions[index * 4 + g] for index in chosen for g in range(4)]
         assert part.completions == expected
 
 
 def test_every_end_id_ends_a_row_and_is_kept(tiny_policy: Policy) -> None:
     policy = with_frequent_end(tiny_policy)
-    rollout = rolled(policy, encoded(policy), draws(0, 0, [0, 1, 2], 16, 48))
+    rollout = rolled(policy, encoded(policy), uniforms(0, 0, [0, 1, 2], 16, 48))
     ends = set(policy.end_ids)
     for completion, truncated in zip(rollout.completions, rollout.truncated, strict=True):
         assert not ends & set(completion[:-1])
@@ -109,15 +109,15 @@ def test_impossible_tokens_are_never_chosen() -> None:
 
 def test_sampling_follows_the_distribution() -> None:
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    uniform = draws(0, 0, range(40), 100, 10).flatten()
+    uniform = uniforms(0, 0, range(40), 100, 10).flatten()
     tokens, _ = choose(probabilities.log().expand(len(uniform), -1), uniform, 1.0)
     shares = torch.bincount(tokens, minlength=4) / len(tokens)
     torch.testing.assert_close(shares, probabilities, atol=0.01, rtol=0)
 
 
 def test_draws_depend_on_seed_step_prompt_and_sample() -> None:
-    base = draws(0, 0, [0, 1], 2, 3)
+    base = uniforms(0, 0, [0, 1], 2, 3)
     rows = {tuple(row.tolist()) for row in base.view(4, 3)}
-    rows |= {tuple(draws(*place, [0], 1, 3).flatten().tolist()) for place in ((1, 0), (0, 1))}
+    rows |= {tuple(uniforms(*place, [0], 1, 3).flatten().tolist()) for place in ((1, 0), (0, 1))}
     assert len(rows) == 6
-    assert torch.equal(draws(0, 0, [1], 1, 3)[0, 0], base[1, 0])
+    assert torch.equal(uniforms(0, 0, [1], 1, 3)[0, 0], base[1, 0])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from grpo_cli.core.statistics import changes, holm, mcnemar, wilson
+from grpo_cli.core.evals.statistics import changes, holm, mcnemar, wilson
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from grpo_cli.core.suite import CELLS, Cell, cell, weighted_mean
+from grpo_cli.core.task.suite import CELLS, Cell, cell, weighted_mean
 
 
 def test_a_cell_is_known_by_its_name() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from grpo_cli.core.summary import phases, verdict
+from grpo_cli.core.rl.summary import phases, verdict
 
 STEP = {
     "step": 1, "floor_share": 0.2, "time/total": 8.0, "time/rollout": 5.5, "time/prefill": 0.5, "time/decode": 4.5,

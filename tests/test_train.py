@@ -14,19 +14,23 @@ import pytest
 import torch
 from conftest import MEASURED
 
-from grpo_cli.core import config, grpo
-from grpo_cli.core import train as train_module
-from grpo_cli.core.curriculum import puzzles_of_step
+from grpo_cli.core.config import resolve as config
+from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.evaluate import evaluate
-from grpo_cli.core.policy import load
-from grpo_cli.core.puzzle import Puzzle, enumerate_puzzles
-from grpo_cli.core.run import Run
-from grpo_cli.core.settings import Settings
-from grpo_cli.core.state import Training, build_optimizer, choose_checkpoint
-from grpo_cli.core.summary import summary
-from grpo_cli.core.task import Cheat, Reason, Score, Style, prompt
-from grpo_cli.core.train import Interrupted, learning_rate_at, train
+from grpo_cli.core.evals.evaluate import evaluate
+from grpo_cli.core.model.load import load
+from grpo_cli.core.rl import grpo
+from grpo_cli.core.rl import train as train_module
+from grpo_cli.core.rl import update as update_module
+from grpo_cli.core.rl.session import Training, build_optimizer, choose_checkpoint
+from grpo_cli.core.rl.summary import summary
+from grpo_cli.core.rl.train import Interrupted, learning_rate_at, train
+from grpo_cli.core.run.folder import Run
+from grpo_cli.core.task.curriculum import puzzles_of_step
+from grpo_cli.core.task.data import enumerate_puzzles
+from grpo_cli.core.task.prompts import Style, prompt
+from grpo_cli.core.task.puzzle import Puzzle
+from grpo_cli.core.task.scoring import Cheat, Reason, Score
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +42,7 @@ def reward_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
         reason: Reason = "correct" if even else "no_answer"
         return Score(reward=float(even), correct=even, reason=reason, answer=None, well_formed=False, lenient=even)
 
-    monkeypatch.setattr("grpo_cli.core.train.score", score)
+    monkeypatch.setattr("grpo_cli.core.rl.train.score", score)
 
 
 class Watcher:
@@ -182,7 +186,7 @@ def test_going_on_from_a_checkpoint_equals_never_having_stopped(
 ) -> None:
     # Five puzzles, two a step: an epoch ends within the third step.
     few = list(enumerate_puzzles(3, "train"))[:5]
-    monkeypatch.setattr("grpo_cli.core.train.puzzle_set", lambda numbers, split: few)
+    monkeypatch.setattr("grpo_cli.core.rl.train.puzzle_set", lambda numbers, split: few)
     flags = {"train.optimizer": optimizer, "train.num_inner_updates": inner, "train.save_every": 1}
     settings = small(tiny_folder, **flags)
     whole, expected, _ = trained(settings, tmp_path, "whole")
@@ -265,7 +269,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, what: str, value: float, bad: set[int
     if what == "reward":
         monkeypatch.setattr(train_module, "score", score)
     else:
-        monkeypatch.setattr(grpo, "batch_loss", batch_loss)
+        monkeypatch.setattr(update_module, "batch_loss", batch_loss)
 
 
 @pytest.mark.faults
@@ -356,7 +360,7 @@ def test_a_run_whose_completions_are_all_truncated_goes_on(tiny_folder: Path, tm
 def test_a_collapse_is_warned_of_once_and_ends_the_run_if_asked_to(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: bool
 ) -> None:
-    monkeypatch.setattr("grpo_cli.core.guards.WINDOW", 2)
+    monkeypatch.setattr("grpo_cli.core.rl.health.WINDOW", 2)
     hollow = Score(reward=0.2, correct=False, reason="wrong_value", answer="1", well_formed=True, lenient=False)
     monkeypatch.setattr(train_module, "score", lambda *_, **__: hollow)
     settings = small(tiny_folder, **{"train.stop_on_collapse": stop})
@@ -376,7 +380,7 @@ def test_a_collapse_is_warned_of_once_and_ends_the_run_if_asked_to(
 def test_a_training_with_nothing_left_to_learn_says_so_once_and_goes_on(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grpo_cli.core.guards.WINDOW", 2)
+    monkeypatch.setattr("grpo_cli.core.rl.health.WINDOW", 2)
     solved = Score(reward=1.0, correct=True, reason="correct", answer="1", well_formed=True, lenient=True)
     monkeypatch.setattr(train_module, "score", lambda *_, **__: solved)
     training, _, watcher = trained(small(tiny_folder, **{"train.stop_on_collapse": True}), tmp_path)
@@ -420,7 +424,7 @@ def test_a_curriculum_shows_in_the_metrics_and_goes_on_as_if_it_had_not_stopped(
     flags: dict[str, object] = {
         "train.prompt_style": "one-shot -> zero-shot, linear over 3 steps",
         "train.prompt_numbers": "3 = 0.5, 4 = 0.5",
-        "train.refill": 2,
+        "train.dynamic_sampling": 2,
         "train.save_every": 1,
         "train.batch_size": 4,
         "train.eval_every": 1,
@@ -471,7 +475,7 @@ def test_groups_of_equal_rewards_are_sampled_anew_from_other_puzzles(
         return Score(float(right), right, "correct" if right else "no_answer", None, False, right)
 
     monkeypatch.setattr(train_module, "score", score)
-    _, run, _ = trained(small(tiny_folder, **{"train.refill": 3, "train.eval_every": 100}), tmp_path)
+    _, run, _ = trained(small(tiny_folder, **{"train.dynamic_sampling": 3, "train.eval_every": 100}), tmp_path)
     lines = run.metrics()[1:]
     assert [line["zero_variance"] for line in lines] == [1, 0, 1, 0]  # of what was drawn first
     assert [line["reward"] for line in lines] == [0, 0.5, 0, 0.5]
@@ -489,7 +493,7 @@ def test_sampling_anew_is_bounded_and_leaves_what_cannot_be_helped(
 ) -> None:
     same = Score(reward=0.2, correct=False, reason="no_answer", answer=None, well_formed=True, lenient=False)
     monkeypatch.setattr(train_module, "score", lambda *_, **__: same)
-    _, run, _ = trained(small(tiny_folder, **{"train.refill": 3, "train.eval_every": 100}), tmp_path)
+    _, run, _ = trained(small(tiny_folder, **{"train.dynamic_sampling": 3, "train.eval_every": 100}), tmp_path)
     assert len(asked) == 4 * 2 * (1 + 3)
     assert len(set(asked)) > 4 * 2 * 3  # nearly always others
     assert [line["refilled"] for line in run.metrics()[1:]] == [0, 0, 0, 0]

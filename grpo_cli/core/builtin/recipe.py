@@ -17,12 +17,13 @@ from functools import partial
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from grpo_cli.core.attention import Prefill
 from grpo_cli.core.builtin.tokenizer import LARGEST_NUMBER, train_tokenizer
 from grpo_cli.core.builtin.traces import FORMS, Patience, drill, evaluated, form_tree, trace
-from grpo_cli.core.policy import ATTENTION
-from grpo_cli.core.puzzle import Puzzle, enumerate_puzzles, split_of
-from grpo_cli.core.task import STYLES, prompt
+from grpo_cli.core.model.attention import Prefill
+from grpo_cli.core.model.policy import ATTENTION
+from grpo_cli.core.task.data import enumerate_puzzles
+from grpo_cli.core.task.prompts import STYLES, prompt
+from grpo_cli.core.task.puzzle import Puzzle, split_of
 
 PATIENT_TRIES = 5  # most impatient searches are given up after this many failures
 PERIODS = (2, 5, 10, 20, 50, 100, 200, 400)

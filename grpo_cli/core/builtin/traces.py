@@ -18,9 +18,9 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-from grpo_cli.core.expression import Expression, parse
-from grpo_cli.core.puzzle import Puzzle
-from grpo_cli.core.task import Style
+from grpo_cli.core.task.expression import Expression, parse
+from grpo_cli.core.task.prompts import Style
+from grpo_cli.core.task.puzzle import Puzzle
 
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 

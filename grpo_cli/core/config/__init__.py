@@ -1,0 +1,1 @@
+"""Settings and where their values come from."""

@@ -1,0 +1,291 @@
+"""Where the value of every setting comes from: shipped file < user's file < preset < environment < flags.
+
+What a setting may be is `settings`' to say. The environment and the flags are handed in, never read here.
+"""
+
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from types import MappingProxyType
+
+import tomli
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from grpo_cli.core.config.settings import FIELDS, TABLES, Settings, expected, fixed
+from grpo_cli.core.errors import CountdownError
+
+_PACKAGE = Path(__file__).parents[2]
+SHIPPED = next(path for path in (_PACKAGE / "config.toml", _PACKAGE.parent / "config.toml") if path.exists())
+_PREFIX = "COUNTDOWN_"
+_LARGEST = 2**20  # bytes of a settings file
+_SCHEDULES = (
+    "a schedule is one of them, a mixture (`3 = 0.5, 4 = 0.5`), or a change (`one-shot -> zero-shot over 20 steps`,"
+    " `3 then 4 after 20 steps`)"
+)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Settings, the origin of each (`train.batch_size` -> `flag --batch-size`), and why this preset."""
+
+    settings: Settings
+    sources: Mapping[str, str]
+    preset_reason: str
+
+
+def flag(key: str) -> str:
+    """`train.batch_size` -> `--batch-size`."""
+    return "--" + key.rpartition(".")[2].replace("_", "-")
+
+
+def variable(key: str) -> str:
+    """`train.batch_size` -> `COUNTDOWN_TRAIN_BATCH_SIZE`."""
+    return f"{_PREFIX}{key.replace('.', '_').upper()}"
+
+
+def defaults() -> dict[str, object]:
+    """Every setting with its value in the shipped `config.toml`, before any preset."""
+    shipped = _shipped().settings
+    return {key: shipped[key].value for key in FIELDS}
+
+
+def resolve(
+    *,
+    flags: Mapping[str, object] = MappingProxyType({}),
+    environ: Mapping[str, str] = MappingProxyType({}),
+    config_file: Path | None = None,
+    directory: Path = Path("."),
+    has_cuda: Callable[[], bool],
+) -> Resolved:
+    """Settings from shipped file < user's file < chosen preset < `environ` < `flags`, each later layer winning.
+
+    The user's file is `config_file`, or else `config.toml` in `directory` if there is one. `flags` is keyed
+    `train.batch_size`; a text value is read as the setting's type. Raises CountdownError, naming the place, for a value
+    or a name that is wrong in any layer, also where a stronger layer hides it.
+    """
+    shipped, user = _shipped(), _user(config_file, directory)
+    for preset in (*shipped.presets.values(), *user.presets.values()):
+        _validate(shipped.settings | preset)
+    _validate(shipped.settings | user.settings)
+    outside = (_environment(environ), _flags(flags))
+    general = shipped.settings | user.settings | outside[0] | outside[1]
+    chosen, reason = _choose(general["preset"], {*shipped.presets, *user.presets}, has_cuda)
+    layer = shipped.settings | user.settings | shipped.presets.get(chosen, {}) | user.presets.get(chosen, {})
+    for stronger in outside:
+        _validate(layer := layer | stronger)
+    return _resolved(layer | {"preset": replace(general["preset"], value=chosen)}, reason)
+
+
+def restore(saved: Mapping[str, object], path: Path, *, flags: Mapping[str, object] = MappingProxyType({})) -> Resolved:
+    """The settings of a run, as `Settings.model_dump` gave them and `path` kept them, under `flags`.
+
+    The preset is part of what was saved, so a flag cannot change it.
+    """
+    if "preset" in flags:
+        raise CountdownError("a run that goes on keeps its preset", "start a new run to use another preset")
+    layer = _shipped().settings | _sections(saved, str(path)).settings
+    _validate(layer)
+    return _resolved(layer | _flags(flags), f"saved in {path}")
+
+
+def go_on(saved: Mapping[str, object], path: Path, *, flags: Mapping[str, object]) -> Resolved:
+    """The settings of a run that goes on, which `flags` may change where the curve keeps its meaning.
+
+    Raises CountdownError that shows what else would change.
+    """
+    before, resolved = fixed(restore(saved, path).settings), restore(saved, path, flags=flags)
+    after = fixed(resolved.settings)
+    changed = [f"{key} from {before[key]} to {after[key]}" for key in before if before[key] != after[key]]
+    if changed:
+        raise CountdownError(
+            f"a run that goes on cannot change {', '.join(changed)}", "start a new run to train with other settings"
+        )
+    return resolved
+
+
+@dataclass(frozen=True)
+class _Value:
+    value: object
+    source: str  # as a table of settings names it
+    place: str  # as an error message names it
+
+
+_Layer = dict[str, _Value]
+
+
+@dataclass(frozen=True)
+class _File:
+    settings: _Layer
+    presets: dict[str, _Layer]
+
+
+def _shipped() -> _File:
+    file = _sections(_parse(SHIPPED), SHIPPED.name)
+    missing = FIELDS.keys() - file.settings.keys()
+    if missing:
+        raise CountdownError(f"`{SHIPPED}` has no `{min(missing)}`", "put the line back: every default stands there")
+    return file
+
+
+def _user(config_file: Path | None, directory: Path) -> _File:
+    path = config_file or directory / SHIPPED.name
+    if config_file is None and (not path.exists() or path.samefile(SHIPPED)):
+        return _File({}, {})
+    return _sections(_parse(path), os.path.join(path.parent, path.name))  # "./config.toml" is not the shipped one
+
+
+def _parse(path: Path) -> dict[str, object]:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            raise CountdownError(f"`{path}` is too large for a settings file")
+        return tomli.loads(content.decode("utf-8-sig"))
+    except OSError as error:
+        raise CountdownError(f"cannot read `{path}`: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise CountdownError(f"`{path}` is not UTF-8 text (byte {error.start})", "save the file as UTF-8") from None
+    except RecursionError:
+        raise CountdownError(f"`{path}` is nested too deeply") from None
+    except ValueError as error:
+        raise CountdownError(f"`{path}` is not valid TOML: {error}") from None
+
+
+def _sections(document: Mapping[str, object], label: str) -> _File:
+    """Split a file into its general settings and its presets.
+
+    TOML cannot hold `preset = "x"` beside `[preset.x]`, so a file with presets writes the choice as `preset.name`.
+    """
+    preset = document.get("preset", {})
+    if isinstance(preset, str):
+        preset = {"name": preset}
+    if not isinstance(preset, dict):
+        raise CountdownError(f"`preset` in `{label}` must be a table or the name of a preset")
+    settings = _layer({name: value for name, value in document.items() if name != "preset"}, label, label)
+    presets = {}
+    for name, content in preset.items():
+        if name == "name":
+            settings["preset"] = _Value(content, label, f"`preset.name` in `{label}`")
+        elif isinstance(content, dict):
+            source = f"preset {name}" if label == SHIPPED.name else f"preset {name} in {label}"
+            presets[name] = _layer(content, label, source, prefix=f"preset.{name}.")
+        else:
+            raise _unknown(f"`preset.{name}` in `{label}`", f"preset.{name}", ["preset.name"])
+    return _File(settings, presets)
+
+
+def _layer(tables: Mapping[str, object], label: str, source: str, prefix: str = "") -> _Layer:
+    values: dict[str, object] = {}
+    for name, content in tables.items():
+        if name not in TABLES and name != "suite":
+            values[name] = content
+        elif isinstance(content, dict):
+            values |= {f"{name}.{key}": value for key, value in content.items()}
+        else:
+            raise CountdownError(f"`{prefix}{name}` in `{label}` must be a table")
+    for key in values:
+        if key == "preset" or (key not in FIELDS and not key.startswith("suite.")):
+            raise _unknown(f"`{prefix}{key}` in `{label}`", key, [*FIELDS, *TABLES])
+    return {key: _Value(value, source, f"`{prefix}{key}` in `{label}`") for key, value in values.items()}
+
+
+def _environment(environ: Mapping[str, str]) -> _Layer:
+    keys = {variable(key): key for key in FIELDS}
+    given = {name: text for name, text in environ.items() if name.startswith(_PREFIX)}
+    for name in given:
+        if name not in keys:
+            raise _unknown(f"`{name}` in the environment", name, keys)
+    return {keys[name]: _Value(_typed(keys[name], text), name, f"`{name}`") for name, text in given.items()}
+
+
+def _flags(flags: Mapping[str, object]) -> _Layer:
+    return {key: _Value(_typed(key, value), f"flag {flag(key)}", f"`{flag(key)}`") for key, value in flags.items()}
+
+
+def _typed(key: str, value: object) -> object:
+    """Text read as the setting's type; text that cannot be is left for validation to refuse."""
+    kind = FIELDS[key].annotation
+    if not isinstance(value, str):
+        return value
+    try:
+        if kind is int:
+            return int(value)
+        if kind is float:
+            return float(value)
+    except ValueError:
+        return value
+    return {"true": True, "false": False}.get(value.lower(), value) if kind is bool else value
+
+
+def _choose(asked: _Value, presets: Collection[str], has_cuda: Callable[[], bool]) -> tuple[str, str]:
+    if asked.value == "auto":
+        return ("qwen2.5-1.5b", "a CUDA device was found") if has_cuda() else ("builtin", "no CUDA device was found")
+    if asked.value not in presets:
+        known = ", ".join(f"`{name}`" for name in ("auto", *sorted(presets)))
+        raise CountdownError(f"{asked.place} names no preset: {_shown(asked.value)}", f"presets are {known}")
+    return str(asked.value), f"chosen by {asked.source}"
+
+
+def _validate(layer: _Layer) -> Settings:
+    top = {key: item.value for key, item in layer.items() if "." not in key}
+    tables = {name: {key: layer[f"{name}.{key}"].value for key in TABLES[name].model_fields} for name in TABLES}
+    suites = {key.partition(".")[2]: item.value for key, item in layer.items() if key.startswith("suite.")}
+    try:
+        settings = Settings.model_validate(top | tables | {"suite": suites})
+    except ValidationError as error:
+        raise _refused(layer, error.errors()[0]) from None
+    wanted = layer["train.eval_suite"]
+    if wanted.value != "none":
+        require_suite(settings, str(wanted.value), wanted.place)
+    return settings
+
+
+def require_suite(settings: Settings, name: str, place: str) -> None:
+    """Raise CountdownError unless `settings` have the suite that `place` names."""
+    if name not in settings.suite:
+        nearest = [f"did you mean `{suite}`?" for suite in get_close_matches(name, settings.suite, n=1)]
+        known = ", ".join(f"`{suite}`" for suite in settings.suite)
+        hint = " ".join([*nearest, f"suites are {known}; add one as [suite.NAME]"])
+        raise CountdownError(f"{place} names no suite: {_shown(name)}", hint)
+
+
+def _refused(layer: _Layer, problem: ErrorDetails) -> CountdownError:
+    """What is wrong with a value, and where it stands."""
+    table, *rest = (str(part) for part in problem["loc"])
+    key = ".".join([table, *rest[:1]])
+    item = layer[key]
+    words = str(problem["ctx"]["error"]) if problem["type"] == "value_error" else None
+    if table == "suite":
+        found = words or (f"the weight of `{rest[1]}` must be a number of at least 0" if rest[1:] else "it is no table")
+        return CountdownError(f"{item.place}: {found}", 'a cell and its weight are written `"val 3 one-shot" = 1.0`')
+    if words:
+        return CountdownError(f"{item.place}: {words}", _SCHEDULES)
+    return CountdownError(f"{item.place} must be {expected(key)}, not {_shown(item.value)}")
+
+
+def _resolved(layer: _Layer, reason: str) -> Resolved:
+    sources = {key: item.source for key, item in layer.items() if key in FIELDS or key.startswith("suite.")}
+    return Resolved(_validate(layer), sources, reason)
+
+
+def _shown(value: object) -> str:
+    match value:
+        case bool():
+            return f"`{str(value).lower()}`"
+        case dict():
+            return "a table"
+        case list():
+            return "an array"
+        case int() if value.bit_length() > 64:
+            return "a number of more than 64 bits"
+        case _:
+            text = str(value)
+            return f"`{text if len(text) <= 60 else text[:57] + '...'}`"
+
+
+def _unknown(place: str, key: str, known: Iterable[str]) -> CountdownError:
+    nearest = get_close_matches(key, known, n=1)
+    return CountdownError(f"unknown setting {place}", f"did you mean `{nearest[0]}`?" if nearest else None)

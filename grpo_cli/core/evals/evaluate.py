@@ -1,0 +1,367 @@
+"""Accuracy of a policy on a set of puzzles, with everything needed to see why it fails.
+
+By default the set is *all* val puzzles and decoding is greedy, so two models are compared on the same puzzles without
+sampling error. Knows neither training nor terminals.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from grpo_cli.core.dist.ranks import Solo
+from grpo_cli.core.evals.contamination import Known, overlap
+from grpo_cli.core.evals.statistics import wilson
+from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.perf.microbatch import MicroBatch
+from grpo_cli.core.sampling.rollout import sample, uniforms
+from grpo_cli.core.task.data import ENUMERABLE, enumerate_puzzles, generate
+from grpo_cli.core.task.prompts import Style, prompt
+from grpo_cli.core.task.puzzle import Puzzle, Split
+from grpo_cli.core.task.scoring import Score, score
+from grpo_cli.core.task.solver import needs_parentheses, solve
+from grpo_cli.core.task.suite import Cell, weighted_mean
+
+EXAMPLES = 4  # completions, of the same puzzles every time, that an evaluation's record shows
+GENERATED = 2_000  # puzzles drawn where the space is too large
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A scored completion. `length` is in tokens; `truncated` says that it ran out of them."""
+
+    puzzle: Puzzle
+    text: str
+    length: int
+    truncated: bool
+    score: Score
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All completions of one model on one set of puzzles, a list of `samples` for each puzzle."""
+
+    model: str
+    split: Split
+    style: Style
+    numbers: int
+    samples: int
+    temperature: float
+    max_new_tokens: int
+    seed: int
+    completions: list[list[Completion]]
+    known: Known | None = None  # what the model was trained on
+
+    @cached_property
+    def _all(self) -> list[Completion]:
+        return [completion for row in self.completions for completion in row]
+
+    @property
+    def cell(self) -> str:
+        """What was evaluated, as suites name it: `val 3 one-shot`."""
+        return f"{self.split} {self.numbers} {self.style}"
+
+    @property
+    def decoding(self) -> dict[str, float]:
+        """How completions were decoded; the seed matters where they are sampled."""
+        found = {"samples": self.samples, "temperature": self.temperature, "max_new_tokens": self.max_new_tokens}
+        return {**found, "seed": self.seed} if self.temperature else found
+
+    @property
+    def protocol(self) -> str:
+        """Hash of what was asked and how it was decoded: two results are comparable where it is the same."""
+        asked = [prompt(row[0].puzzle, self.style) for row in self.completions]
+        content = json.dumps([asked, self.decoding], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    @property
+    def count(self) -> int:
+        """Puzzles."""
+        return len(self.completions)
+
+    @property
+    def puzzles(self) -> list[Puzzle]:
+        return [row[0].puzzle for row in self.completions]
+
+    @property
+    def overlap(self) -> int | None:
+        """Puzzles that the model was trained on; None if that is not known."""
+        return None if self.known is None else overlap(self.puzzles, self.known)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of completions that are correct."""
+        return _mean([completion.score.correct for completion in self._all])
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the accuracy, counting puzzles: completions of one puzzle are not independent."""
+        return wilson(self.accuracy, self.count)
+
+    @property
+    def lenient_accuracy(self) -> float:
+        """Share that is correct when the notation is read leniently; never a reward."""
+        return _mean([completion.score.lenient for completion in self._all])
+
+    @property
+    def format_rate(self) -> float:
+        """Share of completions with both tag pairs."""
+        return _mean([completion.score.well_formed for completion in self._all])
+
+    @property
+    def mean_length(self) -> float:
+        """Mean tokens of a completion."""
+        return _mean([completion.length for completion in self._all])
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Completions by the reason of their score."""
+        return dict(Counter(completion.score.reason for completion in self._all))
+
+    @property
+    def cheats(self) -> dict[str, int]:
+        """Completions by the kind of cheat that they tried, of those that did."""
+        return dict(Counter(completion.score.cheat for completion in self._all if completion.score.cheat))
+
+    @property
+    def pass_at_k(self) -> float | None:
+        """Share of puzzles that at least one of several samples solves."""
+        if self.samples == 1:
+            return None
+        return _mean([any(completion.score.correct for completion in row) for row in self.completions])
+
+    @property
+    def slices(self) -> dict[str, tuple[int, int]]:
+        """(correct, all) completions of the puzzles of each kind."""
+        kinds: dict[str, Callable[[Puzzle], bool]] = {
+            "needs parentheses": needs_parentheses,
+            "no parentheses needed": lambda puzzle: not needs_parentheses(puzzle),
+            "one solution": lambda puzzle: len(solve(puzzle)) == 1,
+            "several solutions": lambda puzzle: len(solve(puzzle)) > 1,
+        }
+        return {kind: _slice(self.completions, belongs) for kind, belongs in kinds.items()}
+
+    @property
+    def _figures(self) -> dict[str, object]:
+        return {
+            "accuracy": self.accuracy,
+            "interval": list(self.interval),
+            "lenient_accuracy": self.lenient_accuracy,
+            "format_rate": self.format_rate,
+            "mean_length": self.mean_length,
+            "reasons": self.reasons,
+        }
+
+    def to_json(self) -> dict[str, object]:
+        """The machine-readable result."""
+        return {
+            "model": self.model,
+            "split": self.split,
+            "style": self.style,
+            "numbers": self.numbers,
+            "count": self.count,
+            "decoding": self.decoding,
+            "protocol": self.protocol,
+            **self._figures,
+            "cheats": self.cheats,
+            "pass_at_k": self.pass_at_k,
+            "overlap": self.overlap,
+        }
+
+    def record(self) -> dict[str, object]:
+        """What a run keeps of it: figures, who was solved, in the order of the puzzles, and a few examples."""
+        rows = self.completions
+        few = [rows[index * (len(rows) - 1) // max(1, EXAMPLES - 1)][0] for index in range(min(EXAMPLES, len(rows)))]
+        return {
+            "cell": self.cell,
+            "count": self.count,
+            **self._figures,
+            "solved": "".join("1" if row[0].score.correct else "0" for row in rows),
+            "examples": [_shown(completion) for completion in few],
+        }
+
+    def records(self) -> Iterator[dict[str, object]]:
+        """Every completion as a JSON object."""
+        return ({"model": self.model, "cell": self.cell, **_shown(completion)} for completion in self._all)
+
+
+def _shown(completion: Completion) -> dict[str, object]:
+    """A completion as JSON keeps it."""
+    puzzle, found = completion.puzzle, completion.score
+    return {
+        "numbers": list(puzzle.numbers),
+        "target": puzzle.target,
+        "completion": completion.text,
+        "length": completion.length,
+        "reward": found.reward,
+        "reason": found.reason,
+        "answer": found.answer,
+    }
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """One model on the cells of a suite, `weights` by their names, and the seconds that it took."""
+
+    model: str
+    cells: list[Evaluation]
+    weights: Mapping[str, float]
+    seconds: float
+
+    @property
+    def mean(self) -> float:
+        """Weighted mean accuracy of the cells."""
+        return weighted_mean({result.cell: result.accuracy for result in self.cells}, self.weights)
+
+    @property
+    def decoding(self) -> dict[str, float]:
+        """How completions were decoded, in every cell."""
+        return self.cells[0].decoding
+
+    @property
+    def protocol(self) -> str:
+        """Hash of what was asked in all cells and how it was decoded; that of a single cell is the cell's own."""
+        hashes = [result.protocol for result in self.cells]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
+
+    @property
+    def puzzles(self) -> list[Puzzle]:
+        """All puzzles, each once, however many styles it is put in."""
+        return list(dict.fromkeys(puzzle for result in self.cells for puzzle in result.puzzles))
+
+    def to_json(self) -> dict[str, object]:
+        """The machine-readable result."""
+        cells = [result.to_json() for result in self.cells]
+        return {"model": self.model, "mean": self.mean, "seconds": self.seconds, "cells": cells}
+
+
+def puzzle_set(numbers: int, split: Split) -> list[Puzzle]:
+    """All puzzles of a split; for more than four numbers a fixed sample of them."""
+    if numbers <= ENUMERABLE:
+        return list(enumerate_puzzles(numbers=numbers, split=split))
+    return generate(GENERATED, numbers=numbers, split=split, seed=0)
+
+
+def puzzles_of(cell: Cell, limit: int = 0) -> list[Puzzle]:
+    """The puzzles of a cell, or a sample of `limit` of them, the same every time; 0 is all."""
+    puzzles = puzzle_set(cell.numbers, cell.split)
+    if not 0 < limit < len(puzzles):
+        return puzzles
+    return [puzzles[index] for index in sorted(random.Random(0).sample(range(len(puzzles)), limit))]
+
+
+def evaluate(
+    policy: Policy,
+    puzzles: Sequence[Puzzle],
+    *,
+    style: Style,
+    max_new_tokens: int,
+    samples: int = 1,
+    temperature: float = 0.0,
+    batch_size: int = 64,
+    seed: int = 0,
+    fit: MicroBatch | None = None,
+    ranks: Solo | None = None,
+    known: Known | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Complete and score every puzzle; greedily if `temperature` is 0, else `samples` times. All have the same size.
+
+    `batch_size` is how many completions are decoded at once, fewer if `fit` finds that too many. `known` is what the
+    model was trained on. `progress` is told how many puzzles of how many are done. Several `ranks` share the puzzles,
+    and each of them returns the whole.
+    """
+    ranks, chosen = ranks or Solo(), fit or MicroBatch()
+    mine, size = ranks.share(len(puzzles)), max(1, batch_size // samples)
+    largest = -(-len(puzzles) // ranks.size)
+
+    def share() -> list[list[Completion]]:
+        rows: list[list[Completion]] = []
+        for start in range(0, largest, size):  # as often on all ranks, which may have to sample together
+            indices = mine[start : start + size]
+            chunk = [puzzles[index] for index in indices]
+            rollout = sample(
+                policy,
+                [policy.encode(prompt(puzzle, style)) for puzzle in chunk],
+                num_generations=samples,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature or 1.0,
+                uniform=uniforms(seed, 0, indices, samples, max_new_tokens) if temperature else None,
+                fit=chosen,
+                on_token=on_token,
+            )
+            scored = [
+                _completion(policy, chunk[row // samples], tokens, truncated, style)
+                for row, (tokens, truncated) in enumerate(zip(rollout.completions, rollout.truncated, strict=True))
+            ]
+            rows += [scored[first : first + samples] for first in range(0, len(scored), samples)]
+            if progress is not None:
+                progress(min(len(rows) * ranks.size, len(puzzles)), len(puzzles))
+        return rows
+
+    rows = [row for part in ranks.each(share) for row in part]
+    first = puzzles[0]
+    return Evaluation(
+        policy.name, first.split, style, len(first.numbers), samples, temperature, max_new_tokens, seed, rows, known
+    )
+
+
+def evaluate_suite(
+    policy: Policy,
+    puzzles: Mapping[Cell, Sequence[Puzzle]],
+    *,
+    weights: Mapping[str, float],
+    max_new_tokens: int,
+    samples: int = 1,
+    temperature: float = 0.0,
+    batch_size: int = 64,
+    fit: MicroBatch | None = None,
+    ranks: Solo | None = None,
+    known: Known | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    on_token: Callable[[int], None] | None = None,
+) -> SuiteResult:
+    """Evaluate on the puzzles of every cell as `evaluate` does; `progress` counts the puzzles of all cells."""
+    start, total, cells = time.perf_counter(), sum(map(len, puzzles.values())), list[Evaluation]()
+
+    def advance(done: int, _: int) -> None:
+        progress(sum(result.count for result in cells) + done, total)
+
+    for cell, asked in puzzles.items():
+        result = evaluate(
+            policy,
+            asked,
+            style=cell.style,
+            max_new_tokens=max_new_tokens,
+            samples=samples,
+            temperature=temperature,
+            batch_size=batch_size,
+            fit=fit,
+            ranks=ranks,
+            known=known,
+            progress=advance,
+            on_token=on_token,
+        )
+        cells.append(result)
+    return SuiteResult(policy.name, cells, weights, time.perf_counter() - start)
+
+
+def _completion(policy: Policy, puzzle: Puzzle, tokens: list[int], truncated: bool, style: Style) -> Completion:
+    text = policy.decode(tokens)
+    return Completion(puzzle, text, len(tokens), truncated, score(text, puzzle, style=style, truncated=truncated))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _slice(rows: list[list[Completion]], belongs: Callable[[Puzzle], bool]) -> tuple[int, int]:
+    chosen = [completion.score.correct for row in rows if belongs(row[0].puzzle) for completion in row]
+    return sum(chosen), len(chosen)

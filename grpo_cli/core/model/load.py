@@ -1,0 +1,258 @@
+"""Load a model and its tokenizer, and check both: files, sizes, weights, chat template, end-of-sequence ids.
+
+Pickles and remote code are never touched.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from safetensors import safe_open
+
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.model.policy import ATTENTION, PROBE, Policy, encode
+
+BUILTIN = Path(__file__).parents[1] / "builtin" / "model"
+
+
+def detect_device(wanted: str) -> torch.device:
+    """The device that `wanted` names; "auto" takes CUDA, then MPS, then the CPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        return torch.device(next(name for name, there in available.items() if there))
+    if not available[wanted]:
+        usable = ", ".join(f"`{name}`" for name, there in available.items() if there)
+        raise CountdownError(f"device `{wanted}` is not available here", f"use `--device auto`, or one of {usable}")
+    return torch.device(wanted)
+
+
+def detect_precision(wanted: str, device: torch.device) -> str:
+    """The precision that `wanted` names; "auto" computes in bfloat16 over float32 weights where the hardware does."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cpu":
+        # torch has no public query for bfloat16 matrix hardware on a CPU.
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return "bf16-master" if fast else "float32"
+    return "bf16-master" if device.type == "cuda" else "float32"
+
+
+def weights_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type of the model's weights. On a GPU memory is dear: there the optimizer alone keeps float32."""
+    bfloat16 = precision == "bf16" or (precision == "bf16-master" and device.type == "cuda")
+    return torch.bfloat16 if bfloat16 else torch.float32
+
+
+def load(
+    name: str,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    gradient_checkpointing: bool = False,
+    on_host: bool = False,
+) -> Policy:
+    """Load `builtin`, a local folder in Hugging Face format, or a hub id, ready to sample and to train.
+
+    `on_host` leaves it there, as it would be on the device.
+
+    Raises CountdownError for a folder that is not there, weights that are missing, misshapen or not safetensors, a
+    tokenizer that does not fit the model or has no chat template, and an architecture without full attention.
+    """
+    source, local = find(name)
+    place = detect_device(device)
+    # A CPU takes a hundred times as long for numbers below 1e-38, of which sharp attention makes many.
+    torch.set_flush_denormal(True)
+    chosen = detect_precision(precision, place)
+    dtype = weights_dtype(chosen, place)
+    if local:
+        _check_size(name, Path(source))
+    model = _load_model(name, source, local=local, dtype=dtype)
+    tokenizer = load_tokenizer(name)
+    _check_fit(name, model, tokenizer)
+    if gradient_checkpointing:
+        model.activation_checkpointing_enable()
+        model.train()  # checkpointing is active in training mode alone; no layer has dropout
+    end_ids = _end_ids(name, model, tokenizer)
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=list(end_ids), pad_token_id=tokenizer.pad_token_id
+    )
+    return Policy(model if on_host else model.to(place), tokenizer, name, chosen, end_ids)
+
+
+def number_of_layers(name: str) -> int:
+    """How many layers a model has, by its config alone."""
+    return int(_config(name).get_text_config().num_hidden_layers)
+
+
+def _config(name: str) -> transformers.PreTrainedConfig:
+    source, local = find(name)
+    with _load_errors(name):
+        found = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+        return cast("transformers.PreTrainedConfig", found)
+
+
+def skeleton(name: str, *, dtype: torch.dtype, layers: int) -> transformers.PreTrainedModel:
+    """The first layers of a model between its ends, on the meta device, which holds no weights: from its config alone.
+
+    Raises CountdownError as `load` does.
+    """
+    config = _config(name)
+    text = config.get_text_config()
+    with _load_errors(name):
+        if getattr(text, "layer_types", None):
+            text.layer_types = (text.layer_types * layers)[:layers]
+        text.num_hidden_layers = layers
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False
+            )
+    _check_attention(name, text)
+    return cast("transformers.PreTrainedModel", model.eval())
+
+
+def find(name: str) -> tuple[str, bool]:
+    """Where a model's files are: (folder or hub id, whether it is local).
+
+    Checked here, so that a mistyped folder is not looked for on a hub.
+    """
+    if name == "builtin":
+        return str(BUILTIN), True
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CountdownError(f"`{name}` is not a model folder: it has no config.json", "name the folder itself")
+        return name, True
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or path.parent.exists():
+        raise CountdownError(
+            f"no model at `{name}`", "use `builtin`, a run's name, a model folder, or a hub id `owner/name`"
+        )
+    return name, False
+
+
+def _check_size(name: str, folder: Path) -> None:
+    """Refuse a config.json that asks for far more than its weights hold, before anything of that size is made."""
+    with _load_errors(name):
+        tensors = [shape for path in folder.glob("*.safetensors") for shape in _shapes(path)]
+        held = sum(map(math.prod, tensors))
+        config, _ = transformers.PreTrainedConfig.get_config_dict(folder, local_files_only=True)
+        layers = config.get("num_hidden_layers", 0)
+        described = 0
+        if tensors and isinstance(layers, int) and layers <= len(tensors):
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(
+                    transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True),
+                    trust_remote_code=False,
+                )
+            described = sum(math.prod(parameter.shape) for parameter in model.parameters())
+    if not tensors:
+        return  # said better where the weights are loaded
+    if not isinstance(layers, int) or layers > len(tensors) or described > 2 * held:
+        size = f"{described:,} weights" if described else f"{layers} layers"
+        raise CountdownError(
+            f"the config.json of `{name}` describes {size}, its files hold {held:,} in {len(tensors)} tensors",
+            "save the model again",
+        )
+
+
+def _shapes(path: Path) -> list[list[int]]:
+    with safe_open(path, framework="pt") as file:
+        return [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118 (it is no mapping)
+
+
+def _load_model(name: str, source: str, *, local: bool, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    with _load_errors(name):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            attn_implementation=ATTENTION,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=local,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, with their names
+        )
+    model, report = cast("tuple[transformers.PreTrainedModel, dict[str, list[Any]]]", loaded)
+    for kind, problems in report.items():
+        if problems:
+            first, *others = sorted(key if isinstance(key, str) else key[0] for key in problems)
+            problem = f"{kind.replace('_', ' ')}: {first}" + (f" and {len(others)} more" if others else "")
+            raise CountdownError(
+                f"the weights of `{name}` do not fit its config.json ({problem})", "save the model again"
+            )
+    _check_attention(name, model.config.get_text_config())
+    for key, weight in model.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise CountdownError(f"the weights of `{name}` are not finite: {key}", "use an earlier save of the model")
+    model.eval()
+    return model
+
+
+def _check_attention(name: str, config: transformers.PreTrainedConfig) -> None:
+    """Refuse what `shared_prefix_attention` does not compute: windows and capped scores."""
+    layers = getattr(config, "layer_types", None) or []
+    limits = [getattr(config, key, None) for key in ("sliding_window", "attn_logit_softcapping")]
+    if any(kind != "full_attention" for kind in layers) or any(limits):
+        raise CountdownError(
+            f"`{name}` has layers without plain full attention, and only that is supported",
+            "use a model of the Qwen2.5 family",
+        )
+
+
+def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of a model, alone; CountdownError if it has no chat template."""
+    source, local = find(name)
+    with _load_errors(name):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
+        probe = encode(tokenizer, PROBE) if tokenizer.chat_template else []
+    if not tokenizer.chat_template:
+        raise CountdownError(f"the tokenizer of `{name}` has no chat template", "use an instruction-tuned model")
+    if PROBE[-1]["content"] not in tokenizer.decode(probe):
+        raise CountdownError(f"the tokenizer of `{name}` has no vocabulary", "save it beside the model again")
+    return cast("transformers.PreTrainedTokenizerBase", tokenizer)
+
+
+def prompt_tokens(name: str, messages: Sequence[dict[str, str]]) -> list[tuple[int, str]]:
+    """A prompt as the model `name` reads it: (id, text) of each token. Loads the tokenizer alone."""
+    tokenizer = load_tokenizer(name)
+    return [(token, str(tokenizer.decode([token]))) for token in encode(tokenizer, messages)]
+
+
+@contextmanager
+def _load_errors(name: str) -> Iterator[None]:
+    """Turn what the libraries raise for files that they cannot read, which has no common base, into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        sentence = str(error).replace(":\n", ": ").strip().partition("\n")[0]
+        reason = " ".join(sentence.split()) or type(error).__name__
+        raise CountdownError(
+            f"cannot load `{name}`: {reason}", "check the name, the folder's files and the network"
+        ) from error
+
+
+def _check_fit(name: str, model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+    rows = cast("torch.nn.Embedding", model.get_input_embeddings()).num_embeddings
+    if len(tokenizer) > rows:
+        raise CountdownError(
+            f"the tokenizer of `{name}` has {len(tokenizer)} tokens, its model only {rows}",
+            "use the tokenizer that the model was trained with",
+        )
+
+
+def _end_ids(
+    name: str, model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """Every end-of-sequence id: those of the generation settings, the config and the tokenizer."""
+    found: set[int] = set()
+    for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+        found |= {end for end in (ids if isinstance(ids, list) else [ids]) if isinstance(end, int)}
+    if not found:
+        raise CountdownError(f"`{name}` has no end-of-sequence token", "set `eos_token` in its tokenizer_config.json")
+    return tuple(sorted(found))

@@ -1,0 +1,321 @@
+"""A causal language model with its tokenizer: load, log-probabilities, save. The only module that knows transformers.
+
+What is loaded is checked (missing or misshapen weights are refused, pickles and remote code are never touched), and a
+model's own generation settings are ignored: every model is sampled alike. Knows neither puzzles nor rewards.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import transformers
+from torch import Tensor
+from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
+
+from grpo_cli.core.dist.ranks import Solo
+from grpo_cli.core.model import qwen2
+from grpo_cli.core.model.attention import Packed, Plan, Prefill, shared_prefix_attention
+from grpo_cli.core.model.attention import order as packing_order
+
+ATTENTION = "countdown_shared_prefix"
+
+Device = Literal["auto", "cuda", "mps", "cpu"]
+Precision = Literal["auto", "float32", "bf16-master", "bf16"]
+
+PROBE = [{"role": "system", "content": "Solve it."}, {"role": "user", "content": "Make 13 of 3, 5 and 2."}]
+
+transformers.AttentionInterface.register(ATTENTION, shared_prefix_attention)
+transformers.utils.logging.set_verbosity_error()  # what loading reports is checked and raised here
+transformers.utils.logging.set_tqdm_hook(lambda make, args, options: make(*args, **{**options, "disable": True}))
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Prompts and completions, as token ids; completion r answers prompt `prompt_index[r]`."""
+
+    prompts: list[list[int]]
+    completions: list[list[int]]
+    prompt_index: list[int]
+
+    def mask(self) -> Tensor:
+        """(B, T) boolean: which entries of a padded matrix of completion tokens are real. Built from lengths alone."""
+        lengths = torch.tensor([len(completion) for completion in self.completions])
+        return torch.arange(max(lengths.tolist(), default=0)) < lengths[:, None]
+
+    def subset(self, rows: Sequence[int]) -> Sequences:
+        """The completions `rows`, with the prompts that they answer and no others."""
+        used = sorted({self.prompt_index[row] for row in rows})
+        number = {prompt: index for index, prompt in enumerate(used)}
+        completions = [self.completions[row] for row in rows]
+        return Sequences([self.prompts[p] for p in used], completions, [number[self.prompt_index[row]] for row in rows])
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model with its tokenizer on a device."""
+
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+    name: str
+    precision: str
+    end_ids: tuple[int, ...] = field(default=())
+    ranks: Solo | None = None  # over which the weights are sharded, and which then pass through the model together
+    samplers: list[object] = field(default_factory=list, repr=False, compare=False)  # what a rollout keeps for the next
+    logit_chunk: int = 0  # tokens whose logits are computed at once, and again backward; 0 is all of them, once
+    works_on: torch.device | None = None  # where the weights are brought for a pass, if that is not where they live
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.ranks is not None
+
+    @property
+    def device(self) -> torch.device:
+        return cast("torch.device", self.model.device)
+
+    def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Chat messages -> token ids up to where the assistant's answer begins, by the model's own chat template."""
+        return encode(self.tokenizer, messages)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Completion ids -> text, without the end-of-sequence token."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The arithmetic of a forward pass: bfloat16 over float32 weights where the precision says so."""
+        wanted = self.precision == "bf16-master" and not self.has_masters
+        if self.device.type == "meta":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether the weights are in bfloat16 and the optimizer is to keep float32 masters of them."""
+        return self.precision == "bf16-master" and self.model.dtype == torch.bfloat16
+
+    def hidden(self, tokens: Tensor, positions: Tensor, plan: Plan) -> Tensor:
+        """Final hidden states (B, T, D) of `tokens` (B, T) at `positions` (B, T), attending as `plan` says."""
+        decoder = self.model.get_decoder()
+        output = decoder(input_ids=tokens, position_ids=positions, use_cache=False, plan=plan)
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits (..., V) of hidden states (..., D)."""
+        return self.model.get_output_embeddings()(hidden)  # type: ignore[no-any-return]
+
+    def prefill(self, tokens: Tensor, lengths: Tensor, plan: Prefill) -> Tensor:
+        """Logits (P, V) of what follows prompts (P, L) of which the first `lengths` (P,) tokens are real."""
+        rows = torch.arange(len(tokens), device=self.device)
+        positions = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
+        if self.ranks:
+            kept, which = (lengths - 1).unique(return_inverse=True)
+            return self._with_ranks(self.ranks, tokens, positions, plan, kept)[rows, which]
+        return self.logits(self.hidden(tokens, positions, plan)[rows, lengths - 1])
+
+    def _of_model(self, tokens: Tensor, positions: Tensor, plan: Plan, kept: Tensor | int) -> Tensor:
+        """Logits (B, T', V) of the places `kept` (T',), all if it is 0, by the model as a whole.
+
+        Within its forward pass alone are the layers of a sharded model whole.
+        """
+        output = self.model(input_ids=tokens, position_ids=positions, use_cache=False, plan=plan, logits_to_keep=kept)
+        return cast(Tensor, output.logits)
+
+    @property
+    def can_step_in_place(self) -> bool:
+        """Whether `step` can do without copies of the weights."""
+        return qwen2.fits(self.model) and not self.is_sharded
+
+    def step(self, longest: int, *, in_place: bool = False) -> Callable[[Tensor, Tensor, Plan], Tensor]:
+        """What decodes one token a row: tokens (B,), positions (B,) below `longest` and a plan -> logits (B, V).
+
+        With `in_place` it reads the weights where they lie whenever it is called, else those of now.
+        """
+        if ranks := self.ranks:
+            return lambda tokens, positions, plan: self._with_ranks(
+                ranks, tokens[:, None], positions[:, None], plan, 0
+            )[:, 0]
+        if qwen2.fits(self.model):
+            # On a CPU a single token's activations cost more to convert than multiplying them in bfloat16 saves.
+            converted = self.precision == "bf16-master" and self.device.type != "cpu" and not in_place
+            dtype = torch.bfloat16 if converted else self.model.dtype
+            written = qwen2.Pass(self.model, longest=longest, dtype=dtype, in_place=in_place)
+            return lambda tokens, positions, plan: written.logits(written.hidden(tokens, positions, plan))
+        return lambda tokens, positions, plan: self.logits(self.hidden(tokens[:, None], positions[:, None], plan)[:, 0])
+
+    def _with_ranks(self, ranks: Solo, tokens: Tensor, positions: Tensor, plan: Plan, kept: Tensor | int) -> Tensor:
+        """As `_of_model`, in a pass that the other ranks make too, within `in_step`."""
+        ranks.going(mine=True)
+        return self._of_model(tokens, positions, plan, kept)
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """While this lasts the policy samples; of a sharded one all ranks do, until none has a pass to make."""
+        try:
+            yield
+        finally:
+            if self.ranks:
+                nothing = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+                while self.ranks.going(mine=False):
+                    self._of_model(nothing, nothing, Prefill(), 0)
+                cast(Any, self.model).reshard()
+
+    def _hidden_of_row(self, tokens: Tensor, plan: Packed) -> Tensor:
+        """Final hidden states (N, D) of one packed row (N,). The written-out pass has no gradient checkpointing."""
+        if self.device.type == "cpu" and qwen2.fits(self.model) and not self.model.is_activation_checkpointing:
+            dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
+            written = qwen2.Pass(self.model, longest=int(plan.positions.max()) + 1, dtype=dtype)
+            return written.hidden(tokens, plan.positions[0], plan, packed=True)
+        return self.hidden(tokens[None], plan.positions, plan)[0]
+
+    def logprobs(self, sequences: Sequences, *, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy, both (B, T) float32, of each completion token under the sampling distribution.
+
+        That is the softmax of logits / temperature, taken in float32. Padding is 0. Entropy carries no gradient.
+        """
+        order = packing_order([len(row) for row in sequences.completions], sequences.prompt_index, self.device)
+        completions = [sequences.completions[row] for row in order]
+        prompt_lengths, lengths = ([len(tokens) for tokens in part] for part in (sequences.prompts, completions))
+        plan = Packed(prompt_lengths, lengths, [sequences.prompt_index[row] for row in order], self.device)
+        packed = [token for part in (*sequences.prompts, *completions) for token in part]
+        targets = packed[sum(prompt_lengths) :]
+        tokens, wanted = torch.tensor(packed, device=self.device), torch.tensor(targets, device=self.device)
+        with self.autocast():
+            if self.is_sharded:
+                logits = self._of_model(tokens[None], plan.positions, plan, plan.predecessors)[0]  # (M, V)
+                logprobs, entropy = token_logprobs(logits, wanted, temperature)
+            else:
+                before = self._hidden_of_row(tokens, plan)[plan.predecessors]  # (M, D)
+                logprobs, entropy = self._gather(before, wanted, temperature)
+        return _scatter(logprobs, lengths, order), _scatter(entropy, lengths, order)
+
+    def _gather(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (M,) of `targets` (M,) and entropies (M,), `logit_chunk` tokens at a time."""
+        if not 0 < self.logit_chunk < len(targets):
+            return self._logprobs_of(hidden, targets, temperature)
+        parts = [
+            checkpoint(self._logprobs_of, rows, wanted, temperature, use_reentrant=False)
+            for rows, wanted in zip(hidden.split(self.logit_chunk), targets.split(self.logit_chunk), strict=True)
+        ]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+    def _logprobs_of(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        return token_logprobs(self.logits(hidden), targets, temperature)
+
+    def frozen_copy(self, *, on_host: bool = False) -> Policy:
+        """The reference: the same weights, never updated. `on_host` keeps them there, to be `brought` for each pass."""
+        model = host_copy(self.model) if on_host else copy.deepcopy(self.model)
+        model.eval().requires_grad_(False)
+        device = self.device if on_host else None
+        if on_host:
+            for weight in _tensors(model) if torch.cuda.is_available() else ():
+                weight.data = weight.data.pin_memory()  # copied several times as fast
+        return Policy(
+            model,
+            self.tokenizer,
+            self.name,
+            self.precision,
+            self.end_ids,
+            logit_chunk=self.logit_chunk,
+            works_on=device,
+        )
+
+    @contextmanager
+    def brought(self) -> Iterator[None]:
+        """Copies of the weights where they are to work, while this lasts; what they are copies of stays at home."""
+        home = [(weight, weight.data) for weight in _tensors(self.model)] if self.works_on is not None else []
+        try:
+            for weight, data in home:
+                weight.data = data.to(self.works_on, non_blocking=True, copy=True)
+            yield
+        finally:
+            for weight, data in home:
+                weight.data = data
+
+    def sums(self) -> list[float]:
+        """The sum of each tensor of weights: equal weights have equal ones."""
+        return [float(weight.detach().sum(dtype=torch.float64)) for weight in self.model.parameters()]
+
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 of the weights, with their names, and of the tokenizer: its vocabulary, template and a sentence."""
+        weights = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            weights.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            weights.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+        words = [sorted(self.tokenizer.get_vocab().items()), self.tokenizer.chat_template, self.encode(PROBE)]
+        tokenizer = hashlib.sha256(json.dumps(words).encode())
+        return {"weights": weights.hexdigest(), "tokenizer": tokenizer.hexdigest()}
+
+    def save(self, path: Path) -> None:
+        """Write the model and its tokenizer as a folder that AutoModelForCausalLM and AutoTokenizer open."""
+        self.model.save_pretrained(path, safe_serialization=True)
+        self.tokenizer.save_pretrained(path)
+
+
+def host_copy(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """A copy on the host, for which no second one is made on the device."""
+    home = model.device
+    found = copy.deepcopy(model.cpu())
+    model.to(home)
+    return found
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[Tensor]:
+    """The weights of a model and all else that its passes compute with."""
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def token_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (M,) of `targets` (M,) under softmax(logits (M, V) / temperature), and its entropies (M,).
+
+    In float32, as by log_softmax and gather, but with one matrix of float32 for both directions. The entropies carry
+    no gradient.
+    """
+    found = _TokenLogprobs.apply(logits, targets, temperature)  # type: ignore[no-untyped-call]
+    return cast("tuple[Tensor, Tensor]", found)
+
+
+class _TokenLogprobs(Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        targets = targets[:, None]
+        scaled = logits.to(torch.float32, copy=True).div_(temperature)
+        everything = scaled.log_softmax(dim=-1)
+        chosen = everything.gather(-1, targets)[:, 0]
+        probabilities = torch.exp(everything, out=scaled)  # fresh memory would cost more than the arithmetic
+        entropy = -everything.mul_(probabilities).sum(dim=-1)
+        ctx.save_for_backward(probabilities, targets)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        ctx.mark_non_differentiable(entropy)
+        return chosen, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """d log p(t) / d logits = (one-hot(t) - p) / temperature."""
+        probabilities, targets = ctx.saved_tensors
+        scale = gradients[0][:, None] / ctx.temperature
+        found = probabilities.mul_(-scale).scatter_add_(-1, targets, scale)  # a second backward pass is refused
+        return found.to(ctx.dtype), None, None
+
+
+def encode(tokenizer: transformers.PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Control tokens written in a message are text like any other: only the template opens and closes turns."""
+    encoded = tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=True, return_dict=True, sanitize_control_tokens=True
+    )
+    return cast("dict[str, list[int]]", encoded)["input_ids"]
+
+
+def _scatter(flat: Tensor, lengths: Sequence[int], order: Sequence[int]) -> Tensor:
+    """Values (M,) of tokens, row after row -> a padded matrix (B, T), zero elsewhere; row i becomes row order[i]."""
+    mask = torch.arange(max(lengths), device=flat.device) < torch.tensor(lengths, device=flat.device)[:, None]
+    padded = torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat)
+    return padded[torch.tensor(order, device=flat.device).argsort()]

@@ -1,0 +1,199 @@
+"""The forward pass of a Qwen2 model, written out in as few operations as it takes.
+
+The arithmetic is that of transformers' own forward pass, which serves every other architecture; there, a small
+model's step spends most of its time between and around the multiplications. Knows neither sampling nor what a plan
+attends to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.linalg import vector_norm
+from torch.nn.functional import linear, rms_norm
+from transformers import PreTrainedModel, Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+
+from grpo_cli.core.model.attention import Plan, attention_dtype, no_autocast
+
+
+def fits(model: PreTrainedModel) -> bool:
+    """Whether `Pass` computes what this model does."""
+    return type(model) is Qwen2ForCausalLM and model.config.rope_parameters["rope_type"] == "default"
+
+
+class _Merged:
+    """A layer's weights copied for few and small multiplications: (in, out), joined, its norms multiplied into them."""
+
+    def __init__(self, layer: Qwen2DecoderLayer, dtype: torch.dtype, epsilon: Tensor) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.dtype, self.epsilon = dtype, epsilon
+        self.activation: Callable[[Tensor], Tensor] = mlp.act_fn
+
+        def columns(weight: Tensor) -> Tensor:
+            # Few rows are multiplied faster by columns that lie in a row of memory.
+            return weight.to(dtype).t().contiguous()
+
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        merged = torch.cat([projection.weight for projection in projections]) * layer.input_layernorm.weight
+        gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * layer.post_attention_layernorm.weight
+        self.bias = torch.cat([projection.bias for projection in projections]).to(dtype)
+        self.query_key_value, self.gate_up = columns(merged), columns(gate_up)
+        self.output, self.down = columns(attention.o_proj.weight), columns(mlp.down_proj.weight)
+
+    def projected(self, hidden: Tensor) -> Tensor:
+        """Queries, keys and values (M, (H + 2 * K) * d) of hidden states (M, D)."""
+        return torch.addmm(self.bias, self._normed(hidden), self.query_key_value)
+
+    def mixed(self, attended: Tensor) -> Tensor:
+        """What attention (M, H * d) adds to the hidden states (M, D)."""
+        return attended @ self.output
+
+    def fed_forward(self, hidden: Tensor) -> Tensor:
+        """What the feed-forward part adds to hidden states (M, D)."""
+        gate, up = (self._normed(hidden) @ self.gate_up).chunk(2, dim=-1)
+        return (self.activation(gate) * up) @ self.down
+
+    def _normed(self, hidden: Tensor) -> Tensor:
+        return _normed(hidden, self.epsilon).to(self.dtype)
+
+
+class _Direct:
+    """A layer's own weights where they lie, read anew at every use; the same arithmetic as `_Merged`."""
+
+    def __init__(self, layer: Qwen2DecoderLayer, epsilon: float) -> None:
+        self.layer, self.epsilon = layer, epsilon
+
+    def projected(self, hidden: Tensor) -> Tensor:
+        attention, weight = self.layer.self_attn, self.layer.input_layernorm.weight
+        normed = rms_norm(hidden, weight.shape, weight, self.epsilon)
+        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+        return torch.cat([linear(normed, part.weight, part.bias) for part in parts], dim=-1)
+
+    def mixed(self, attended: Tensor) -> Tensor:
+        return linear(attended, self.layer.self_attn.o_proj.weight)
+
+    def fed_forward(self, hidden: Tensor) -> Tensor:
+        mlp, weight = self.layer.mlp, self.layer.post_attention_layernorm.weight
+        normed = rms_norm(hidden, weight.shape, weight, self.epsilon)
+        gate, up = linear(normed, mlp.gate_proj.weight), linear(normed, mlp.up_proj.weight)
+        return linear(mlp.act_fn(gate) * up, mlp.down_proj.weight)
+
+
+class Pass:
+    """Forward passes at positions below `longest`, computed in `dtype`.
+
+    By default made for one rollout or one update, with the weights as they then are: it holds copies of the projections
+    that it merges, which lie in the graph if gradients are wanted, and of all weights not yet in `dtype`. With
+    `in_place` it copies nothing and reads the model's weights, which must be of `dtype`, wherever they have got to.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, longest: int, dtype: torch.dtype, in_place: bool = False) -> None:
+        decoder, config = model.get_decoder(), model.config
+        assert not in_place or model.dtype == dtype
+        self.attend_in = attention_dtype(model.device, dtype)
+        self.dtype, self.epsilon = dtype, torch.tensor(config.rms_norm_eps, device=model.device)
+        self.width = decoder.layers[0].self_attn.head_dim
+        self.heads, self.key_value_heads = config.num_attention_heads, config.num_key_value_heads
+        self.embed = decoder.embed_tokens
+        self.norm = decoder.norm.weight
+        self.output: Tensor = model.get_output_embeddings().weight
+        self.layers: Sequence[_Merged | _Direct] = (
+            [_Direct(layer, config.rms_norm_eps) for layer in decoder.layers]
+            if in_place
+            else [_Merged(layer, dtype, self.epsilon) for layer in decoder.layers]
+        )
+        positions = torch.arange(longest, device=model.device)
+        cosines, sines = decoder.rotary_emb(self.norm.float(), positions[None])  # (1, longest, d)
+        self.cosines, self.sines = (part[0, :, None].to(self.attend_in) for part in (cosines, sines))
+        self.sines = self.sines[..., : self.width // 2]  # the other half is the same
+
+    def hidden(self, tokens: Tensor, positions: Tensor, plan: Plan, *, packed: bool = False) -> Tensor:
+        """Final hidden states (M, D) of tokens (M,): M rows of one token each, or one row of M if `packed`."""
+        with no_autocast(self.norm.device):
+            cosines, sines = self.cosines[positions], self.sines[positions]  # (M, 1, d), (M, 1, d / 2)
+            hidden = self.embed(tokens)  # (M, D)
+            for index, layer in enumerate(self.layers):
+                heads = layer.projected(hidden).to(self.attend_in).view(len(tokens), -1, self.width)
+                turning, value = heads.split([self.heads + self.key_value_heads, self.key_value_heads], dim=1)
+                query, key = _rotated(turning, cosines, sines).split([self.heads, self.key_value_heads], dim=1)
+                shaped = [part.transpose(0, 1)[None] if packed else part[:, :, None] for part in (query, key, value)]
+                attended = plan.attend(index, shaped[0], shaped[1], shaped[2], self.width**-0.5)
+                hidden = hidden + layer.mixed(attended.reshape(len(tokens), -1).to(self.dtype))
+                hidden = hidden + layer.fed_forward(hidden)
+            final: Tensor = _normed(hidden, self.epsilon) * self.norm
+            return final.to(self.norm.dtype)
+
+    @cached_property
+    def _head(self) -> Tensor:
+        return self.output.to(self.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits (M, V) of hidden states (M, D)."""
+        return linear(hidden.to(self.dtype), self._head)
+
+
+def _normed(hidden: Tensor, epsilon: Tensor) -> Tensor:
+    """Vectors x (M, D) over their root mean square, in float32."""
+    if not torch.is_grad_enabled():
+        return hidden * _scale(hidden, epsilon)  # a Function costs more than the arithmetic of a few rows
+    return cast("Tensor", _Normed.apply(hidden, epsilon))  # type: ignore[no-untyped-call]
+
+
+def _rotated(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotary positions: the halves (x, y) of each head (M, H, d) become (x cos - y sin, y cos + x sin).
+
+    `cosines` are (M, 1, d), `sines` (M, 1, d / 2).
+    """
+    if not torch.is_grad_enabled():
+        return _turn(heads, cosines, sines)
+    return cast("Tensor", _Rotate.apply(heads, cosines, sines))  # type: ignore[no-untyped-call]
+
+
+def _scale(hidden: Tensor, epsilon: Tensor) -> Tensor:
+    """One over the root mean squares (M, 1)."""
+    norm = vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
+    return torch.addcmul(epsilon, norm, norm, value=1 / hidden.shape[-1]).rsqrt_()
+
+
+class _Normed(Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, epsilon: Tensor) -> Tensor:
+        scale = _scale(hidden, epsilon)
+        normed = hidden * scale
+        ctx.save_for_backward(normed, scale)
+        ctx.dtype = hidden.dtype
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """With y = x s: d/dx = s (g - y mean(g y))."""
+        normed, scale = ctx.saved_tensors
+        mean = (gradients[0] * normed).mean(dim=-1, keepdim=True)
+        return torch.addcmul(gradients[0], normed, mean, value=-1).mul_(scale).to(ctx.dtype), None
+
+
+class _Rotate(Function):
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        ctx.save_for_backward(cosines, sines)
+        return _turn(heads, cosines, sines)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """What was turned one way is turned back."""
+        cosines, sines = ctx.saved_tensors
+        return _turn(gradients[0], cosines, -sines), None, None
+
+
+def _turn(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    turned = heads * cosines
+    (x, y), (left, right) = heads.chunk(2, dim=-1), turned.chunk(2, dim=-1)
+    left.addcmul_(y, sines, value=-1)
+    right.addcmul_(x, sines)
+    return turned

@@ -1,0 +1,1 @@
+"""Micro-batches, the memory plan and the cost of a step."""

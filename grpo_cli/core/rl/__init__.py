@@ -1,0 +1,1 @@
+"""GRPO: the algorithm, one update, the training loop and its session."""

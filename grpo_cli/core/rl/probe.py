@@ -1,0 +1,227 @@
+"""What a model could learn from, before a training is paid for: a few dozen train puzzles, sampled as training would.
+
+A group teaches where its rewards differ. Knows neither the training loop nor terminals.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from statistics import fmean
+
+import torch
+
+from grpo_cli.core.evals.evaluate import Completion, evaluate
+from grpo_cli.core.evals.statistics import mcnemar, wilson
+from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.perf.microbatch import MicroBatch
+from grpo_cli.core.rl.grpo import zero_variance
+from grpo_cli.core.rl.health import CUT_LIMIT, LEARNED
+from grpo_cli.core.task.prompts import STYLES, Style
+from grpo_cli.core.task.puzzle import Puzzle
+
+PUZZLES = 32
+SIGNIFICANT = 0.05
+FEW = 0.25  # share of mixed groups below which most of a step is spent for nothing
+WORTH = 0.15  # what larger groups must add to that share to be worth what they cost
+# Beta distributions of the puzzles' chances of success: means, and a + b from "always or never" to "all alike".
+MEANS = [0.001, 0.003, *[index / 100 for index in range(1, 100)], 0.997, 0.999]
+WEIGHTS = [0.1 * 1.3**index for index in range(30)]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The groups of one style: shares are from 0 to 1, `right` and `mixed` have an entry for each puzzle."""
+
+    style: Style
+    num_generations: int
+    right: list[int]  # correct completions of each group
+    mixed: list[bool]  # whether the rewards of a group differ, so that it teaches something
+    format_rate: float
+    truncated: float
+    mean_length: float  # tokens
+    tokens: int
+    seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.right) / (len(self.right) * self.num_generations)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the accuracy, counting puzzles: completions of one puzzle are not independent."""
+        return wilson(self.accuracy, len(self.right))
+
+    @property
+    def mixed_share(self) -> float:
+        return fmean(self.mixed)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A model's groups in every style, of the same puzzles; `chosen` is the style that training would use."""
+
+    chosen: Style
+    numbers: int
+    styles: dict[Style, Sampled]
+
+    @property
+    def expected_mixed(self) -> dict[int, float]:
+        """Estimated share of groups of the chosen style with right and wrong completions, by size of the group."""
+        sampled = self.styles[self.chosen]
+        sizes = [sampled.num_generations * factor for factor in (1, 2, 4)]
+        return expected_mixed(sampled.right, sampled.num_generations, sizes)
+
+    @property
+    def findings(self) -> dict[str, str]:
+        """A word for what was found -> a sentence, the first on whether there is anything to learn from."""
+        sampled = self.styles[self.chosen]
+        found = {"signal": self._signal(sampled)}
+        if sampled.truncated > CUT_LIMIT:
+            found["tokens"] = (
+                f"{sampled.truncated:.0%} of the completions run out of tokens, and none of them can be right:"
+                " raise `--max-new-tokens`"
+            )
+        if not any(sampled.right):
+            found["never"] = "no completion was right: take " + (
+                "fewer `--numbers`, or another `--model`" if self.numbers > 2 else "another `--model`"
+            )
+        found |= self._better_style(sampled)
+        if any(sampled.right) and sampled.accuracy < LEARNED and sampled.mixed_share < FEW:
+            found |= self._larger_groups(sampled)
+        return found
+
+    def _signal(self, sampled: Sampled) -> str:
+        mixed, groups = sum(sampled.mixed), len(sampled.mixed)
+        seen = f"in {mixed} of {groups} {sampled.style} groups the rewards differ"
+        if sampled.accuracy >= LEARNED:
+            little = "little is left to learn" if mixed else "nothing is left to learn"
+            return f"{little}: {sampled.accuracy:.0%} of the completions are right, and {seen}; take more `--numbers`"
+        if not mixed:
+            return f"there is nothing to learn from: {seen}"
+        if not any(0 < right < sampled.num_generations for right in sampled.right):
+            return f"there is only the format to learn from: {seen}, and in none of them are some right and some wrong"
+        return f"there is something to learn from: {seen}"
+
+    def _better_style(self, sampled: Sampled) -> dict[str, str]:
+        """The style with most mixed groups if it has more of them than chance explains, given how many are tried."""
+        others = [other for other in self.styles.values() if other is not sampled]
+        best = max(others, key=lambda other: other.mixed_share, default=sampled)
+        pairs = list(zip(sampled.mixed, best.mixed, strict=True))
+        p_value = min(1.0, len(others) * mcnemar(pairs.count((False, True)), pairs.count((True, False))))
+        if best.mixed_share <= sampled.mixed_share or p_value >= SIGNIFICANT:
+            return {}
+        return {
+            "style": f"{best.style} has {sum(best.mixed)} such groups on the same puzzles (p = {p_value:.2g}):"
+            f" train with `--style {best.style}`"
+        }
+
+    def _larger_groups(self, sampled: Sampled) -> dict[str, str]:
+        now, *larger = self.expected_mixed.items()
+        enough = [(size, share) for size, share in larger if share - now[1] >= WORTH]
+        if not enough:
+            return {}
+        size, share = enough[0]
+        return {
+            "groups": f"in groups of {now[0]} an estimated {now[1]:.0%} hold right and wrong completions, of {size}"
+            f" {share:.0%}, at {size // now[0]} times the cost: raise `--num-generations`"
+        }
+
+
+def chosen_puzzles(puzzles: Sequence[Puzzle], seed: int) -> list[Puzzle]:
+    """The puzzles of a probe: a sample of at most PUZZLES, the same for the same seed."""
+    return random.Random(f"probe/{seed}").sample(puzzles, min(PUZZLES, len(puzzles)))
+
+
+def probe(
+    policy: Policy,
+    puzzles: Sequence[Puzzle],
+    *,
+    chosen: Style,
+    num_generations: int,
+    max_new_tokens: int,
+    temperature: float,
+    batch_size: int,
+    seed: int,
+    fit: MicroBatch | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Probe:
+    """Sample a group of completions of each puzzle in every style, `batch_size` completions at once.
+
+    `progress` is told how many groups of how many are done.
+    """
+    styles: dict[Style, Sampled] = {}
+
+    def advance(index: int, done: int, total: int) -> None:
+        progress(index * total + done, len(STYLES) * total)
+
+    for index, style in enumerate(STYLES):
+        start = time.perf_counter()
+        result = evaluate(
+            policy,
+            puzzles,
+            style=style,
+            max_new_tokens=max_new_tokens,
+            samples=num_generations,
+            temperature=temperature,
+            batch_size=batch_size,
+            seed=seed,
+            fit=fit,
+            progress=partial(advance, index),
+        )
+        styles[style] = measure(style, result.completions, time.perf_counter() - start)
+    return Probe(chosen, len(puzzles[0].numbers), styles)
+
+
+def measure(style: Style, groups: Sequence[Sequence[Completion]], seconds: float) -> Sampled:
+    """What the groups of a style were like; all have the same size."""
+    everything = [completion for group in groups for completion in group]
+    rewards = torch.tensor([[completion.score.reward for completion in group] for group in groups])  # (P, G)
+    tokens = sum(completion.length for completion in everything)
+    return Sampled(
+        style=style,
+        num_generations=len(groups[0]),
+        right=[sum(completion.score.correct for completion in group) for group in groups],
+        mixed=(~zero_variance(rewards)).tolist(),
+        format_rate=fmean(completion.score.well_formed for completion in everything),
+        truncated=fmean(completion.truncated for completion in everything),
+        mean_length=tokens / len(everything),
+        tokens=tokens,
+        seconds=seconds,
+    )
+
+
+def expected_mixed(right: Sequence[int], of: int, sizes: Sequence[int]) -> dict[int, float]:
+    """Estimated share of groups with right and wrong completions, by size, from a group of `of` for each puzzle.
+
+    The chances of success p are taken to be drawn from one Beta(a, b), the most likely of a grid; then a puzzle's own
+    is Beta(a + right, b + of - right): one that is never solved in 8 tries may be solved in 32. The estimate is the
+    mean over puzzles of 1 - E[p^n] - E[(1 - p)^n].
+    """
+    counts = {hits: list(right).count(hits) for hits in set(right)}
+
+    def log_likelihood(prior: tuple[float, float]) -> float:
+        a, b = prior
+        return sum(count * (_log_beta(a + hits, b + of - hits) - _log_beta(a, b)) for hits, count in counts.items())
+
+    priors = [(mean * weight, (1 - mean) * weight) for mean, weight in product(MEANS, WEIGHTS)]
+    a, b = max(priors, key=log_likelihood)
+    return {
+        size: sum(count * _mixed(a + hits, b + of - hits, size) for hits, count in counts.items()) / len(right)
+        for size in sizes
+    }
+
+
+def _mixed(a: float, b: float, size: int) -> float:
+    """Chance that a group is neither all right nor all wrong if its p is drawn from Beta(a, b)."""
+    all_right, all_wrong = _log_beta(a + size, b), _log_beta(a, b + size)
+    return 1 - math.exp(all_right - _log_beta(a, b)) - math.exp(all_wrong - _log_beta(a, b))
+
+
+def _log_beta(a: float, b: float) -> float:
+    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)

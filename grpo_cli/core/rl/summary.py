@@ -1,0 +1,121 @@
+"""What a finished training came to: its accuracies, when each cell peaked, what going on cost, where the time went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from grpo_cli.core.evals.evaluate import Evaluation
+from grpo_cli.core.evals.statistics import changes, mcnemar
+from grpo_cli.core.perf.cost import COMPUTED
+from grpo_cli.core.rl.session import Training
+from grpo_cli.core.run.folder import Run
+
+
+def summary(training: Training, evaluation: Evaluation, run: Run) -> dict[str, object]:
+    """What a finished training came to."""
+    metrics = run.metrics()
+    spent = {name: sum(line.get(f"time/{name}", 0.0) for line in metrics) for name in ("total", "eval", "suite")}
+    return {
+        "steps": training.step,
+        "puzzles": evaluation.count,
+        "overlap": evaluation.overlap,
+        "base_accuracy": training.base_accuracy,
+        "final_accuracy": evaluation.accuracy,
+        "final_interval": list(evaluation.interval),
+        "best_accuracy": training.best_accuracy,
+        "best_step": training.best_step,
+        "bad_steps": training.bad_steps,
+        "seconds": {"training": spent["total"], "evaluation": spent["eval"], "suite": spent["suite"]},
+        "seconds_after_best": sum(
+            line.get("time/total", 0.0) + line.get("time/eval", 0.0)
+            for line in metrics
+            if line["step"] > training.best_step
+        ),
+        "peaks": _peaks(run, training.best_step),
+        "phases": (found := phases(metrics)),
+        "verdict": verdict(found),
+    }
+
+
+def _peaks(run: Run, best_step: int) -> dict[str, dict[str, float]]:
+    """Of each cell: accuracy at first, at its peak, of the model that is kept, and last, against which it is tested."""
+    found: dict[str, dict[str, float]] = {}
+    for name, history in run.evaluations().items():
+        steps = list(history)
+        peak = max(steps, key=lambda step: history[step].accuracy)
+        kept, last = history.get(best_step, history[steps[-1]]), history[steps[-1]]
+        gained, lost = changes(kept.solved, last.solved)
+        found[name] = {
+            "count": last.count,
+            "start": history[steps[0]].accuracy,
+            "step": peak,
+            "accuracy": history[peak].accuracy,
+            "kept": kept.accuracy,
+            "last": last.accuracy,
+            "gained": gained,
+            "lost": lost,
+            "p_value": mcnemar(gained, lost),
+        }
+    return found
+
+
+def phases(metrics: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Where the time went: by phase its `seconds` and `share` of all, and where it has a floor, `floor` in seconds.
+
+    `matrix` is what its operations would take at the hardware's full rate. Empty if the steps did not log their phases,
+    as those of old runs.
+    """
+
+    def total(key: str) -> float:
+        return sum(line.get(key, 0.0) for line in metrics if "floor_share" in line)
+
+    names = ("prefill", "decode", "score", "reference", "update", "optimizer", "reduce", "wait")
+    spent = {name: total(f"time/{name}") for name in names}
+    if not total("time/total"):
+        return {}
+    spent["other"] = total("time/total") - sum(spent.values())
+    spent["evaluation"] = sum(line.get("time/eval", 0.0) for line in metrics)
+    whole = sum(spent.values())
+    found = {name: {"seconds": seconds, "share": seconds / whole} for name, seconds in spent.items() if seconds > 0}
+    for name in COMPUTED:
+        if name in found:
+            found[name] |= {"floor": total(f"floor/{name}"), "matrix": total(f"arithmetic/{name}")}
+    return found
+
+
+# From which share of the floor a phase is bound by the hardware; from which share of the time a phase is worth a word.
+AT_THE_FLOOR, MATTERS = 0.4, 0.25
+REMEDIES = {
+    "prefill": "shorter prompts cost less",
+    "decode": "more completions for each prompt cost less than in proportion",
+    "reference": "`--beta 0` needs no reference",
+    "update": "micro-batches as large as memory allows fill the hardware best",
+    "optimizer": "a larger batch pays it less often",
+    "evaluation": "a larger `--eval-every` or fewer `--eval-puzzles` save it",
+}
+
+
+def verdict(found: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A sentence on what bounds each phase that takes a quarter of the time or more, or the longest if none does.
+
+    Rules, in order: above its floor's speed, the data stays in a cache; from 40 % of the floor on, arithmetic or memory
+    bandwidth bounds it, whichever makes its floor; below, neither does, but what each operation costs beside.
+    """
+    order = sorted(found, key=lambda name: -found[name]["seconds"])
+    return [_sentence(name, found[name]) for name in order if found[name]["share"] >= MATTERS or name == order[0]]
+
+
+def _sentence(name: str, phase: Mapping[str, float]) -> str:
+    takes = f"{name} takes {phase['share']:.0%} of the time"
+    remedy = f"; {REMEDIES[name]}" if name in REMEDIES else ""
+    if not phase.get("floor"):
+        return takes + remedy
+    reached, arithmetic = phase["floor"] / phase["seconds"], phase["matrix"] >= phase["floor"] / 2
+    what = "matrix rate" if arithmetic else "memory bandwidth"
+    if reached > 1:
+        return f"{takes}, at {reached:.0%} of the {what}: what it reads stays in a cache"
+    at = f"{takes}, at {reached:.0%} of the {what}"
+    if reached >= AT_THE_FLOOR:
+        spare = remedy if name == "decode" and not arithmetic else ""
+        return f"{at}: bound by {'arithmetic' if arithmetic else 'reading and writing memory'}{spare}"
+    return f"{at}: bound by what each operation costs beside its arithmetic and its memory{remedy}"

@@ -1,0 +1,250 @@
+"""Decoding, token by token, the rows of a batch in flight.
+
+Two samplers of one interface: `ShrinkingSampler` drops rows that have ended, which is what a CPU's time goes with;
+`StaticSampler` keeps every tensor in its place, so that a GPU can replay a recorded step, since launching the thousand
+kernels of a step one by one takes about twenty times as long as what they compute. Knows neither the groups' meaning
+nor what becomes of the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from grpo_cli.core.model.attention import Decode, Prefill, StaticDecode, attention_dtype
+from grpo_cli.core.model.policy import Policy
+
+DROP_BELOW = 0.8  # finished rows are dropped once the live ones fit in this share of the batch
+CHECK_EVERY = 8  # steps between two looks at whether all rows have ended, where looking makes a GPU wait
+ROUNDED = 32  # static prompts are made for multiples of so many tokens, so that few shapes are needed
+KEPT = 2  # static samplers kept for a model: that of training and that of evaluation
+
+
+def choose(logits: Tensor, uniform: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+    """Next tokens (B,) and their log-probabilities (B,) from logits (B, V): inverse-CDF sampling, or greedy choice.
+
+    With `uniform` u the token is the first whose cumulative probability exceeds u. Without, the most
+    likely token is taken, and temperature plays no part.
+    """
+    if uniform is None:
+        logprobs = logits.float().log_softmax(dim=-1)
+        tokens = logits.argmax(dim=-1)
+    else:
+        logprobs = (logits.float() / temperature).log_softmax(dim=-1)
+        cumulative = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)  # (B, V)
+        tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+class Sampler:
+    """Rows of completions as they come about, row p * G + g being completion g of prompt p."""
+
+    def __init__(
+        self, policy: Policy, rows: int, *, max_new_tokens: int, temperature: float, uniform: Tensor | None
+    ) -> None:
+        device = policy.device
+        self.policy, self.temperature, self.limit = policy, temperature, max_new_tokens
+        self.uniform = None if uniform is None else uniform.view(rows, -1).to(device)  # (B, T)
+        self.ends = torch.tensor(policy.end_ids, device=device)
+        self.tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(rows, max_new_tokens, device=device)
+        self.ended = torch.zeros(rows, dtype=torch.long, device=device)  # length at which a row ended, 0 until then
+        self.rows = rows
+        self.computed = 0  # token places of the passes through the model
+
+    def run(self) -> Iterator[int]:
+        """Sample until every row has ended or is full; yields how many tokens the rows still going on have."""
+        raise NotImplementedError
+
+    def _prefilled(self, prompts: Sequence[list[int]]) -> tuple[Prefill, Tensor, Tensor]:
+        """Keys and values of the prompts, their lengths (P,), and the logits (P, V) of their first new tokens."""
+        device = self.policy.device
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        longest = max(map(len, prompts))
+        tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)  # (P, L)
+        self.computed = tokens.numel()
+        prefill = Prefill()
+        return prefill, lengths, self.policy.prefill(tokens, lengths, prefill)
+
+
+class ShrinkingSampler(Sampler):
+    """A rectangle of P' prompts by G' slots of rows still going on; `ids` says which row each slot is, -1 for none."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        prompts: Sequence[list[int]],
+        *,
+        num_generations: int,
+        max_new_tokens: int,
+        temperature: float,
+        uniform: Tensor | None,
+    ) -> None:
+        rows = len(prompts) * num_generations
+        super().__init__(policy, rows, max_new_tokens=max_new_tokens, temperature=temperature, uniform=uniform)
+        prefill, self.lengths, logits = self._prefilled(prompts)
+        self.logits = logits.repeat_interleave(num_generations, dim=0)  # (P * G, V)
+        self.cache = Decode(prefill, self.lengths, num_generations=num_generations, max_new_tokens=max_new_tokens)
+        self.step = policy.step(max(map(len, prompts)) + max_new_tokens)
+        self.ids = torch.arange(rows, device=policy.device).view(len(prompts), num_generations)
+
+    def run(self) -> Iterator[int]:
+        for time in range(self.limit):
+            live = self.ids.flatten() >= 0
+            uniform = None if self.uniform is None else self.uniform[self.ids.flatten().clamp(min=0), time]
+            chosen, logprobs = choose(self.logits, uniform, self.temperature)
+            rows = self.ids.flatten()[live]
+            self.tokens[rows, time], self.logprobs[rows, time] = chosen[live], logprobs[live]
+            finished = live & torch.isin(chosen, self.ends)
+            self.ended[self.ids.flatten()[finished]] = time + 1
+            self.ids = self.ids.masked_fill(finished.view_as(self.ids), -1)
+            yield time + 1
+            if time + 1 == self.limit or not bool((self.ids >= 0).any()):
+                break
+            self._advance(self._drop(chosen.view_as(self.ids)))
+
+    def _drop(self, chosen: Tensor) -> Tensor:
+        """Shrink the rectangle once enough rows have ended; returns the tokens (P', G') of the rows that stay."""
+        live = self.ids >= 0
+        prompts = live.any(dim=1).nonzero()[:, 0]
+        width = int(live.sum(dim=1).max())
+        if len(prompts) * width > DROP_BELOW * live.numel():
+            return chosen
+        slots = live[prompts].int().argsort(dim=1, descending=True, stable=True)[:, :width]  # live rows first
+        self.cache.keep(prompts, slots)
+        self.lengths = self.lengths[prompts]
+        self.ids = self.ids[prompts].gather(1, slots)
+        return chosen[prompts].gather(1, slots)
+
+    def _advance(self, chosen: Tensor) -> None:
+        positions = (self.lengths + self.cache.time)[:, None].expand_as(chosen)
+        self.logits = self.step(chosen.flatten(), positions.flatten(), self.cache)
+        self.cache.time += 1
+        self.computed += chosen.numel()
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a static sampler is made for: P prompts of L tokens by G completions of T tokens; greedily at 0."""
+
+    prompts: int
+    longest: int
+    num_generations: int
+    max_new_tokens: int
+    temperature: float
+
+    def covers(self, other: Form) -> bool:
+        """Whether a batch of the other form fits in."""
+        alike = replace(other, prompts=self.prompts, longest=self.longest) == self
+        return alike and other.prompts <= self.prompts and other.longest <= self.longest
+
+
+class StaticSampler(Sampler):
+    """Tensors made once for batches of one form, which `start` takes in, and a step that can be recorded.
+
+    Stays valid while the model's weights are updated where they lie.
+    """
+
+    def __init__(self, policy: Policy, form: Form) -> None:
+        rows, device, model = form.prompts * form.num_generations, policy.device, policy.model
+        longest, max_new_tokens = form.longest, form.max_new_tokens
+        uniform = torch.zeros(rows, max_new_tokens, dtype=torch.float64) if form.temperature else None
+        super().__init__(
+            policy, rows, max_new_tokens=max_new_tokens, temperature=form.temperature or 1.0, uniform=uniform
+        )
+        self.form = form
+        self.step = policy.step(longest + max_new_tokens, in_place=True)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # of each row's prompt
+        self.time = torch.zeros(1, dtype=torch.long, device=device)  # the number of the token to be sampled
+        self.logits = torch.zeros(rows, model.config.vocab_size, dtype=model.dtype, device=device)
+        self.cache = StaticDecode(
+            layers=model.config.num_hidden_layers,
+            heads=model.config.num_key_value_heads,
+            width=model.get_decoder().layers[0].self_attn.head_dim,
+            prompts=form.prompts,
+            longest=longest,
+            num_generations=form.num_generations,
+            max_new_tokens=max_new_tokens,
+            dtype=attention_dtype(device, model.dtype),
+            device=device,
+        )
+        self.replay: Callable[[], None] | None = None
+
+    def start(self, prompts: Sequence[list[int]], uniform: Tensor | None) -> None:
+        """Prefill a batch that the form covers; prompts that are wanting are made up and count as ended."""
+        wanting = self.form.prompts - len(prompts)
+        prefill, lengths, logits = self._prefilled([*prompts, *[prompts[0][:1]] * wanting])
+        self.cache.fill(prefill, lengths)
+        self.lengths.copy_(lengths.repeat_interleave(self.form.num_generations))
+        self.logits.copy_(logits.repeat_interleave(self.form.num_generations, dim=0))
+        self.rows = len(prompts) * self.form.num_generations
+        self.ended.zero_()
+        self.ended[self.rows :] = 1
+        if self.uniform is not None and uniform is not None:
+            self.uniform[: self.rows].copy_(uniform.view(self.rows, -1))
+
+    def run(self) -> Iterator[int]:
+        self.time.zero_()
+        self._pick()
+        yield 1
+        for time in range(1, self.limit):
+            if time % CHECK_EVERY == 0 and bool((self.ended > 0).all()):
+                break
+            self.time.fill_(time)
+            if self.replay is None:
+                self.replay = record(self._turn, self.policy.device)
+            self.replay()
+            self.computed += len(self.tokens)
+            yield time + 1
+
+    def _turn(self) -> None:
+        """Sample token number `time` of every row after feeding in the one before. Done twice it is as if done once."""
+        before = self.time - 1
+        self.cache.open(before)
+        tokens = self.tokens.index_select(1, before)[:, 0]
+        self.logits.copy_(self.step(tokens, self.lengths + before, self.cache))
+        self._pick()
+
+    def _pick(self) -> None:
+        uniform = None if self.uniform is None else self.uniform.index_select(1, self.time)[:, 0]
+        chosen, logprobs = choose(self.logits, uniform, self.temperature)
+        self.tokens.index_copy_(1, self.time, chosen[:, None])
+        self.logprobs.index_copy_(1, self.time, logprobs[:, None])
+        finished = (self.ended == 0) & (chosen[:, None] == self.ends).any(dim=1)
+        self.ended.copy_(torch.where(finished, self.time + 1, self.ended))
+
+
+def record(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """A function that does `work` again on the same tensors: on CUDA a graph of its kernels, which is replayed.
+
+    `work` is done a few times while it is recorded. It may neither look at what a tensor holds nor make a tensor that
+    is to last.
+    """
+    if device.type != "cuda":
+        return work
+    aside = torch.cuda.Stream(device)
+    aside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(aside):  # libraries set themselves up, which can't be recorded
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream(device).wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def static_sampler(policy: Policy, prompts: Sequence[list[int]], form: Form, uniform: Tensor | None) -> StaticSampler:
+    """A static sampler of the policy with a batch taken in: one that is kept if it covers the form, else a new one."""
+    kept = policy.samplers
+    found = next((one for one in kept if isinstance(one, StaticSampler) and one.form.covers(form)), None)
+    if found is None:
+        del kept[KEPT - 1 :]  # first, so that their memory is free
+        found = StaticSampler(policy, replace(form, longest=-(-form.longest // ROUNDED) * ROUNDED))
+        kept.insert(0, found)
+    found.start(prompts, uniform)
+    return found

@@ -1,0 +1,183 @@
+"""Sampling a group of completions per prompt.
+
+Each prompt is prefilled once and its keys are shared by its G completions. Every random number is a function of (seed,
+step, prompt, sample) and the position alone, so a split into batches never changes what is sampled. It does not know
+puzzles, rewards, or any decoding trick: no top-k, no top-p, no penalties, for any model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.perf.microbatch import MicroBatch
+from grpo_cli.core.sampling.decode import Form, Sampler, ShrinkingSampler, static_sampler
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions of a batch, row p * G + g being completion g of prompt p."""
+
+    completions: list[list[int]]  # token ids, the end-of-sequence token included where there is one
+    logprobs: list[list[float]]  # of each token, under the distribution that it was sampled from
+    truncated: list[bool]  # ran out of tokens before its end-of-sequence token
+    seconds: dict[str, float] = field(compare=False)  # by phase: prefill, decode
+    computed: int = field(compare=False)  # token places of the passes through the model, padding included
+
+
+def uniforms(seed: int, step: int, prompts: Sequence[int], num_generations: int, tokens: int) -> Tensor:
+    """Uniform numbers (P, G, T) in [0, 1); each row depends on seed, step, the prompt's index and the sample's."""
+    generator = torch.Generator()
+    rows = []
+    for prompt in prompts:
+        for sample in range(num_generations):
+            digest = hashlib.blake2b(f"{seed}/{step}/{prompt}/{sample}".encode(), digest_size=8).digest()
+            generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+            rows.append(torch.rand(tokens, generator=generator, dtype=torch.float64))
+    found = torch.stack(rows) if rows else torch.empty(0)
+    return found.view(len(prompts), num_generations, tokens)
+
+
+def sample(
+    policy: Policy,
+    prompts: Sequence[list[int]],
+    *,
+    num_generations: int,
+    max_new_tokens: int,
+    temperature: float,
+    uniform: Tensor | None,
+    fit: MicroBatch | None = None,
+    static: bool | None = None,
+    on_token: Callable[[int], None] | None = None,
+) -> Rollout:
+    """Sample `num_generations` completions of each prompt, greedily if `uniform` (P, G, T) is None.
+
+    `fit` says how many at once; by default all, or as many as memory allows. `static` says by which sampler, by default
+    the static one on CUDA. `on_token` is told after each token of the rows still going on how many tokens they have;
+    what it raises ends the rollout. The ranks of a sharded policy sample together, each its own prompts, if it has any.
+    """
+
+    def part(chosen: slice, generations: slice) -> Rollout:
+        count = len(range(num_generations)[generations])
+        drawn = None if uniform is None else uniform[chosen, generations]
+        start = _now(policy)
+        sampler = _sampler(policy, prompts[chosen], count, max_new_tokens, temperature, drawn, static)
+        prefilled = _now(policy)
+        for time in sampler.run():
+            if on_token is not None:
+                on_token(time)
+        seconds = {"prefill": prefilled - start, "decode": _now(policy) - prefilled}
+        return _rollout(sampler, seconds)
+
+    def everything(at_once: int) -> Rollout:
+        if not prompts:
+            return Rollout([], [], [], {}, 0)
+        try:
+            with policy.autocast():
+                return _joined([part(*slices) for slices in _parts(len(prompts), num_generations, at_once)])
+        except BaseException:
+            policy.samplers.clear()  # what they hold is needed if memory ran out
+            raise
+
+    fit = fit or MicroBatch()
+    if policy.is_sharded:  # whose weights, once gathered, are to be learned from; and ranks cannot sample again alone
+        with torch.no_grad(), policy.in_step():
+            return everything(fit.rows)
+    with torch.inference_mode():
+        return fit.attempt(everything, total=len(prompts) * num_generations, doing="rollout")
+
+
+@torch.inference_mode()
+def stream(
+    policy: Policy, prompt: list[int], *, max_new_tokens: int, temperature: float, uniform: Tensor | None
+) -> Iterator[str]:
+    """The text of one completion, piece by piece as it is sampled; `uniform` (1, 1, T) as in `sample`."""
+    shown = ""
+    with policy.autocast():
+        sampler = _sampler(policy, [prompt], 1, max_new_tokens, temperature, uniform)
+        for time in sampler.run():
+            tokens = sampler.tokens[0, : int(sampler.ended[0]) or time].tolist()
+            text = policy.decode(tokens)
+            if not text.endswith("\ufffd"):  # a character whose bytes are not complete yet
+                yield text[len(shown) :]
+                shown = text
+    yield policy.decode(tokens)[len(shown) :]
+
+
+def _sampler(
+    policy: Policy,
+    prompts: Sequence[list[int]],
+    num_generations: int,
+    max_new_tokens: int,
+    temperature: float,
+    uniform: Tensor | None,
+    static: bool | None = None,
+) -> Sampler:
+    """A sampler that has prefilled the prompts."""
+    if static is None:
+        static = policy.device.type == "cuda" and policy.can_step_in_place
+    if static:
+        form = Form(
+            prompts=len(prompts),
+            longest=max(map(len, prompts)),
+            num_generations=num_generations,
+            max_new_tokens=max_new_tokens,
+            temperature=0.0 if uniform is None else temperature,
+        )
+        return static_sampler(policy, prompts, form, uniform)
+    return ShrinkingSampler(
+        policy,
+        prompts,
+        num_generations=num_generations,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        uniform=uniform,
+    )
+
+
+def _now(policy: Policy) -> float:
+    """Seconds, once the device has done what it was given."""
+    if policy.device.type == "cuda":
+        torch.cuda.synchronize(policy.device)
+    return perf_counter()
+
+
+def _parts(prompts: int, generations: int, rows: int) -> list[tuple[slice, slice]]:
+    """P prompts by G generations cut into rectangles of at most `rows` completions, in order; one if `rows` is 0."""
+    rows = rows or prompts * generations
+    tall, wide = max(1, rows // generations), min(rows, generations)
+    return [
+        (slice(top, top + tall), slice(left, left + wide))
+        for top in range(0, prompts, tall)
+        for left in range(0, generations, wide)
+    ]
+
+
+def _rollout(sampler: Sampler, seconds: dict[str, float]) -> Rollout:
+    ended = sampler.ended[: sampler.rows].tolist()
+    lengths = [end or sampler.limit for end in ended]
+    rows = zip(sampler.tokens.tolist(), sampler.logprobs.tolist(), lengths, strict=False)
+    cut = [(tokens[:length], logprobs[:length]) for tokens, logprobs, length in rows]
+    return Rollout(
+        [tokens for tokens, _ in cut],
+        [logprobs for _, logprobs in cut],
+        [end == 0 for end in ended],
+        seconds,
+        sampler.computed,
+    )
+
+
+def _joined(parts: Sequence[Rollout]) -> Rollout:
+    return Rollout(
+        [tokens for part in parts for tokens in part.completions],
+        [logprobs for part in parts for logprobs in part.logprobs],
+        [cut for part in parts for cut in part.truncated],
+        {phase: sum(part.seconds[phase] for part in parts) for phase in parts[0].seconds},
+        sum(part.computed for part in parts),
+    )

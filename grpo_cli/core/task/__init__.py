@@ -1,0 +1,1 @@
+"""Countdown: puzzles, prompts, expressions and scores. Standard library only."""

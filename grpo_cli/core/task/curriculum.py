@@ -1,0 +1,136 @@
+"""What a training is shown: which puzzles a step sees, and in which style each of them is put.
+
+A schedule is written in one line:
+
+    one-shot                                              one of them
+    one-shot = 0.5, zero-shot = 0.5                       a mixture, drawn for each prompt on its own
+    one-shot -> zero-shot, linear over 20 steps           the first fades into the second
+    3 then 4 after 20 steps                               a change at once
+
+Everything drawn is a function of (seed, step, prompt), so a training that goes on draws what it would have drawn.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from grpo_cli.core.task.prompts import Style
+from grpo_cli.core.task.puzzle import Puzzle
+
+_FADE = re.compile(r"(.+?)\s*->\s*(.+?)\s*,?\s+(?:linear\s+)?over\s+([0-9]{1,9})\s+steps?")
+_CHANGE = re.compile(r"(.+?)\s+then\s+(.+?)\s+after\s+([0-9]{1,9})\s+steps?")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Weights of what is drawn from, at first and in the end; `steps` lie between, over which they fade or hold."""
+
+    first: Mapping[str, float]
+    last: Mapping[str, float]
+    steps: int = 0
+    fades: bool = False
+
+    def weights(self, step: int) -> dict[str, float]:
+        """Probability of each choice in a step, from 1."""
+        done = min(1.0, (step - 1) / self.steps) if self.steps else 1.0
+        share = done if self.fades else float(step > self.steps)
+        names = [*self.first, *(name for name in self.last if name not in self.first)]
+        return {name: (1 - share) * self.first.get(name, 0.0) + share * self.last.get(name, 0.0) for name in names}
+
+    @property
+    def choices(self) -> list[str]:
+        """All that is ever drawn."""
+        return [*self.first, *(name for name in self.last if name not in self.first)]
+
+    def draw(self, step: int, key: str) -> str:
+        """The choice of a step for `key`, which says what else it depends on."""
+        weights = self.weights(step)
+        return random.Random(f"{key}/{step}").choices(list(weights), list(weights.values()))[0]
+
+
+def schedule(text: str, choices: Collection[str]) -> Schedule:
+    """The schedule that `text` describes, of some of `choices`; raises ValueError that says what is wrong."""
+    text = text.strip()
+    for pattern, fades in ((_FADE, True), (_CHANGE, False)):
+        if found := pattern.fullmatch(text):
+            if int(found[3]) < 1:
+                raise ValueError("a change takes at least 1 step")
+            return Schedule(_mixture(found[1], choices), _mixture(found[2], choices), int(found[3]), fades)
+    mixture = _mixture(text, choices)
+    return Schedule(mixture, mixture)
+
+
+def _mixture(text: str, choices: Collection[str]) -> dict[str, float]:
+    """Weights that sum to 1, from `a` or `a = 1, b = 3`, in braces or not."""
+    parts = [part.strip() for part in text.strip("{} ").split(",")]
+    weights: dict[str, float] = {}
+    for part in parts:
+        name, equals, weight = (piece.strip() for piece in part.partition("="))
+        if name not in choices:
+            raise ValueError(f"`{name}` is none of {', '.join(choices)}")
+        if name in weights:
+            raise ValueError(f"`{name}` stands there twice")
+        if not equals and len(parts) > 1:
+            raise ValueError(f"`{name}` has no weight")
+        if equals and not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?|\.[0-9]{1,9}", weight):
+            raise ValueError(f"`{weight}` is no weight")
+        weights[name] = float(weight) if equals else 1.0
+    total = sum(weights.values())
+    if total == 0:
+        raise ValueError("the weights are all 0")
+    return {name: weight / total for name, weight in weights.items() if weight > 0}
+
+
+def puzzles_of_step(puzzles: Sequence[Puzzle], step: int, *, batch_size: int, seed: int | str) -> list[Puzzle]:
+    """The puzzles of a step, from 1: every epoch goes through all puzzles once, in an order of its own."""
+    places = range((step - 1) * batch_size, step * batch_size)
+    orders: dict[int, list[int]] = {}
+    drawn = []
+    for epoch, index in (divmod(place, len(puzzles)) for place in places):
+        if epoch not in orders:
+            orders[epoch] = random.Random(f"{seed}/{epoch}").sample(range(len(puzzles)), len(puzzles))
+        drawn.append(puzzles[orders[epoch][index]])
+    return drawn
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """The prompts of every step. `puzzles` holds all that there are, by the numbers in each."""
+
+    puzzles: Mapping[int, Sequence[Puzzle]]
+    numbers: Schedule
+    style: Schedule
+    batch_size: int
+    seed: int
+
+    def prompts(self, step: int, *, turn: int = 0) -> list[tuple[Puzzle, Style]]:
+        """The puzzles of a step, from 1, and their styles. Later turns take the puzzles in other orders.
+
+        Each size has an order of its own, in which a prompt of another size leaves its place out.
+        """
+        seed = f"{self.seed}/{turn}" if turn else str(self.seed)
+        drawn = {
+            size: puzzles_of_step(puzzles, step, batch_size=self.batch_size, seed=seed)
+            for size, puzzles in self.puzzles.items()
+        }
+        prompts = []
+        for index in range(self.batch_size):
+            size = int(self.numbers.draw(step, f"{seed}/numbers/{index}"))
+            style = cast(Style, self.style.draw(step, f"{seed}/style/{index}"))
+            prompts.append((drawn[size][index], style))
+        return prompts
+
+    def shares(self, prompts: Sequence[tuple[Puzzle, Style]]) -> dict[str, float]:
+        """Metrics: the share of each style and size among the prompts of a step, where there is more than one."""
+        styles = Counter(str(style) for _, style in prompts)
+        sizes = Counter(str(len(puzzle.numbers)) for puzzle, _ in prompts)
+        found: dict[str, float] = {}
+        for schedule, counts, unit in ((self.style, styles, ""), (self.numbers, sizes, " numbers")):
+            if len(schedule.choices) > 1:
+                found |= {f"prompts/{name}{unit}": counts[name] / len(prompts) for name in schedule.choices}
+        return found

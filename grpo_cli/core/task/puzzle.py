@@ -1,0 +1,63 @@
+"""Countdown puzzles: enumerated, drawn, solved, and kept in JSON Lines; it does not know prompts, models or rewards."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.task.expression import Expression
+
+Split = Literal["train", "val"]
+Verdict = Literal["correct", "not_an_expression", "wrong_numbers", "wrong_value"]
+
+SIZES = range(2, 7)
+NUMBERS = range(1, 11)
+TARGETS = range(1, 101)
+
+
+def split_of(numbers: Iterable[int]) -> Split:
+    """`val` if every number is even, else `train`."""
+    return "train" if any(number % 2 for number in numbers) else "val"
+
+
+@dataclass(frozen=True, slots=True)
+class Puzzle:
+    """Make `target` from all of `numbers`, each used once, with +, - and *."""
+
+    numbers: tuple[int, ...]
+    target: int
+
+    @property
+    def split(self) -> Split:
+        """The split that the numbers belong to."""
+        return split_of(self.numbers)
+
+    @property
+    def canonical(self) -> "Puzzle":
+        """The same puzzle with its numbers sorted."""
+        return Puzzle(tuple(sorted(self.numbers)), self.target)
+
+
+def checked(numbers: Sequence[int], target: int) -> Puzzle:
+    """A puzzle somebody asked for: 2 to 6 numbers from 1 to 100 and a target from 1 to 1000, or CountdownError."""
+    check_size(len(numbers))
+    for number in numbers:
+        if not 1 <= number <= 100:
+            raise CountdownError(f"the numbers of a puzzle lie between 1 and 100, and {number} does not")
+    if not 1 <= target <= 1000:
+        raise CountdownError(f"the target of a puzzle lies between 1 and 1000, and {target} does not")
+    return Puzzle(tuple(numbers), target)
+
+
+def check_size(size: int) -> None:
+    if size not in SIZES:
+        raise CountdownError(f"a puzzle has {SIZES[0]} to {SIZES[-1]} numbers, not {size}")
+
+
+def judge(puzzle: Puzzle, expression: Expression | None) -> Verdict:
+    """Whether the expression solves the puzzle, or the first thing that is wrong with it."""
+    if expression is None:
+        return "not_an_expression"
+    if sorted(expression.numbers) != sorted(puzzle.numbers):
+        return "wrong_numbers"
+    return "correct" if expression.value == puzzle.target else "wrong_value"

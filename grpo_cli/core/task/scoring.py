@@ -1,0 +1,83 @@
+"""The text contract: a puzzle to its prompt, a completion to its score; it does not know models or tokens.
+
+Only this module knows the tags. A completion is untrusted: it is searched and parsed, never evaluated.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from grpo_cli.core.task.expression import Expression, ascii_operators, last_expression, parse, parse_lenient
+from grpo_cli.core.task.prompts import Style
+from grpo_cli.core.task.puzzle import Puzzle, judge
+
+Reason = Literal["correct", "no_answer", "truncated", "not_an_expression", "wrong_numbers", "wrong_value"]
+Cheat = Literal["numbers", "not_arithmetic", "no_thought"]
+CHEATS: tuple[Cheat, ...] = get_args(Cheat)
+
+CORRECT_REWARD = 1.0
+FORMAT_REWARD = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a completion earned and why.
+
+    `answer` is the text that was read as the answer, `well_formed` says that both tag pairs are there, `lenient` that
+    the answer is right if typographic operators and a true `= N` are allowed (never used as a reward). `cheat` is the
+    first of these that the answer is, and costs nothing: the target made with numbers reused or left out; tagged text
+    that is no expression, even leniently; tagged without a pair of thought tags before it.
+    """
+
+    reward: float
+    correct: bool
+    reason: Reason
+    answer: str | None
+    well_formed: bool
+    lenient: bool
+    cheat: Cheat | None = None
+
+
+def score(completion: str, puzzle: Puzzle, *, style: Style = "one-shot", truncated: bool = False) -> Score:
+    """Score a completion: 1.0 if its answer solves the puzzle, else 0.1 for each well-formed tag pair.
+
+    `truncated` says that the completion ran out of tokens; it changes no reward, only the reason.
+    """
+    tagged = style != "natural"
+    before, answer = _tagged_answer(completion) if tagged else ("", last_expression(completion, puzzle.numbers))
+    expression = None if answer is None else parse(answer)
+    reason: Reason = "no_answer" if answer is None else judge(puzzle, expression)
+    correct = reason == "correct"
+    read = expression
+    if not correct and (not tagged or reason == "not_an_expression"):
+        read = _read_leniently(completion, answer, puzzle, style)
+    lenient = correct or judge(puzzle, read) == "correct"
+    if truncated and not correct and (answer is None or not tagged):
+        reason = "truncated"
+    cheat: Cheat | None = None
+    if reason == "wrong_numbers" and expression and expression.value == puzzle.target:
+        cheat = "numbers"
+    elif tagged and answer is not None and read is None:
+        cheat = "not_arithmetic"
+    elif tagged and answer is not None and not _has_pair(before, "<think>", "</think>"):
+        cheat = "no_thought"
+    pairs = _has_pair(completion, "<think>", "</think>") + _has_pair(completion, "<answer>", "</answer>")
+    reward = CORRECT_REWARD if correct else FORMAT_REWARD * pairs
+    return Score(reward, correct, reason, answer, well_formed=pairs == 2, lenient=lenient, cheat=cheat)
+
+
+def _read_leniently(completion: str, answer: str | None, puzzle: Puzzle, style: Style) -> Expression | None:
+    if style == "natural":
+        answer = last_expression(ascii_operators(completion), puzzle.numbers)
+    return None if answer is None else parse_lenient(answer)
+
+
+def _tagged_answer(completion: str) -> tuple[str, str | None]:
+    """What stands before the last complete answer pair, and its text, stripped; of nested pairs the inner one."""
+    until, _, _ = completion.rpartition("</answer>")
+    before, opening, answer = until.rpartition("<answer>")
+    return before, answer.partition("</answer>")[0].strip() if opening else None
+
+
+def _has_pair(completion: str, opening: str, closing: str) -> bool:
+    start = completion.find(opening)
+    return start >= 0 and completion.find(closing, start) >= 0

@@ -1,0 +1,49 @@
+"""Suites: sets of puzzles in several styles, each a cell, on which models are evaluated side by side.
+
+A cell is written `val 3 one-shot`: the split, the numbers in a puzzle, and the style that the prompt has. Knows names
+alone; puzzles and models are others' to find.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import product
+from typing import get_args
+
+from grpo_cli.core.task.prompts import STYLES, Style
+from grpo_cli.core.task.puzzle import Split
+
+SIZES = range(2, 7)  # numbers that a puzzle may have
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Puzzles of one split and size, put in one style."""
+
+    split: Split
+    numbers: int
+    style: Style
+
+    @property
+    def name(self) -> str:
+        """The cell as `val 3 one-shot`."""
+        return f"{self.split} {self.numbers} {self.style}"
+
+
+CELLS = {cell.name: cell for cell in (Cell(*parts) for parts in product(get_args(Split), SIZES, STYLES))}
+
+
+def cell(text: str) -> Cell:
+    """The cell that `text` names, whatever its spaces; raises ValueError, with the nearest name, if there is none."""
+    name = " ".join(text.split())
+    if name not in CELLS:
+        nearest = get_close_matches(name, CELLS, n=1)
+        raise ValueError(f"`{text}` is no cell" + (f"; did you mean `{nearest[0]}`?" if nearest else ""))
+    return CELLS[name]
+
+
+def weighted_mean(values: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """Mean of the cells' values by their weights, of which at least one is above 0."""
+    return sum(weight * values[name] for name, weight in weights.items()) / sum(weights.values())

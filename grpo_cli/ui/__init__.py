@@ -1,0 +1,1 @@
+"""Everything a person looks at: text, tables, the live view, figures and reports."""

@@ -1,0 +1,113 @@
+"""What there is to tell of a run: what was solved at its start, its best and its last step, and what has changed.
+
+It is handed plain data, and knows neither where a run keeps it nor how it is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from grpo_cli.core.evals.statistics import changes, mcnemar, wilson
+from grpo_cli.core.run.folder import Evaluated, Example
+from grpo_cli.ui.figures import Curves
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a second evaluation solves that a first does not, and the reverse."""
+
+    gained: int
+    lost: int
+
+    @property
+    def p_value(self) -> float:
+        return mcnemar(self.gained, self.lost)
+
+
+@dataclass(frozen=True)
+class Account:
+    """What there is to tell of one run; of a file of metrics there are curves alone. `settings` are by key."""
+
+    curves: Curves
+    metrics: Sequence[Mapping[str, float]] = ()
+    evaluations: Mapping[str, Mapping[int, Evaluated]] = field(default_factory=dict)
+    samples: Sequence[Example] = ()
+    settings: Mapping[str, object] = field(default_factory=dict)
+    summary: Mapping[str, object] | None = None
+    environment: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.curves.name
+
+    @cached_property
+    def cells(self) -> Mapping[str, Mapping[int, Evaluated]]:
+        """Every cell's evaluations by step; from the curves alone where none was recorded."""
+        puzzles = (self.summary or {}).get("puzzles")
+        count = puzzles if isinstance(puzzles, int) else 0
+        series = self.curves.val | self.curves.cells
+        drawn = {name: {step: _drawn(step, name, count, share) for step, share in series[name]} for name in series}
+        return self.evaluations or {name: steps for name, steps in drawn.items() if steps}
+
+    @property
+    def own(self) -> Mapping[int, Evaluated]:
+        """The evaluations, by step, of the cell that the run trains for."""
+        name = f"val {self.settings.get('task.numbers')} {self.settings.get('task.style')}"
+        return self.cells.get(name) or next(iter(self.cells.values()), {})
+
+    @property
+    def steps(self) -> int:
+        """The last step taken."""
+        taken = [int(line["step"]) for line in self.metrics]
+        series = (self.curves.reward, self.curves.accuracy, self.curves.kl, *self.curves.val.values())
+        return max([*taken, *(step for points in series for step, _ in points)], default=0)
+
+    @property
+    def best(self) -> int | None:
+        """The step whose model was kept, or so far has done best."""
+        chosen = (self.summary or {}).get("best_step")
+        if chosen in self.own:
+            return int(str(chosen))
+        means = {int(line["step"]): line["suite_mean"] for line in self.metrics if "suite_mean" in line}
+        shares = means or {step: found.accuracy for step, found in self.own.items()}
+        return max((step for step in shares if step), key=shares.__getitem__, default=None)
+
+    @property
+    def looks(self) -> int:
+        """Evaluations that the best was chosen from."""
+        return len([step for step in self.own if step])
+
+    def corrected(self, found: Change) -> float:
+        """The p value of a change from the start to the best step, given that it was chosen on the same puzzles."""
+        return min(1.0, found.p_value * self.looks)
+
+    @property
+    def stations(self) -> list[tuple[str, int]]:
+        """(what it is, step) of the evaluations worth telling: the start, the best and the last."""
+        last = max((step for step in self.own if step), default=None)
+        best = "best and last" if self.best == last else "best"
+        found = [("start", 0 if 0 in self.own else None), (best, self.best), ("last", last)]
+        kept = [(word, step) for word, step in found if step is not None]
+        return kept[:-1] if best != "best" and last is not None else kept
+
+
+def change(first: Evaluated | None, second: Evaluated | None) -> Change | None:
+    """What changed from one evaluation to another, or None unless both are known to be of the same puzzles."""
+    if not (first and second and first.solved and second.solved):
+        return None
+    if first.cell != second.cell or first.count != second.count or puzzles(first) != puzzles(second):
+        return None
+    return Change(*changes(first.solved, second.solved))
+
+
+def puzzles(found: Evaluated) -> list[tuple[list[int], int]]:
+    """Those of an evaluation's examples."""
+    return [(example.numbers, example.target) for example in found.examples]
+
+
+def _drawn(step: int, cell: str, count: int, share: float) -> Evaluated:
+    """What a point of a curve tells of an evaluation; `count` is 0 where it is not known."""
+    interval = wilson(share, count) if count else None
+    return Evaluated(step, cell, count, share, interval, None, None, None, reasons={}, solved="", examples=[])

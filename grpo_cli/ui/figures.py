@@ -1,0 +1,296 @@
+"""Metrics to figures: reads a run's metrics or the original system's file, draws the training curve and the KL curve.
+
+It does not know where a run keeps its files, and imports matplotlib only when something is drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.task.suite import CELLS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Series = list[tuple[int, float]]
+
+# The original system logged at its steps 0, 10, 20, ...: means over the steps since the last line.
+ORIGINAL_EVERY = 10
+ORIGINAL_KEYS = ("rewards_avg", "train_accuracies_avg", "val_accuracies_avg", "kl_avg")
+
+# Okabe and Ito's colours: told apart with any kind of colour vision.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v")
+MOST_MARKERS = 30
+SUITE = "suite/"
+STYLE_COLOURS = {"one-shot": COLOURS[0], "zero-shot": COLOURS[1], "natural": COLOURS[2]}
+NAME_CHARACTERS = 24
+LEGEND_CHARACTERS = 100
+FORMATS = ("png", "svg")
+SVG_METADATA = ("Creator", "Date", "Format", "Type")
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The curves of one run, each as (step, value) points in the order of steps.
+
+    `val` holds one series for each set that was evaluated: `val`, or `val` with the name that the original gave it;
+    `cells` one for each cell of the suite that was evaluated besides, such as `val 4 zero-shot`.
+    """
+
+    name: str
+    reward: Series
+    accuracy: Series
+    kl: Series
+    val: dict[str, Series]
+    cells: dict[str, Series] = field(default_factory=dict)
+
+    @property
+    def is_empty(self) -> bool:
+        return not any((self.reward, self.accuracy, self.kl, *self.val.values()))
+
+
+# Reading
+
+
+def load(path: Path) -> Curves:
+    """The curves in a file: lines of metrics, or the original system's JSON object. The file's stem is their name.
+
+    Raises CountdownError, naming the file and the line or key, for anything else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as problem:
+        raise CountdownError(f"cannot read `{path}`: {problem.strerror}") from None
+    except UnicodeDecodeError:
+        raise CountdownError(f"`{path}` is not UTF-8 text") from None
+    whole = _json(text)
+    if isinstance(whole, dict) and any(key in whole for key in ORIGINAL_KEYS):
+        curves = _from_original(path, whole)
+    else:
+        curves = from_metrics(path.stem, _metrics(path, text))
+    if curves.is_empty:
+        raise CountdownError(f"`{path}` holds no metrics to plot")
+    return curves
+
+
+def from_metrics(name: str, lines: Iterable[Mapping[str, float]]) -> Curves:
+    """The curves in a run's metrics. A line without a key, or with a value that is not finite, adds no point."""
+    rows = list(lines)
+
+    def series(key: str) -> Series:
+        return [(int(row["step"]), row[key]) for row in rows if key in row and math.isfinite(row[key])]
+
+    cells = {cell: points for cell in CELLS if (points := series(SUITE + cell))}
+    return Curves(name, series("reward"), series("accuracy"), series("kl"), {"val": series("val_accuracy")}, cells)
+
+
+def _metrics(path: Path, text: str) -> Iterable[dict[str, float]]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        row = _json(line)
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise CountdownError(
+                f"`{path}`, line {number}: not a line of metrics",
+                "a file to plot is a run's metrics or the original system's JSON object",
+            )
+        yield {key: _number(f"`{path}`, line {number}: `{key}`", value) for key, value in row.items()}
+
+
+def _from_original(path: Path, lists: Mapping[str, object]) -> Curves:
+    def series(name: str, values: object) -> Series:
+        if not isinstance(values, list):
+            raise CountdownError(f"`{path}`: `{name}` is not a list")
+        numbers = [_number(f"`{path}`: `{name}[{index}]`", value) for index, value in enumerate(values)]
+        return [(ORIGINAL_EVERY * index, number) for index, number in enumerate(numbers) if math.isfinite(number)]
+
+    reward, accuracy, val, kl = (lists.get(key, []) for key in ORIGINAL_KEYS)
+    named = {f"val {name}": values for name, values in val.items()} if isinstance(val, dict) else {"val": val}
+    return Curves(
+        path.stem,
+        series("rewards_avg", reward),
+        series("train_accuracies_avg", accuracy),
+        series("kl_avg", kl),
+        {name: series("val_accuracies_avg", values) for name, values in named.items()},
+    )
+
+
+def _json(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _number(where: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise CountdownError(f"{where} is not a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise CountdownError(f"{where} is too large") from None
+
+
+# Drawing
+
+
+def moving_average(values: Sequence[float], window: int) -> list[float]:
+    """The mean of each value and up to `window` - 1 before it: as many values as came in, none from the future."""
+    return [fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
+
+
+def training_curve(curves: Sequence[Curves], path: Path, *, smooth: bool = False, window: int = 10) -> None:
+    """Write train and val accuracy, the cells of a suite if there is one, and the reward below, over the steps.
+
+    Stars are peaks. PNG or SVG by the suffix of `path`.
+    """
+    _write(training_figure(curves, smooth=smooth, window=window), path)
+
+
+def kl_curve(curves: Sequence[Curves], path: Path, *, smooth: bool = False, window: int = 10) -> None:
+    """Write the KL estimate over the steps; PNG or SVG by the suffix of `path`."""
+    _write(kl_figure(curves, smooth=smooth, window=window), path)
+
+
+def svg(figure: Figure, *, prefix: str) -> str:
+    """The figure as an SVG element with text in it, to stand in a page; `prefix` keeps its ids apart from others'."""
+    import matplotlib
+
+    drawn = StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "countdown", "svg.fonttype": "none"}):
+        figure.savefig(drawn, format="svg", transparent=True, metadata=dict.fromkeys(SVG_METADATA))
+    element = drawn.getvalue().partition("<svg")[2]
+    return "<svg" + re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{prefix}-", element)
+
+
+def training_figure(curves: Sequence[Curves], *, smooth: bool, window: int) -> Figure:
+    """The figure that `training_curve` writes: accuracies, then those of the cells, if there are, then rewards."""
+    suites = any(run.cells for run in curves)
+    figure, panels = _panels(curves, height=9.0 if suites else 6.0, ratios=(2, 2, 1) if suites else (2, 1))
+    upper, lower = panels[0], panels[-1]
+    for index, run in enumerate(curves):
+        colour = COLOURS[index % len(COLOURS)]
+        _line(upper, run.accuracy, colour, _label("train", run, curves), smooth=smooth, window=window)
+        for order, (name, points) in enumerate(run.val.items()):
+            val_colour = colour if len(curves) > 1 else COLOURS[(order + 1) % len(COLOURS)]
+            marker = MARKERS[order % len(MARKERS)]
+            _markers(upper, points, val_colour, marker, "--", _label(name, run, curves))
+        for name, points in run.cells.items():
+            split, numbers, style = name.split(" ", 2)
+            look = (STYLE_COLOURS[style], MARKERS[int(numbers) - 3], "--" if split == "val" else ":")
+            _markers(panels[1], points, look[0] if len(curves) == 1 else colour, *look[1:], _label(name, run, curves))
+        _line(lower, run.reward, colour, "", smooth=smooth, window=window)
+    for axes in panels[:-1]:
+        axes.set(ylabel="accuracy", ylim=(0, 1.02))
+        axes.yaxis.set_major_formatter("{x:.0%}")
+    lower.set_ylabel("reward")
+    lower.set_ylim(bottom=0)
+    _legend(figure, *panels[:-1])
+    return figure
+
+
+def kl_figure(curves: Sequence[Curves], *, smooth: bool, window: int) -> Figure:
+    """The figure that `kl_curve` writes."""
+    figure, (axes,) = _panels(curves, height=3.6, ratios=(1,))
+    for index, run in enumerate(curves):
+        label = _label("KL", run, curves)
+        _line(axes, run.kl, COLOURS[index % len(COLOURS)], label, smooth=smooth, window=window)
+    axes.set_ylabel("KL(policy || reference)")
+    axes.set_ylim(bottom=0)
+    if len(curves) > 1:
+        _legend(figure, axes)
+    return figure
+
+
+def _panels(curves: Sequence[Curves], *, height: float, ratios: Sequence[float]) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, height), layout="constrained")
+    panels: list[Axes] = list(figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0])
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e4e4e4")
+        axes.set_axisbelow(True)
+    panels[0].set_title(_name(curves[0].name) if len(curves) == 1 else f"{len(curves)} runs", loc="left", weight="bold")
+    panels[-1].set_xlabel("step")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure, panels
+
+
+def _line(axes: Axes, points: Series, colour: str, label: str, *, smooth: bool, window: int) -> None:
+    """Draw a curve; when smoothed, the raw one faintly behind its moving average."""
+    if not points:
+        return
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    marker = "." if len(points) == 1 else ""
+    if smooth:
+        axes.plot(steps, values, color=colour, marker=marker, alpha=0.25, linewidth=1)
+        values = moving_average(values, window)
+    axes.plot(steps, values, color=colour, marker=marker, label=label)
+
+
+def _markers(axes: Axes, points: Series, colour: str, marker: str, linestyle: str, label: str) -> None:
+    """Draw a curve of few points, each marked; of many, some. Its first peak is a star."""
+    if not points:
+        return
+    steps, values = zip(*points, strict=True)
+    (line,) = axes.plot(steps, values, color=colour, marker=marker, linestyle=linestyle, linewidth=1, label=label)
+    line.set(markevery=math.ceil(len(points) / MOST_MARKERS), clip_on=False, zorder=3, markersize=4)
+    peak = max(points, key=lambda point: point[1])
+    axes.scatter(*peak, s=140, color=colour, marker="*", edgecolors="white", clip_on=False, zorder=4)
+
+
+def _label(curve: str, run: Curves, curves: Sequence[Curves]) -> str:
+    return f"{_name(curve)} ({_name(run.name)})" if len(curves) > 1 else _name(curve)
+
+
+def _name(text: str) -> str:
+    """A name fit for a label: cut to length, with nothing in it that matplotlib would read as mathematics."""
+    shown = "".join(character if character.isprintable() else "?" for character in text)
+    return (shown if len(shown) <= NAME_CHARACTERS else shown[: NAME_CHARACTERS - 1] + "…").replace("$", r"\$")
+
+
+def _legend(figure: Figure, *panels: Axes) -> None:
+    handles, labels = [], []
+    for axes in panels:
+        more = axes.get_legend_handles_labels()
+        handles += more[0]
+        labels += more[1]
+    columns = max(1, LEGEND_CHARACTERS // (8 + max(map(len, labels), default=0)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def _write(figure: Figure, path: Path) -> None:
+    import matplotlib
+
+    kind = path.suffix.removeprefix(".")
+    if kind not in FORMATS:
+        raise CountdownError(f"cannot draw `{path}`: not a PNG or SVG file", "end its name in `.png` or `.svg`")
+    with replacing(path) as staged, matplotlib.rc_context({"svg.hashsalt": "countdown"}):
+        figure.savefig(staged, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write, which then takes its place: a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as problem:
+        raise CountdownError(f"cannot write `{path}`: {problem.strerror}", exit_code=1) from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,473 @@
+"""A page for people about one run or several: self-contained HTML that needs no network and prints on A4.
+
+What there is to tell is `account`'s to know; here it gets its words and its look. Every text that does not stand here
+passes `printable` and is escaped, and the page itself forbids scripts and requests.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+from grpo_cli import __version__
+from grpo_cli.core.config.settings import FIELDS
+from grpo_cli.core.evals.statistics import holm
+from grpo_cli.core.rl.health import CHEATS, collapses, warnings
+from grpo_cli.core.run.folder import Evaluated, Example
+from grpo_cli.ui import figures as plot
+from grpo_cli.ui.account import Account, Change, change, puzzles
+from grpo_cli.ui.figures import Curves, Series
+from grpo_cli.ui.tables import SIGNIFICANT
+from grpo_cli.ui.text import EXCERPT_CHARACTERS, interval, percent, printable, probability, question
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+STYLE = Path(__file__).with_suffix(".css")
+SMALLER = 0.8  # than the images, so that text is as large as the page's
+TITLED = 3  # runs named in the title
+DRAWN = 2  # completions shown of a step of training
+UNTESTED = "Which puzzles were solved was not recorded, so no test can tell whether this is more than chance."
+NO_DIFFERENCE = "no difference that these puzzles carry"
+
+# What the last step says of a training's health: label, meaning, format.
+HEALTH = {
+    "truncated": ("truncated", "completions that ran out of tokens", "{:.1%}"),
+    "zero_variance": ("equal groups", "groups of equal rewards, which teach nothing", "{:.1%}"),
+    "entropy": ("entropy", "nats a token; near 0, sampling explores no more", "{:.4f}"),
+    "kl": ("KL", "distance from the reference model", "{:.4f}"),
+    "logprob_gap": ("log-prob gap", "between sampler and trainer, mean of a token", "{:.1e}"),
+    "weights_changed": ("weights changed", "by the step", "{:.1%}"),
+    "bad_steps": ("skipped", "steps whose loss or gradient was not finite", "{:g}"),
+    "lenient_accuracy": ("right, read leniently", "other notations allowed", "{:.1%}"),
+    **{key: ("cheats", f"completions that {meaning}", "{:.1%}") for key, meaning in CHEATS.items()},
+}
+
+# Markup
+
+
+class Html(str):
+    """Markup. All other text is escaped where it enters an element."""
+
+
+def element(name: str, *content: object, **attributes: str) -> Html:
+    """An element, with `aria_hidden` for `aria-hidden` and `class_` for `class`. What is no `Html` is text."""
+    keep = name == "pre"
+    inside = "".join(part if isinstance(part, Html) else _text(str(part), keep_newlines=keep) for part in content)
+    named = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value}
+    given = "".join(f' {key}="{_text(value)}"' for key, value in named.items())
+    return Html(f"<{name}{given}>{inside}</{name}>")
+
+
+def _text(text: str, *, keep_newlines: bool = False) -> str:
+    return html.escape(printable(text, keep_newlines=keep_newlines))
+
+
+def _all(parts: Iterable[str]) -> Html:
+    return Html("".join(part if isinstance(part, Html) else _text(part) for part in parts))
+
+
+def _table(head: Sequence[object], rows: Iterable[Sequence[object]], *, kind: str = "") -> Html:
+    """A table whose first column names the rows."""
+    top = element("tr", *(element("th", cell, scope="col") for cell in head))
+    body = [
+        element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:])) for row in rows
+    ]
+    table = element("table", element("thead", top), element("tbody", *body), class_=kind)
+    return element("div", table, class_="wide")
+
+
+def _small(*content: object) -> Html:
+    return element("small", *content)
+
+
+def _folded(summary: str, *content: Html, kind: str = "") -> Html:
+    return element("details", element("summary", summary), *content, class_=kind)
+
+
+# The page
+
+
+def page(accounts: Sequence[Account], *, defaults: Mapping[str, object], smooth: bool = False, window: int = 10) -> str:
+    """The whole page. `defaults` are the shipped settings by key; curves are smoothed over `window` steps if asked."""
+    names = [account.name for account in accounts]
+    title = ", ".join(names) if len(names) <= TITLED else f"{len(names)} runs"
+    sections = [
+        ("", _all(_headline(account, titled=len(names) > 1) for account in accounts)),
+        ("Curves", _figures([account.curves for account in accounts], smooth=smooth, window=window)),
+        ("Accuracy, cell by cell", _each(accounts, _matrix)),
+        ("Comparison", _comparison(accounts)),
+        ("Samples, before and after", _each(accounts, _samples)),
+        ("Failures by kind", _each(accounts, _failures)),
+        ("Health", _each(accounts, _health)),
+        ("Configuration", _configuration([account for account in accounts if account.settings], defaults)),
+        ("Environment", _environment(accounts)),
+    ]
+    body = element(
+        "main",
+        element("header", element("p", "countdown report", class_="over"), element("h1", title)),
+        *(element("section", _heading(name), content) for name, content in sections if content),
+        element("footer", f"countdown {__version__} · ", element("code", f"countdown plot {' '.join(names)} --report")),
+    )
+    head = element("title", f"{title} · countdown report") + element("style", Html(STYLE.read_text("utf-8")))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta name="color-scheme" content="light dark">{head}</head>\n<body>{body}</body></html>\n'
+    )
+
+
+def write(text: str, path: Path) -> None:
+    """Write a page; a reader never sees half of it."""
+    with plot.replacing(path) as staged:
+        staged.write_text(text, encoding="utf-8")
+
+
+def _heading(name: str) -> Html:
+    return element("h2", name) if name else Html("")
+
+
+def _each(accounts: Sequence[Account], tell: Callable[[Account], Html]) -> Html:
+    """What `tell` says of each run that it has something to say of, under the run's name if there are several."""
+    told = [(account.name, found) for account in accounts if (found := tell(account))]
+    return _all(part for name, found in told for part in ([element("h3", name)] * (len(accounts) > 1) + [found]))
+
+
+# Headline
+
+
+def _headline(account: Account, *, titled: bool) -> Html:
+    scores = [_score(word, account.own[step]) for word, step in account.stations[:2]]
+    return element(
+        "article",
+        *([element("h3", account.name)] * titled),
+        element("p", _story(account), class_="story"),
+        *([element("div", *scores, class_="scores")] if scores else []),
+        element("p", _verdict(account), class_="verdict"),
+    )
+
+
+def _story(account: Account) -> str:
+    """What was trained, and for how long."""
+    values = account.settings
+    if not values:
+        return f"The curves of a file of metrics, to step {account.steps:,}."
+    seconds = sum(line.get("time/total", 0) + line.get("time/eval", 0) for line in account.metrics)
+    taken, planned = account.steps, values["train.num_iterations"]
+    steps = f"{taken:,} steps" if account.summary or taken == planned else f"{taken:,} of {planned} steps so far"
+    style, numbers = (
+        values[f"task.{key}"] if values[f"train.prompt_{key}"] == "task" else values[f"train.prompt_{key}"]
+        for key in ("style", "numbers")
+    )
+    return (
+        f"{_shown(values['model.model'])}, trained on {_shown(style)} puzzles of {_shown(numbers)} numbers: "
+        f"{steps}, each of {values['train.batch_size']} prompts with {values['train.num_generations']} completions, "
+        f"in {_duration(seconds)}."
+    )
+
+
+def _score(word: str, found: Evaluated) -> Html:
+    bounds = f"95 % interval {interval(found.interval)}" if found.interval else "how many puzzles is not known"
+    return element(
+        "div",
+        element("p", word if found.step == 0 else f"{word}, step {found.step:,}", class_="over"),
+        element("p", percent(found.accuracy), class_="number"),
+        _strip(found),
+        element("p", f"{bounds}" + (f", {found.count:,} puzzles" if found.count else ""), class_="soft"),
+    )
+
+
+def _strip(found: Evaluated) -> Html:
+    """An accuracy and its interval as a mark on a line from 0 to 1."""
+    low, high = found.interval or (found.accuracy, found.accuracy)
+    band = element("i", style=f"left:{low:.2%};right:{1 - high:.2%}")
+    return element("span", band, element("b", style=f"left:{found.accuracy:.2%}"), class_="strip", aria_hidden="true")
+
+
+def _verdict(account: Account) -> str:
+    """One sentence that claims no difference beyond what the exact test carries."""
+    best = account.own.get(account.best or 0)
+    if best is None or best.step == 0:
+        return "Nothing has been evaluated after training yet."
+    found = change(account.own.get(0), best)
+    if found is None:
+        return UNTESTED if 0 in account.own else "The start was not evaluated, so there is nothing to compare with."
+    p_value = account.corrected(found)
+    chosen = f", corrected for choosing the best of {account.looks} evaluations" if account.looks > 1 else ""
+    counts = f"{found.gained:,} of {best.count:,} puzzles gained and {found.lost:,} lost"
+    test = f"{counts} (exact McNemar p {probability(p_value)}{chosen})"
+    if p_value >= SIGNIFICANT:
+        return f"Start and best step show {NO_DIFFERENCE}: {test}."
+    return f"The model {'improved' if found.gained > found.lost else 'got worse'}: {test}."
+
+
+def _duration(seconds: float) -> str:
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {left:02} s" if minutes else f"{left} s"
+
+
+# Curves
+
+
+def _figures(curves: Sequence[Curves], *, smooth: bool, window: int) -> Html:
+    drawn = {
+        "Accuracy and reward; stars are peaks": plot.training_figure(curves, smooth=smooth, window=window),
+        "KL from the reference model": plot.kl_figure(curves, smooth=smooth, window=window),
+    }
+    shown = []
+    for number, (caption, figure) in enumerate(drawn.items(), start=1):
+        figure.set_size_inches(*(SMALLER * figure.get_size_inches()))
+        picture = Html(plot.svg(figure, prefix=f"figure{number}"))
+        shown.append(element("figure", picture, element("figcaption", caption)))
+    return element("div", *shown, class_="figures")
+
+
+# Accuracy
+
+
+def _matrix(account: Account) -> Html:
+    stations = account.stations
+    if not stations:
+        return Html("")
+    rows, tested = [], False
+    for name, steps in account.cells.items():
+        found = change(steps.get(0), steps.get(account.best or 0)) if account.best else None
+        tested = tested or found is not None
+        marks = [_accuracy(steps.get(step)) for _, step in stations]
+        changed = _changed(found, account.corrected(found)) if found else "-"
+        rows.append([_all([name, _small(_about(account, steps))]), *marks, changed])
+    titles = [_all([word, _small(f"step {step:,}")]) for word, step in stations]
+    table = _table(["cell", *titles, "start to best"], rows, kind="numbers")
+    note = (
+        "Bands are 95 % intervals. Puzzles gained and lost from the start to the best step, with the p value of the "
+        f"exact McNemar test, multiplied by {account.looks}: the evaluations that the best was chosen from."
+    )
+    return _all([table, element("p", note if tested else UNTESTED, class_="soft")])
+
+
+def _about(account: Account, steps: Mapping[int, Evaluated]) -> str:
+    """How many puzzles a cell has, and where it peaked if that is not the best step."""
+    count = max(found.count for found in steps.values())
+    peak = max(steps.values(), key=lambda one: one.accuracy)
+    best = steps.get(account.best or 0)
+    beaten = best is not None and peak.accuracy > best.accuracy
+    words = [f"{count:,} puzzles"] * (count > 0) + [f"peak {percent(peak.accuracy)} at step {peak.step:,}"] * beaten
+    return ", ".join(words)
+
+
+def _accuracy(found: Evaluated | None) -> Html | str:
+    if found is None:
+        return "-"
+    bounds = _small(interval(found.interval)) if found.interval else Html("")
+    return _all([element("span", percent(found.accuracy)), bounds, _strip(found)])
+
+
+def _changed(found: Change, p_value: float) -> Html:
+    test = element("small", f"p {probability(p_value)}", class_="whole")
+    return _all([f"+{found.gained:,} −{found.lost:,}", test])
+
+
+# Comparison
+
+
+def _comparison(accounts: Sequence[Account]) -> Html:
+    return _all(_compared(accounts[0], other) for other in accounts[1:])
+
+
+def _compared(first: Account, second: Account) -> Html:
+    """Two runs on each cell that both know, by their best models and by their last ones."""
+    pairs: list[tuple[str, Evaluated | None, Evaluated | None]] = []
+    for cell in (name for name in first.cells if name in second.cells):
+        one, other = first.cells[cell], second.cells[cell]
+        best = (one.get(first.best or -1), other.get(second.best or -1))
+        last = (one[max(one)], other[max(other)])
+        pairs += [("best and last", *best)] if best == last else [("best", *best), ("last", *last)]
+    found = [
+        (word, one, other, tested) for word, one, other in pairs if (tested := change(one, other)) and one and other
+    ]
+    title = element("h3", f"{first.name} → {second.name}")
+    if not found:
+        return _all([title, element("p", "No cell of both whose puzzles are known to be the same.", class_="soft")])
+    adjusted = holm([tested.p_value for *_, tested in found])
+    rows = [
+        [
+            _all([one.cell, _small(f"{word} models, {one.count:,} puzzles")]),
+            _all([percent(one.accuracy), _small(f"step {one.step:,}")]),
+            _all([percent(other.accuracy), _small(f"step {other.step:,}")]),
+            _changed(tested, p_value),
+            _winner(tested, p_value, first.name, second.name),
+        ]
+        for (word, one, other, tested), p_value in zip(found, adjusted, strict=True)
+    ]
+    note = (
+        f"Puzzles that {second.name} solves and {first.name} does not, and the reverse, with the p value of the exact "
+        f"McNemar test, adjusted by Holm's method for the {len(found)} tests read together. Best models were chosen on "
+        "these puzzles, last ones were not: theirs is the fairer test."
+    )
+    table = _table(["cell", first.name, second.name, "change", "verdict"], rows, kind="numbers")
+    return _all([title, table, element("p", note, class_="soft")])
+
+
+def _winner(found: Change, p_value: float, first: str, second: str) -> str:
+    if p_value >= SIGNIFICANT:
+        return NO_DIFFERENCE
+    return f"{second if found.gained > found.lost else first} is better"
+
+
+# Samples
+
+
+def _samples(account: Account) -> Html:
+    """The same puzzles before and after; without evaluations, completions of the first and the last step."""
+    before, after = 0, account.best
+    parts = []
+    for cell, steps in account.cells.items():
+        one, other = steps.get(before), steps.get(after or 0)
+        if one and other and puzzles(one) == puzzles(other) != []:
+            pairs = zip(one.examples, other.examples, strict=True)
+            told = [_pair(_side(before, first), _side(other.step, second)) for first, second in pairs]
+            parts.append(
+                _all([element("h4", cell), *told]) if steps is account.own else _folded(cell, *told, kind="screen")
+            )
+    return _all(parts) if parts else _drawn(account.samples)
+
+
+def _drawn(samples: Sequence[Example]) -> Html:
+    if not samples:
+        return Html("")
+    ends = dict.fromkeys((samples[0].step, samples[-1].step))
+    sides = [[_side(end, sample) for sample in samples if sample.step == end][:DRAWN] for end in ends]
+    note = element("p", "Drawn in training, where every step has puzzles of its own.", class_="soft")
+    return _all([note, *(_pair(*pair) for pair in zip_longest(*sides, fillvalue=Html("")))])
+
+
+def _pair(*sides: Html) -> Html:
+    return element("div", *sides, class_="pair")
+
+
+def _side(step: int, example: Example) -> Html:
+    right = example.reason == "correct"
+    outcome = element("span", f"{'✓' if right else '✗'} {example.reason}", class_="good" if right else "bad")
+    place = f"{f'step {step:,}' if step else 'start'} · {question(example.numbers, example.target)} · "
+    title = element("p", place, outcome, f" · reward {example.reward}")
+    completion = printable(example.completion.strip("\n"), keep_newlines=True, limit=EXCERPT_CHARACTERS)
+    return element("div", title, element("pre", completion), class_="side")
+
+
+# Failures
+
+
+def _failures(account: Account) -> Html:
+    parts = []
+    for cell, steps in account.cells.items():
+        found = [(word, steps[step]) for word, step in account.stations if step in steps and steps[step].reasons]
+        if found:
+            table = _reasons(found)
+            parts.append(_all([element("h4", cell), table]) if steps is account.own else _folded(cell, table))
+    return _all(parts)
+
+
+def _reasons(found: Sequence[tuple[str, Evaluated]]) -> Html:
+    """Completions by the reason of their score, what is right first, then by how often it happens at the start."""
+    totals = {reason: one.reasons[reason] for _, one in reversed(found) for reason in one.reasons}
+    order = sorted(totals, key=lambda reason: (reason != "correct", -totals[reason], reason))
+    rows: list[list[object]] = [[reason, *(_bar(reason, one) for _, one in found)] for reason in order]
+    for name, label in (("lenient_accuracy", "right if read leniently"), ("format_rate", "both tag pairs")):
+        shares = [getattr(one, name) for _, one in found]
+        rows.append([_small(label), *(_small("-" if share is None else percent(share)) for share in shares)])
+    lengths = [one.mean_length for _, one in found]
+    rows.append([_small("mean tokens"), *(_small("-" if length is None else f"{length:.1f}") for length in lengths)])
+    head = ["outcome", *(_all([word, _small(f"step {one.step:,}")]) for word, one in found)]
+    return _table(head, rows, kind="bars")
+
+
+def _bar(reason: str, found: Evaluated) -> Html:
+    count, total = found.reasons.get(reason, 0), sum(found.reasons.values())
+    kind = "bar good" if reason == "correct" else "bar bad"
+    bar = element("i", style=f"width:{count / max(total, 1):.2%}")
+    return _all([element("span", f"{count:,}"), element("span", bar, class_=kind, aria_hidden="true")])
+
+
+# Health
+
+
+def _health(account: Account) -> Html:
+    """Metrics of the first and the last step, and what the last steps warn of."""
+    history = [line for line in account.metrics if line["step"] > 0]
+    rows = []
+    for key, (label, meaning, form) in HEALTH.items():
+        points = [(int(line["step"]), line[key]) for line in history if key in line]
+        if points:
+            first, last = (form.format(points[end][1]) for end in (0, -1))
+            rows.append([_all([label, _small(meaning)]), first, _sparkline(points), last])
+    if not rows:
+        return Html("")
+    signs = collapses(history) | warnings(history)
+    notes = [element("p", f"{sign[:1].upper()}{sign[1:]}.", class_="soft") for sign in signs.values()]
+    return _all([_table(["", "first step", "", "last step"], rows, kind="numbers health"), *notes])
+
+
+def _sparkline(points: Series) -> Html:
+    """The values from lowest to highest as a line, 100 by 20."""
+    low, high = min(value for _, value in points), max(value for _, value in points)
+    start, end = points[0][0], points[-1][0]
+    places = [
+        (100 * (step - start) / max(end - start, 1), 19 - 18 * (value - low) / ((high - low) or 1))
+        for step, value in points
+    ]
+    line = element("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in places))
+    return element("svg", line, viewBox="0 0 100 20", preserveAspectRatio="none", class_="spark", aria_hidden="true")
+
+
+# Configuration and environment
+
+
+def _configuration(accounts: Sequence[Account], defaults: Mapping[str, object]) -> Html:
+    """What differs from the shipped defaults, then every setting."""
+    if not accounts:
+        return Html("")
+    changed = [key for key in defaults if any(account.settings.get(key) != defaults[key] for account in accounts)]
+    head = ["setting", *([account.name for account in accounts] if len(accounts) > 1 else ["value"]), "default", ""]
+
+    def table(keys: Iterable[str]) -> Html:
+        rows = [
+            [
+                element("code", *_breakable(key)),
+                *(element("code", _shown(account.settings.get(key))) for account in accounts),
+                element("code", _shown(defaults[key])),
+                _small(FIELDS[key].description or ""),
+            ]
+            for key in keys
+        ]
+        return _table(head, rows, kind="facts")
+
+    lead = element("p", "What differs from the defaults, by its preset or by choice:", class_="soft")
+    return _all([lead, table(changed), _folded(f"all {len(defaults)} settings", table(defaults))])
+
+
+def _breakable(key: str) -> Iterable[str]:
+    """A key that a narrow column may break behind a dot or an underscore."""
+    return (Html("<wbr>") if part == "" else part for part in re.split(r"(?<=[._])()", key))
+
+
+def _environment(accounts: Sequence[Account]) -> Html:
+    """Where each run was computed, from which step on."""
+    places = [
+        (f"{account.name}, {since}" if len(accounts) > 1 else since, facts)
+        for account in accounts
+        for since, facts in account.environment.items()
+        if isinstance(facts, Mapping)
+    ]
+    if not places:
+        return Html("")
+    names = dict.fromkeys(name for _, facts in places for name in facts)
+    rows = [[name, *(element("code", _shown(facts.get(name, "-"))) for _, facts in places)] for name in names]
+    return _table(["", *(place for place, _ in places)], rows, kind="facts")
+
+
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

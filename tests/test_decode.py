@@ -1,0 +1,181 @@
+"""The static sampler: what it samples, that its step can be recorded, and that it lasts while the weights change."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from test_rollout import encoded, with_frequent_end
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from grpo_cli.core.model.load import load
+from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.sampling import decode as sampler_module
+from grpo_cli.core.sampling import rollout as rollout_module
+from grpo_cli.core.sampling.decode import KEPT, ROUNDED, StaticSampler
+from grpo_cli.core.sampling.rollout import Rollout, _sampler, sample, stream, uniforms
+
+aten = torch.ops.aten
+# What looks at numbers on the host, or makes tensors of a size that depends on numbers.
+UNRECORDABLE = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten._unique2}
+
+
+class Recording(TorchDispatchMode):
+    """What a CUDA graph does: note every kernel with its tensors and numbers, then do just these again."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kernels: list[tuple[Any, Any, Any, list[Tensor | None]]] = []
+
+    def __torch_dispatch__(
+        self, kernel: Any, types: Sequence[type], arguments: Any = (), options: Mapping[str, Any] | None = None
+    ) -> Any:
+        assert kernel.overloadpacket not in UNRECORDABLE, f"{kernel} cannot be recorded"
+        found = kernel(*arguments, **(options or {}))
+        places = [leaf for leaf in tree_leaves((arguments, options)) if isinstance(leaf, Tensor)]
+        taken = {place.untyped_storage().data_ptr() for place in places}
+        made = [new if new.untyped_storage().data_ptr() not in taken else None for new in tree_leaves(found)]
+        self.kernels.append((kernel, arguments, options or {}, made))
+        return found
+
+    def replay(self) -> None:
+        for kernel, arguments, options, made in self.kernels:
+            for place, value in zip(made, tree_leaves(kernel(*arguments, **options)), strict=True):
+                if place is not None:
+                    place.copy_(value)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
+    """Steps are recorded and replayed as on CUDA; returns the recordings made so far."""
+    made: list[Recording] = []
+
+    def record(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        work()  # to warm up, as there
+        recording = Recording()
+        with recording:
+            work()
+        made.append(recording)
+        return recording.replay
+
+    monkeypatch.setattr(sampler_module, "record", record)
+    return made
+
+
+def rolled(
+    policy: Policy, prompts: list[list[int]], *, static: bool, step: int = 0, generations: int = 8, tokens: int = 48,
+    temperature: float = 1.3,
+) -> Rollout:  # fmt: skip
+    """Sampled completions, or one greedy one of each prompt at temperature 0."""
+    uniform = uniforms(1, step, range(len(prompts)), generations, tokens) if temperature else None
+    return sample(
+        policy,
+        prompts,
+        num_generations=generations if temperature else 1,
+        max_new_tokens=tokens,
+        temperature=temperature or 1.0,
+        uniform=uniform,
+        static=static,
+    )
+
+
+def assert_same(found: Rollout, expected: Rollout, *, atol: float = 2e-5) -> None:
+    assert found.completions == expected.completions
+    assert found.truncated == expected.truncated
+    for ours, theirs in zip(found.logprobs, expected.logprobs, strict=True):
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+@pytest.mark.parametrize("tokens", [1, 2, 48])
+def test_a_replayed_step_samples_what_the_shrinking_sampler_does(
+    tiny_policy: Policy, recorded: list[Recording], temperature: float, tokens: int
+) -> None:
+    policy = with_frequent_end(tiny_policy)
+    prompts = encoded(policy)
+    expected = rolled(policy, prompts, static=False, temperature=temperature, tokens=tokens)
+    found = rolled(policy, prompts, static=True, temperature=temperature, tokens=tokens)
+    assert_same(found, expected)
+    assert len(recorded) == (tokens > 1)
+    assert tokens < 48 or len({len(completion) for completion in found.completions}) > 2
+
+
+def test_one_recording_serves_every_batch_of_its_form(tiny_policy: Policy, recorded: list[Recording]) -> None:
+    policy = with_frequent_end(tiny_policy)
+    prompts = encoded(policy)
+    for step, chosen in enumerate([prompts, prompts[::-1], prompts[:1], [prompts[0], prompts[2]]]):
+        expected = rolled(policy, chosen, static=False, step=step)
+        assert_same(rolled(policy, chosen, static=True, step=step), expected)
+    assert len(recorded) == len(policy.samplers) == 1
+    (kept,) = policy.samplers
+    assert isinstance(kept, StaticSampler)
+    assert kept.form.longest % ROUNDED == 0
+
+
+def test_a_recording_follows_weights_that_are_updated_where_they_lie(
+    tiny_policy: Policy, recorded: list[Recording]
+) -> None:
+    policy = with_frequent_end(tiny_policy)
+    prompts = encoded(policy)
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.02)
+    before = rolled(policy, prompts, static=True)
+    for _ in range(2):
+        sequences = Sequences(prompts, before.completions, [row // 8 for row in range(24)])
+        logprobs, _ = policy.logprobs(sequences, temperature=1.3)
+        logprobs.sum().backward()
+        optimizer.step()
+        found = rolled(policy, prompts, static=True)
+        assert_same(found, rolled(policy, prompts, static=False))
+        assert found.completions != before.completions
+        before = found
+    assert len(recorded) == 1
+
+
+def test_a_form_of_its_own_for_other_settings_and_the_oldest_is_dropped(
+    tiny_policy: Policy, recorded: list[Recording]
+) -> None:
+    prompts = encoded(tiny_policy)
+    for count, settings in enumerate([{"generations": 2}, {"generations": 3}, {"tokens": 9}, {"temperature": 0.7}], 1):
+        rolled(tiny_policy, prompts, static=True, **settings)  # type: ignore[arg-type]
+        assert len(recorded) == count
+        assert len(tiny_policy.samplers) == min(count, KEPT)
+
+
+def test_a_batch_that_memory_has_no_room_for_is_done_in_halves_in_new_tensors(tiny_policy: Policy) -> None:
+    def run_out() -> None:
+        raise MemoryError
+
+    policy = with_frequent_end(tiny_policy)
+    prompts = encoded(policy)
+    expected = rolled(policy, prompts, static=True)
+    (before,) = policy.samplers
+    assert isinstance(before, StaticSampler)
+    before.replay = run_out
+    assert_same(rolled(policy, prompts, static=True), expected)
+    assert before not in policy.samplers
+    assert {one.form.prompts for one in policy.samplers if isinstance(one, StaticSampler)} == {1}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-master"])
+def test_static_log_probabilities_are_the_trainers_in_bfloat16_too(tiny_folder: Any, precision: str) -> None:
+    policy = load(str(tiny_folder), device="cpu", precision=precision)
+    prompts = encoded(policy)
+    found = rolled(policy, prompts, static=True, tokens=24)
+    exact = load(str(tiny_folder), device="cpu", precision="float32")
+    sequences = Sequences(prompts, found.completions, [row // 8 for row in range(24)])
+    logprobs, _ = exact.logprobs(sequences, temperature=1.3)
+    sampled = torch.tensor([value for row in found.logprobs for value in row])
+    assert (logprobs[sequences.mask()] - sampled).abs().mean() < 0.1
+
+
+def test_what_is_streamed_is_what_is_sampled(tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = with_frequent_end(tiny_policy)
+    prompt = encoded(policy)[1]
+    expected = rolled(policy, [prompt], static=False, temperature=0.0)
+    for static in (False, True):
+        monkeypatch.setattr(rollout_module, "_sampler", partial(_sampler, static=static))
+        text = "".join(stream(policy, prompt, max_new_tokens=48, temperature=1.0, uniform=None))
+        assert text == policy.decode(expected.completions[0])

@@ -1,0 +1,141 @@
+"""Signs of a training that has gone wrong for good, or is not healthy, each just below its limit and just above."""
+
+from typing import cast
+
+import pytest
+
+from grpo_cli.core.rl.health import WINDOW, collapses, warnings
+
+GOOD = {"kl": 0.02, "truncated": 0.05, "format_rate": 1.0, "accuracy": 0.4}
+
+
+def history(late: dict[str, float], early: dict[str, float] | None = None) -> list[dict[str, float]]:
+    return [{**GOOD, **(early or {})}] * WINDOW + [{**GOOD, **late}] * WINDOW
+
+
+@pytest.mark.parametrize(
+    ("late", "early", "signs"),
+    [
+        ({}, {}, set()),
+        ({"kl": 1.5}, {}, {"kl"}),
+        ({"kl": 0.9}, {}, set()),
+        ({"truncated": 0.95}, {}, {"length"}),
+        ({"truncated": 0.95}, {"truncated": 0.9}, set()),  # it was like that from the start
+        ({"accuracy": 0.0}, {}, {"format"}),
+        ({"accuracy": 0.0, "format_rate": 0.5}, {}, set()),
+        ({"accuracy": 0.0, "kl": 7.0, "truncated": 1.0}, {}, {"format", "kl", "length"}),
+    ],
+)
+def test_signs_of_collapse(late: dict[str, float], early: dict[str, float], signs: set[str]) -> None:
+    assert collapses(history(late, early)).keys() == signs
+
+
+def test_a_single_spike_or_a_short_history_is_no_collapse() -> None:
+    assert collapses([*history({}), {**GOOD, "kl": 100.0}]) == {}
+    assert collapses([{**GOOD, "kl": 100.0, "accuracy": 0.0}] * (WINDOW - 1)) == {}
+    assert collapses([]) == {}
+
+
+def test_a_training_without_a_reference_has_no_kl_to_run_away() -> None:
+    lines = [cast("dict[str, float]", {k: v for k, v in line.items() if k != "kl"}) for line in history({})]
+    assert collapses(lines) == {}
+
+
+def test_one_right_answer_is_enough_to_learn_from() -> None:
+    assert collapses([*history({"accuracy": 0.0}), {**GOOD, "accuracy": 0.01}]) == {}
+
+
+HEALTHY = {
+    "accuracy": 0.4,
+    "lenient_accuracy": 0.42,
+    "format_rate": 1.0,
+    "kl": 0.02,
+    "logprob_gap": 3e-4,
+    "zero_variance": 0.6,
+    "truncated": 0.05,
+    "entropy": 0.2,
+    "weights_changed": 0.99,
+    "cheat/numbers": 0.02,
+    "cheat/not_arithmetic": 0.0,
+    "cheat/no_thought": 0.0,
+}
+
+
+def told(late: dict[str, float], early: dict[str, float] | None = None) -> dict[str, str]:
+    return warnings([{**HEALTHY, **(early or {})}] * WINDOW + [{**HEALTHY, **late}] * WINDOW)
+
+
+@pytest.mark.parametrize(
+    ("late", "early", "sign", "says"),
+    [
+        ({"logprob_gap": 0.049}, {}, None, ""),
+        ({"logprob_gap": 0.051}, {}, "gap", "0.051 nats a token"),
+        ({"zero_variance": 0.89}, {}, None, ""),
+        ({"zero_variance": 0.91}, {}, "settled", "in 91% of the groups"),
+        ({"zero_variance": 0.91, "accuracy": 0.89}, {}, "settled", "always solved or never"),
+        ({"zero_variance": 0.91, "accuracy": 0.97}, {}, "right", "97% of the completions"),
+        ({"zero_variance": 0.91, "accuracy": 0.11}, {}, "settled", "--num-generations"),
+        ({"zero_variance": 0.91, "accuracy": 0.09}, {}, "wrong", "fewer `--numbers`"),
+        ({"truncated": 0.29}, {"truncated": 0.29}, None, ""),
+        ({"truncated": 0.31}, {"truncated": 0.31}, "truncated", "31% of the completions"),
+        ({"truncated": 0.95}, {"truncated": 0.95}, "truncated", "--max-new-tokens"),
+        ({"truncated": 0.95}, {}, None, ""),  # a collapse, which has its own sentence
+        ({"entropy": 0.0099}, {}, "entropy", "from 0.2 to 0.0099 nats"),
+        ({"entropy": 0.0101}, {}, None, ""),  # small against the start, not by itself
+        ({"entropy": 0.0041}, {"entropy": 0.04}, None, ""),  # small by itself, not against the start
+        ({"entropy": 0.0039}, {"entropy": 0.04}, "entropy", "accuracy of 40%"),
+        ({"entropy": 0.0039, "accuracy": 0.91}, {"entropy": 0.04}, None, ""),  # rightly sure
+        ({"weights_changed": 0.11}, {}, None, ""),
+        ({"weights_changed": 0.031}, {}, "moved", "3.1% of the weights"),
+        ({"weights_changed": 0.0, "zero_variance": 1.0}, {}, "settled", ""),  # there was nothing to move for
+        ({"lenient_accuracy": 0.49}, {}, None, ""),
+        ({"lenient_accuracy": 0.52}, {}, "notation", "12% of the completions"),
+        ({"cheat/numbers": 0.09}, {}, None, ""),
+        ({"cheat/numbers": 0.11}, {}, "cheat/numbers", "11% of the completions make the target"),
+        ({"cheat/numbers": 0.11}, {"cheat/numbers": 0.06}, None, ""),  # common, but not growing much
+        ({"cheat/not_arithmetic": 0.11}, {}, "cheat/not_arithmetic", "no expression into the answer, 0% at first"),
+        ({"cheat/no_thought": 0.11}, {}, "cheat/no_thought", "without the thought"),
+    ],
+)
+def test_signs_of_bad_health(late: dict[str, float], early: dict[str, float], sign: str | None, says: str) -> None:
+    alike = {"lenient_accuracy": late.get("accuracy", HEALTHY["accuracy"])}
+    found = told({**alike, **late}, early)
+    assert found.keys() == ({sign} if sign else set())
+    assert says in "".join(found.values())
+
+
+def test_what_a_collapse_says_is_not_said_again() -> None:
+    never = {"accuracy": 0.0, "lenient_accuracy": 0.0, "zero_variance": 1.0}
+    assert collapses([{**HEALTHY, **never}] * WINDOW).keys() == {"format"}
+    assert told(never) == {}
+
+
+def test_health_needs_a_whole_window_and_the_metrics_that_it_judges() -> None:
+    assert warnings([{**HEALTHY, "logprob_gap": 1.0, "truncated": 1.0}] * (WINDOW - 1)) == {}
+    assert warnings([{"step": 1.0}] * WINDOW) == {}
+    updated_once = {key: value for key, value in HEALTHY.items() if key != "entropy"}
+    assert warnings([HEALTHY] * WINDOW + [updated_once] * WINDOW) == {}
+
+
+# Means of five steps each of a training from 44 % to 98 % of the val puzzles.
+LEARNING = {
+    "accuracy": (0.380, 0.363, 0.644, 0.795, 0.941, 0.945, 0.967, 0.992),
+    "zero_variance": (0.675, 0.600, 0.588, 0.425, 0.775, 0.863, 0.838, 0.938),
+    "entropy": (0.01352, 0.01469, 0.00879, 0.00498, 0.00258, 0.00202, 0.00177, 0.00117),
+    "logprob_gap": (4.8e-4, 3.8e-4, 2.4e-4, 1.1e-4, 3.3e-5, 2.9e-5, 3.7e-5, 1.3e-5),
+    "weights_changed": (0.9957, 0.9986, 0.9996, 0.9995, 0.9995, 0.9993, 0.9991, 0.9992),
+    "kl": (0.0002, 0.0039, 0.0123, 0.0343, 0.0205, 0.0231, 0.0183, 0.0226),
+}
+
+
+def learning() -> list[dict[str, float]]:
+    means = [dict(zip(LEARNING, values, strict=True)) for values in zip(*LEARNING.values(), strict=True)]
+    return [{**HEALTHY, **mean, "lenient_accuracy": mean["accuracy"]} for mean in means for _ in range(5)]
+
+
+def test_a_training_that_learns_is_healthy_at_every_step_and_told_when_nothing_is_left() -> None:
+    history = learning()
+    assert [warnings(history[: step + 1]) for step in range(len(history))] == [{}] * 40
+    longer = warnings([*history, *history[-5:] * 3])
+    assert longer.keys() == {"right"}
+    assert "nothing is left to learn" in longer["right"] and "stop" in longer["right"]

@@ -1,0 +1,204 @@
+"""Memory that runs out in sampling, scoring or learning: half as many rows, the same numbers, one sentence."""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from conftest import Command
+from torch import Tensor
+
+from grpo_cli.core.config.settings import Loss
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.perf.microbatch import MicroBatch, ran_out
+from grpo_cli.core.rl.update import reference_logprobs, update
+from grpo_cli.core.sampling.rollout import sample, uniforms
+
+pytestmark = pytest.mark.faults
+
+LOSS = Loss(loss_type="grpo", beta=0.1, epsilon=0.2, epsilon_high=0.2, kl_estimator="k3", scale_rewards="group")
+COMPLETIONS = [[5, 6, 7], [9, 8], [30, 31, 32, 33], [7], [11, 12, 13], [40, 41]]
+SEQUENCES = Sequences([[1, 2, 3], [4, 5]], COMPLETIONS, [0, 0, 0, 1, 1, 1])
+ADVANTAGE = torch.tensor([1.0, -0.5, 0.25, -1.0, 0.5, 2.0])
+
+
+def out_of_memory(*_: object) -> NoReturn:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize(
+    ("error", "answer"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
+            True,
+        ),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (MemoryError(), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_counts_as_too_little_memory(error: Exception, answer: bool) -> None:
+    assert ran_out(error) == answer
+
+
+def test_an_impossible_allocation_is_recognized() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    assert ran_out(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "total", "fits", "tried"),
+    [(0, 64, 20, [0, 32, 16]), (0, 7, 1, [0, 4, 2, 1]), (8, 64, 8, [8]), (100, 6, 3, [100, 3])],
+)
+def test_rows_are_halved_until_they_fit(rows: int, total: int, fits: int, tried: list[int]) -> None:
+    seen, told = list[int](), list[str]()
+
+    def work(at_once: int) -> str:
+        seen.append(at_once)
+        if not 0 < at_once <= fits:
+            out_of_memory()
+        return "done"
+
+    fit = MicroBatch(rows, told=told.append)
+    assert fit.attempt(work, total=total, doing="update") == "done"
+    assert (seen, fit.rows, len(told)) == (tried, tried[-1], len(tried) - 1)
+    assert all("memory ran out in the update" in line for line in told)
+    assert fit.attempt(work, total=total, doing="update") == "done"
+    assert len(seen) == len(tried) + 1  # what fitted is remembered
+
+
+def test_one_row_that_does_not_fit_comes_with_advice() -> None:
+    with pytest.raises(CountdownError, match="memory ran out in the rollout of a single completion") as caught:
+        MicroBatch().attempt(out_of_memory, total=5, doing="rollout")
+    assert caught.value.hint is not None and "--max-new-tokens" in caught.value.hint
+    assert caught.value.exit_code == 1
+
+
+def test_other_errors_are_not_memorys_fault() -> None:
+    def work(_: int) -> None:
+        raise RuntimeError("shapes")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        MicroBatch().attempt(work, total=5, doing="update")
+
+
+def limited(monkeypatch: pytest.MonkeyPatch, rows: int, *, backward: bool = False) -> None:
+    """Log-probabilities of more than `rows` completions run out of memory, forward or backward."""
+    logprobs = Policy.logprobs
+
+    def wrapped(policy: Policy, sequences: Sequences, *, temperature: float) -> tuple[Tensor, Tensor]:
+        too_many = len(sequences.completions) > rows and policy.device.type != "meta"  # where memory is planned
+        if too_many and not backward:
+            out_of_memory()
+        found, entropy = logprobs(policy, sequences, temperature=temperature)
+        if too_many:
+            found.register_hook(out_of_memory)
+        return found, entropy
+
+    monkeypatch.setattr(Policy, "logprobs", wrapped)
+
+
+class Recorder(torch.optim.SGD):
+    """Keeps the gradients that it is given, and does what SGD does."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy.model.parameters(), lr=0.1)
+        self.gradients: list[list[Tensor]] = []
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        (group,) = self.param_groups
+        self.gradients.append([parameter.grad.clone() for parameter in group["params"]])
+        super().step()
+
+
+def learn(policy: Policy, fit: MicroBatch) -> list[list[Tensor]]:
+    """Two inner updates; the gradient of each."""
+    recorder = Recorder(policy)
+    update(
+        policy,
+        recorder,
+        SEQUENCES,
+        ADVANTAGE,
+        loss=LOSS,
+        temperature=1.0,
+        max_new_tokens=4,
+        num_inner_updates=2,
+        fit=fit,
+        ref_logprobs=torch.full((6, 4), -3.0),
+    )
+    return recorder.gradients
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5])
+def test_the_gradient_is_the_same_when_memory_runs_out(
+    tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch, rows: int, backward: bool
+) -> None:
+    untouched = tiny_policy.frozen_copy()
+    untouched.model.requires_grad_(True)
+    expected = learn(untouched, MicroBatch())
+    limited(monkeypatch, rows, backward=backward)
+    told: list[str] = []
+    found = learn(tiny_policy, MicroBatch(told=told.append))
+    assert told and f"doing it again with {min(rows, 3)} completion" in told[-1]
+    assert len(found) == len(expected) == 2
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_the_reference_pass_is_the_same_when_memory_runs_out(
+    tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = reference_logprobs(tiny_policy, SEQUENCES, temperature=1.0)
+    limited(monkeypatch, 2)
+    fit = MicroBatch()
+    torch.testing.assert_close(reference_logprobs(tiny_policy, SEQUENCES, temperature=1.0, fit=fit), expected)
+    assert fit.rows == 2
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
+def test_the_same_is_sampled_when_memory_runs_out(
+    tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    prompts, uniform = [[1, 2, 3], [4, 5], [6]], uniforms(0, 1, range(3), 4, 6)
+
+    def go(fit: MicroBatch | None) -> tuple[list[list[int]], list[bool]]:
+        found = sample(
+            tiny_policy, prompts, num_generations=4, max_new_tokens=6, temperature=1.0, uniform=uniform, fit=fit
+        )
+        return found.completions, found.truncated
+
+    expected = go(None)
+    step = Policy.step
+
+    def limited_step(policy: Policy, longest: int) -> Callable[..., Tensor]:
+        one = step(policy, longest)
+        return lambda tokens, *rest: one(tokens, *rest) if len(tokens) <= rows else out_of_memory()
+
+    monkeypatch.setattr(Policy, "step", limited_step)
+    fit = MicroBatch()
+    assert go(fit) == expected
+    assert 1 <= fit.rows <= 6
+    assert go(MicroBatch(rows)) == expected
+
+
+def test_a_training_goes_on_with_fewer_rows_and_says_so(
+    countdown: Command, tiny_folder: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited(monkeypatch, 1)
+    arguments = ["--precision", "float32", "--batch-size", "2", "--num-generations", "2", "--max-new-tokens", "8"]
+    arguments += ["--num-iterations", "1", "--eval-puzzles", "2"]
+    found = countdown("train", "--model", tiny_folder, "--run", "small", *arguments)
+    assert found.code == 0
+    assert "memory ran out in the reference pass: doing it again with 2 completions at once" in found.err
+    assert "with 1 completion at once" in found.err
+    limited(monkeypatch, 0)
+    found = countdown("train", "--model", tiny_folder, "--run", "smaller", *arguments)
+    assert found.code == 1
+    assert "memory ran out in the reference pass of a single completion" in found.err and "hint:" in found.err

@@ -1,0 +1,477 @@
+import io
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.cells import cell_len
+
+from grpo_cli.core.config.resolve import resolve
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.evals.compare import Paired, SuitePaired
+from grpo_cli.core.evals.contamination import Known
+from grpo_cli.core.evals.evaluate import Completion, Evaluation, SuiteResult
+from grpo_cli.core.rl.probe import Probe, Sampled
+from grpo_cli.core.task.data import Summary
+from grpo_cli.core.task.puzzle import Puzzle
+from grpo_cli.core.task.scoring import score
+from grpo_cli.ui import tables as display
+from grpo_cli.ui import text as terminal
+from grpo_cli.ui.figures import Curves
+from grpo_cli.ui.live import TrainingView
+
+HOSTILE = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202e\u2066\u200b\r\x00\x7f[bold]markup[/bold]:smile:"
+ESCAPED = r"\x1b[2J\x1b]0;owned\x07\x9b31m\u202e\u2066\u200b\r\x00\x7f[bold]markup[/bold]:smile:"
+STYLE_CODES = re.compile(r"\x1b\[[0-9;]*m")
+PUZZLE = Puzzle((4, 7, 3), 25)
+
+
+@pytest.fixture(autouse=True)
+def eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal.out, "width", 80)
+    monkeypatch.setattr(terminal.err, "width", 80)
+
+
+def unprintable(text: str) -> set[str]:
+    return {character for character in text if not character.isprintable()} - {"\n"}
+
+
+def pair(answer: str) -> tuple[Completion, Completion]:
+    texts = (f"<answer>{answer}</answer>", "<think></think><answer>4 * 7 - 3</answer>")
+    one, other = (Completion(PUZZLE, text, len(text), False, score(text, PUZZLE)) for text in texts)
+    return one, other
+
+
+def evaluation(*texts: str, model: str = "builtin") -> Evaluation:
+    completions = [[Completion(PUZZLE, text, len(text), False, score(text, PUZZLE))] for text in texts]
+    return Evaluation(model, "val", "one-shot", 3, 1, 0.0, 160, 0, completions)
+
+
+def suite_result(*texts: str, model: str = "builtin", seen: bool = False) -> SuiteResult:
+    """A suite of two cells, the second not in the mean."""
+    key = (tuple(sorted(PUZZLE.numbers)), PUZZLE.target)
+    known = Known({model: frozenset({key})} if seen else {}, unknown=None if seen else model)
+    first = replace(evaluation(*texts, model=model), known=known)
+    cells = [first, replace(first, numbers=4, style="zero-shot")]
+    return SuiteResult(model, cells, {cells[0].cell: 1.0, cells[1].cell: 0.0}, 12.34)
+
+
+# Text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("4 * 7 - 3", "4 * 7 - 3"),
+        ("größer × 日本 😀", "größer × 日本 😀"),
+        ("[bold]x[/]", "[bold]x[/]"),
+        (r"a \x1b backslash", r"a \x1b backslash"),
+        ("\x1b[31m", r"\x1b[31m"),
+        ("\x1b]0;title\x07", r"\x1b]0;title\x07"),
+        ("\x9b31m\x7f", r"\x9b31m\x7f"),
+        ("\u202eabc\u2069", r"\u202eabc\u2069"),
+        ("a\u200b\u200d\u2060\ufeffb", r"a\u200b\u200d\u2060\ufeffb"),
+        ("\U000e0041", r"\U000e0041"),
+        ("a\u3164\ufe0f", r"a\u3164\ufe0f"),
+        ("over\rwrite\b\t", r"over\rwrite\x08\t"),
+        ("two\nlines\u2028three", r"two\nlines\u2028three"),
+        ("\ud800", r"\ud800"),
+    ],
+)
+def test_what_acts_on_a_terminal_shows_as_its_code(text: str, expected: str) -> None:
+    assert terminal.printable(text) == expected
+
+
+def test_newlines_stay_only_where_asked_for() -> None:
+    assert terminal.printable("a\nb\r\n", keep_newlines=True) == "a\nb\\r\n"
+
+
+@pytest.mark.faults
+def test_no_control_or_format_character_gets_through_unseen() -> None:
+    everything = "".join(map(chr, [*range(0x10000), *range(0xE0000, 0xE0200)]))
+    assert terminal.printable(everything).isprintable()
+
+
+def test_long_text_is_cut_in_the_middle_and_counted() -> None:
+    assert terminal.printable("a" * 500_000 + "b" * 500_000, limit=6) == "aaa … 999,994 characters … bbb"
+    assert terminal.printable("abcdef", limit=6) == "abcdef"
+
+
+def test_an_excerpt_keeps_the_first_and_last_lines() -> None:
+    text = "\n".join(map(str, range(1, 21)))
+    assert terminal.excerpt(text, width=10, lines=6).plain.split("\n") == ["1", "2", "…", "18", "19", "20"]
+    assert terminal.excerpt("a\nb", width=10, lines=6).plain == "a\nb"
+
+
+@pytest.mark.faults
+def test_an_excerpt_of_one_endless_line_is_no_larger_than_asked_for() -> None:
+    shown = terminal.excerpt("日" * 1_000_000, width=20, lines=5).plain.split("\n")
+    assert len(shown) == 5
+    assert max(map(cell_len, shown)) == 20
+
+
+@pytest.mark.parametrize(
+    ("values", "width", "expected"),
+    [
+        ([0, 1, 2, 3, 4, 5, 6, 7], 8, "▁▂▃▄▅▆▇█"),
+        ([7, 0], 8, "█▁"),
+        ([0, 2, 6, 8], 2, "▁█"),
+        ([1, 3, 9, 9, 0, 0], 3, "▃█▁"),
+        ([5, 5, 5], 3, "▄▄▄"),
+        ([float("nan"), 1, float("inf"), 2], 9, "▁█"),
+        ([], 5, ""),
+        ([1, 2], 0, ""),
+    ],
+)
+def test_a_sparkline_scales_from_lowest_to_highest(values: list[float], width: int, expected: str) -> None:
+    assert terminal.sparkline(values, width) == expected
+
+
+# Streams
+
+
+def test_an_error_is_on_stderr_with_its_hint_after_a_blank_line(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.error(CountdownError("no checkpoint in `runs/first`", "list runs with `ls runs`"))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert STYLE_CODES.sub("", err) == "error: no checkpoint in `runs/first`\n\nhint: list runs with `ls runs`\n"
+
+
+def test_only_the_answer_of_a_solved_puzzle_is_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    text = display.reasoning(iter(["<think>4 * 7", " - 3</think>\n<answer>", "4 * 7 - 3</answer>"]))
+    outcome = score(text, PUZZLE)
+    display.answer(outcome.answer or "")
+    display.verdict(PUZZLE, outcome)
+    display.solutions(PUZZLE, ["3 * 7 + 4"])
+    out, err = capsys.readouterr()
+    assert text == "<think>4 * 7 - 3</think>\n<answer>4 * 7 - 3</answer>"
+    assert STYLE_CODES.sub("", out) == "4 * 7 - 3\n"
+    assert STYLE_CODES.sub("", err) == (
+        f"{text}\ncorrect: 4 * 7 - 3 = 25\nsolutions of [4, 7, 3] -> 25:\n  3 * 7 + 4\n"
+    )
+
+
+def test_a_wrong_answer_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    display.verdict(PUZZLE, score("<answer>4 + 7 + 3</answer>", PUZZLE))
+    assert STYLE_CODES.sub("", capsys.readouterr().err) == "wrong: the answer does not make the target\n"
+
+
+def test_json_is_one_line_of_ascii(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.json_object({"answer": HOSTILE})
+    out = capsys.readouterr().out
+    assert unprintable(out) == set()
+    assert out.count("\n") == 1
+    assert json.loads(out) == {"answer": HOSTILE}
+
+
+def test_a_narrow_encoding_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    terminal.accept_any_encoding()
+    display.answer("4 × 7 − 3")
+    assert written.getvalue() == rb"4 \xd7 7 \u2212 3" + b"\n"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "show",
+    [
+        terminal.note,
+        display.answer,
+        lambda text: display.reasoning([text]),
+        lambda text: terminal.error(CountdownError(text, text)),
+        lambda text: display.prompt_tokens([(1, text)]),
+        lambda text: display.evaluation(evaluation(text, model=text)),
+        lambda text: display.comparison([suite_result("", model=text)]),
+        lambda text: display.suite("s", [suite_result("", model=text)]),
+        lambda text: display.suite_paired(SuitePaired(text, text, {"c": Paired(text, text, [pair(text)], [])})),
+        lambda text: display.leaks([suite_result("", model=text, seen=True)]),
+        lambda text: display.paired(Paired(text, text, [pair(text)], [])),
+        lambda text: display.sparklines([Curves(text, [(1, 0.5)], [], [], {text: [(1, 0.5)]})]),
+        lambda text: TrainingView(9).message(text),
+    ],
+)
+def test_untrusted_text_shows_escaped_and_unstyled(
+    show: Callable[[str], object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal.out, "width", 200)
+    show(HOSTILE)
+    shown = STYLE_CODES.sub("", "".join(capsys.readouterr()))
+    assert unprintable(shown) == set()
+    assert ESCAPED in shown
+
+
+# Tables
+
+
+def test_a_summary_is_data_unless_the_puzzles_are(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = Summary(2506, 2179, 327, 1, 24.5, 100, 0.263, 1.128, 0, 0)
+    display.gen_data_summary(summary, Path("puzzles.jsonl"))
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert [line.split() for line in STYLE_CODES.sub("", out).splitlines()] == [
+        ["2,506", "puzzles", "written", "to", "puzzles.jsonl"],
+        ["split", "2,179", "train,", "327", "val"],
+        ["target", "1", "to", "100,", "median", "24.5"],
+        ["needs", "parentheses", "26.3%"],
+        ["solutions", "1.13", "on", "average"],
+        ["duplicates", "0"],
+        ["in", "both", "splits", "0"],
+    ]
+    display.gen_data_summary(summary, None)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "2,179 train, 327 val" in err
+
+
+def test_the_configuration_shows_every_setting_with_its_source(capsys: pytest.CaptureFixture[str]) -> None:
+    resolved = resolve(flags={"train.seed": 7}, has_cuda=lambda: False)
+    display.config_table(resolved)
+    lines = STYLE_CODES.sub("", capsys.readouterr().out).splitlines()
+    rows = {line.split()[0]: line.rstrip().split(maxsplit=2)[1:] for line in lines[4:]}
+    assert lines[0] == f"preset builtin: {resolved.preset_reason}"
+    assert rows["train.seed"] == ["7", "flag --seed"]
+    assert rows["task.style"] == ['"one-shot"', "config.toml"]
+    assert rows["model.gradient_checkpointing"] == ['"auto"', "config.toml"]
+    assert set(rows) == set(resolved.sources)
+
+
+def test_a_prompt_shows_its_tokens_apart_and_their_ids(capsys: pytest.CaptureFixture[str]) -> None:
+    display.prompt_tokens([(5, "<|im_start|>"), (17, "user"), (2, "\n"), (40, "Using"), (41, " the")])
+    assert [line.rstrip() for line in STYLE_CODES.sub("", capsys.readouterr().out).splitlines()] == [
+        "a prompt of 5 tokens",
+        "",
+        r"  <|im_start|>·user·\n",
+        "  Using· the·",
+        "",
+        "  5 17 2 40 41",
+    ]
+
+
+def test_an_evaluation_shows_rates_outcomes_slices_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    right, wrong = "<think>a</think><answer>4 * 7 - 3</answer>", "<think>b</think><answer>4 + 7 + 3</answer>"
+    result = evaluation(right, wrong, wrong, "<think>c")
+    display.evaluation(result)
+    shown = STYLE_CODES.sub("", capsys.readouterr().out)
+    rows = [" ".join(line.split()) for line in shown.splitlines()]
+    assert rows[:7] == [
+        "builtin 4 val puzzles of 3 numbers, one-shot, greedy",
+        "accuracy 25.0% (95% interval 4.6 to 69.9%)",
+        "lenient accuracy 25.0%",
+        "format 75.0%",
+        "mean length 33.5 tokens",
+        f"decoding up to 160 tokens, protocol {result.protocol}",
+        "",
+    ]
+    for row in (
+        "correct 1 25.0% █████",
+        "wrong_value 2 50.0% ██████████",
+        "several solutions 1 4 25.0%",
+        "one solution 0 0 -",
+    ):
+        assert row in rows
+    titles = [line for line in shown.splitlines() if line.startswith("[4, 7, 3]")]
+    assert titles == [
+        "[4, 7, 3] -> 25  reward 0.2, wrong_value",
+        "[4, 7, 3] -> 25  reward 1.0, correct",
+        "[4, 7, 3] -> 25  reward 0.0, no_answer",
+    ]
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_tables_fit_the_terminal(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal.out, "width", width)
+    result = evaluation("<answer>4 * 7 - 3</answer>", "A" * 1_000_000 + "<answer>four</answer>")
+    results = [suite_result("<answer>4 * 7 - 3</answer>", "A", model=name * 30) for name in "abc"]
+    display.comparison(results)
+    display.suite("s", results)
+    display.suite_paired(SuitePaired("a" * 30, "b" * 30, {"train 4 zero-shot": Paired("a", "b", [pair("A")], [])}))
+    display.evaluation(result)
+    display.config_table(resolve(has_cuda=lambda: False))
+    shown = STYLE_CODES.sub("", capsys.readouterr().out)
+    assert max(map(cell_len, shown.splitlines())) <= width
+    assert shown.count("AAAA\n") <= 12
+    for whole in ("50.0%", "9.5 to 90.5%", "not_an_expression"):
+        assert whole in shown
+
+
+def test_the_summary_of_a_training_compares_base_and_final_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = {
+        "puzzles": 327,
+        "base_accuracy": 0.355,
+        "final_accuracy": 0.817,
+        "final_interval": [0.771, 0.855],
+        "best_accuracy": 0.823,
+        "best_step": 180,
+        "bad_steps": 2,
+        "steps": 200,
+        "seconds": {"training": 300.0, "evaluation": 100.0, "suite": 75.0},
+        "seconds_after_best": 40.0,
+        "peaks": {"val 3 one-shot": {}},
+    }
+    display.training_summary(summary, Path("runs/first"), overlap="0 of 327 puzzles")
+    assert [" ".join(line.split()) for line in STYLE_CODES.sub("", capsys.readouterr().out).splitlines()] == [
+        "val accuracy on 327 puzzles, greedy",
+        "base 35.5%",
+        "final 81.7% (95% interval 77.1 to 85.5%)",
+        "best 82.3%, after step 180, saved as the run's model",
+        "time 400 s, 25.0% of it in evaluations",
+        "overlap 0 of 327 puzzles",
+        "run runs/first",
+        "skipped 2 steps whose loss or gradient was not finite",
+    ]
+    display.training_summary({**summary, "bad_steps": 0}, Path("runs/first"), overlap="0 of 327 puzzles")
+    assert "skipped" not in capsys.readouterr().out
+    phases = {
+        "decode": {"seconds": 200.0, "share": 0.5, "floor": 24.0, "matrix": 1.0},
+        "score": {"seconds": 4.0, "share": 0.01},
+    }
+    timed = {**summary, "phases": phases, "verdict": ["decode takes 50% of the time"]}
+    display.training_summary(timed, Path("runs/first"), overlap="0 of 327 puzzles")
+    shown = [" ".join(line.split()) for line in STYLE_CODES.sub("", capsys.readouterr().out).splitlines()]
+    assert "decode 200.0 50.0% 24 12.0%" in shown
+    assert "score 4.0 1.0% - -" in shown
+    assert shown[-1] == "decode takes 50% of the time"
+
+
+def test_the_summary_of_a_suite_says_when_each_cell_peaked_and_what_going_on_cost(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cell = {"count": 327, "start": 0.4, "step": 10, "accuracy": 0.9, "kept": 0.85, "last": 0.6}
+    sure = {**cell, "gained": 2, "lost": 30, "p_value": 1e-6}
+    unsure = {**cell, "gained": 3, "lost": 6, "p_value": 0.508}
+    summary = {
+        **{f"{name}_accuracy": 0.5 for name in ("base", "final", "best")},
+        "final_interval": [0.4, 0.6], "puzzles": 327, "steps": 40, "best_step": 20, "bad_steps": 0,
+        "seconds": {"training": 300.0, "evaluation": 100.0, "suite": 75.0}, "seconds_after_best": 190.4,
+        "peaks": {"val 3 one-shot": sure, "val 4 natural": unsure},
+    }  # fmt: skip
+    display.training_summary(summary, Path("runs/first"), overlap="0 of 327 puzzles")
+    shown = [" ".join(line.split()) for line in STYLE_CODES.sub("", capsys.readouterr().out).splitlines()]
+    assert "cell n start peak step 20 step 40 change Holm p" in shown
+    assert "val 3 one-shot 327 40.0% 90.0% at 10 85.0% 60.0% +2 -30 < 0.001" in shown
+    text = " ".join(shown)
+    assert "going on took 190 s after step 20; changed by more than chance: val 3 one-shot (exact McNemar" in text
+    display.training_summary(
+        {**summary, "peaks": {"a": unsure, "b": unsure}}, Path("runs/first"), overlap="0 of 327 puzzles"
+    )
+    assert "no cell has changed by more than chance" in " ".join(capsys.readouterr().out.split())
+    display.training_summary({**summary, "best_step": 40}, Path("runs/first"), overlap="0 of 327 puzzles")
+    assert "the last step is the best" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_comparison_never_calls_a_difference_that_chance_makes(capsys: pytest.CaptureFixture[str]) -> None:
+    display.paired(Paired("a", "b", [pair("4 + 7")] * 6, []))
+    display.paired(Paired("a", "b", [pair("4 + 7")] * 5, []))
+    sure, unsure = capsys.readouterr().out.strip().split("\n\n")
+    assert [line.rstrip() for line in sure.splitlines()] == [
+        "a -> b  6 puzzles gained, 0 lost, exact McNemar p = 0.031",
+        "  gained: [4, 7, 3] -> 25  4 + 7 (wrong_numbers) -> 4 * 7 - 3 (correct)",
+    ]
+    shown = " ".join(unsure.split())
+    assert "5 puzzles gained, 0 lost, exact McNemar p = 0.062: no difference that these puzzles carry" in shown
+
+
+RIGHT, WRONG = "<answer>4 * 7 - 3</answer>", "<answer>4</answer>"
+
+
+@pytest.mark.parametrize(("width", "blocks"), [(80, 2), (140, 1)])
+def test_a_suite_is_a_matrix_in_as_many_blocks_as_the_terminal_needs(
+    width: int, blocks: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal.out, "width", width)
+    results = [
+        suite_result(RIGHT, WRONG, model="builtin"),
+        *(suite_result(RIGHT, RIGHT, model=name) for name in ("x", "y")),
+    ]
+    display.suite("mine", results)
+    rows = [" ".join(line.split()) for line in STYLE_CODES.sub("", capsys.readouterr().out).splitlines()]
+    assert rows[0] == "suite mine 2 cells, 1 of them in the weighted mean"
+    assert len([row for row in rows if row.startswith("weighted mean")]) == blocks
+    wide = ["val 3 one-shot 1 2 50.0% (9.5 to 90.5%) 100.0% (34.2 to 100.0%) 100.0% (34.2 to 100.0%)"]
+    narrow = [
+        "val 3 one-shot 2 50.0% (9.5 to 90.5%) 100.0% (34.2 to 100.0%)",
+        "val 3 one-shot 2 100.0% (34.2 to 100.0%)",
+    ]
+    assert [row for row in rows if row.startswith("val 3")] == (wide if blocks == 1 else narrow)
+    assert f"decoded alike: greedy, up to 160 tokens, protocol {results[0].protocol}" in rows
+    assert "x: 12.3 s; what x was trained on is not known" in rows
+
+
+def test_a_suites_comparison_calls_no_difference_that_does_not_hold_for_all_its_cells(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    gained = {"val 3 one-shot": 8, "val 3 natural": 6, "train 3 natural": 0}
+    cells = {name: Paired("a", "b", [pair("4 + 7")] * count, []) for name, count in gained.items()}
+    display.suite_paired(SuitePaired("a", "b", cells))
+    rows = [" ".join(line.split()) for line in STYLE_CODES.sub("", capsys.readouterr().out).splitlines()]
+    assert "val 3 one-shot 8 0 0.023" in rows  # 3 * 2 / 2**8
+    assert "val 3 natural 6 0 0.062 no difference that these puzzles carry" in rows  # 2 * 2 / 2**6
+    assert "train 3 natural 0 0 1.000 no difference that these puzzles carry" in rows
+    assert rows[-1] == "gained: [4, 7, 3] -> 25 4 + 7 (wrong_numbers) -> 4 * 7 - 3 (correct)"
+
+
+def test_markdown_is_escaped_and_never_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
+    results = [suite_result(RIGHT, WRONG, model="a"), suite_result(RIGHT, model="b_|" * 40)]
+    display.markdown("mine", results, [SuitePaired("a", "b", {"val 3 one-shot": Paired("a", "b", [], [])})])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:7] == [
+        "| cell | weight | puzzles | a | " + r"b\_\|" * 40 + " |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| val 3 one-shot | 1 | 2 | 50.0% (9.5 to 90.5%) | 100.0% (20.7 to 100.0%) |",
+        "| val 4 zero-shot | 0 | 2 | 50.0% (9.5 to 90.5%) | 100.0% (20.7 to 100.0%) |",
+        "| weighted mean |  |  | 50.0% | 100.0% |",
+    ]
+    assert lines[-1] == "| val 3 one-shot | 0 | 0 | 1.000 | 1.000 | no difference that these puzzles carry |"
+
+
+def test_a_model_that_was_trained_on_what_it_is_asked_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    display.leaks([suite_result(RIGHT, model="new"), suite_result(RIGHT, model="old", seen=True)])
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "warning: old was trained on puzzles that it was asked: 1 of 1 val 3, 1 of 1 val 4\n"
+
+
+def test_a_pipe_gets_no_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    with display.progress("evaluating", quiet=False) as advance:
+        advance(1, 2)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_sparklines_show_first_and_last_value_of_each_curve(capsys: pytest.CaptureFixture[str]) -> None:
+    points = [(1, 0.25), (2, 0.5)]
+    display.sparklines([Curves("first", points, points, [(1, 0.0), (2, 0.01)], {"val": [(0, 0.3), (2, 0.6)]})])
+    assert [line.split() for line in STYLE_CODES.sub("", capsys.readouterr().out).splitlines()] == [
+        ["first"],
+        ["train", "accuracy", "▁█", "25.0%", "->", "50.0%"],
+        ["val", "accuracy", "▁█", "30.0%", "->", "60.0%"],
+        ["reward", "▁█", "0.250", "->", "0.500"],
+        ["kl", "▁█", "0.0000", "->", "0.0100"],
+    ]
+
+
+def test_cheats_are_shown_where_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
+    honest, cheat = ("<think>x</think><answer>" + answer + "</answer>" for answer in ("4 * 7 - 3", "20 + 5"))
+    display.evaluation(evaluation(honest, honest, honest, cheat))
+    assert re.search("cheats +25.0%  right value, wrong numbers", capsys.readouterr().out)
+    display.evaluation(evaluation(honest))
+    assert "cheats" not in capsys.readouterr().out
+
+
+def test_a_probe_fits_eighty_columns_and_says_what_it_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    one = Sampled("one-shot", 2, [2, 1, 0, 0], [False, True, False, False], 1.0, 0.5, 100.0, 800, 2.5)
+    other = Sampled("zero-shot", 2, [0] * 4, [False] * 4, 0.0, 0.0, 10.0, 80, 0.5)
+    display.probe(Probe("one-shot", 3, {"one-shot": one, "zero-shot": other}))
+    shown = STYLE_CODES.sub("", capsys.readouterr().out)
+    table, _, findings = shown.partition("  cost ")
+    assert all(cell_len(line.rstrip()) <= 80 for line in table.splitlines())
+    rows = [" ".join(line.split()) for line in shown.splitlines()]
+    assert "4 train puzzles of 3 numbers, groups of 2" in rows
+    assert "one-shot 37.5% (9.2 to 78.1%) 100.0% 25.0% 50.0% 100.0 2.5" in rows
+    assert "cost 3.0 seconds, 880 tokens" in rows
+    assert "in 1 of 4 one-shot groups" in findings and "50% of the completions run out of tokens" in findings
