@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test faults lint peer clean
+.PHONY: train test faults lint peer package clean
 
 train: $(VENV)/installed
 	$(BIN)/countdown train $(ARGS)
@@ -40,3 +40,6 @@ $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
 $(VENV)/installed-peer: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable ".[dev,peer]"
 	touch $@ $(VENV)/installed-dev $(VENV)/installed
+
+package: $(VENV)/installed-dev
+	.ci/package
