@@ -380,50 +380,6 @@ def test_sharded_weights_learn_the_same_and_go_on_in_any_number(tiny_folder: Pat
         assert same["loss"] == pytest.approx(line["loss"], abs=1e-5)
 
 
-@pytest.mark.parametrize(("ranks", "checkpointing"), [(2, "on"), pytest.param(4, "off", marks=pytest.mark.slow)])
-def test_sharded_weights_sample_layer_by_layer_what_a_copy_samples(
-    ranks: int, checkpointing: str, tiny_folder: Path, tmp_path: Path, alone: Path
-) -> None:
-    """Three prompts by two processes, or by four of which one has none."""
-    arguments = ["train", "--model", tiny_folder, "--run", "two", *TRAIN, "--shard", "--rollout", "layers"]
-    arguments += ["--gradient-checkpointing", checkpointing]
-    code, _, err = ended(launched(tmp_path, ranks, *arguments))
-    assert code == 0, err
-    assert "sampling layer by layer" in err
-    same_experiment(alone, tmp_path / "runs" / "two")
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "two" / "model").state_dict()
-    expected = AutoModelForCausalLM.from_pretrained(alone / "model").state_dict()
-    assert all(torch.allclose(saved[name], expected[name], atol=1e-5) for name in expected)
-
-
-SLOW_TOKENS = """
-import time
-from grpo_cli.core.sampling import decode as sampler
-plain = sampler.choose
-def slow(*args):
-    time.sleep(0.1)
-    return plain(*args)
-sampler.choose = slow
-"""
-
-
-@pytest.mark.faults
-@pytest.mark.slow
-def test_a_signal_ends_sampling_layer_by_layer_and_one_process_goes_on(
-    tiny_folder: Path, tmp_path: Path, alone: Path
-) -> None:
-    run = tmp_path / "runs" / "two"
-    arguments = ["train", "--model", tiny_folder, "--run", "two", *TRAIN, "--shard", "--rollout", "layers"]
-    process = launched(tmp_path, 2, *arguments, plugin=SLOW_TOKENS)
-    wait_for(lambda: len(rows(run / "metrics.jsonl")) > 1 if (run / "metrics.jsonl").exists() else False)
-    process.send_signal(signal.SIGTERM)
-    _, _, err = ended(process)
-    saved = sorted(path.name for path in (run / "checkpoints").iterdir())[-1]
-    assert f"stopped after {saved.replace('-', ' ')}" in err
-    by_one(tmp_path, "train", "--run", "two", "--resume", "--no-shard")
-    same_experiment(alone, run)
-
-
 def test_batch_size_by_the_process_is_the_total_by_the_process(
     countdown: Callable[..., Any], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -183,8 +183,6 @@ def train(
     if here.max_restarts and run is None:
         raise CountdownError("a training that may be restarted must know its run", "name it with `--run`")
     resolved = _resolve(ctx, config)
-    if "ranks.rollout" in flags(ctx) and not resolved.settings.ranks.shard:
-        raise CountdownError("`--rollout` says how a sharded model samples", "add `--shard`, or leave it out")
     root = Path(resolved.settings.runs)
     if here.restarts and run is not None:
         overwrite, resume = True, Run(root / run).config_path.is_file()
@@ -426,7 +424,6 @@ def _load(plan: _Plan, source: Path | None = None, choices: Choices | None = Non
         device=model.device,
         precision=model.precision,
         gradient_checkpointing=choices is not None and choices.checkpointing,
-        on_host=choices is not None and choices.by_layers,
     )
     return replace(policy, name=plan.name, logit_chunk=choices.logit_chunk if choices else 0)
 
@@ -585,7 +582,7 @@ def _train(
     optimizer = state.build_optimizer(
         learner or policy, name=settings.train.optimizer, weight_decay=settings.train.weight_decay
     )
-    training = state.Training(policy, optimizer, learner, by_layers=choices.by_layers)
+    training = state.Training(policy, optimizer, learner)
     puzzles = list(chain.from_iterable(curriculum(settings).puzzles.values()))
 
     def frozen() -> Policy | None:
@@ -605,7 +602,7 @@ def _train(
             run = old
         run.require_space(2 * training.checkpoint_bytes())
         run.write_config(settings.model_dump())
-        run.write_environment(state.environment(training.sampler) | {"ranks": ranks.size}, step=step)
+        run.write_environment(state.environment(policy) | {"ranks": ranks.size}, step=step)
         if checkpoint is None:
             run.write_origin(state.origin(policy, reference, puzzles))
         if old:
@@ -616,7 +613,7 @@ def _train(
     if reference and learner:
         reference = shards.sharded(reference, ranks, device)
     among = f", by {ranks.size} processes" if ranks.size > 1 else ""
-    show.note(f"run {run.path}: {plan.name} on {training.sampler.device}, {policy.precision}, from step {step}{among}")
+    show.note(f"run {run.path}: {plan.name} on {policy.device}, {policy.precision}, from step {step}{among}")
     show.note(display.memory_line(planned))
     _learn(training, reference, run, settings, ranks, rows=choices.rows)
 

@@ -180,7 +180,6 @@ def memory_line(plan: MemoryPlan) -> str:
             f"gradient checkpointing {'on' if choices.checkpointing else 'off'}",
             *([f"logits of {choices.logit_chunk:,} tokens at a time"] if choices.logit_chunk else []),
             *([f"reference on the {'host' if choices.on_host else 'device'}"] if "reference" in plan.phases else []),
-            *(["sampling layer by layer"] if choices.by_layers else []),
         ]
     )
 

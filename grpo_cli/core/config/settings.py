@@ -144,9 +144,6 @@ class Plot(Table):
 class Ranks(Table):
     timeout: float = Field(gt=0, description="seconds that a process under torchrun may keep the others waiting")
     shard: bool = Field(description="spread weights, gradients and moments over the processes, for what does not fit")
-    rollout: Literal["auto", "copy", "layers"] = Field(
-        description="with `shard`, sample by a copy of all weights or a layer at a time"
-    )
 
 
 class Settings(Table):

@@ -93,10 +93,6 @@ class Solo:
         self.each(lambda: kept.append(work()))
         return kept[0]
 
-    def going(self, *, mine: bool) -> bool:
-        """Whether any rank goes on, as this one does if it is `mine` to say; all ask."""
-        return mine
-
     @contextmanager
     def gradients(self, weights: Iterable[Tensor]) -> Iterator[Gradients]:
         """What takes up the gradients of `weights` over a step, and adds up those of the ranks."""
@@ -165,12 +161,6 @@ class Ranks(Solo):
         else:
             message = f"{self.named([rank])} failed in {self.doing}: {error}"
         raise Failed(message, hint, exit_code=code, tells=self.rank == 0) from own
-
-    def going(self, *, mine: bool) -> bool:
-        flag, start = torch.tensor(float(mine)), time.perf_counter()
-        self._answered(lambda: self._dist.all_reduce(flag))
-        self._waited += time.perf_counter() - start
-        return bool(flag > 0)
 
     @contextmanager
     def gradients(self, weights: Iterable[Tensor]) -> Iterator[Gradients]:

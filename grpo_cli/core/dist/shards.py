@@ -3,8 +3,7 @@
 Each rank keeps its shard of every weight, of its gradient and of its moments; a layer's weights are whole only while it
 computes. The optimizer is torch's AdamW, since it works on DTensors element by element: the 8-bit state of bitsandbytes
 is quantised in blocks of a whole tensor, by kernels that know no DTensor. Completions are sampled by a copy with all
-weights, gathered once per step, or by the sharded model itself, whose layers are then gathered for every token. Knows
-neither the algorithm nor where a run keeps anything.
+weights, gathered once per step. Knows neither the algorithm nor where a run keeps anything.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def sharded(policy: Policy, ranks: Solo, device: torch.device) -> Policy:
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)  # gloo has no other sum that is scaled
-    return replace(policy, model=model, ranks=ranks, samplers=[], works_on=None)
+    return replace(policy, model=model, is_sharded=True, samplers=[], works_on=None)
 
 
 @torch.no_grad()

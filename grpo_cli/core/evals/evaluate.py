@@ -280,11 +280,10 @@ def evaluate(
     """
     ranks, chosen = ranks or Solo(), fit or MicroBatch()
     mine, size = ranks.share(len(puzzles)), max(1, batch_size // samples)
-    largest = -(-len(puzzles) // ranks.size)
 
     def share() -> list[list[Completion]]:
         rows: list[list[Completion]] = []
-        for start in range(0, largest, size):  # as often on all ranks, which may have to sample together
+        for start in range(0, len(mine), size):
             indices = mine[start : start + size]
             chunk = [puzzles[index] for index in indices]
             rollout = sample(

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-from grpo_cli.core.dist.ranks import Solo
 from grpo_cli.core.model import qwen2
 from grpo_cli.core.model.attention import Packed, Plan, Prefill, shared_prefix_attention
 from grpo_cli.core.model.attention import order as packing_order
@@ -68,14 +67,10 @@ class Policy:
     name: str
     precision: str
     end_ids: tuple[int, ...] = field(default=())
-    ranks: Solo | None = None  # over which the weights are sharded, and which then pass through the model together
+    is_sharded: bool = False  # weights are spread over the ranks, which then call the model together
     samplers: list[object] = field(default_factory=list, repr=False, compare=False)  # what a rollout keeps for the next
     logit_chunk: int = 0  # tokens whose logits are computed at once, and again backward; 0 is all of them, once
     works_on: torch.device | None = None  # where the weights are brought for a pass, if that is not where they live
-
-    @property
-    def is_sharded(self) -> bool:
-        return self.ranks is not None
 
     @property
     def device(self) -> torch.device:
@@ -115,33 +110,18 @@ class Policy:
         """Logits (P, V) of what follows prompts (P, L) of which the first `lengths` (P,) tokens are real."""
         rows = torch.arange(len(tokens), device=self.device)
         positions = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
-        if self.ranks:
-            kept, which = (lengths - 1).unique(return_inverse=True)
-            return self._with_ranks(self.ranks, tokens, positions, plan, kept)[rows, which]
         return self.logits(self.hidden(tokens, positions, plan)[rows, lengths - 1])
-
-    def _of_model(self, tokens: Tensor, positions: Tensor, plan: Plan, kept: Tensor | int) -> Tensor:
-        """Logits (B, T', V) of the places `kept` (T',), all if it is 0, by the model as a whole.
-
-        Within its forward pass alone are the layers of a sharded model whole.
-        """
-        output = self.model(input_ids=tokens, position_ids=positions, use_cache=False, plan=plan, logits_to_keep=kept)
-        return cast(Tensor, output.logits)
 
     @property
     def can_step_in_place(self) -> bool:
         """Whether `step` can do without copies of the weights."""
-        return qwen2.fits(self.model) and not self.is_sharded
+        return qwen2.fits(self.model)
 
     def step(self, longest: int, *, in_place: bool = False) -> Callable[[Tensor, Tensor, Plan], Tensor]:
         """What decodes one token a row: tokens (B,), positions (B,) below `longest` and a plan -> logits (B, V).
 
         With `in_place` it reads the weights where they lie whenever it is called, else those of now.
         """
-        if ranks := self.ranks:
-            return lambda tokens, positions, plan: self._with_ranks(
-                ranks, tokens[:, None], positions[:, None], plan, 0
-            )[:, 0]
         if qwen2.fits(self.model):
             # On a CPU a single token's activations cost more to convert than multiplying them in bfloat16 saves.
             converted = self.precision == "bf16-master" and self.device.type != "cpu" and not in_place
@@ -149,23 +129,6 @@ class Policy:
             written = qwen2.Pass(self.model, longest=longest, dtype=dtype, in_place=in_place)
             return lambda tokens, positions, plan: written.logits(written.hidden(tokens, positions, plan))
         return lambda tokens, positions, plan: self.logits(self.hidden(tokens[:, None], positions[:, None], plan)[:, 0])
-
-    def _with_ranks(self, ranks: Solo, tokens: Tensor, positions: Tensor, plan: Plan, kept: Tensor | int) -> Tensor:
-        """As `_of_model`, in a pass that the other ranks make too, within `in_step`."""
-        ranks.going(mine=True)
-        return self._of_model(tokens, positions, plan, kept)
-
-    @contextmanager
-    def in_step(self) -> Iterator[None]:
-        """While this lasts the policy samples; of a sharded one all ranks do, until none has a pass to make."""
-        try:
-            yield
-        finally:
-            if self.ranks:
-                nothing = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-                while self.ranks.going(mine=False):
-                    self._of_model(nothing, nothing, Prefill(), 0)
-                cast(Any, self.model).reshard()
 
     def _hidden_of_row(self, tokens: Tensor, plan: Packed) -> Tensor:
         """Final hidden states (N, D) of one packed row (N,). The written-out pass has no gradient checkpointing."""
@@ -188,9 +151,15 @@ class Policy:
         targets = packed[sum(prompt_lengths) :]
         tokens, wanted = torch.tensor(packed, device=self.device), torch.tensor(targets, device=self.device)
         with self.autocast():
-            if self.is_sharded:
-                logits = self._of_model(tokens[None], plan.positions, plan, plan.predecessors)[0]  # (M, V)
-                logprobs, entropy = token_logprobs(logits, wanted, temperature)
+            if self.is_sharded:  # FSDP gathers a layer's weights only within the model's own forward
+                output = self.model(
+                    tokens[None],
+                    position_ids=plan.positions,
+                    use_cache=False,
+                    plan=plan,
+                    logits_to_keep=plan.predecessors,
+                )
+                logprobs, entropy = token_logprobs(output.logits[0], wanted, temperature)  # (M,)
             else:
                 before = self._hidden_of_row(tokens, plan)[plan.predecessors]  # (M, D)
                 logprobs, entropy = self._gather(before, wanted, temperature)

@@ -87,7 +87,6 @@ class Choices:
     rows: int = 0  # completions per forward and backward pass; 0 is the whole step
     checkpointing: bool = False
     on_host: bool = False  # where the reference's weights live
-    by_layers: bool = False  # whether sharded weights are gathered layer by layer for each token, or once to a copy
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ class Planner:
         self._vocabulary = self.few[0].config.get_text_config().vocab_size
         self.count = sum(shape.numel() for shape in self.shapes)
         self._passes: dict[tuple[int, int, bool, bool], Amounts] = {}
-        self._held = {by_layers: self._sampling(by_layers) for by_layers in (False, True)[: work.shards]}
+        self._held = self._sampling()
 
     def plan(self, choices: Choices, *, room: int = 0, reasons: Sequence[str] = ()) -> MemoryPlan:
         """What the work takes up with these choices."""
@@ -181,7 +180,7 @@ class Planner:
         head = self.shapes[0].numel() / self.count
         forward = 3 + choices.checkpointing + work.has_reference  # a backward pass is two forward
         recomputed = head * completions if self._logit_chunks(choices) else 0
-        brought = UPLOAD * (choices.on_host + choices.by_layers * work.new_tokens)
+        brought = UPLOAD * choices.on_host
         return tokens * forward + passes * OVERHEAD + recomputed + brought + (self._logit_chunks(choices) > 1)
 
     def _logit_chunks(self, choices: Choices) -> int:
@@ -224,22 +223,21 @@ class Planner:
 
     def _stays(self, choices: Choices) -> tuple[Amounts, Amounts]:
         """What is there from the first step to the last; and what a rollout adds."""
-        work, (sampling, rollout) = self.work, self._held[choices.by_layers]
-        on_device = not choices.by_layers or work.device == "cpu"
+        work, (sampling, rollout) = self.work, self._held
         master = 4 if self.has_masters else 0
         moments = moment_bytes(self.shapes, torch.float32 if self.has_masters else self._learned, work.optimizer)
         stays = {
-            "weights": self.count * self.dtype.itemsize if on_device else 0,
+            "weights": self.count * self.dtype.itemsize,
             "master": self._share(self._learned.itemsize) if work.shards > 1 else self.count * master,
             "moments": -(-moments // work.shards),
             "reference": 0 if choices.on_host else self._reference,
         }
         return stays | sampling, rollout
 
-    def _sampling(self, by_layers: bool) -> tuple[Amounts, Amounts]:
+    def _sampling(self) -> tuple[Amounts, Amounts]:
         """What sampling has always, and what it adds while it goes on."""
         work, config = self.work, self.few[0].config.get_text_config()
-        static = work.device == "cuda" and not by_layers
+        static = work.device == "cuda"
         width = self.few[0].get_decoder().layers[0].self_attn.head_dim
         token = self.layers * 2 * config.num_key_value_heads * width * self.dtype.itemsize
         longest = -(-work.prompt_tokens // ROUNDED) * ROUNDED if static else work.prompt_tokens
@@ -249,7 +247,7 @@ class Planner:
         # The samplers of a GPU stay, training's beside evaluation's; elsewhere one comes and goes.
         together = sum if static else max
         sampling = {"KV cache": together(caches), "sampling": together(rooms)}
-        rollout = self._prefill() | ({"working room": self._gathered(learn=False)} if by_layers else {})
+        rollout = self._prefill()
         return (sampling, rollout) if static else ({}, sampling | rollout)
 
     def _prefill(self) -> Amounts:
@@ -311,13 +309,12 @@ class Planner:
     def _origins(self, choices: Choices) -> dict[str, str]:
         work, rows, dtype = self.work, choices.rows or self.work.rows, str(self.dtype).removeprefix("torch.")
         prompts = self._prompts_of(rows)
-        several = "and" if work.device == "cuda" and not choices.by_layers else "or"
+        several = "and" if work.device == "cuda" else "or"
         spread = f", a share of {work.shards}" if work.shards > 1 else ""
         learned = str(self._learned).removeprefix("torch.")
-        copy = "on the host" if choices.by_layers else "a copy that samples"
         recomputed = ", kept between layers alone" if choices.checkpointing else ""
         return {
-            "weights": f"{self.count:,} weights in {dtype}" + (f", {copy}" if spread else ""),
+            "weights": f"{self.count:,} weights in {dtype}" + (", a copy that samples" if spread else ""),
             "master": f"the same in {learned}, which the optimizer moves{spread}",
             "gradients": f"of the weights, in {learned}; those there at the peak{spread}",
             "moments": f"two {'in 8 bits, with scales' if work.optimizer == 'adamw8bit' else 'of each weight'}{spread}",
@@ -344,7 +341,6 @@ def find(
     rows: int = 0,
     checkpointing: bool | None = None,
     on_host: bool | None = None,
-    by_layers: bool | None = None,
 ) -> MemoryPlan:
     """The plan that costs the least time of those that fit in `free` bytes; what is given is not chosen.
 
@@ -358,9 +354,8 @@ def find(
     shards = work.shards > 1
     hosts = [False] if not work.has_reference or work.device == "cpu" or shards else [False, True]
     options = [
-        Choices(logit_chunk, size, recomputed, host, layers)
-        for layers, recomputed, host, size, logit_chunk in product(
-            [False] if not shards else [False, True] if by_layers is None else [by_layers],
+        Choices(logit_chunk, size, recomputed, host)
+        for recomputed, host, size, logit_chunk in product(
             [False, True] if checkpointing is None else [checkpointing],
             hosts if on_host is None or shards else [on_host and work.has_reference],
             sizes,
@@ -375,7 +370,6 @@ def find(
         options,
         key=lambda one: (
             one.rows or work.rows,
-            not one.by_layers,
             not one.checkpointing,
             not one.on_host,
             one.logit_chunk or GB,
@@ -404,7 +398,6 @@ def plan_for(name: str, work: Work, settings: Settings, *, free: int = 0) -> Mem
         rows=settings.train.micro_batch_size,
         checkpointing={"auto": None, "on": True, "off": False}[model.gradient_checkpointing],
         on_host={"auto": None, "host": True, "device": False}[model.reference],
-        by_layers={"auto": None, "copy": False, "layers": True}[settings.ranks.rollout],
     )
 
 
@@ -422,7 +415,6 @@ def _reasons(planner: Planner, choices: Choices) -> list[str]:
         "rows": f"micro-batches of {choices.rows} completions",
         "checkpointing": "gradient checkpointing",
         "on_host": "the reference on the host",
-        "by_layers": "sampling layer by layer",
     }
     changed = {name: replace(choices, **{name: getattr(Choices(), name)}) for name in sentences}
     found = [

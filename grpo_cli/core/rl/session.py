@@ -39,7 +39,6 @@ class Training:
     policy: Policy
     optimizer: torch.optim.Optimizer
     learner: Policy | None = None  # the sharded policy that learns, where `policy` is a copy of all its weights
-    by_layers: bool = False  # whether it also samples, where the copy is not where it could
     step: int = 0
     # Metrics of `step` that are not logged yet, because an evaluation that belongs to them has not ended.
     pending: dict[str, float] | None = field(default_factory=lambda: dict[str, float](step=0))
@@ -56,11 +55,6 @@ class Training:
     def learns(self) -> Policy:
         """The policy whose weights the optimizer moves."""
         return self.learner or self.policy
-
-    @property
-    def sampler(self) -> Policy:
-        """The policy that samples."""
-        return self.learner if self.learner and self.by_layers else self.policy
 
     def save_shards(self, run: Run) -> None:
         """Write this rank's part of weights and moments, if they are sharded, where `save` takes them up."""

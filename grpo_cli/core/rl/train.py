@@ -178,7 +178,7 @@ class _Loop:
         for step in range(training.step + 1, self.settings.train.num_iterations + 1):
             if self._out_of_patience():
                 break
-            clock, meter = Clock(ranks=self.ranks), Meter(training.sampler, training.optimizer)
+            clock, meter = Clock(ranks=self.ranks), Meter(training.policy, training.optimizer)
             self.ranks.doing = f"step {step}"
             with clock.phase("total"):
                 metrics, batch, advantage = self._step(step, clock, meter)
@@ -287,7 +287,7 @@ class _Loop:
         return kept[0], reduce(add, tallies)
 
     def _sample_share(self, step: int, clock: Clock, meter: Meter, places: list[int], turn: int) -> Batch:
-        policy, settings = self.training.sampler, self.settings.train
+        policy, settings = self.training.policy, self.settings.train
         drawn = self.curriculum.prompts(step, turn=turn)
         puzzles, styles = [drawn[place][0] for place in places], [drawn[place][1] for place in places]
         prompts = [policy.encode(prompt(puzzle, style)) for puzzle, style in zip(puzzles, styles, strict=True)]
@@ -451,7 +451,7 @@ class _Loop:
     def _evaluate(self, one: Cell) -> Evaluation:
         settings = self.settings
         return evaluate(
-            self.training.sampler,
+            self.training.policy,
             self.puzzles[one],
             style=one.style,
             max_new_tokens=settings.train.max_new_tokens,

@@ -60,7 +60,7 @@ def sample(
 
     `fit` says how many at once; by default all, or as many as memory allows. `static` says by which sampler, by default
     the static one on CUDA. `on_token` is told after each token of the rows still going on how many tokens they have;
-    what it raises ends the rollout. The ranks of a sharded policy sample together, each its own prompts, if it has any.
+    what it raises ends the rollout.
     """
 
     def part(chosen: slice, generations: slice) -> Rollout:
@@ -86,9 +86,6 @@ def sample(
             raise
 
     fit = fit or MicroBatch()
-    if policy.is_sharded:  # whose weights, once gathered, are to be learned from; and ranks cannot sample again alone
-        with torch.no_grad(), policy.in_step():
-            return everything(fit.rows)
     with torch.inference_mode():
         return fit.attempt(everything, total=len(prompts) * num_generations, doing="rollout")
 
