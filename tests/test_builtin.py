@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_cli.core.builtin.recipe import IGNORED, Recipe, RowMaker, build_tokenizer, impatient, patient
 from grpo_cli.core.builtin.traces import drill, failure, form_tree, line, reduce, search, trace, write
-from grpo_cli.core.evals.evaluate import evaluate, puzzle_set
+from grpo_cli.core.evals.evaluate import evaluate
 from grpo_cli.core.model.load import BUILTIN, load
-from grpo_cli.core.task.data import enumerate_puzzles
+from grpo_cli.core.task.data import enumerate_puzzles, puzzle_set
 from grpo_cli.core.task.expression import parse
 from grpo_cli.core.task.prompts import STYLES, Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle

@@ -12,11 +12,11 @@ from grpo_cli.core.evals.evaluate import (
     SuiteResult,
     evaluate,
     evaluate_suite,
-    puzzle_set,
     puzzles_of,
 )
 from grpo_cli.core.evals.statistics import wilson
 from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.task.data import puzzle_set
 from grpo_cli.core.task.prompts import STYLES
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.scoring import score
@@ -99,7 +99,7 @@ def test_all_val_puzzles_are_the_default_set() -> None:
 
 
 def test_a_set_too_large_to_enumerate_is_a_fixed_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grpo_cli.core.evals.evaluate.GENERATED", 20)
+    monkeypatch.setattr("grpo_cli.core.task.data.SAMPLED", 20)
     assert puzzle_set(5, "val") == puzzle_set(5, "val")
     assert all(len(puzzle.numbers) == 5 for puzzle in puzzle_set(5, "val"))
 

@@ -17,7 +17,7 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task.data import generate, json_line, read_puzzles
-from grpo_cli.core.task.prompts import read_question
+from grpo_cli.core.task.question import read_question
 
 pytestmark = pytest.mark.faults
 

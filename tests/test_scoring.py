@@ -1,6 +1,5 @@
 """The prompt, the scoring contract case by case, and hostile completions."""
 
-import json
 import math
 import random
 import time
@@ -10,10 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.task.data import enumerate_puzzles
 from grpo_cli.core.task.expression import parse
-from grpo_cli.core.task.prompts import EXAMPLE, STYLES, WORKED_EXAMPLE, Style, prompt, read_question
+from grpo_cli.core.task.prompts import EXAMPLE, STYLES, WORKED_EXAMPLE, Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.scoring import Reason, Score, score
 from grpo_cli.core.task.solver import solve
@@ -62,6 +60,9 @@ HOSTILE: list[tuple[str, Reason]] = [
     ("5(2) + 3", "not_an_expression"),
     ("5 * 2 + 3 or 1", "not_an_expression"),
     ("5 * 2 + 3\x00", "not_an_expression"),
+    ("\u00a05 * 2 + 3", "not_an_expression"),
+    ("5 * 2 + 3\u2003", "not_an_expression"),
+    ("5 * 2 + 3\x1f", "not_an_expression"),
     ("__import__('os').getcwd()", "not_an_expression"),
     ("", "not_an_expression"),
     ("(" * 64 + "5 * 2 + 3" + ")" * 64, "correct"),
@@ -308,63 +309,6 @@ def test_each_step_of_the_worked_example_is_true() -> None:
         values = [expression.value for step in steps if (expression := parse(step))]
         assert values == [int(result)] * len(steps)
         assert line.endswith("Yes!" if int(result) == EXAMPLE.target else "No.")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "Using the numbers [4, 7, 3], create an expression that equals 25.",
-        "using [4,7,3] make 25",
-        "[4 7 3] = 25",
-        "4 7 3 = 25",
-        " 4  7 3=25\n",
-        "4,7,3 -> 25",
-        "4, 7, 3 → 25",
-        prompt(Puzzle((4, 7, 3), 25), "natural")[-1]["content"],
-    ],
-)
-def test_questions_are_read(text: str) -> None:
-    assert read_question(text) == Puzzle((4, 7, 3), 25)
-
-
-@pytest.mark.parametrize("puzzle", [Puzzle((1, 100), 1000), Puzzle((1, 2, 3, 4, 5, 6), 1)])
-def test_the_bounds_of_a_question_are_inside(puzzle: Puzzle) -> None:
-    assert read_question(f"{json.dumps(puzzle.numbers)} -> {puzzle.target}") == puzzle
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "there is no puzzle in the question"),
-        ("what is 2 + 2?", "there is no puzzle in the question"),
-        ("4 7 3", "there is no puzzle in the question"),
-        ("4 7 3 = 2.5", "there is no puzzle in the question"),
-        ("4 7 3 = -25", "there is no puzzle in the question"),
-        ("[4, 7, 3] equals 2.5", "there is no puzzle in the question"),
-        ("[4, 7, 3] equals -25", "there is no puzzle in the question"),
-        ("4 -7 3 = 25", "there is no puzzle in the question"),
-        ("4.5 7 3 = 25", "there is no puzzle in the question"),
-        ("٤ 7 3 = 25", "there is no puzzle in the question"),
-        ("4 7 3 = " + "9" * 5000, "there is no puzzle in the question"),
-        ("[" * 10**5, "there is no puzzle in the question"),
-        ("4 = 4", "a puzzle has 2 to 6 numbers, not 1"),
-        ("1 2 3 4 5 6 7 = 28", "a puzzle has 2 to 6 numbers, not 7"),
-        ("4 101 = 25", "the numbers of a puzzle lie between 1 and 100, and 101 does not"),
-        ("0 4 = 4", "the numbers of a puzzle lie between 1 and 100, and 0 does not"),
-        ("4 7 = 1001", "the target of a puzzle lies between 1 and 1000, and 1001 does not"),
-        ("4 7 = 0", "the target of a puzzle lies between 1 and 1000, and 0 does not"),
-    ],
-)
-def test_other_questions_are_refused(text: str, message: str) -> None:
-    with pytest.raises(CountdownError, match=message):
-        read_question(text)
-
-
-def test_a_refused_question_comes_with_an_example() -> None:
-    with pytest.raises(CountdownError) as caught:
-        read_question("help")
-    assert caught.value.hint == 'ask as in `countdown solve "4 7 3 = 25"`'
 
 
 THOUGHT = "<think>x</think>"

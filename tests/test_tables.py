@@ -140,6 +140,12 @@ def test_an_error_is_on_stderr_with_its_hint_after_a_blank_line(capsys: pytest.C
     assert STYLE_CODES.sub("", err) == "error: no checkpoint in `runs/first`\n\nhint: list runs with `ls runs`\n"
 
 
+def test_ten_solutions_are_shown_and_the_rest_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    display.solutions(PUZZLE, [f"{number} + 1" for number in range(1_234)])
+    lines = STYLE_CODES.sub("", capsys.readouterr().err).splitlines()
+    assert lines[1:] == [*(f"  {number} + 1" for number in range(10)), "  ... and 1,224 more"]
+
+
 def test_only_the_answer_of_a_solved_puzzle_is_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     text = display.reasoning(iter(["<think>4 * 7", " - 3</think>\n<answer>", "4 * 7 - 3</answer>"]))
     outcome = score(text, PUZZLE)
@@ -208,7 +214,7 @@ def test_untrusted_text_shows_escaped_and_unstyled(
 
 
 def test_a_summary_is_data_unless_the_puzzles_are(capsys: pytest.CaptureFixture[str]) -> None:
-    summary = Summary(2506, 2179, 327, 1, 24.5, 100, 0.263, 1.128, 0, 0)
+    summary = Summary(2506, 2179, 327, 1, 24.5, 100, 0.263, 1.128, 0)
     display.gen_data_summary(summary, Path("puzzles.jsonl"))
     out, err = capsys.readouterr()
     assert err == ""
@@ -219,7 +225,6 @@ def test_a_summary_is_data_unless_the_puzzles_are(capsys: pytest.CaptureFixture[
         ["needs", "parentheses", "26.3%"],
         ["solutions", "1.13", "on", "average"],
         ["duplicates", "0"],
-        ["in", "both", "splits", "0"],
     ]
     display.gen_data_summary(summary, None)
     out, err = capsys.readouterr()

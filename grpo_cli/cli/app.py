@@ -283,7 +283,7 @@ def solve(
 
     The first attempt is greedy, later ones are sampled. Example: countdown solve "4 7 3 = 25"
     """
-    from grpo_cli.core.task.prompts import read_question
+    from grpo_cli.core.task.question import read_question
     from grpo_cli.core.task.solver import solve as all_solutions
 
     puzzle = read_question(question)
@@ -483,9 +483,9 @@ def _show(resolved: Resolved, plan: _Plan) -> None:
 
 def _probe(plan: _Plan) -> None:
     """Sample the starting model as training would, in every style, and show what there is to learn from."""
-    from grpo_cli.core.evals.evaluate import puzzle_set
     from grpo_cli.core.perf.microbatch import MicroBatch
     from grpo_cli.core.rl import probe
+    from grpo_cli.core.task.data import puzzle_set
 
     task, settings = plan.settings.task, plan.settings.train
     policy = _load(plan)

@@ -13,8 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from grpo_cli.core.builtin.recipe import Recipe, make, stages
 from grpo_cli.core.builtin.traces import failure
-from grpo_cli.core.evals.evaluate import Evaluation, evaluate, puzzle_set
+from grpo_cli.core.evals.evaluate import Evaluation, evaluate
 from grpo_cli.core.model.load import BUILTIN, load
+from grpo_cli.core.task.data import puzzle_set
 from grpo_cli.core.task.puzzle import Split
 from grpo_cli.ui import text as show
 

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 
 ANSWER_CHARACTERS = 1_000
+SOLUTIONS = 10  # of a puzzle that are shown
 REASONING_CHARACTERS = 20_000
 COMPARISON_WIDTH = 76
 WIDE = 100  # columns from which tables show what can be left out
@@ -112,7 +113,6 @@ def gen_data_summary(summary: Summary, path: Path | None) -> None:
                 ("needs parentheses", percent(summary.needs_parentheses)),
                 ("solutions", f"{summary.solutions:.2f} on average"),
                 ("duplicates", f"{summary.duplicates:,}"),
-                ("in both splits", f"{summary.overlap:,}"),
             ]
         )
     )
@@ -524,10 +524,12 @@ def verdict(puzzle: Puzzle, score: Score) -> None:
 
 
 def solutions(puzzle: Puzzle, found: Sequence[str]) -> None:
-    """The solver's own solutions of a puzzle, on stderr."""
+    """The solver's own solutions of a puzzle, on stderr: the first ten, and how many more."""
     err.print(Text(f"solutions of {question(puzzle.numbers, puzzle.target)}:", style="bold"))
-    for solution in found:
+    for solution in found[:SOLUTIONS]:
         err.print(Text(f"  {solution}"))
+    if len(found) > SOLUTIONS:
+        err.print(Text(f"  ... and {len(found) - SOLUTIONS:,} more"))
 
 
 # A training or an evaluation at work

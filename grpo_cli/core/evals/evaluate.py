@@ -21,7 +21,7 @@ from grpo_cli.core.evals.statistics import wilson
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.perf.microbatch import MicroBatch
 from grpo_cli.core.sampling.rollout import sample, uniforms
-from grpo_cli.core.task.data import ENUMERABLE, enumerate_puzzles, generate
+from grpo_cli.core.task.data import puzzle_set
 from grpo_cli.core.task.prompts import Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle, Split
 from grpo_cli.core.task.scoring import Score, score
@@ -29,7 +29,6 @@ from grpo_cli.core.task.solver import needs_parentheses, solve
 from grpo_cli.core.task.suite import Cell, weighted_mean
 
 EXAMPLES = 4  # completions, of the same puzzles every time, that an evaluation's record shows
-GENERATED = 2_000  # puzzles drawn where the space is too large
 
 
 @dataclass(frozen=True)
@@ -239,13 +238,6 @@ class SuiteResult:
         """The machine-readable result."""
         cells = [result.to_json() for result in self.cells]
         return {"model": self.model, "mean": self.mean, "seconds": self.seconds, "cells": cells}
-
-
-def puzzle_set(numbers: int, split: Split) -> list[Puzzle]:
-    """All puzzles of a split; for more than four numbers a fixed sample of them."""
-    if numbers <= ENUMERABLE:
-        return list(enumerate_puzzles(numbers=numbers, split=split))
-    return generate(GENERATED, numbers=numbers, split=split, seed=0)
 
 
 def puzzles_of(cell: Cell, limit: int = 0) -> list[Puzzle]:

@@ -24,7 +24,7 @@ from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.dist.ranks import Passing, Solo
 from grpo_cli.core.dist.shards import gather
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.evals.evaluate import Evaluation, evaluate, puzzle_set, puzzles_of
+from grpo_cli.core.evals.evaluate import Evaluation, evaluate, puzzles_of
 from grpo_cli.core.evals.statistics import wilson
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.perf.cost import Work
@@ -38,6 +38,7 @@ from grpo_cli.core.rl.update import NotFinite, extra_passes, reference_logprobs,
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.sampling.rollout import sample, uniforms
 from grpo_cli.core.task.curriculum import Curriculum, schedule
+from grpo_cli.core.task.data import puzzle_set
 from grpo_cli.core.task.prompts import STYLES, prompt
 from grpo_cli.core.task.scoring import score
 from grpo_cli.core.task.suite import SIZES, Cell, cell, weighted_mean

@@ -4,10 +4,12 @@ import json
 import os
 import random
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import combinations_with_replacement
+from functools import cache
+from itertools import combinations_with_replacement, islice
 from operator import add, mul, sub
 from pathlib import Path
 
@@ -17,7 +19,10 @@ from grpo_cli.core.task.puzzle import NUMBERS, TARGETS, Puzzle, Split, check_siz
 from grpo_cli.core.task.solver import magnitudes, needs_parentheses, solve
 
 ENUMERABLE = 4  # the most numbers of which all puzzles are soon enumerated and solved
+SAMPLED = 2_000  # distinct puzzles that stand for a split of more numbers
+MOST_DRAWS = 200_000  # to find them
 
+_OPERATIONS: tuple[Callable[[int, int], int], ...] = (add, sub, mul)
 
 FIELDS = ("numbers", "target", "split", "solution")
 
@@ -36,25 +41,58 @@ def enumerate_puzzles(numbers: int = 3, split: Split | None = None) -> Iterator[
 def generate(count: int, *, numbers: int = 3, split: Split | None = None, seed: int = 0) -> list[Puzzle]:
     """`count` puzzles as the original draws them: `((a op b) op c) ...` at random, kept if 1 <= value <= 100."""
     check_size(numbers)
-    rng = random.Random(seed)
-    puzzles: list[Puzzle] = []
-    while len(puzzles) < count:
-        drawn = tuple(rng.choice(NUMBERS) for _ in range(numbers))
+    return list(islice(_draws(numbers, split, seed), count))
+
+
+def puzzle_set(numbers: int, split: Split) -> list[Puzzle]:
+    """All puzzles of a split; of more than four numbers a fixed sample, each puzzle once."""
+    if numbers <= ENUMERABLE:
+        return list(enumerate_puzzles(numbers=numbers, split=split))
+    distinct: dict[Puzzle, Puzzle] = {}
+    for puzzle in islice(_draws(numbers, split, seed=0), MOST_DRAWS):
+        distinct.setdefault(puzzle.canonical, puzzle)
+        if len(distinct) == SAMPLED:
+            break
+    return list(distinct.values())
+
+
+def _draws(size: int, split: Split | None, seed: int) -> Iterator[Puzzle]:
+    """Puzzles at random without end."""
+    below = _below(random.Random(seed))
+    while True:
+        drawn = tuple([NUMBERS[below(len(NUMBERS))] for _ in range(size)])
         target = drawn[0]
         for number in drawn[1:]:
-            target = rng.choice((add, sub, mul))(target, number)
+            target = _OPERATIONS[below(len(_OPERATIONS))](target, number)
         if target in TARGETS and split in (None, split_of(drawn)):
-            puzzles.append(Puzzle(drawn, target))
-    return puzzles
+            yield Puzzle(drawn, target)
+
+
+def _below(rng: random.Random) -> Callable[[int], int]:
+    """A uniform index below `limit`, drawn as `random.choice` does, in half the time."""
+    bits = rng.getrandbits
+
+    def below(limit: int) -> int:
+        width = limit.bit_length()
+        drawn = bits(width)
+        while drawn >= limit:
+            drawn = bits(width)
+        return drawn
+
+    return below
 
 
 def json_line(puzzle: Puzzle) -> str:
     """The puzzle with one solution as a line of a puzzle file, without its newline."""
+    return f'{{"numbers": [{", ".join(map(str, puzzle.numbers))}], {_rest_of_line(puzzle.canonical)}'
+
+
+@cache
+def _rest_of_line(puzzle: Puzzle) -> str:
     solutions = solve(puzzle)
     if not solutions:
         raise CountdownError(f"{puzzle.target} cannot be made from {list(puzzle.numbers)}")
-    record = (puzzle.numbers, puzzle.target, puzzle.split, solutions[0])
-    return json.dumps(dict(zip(FIELDS, record, strict=True)))
+    return json.dumps({"target": puzzle.target, "split": puzzle.split, "solution": solutions[0]})[1:]
 
 
 def write_puzzles(path: Path, puzzles: Iterable[Puzzle], *, overwrite: bool = False) -> None:
@@ -123,30 +161,27 @@ class Summary:
     needs_parentheses: float
     solutions: float
     duplicates: int
-    overlap: int
 
 
 def summarize(puzzles: Sequence[Puzzle]) -> Summary:
     """Counts, targets and difficulty of a non-empty set of puzzles.
 
-    Puzzles with the same numbers, in any order, and the same target are one puzzle: `duplicates` counts the surplus,
-    `overlap` the puzzles in both splits.
+    Puzzles with the same numbers, in any order, and the same target are one puzzle: `duplicates` counts the surplus.
     """
     if not puzzles:
         raise CountdownError("there are no puzzles to summarize")
-    train = [puzzle.canonical for puzzle in puzzles if puzzle.split == "train"]
-    val = [puzzle.canonical for puzzle in puzzles if puzzle.split == "val"]
+    counts = Counter(puzzle.canonical for puzzle in puzzles)
+    train = sum(count for puzzle, count in counts.items() if puzzle.split == "train")
     targets = [puzzle.target for puzzle in puzzles]
-    difficulty = [(needs_parentheses(puzzle), len(solve(puzzle))) for puzzle in puzzles]
+    difficulty = [(needs_parentheses(puzzle), len(solve(puzzle))) for puzzle in counts]
     return Summary(
         count=len(puzzles),
-        train=len(train),
-        val=len(val),
+        train=train,
+        val=len(puzzles) - train,
         target_min=min(targets),
         target_median=statistics.median(targets),
         target_max=max(targets),
-        needs_parentheses=statistics.fmean(needs for needs, _ in difficulty),
-        solutions=statistics.fmean(solutions for _, solutions in difficulty),
-        duplicates=len(puzzles) - len({*train, *val}),
-        overlap=len({*train} & {*val}),
+        needs_parentheses=statistics.fmean([needs for needs, _ in difficulty], counts.values()),
+        solutions=statistics.fmean([solutions for _, solutions in difficulty], counts.values()),
+        duplicates=len(puzzles) - len(counts),
     )

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+SPACE = " \t\n\r\f\v"  # the only white space in and around an expression
 MAX_CHARACTERS = 256
 MAX_DEPTH = 64
 MAX_SPANS = 100
 
 # Character classes repeat possessively, so that nothing backtracks into them; groups do not, because the Pythons before
 # 3.11.5 match possessive groups wrongly (github.com/python/cpython/issues/106052).
-_SPACE = r" \t\n\r\f\v"
-_OPERAND = rf"[-+({_SPACE}]*+(?:0|[1-9][0-9]*+)[){_SPACE}]*+"
+_OPERAND = rf"[-+({SPACE}]*+(?:0|[1-9][0-9]*+)[){SPACE}]*+"
 _UNBALANCED = re.compile(rf"{_OPERAND}(?:[-+*]{_OPERAND})*")
 _TOKEN = re.compile(r"[0-9]+|[-+*()]")
 _PARENTHESIS = re.compile(r"[()]")
@@ -121,4 +121,4 @@ def _bare(part: str) -> str:
     if len(part) > MAX_CHARACTERS:
         return ""
     unclosed = part.count("(") - part.count(")")
-    return part.removeprefix("(" * unclosed).removesuffix(")" * -unclosed).strip()
+    return part.removeprefix("(" * unclosed).removesuffix(")" * -unclosed).strip(SPACE)

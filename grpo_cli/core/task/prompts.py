@@ -1,31 +1,22 @@
-"""Prompts in three styles, and questions that a person types."""
+"""The chat messages that put a puzzle to a model, in three styles."""
 
-import re
 from typing import Literal, get_args
 
-from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.task.puzzle import Puzzle, checked
+from grpo_cli.core.task.puzzle import Puzzle
 
 Style = Literal["one-shot", "zero-shot", "natural"]
 
-
 STYLES: tuple[Style, ...] = get_args(Style)
-
 
 SYSTEM = "You are a mathematical puzzle solver."
 
-
 RULES = "Use every number exactly once, with +, - and *."
-
 
 TAGS = "Think inside <think> </think>, then write the expression inside <answer> </answer>."
 
-
 NATURAL = "End with the expression."
 
-
 EXAMPLE = Puzzle((3, 5, 2), 13)
-
 
 WORKED_EXAMPLE = (
     "<think>\n"
@@ -35,15 +26,6 @@ WORKED_EXAMPLE = (
     "</think>\n"
     "<answer>5 * 2 + 3</answer>"
 )
-
-
-_WHOLE = r"(?<![-−.\w])([0-9]{1,9})(?!\.?[0-9]|\w)"
-
-
-_SENTENCE = re.compile(rf"\[([0-9, ]{{1,100}})\][^0-9\[\]]{{1,100}}{_WHOLE}")
-
-
-_SHORT = re.compile(rf"([0-9](?:[0-9, ]{{0,99}}[0-9])?)\s*(?:=|->|→)\s*{_WHOLE}")
 
 
 def question(puzzle: Puzzle) -> str:
@@ -59,14 +41,3 @@ def prompt(puzzle: Puzzle, style: Style = "one-shot") -> list[dict[str, str]]:
 
 def _user(puzzle: Puzzle, style: Style) -> dict[str, str]:
     return {"role": "user", "content": f"{question(puzzle)} {RULES} {NATURAL if style == 'natural' else TAGS}"}
-
-
-def read_question(text: str) -> Puzzle:
-    """The puzzle that `text` asks for: the question's sentence, `4 7 3 = 25` or `4,7,3 -> 25`.
-
-    It has 2 to 6 numbers from 1 to 100 and a target from 1 to 1000; CountdownError otherwise.
-    """
-    found = _SHORT.fullmatch(text.strip()) or _SENTENCE.search(text)
-    if not found:
-        raise CountdownError("there is no puzzle in the question", 'ask as in `countdown solve "4 7 3 = 25"`')
-    return checked([int(number) for number in re.findall("[0-9]+", found[1])], int(found[2]))

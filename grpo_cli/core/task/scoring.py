@@ -6,7 +6,7 @@ Only this module knows the tags. A completion is untrusted: it is searched and p
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from grpo_cli.core.task.expression import Expression, ascii_operators, last_expression, parse, parse_lenient
+from grpo_cli.core.task.expression import SPACE, Expression, ascii_operators, last_expression, parse, parse_lenient
 from grpo_cli.core.task.prompts import Style
 from grpo_cli.core.task.puzzle import Puzzle, judge
 
@@ -75,7 +75,7 @@ def _tagged_answer(completion: str) -> tuple[str, str | None]:
     """What stands before the last complete answer pair, and its text, stripped; of nested pairs the inner one."""
     until, _, _ = completion.rpartition("</answer>")
     before, opening, answer = until.rpartition("<answer>")
-    return before, answer.partition("</answer>")[0].strip() if opening else None
+    return before, answer.partition("</answer>")[0].strip(SPACE) if opening else None
 
 
 def _has_pair(completion: str, opening: str, closing: str) -> bool:

@@ -5,6 +5,7 @@ from functools import lru_cache
 from itertools import combinations
 from typing import NamedTuple
 
+from grpo_cli.core.task.expression import parse
 from grpo_cli.core.task.puzzle import Puzzle
 
 _cached = lru_cache(maxsize=1 << 11)
@@ -17,7 +18,7 @@ def solve(puzzle: Puzzle) -> list[str]:
 
     Solutions are distinct if they are distinct polynomials in the puzzle's numbers: neither the order and the grouping
     of sums and products matters, nor where minus signs stand. Of `(2 - 4) * (3 - 5)` and `(4 - 2) * (5 - 3)`, the one
-    whose factors are not negative is listed.
+    whose factors are not negative is listed; of `2 + (3 - 3) * 5` and `2 - (3 - 3) * 5`, the first.
     """
     return list(_solutions(tuple(sorted(puzzle.numbers)), puzzle.target))
 
@@ -36,6 +37,12 @@ class _Form(NamedTuple):
     factors: tuple[str, ...]
 
 
+@_cached
+def _is_zero(term: str) -> bool:
+    expression = parse(term) if "(" in term else None
+    return expression is not None and expression.value == 0
+
+
 def _text(plus: tuple[str, ...], minus: tuple[str, ...]) -> str:
     return " - ".join((" + ".join(plus), *minus))
 
@@ -50,8 +57,9 @@ def _number(number: int) -> _Form:
 
 
 def _sum(value: int, plus: tuple[str, ...], minus: tuple[str, ...]) -> _Form:
-    """The sum of terms; one worth zero equals its own negative, and stands for both."""
-    plus, minus = _ordered(plus), _ordered(minus)
+    """The sum of terms. A term worth zero is added, never subtracted; a sum worth zero stands for its negative too."""
+    zeros = tuple(term for term in minus if _is_zero(term))
+    plus, minus = _ordered(plus + zeros), _ordered(tuple(term for term in minus if term not in zeros))
     if value == 0 and (len(plus), plus) < (len(minus), minus):
         plus, minus = minus, plus
     return _Form(value, plus, minus, (f"({_text(plus, minus)})",))
