@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import save_tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.sampling.decode import choose
 from grpo_cli.core.sampling.rollout import Rollout, sample, uniforms
@@ -121,3 +123,12 @@ def test_draws_depend_on_seed_step_prompt_and_sample() -> None:
     rows |= {tuple(uniforms(*place, [0], 1, 3).flatten().tolist()) for place in ((1, 0), (0, 1))}
     assert len(rows) == 6
     assert torch.equal(uniforms(0, 0, [1], 1, 3)[0, 0], base[1, 0])
+
+
+@pytest.mark.parametrize("key_value_heads", [1, 2, 4])
+def test_any_number_of_key_value_heads_samples_what_the_model_predicts(tmp_path: Path, key_value_heads: int) -> None:
+    folder = save_tiny_model(tmp_path, num_key_value_heads=key_value_heads)
+    policy = load(str(folder), device="cpu", precision="float32")
+    rollout = rolled(policy, [[5, 9, 100, 44]], uniforms(0, 1, [0], 2, 8), max_new_tokens=8)
+    logprobs, _ = policy.logprobs(Sequences([[5, 9, 100, 44]], rollout.completions, [0, 0]), temperature=1.0)
+    torch.testing.assert_close(logprobs, torch.tensor(rollout.logprobs), atol=1e-4, rtol=0)

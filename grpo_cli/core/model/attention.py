@@ -276,7 +276,7 @@ def _decoded(
     queries = (query * scaling).view(grouped).transpose(1, 2).reshape(prompts * heads, -1, width)
     per_row = (len(keys), -1, width)
     to_prompt = torch.bmm(queries, prompt_keys.flatten(0, 1))  # (P * K, G * H/K, L)
-    to_own = torch.bmm(queries.view(per_row), keys.mT)  # (P * K * G, H/K, C)
+    to_own = torch.bmm(queries.reshape(per_row), keys.mT)  # (P * K * G, H/K, C)
     scores = torch.cat([to_prompt, to_own.view(*to_prompt.shape[:-1], -1)], dim=-1)
     if absent is not None:
         by_prompt = scores.view(prompts, -1, scores.shape[-1])
