@@ -6,8 +6,8 @@ from typing import Literal
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.task.expression import Expression
+from grpo_cli.core.task.task import Split as Split
 
-Split = Literal["train", "val"]
 Verdict = Literal["correct", "not_an_expression", "wrong_numbers", "wrong_value"]
 
 SIZES = range(2, 7)
@@ -36,6 +36,23 @@ class Puzzle:
     def canonical(self) -> "Puzzle":
         """The same puzzle with its numbers sorted."""
         return Puzzle(tuple(sorted(self.numbers)), self.target)
+
+    @property
+    def key(self) -> str:
+        """Equal for puzzles that differ only in the order of their numbers."""
+        return f"{' '.join(map(str, sorted(self.numbers)))} -> {self.target}"
+
+    @property
+    def size(self) -> int:
+        """Numbers in the puzzle."""
+        return len(self.numbers)
+
+    def record(self) -> dict[str, object]:
+        """The fields of the puzzle in a file."""
+        return {"numbers": list(self.numbers), "target": self.target}
+
+    def __str__(self) -> str:
+        return f"{list(self.numbers)} -> {self.target}"
 
 
 def checked(numbers: Sequence[int], target: int) -> Puzzle:

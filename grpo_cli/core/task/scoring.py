@@ -3,12 +3,12 @@
 Only this module knows the tags. A completion is untrusted: it is searched and parsed, never evaluated.
 """
 
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 from grpo_cli.core.task.expression import SPACE, Expression, ascii_operators, last_expression, parse, parse_lenient
 from grpo_cli.core.task.prompts import Style
 from grpo_cli.core.task.puzzle import Puzzle, judge
+from grpo_cli.core.task.task import Score as Score
 
 Reason = Literal["correct", "no_answer", "truncated", "not_an_expression", "wrong_numbers", "wrong_value"]
 Cheat = Literal["numbers", "not_arithmetic", "no_thought"]
@@ -16,25 +16,6 @@ CHEATS: tuple[Cheat, ...] = get_args(Cheat)
 
 CORRECT_REWARD = 1.0
 FORMAT_REWARD = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """What a completion earned and why.
-
-    `answer` is the text that was read as the answer, `well_formed` says that both tag pairs are there, `lenient` that
-    the answer is right if typographic operators and a true `= N` are allowed (never used as a reward). `cheat` is the
-    first of these that the answer is, and costs nothing: the target made with numbers reused or left out; tagged text
-    that is no expression, even leniently; tagged without a pair of thought tags before it.
-    """
-
-    reward: float
-    correct: bool
-    reason: Reason
-    answer: str | None
-    well_formed: bool
-    lenient: bool
-    cheat: Cheat | None = None
 
 
 def score(completion: str, puzzle: Puzzle, *, style: Style = "one-shot", truncated: bool = False) -> Score:

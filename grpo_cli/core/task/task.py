@@ -1,0 +1,83 @@
+"""The interface of a task: problems by split, the prompt of each, the score of a completion.
+
+Training, sampling and evaluation know a task by this interface alone; `countdown` is the task that ships.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+Split = Literal["train", "val"]
+Message = dict[str, str]  # role, content
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Reward of a completion, and the reason for it.
+
+    `answer` is the text read as the answer. `well_formed`: the format is right. `lenient`: correct if typographic
+    operators and a true `= N` are allowed (never a reward). `cheat`: the kind of cheat attempted, if any; it costs
+    nothing. `parts`: the named parts of the reward, each logged as a metric.
+    """
+
+    reward: float
+    correct: bool
+    reason: str
+    answer: str | None = None
+    well_formed: bool = False
+    lenient: bool = False
+    cheat: str | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+class Problem(Protocol):
+    """One problem of a task: hashable, and stated by plain JSON fields."""
+
+    @property
+    def key(self) -> str:
+        """Equal for two notations of the same problem; duplicates and contamination are counted by it."""
+
+    @property
+    def size(self) -> int:
+        """Size that the curriculum and suites choose by: the numbers in a puzzle; 0 if the task has no sizes."""
+
+    def record(self) -> dict[str, object]:
+        """JSON fields that state the problem, as samples.jsonl keeps them."""
+
+    def __str__(self) -> str:
+        """One line that states the problem to a person."""
+
+
+class Task(Protocol):
+    """A task. `problems` of the same split and size are always the same, in the same order."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def styles(self) -> Sequence[str]:
+        """Styles that a prompt can have, the default first."""
+
+    @property
+    def cheats(self) -> Sequence[str]:
+        """Kinds of cheats that a score may name."""
+
+    def problems(self, split: Split, size: int) -> Sequence[Problem]:
+        """Every problem of a split and size, or a fixed sample where there are too many."""
+
+    def read(self, record: Mapping[str, object]) -> Problem:
+        """The problem that a record states; ValueError says what is wrong with it."""
+
+    def prompt(self, problem: Problem, style: str) -> list[Message]:
+        """The chat messages that pose the problem."""
+
+    def score(self, completion: str, problem: Problem, *, style: str, truncated: bool = False) -> Score:
+        """Score of a completion; `truncated`: it ran out of tokens. Never raises on any text."""
+
+    def solution(self, problem: Problem) -> str | None:
+        """A completion that scores full, or None if the task knows none."""
+
+    def kinds(self, problem: Problem) -> Sequence[str]:
+        """Kinds that the problem belongs to; evaluations report accuracy by kind."""
