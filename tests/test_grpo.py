@@ -15,7 +15,7 @@ from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.perf.microbatch import MicroBatch
 from grpo_cli.core.rl.grpo import advantages, kl_estimate, normalizer, policy_loss, zero_variance
-from grpo_cli.core.rl.update import NotFinite, micro_batches, reference_logprobs, update
+from grpo_cli.core.rl.update import NotFinite, clip_gradients, micro_batches, reference_logprobs, update
 
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "cispo", "gspo")
 TEMPERATURE = 1.2
@@ -476,6 +476,16 @@ def test_clip_grad_norm_bounds_the_step(tiny_policy: Policy) -> None:
     length = math.sqrt(sum(float(step.square().sum()) for step in moved))
     assert length == pytest.approx(0.01, rel=1e-2)
     assert metrics["grad_norm"] > 0.1  # as it was before it was scaled down
+
+
+def test_the_norm_of_bfloat16_gradients_is_summed_in_float32() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(1003, 50, dtype=torch.bfloat16)) for _ in range(5)]
+    for weight in weights:
+        weight.grad = torch.full_like(weight, 0.01)
+    exact = math.sqrt(5 * 1003 * 50) * float(torch.tensor(0.01, dtype=torch.bfloat16))
+    assert float(clip_gradients(weights, 1.0)) == pytest.approx(exact, rel=1e-5)
+    left = math.sqrt(sum(float(weight.grad.double().square().sum()) for weight in weights if weight.grad is not None))
+    assert left == pytest.approx(1.0, rel=4e-3)  # rounded to bfloat16, element by element
 
 
 @pytest.mark.parametrize(("precision", "least", "most"), [("float32", 0.99, 1.0), ("bf16", 0.001, 0.1)])

@@ -181,7 +181,7 @@ def update(
                     raise NotFinite(f"the gradient of {ranks.named(broken)} is not finite")
             sums = reduce(add, parts)
             with stepping():
-                norm = whole(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), clip_grad_norm))
+                norm = whole(clip_gradients(list(policy.model.parameters()), clip_grad_norm))
                 _require_finite(norm, "gradient norm")
                 optimizer.step()
             if not history:
@@ -196,6 +196,17 @@ def update(
     if policy.is_sharded:
         changed = fmean(ranks.each(lambda: changed))
     return {**metrics, "weights_changed": changed}
+
+
+def clip_gradients(weights: Sequence[torch.nn.Parameter], most: float) -> Tensor:
+    """Scale gradients in place to a norm of at most `most`; returns their norm before, summed in float32."""
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    if all(gradient.dtype == torch.float32 for gradient in gradients):
+        return torch.nn.utils.clip_grad_norm_(weights, most)
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    torch.nn.utils.clip_grads_with_norm_(weights, most, norm)
+    return norm
 
 
 def _metrics(sums: _Sums, norm: Tensor, *, has_reference: bool) -> dict[str, float]:
