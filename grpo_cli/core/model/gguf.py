@@ -1,0 +1,168 @@
+"""GGUF files, as llama.cpp and Ollama keep models: unpacked once into a Hugging Face folder that every command can read.
+
+transformers dequantises the weights. The tokenizer is built here, because transformers' converter ignores
+`tokenizer.ggml.pre`, the key that says how text is split before merging: SmolLM2 would read `25` as one token where it
+was trained on two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import transformers
+from huggingface_hub.constants import HF_HOME
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+from grpo_cli.core.errors import CountdownError
+
+MAGIC = b"GGUF"
+CONTROL, USER_DEFINED = 3, 4  # token types of the format
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _split(pattern: str) -> list[Any]:
+    return [
+        pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+
+
+def _bytes(*before: Any) -> list[Any]:
+    return [*before, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+
+
+PRETOKENIZERS: dict[str, Callable[[], list[Any]]] = {
+    "qwen2": lambda: _split(PRETOKENIZE_REGEX),
+    "smollm": lambda: _bytes(pre_tokenizers.Digits(individual_digits=True)),
+    "llama-bpe": lambda: _split(LLAMA3),
+    "gpt-2": _bytes,
+}
+"""`tokenizer.ggml.pre` -> how text is split before merging, as llama.cpp does it."""
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a model's name means a GGUF file rather than a folder or a hub id."""
+    return name.lower().endswith(".gguf")
+
+
+def unpacked(path: Path) -> Path:
+    """The Hugging Face folder of a GGUF file, made on first use and kept in the cache of Hugging Face's libraries.
+
+    Raises CountdownError for a file that is missing, damaged, or of a model that cannot be read.
+    """
+    _check(path)
+    stat = path.stat()
+    key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = Path(HF_HOME) / "countdown" / f"{path.stem}-{key}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as made, _errors(path):
+            unpack(path, Path(made))
+            shutil.copytree(made, folder.with_suffix(".part"), dirs_exist_ok=True)
+        folder.with_suffix(".part").rename(folder)
+    return folder
+
+
+def unpack(path: Path, folder: Path) -> None:
+    """Write the model of a GGUF file to `folder`: config.json, float32 safetensors, tokenizer, generation settings."""
+    from gguf import GGUFReader
+
+    facts = {key: field.contents() for key, field in GGUFReader(path).fields.items()}
+    tokenizer = build_tokenizer(facts)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, trust_remote_code=False, local_files_only=True, dtype="float32"
+    )
+    model = cast("transformers.PreTrainedModel", loaded)
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights are plain now; with it transformers refuses to save them
+    ends = _end_ids(facts)
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = None, ends, tokenizer.pad_token_id
+    plain = type(model)(config)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def build_tokenizer(facts: Mapping[str, Any]) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer that the keys of a GGUF file describe."""
+    tokens = cast("list[str]", facts["tokenizer.ggml.tokens"])
+    kinds = cast("list[int]", facts["tokenizer.ggml.token_type"])
+    kind, split = facts["tokenizer.ggml.model"], str(facts.get("tokenizer.ggml.pre", "unnamed"))
+    if kind != "gpt2" or split not in PRETOKENIZERS:
+        known = ", ".join(f"`{name}`" for name in PRETOKENIZERS)
+        raise CountdownError(
+            f"the tokenizer of this file is of kind `{kind}`, `{split}`; kinds of `gpt2` that can be read are {known}",
+            "use the model's Hugging Face folder",
+        )
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in facts["tokenizer.ggml.merges"])]
+    end = tokens[int(facts["tokenizer.ggml.eos_token_id"])]
+    pad = tokens[int(facts.get("tokenizer.ggml.padding_token_id", facts["tokenizer.ggml.eos_token_id"]))]
+    tokenizer: transformers.PreTrainedTokenizerBase
+    if split == "qwen2":  # AutoTokenizer rebuilds this class from its vocabulary and merges
+        tokenizer = transformers.Qwen2Tokenizer(vocab=vocab, merges=merges, eos_token=end, pad_token=pad)
+    else:
+        bpe = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(PRETOKENIZERS[split]())
+        bpe.decoder = decoders.ByteLevel()
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, pad_token=pad)
+    for special, number in ((True, CONTROL), (False, USER_DEFINED)):
+        added = [token for token, kind in zip(tokens, kinds, strict=True) if kind == number]
+        tokenizer.add_tokens(
+            [AddedToken(token, special=special, normalized=False) for token in added], special_tokens=special
+        )
+    tokenizer.chat_template = facts.get("tokenizer.chat_template")
+    tokenizer.clean_up_tokenization_spaces = False
+    return tokenizer
+
+
+def _end_ids(facts: Mapping[str, Any]) -> list[int]:
+    """Every end-of-sequence id: the file names one, and its vocabulary holds the usual others of the same family."""
+    tokens = facts["tokenizer.ggml.tokens"]
+    named = {int(facts[key]) for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in facts}
+    usual = {"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>"}
+    kinds = facts["tokenizer.ggml.token_type"]
+    return sorted(named | {i for i, (t, kind) in enumerate(zip(tokens, kinds, strict=True)) if t in usual and kind == CONTROL})
+
+
+def _check(path: Path) -> None:
+    if not path.is_file():
+        raise CountdownError(f"no file `{path}`", "name a GGUF file, a model folder or a hub id")
+    with path.open("rb") as file:
+        start = file.read(len(MAGIC))
+    if start != MAGIC:
+        raise CountdownError(f"`{path}` is not a GGUF file: it does not start with `GGUF`", "download it again")
+    if not (find_spec("gguf") and find_spec("accelerate")):
+        raise CountdownError("reading GGUF files needs the extra `gguf`", "pip install 'countdown-grpo[gguf]'")
+
+
+@contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    """Turn what the readers raise for a damaged file, which has no common base, into one sentence."""
+    noisy = logging.getLogger("transformers")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        yield
+    except CountdownError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CountdownError(
+            f"cannot read `{path}`: {reason[:200]}", "download the file again, or use the model's Hugging Face folder"
+        ) from error
+    finally:
+        noisy.setLevel(level)
