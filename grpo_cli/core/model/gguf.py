@@ -1,4 +1,4 @@
-"""GGUF files, as llama.cpp and Ollama keep models: unpacked once into a Hugging Face folder that every command can read.
+"""GGUF files, as llama.cpp and Ollama keep models: unpacked once into a Hugging Face folder that all commands can read.
 
 transformers dequantises the weights. The tokenizer is built here, because transformers' converter ignores
 `tokenizer.ggml.pre`, the key that says how text is split before merging: SmolLM2 would read `25` as one token where it
@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -20,14 +21,17 @@ from typing import Any, cast
 import transformers
 from huggingface_hub.constants import HF_HOME
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import modeling_gguf_pytorch_utils
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from grpo_cli.core.errors import CountdownError
 
 MAGIC = b"GGUF"
+ENDS = {"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>"}
 CONTROL, USER_DEFINED = 3, 4  # token types of the format
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (  # of Llama 3's tokenizer
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
 )
 
 
@@ -67,10 +71,13 @@ def unpacked(path: Path) -> Path:
     folder = Path(HF_HOME) / "countdown" / f"{path.stem}-{key}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as made, _errors(path):
-            unpack(path, Path(made))
-            shutil.copytree(made, folder.with_suffix(".part"), dirs_exist_ok=True)
-        folder.with_suffix(".part").rename(folder)
+        made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unpacking-"))
+        try:
+            with _errors(path):
+                unpack(path, made)
+            made.rename(folder)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
     return folder
 
 
@@ -80,9 +87,10 @@ def unpack(path: Path, folder: Path) -> None:
 
     facts = {key: field.contents() for key, field in GGUFReader(path).fields.items()}
     tokenizer = build_tokenizer(facts)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, trust_remote_code=False, local_files_only=True, dtype="float32"
-    )
+    with _bar_for_terminals():
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False, local_files_only=True, dtype="float32"
+        )
     model = cast("transformers.PreTrainedModel", loaded)
     config = model.config
     if hasattr(config, "quantization_config"):
@@ -131,11 +139,9 @@ def build_tokenizer(facts: Mapping[str, Any]) -> transformers.PreTrainedTokenize
 
 def _end_ids(facts: Mapping[str, Any]) -> list[int]:
     """Every end-of-sequence id: the file names one, and its vocabulary holds the usual others of the same family."""
-    tokens = facts["tokenizer.ggml.tokens"]
     named = {int(facts[key]) for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in facts}
-    usual = {"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>"}
-    kinds = facts["tokenizer.ggml.token_type"]
-    return sorted(named | {i for i, (t, kind) in enumerate(zip(tokens, kinds, strict=True)) if t in usual and kind == CONTROL})
+    kinds = zip(facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"], strict=True)
+    return sorted(named | {index for index, (text, kind) in enumerate(kinds) if text in ENDS and kind == CONTROL})
 
 
 def _check(path: Path) -> None:
@@ -147,6 +153,17 @@ def _check(path: Path) -> None:
         raise CountdownError(f"`{path}` is not a GGUF file: it does not start with `GGUF`", "download it again")
     if not (find_spec("gguf") and find_spec("accelerate")):
         raise CountdownError("reading GGUF files needs the extra `gguf`", "pip install 'countdown-grpo[gguf]'")
+
+
+@contextmanager
+def _bar_for_terminals() -> Iterator[None]:
+    """Draw transformers' progress bar of dequantising on a terminal alone."""
+    bar = modeling_gguf_pytorch_utils.tqdm
+    modeling_gguf_pytorch_utils.tqdm = partial(bar, disable=None)
+    try:
+        yield
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = bar
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import transformers
 from safetensors import safe_open
 
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.model.gguf import is_gguf, unpacked
 from grpo_cli.core.model.policy import ATTENTION, PROBE, Policy, encode
 
 BUILTIN = Path(__file__).parents[1] / "builtin" / "model"
@@ -125,13 +126,16 @@ def find(name: str) -> tuple[str, bool]:
     if name == "builtin":
         return str(BUILTIN), True
     path = Path(name)
+    if is_gguf(name):
+        return str(unpacked(path)), True
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise CountdownError(f"`{name}` is not a model folder: it has no config.json", "name the folder itself")
         return name, True
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or path.parent.exists():
         raise CountdownError(
-            f"no model at `{name}`", "use `builtin`, a run's name, a model folder, or a hub id `owner/name`"
+            f"no model at `{name}`",
+            "use `builtin`, a run's name, a model folder, a GGUF file, or a hub id `owner/name`",
         )
     return name, False
 

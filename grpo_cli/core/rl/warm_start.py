@@ -89,4 +89,6 @@ def _sequences(policy: Policy, batch: Sequence[tuple[Puzzle, str]], style: Style
     """Prompts with the demonstrations as completions, each ended by the first end-of-sequence token of the turn."""
     end = policy.tokenizer.eos_token_id
     completions = [[*policy.tokenizer(text, add_special_tokens=False)["input_ids"], end] for _, text in batch]
-    return Sequences([policy.encode(prompt(puzzle, style)) for puzzle, _ in batch], completions, list(range(len(batch))))
+    return Sequences(
+        [policy.encode(prompt(puzzle, style)) for puzzle, _ in batch], completions, list(range(len(batch)))
+    )
