@@ -140,3 +140,28 @@ def test_rows_that_are_kept_go_on_as_if_none_had_been_dropped() -> None:
     assert talk.rows.tolist() == [[8]]
     for _ in range(4):
         talk.step()
+
+
+def test_decode_scores_in_the_hundreds_keep_float32_precision() -> None:
+    """Qwen's biases: keys with a standard deviation of 30, queries of 8. bfloat16 scores would be off by 1 or 2."""
+    rng = torch.Generator().manual_seed(5)
+    key_bias, query_bias = (
+        30 * torch.randn(KEY_HEADS, 1, 64, generator=rng),
+        8 * torch.randn(HEADS, 1, 64, generator=rng),
+    )
+    query = (torch.randn(6, HEADS, 1, 64, generator=rng) + query_bias).bfloat16()
+    prompt_keys = (torch.randn(2, KEY_HEADS, 40, 64, generator=rng) + key_bias).bfloat16()
+    own_key = (torch.randn(6, KEY_HEADS, 1, 64, generator=rng) + key_bias).bfloat16()
+    prompt_values, own_value = (torch.randn_like(keys) for keys in (prompt_keys, own_key))
+    prefill = Prefill()
+    prefill.keys, prefill.values = [prompt_keys], [prompt_values]
+    plan = Decode(prefill, torch.tensor([40, 40]), num_generations=3, max_new_tokens=1)
+    attended = plan.attend(0, query, own_key, own_value, 64**-0.5)[:, 0].float()  # (6, H, d)
+    keys, values = (
+        torch.cat([prompt.repeat_interleave(3, dim=0), own], dim=2).repeat_interleave(2, dim=1).float()
+        for prompt, own in ((prompt_keys, own_key), (prompt_values, own_value))
+    )
+    scores = query.float() @ keys.mT * 64**-0.5
+    assert scores.abs().max() > 100
+    expected = (scores.softmax(-1) @ values)[:, :, 0]
+    torch.testing.assert_close(attended, expected, atol=0.02, rtol=0.02)

@@ -267,25 +267,33 @@ def _decoded(
 ) -> Tensor:
     """Attention of one token of each of P * G completions to the keys of its prompt and C of its own: (B, 1, H, d).
 
-    `query` is (B, H, 1, d), the prompt's keys (P, K, d, L) and values (P, K, L, d), its own (P, K, G, C, d). The first
-    keys that are not there are `absent` (P, 1, L) or (P, 1, L + C).
+    `query` is (B, H, 1, d), the prompt's keys (P, K, d, L) and values (P, K, L, d), its own (P, K, G, C, d).
+    `absent` (P, 1, L) or (P, 1, L + C) masks the first keys. Scores, scale and softmax are float32: Qwen's key biases
+    take scores into the hundreds, where neighbouring bfloat16 values are 1 or 2 apart.
     """
     prompts, heads, longest, width = prompt_values.shape
     grouped = (prompts, -1, heads, query.shape[1] // heads, width)
     keys, values = own_keys.flatten(0, 2), own_values.flatten(0, 2)  # (P * K * G, C, d)
-    queries = (query * scaling).view(grouped).transpose(1, 2).reshape(prompts * heads, -1, width)
+    queries = query.view(grouped).transpose(1, 2).reshape(prompts * heads, -1, width)
     per_row = (len(keys), -1, width)
-    to_prompt = torch.bmm(queries, prompt_keys.flatten(0, 1))  # (P * K, G * H/K, L)
-    to_own = torch.bmm(queries.reshape(per_row), keys.mT)  # (P * K * G, H/K, C)
-    scores = torch.cat([to_prompt, to_own.view(*to_prompt.shape[:-1], -1)], dim=-1)
+    to_prompt = _scores(queries, prompt_keys.flatten(0, 1))  # (P * K, G * H/K, L)
+    to_own = _scores(queries.reshape(per_row), keys.mT)  # (P * K * G, H/K, C)
+    scores = torch.cat([to_prompt, to_own.view(*to_prompt.shape[:-1], -1)], dim=-1).mul_(scaling)
     if absent is not None:
         by_prompt = scores.view(prompts, -1, scores.shape[-1])
         by_prompt[..., : absent.shape[-1]].masked_fill_(absent, float("-inf"))
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
+    weights = scores.softmax(dim=-1).to(values.dtype)
     of_prompt = torch.bmm(weights[..., :longest], prompt_values.flatten(0, 1)).view(per_row)
     of_own = weights.view(*to_own.shape[:-1], -1)[..., longest:]
     attended = torch.baddbmm(of_prompt, of_own, values)
     return attended.view(prompts, heads, -1, *grouped[3:]).transpose(1, 2).reshape(query.shape[0], 1, -1, width)
+
+
+def _scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """Products (B, M, N) of queries (B, M, d) and keys (B, d, N) in float32. On CUDA the inputs stay in 16 bits."""
+    if queries.is_cuda and queries.dtype != torch.float32:
+        return torch.bmm(queries, keys, out_dtype=torch.float32)
+    return torch.bmm(queries.float(), keys.float())
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
