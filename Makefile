@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test faults lint peer package clean
+.PHONY: train test test-lowest faults lint peer package clean
 
 train: $(VENV)/installed
 	$(BIN)/countdown train $(ARGS)
@@ -15,6 +15,14 @@ test: $(VENV)/installed-dev
 faults: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m faults $(ARGS)
 
+# The whole suite with the oldest versions that pyproject.toml allows. LOWEST: options of `uv pip install`, such as
+# `--torch-backend cpu`.
+test-lowest: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python -m uv venv --quiet --clear --python $(BIN)/python $(VENV)-lowest
+	$(BIN)/python -m uv pip install --quiet --python $(VENV)-lowest --resolution lowest-direct $(LOWEST) --editable ".[dev]"
+	$(VENV)-lowest/bin/python -m pytest $(ARGS)
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -24,7 +32,7 @@ peer: $(VENV)/installed-peer
 	$(BIN)/python -m pytest -m peer $(ARGS)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-lowest
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
