@@ -37,7 +37,7 @@ from grpo_cli.core.perf.cost import Work, costs, shape_of
 from grpo_cli.core.perf.meter import hardware_of, widths
 from grpo_cli.core.perf.microbatch import MicroBatch
 from grpo_cli.core.rl.grpo import advantages
-from grpo_cli.core.rl.session import build_optimizer
+from grpo_cli.core.rl.state import build_optimizer
 from grpo_cli.core.rl.update import reference_logprobs, update
 from grpo_cli.core.sampling.rollout import sample, uniforms
 from grpo_cli.core.task.prompts import STYLES, prompt

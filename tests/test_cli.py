@@ -255,7 +255,7 @@ def test_plot_draws_a_run_and_the_original_systems_file(trained: Command, tmp_pa
         (["eval", "./nowhere"], "./nowhere"),
         (["eval", "--style", "haiku"], "one-shot"),
         (["eval", "./nowhere", "--suite", "transfr"], "did you mean `transfer`?"),
-        (["eval", "./nowhere", "--suite", "transfer", "--numbers", "4"], "`--numbers` is what the cells"),
+        (["eval", "./nowhere", "--suite", "transfer", "--numbers", "4"], "`--numbers` is given by the cells"),
         (["eval", "./nowhere", "--json", "--markdown"], "exclude each other"),
         (["solve", "what is love"], "4 7 3 = 25"),
         (["plot"], "countdown train"),

@@ -24,7 +24,7 @@ from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.perf.outline import Outline
-from grpo_cli.core.rl.session import Training, build_optimizer, choose_checkpoint
+from grpo_cli.core.rl.state import Training, build_optimizer, choose_checkpoint
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task.puzzle import Puzzle
 
@@ -287,7 +287,7 @@ def test_curves_that_cannot_be_drawn_do_not_end_a_training(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("grpo_cli.cli.app._draw", full)
+    monkeypatch.setattr("grpo_cli.cli.train.draw", full)
     found = countdown("train", "--model", tiny_folder, "--run", "first", *SHORT)
     assert found.code == 0
     assert found.err.count("the curves were not drawn: ") == 3
@@ -311,7 +311,7 @@ def test_a_stale_lock_is_taken_over_with_a_notice(trained: Command, tmp_path: Pa
     (tmp_path / "runs" / "first" / ".lock").write_text("999999")
     found = trained("train", "--run", "first", "--resume", "--num-iterations", "3")
     assert found.code == 0
-    assert "was left by process 999999, which no longer runs; taking it over" in found.err
+    assert "taking over run first: process 999999, which wrote it, is gone" in found.err
 
 
 # Resumed as something else
@@ -384,7 +384,7 @@ def test_a_reference_that_reads_other_tokens_is_refused(countdown: Command, tiny
     other_template(tmp_path / "other")
     flags = ["--model", tiny_folder, "--beta", "0.1", "--ref-model"]
     found = countdown("train", *flags, "other", *SHORT)
-    assert found.code == 2 and "`other` reads text in other tokens" in " ".join(found.err.split())
+    assert found.code == 2 and "have different tokenizers" in " ".join(found.err.split())
     missing = countdown("train", *flags, "./nowhere", *SHORT)
     assert missing.code == 2 and "nowhere" in missing.err
     assert not list(tmp_path.glob("runs/*"))
@@ -535,14 +535,14 @@ def test_a_signal_at_any_moment_saves_the_last_completed_step_and_changes_nothin
     number: int,
     code: int,
 ) -> None:
-    monkeypatch.setattr("grpo_cli.cli.app._draw", lambda *_: [])  # most of the time of so small a training
+    monkeypatch.setattr("grpo_cli.cli.train.draw", lambda *_: [])  # most of the time of so small a training
     place, wrap, saved = MOMENTS[moment]
     handlers = [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)]
     with monkeypatch.context() as patch:
         patch.setattr(place, wrap(resolve_name(place), lambda: signal.raise_signal(number)))
         found = countdown("train", "--model", tiny_folder, "--run", "stopped", *SHORT)
     assert found.code == code
-    assert f"stopped after step {saved}; go on: countdown train --run stopped --resume" in found.err
+    assert f"stopped after step {saved}; resume with: countdown train --run stopped --resume" in found.err
     run = Run(tmp_path / "runs" / "stopped")
     assert [step for step, _ in run.checkpoints()] == [saved]
     assert handlers == [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)]

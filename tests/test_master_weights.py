@@ -14,7 +14,7 @@ from grpo_cli.core.model import master_weights as masters_module
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.master_weights import MasterWeights
 from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.rl.session import Training, build_optimizer
+from grpo_cli.core.rl.state import Training, build_optimizer
 from grpo_cli.core.rl.train import train
 from grpo_cli.core.run.folder import Run
 

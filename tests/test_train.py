@@ -22,7 +22,7 @@ from grpo_cli.core.model.load import load
 from grpo_cli.core.rl import grpo
 from grpo_cli.core.rl import train as train_module
 from grpo_cli.core.rl import update as update_module
-from grpo_cli.core.rl.session import Training, build_optimizer, choose_checkpoint
+from grpo_cli.core.rl.state import Training, build_optimizer, choose_checkpoint
 from grpo_cli.core.rl.summary import summary
 from grpo_cli.core.rl.train import Interrupted, learning_rate_at, train
 from grpo_cli.core.run.folder import Run

@@ -1,239 +1,240 @@
-"""The state of a training: what a checkpoint holds, how a run is taken up again, and what it started from.
+"""Build, start or resume a training. The command line, notebooks and benchmarks all train through this module.
 
-Puzzles and random numbers are functions of (seed, step), so with a run's settings nothing else is needed. Knows the
-files within a checkpoint, but neither the algorithm nor where a run keeps anything.
+    settings = resolve(flags={"train.num_iterations": 20}).settings
+    result = train(settings, "first", observer)
+
+`start` loads the model, opens the run and locks it; `Session.train` runs the loop and writes the summary. Knows neither
+terminals nor signals.
 """
 
 from __future__ import annotations
 
-import hashlib
-import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from grpo_cli.core.config.settings import Settings, digest
+from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.dist import shards
+from grpo_cli.core.dist.ranks import Solo
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.model.master_weights import MasterWeights
-from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.perf.meter import hardware_of
+from grpo_cli.core.evals import contamination
+from grpo_cli.core.evals.evaluate import Evaluation
+from grpo_cli.core.model.load import detect_device, load, load_tokenizer
+from grpo_cli.core.model.policy import Policy, encode
+from grpo_cli.core.perf import memory
+from grpo_cli.core.perf.memory import Choices, MemoryPlan
+from grpo_cli.core.rl import train as loop
+from grpo_cli.core.rl.state import (
+    Training,
+    build_optimizer,
+    choose_checkpoint,
+    choose_optimizer,
+    environment,
+    origin,
+    require_origin,
+    settled,
+)
+from grpo_cli.core.rl.summary import summary
+from grpo_cli.core.rl.train import Observer, curriculum, longest_prompt
 from grpo_cli.core.run.folder import Run
+from grpo_cli.core.run.models import model_source
 from grpo_cli.core.task.puzzle import Puzzle
 
-_PROGRESS = ["step", "pending", "base_accuracy", "best_score", "best_accuracy", "best_step", "waited"]
-_PROGRESS += ["bad_steps", "bad_in_a_row"]
+Note = Callable[[str], None]
 
 
-@dataclass
-class Training:
-    """All that going on from a checkpoint needs besides the run's settings."""
-
-    policy: Policy
-    optimizer: torch.optim.Optimizer
-    learner: Policy | None = None  # the sharded policy that learns, where `policy` is a copy of all its weights
-    step: int = 0
-    # Metrics of `step` that are not logged yet, because an evaluation that belongs to them has not ended.
-    pending: dict[str, float] | None = field(default_factory=lambda: dict[str, float](step=0))
-    base_accuracy: float | None = None  # of the starting model, greedy on the val puzzles
-    best_score: float | None = None  # weighted mean over the suite of the model that is kept, or its val accuracy
-    best_accuracy: float | None = None  # its val accuracy
-    best_step: int = 0
-    waited: int = 0  # evaluations since then
-    bad_steps: int = 0  # steps without a finite loss and gradient, which were skipped
-    bad_in_a_row: int = 0
-    resumed_from: int | None = None
-
-    @property
-    def learns(self) -> Policy:
-        """The policy whose weights the optimizer moves."""
-        return self.learner or self.policy
-
-    def save_shards(self, run: Run) -> None:
-        """Write this rank's part of weights and moments, if they are sharded, where `save` takes them up."""
-        if self.learner:
-            shards.save_shards(run.shards_path, self.learner.model, self.optimizer)
-
-    def save(self, run: Run, settings: Settings) -> None:
-        """Write a checkpoint of this step, whole or not at all, and drop old ones.
-
-        Raises CountdownError, with what was there before intact, if it cannot be written.
-        """
-        run.require_space(self.checkpoint_bytes())
-        facts = {
-            "step": self.step,
-            "config": digest(settings),
-            "model": type(self.policy.model).__name__,
-            "optimizer": type(getattr(self.optimizer, "inner", self.optimizer)).__name__,
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-        }
-        if facts["optimizer"] == "AdamW8bit":
-            facts["bitsandbytes"] = version("bitsandbytes")
-        progress = {name: getattr(self, name) for name in _PROGRESS}
-        with self._reported(run), run.saving(run.checkpoint_path(self.step), facts) as folder:
-            self.policy.save(folder / "model")
-            state: dict[str, Any] = {"progress": progress}
-            if self.learner:
-                run.shards_path.rename(folder / "shards")
-            else:
-                state["optimizer"] = self.optimizer.state_dict()
-            torch.save(state, folder / "state.pt")
-        run.prune_checkpoints(settings.train.keep_last, also=self.resumed_from)
-
-    def save_best(self, run: Run) -> None:
-        """Keep the model of this step as the run's; raises as `save` does."""
-        with self._reported(run), run.saving(run.model_path) as folder:
-            self.policy.save(folder)
-
-    @contextmanager
-    def _reported(self, run: Run) -> Iterator[None]:
-        """One sentence for whatever the libraries raise when a disk is full."""
-        try:
-            yield
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise CountdownError(
-                f"cannot save step {self.step} in `{run.path}`: {' '.join(str(error).split())}",
-                f"make room, then go on with `--run {run.name} --resume`; checkpoints: {run.saved_steps}",
-                exit_code=1,
-            ) from error
-
-    def checkpoint_bytes(self) -> int:
-        """About how large a checkpoint is: the weights, two moments of each, and the masters if there are some."""
-        weights: int = sum(3 * weight.numel() * weight.element_size() for weight in self.policy.model.parameters())
-        masters = self.optimizer.masters if isinstance(self.optimizer, MasterWeights) else []
-        return weights + sum(master.numel() * master.element_size() for master in masters)
-
-    def restore(self, folder: Path) -> None:
-        """Take up the state of a checkpoint whose model is already loaded."""
-        state = torch.load(folder / "state.pt", map_location=self.policy.device, weights_only=True)
-        if "optimizer" not in state:
-            shards.load_shards(folder / "shards", self.learns.model, self.optimizer)
-        elif self.learner:
-            shards.spread(self.learner.model, self.optimizer, state["optimizer"])
-        else:
-            self._restore_optimizer(state["optimizer"], folder / "model")
-        for name in _PROGRESS:
-            setattr(self, name, state["progress"][name])
-        self.resumed_from = self.step
-
-    @torch.no_grad()
-    def _restore_optimizer(self, state: dict[str, Any], model: Path) -> None:
-        """Weights of float32 and masters of others are the same thing, so that a run may go on on another device."""
-        if isinstance(self.optimizer, MasterWeights) and "masters" not in state:
-            saved = {name: tensor for path in model.glob("*.safetensors") for name, tensor in load_file(path).items()}
-            state = {"masters": [saved[name] for name, _ in self.policy.model.named_parameters()], "inner": state}
-        elif not isinstance(self.optimizer, MasterWeights) and "masters" in state:
-            for weight, master in zip(self.policy.model.parameters(), state["masters"], strict=True):
-                weight.copy_(master)
-            state = state["inner"]
-        self.optimizer.load_state_dict(state)
+def _ignore(_: str) -> None: ...
 
 
-def choose_optimizer(wanted: str, device: torch.device) -> str:
-    """The optimizer that `wanted` names; "auto" keeps its state in 8 bits on CUDA."""
-    if wanted == "adamw8bit" and device.type == "mps":
-        raise CountdownError("`adamw8bit` does not run on MPS", "use `--optimizer adamw`")
-    return wanted if wanted != "auto" else "adamw8bit" if device.type == "cuda" else "adamw"
+@dataclass(frozen=True)
+class Result:
+    """A finished training. `overlap` says in a sentence how many evaluation puzzles were trained on."""
+
+    run: Run
+    evaluation: Evaluation
+    summary: Mapping[str, object]
+    overlap: str
 
 
-def build_optimizer(policy: Policy, *, name: str, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW, of torch or with 8-bit state of bitsandbytes. The learning rate is set per step."""
+@dataclass(frozen=True)
+class Session:
+    """A training that is loaded, locked and ready to run."""
 
-    def build(weights: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
-        if choose_optimizer(name, policy.device) == "adamw8bit":
-            import bitsandbytes  # imported late: it looks for native kernels
+    run: Run
+    training: Training
+    reference: Policy | None
+    settings: Settings
+    memory: MemoryPlan
+    ranks: Solo
 
-            return bitsandbytes.optim.AdamW8bit(weights, weight_decay=weight_decay)  # type: ignore[no-any-return]
-        return torch.optim.AdamW(weights, weight_decay=weight_decay)
-
-    weights = policy.model.parameters()
-    return MasterWeights(weights, build) if policy.has_masters else build(weights)
-
-
-def settled(settings: Settings, policy: Policy) -> Settings:
-    """The settings with what `auto` stood for, so that a run goes on alike on another machine."""
-    optimizer = choose_optimizer(settings.train.optimizer, policy.device)
-    model = settings.model.model_copy(update={"precision": policy.precision})
-    train = settings.train.model_copy(update={"optimizer": optimizer})
-    return settings.model_copy(update={"model": model, "train": train})
-
-
-def choose_checkpoint(
-    run: Run, settings: Settings, step: int | None, skipped: Callable[[str], None]
-) -> tuple[int, Path | None]:
-    """The step and folder of the checkpoint of `step`, or of the newest one that is whole; `skipped` is told of others.
-
-    (0, None) if the run was stopped before its first. Raises CountdownError if all are damaged, or that of `step` is:
-    there is no falling back from a step that was asked for. Also if the run's settings are not those it was saved with.
-    """
-    found = dict(run.checkpoints())
-    if step is not None and step not in found:
-        hint = f"choose one of: {run.saved_steps}"
-        raise CountdownError(f"run `{run.name}` has no checkpoint of step {step}", hint)
-    for candidate in sorted(found, reverse=True) if step is None else [step]:
-        problem = run.damage(candidate)
-        if problem is None:
-            if run.manifest(candidate).get("config") != digest(settings):
-                raise CountdownError(
-                    f"`{run.config_path}` is not what it was when step {candidate} was saved",
-                    "put it back, or start a new run to train with other settings",
-                )
-            return candidate, found[candidate]
-        if step is not None:
-            hint = "leave out `--step` to go on from the newest that is whole"
-            raise CountdownError(f"the checkpoint of step {step} is damaged: {problem}", hint, exit_code=1)
-        skipped(f"skipping the checkpoint of step {candidate}: {problem}")
-    if found:
-        hint = "start the run again with `--overwrite`"
-        raise CountdownError(f"no checkpoint of run `{run.name}` is whole", hint, exit_code=1)
-    return 0, None
-
-
-def origin(policy: Policy | None, reference: Policy | None, puzzles: Sequence[Puzzle]) -> dict[str, object]:
-    """What a run starts from: hashes of the model's weights and tokenizer, of the reference's weights, of the puzzles.
-
-    There is none of a model that is not needed.
-    """
-    listed = "\n".join(f"{puzzle.numbers} {puzzle.target}" for puzzle in puzzles)
-    found: dict[str, object] = {**policy.fingerprint()} if policy else {}
-    if reference:
-        found["reference"] = reference.fingerprint()["weights"]
-    return {**found, "puzzles": hashlib.sha256(listed.encode()).hexdigest()}
-
-
-def require_origin(run: Run, policy: Policy | None, reference: Policy | None, puzzles: Sequence[Puzzle]) -> None:
-    """Raise CountdownError unless the run started from `policy` and `reference`, where needed, and `puzzles`."""
-    saved, found = run.read_origin(), origin(policy, reference, puzzles)
-    changed = [name for name in found if saved.get(name) != found[name]]
-    if changed:
-        start = f"this `{policy.name}`" if policy else "these puzzles"
-        if changed == ["reference"] and reference:
-            start = f"`{reference.name}` as its reference"
-        raise CountdownError(
-            f"run `{run.name}` did not start from {start}: other {' and '.join(changed)}",
-            "put it back as it was, or start a new run",
+    def train(
+        self,
+        observer: Observer,
+        *,
+        should_stop: Callable[[], bool] = lambda: False,
+        should_save: Callable[[], bool] = lambda: False,
+    ) -> Result:
+        """Train to the end and write the summary. Raises Interrupted after saving if `should_stop` says so."""
+        evaluation = loop.train(
+            self.training,
+            self.reference,
+            self.run,
+            self.settings,
+            observer,
+            rows=self.memory.choices.rows,
+            should_stop=should_stop,
+            should_save=should_save,
+            ranks=self.ranks,
         )
+        return self.ranks.own(partial(self._finish, evaluation))
+
+    def _finish(self, evaluation: Evaluation) -> Result:
+        seen = contamination.known(self.run.name, self.run.path.parent)
+        evaluation = replace(evaluation, known=seen)
+        facts = summary(self.training, evaluation, self.run)
+        if self.run.writes:
+            self.run.write_summary(facts)
+        return Result(self.run, evaluation, facts, seen.statement(evaluation.puzzles))
 
 
-def environment(policy: Policy) -> dict[str, object]:
-    """What the numbers of a run may depend on beside its settings."""
-    device = policy.device
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
-        "precision": policy.precision,
-        "parameters": sum(parameter.numel() for parameter in policy.model.parameters()),
-        "hardware": hardware_of(policy).record(),
-    }
+def train(settings: Settings, name: str | None, observer: Observer, *, overwrite: bool = False) -> Result:
+    """Train a new run; `name` None picks run-1, run-2, ..."""
+    with start(settings, name, overwrite=overwrite, note=observer.message) as session:
+        return session.train(observer)
+
+
+@contextmanager
+def start(
+    settings: Settings,
+    name: str | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    step: int | None = None,
+    ranks: Solo | None = None,
+    note: Note = _ignore,
+) -> Iterator[Session]:
+    """Load everything and open the run, which stays locked until the block ends.
+
+    A new run is created only after its model has loaded. `resume` continues run `name` from its newest whole
+    checkpoint, or from that of `step`. `note` receives sentences for the user.
+    """
+    ranks, root = ranks or Solo(), Path(settings.runs)
+    settings = for_ranks(settings, ranks.size)
+    device = detect_device(settings.model.device)
+    free = min(ranks.each(lambda: memory.free_memory(device)))  # the ranks must choose alike
+    plan = ranks.own(lambda: plan_memory(settings, ranks=ranks.size, free=free))
+    memory.limit(settings, device)
+    with ExitStack() as locks:
+        at, checkpoint, old = 0, None, Run.open(root, name) if resume and name else None
+        if old:
+            ranks.first(lambda: _lock(old, locks, note))
+            at, checkpoint = ranks.first(lambda: choose_checkpoint(old, settings, step, note))
+        policy = ranks.own(lambda: _load(settings, plan.choices, checkpoint / "model" if checkpoint else None))
+        settings = settled(settings, policy)
+        learner = ranks.own(lambda: shards.sharded(policy, ranks, device)) if settings.ranks.shard else None
+        optimizer = build_optimizer(
+            learner or policy, name=settings.train.optimizer, weight_decay=settings.train.weight_decay
+        )
+        training = Training(policy, optimizer, learner)
+        puzzles = list(chain.from_iterable(curriculum(settings).puzzles.values()))
+        reference = ranks.own(lambda: _restore(training, settings, plan.choices, old, checkpoint, puzzles))
+
+        def begin() -> Run:
+            run = old or Run.create(root, name, overwrite=overwrite)
+            if old is None:
+                _lock(run, locks, note)
+            run.require_space(2 * training.checkpoint_bytes())
+            run.write_config(settings.model_dump())
+            run.write_environment(environment(policy) | {"ranks": ranks.size}, step=at)
+            if checkpoint is None:
+                run.write_origin(origin(policy, reference, puzzles))
+            if old:
+                run.go_back_to(at if checkpoint else -1, pending=training.pending is not None)
+            return run
+
+        run = replace(ranks.first(begin), writes=ranks.rank == 0)
+        if reference and learner:
+            reference = shards.sharded(reference, ranks, device)
+        yield Session(run, training, reference, settings, plan, ranks)
+
+
+def for_ranks(settings: Settings, ranks: int) -> Settings:
+    """The settings for this many ranks; sharding needs several, and an optimizer that supports sharded tensors."""
+    if not settings.ranks.shard:
+        return settings
+    if ranks == 1:
+        raise CountdownError(
+            "`--shard` spreads a model over several processes", "start them with torchrun, or give `--no-shard`"
+        )
+    if settings.train.optimizer == "adamw8bit":
+        raise CountdownError("`adamw8bit` does not support sharded tensors", "use `--optimizer adamw` with `--shard`")
+    train = settings.train.model_copy(update={"optimizer": "adamw"})
+    return settings.model_copy(update={"train": train})
+
+
+def plan_memory(settings: Settings, *, ranks: int = 1, free: int = 0) -> MemoryPlan:
+    """Plan each rank's memory from the model's config and tokenizer alone. `free` is in bytes; settings override it."""
+    wanted = settings.model
+    needs_no_gpu = wanted.device == "cuda" and wanted.memory > 0
+    device = torch.device("cuda") if needs_no_gpu else detect_device(wanted.device)
+    source = model_source(Path(settings.runs), settings.model.model)
+    longest = longest_prompt(settings, partial(encode, load_tokenizer(source)))
+    optimizer = choose_optimizer(settings.train.optimizer, device)
+    work = memory.Work.of(settings, device=device, optimizer=optimizer, prompt_tokens=longest, ranks=ranks)
+    return memory.plan_for(source, work, settings, free=free)
+
+
+def _lock(run: Run, locks: ExitStack, note: Note) -> None:
+    left_by = locks.enter_context(run.locked())
+    if left_by is not None:
+        note(f"taking over run {run.name}: process {left_by}, which wrote it, is gone")
+
+
+def _load(settings: Settings, choices: Choices, folder: Path | None = None, name: str | None = None) -> Policy:
+    """Load the model `name`, by default the one to train, or its checkpoint in `folder`."""
+    name = name or settings.model.model
+    policy = load(
+        str(folder or model_source(Path(settings.runs), name)),
+        device=settings.model.device,
+        precision=settings.model.precision,
+        gradient_checkpointing=choices.checkpointing,
+    )
+    return replace(policy, name=name, logit_chunk=choices.logit_chunk)
+
+
+def _restore(
+    training: Training,
+    settings: Settings,
+    choices: Choices,
+    old: Run | None,
+    checkpoint: Path | None,
+    puzzles: Sequence[Puzzle],
+) -> Policy | None:
+    """Restore a checkpoint, if there is one, and return the frozen reference, if the loss needs one."""
+    has_reference = settings.loss.beta > 0
+    original = training.policy if checkpoint is None else _load(settings, choices) if has_reference else None
+    reference = _reference(settings, original, choices) if original and has_reference else None
+    if old and checkpoint:
+        require_origin(old, original, reference, puzzles)
+        training.restore(checkpoint)
+    return reference
+
+
+def _reference(settings: Settings, starting: Policy, choices: Choices) -> Policy:
+    """A frozen copy of the starting policy, or the model that `ref_model` names."""
+    name, on_host = settings.model.ref_model, choices.on_host or settings.ranks.shard
+    if name == "same":
+        return starting.frozen_copy(on_host=on_host)
+    other = _load(settings, choices, name=name).frozen_copy(on_host=on_host)
+    if other.fingerprint()["tokenizer"] != starting.fingerprint()["tokenizer"]:
+        raise CountdownError(
+            f"`{name}` and `{settings.model.model}` have different tokenizers",
+            "choose a `--ref-model` with the same tokenizer",
+        )
+    return other

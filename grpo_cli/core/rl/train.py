@@ -33,7 +33,7 @@ from grpo_cli.core.perf.microbatch import MicroBatch, ran_out
 from grpo_cli.core.rl.batch import Batch, Tally
 from grpo_cli.core.rl.grpo import Step, advantages, zero_variance
 from grpo_cli.core.rl.health import collapses, warnings
-from grpo_cli.core.rl.session import Training
+from grpo_cli.core.rl.state import Training
 from grpo_cli.core.rl.update import NotFinite, extra_passes, reference_logprobs, update
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.sampling.rollout import sample, uniforms

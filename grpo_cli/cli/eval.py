@@ -1,0 +1,151 @@
+"""`countdown eval`: measure models on the same puzzles, and compare them puzzle by puzzle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial, reduce
+from pathlib import Path
+
+import typer
+
+from grpo_cli.cli.checks import require_writable
+from grpo_cli.cli.models import Chosen, choose, join_ranks, load, resolve_for_model
+from grpo_cli.cli.options import flags
+from grpo_cli.core.config.resolve import flag, require_suite
+from grpo_cli.core.dist.ranks import Solo
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.evals import contamination
+from grpo_cli.core.evals.compare import SuitePaired, suite_paired
+from grpo_cli.core.evals.evaluate import SuiteResult, evaluate_suite, puzzles_of
+from grpo_cli.core.perf.microbatch import MicroBatch
+from grpo_cli.core.task.suite import Cell, cell
+from grpo_cli.ui import tables
+from grpo_cli.ui import text as show
+
+_CELL = ("task.style", "task.numbers", "eval.split")
+_DECODING = ("eval.limit", "eval.samples", "eval.temperature", "eval.max_new_tokens")
+
+
+def run(
+    ctx: typer.Context,
+    *,
+    models: list[str] | None,
+    suite: str | None,
+    as_json: bool,
+    as_markdown: bool,
+    out: Path | None,
+    overwrite: bool,
+    config: Path | None,
+) -> None:
+    """Evaluate every model as the settings of the first say, and show, compare and write the results."""
+    if as_json and as_markdown:
+        raise CountdownError("`--json` and `--markdown` exclude each other", "leave one of them out")
+    if out is not None:
+        require_writable(out, overwrite=overwrite)
+    weights = None if suite is None else _weights(ctx, config, suite)
+    chosen = [choose(ctx, config, name) for name in models] if models else [choose(ctx, config, None)]
+    ranks = join_ranks(chosen[0].settings)
+    results = _evaluate(chosen, weights, quiet=as_json or ranks.rank > 0, ranks=ranks)
+    ranks.leave()
+    if ranks.rank > 0:
+        return
+    if out is not None:
+        lines = [json.dumps(record) for result in results for cell in result.cells for record in cell.records()]
+        out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    pairs = [pair for result in results[1:] if (pair := suite_paired(results[0], result))]
+    if len(results) > 1 and not pairs:
+        show.note("models with several completions per puzzle are not compared in pairs")
+    tables.leaks(results)
+    if as_json:
+        show.json_object(_json(suite, results, pairs))
+    elif as_markdown:
+        tables.markdown(suite, results, pairs)
+    else:
+        _show(suite, results, pairs)
+
+
+def _show(suite: str | None, results: Sequence[SuiteResult], pairs: Sequence[SuitePaired]) -> None:
+    if suite is not None:
+        tables.suite(suite, results)
+        for pair in pairs:
+            tables.suite_paired(pair)
+    elif len(results) == 1:
+        tables.evaluation(results[0].cells[0])
+    else:
+        tables.comparison(results)
+        for pair in pairs:
+            for paired in pair.cells.values():
+                tables.paired(paired)
+
+
+def _weights(ctx: typer.Context, config: Path | None, suite: str) -> Mapping[str, float]:
+    """The cells of a suite, with their weights."""
+    for key in _CELL:
+        if key in flags(ctx):
+            raise CountdownError(f"`{flag(key)}` is given by the cells of a suite", "leave it out, or leave `--suite`")
+    settings = resolve_for_model(ctx, config).settings
+    require_suite(settings, suite, "`--suite`")
+    return settings.suite[suite]
+
+
+def _evaluate(
+    chosen: Sequence[Chosen], weights: Mapping[str, float] | None, *, quiet: bool, ranks: Solo
+) -> list[SuiteResult]:
+    """Evaluate all models on the same puzzles; without weights, on the one cell that the settings name."""
+    task, settings = chosen[0].settings.task, chosen[0].settings.eval
+    if weights is None:
+        weights = {Cell(settings.split, task.numbers, task.style).name: 1.0}
+        _note_differences(chosen, _CELL + _DECODING)
+    else:
+        _note_differences(chosen, _DECODING)
+    known = [contamination.known(model.source, Path(model.settings.runs)) for model in chosen]
+    puzzles = {cell(name): puzzles_of(cell(name), settings.limit) for name in weights}
+    results: list[SuiteResult] = []
+    with tables.progress("evaluating", quiet=quiet) as advance:
+
+        def progress(count: int, total: int) -> None:
+            advance(len(results) * total + count, len(chosen) * total)
+
+        for model, trained_on in zip(chosen, known, strict=True):
+            result = evaluate_suite(
+                ranks.own(partial(load, model)),
+                puzzles,
+                weights=weights,
+                max_new_tokens=settings.max_new_tokens,
+                samples=settings.samples,
+                temperature=settings.temperature,
+                batch_size=settings.batch_size,
+                fit=MicroBatch(told=show.note),
+                ranks=ranks,
+                known=trained_on,
+                progress=progress,
+            )
+            results.append(result)
+    return results
+
+
+def _note_differences(chosen: Sequence[Chosen], keys: Sequence[str]) -> None:
+    """Say where a model's own settings differ from those of the first, which all are evaluated with."""
+    first, *others = [{key: reduce(getattr, key.split("."), model.settings) for key in keys} for model in chosen]
+    differing = [
+        f"{model.name} by itself with {key} {own[key]}, not {first[key]}"
+        for model, own in zip(chosen[1:], others, strict=True)
+        for key in keys
+        if own[key] != first[key]
+    ]
+    if differing:
+        show.note(f"all are evaluated as {chosen[0].name} would be: {'; '.join(differing)}")
+
+
+def _json(suite: str | None, results: Sequence[SuiteResult], pairs: Sequence[SuitePaired]) -> dict[str, object]:
+    """One model's evaluation; several with their comparisons; or a suite's."""
+    if suite is not None:
+        first = results[0]
+        protocol = {"suite": suite, "decoding": first.decoding, "protocol": first.protocol}
+        compared = [item for pair in pairs for item in pair.to_json()]
+        models = [result.to_json() for result in results]
+        return {**protocol, "weights": dict(first.weights), "models": models, "paired": compared}
+    evaluations = [result.cells[0].to_json() for result in results]
+    compared = [paired.to_json() for pair in pairs for paired in pair.cells.values()]
+    return evaluations[0] if len(evaluations) == 1 else {"models": evaluations, "paired": compared}

@@ -1,0 +1,39 @@
+"""`countdown gen-data`: write puzzles as JSON Lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from grpo_cli.cli.checks import resolve
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.task.data import ENUMERABLE, enumerate_puzzles, generate, json_line, summarize, write_puzzles
+from grpo_cli.core.task.puzzle import Split
+from grpo_cli.ui import tables
+
+
+def run(
+    ctx: typer.Context,
+    *,
+    split: Split | None,
+    count: int,
+    seed: int,
+    out: Path | None,
+    overwrite: bool,
+    config: Path | None,
+) -> None:
+    """Enumerate all puzzles, or draw `count` of them."""
+    numbers = resolve(ctx, config).settings.task.numbers
+    if not count and numbers > ENUMERABLE:
+        raise CountdownError(f"puzzles of {numbers} numbers are too many to enumerate", "draw some with `--count`")
+    if count:
+        puzzles = generate(count, numbers=numbers, split=split, seed=seed)
+    else:
+        puzzles = list(enumerate_puzzles(numbers=numbers, split=split))
+    if out is None:
+        for puzzle in puzzles:
+            print(json_line(puzzle))
+    else:
+        write_puzzles(out, puzzles, overwrite=overwrite)
+    tables.gen_data_summary(summarize(puzzles), out)

@@ -1,0 +1,77 @@
+"""`countdown plot`: draw the curves of runs or metrics files, and write their report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from grpo_cli.cli.checks import require_package, require_writable, resolve
+from grpo_cli.core.config.resolve import defaults, restore
+from grpo_cli.core.config.settings import Plot, values
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.run.folder import Run, list_runs
+from grpo_cli.ui import figures, report, tables
+from grpo_cli.ui.account import Account
+from grpo_cli.ui.figures import Curves
+
+
+def run(ctx: typer.Context, *, runs: list[str] | None, out: Path | None, report: bool, config: Path | None) -> None:
+    """Draw both figures of the runs, and with `report` write report.html beside them."""
+    settings = resolve(ctx, config).settings
+    root, style = Path(settings.runs), settings.plot
+    newest = Run.newest(root)
+    names = runs or ([newest.name] if newest else [])
+    if not names:
+        raise CountdownError(f"no run in `{root}` yet", "train one with `countdown train`, or name a metrics file")
+    sources = [_source(root, name) for name in names]
+    curves = [run_curves(source) if isinstance(source, Run) else figures.load(source) for source in sources]
+    folder = out or (sources[0].path if len(sources) == 1 and isinstance(sources[0], Run) else Path("."))
+    require_package("matplotlib")
+    require_writable(folder / f"training_curve.{style.format}", overwrite=True)
+    page = folder / "report.html"
+    if report:
+        require_writable(page, overwrite=True)
+        _write_report([_account(source, drawn) for source, drawn in zip(sources, curves, strict=True)], page, style)
+    for path in [*draw(curves, folder, style), *([page] * report)]:
+        print(path)
+    tables.sparklines(curves)
+
+
+def run_curves(run: Run) -> Curves:
+    """The curves of a run."""
+    return figures.from_metrics(run.name, run.metrics())
+
+
+def draw(curves: Sequence[Curves], folder: Path, style: Plot) -> list[Path]:
+    """Draw both figures into a folder; returns their paths."""
+    drawers = {"training_curve": figures.training_curve, "kl_divergence": figures.kl_curve}
+    paths = [folder / f"{name}.{style.format}" for name in drawers]
+    for path, drawer in zip(paths, drawers.values(), strict=True):
+        drawer(curves, path, smooth=style.smooth, window=style.window)
+    return paths
+
+
+def _source(root: Path, name: str) -> Run | Path:
+    """The run of this name, or the metrics file at this path."""
+    return next((run for run in list_runs(root) if run.name == name), Path(name))
+
+
+def _account(source: Run | Path, curves: Curves) -> Account:
+    """Collect what a report shows of a run, or of a metrics file."""
+    if isinstance(source, Path):
+        return Account(curves)
+    return Account(
+        curves,
+        source.metrics(),
+        source.evaluations(),
+        source.samples(),
+        values(restore(source.read_config(), source.config_path).settings),
+        source.read_summary(),
+        source.read_environment(),
+    )
+
+
+def _write_report(accounts: Sequence[Account], path: Path, style: Plot) -> None:
+    report.write(report.page(accounts, defaults=defaults(), smooth=style.smooth, window=style.window), path)

@@ -1,0 +1,163 @@
+"""`countdown train`: start or resume a training, show it live, and keep its curves up to date."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import typer
+
+from grpo_cli.cli.checks import require_package
+from grpo_cli.cli.launch import Place, place
+from grpo_cli.cli.models import Chosen, join_ranks, load, resolve_for_model
+from grpo_cli.cli.options import flags, give
+from grpo_cli.cli.plot import draw, run_curves
+from grpo_cli.cli.signals import Signals
+from grpo_cli.core.config.resolve import Resolved, go_on
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.model.load import prompt_tokens
+from grpo_cli.core.perf.microbatch import MicroBatch
+from grpo_cli.core.rl import probe as probing
+from grpo_cli.core.rl.session import Session, for_ranks, plan_memory, start
+from grpo_cli.core.rl.train import Interrupted, curriculum
+from grpo_cli.core.run.folder import Run
+from grpo_cli.core.run.models import model_source
+from grpo_cli.core.task.data import puzzle_set
+from grpo_cli.core.task.prompts import prompt
+from grpo_cli.ui import tables
+from grpo_cli.ui import text as show
+from grpo_cli.ui.live import TrainingView, Unseen
+
+
+def run(
+    ctx: typer.Context,
+    *,
+    run: str | None,
+    resume: bool,
+    step: int | None,
+    overwrite: bool,
+    dry_run: bool,
+    batch_size_per_rank: int | None,
+    probe: bool,
+    config: Path | None,
+) -> None:
+    """Check the request, then train, or only show or probe what would be trained."""
+    process = place()
+    _check_flags(run, resume=resume, step=step, overwrite=overwrite, probe=probe)
+    if process.max_restarts and run is None:
+        raise CountdownError("a training that may be restarted must know its run", "name it with `--run`")
+    _set_batch_size(ctx, batch_size_per_rank, process)
+    resolved = resolve_for_model(ctx, config)
+    root = Path(resolved.settings.runs)
+    if process.restarts and run is not None:
+        overwrite, resume = True, Run(root / run).config_path.is_file()
+    if resume and run is not None:
+        old = Run.open(root, run)
+        given = {key: value for key, value in flags(ctx).items() if key != "runs"}
+        resolved = go_on(old.read_config(), old.config_path, flags=given)
+    show.note(f"preset {resolved.settings.preset}: {resolved.preset_reason}")
+    model = resolved.settings.model
+    chosen = Chosen(model.model, model_source(root, model.model), resolved.settings)
+    if model.ref_model != "same":
+        model_source(root, model.ref_model)
+    if not resume:
+        Run.check(root, run, overwrite=overwrite)
+    if dry_run:
+        _show_plan(resolved, chosen, process)
+    if probe and process.rank == 0:
+        _probe(chosen)
+    if dry_run or probe:
+        return
+    require_package("matplotlib")
+    ranks = join_ranks(resolved.settings)
+    with start(
+        resolved.settings, run, overwrite=overwrite, resume=resume, step=step, ranks=ranks, note=show.note
+    ) as session:
+        _train(session)
+        ranks.leave()
+
+
+class _View(TrainingView):
+    """The live view, which also redraws the run's curves after each evaluation."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session.settings.train.num_iterations, start=session.training.step)
+        self._run, self._style = session.run, session.settings.plot
+
+    def evaluated(
+        self, step: int, accuracy: float, count: int, interval: tuple[float, float], suite_mean: float | None = None
+    ) -> None:
+        super().evaluated(step, accuracy, count, interval, suite_mean)
+        if step:
+            try:
+                draw([run_curves(self._run)], self._run.path, self._style)
+            except OSError as problem:
+                self.message(f"the curves were not drawn: {problem}")
+
+
+def _train(session: Session) -> None:
+    """Train to the end or until a signal, with the live view."""
+    run, training, ranks = session.run, session.training, session.ranks
+    policy = training.policy
+    among = f", by {ranks.size} processes" if ranks.size > 1 else ""
+    show.note(f"run {run.path}: {policy.name} on {policy.device}, {policy.precision}, from step {training.step}{among}")
+    show.note(tables.memory_line(session.memory))
+    shown: TrainingView | Unseen = _View(session) if run.writes else Unseen()
+    with Signals(launched=ranks.size > 1) as signals, shown as view:
+        try:
+            result = session.train(view, should_stop=signals.should_stop, should_save=signals.should_save)
+        except Interrupted:
+            view.message(f"stopped after step {training.step}; resume with: countdown train --run {run.name} --resume")
+            sys.exit(128 + (signals.stop or signal.SIGTERM))
+    if run.writes:
+        tables.training_summary(result.summary, run.path, overlap=result.overlap)
+
+
+def _check_flags(run: str | None, *, resume: bool, step: int | None, overwrite: bool, probe: bool) -> None:
+    if resume and (run is None or overwrite):
+        raise CountdownError("`--resume` needs the name of a run, and no `--overwrite`", "say `--run NAME --resume`")
+    if step is not None and not resume:
+        raise CountdownError("`--step` names a checkpoint to resume from", "say `--run NAME --resume --step STEP`")
+    if probe and resume:
+        raise CountdownError(
+            "`--probe` looks at the model that a training starts from", "leave out `--resume`, and name it by `--model`"
+        )
+
+
+def _set_batch_size(ctx: typer.Context, per_rank: int | None, process: Place) -> None:
+    """Turn a batch size per rank into the total, which is kept across restarts."""
+    if per_rank is None or process.restarts:
+        return
+    if "train.batch_size" in flags(ctx):
+        raise CountdownError("`--batch-size` and `--batch-size-per-rank` exclude each other", "leave one of them out")
+    give(ctx, "train.batch_size", per_rank * process.size)
+
+
+def _show_plan(resolved: Resolved, chosen: Chosen, process: Place) -> None:
+    """Show every setting with its source, the first prompt as token ids, and the memory plan."""
+    settings = for_ranks(chosen.settings, process.size)
+    tables.config_table(resolved)
+    puzzle, style = curriculum(settings).prompts(1)[0]
+    tables.prompt_tokens(prompt_tokens(chosen.source, prompt(puzzle, style)))
+    tables.memory_plan(plan_memory(settings, ranks=process.size))
+
+
+def _probe(chosen: Chosen) -> None:
+    """Sample the starting model in every style as training would, and show how much there is to learn from."""
+    task, settings = chosen.settings.task, chosen.settings.train
+    policy = load(chosen)
+    with tables.progress(f"probing {chosen.name}", quiet=False) as advance:
+        result = probing.probe(
+            policy,
+            probing.chosen_puzzles(puzzle_set(task.numbers, "train"), settings.seed),
+            chosen=task.style,
+            num_generations=settings.num_generations,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            batch_size=settings.batch_size * settings.num_generations,
+            seed=settings.seed,
+            fit=MicroBatch(told=show.note),
+            progress=advance,
+        )
+    tables.probe(result)

@@ -1,0 +1,239 @@
+"""The state of a training: what a checkpoint holds, how a run is taken up again, and what it started from.
+
+Puzzles and random numbers are functions of (seed, step), so with a run's settings nothing else is needed. Knows the
+files within a checkpoint, but neither the algorithm nor where a run keeps anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from grpo_cli.core.config.settings import Settings, digest
+from grpo_cli.core.dist import shards
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.model.master_weights import MasterWeights
+from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.perf.meter import hardware_of
+from grpo_cli.core.run.folder import Run
+from grpo_cli.core.task.puzzle import Puzzle
+
+_PROGRESS = ["step", "pending", "base_accuracy", "best_score", "best_accuracy", "best_step", "waited"]
+_PROGRESS += ["bad_steps", "bad_in_a_row"]
+
+
+@dataclass
+class Training:
+    """All that going on from a checkpoint needs besides the run's settings."""
+
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    learner: Policy | None = None  # the sharded policy that learns, where `policy` is a copy of all its weights
+    step: int = 0
+    # Metrics of `step` that are not logged yet, because an evaluation that belongs to them has not ended.
+    pending: dict[str, float] | None = field(default_factory=lambda: dict[str, float](step=0))
+    base_accuracy: float | None = None  # of the starting model, greedy on the val puzzles
+    best_score: float | None = None  # weighted mean over the suite of the model that is kept, or its val accuracy
+    best_accuracy: float | None = None  # its val accuracy
+    best_step: int = 0
+    waited: int = 0  # evaluations since then
+    bad_steps: int = 0  # steps without a finite loss and gradient, which were skipped
+    bad_in_a_row: int = 0
+    resumed_from: int | None = None
+
+    @property
+    def learns(self) -> Policy:
+        """The policy whose weights the optimizer moves."""
+        return self.learner or self.policy
+
+    def save_shards(self, run: Run) -> None:
+        """Write this rank's part of weights and moments, if they are sharded, where `save` takes them up."""
+        if self.learner:
+            shards.save_shards(run.shards_path, self.learner.model, self.optimizer)
+
+    def save(self, run: Run, settings: Settings) -> None:
+        """Write a checkpoint of this step, whole or not at all, and drop old ones.
+
+        Raises CountdownError, with what was there before intact, if it cannot be written.
+        """
+        run.require_space(self.checkpoint_bytes())
+        facts = {
+            "step": self.step,
+            "config": digest(settings),
+            "model": type(self.policy.model).__name__,
+            "optimizer": type(getattr(self.optimizer, "inner", self.optimizer)).__name__,
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        }
+        if facts["optimizer"] == "AdamW8bit":
+            facts["bitsandbytes"] = version("bitsandbytes")
+        progress = {name: getattr(self, name) for name in _PROGRESS}
+        with self._reported(run), run.saving(run.checkpoint_path(self.step), facts) as folder:
+            self.policy.save(folder / "model")
+            state: dict[str, Any] = {"progress": progress}
+            if self.learner:
+                run.shards_path.rename(folder / "shards")
+            else:
+                state["optimizer"] = self.optimizer.state_dict()
+            torch.save(state, folder / "state.pt")
+        run.prune_checkpoints(settings.train.keep_last, also=self.resumed_from)
+
+    def save_best(self, run: Run) -> None:
+        """Keep the model of this step as the run's; raises as `save` does."""
+        with self._reported(run), run.saving(run.model_path) as folder:
+            self.policy.save(folder)
+
+    @contextmanager
+    def _reported(self, run: Run) -> Iterator[None]:
+        """One sentence for whatever the libraries raise when a disk is full."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise CountdownError(
+                f"cannot save step {self.step} in `{run.path}`: {' '.join(str(error).split())}",
+                f"make room, then go on with `--run {run.name} --resume`; checkpoints: {run.saved_steps}",
+                exit_code=1,
+            ) from error
+
+    def checkpoint_bytes(self) -> int:
+        """About how large a checkpoint is: the weights, two moments of each, and the masters if there are some."""
+        weights: int = sum(3 * weight.numel() * weight.element_size() for weight in self.policy.model.parameters())
+        masters = self.optimizer.masters if isinstance(self.optimizer, MasterWeights) else []
+        return weights + sum(master.numel() * master.element_size() for master in masters)
+
+    def restore(self, folder: Path) -> None:
+        """Take up the state of a checkpoint whose model is already loaded."""
+        state = torch.load(folder / "state.pt", map_location=self.policy.device, weights_only=True)
+        if "optimizer" not in state:
+            shards.load_shards(folder / "shards", self.learns.model, self.optimizer)
+        elif self.learner:
+            shards.spread(self.learner.model, self.optimizer, state["optimizer"])
+        else:
+            self._restore_optimizer(state["optimizer"], folder / "model")
+        for name in _PROGRESS:
+            setattr(self, name, state["progress"][name])
+        self.resumed_from = self.step
+
+    @torch.no_grad()
+    def _restore_optimizer(self, state: dict[str, Any], model: Path) -> None:
+        """Weights of float32 and masters of others are the same thing, so that a run may go on on another device."""
+        if isinstance(self.optimizer, MasterWeights) and "masters" not in state:
+            saved = {name: tensor for path in model.glob("*.safetensors") for name, tensor in load_file(path).items()}
+            state = {"masters": [saved[name] for name, _ in self.policy.model.named_parameters()], "inner": state}
+        elif not isinstance(self.optimizer, MasterWeights) and "masters" in state:
+            for weight, master in zip(self.policy.model.parameters(), state["masters"], strict=True):
+                weight.copy_(master)
+            state = state["inner"]
+        self.optimizer.load_state_dict(state)
+
+
+def choose_optimizer(wanted: str, device: torch.device) -> str:
+    """The optimizer that `wanted` names; "auto" keeps its state in 8 bits on CUDA."""
+    if wanted == "adamw8bit" and device.type == "mps":
+        raise CountdownError("`adamw8bit` does not run on MPS", "use `--optimizer adamw`")
+    return wanted if wanted != "auto" else "adamw8bit" if device.type == "cuda" else "adamw"
+
+
+def build_optimizer(policy: Policy, *, name: str, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW, of torch or with 8-bit state of bitsandbytes. The learning rate is set per step."""
+
+    def build(weights: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
+        if choose_optimizer(name, policy.device) == "adamw8bit":
+            import bitsandbytes  # imported late: it looks for native kernels
+
+            return bitsandbytes.optim.AdamW8bit(weights, weight_decay=weight_decay)  # type: ignore[no-any-return]
+        return torch.optim.AdamW(weights, weight_decay=weight_decay)
+
+    weights = policy.model.parameters()
+    return MasterWeights(weights, build) if policy.has_masters else build(weights)
+
+
+def settled(settings: Settings, policy: Policy) -> Settings:
+    """The settings with what `auto` stood for, so that a run goes on alike on another machine."""
+    optimizer = choose_optimizer(settings.train.optimizer, policy.device)
+    model = settings.model.model_copy(update={"precision": policy.precision})
+    train = settings.train.model_copy(update={"optimizer": optimizer})
+    return settings.model_copy(update={"model": model, "train": train})
+
+
+def choose_checkpoint(
+    run: Run, settings: Settings, step: int | None, skipped: Callable[[str], None]
+) -> tuple[int, Path | None]:
+    """The step and folder of the checkpoint of `step`, or of the newest one that is whole; `skipped` is told of others.
+
+    (0, None) if the run was stopped before its first. Raises CountdownError if all are damaged, or that of `step` is:
+    there is no falling back from a step that was asked for. Also if the run's settings are not those it was saved with.
+    """
+    found = dict(run.checkpoints())
+    if step is not None and step not in found:
+        hint = f"choose one of: {run.saved_steps}"
+        raise CountdownError(f"run `{run.name}` has no checkpoint of step {step}", hint)
+    for candidate in sorted(found, reverse=True) if step is None else [step]:
+        problem = run.damage(candidate)
+        if problem is None:
+            if run.manifest(candidate).get("config") != digest(settings):
+                raise CountdownError(
+                    f"`{run.config_path}` is not what it was when step {candidate} was saved",
+                    "put it back, or start a new run to train with other settings",
+                )
+            return candidate, found[candidate]
+        if step is not None:
+            hint = "leave out `--step` to go on from the newest that is whole"
+            raise CountdownError(f"the checkpoint of step {step} is damaged: {problem}", hint, exit_code=1)
+        skipped(f"skipping the checkpoint of step {candidate}: {problem}")
+    if found:
+        hint = "start the run again with `--overwrite`"
+        raise CountdownError(f"no checkpoint of run `{run.name}` is whole", hint, exit_code=1)
+    return 0, None
+
+
+def origin(policy: Policy | None, reference: Policy | None, puzzles: Sequence[Puzzle]) -> dict[str, object]:
+    """What a run starts from: hashes of the model's weights and tokenizer, of the reference's weights, of the puzzles.
+
+    There is none of a model that is not needed.
+    """
+    listed = "\n".join(f"{puzzle.numbers} {puzzle.target}" for puzzle in puzzles)
+    found: dict[str, object] = {**policy.fingerprint()} if policy else {}
+    if reference:
+        found["reference"] = reference.fingerprint()["weights"]
+    return {**found, "puzzles": hashlib.sha256(listed.encode()).hexdigest()}
+
+
+def require_origin(run: Run, policy: Policy | None, reference: Policy | None, puzzles: Sequence[Puzzle]) -> None:
+    """Raise CountdownError unless the run started from `policy` and `reference`, where needed, and `puzzles`."""
+    saved, found = run.read_origin(), origin(policy, reference, puzzles)
+    changed = [name for name in found if saved.get(name) != found[name]]
+    if changed:
+        start = f"this `{policy.name}`" if policy else "these puzzles"
+        if changed == ["reference"] and reference:
+            start = f"`{reference.name}` as its reference"
+        raise CountdownError(
+            f"run `{run.name}` did not start from {start}: other {' and '.join(changed)}",
+            "put it back as it was, or start a new run",
+        )
+
+
+def environment(policy: Policy) -> dict[str, object]:
+    """What the numbers of a run may depend on beside its settings."""
+    device = policy.device
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "precision": policy.precision,
+        "parameters": sum(parameter.numel() for parameter in policy.model.parameters()),
+        "hardware": hardware_of(policy).record(),
+    }
