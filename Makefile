@@ -3,17 +3,24 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: train test test-lowest faults lint peer package clean
+.PHONY: train test test-lowest faults long coverage lint peer docs package clean
 
 train: $(VENV)/installed
 	$(BIN)/countdown train $(ARGS)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 faults: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m faults $(ARGS)
+	$(PYTEST) -m faults $(ARGS)
+
+long: $(VENV)/installed-dev
+	$(PYTEST) -m "slow and not gpu and not peer and not browser" $(ARGS)
+
+coverage: $(VENV)/installed-dev
+	$(PYTEST) --cov=grpo_cli --cov-report=term-missing:skip-covered $(ARGS)
 
 # The whole suite with the oldest versions that pyproject.toml allows. LOWEST: options of `uv pip install`, such as
 # `--torch-backend cpu`.
@@ -21,7 +28,7 @@ test-lowest: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/python -m uv venv --quiet --clear --python $(BIN)/python $(VENV)-lowest
 	$(BIN)/python -m uv pip install --quiet --python $(VENV)-lowest --resolution lowest-direct $(LOWEST) --editable ".[dev]"
-	$(VENV)-lowest/bin/python -m pytest $(ARGS)
+	$(VENV)-lowest/bin/python -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -30,6 +37,9 @@ lint: $(VENV)/installed-dev
 
 peer: $(VENV)/installed-peer
 	$(BIN)/python -m pytest -m peer $(ARGS)
+
+docs: $(VENV)/installed-docs
+	$(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) $(VENV)-lowest
@@ -48,6 +58,10 @@ $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
 $(VENV)/installed-peer: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable ".[dev,peer]"
 	touch $@ $(VENV)/installed-dev $(VENV)/installed
+
+$(VENV)/installed-docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	touch $@ $(VENV)/installed
 
 package: $(VENV)/installed-dev
 	.ci/package

@@ -1,7 +1,7 @@
-"""A tiny model in the format of Qwen2.5 (Qwen2 architecture, a real Qwen2Tokenizer, Qwen's chat template), and
-the command line, called in this process."""
+"""A tiny model in Qwen2.5's format (Qwen2 architecture, Qwen2Tokenizer, chat template), and `countdown` in this process."""
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -20,13 +20,14 @@ from grpo_cli.core.task.prompts import STYLES, prompt
 from grpo_cli.core.task.puzzle import Puzzle
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of subprocesses: several tests run at once
 
-# Metrics that no two runs share.
+# Metrics that differ between equal runs.
 MEASURED = ("time", "tokens", "floor", "arithmetic", "mfu", "peak_memory")
 
 
 def save_tiny_model(folder: Path, **changes: object) -> Path:
-    """A random model of two layers; its weights are large enough for the distributions to be far from uniform."""
+    """A random model of two layers, with weights large enough for distributions far from uniform."""
     texts = [message["content"] for style in STYLES for message in prompt(Puzzle((3, 5, 2), 13), style)]
     tokenizer = train_tokenizer(texts, vocabulary=400)
     settings: dict[str, object] = {
@@ -72,7 +73,7 @@ Command = Callable[..., Result]
 
 @pytest.fixture
 def countdown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
-    """Runs `countdown ARGS` in an empty folder."""
+    """Run `countdown ARGS` in an empty folder."""
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("COUNTDOWN_")]:
         monkeypatch.delenv(name)
@@ -94,8 +95,25 @@ SMALL = ["--precision", "float32", "--batch-size", "2", "--num-generations", "2"
 SMALL += ["--num-iterations", "2", "--eval-every", "1", "--eval-puzzles", "4", "--save-every", "1"]
 
 
+@pytest.fixture(scope="session")
+def finished_run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    command = ["countdown", "train", "--model", str(tiny_folder), "--run", "first", *SMALL]
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+            raise SystemExit(0)
+    signal.signal(signal.SIGINT, before)
+    assert not ended.value.code
+    return folder / "runs" / "first"
+
+
 @pytest.fixture
-def trained(countdown: Command, tiny_folder: Path) -> Command:
-    """The same, with a finished run `first`."""
-    assert countdown("train", "--model", tiny_folder, "--run", "first", *SMALL).code == 0
+def trained(countdown: Command, finished_run: Path, tmp_path: Path) -> Command:
+    """`countdown` in a folder with a copy of the finished run, `first`."""
+    shutil.copytree(finished_run, tmp_path / "runs" / "first")
     return countdown
