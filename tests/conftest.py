@@ -1,4 +1,4 @@
-"""A tiny model in Qwen2.5's format (Qwen2 architecture, Qwen2Tokenizer, chat template), and `countdown` in this process."""
+"""A tiny model in the format of Qwen2.5 (architecture, tokenizer, chat template), and `countdown` in this process."""
 
 import os
 import shutil

@@ -168,7 +168,7 @@ def test_the_shipped_model_is_worth_training(style: Style) -> None:
 def test_the_recipe_is_reproducible(tmp_path: Path) -> None:
     from grpo_cli.core.builtin.recipe import make
 
-    recipe = Recipe(search_steps=2, give_up_steps=1, tokens_per_step=1024)
+    recipe = Recipe(width=32, layers=1, mlp_width=32, search_steps=2, give_up_steps=1, tokens_per_step=256)
     reports: list[list[tuple[str, int, float]]] = [[], []]
     for kept in reports:
         make(recipe, lambda *report: kept.append(report))  # noqa: B023 - called within the iteration
