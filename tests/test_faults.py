@@ -23,7 +23,6 @@ from grpo_cli.core.config import resolve as config
 from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.perf.outline import Outline
 from grpo_cli.core.rl.state import Training, build_optimizer, choose_checkpoint
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task.puzzle import Puzzle
@@ -469,13 +468,13 @@ Function = Callable[..., object]
 
 
 def before_call(at: int) -> Callable[[Function, Function], Function]:
-    """Something else happens before call number `at` of a function; calls that plan memory do not count."""
+    """Something else happens before call number `at`."""
 
     def wrap(function: Function, act: Function) -> Function:
         calls = count(1)
 
         def wrapped(*arguments: object, **options: object) -> object:
-            if not isinstance(arguments[0], Outline) and next(calls) == at:
+            if next(calls) == at:
                 act()
             return function(*arguments, **options)
 

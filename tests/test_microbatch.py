@@ -1,6 +1,8 @@
-"""Memory that runs out in sampling, scoring or learning: half as many rows, the same numbers, one sentence."""
+"""Memory that runs out, or is about to: half as many rows, the same numbers, one sentence."""
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor
 from grpo_cli.core.config.settings import Loss
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.perf import microbatch
 from grpo_cli.core.perf.microbatch import MicroBatch, ran_out
 from grpo_cli.core.rl.update import reference_logprobs, update
 from grpo_cli.core.sampling.rollout import sample, uniforms
@@ -65,7 +68,7 @@ def test_rows_are_halved_until_they_fit(rows: int, total: int, fits: int, tried:
             out_of_memory()
         return "done"
 
-    fit = MicroBatch(rows, told=told.append)
+    fit = MicroBatch(rows, report=told.append)
     assert fit.attempt(work, total=total, doing="update") == "done"
     assert (seen, fit.rows, len(told)) == (tried, tried[-1], len(tried) - 1)
     assert all("memory ran out in the update" in line for line in told)
@@ -86,6 +89,95 @@ def test_other_errors_are_not_memorys_fault() -> None:
 
     with pytest.raises(RuntimeError, match="shapes"):
         MicroBatch().attempt(work, total=5, doing="update")
+
+
+GIGABYTE = 10**9
+
+
+class Process:
+    """A process whose resident memory is set by hand, in GB; giving memory back leaves `held`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, held: float, freed: float = 0) -> None:
+        self.held, self.freed, self.peak = held, freed, 0.0
+        monkeypatch.setattr(microbatch, "resident", lambda: int((self.held + self.freed) * GIGABYTE))
+        monkeypatch.setattr(microbatch, "give_back", lambda: setattr(self, "freed", 0))
+        monkeypatch.setattr(microbatch, "_reset_peak", lambda: True)
+        monkeypatch.setattr(microbatch, "_peak", lambda: int(self.peak * GIGABYTE))
+
+
+def test_rows_are_halved_before_a_pass_would_reach_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    process, told, seen = Process(monkeypatch, held=2), list[str](), list[int]()
+    fit = MicroBatch(8, limit=6 * GIGABYTE, report=told.append)
+
+    def work(rows: int, tokens: int) -> None:
+        fit.begin(tokens=rows * tokens, rows=rows)
+        process.peak = 2 + rows * tokens / 100  # GB: 10 MB for each token
+        seen.append(rows)
+        fit.end()
+
+    for tokens in (40, 49, 51, 70, 140, 300, 600):  # completions grow longer
+        fit.attempt(partial(work, tokens=tokens), total=8, doing="update")
+    assert seen == [8, 8, 4, 4, 2, 1, 1]
+    assert told[0] == "memory is nearly full in the update: repeating it with 4 completions at once"
+
+
+def test_freed_memory_is_given_back_before_rows_are_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    Process(monkeypatch, held=2, freed=5)
+    fit = MicroBatch(8, limit=6 * GIGABYTE)
+    fit.check()
+    assert microbatch.resident() == 2 * GIGABYTE
+    Process(monkeypatch, held=7)
+    with pytest.raises(microbatch.NearLimit):
+        fit.check()
+    MicroBatch(8).check()  # no limit, no check
+
+
+def test_memory_that_was_freed_is_no_longer_resident() -> None:
+    """Blocks of 8 MB, freed in an order that leaves them in the heap of glibc."""
+    blocks = [torch.ones(2**21) for _ in range(40)]
+    torch.empty(2**23).fill_(1)  # from now on glibc keeps blocks of up to 32 MB
+    blocks = [torch.ones(2**21) for _ in range(40)]
+    last = torch.ones(2**21)
+    held = microbatch.resident()
+    assert held > 10**8
+    del blocks
+    microbatch.give_back()
+    assert microbatch.resident() < held - 200_000_000
+    assert len(last) == 2**21
+
+
+def test_the_peak_of_a_pass_is_measured_anew(tmp_path: Path) -> None:
+    if not microbatch._reset_peak():
+        pytest.skip("this system does not reset the peak")
+    start = microbatch.resident()
+    block = torch.ones(2**25)  # 134 MB
+    del block
+    microbatch.give_back()
+    assert microbatch._peak() > start + 100_000_000
+    assert microbatch._reset_peak()
+    assert microbatch._peak() < start + 50_000_000
+
+
+def test_a_training_near_its_limit_takes_smaller_micro_batches(
+    countdown: Command, tiny_folder: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--precision", "float32", "--batch-size", "2", "--num-generations", "4", "--max-new-tokens", "8"]
+    arguments += ["--num-iterations", "2", "--eval-puzzles", "2", "--device", "cpu"]
+    limits = list[int]()
+    begin = MicroBatch.begin
+
+    def watched(fit: MicroBatch, *, tokens: int, rows: int) -> None:
+        limits.append(fit.limit)
+        if rows > 2:
+            raise microbatch.NearLimit
+        begin(fit, tokens=tokens, rows=rows)
+
+    monkeypatch.setattr(MicroBatch, "begin", watched)
+    found = countdown("train", "--model", tiny_folder, "--run", "near", *arguments, "--memory", "5")
+    assert found.code == 0
+    assert "memory is nearly full in the reference pass: repeating it with 4 completions at once" in found.err
+    assert "with 2 completions at once" in found.err
+    assert set(limits) == {5 * GIGABYTE}
 
 
 def limited(monkeypatch: pytest.MonkeyPatch, rows: int, *, backward: bool = False) -> None:
@@ -145,8 +237,8 @@ def test_the_gradient_is_the_same_when_memory_runs_out(
     expected = learn(untouched, MicroBatch())
     limited(monkeypatch, rows, backward=backward)
     told: list[str] = []
-    found = learn(tiny_policy, MicroBatch(told=told.append))
-    assert told and f"doing it again with {min(rows, 3)} completion" in told[-1]
+    found = learn(tiny_policy, MicroBatch(report=told.append))
+    assert told and f"repeating it with {min(rows, 3)} completion" in told[-1]
     assert len(found) == len(expected) == 2
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
@@ -196,7 +288,7 @@ def test_a_training_goes_on_with_fewer_rows_and_says_so(
     arguments += ["--num-iterations", "1", "--eval-puzzles", "2"]
     found = countdown("train", "--model", tiny_folder, "--run", "small", *arguments)
     assert found.code == 0
-    assert "memory ran out in the reference pass: doing it again with 2 completions at once" in found.err
+    assert "memory ran out in the reference pass: repeating it with 2 completions at once" in found.err
     assert "with 1 completion at once" in found.err
     limited(monkeypatch, 0)
     found = countdown("train", "--model", tiny_folder, "--run", "smaller", *arguments)

@@ -116,7 +116,7 @@ def _evaluate(
                 samples=settings.samples,
                 temperature=settings.temperature,
                 batch_size=settings.batch_size,
-                fit=MicroBatch(told=show.note),
+                fit=MicroBatch(report=show.note),
                 ranks=ranks,
                 known=trained_on,
                 progress=progress,

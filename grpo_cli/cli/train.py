@@ -157,7 +157,7 @@ def _probe(chosen: Chosen) -> None:
             temperature=settings.temperature,
             batch_size=settings.batch_size * settings.num_generations,
             seed=settings.seed,
-            fit=MicroBatch(told=show.note),
+            fit=MicroBatch(report=show.note),
             progress=advance,
         )
     tables.probe(result)

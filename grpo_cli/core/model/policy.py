@@ -45,6 +45,11 @@ class Sequences:
     completions: list[list[int]]
     prompt_index: list[int]
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all prompts and completions."""
+        return sum(map(len, (*self.prompts, *self.completions)))
+
     def mask(self) -> Tensor:
         """(B, T) boolean: which entries of a padded matrix of completion tokens are real. Built from lengths alone."""
         lengths = torch.tensor([len(completion) for completion in self.completions])

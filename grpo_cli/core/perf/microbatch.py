@@ -1,11 +1,17 @@
-"""How many rows are computed at once, and half as many each time that memory runs out.
+"""How many completions to compute at once: half as many each time that memory runs out, or is about to.
 
-Knows neither what the rows are nor what is done with them.
+On a CPU the kernel ends a process that takes too much, so resident memory is watched there. Knows neither the rows nor
+what is computed from them.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -13,21 +19,28 @@ import torch
 from grpo_cli.core.errors import CountdownError
 
 T = TypeVar("T")
-# How torch words it where it has no exception of its own for it.
+# torch's words where it has no exception of its own.
 SENTENCES = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_PROCESS = Path("/proc/self")
+
+
+class NearLimit(MemoryError):
+    """The process is about to hold more memory than it may."""
 
 
 class MicroBatch:
-    """At most `rows` at once, or all if that is 0; halved for good whenever they do not fit."""
+    """Micro-batch size, 0 for all rows; halved permanently when memory runs out, or nears `limit` bytes if not 0."""
 
-    def __init__(self, rows: int = 0, *, told: Callable[[str], None] = lambda _: None) -> None:
-        self.rows = rows
-        self._told = told
+    def __init__(self, rows: int = 0, *, limit: int = 0, report: Callable[[str], None] = lambda _: None) -> None:
+        self.rows, self.limit = rows, limit
+        self._report = report
+        self._per_token = 0.0  # most bytes that a pass took for each of its tokens
+        self._measured: tuple[int, int] | None = None  # tokens of the pass that goes on, and bytes before it
 
     def attempt(self, work: Callable[[int], T], *, total: int, doing: str) -> T:
-        """`work` on `total` rows, given how many to do at once; done again with half as many if memory runs out.
+        """`work` on `total` rows, called with the micro-batch size; repeated with half of it if memory runs out.
 
-        What `work` leaves behind when it fails must not matter. Raises CountdownError if one row does not fit.
+        A failed attempt must leave nothing behind that matters. Raises CountdownError if one row does not fit.
         """
         while True:
             try:
@@ -35,25 +48,85 @@ class MicroBatch:
             except (RuntimeError, MemoryError) as error:
                 if not ran_out(error):
                     raise
-            self._halve(total, doing)
+                why = "is nearly full" if isinstance(error, NearLimit) else "ran out"
+            self._halve(total, doing, why)
 
-    def _halve(self, total: int, doing: str) -> None:
+    def check(self) -> None:
+        """Raise NearLimit if the process holds more than the limit, also after giving back freed memory."""
+        if self.limit and resident() > self.limit:
+            give_back()
+            if resident() > self.limit:
+                raise NearLimit
+
+    def begin(self, *, tokens: int, rows: int) -> None:
+        """Before a pass over `tokens` of `rows` completions: NearLimit if its peak would pass the limit.
+
+        The peak is predicted from earlier passes. A single completion is always tried.
+        """
+        if not self.limit:
+            return
+        if resident() > self.limit // 2:
+            give_back()
+        start = resident()
+        if rows > 1 and start + self._per_token * tokens > self.limit:
+            raise NearLimit
+        self._measured = (tokens, start) if _reset_peak() else None
+
+    def end(self) -> None:
+        """After the pass, its backward included: remember the memory that it took."""
+        if self._measured is not None:
+            tokens, start = self._measured
+            self._per_token, self._measured = max(self._per_token, (_peak() - start) / tokens), None
+
+    def _halve(self, total: int, doing: str, why: str) -> None:
         largest = min(self.rows or total, total)
         if largest <= 1:
             raise CountdownError(
-                f"memory ran out in the {doing} of a single completion",
+                f"memory {why} in the {doing} of a single completion",
                 "set a smaller `--max-new-tokens`, set `--gradient-checkpointing on`, or take a smaller model",
                 exit_code=1,
             )
         self.rows = (largest + 1) // 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back()
         completions = "1 completion" if self.rows == 1 else f"{self.rows} completions"
-        self._told(f"memory ran out in the {doing}: doing it again with {completions} at once")
+        self._report(f"memory {why} in the {doing}: repeating it with {completions} at once")
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether an exception says that there was too little memory."""
+    """Whether an exception means that there was too little memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sentence in str(error) for sentence in SENTENCES)
+
+
+def resident() -> int:
+    """Bytes of physical memory that this process holds; 0 where the system does not say."""
+    try:
+        pages = int((_PROCESS / "statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def give_back() -> None:
+    """Return freed memory to the system: the C library and CUDA's allocator keep it otherwise."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # a C library without it
+            ctypes.CDLL(None).malloc_trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _peak() -> int:
+    """Most bytes of physical memory that this process held since `_reset_peak`."""
+    lines = (_PROCESS / "status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def _reset_peak() -> bool:
+    """Start measuring the peak of resident memory anew; False where that is not possible."""
+    try:
+        (_PROCESS / "clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True

@@ -87,6 +87,7 @@ class Session:
             self.settings,
             observer,
             rows=self.memory.choices.rows,
+            memory_limit=self.memory.limit,
             should_stop=should_stop,
             should_save=should_save,
             ranks=self.ranks,

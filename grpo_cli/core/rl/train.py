@@ -116,13 +116,15 @@ def train(
     observer: Observer,
     *,
     rows: int = 0,
+    memory_limit: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
     should_save: Callable[[], bool] = lambda: False,
     ranks: Solo | None = None,
 ) -> Evaluation:
     """Train from `training.step` to the end and return the last evaluation.
 
-    `rows` completions are learned from at once, or all if that is 0, where the settings leave it open.
+    `rows` completions are learned from at once, or all if that is 0, where the settings leave it open; fewer once the
+    process would hold more than `memory_limit` bytes, if that is not 0.
 
     Logs every step to the run, keeps its best model and its last checkpoints. `should_stop` is asked between tokens,
     micro-batches and phases; once it says yes the last completed step is saved and Interrupted is raised. `should_save`
@@ -131,7 +133,9 @@ def train(
     Of several `ranks` each samples and learns from its share of a step's prompts, and all go the same way. The run of
     all but the first is one that does not write.
     """
-    loop = _Loop(training, reference, run, settings, observer, should_stop, should_save, ranks or Solo(), rows)
+    loop = _Loop(
+        training, reference, run, settings, observer, should_stop, should_save, ranks or Solo(), rows, memory_limit
+    )
     try:
         return loop.run()
     except Interrupted:
@@ -155,6 +159,7 @@ class _Loop:
     should_save: Callable[[], bool]
     ranks: Solo
     rows: int = 0
+    memory_limit: int = 0
     warned: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -165,9 +170,9 @@ class _Loop:
         cells = {self.val.name: self.val, **{name: cell(name) for name in suite}}
         self.puzzles = {one: puzzles_of(one, train_settings.eval_puzzles) for one in cells.values()}
         self.suite = suite
-        told = self.observer.message
-        self.sampling, self.evaluating = MicroBatch(told=told), MicroBatch(told=told)
-        self.learning = MicroBatch(train_settings.micro_batch_size or self.rows, told=told)
+        fit = partial(MicroBatch, limit=self.memory_limit, report=self.observer.message)
+        self.sampling, self.evaluating = fit(), fit()
+        self.learning = fit(train_settings.micro_batch_size or self.rows)
 
     def run(self) -> Evaluation:
         training = self.training
@@ -303,7 +308,7 @@ class _Loop:
                 temperature=settings.temperature,
                 uniform=uniforms(settings.seed, step, indices, groups[1], settings.max_new_tokens),
                 fit=self.sampling,
-                on_token=partial(self._token, "sampling token", settings.max_new_tokens),
+                on_token=self._sampled,
             )
         meter.sampled(prompts, rollout)
         for name, seconds in rollout.seconds.items():
@@ -460,11 +465,16 @@ class _Loop:
             fit=self.evaluating,
             ranks=self.ranks,
             progress=partial(self.observer.progress, f"evaluating {one.name}: puzzle"),
-            on_token=lambda _: self._poll(),
+            on_token=self._evaluated_token,
         )
 
-    def _token(self, phase: str, total: int, done: int) -> None:
-        self.observer.progress(phase, done, total)
+    def _sampled(self, done: int) -> None:
+        self.observer.progress("sampling token", done, self.settings.train.max_new_tokens)
+        self.sampling.check()
+        self._poll()
+
+    def _evaluated_token(self, _: int) -> None:
+        self.evaluating.check()
         self._poll()
 
     def _poll(self) -> None:

@@ -38,20 +38,23 @@ def reference_logprobs(
 
     `poll` and `fit` as for `update`. `extra` passes of nothing are of use to the ranks of a sharded model alone.
     """
-    chosen = range(len(sequences.completions))
+    chosen, fitting = range(len(sequences.completions)), fit or MicroBatch()
 
     def compute(at_once: int) -> Tensor:
         found = torch.zeros(sequences.mask().shape, device=reference.device)
         for rows in micro_batches(chosen, at_once):
             poll()
-            part, _ = reference.logprobs(sequences.subset(rows), temperature=temperature)
+            chosen_rows = sequences.subset(rows)
+            fitting.begin(tokens=chosen_rows.tokens, rows=len(rows))
+            part, _ = reference.logprobs(chosen_rows, temperature=temperature)
+            fitting.end()
             found[rows, : part.shape[1]] = part
         for _ in range(extra):
             reference.logprobs(IDLE, temperature=temperature)
         return found
 
     with torch.no_grad(), reference.brought():
-        return (fit or MicroBatch()).attempt(compute, total=len(chosen), doing="reference pass")
+        return fitting.attempt(compute, total=len(chosen), doing="reference pass")
 
 
 def extra_passes(ranks: Solo, rows: Sequence[int], size: int) -> int:
@@ -146,6 +149,7 @@ def update(
             if not history and not policy.is_sharded:  # whose ranks cannot leave each other within a pass
                 poll()
             part = sequences.subset(chosen)
+            fitting.begin(tokens=part.tokens, rows=len(chosen))
             logprobs, entropy = policy.logprobs(part, temperature=temperature)
             mask = part.mask().to(policy.device)
             if not history:
@@ -161,6 +165,7 @@ def update(
             if number == len(batches):
                 gradients.ending()
             total.backward()
+            fitting.end()
             sums.add(total, kl, entropy, clipped, mask)
         for _ in range(extra):  # takes part in the passes of ranks that have more rows
             (policy.logprobs(IDLE, temperature=temperature)[0].sum() * 0).backward()
