@@ -13,7 +13,7 @@ from grpo_cli.core.task.data import enumerate_puzzles
 from grpo_cli.core.task.expression import parse
 from grpo_cli.core.task.prompts import EXAMPLE, STYLES, WORKED_EXAMPLE, Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle
-from grpo_cli.core.task.scoring import Reason, Score, score
+from grpo_cli.core.task.scoring import Reason, Rewards, Score, score
 from grpo_cli.core.task.solver import solve
 
 P13 = Puzzle((3, 5, 2), 13)
@@ -360,3 +360,23 @@ def test_attempts_to_cheat_by_kind(completion: str, cheat: str | None, style: St
 )
 def test_the_natural_style_asks_for_no_thought(completion: str, truncated: bool, cheat: str | None) -> None:
     assert score(completion, P13, style="natural", truncated=truncated).cheat == cheat
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        ("<think>a</think><answer>5 * 2 + 3</answer>", 2.0),  # in place of all others
+        ("<think>a</think><answer>5 + 2 + 3</answer>", 0.75),  # two pairs and the right numbers
+        ("<answer>5 + 2 + 3</answer>", 0.625),
+        ("<think>a</think><answer>5 + 2 + 4</answer>", 0.25),  # other numbers
+        ("<think>a</think><answer>13</answer>", 0.25),
+        ("5 + 2 + 3", 0.0),
+    ],
+)
+def test_rewards_are_settings(completion: str, reward: float) -> None:
+    rewards = Rewards(format=0.125, numbers=0.5, correct=2.0)
+    assert score(completion, Puzzle((3, 5, 2), 13), rewards=rewards).reward == reward
+
+
+def test_the_default_rewards_are_those_of_the_original() -> None:
+    assert Rewards() == Rewards(format=0.1, numbers=0.0, correct=1.0)

@@ -19,6 +19,7 @@ from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evals.evaluate import evaluate
 from grpo_cli.core.model.load import load
+from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.rl import grpo
 from grpo_cli.core.rl import train as train_module
 from grpo_cli.core.rl import update as update_module
@@ -586,3 +587,12 @@ def test_patience_counts_evaluations_without_a_better_one(
         scripted["val 3 one-shot"].insert(0, "000000")
         train(training, training.policy.frozen_copy(), run, settings, watcher)  # going on stops at once
         assert training.step == steps
+
+
+def test_a_training_pays_the_rewards_of_its_settings(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every completion is given the same text, of the right form and a wrong answer."""
+    monkeypatch.setattr(Policy, "decode", lambda self, tokens: "<think>a</think><answer>1</answer>")
+    _, run, _ = trained(small(tiny_folder, **{"reward.format_reward": 0.25}), tmp_path)
+    assert {line["reward"] for line in run.metrics() if line["step"] > 0} == {0.5}

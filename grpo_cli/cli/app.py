@@ -110,7 +110,7 @@ def gen_data(
     """
 
 
-@_command("preset", "runs", "task", "model", "train", "loss", "ranks")
+@_command("preset", "runs", "task", "model", "train", "loss", "reward", "ranks")
 def train(
     ctx: typer.Context,
     run: Annotated[

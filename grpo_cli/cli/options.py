@@ -25,7 +25,7 @@ _PANELS = {
         "train.dynamic_sampling",
         "eval",
     ),
-    "Loss": ("loss",),
+    "Loss": ("loss", "reward"),
     "Optimization": (
         "train.learning_rate",
         "train.schedule",

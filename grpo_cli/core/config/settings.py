@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from grpo_cli.core.task.curriculum import schedule
 from grpo_cli.core.task.prompts import STYLES
+from grpo_cli.core.task.scoring import Rewards
 from grpo_cli.core.task.suite import SIZES, cell
 
 _KINDS: dict[object, str] = {
@@ -68,7 +69,7 @@ class Task(Table):
 
 
 class Model(Table):
-    model: str = Field(min_length=1, description="`builtin`, a folder in Hugging Face format, or a hub id")
+    model: str = Field(min_length=1, description="`builtin`, a folder in Hugging Face format, a GGUF file, or a hub id")
     ref_model: str = Field(min_length=1, description="frozen reference of the KL penalty; `same` is the starting model")
     device: Literal["auto", "cuda", "mps", "cpu"] = Field(description="where the model runs")
     precision: Literal["auto", "float32", "bf16-master", "bf16"] = Field(
@@ -126,6 +127,19 @@ class Loss(Table):
     scale_rewards: Literal["group", "batch", "none"] = Field(description="whose standard deviation divides advantages")
 
 
+class Reward(Table):
+    format_reward: float = Field(ge=0, description="reward of each well-formed tag pair of a wrong answer")
+    numbers_reward: float = Field(
+        ge=0, description="reward of a wrong answer that uses the numbers as it must, added to that of its format"
+    )
+    correct_reward: float = Field(gt=0, description="reward of a right answer, in place of all others")
+
+    @property
+    def weights(self) -> Rewards:
+        """The same as plain data, for the task."""
+        return Rewards(self.format_reward, self.numbers_reward, self.correct_reward)
+
+
 class Eval(Table):
     split: Literal["train", "val"] = Field(description="where the puzzles come from")
     limit: int = Field(ge=0, description="puzzles to evaluate on, in each cell; 0 is all")
@@ -157,6 +171,7 @@ class Settings(Table):
     model: Model
     train: Train
     loss: Loss
+    reward: Reward
     eval: Eval
     plot: Plot
     ranks: Ranks

@@ -315,10 +315,10 @@ class _Loop:
             clock.seconds[f"time/{name}"] = clock.seconds.get(f"time/{name}", 0.0) + seconds
         with clock.phase("score"):
             texts = [policy.decode(tokens) for tokens in rollout.completions]
-            scores = []
+            scores, weights = [], self.settings.reward.weights
             for row, (text, cut) in enumerate(zip(texts, rollout.truncated, strict=True)):
                 index = row // groups[1]
-                scores.append(score(text, puzzles[index], style=styles[index], truncated=cut))
+                scores.append(score(text, puzzles[index], style=styles[index], truncated=cut, rewards=weights))
             rewards = torch.tensor([found.reward for found in scores]).view(groups)  # (P, G)
         return Batch(step, places, puzzles, styles, prompts, rollout, texts, scores, rewards)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 from grpo_cli.core.task.data import puzzle_set
 from grpo_cli.core.task.prompts import STYLES, Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle
-from grpo_cli.core.task.scoring import CHEATS, score
+from grpo_cli.core.task.scoring import CHEATS, ORIGINAL_REWARDS, Rewards, score
 from grpo_cli.core.task.solver import needs_parentheses, solve
 from grpo_cli.core.task.task import Message, Problem, Score, Split, Task
 
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 def task_of(settings: Settings) -> Task:
     """The task that the settings choose."""
-    return Countdown()
+    return Countdown(settings.reward.weights)
 
 
 @dataclass(frozen=True)
 class Countdown:
     """Make a target from numbers."""
 
+    rewards: Rewards = ORIGINAL_REWARDS
     name: str = "countdown"
     styles: Sequence[str] = STYLES
     cheats: Sequence[str] = CHEATS
@@ -43,7 +44,7 @@ class Countdown:
         return prompt(_puzzle(problem), cast(Style, style))
 
     def score(self, completion: str, problem: Problem, *, style: str, truncated: bool = False) -> Score:
-        return score(completion, _puzzle(problem), style=cast(Style, style), truncated=truncated)
+        return score(completion, _puzzle(problem), style=cast(Style, style), truncated=truncated, rewards=self.rewards)
 
     def solution(self, problem: Problem) -> str | None:
         """A completion with the shortest solution, if there is one."""

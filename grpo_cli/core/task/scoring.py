@@ -3,6 +3,7 @@
 Only this module knows the tags. A completion is untrusted: it is searched and parsed, never evaluated.
 """
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from grpo_cli.core.task.expression import SPACE, Expression, ascii_operators, last_expression, parse, parse_lenient
@@ -14,12 +15,28 @@ Reason = Literal["correct", "no_answer", "truncated", "not_an_expression", "wron
 Cheat = Literal["numbers", "not_arithmetic", "no_thought"]
 CHEATS: tuple[Cheat, ...] = get_args(Cheat)
 
-CORRECT_REWARD = 1.0
-FORMAT_REWARD = 0.1
+
+@dataclass(frozen=True, slots=True)
+class Rewards:
+    """What a completion earns: `correct` for a right answer, which replaces all others; else the sum of the others."""
+
+    format: float = 0.1  # each well-formed tag pair
+    numbers: float = 0.0  # an answer that uses the numbers as it must and misses the target
+    correct: float = 1.0
 
 
-def score(completion: str, puzzle: Puzzle, *, style: Style = "one-shot", truncated: bool = False) -> Score:
-    """Score a completion: 1.0 if its answer solves the puzzle, else 0.1 for each well-formed tag pair.
+ORIGINAL_REWARDS = Rewards()
+
+
+def score(
+    completion: str,
+    puzzle: Puzzle,
+    *,
+    style: Style = "one-shot",
+    truncated: bool = False,
+    rewards: Rewards = ORIGINAL_REWARDS,
+) -> Score:
+    """Score a completion: by default 1.0 if its answer solves the puzzle, else 0.1 for each well-formed tag pair.
 
     `truncated` says that the completion ran out of tokens; it changes no reward, only the reason.
     """
@@ -42,7 +59,8 @@ def score(completion: str, puzzle: Puzzle, *, style: Style = "one-shot", truncat
     elif tagged and answer is not None and not _has_pair(before, "<think>", "</think>"):
         cheat = "no_thought"
     pairs = _has_pair(completion, "<think>", "</think>") + _has_pair(completion, "<answer>", "</answer>")
-    reward = CORRECT_REWARD if correct else FORMAT_REWARD * pairs
+    partial = rewards.format * pairs + rewards.numbers * (reason == "wrong_value")
+    reward = rewards.correct if correct else partial
     return Score(reward, correct, reason, answer, well_formed=pairs == 2, lenient=lenient, cheat=cheat)
 
 
