@@ -26,7 +26,8 @@ from matplotlib.figure import Figure
 from measured import table
 
 from grpo_cli.core.evals.statistics import changes, mcnemar
-from grpo_cli.core.run.folder import Evaluated, Run
+from grpo_cli.core.run.folder import Run
+from grpo_cli.core.run.logs import Evaluated
 from grpo_cli.ui.figures import COLOURS
 
 HERE = Path(__file__).parent

@@ -9,9 +9,8 @@ import pytest
 
 from grpo_cli.core.builtin.recipe import RowMaker, may_imitate
 from grpo_cli.core.config.resolve import resolve
-from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evals.contamination import Known, known, overlap
-from grpo_cli.core.model.load import load_tokenizer
+from grpo_cli.core.model.load import load, load_tokenizer
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task.data import enumerate_puzzles
 from grpo_cli.core.task.puzzle import Puzzle
@@ -89,8 +88,6 @@ def test_runs_that_name_each_other_end(tmp_path: Path) -> None:
     make_run(tmp_path, "a", SEEN, start="b")
     make_run(tmp_path, "b", VAL, start="a")
     assert counts(known("a", tmp_path)) == {"a": 1, "b": 1}
-    make_run(tmp_path, "builtin", VAL, start="builtin")
-    assert known("builtin", tmp_path).recipe and counts(known("builtin", tmp_path)) == {"builtin": 1}
 
 
 def test_the_statement_says_how_much_is_known_from_where(tmp_path: Path) -> None:
@@ -110,21 +107,26 @@ def test_a_run_without_samples_tells_nothing(tmp_path: Path) -> None:
     assert overlap([SEEN], known("first", tmp_path)) is None
 
 
-@pytest.mark.faults
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ("{", "is not valid JSON"),
-        ("[1]", "is not an object with a `step`"),
-        (json.dumps({"step": 2}), "has no puzzle in `numbers` and `target`"),
-        (json.dumps({"step": 2, "numbers": [1, "2"], "target": 3}), "has no puzzle in `numbers` and `target`"),
-        (json.dumps({"step": 2, "numbers": [1, 2], "target": None}), "has no puzzle in `numbers` and `target`"),
-    ],
-)
-def test_damaged_samples_are_one_sentence(tmp_path: Path, line: str, said: str) -> None:
+def test_a_run_named_builtin_is_not_the_built_in_model(tmp_path: Path) -> None:
+    make_run(tmp_path, "first", VAL, start=HUB).path.rename(tmp_path / "builtin")
+    assert known("builtin", tmp_path) == Known(recipe=True)
+
+
+def test_a_run_from_other_weights_called_builtin_did_not_start_from_the_recipe(tmp_path: Path) -> None:
     run = make_run(tmp_path, "first", SEEN, start="builtin")
-    path = run.path / "samples.jsonl"
-    path.write_text(f"{path.read_text()}{line}\n")
-    with pytest.raises(CountdownError, match="line 2 of") as caught:
-        known("first", tmp_path)
-    assert caught.value.message == f"line 2 of `{path}` {said}"
+    run.write_origin({"weights": load("builtin", device="cpu", precision="auto").fingerprint()["weights"]})
+    assert known("first", tmp_path).recipe
+    run.write_origin({"weights": "others"})
+    assert not known("first", tmp_path).recipe
+    assert "other weights" in known("first", tmp_path).statement([VAL])
+
+
+@pytest.mark.faults
+def test_damaged_samples_are_left_out_and_counted(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "first", SEEN, start="builtin")
+    damage = ["{", "[1]", "\0", *map(json.dumps, ({"step": 2}, {"step": 2, "numbers": [1, "2"], "target": 3}))]
+    with (run.path / "samples.jsonl").open("a") as file:
+        file.writelines(f"{line}\n" for line in damage)
+    found = known("first", tmp_path)
+    assert counts(found) == {"first": 1}
+    assert "; 5 damaged lines of samples left out)" in found.statement([VAL])

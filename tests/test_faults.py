@@ -1,5 +1,6 @@
 """What happens to a run that is killed, damaged, crowded out or asked to go on as something else."""
 
+import hashlib
 import json
 import os
 import random
@@ -86,26 +87,37 @@ def test_a_damaged_checkpoint_is_skipped_with_its_reason(run: Run, tmp_path: Pat
         shutil.rmtree(copy.path)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"[]",
-        b"{",
-        b"{}",
-        b"[" * 100_000,
-        b'{"format": 9, "step": 3, "files": {}}',
-        b'{"format": 2, "step": 2, "files": {}}',
-        b'{"format": 2, "step": 3, "files": []}',
-        b'{"format": 2, "step": 3, "files": {}}',
-        b'{"format": 2, "step": 3, "files": {"a": 1}}',
-        b'{"format": 2, "step": 3, "files": {"state.pt": {}}}',
-    ],
-)
-def test_a_forged_manifest_is_skipped(run: Run, content: bytes) -> None:
-    (run.checkpoint_path(3) / "manifest.json").write_bytes(content)
-    told: list[str] = []
-    assert choose_checkpoint(run, default_settings(), None, told.append)[0] == 2
-    assert len(told) == 1
+def forged(manifest: dict[str, object], **changes: object) -> bytes:
+    """A manifest whose own hash is right."""
+    content = {**manifest, **changes}
+    content.pop("sha256")
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**content, "sha256": digest}).encode()
+
+
+FORGERIES: list[tuple[Callable[[dict[str, object]], bytes], str]] = [
+    (lambda _: b"[]", "is not a JSON object"),
+    (lambda _: b"{", "is not valid JSON"),
+    (lambda _: b"[" * 100_000, "is not valid JSON"),
+    (lambda _: b"{}", "is not of step 3"),
+    (lambda manifest: forged(manifest, format=9), "in format"),
+    (lambda manifest: forged(manifest, step=2), "is not of step 3"),
+    (lambda manifest: forged(manifest, files=[]), "is not of step 3"),
+    (lambda manifest: json.dumps({**manifest, "config": ""}).encode(), "manifest.json` is not what was saved"),
+    (lambda manifest: forged(manifest, files={}), "is not what was saved"),
+    (lambda manifest: forged(manifest, files={"a": 1}), "`{}/a` is missing"),
+    (lambda manifest: forged(manifest, files={"state.pt": {}}), "is not what was saved"),
+]
+
+
+@pytest.mark.parametrize(("forge", "said"), FORGERIES)
+def test_a_forged_manifest_is_skipped(run: Run, forge: Callable[[dict[str, object]], bytes], said: str) -> None:
+    folder = run.checkpoint_path(3)
+    assert forged(run.manifest(3)) == json.dumps(run.manifest(3)).encode()
+    (folder / "manifest.json").write_bytes(forge(run.manifest(3)))
+    notes: list[str] = []
+    assert choose_checkpoint(run, default_settings(), None, notes.append)[0] == 2
+    assert len(notes) == 1 and said.replace("{}", str(folder)) in notes[0]
 
 
 def test_when_no_checkpoint_is_whole_nothing_is_touched(run: Run) -> None:
@@ -205,14 +217,14 @@ def read_only(open_folder: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 BAD_PLACES = [
-    (["train", "--runs", "{}/new"], "cannot make a run in `{}/new`: `{}` cannot be written"),
-    (["train", "--runs", "{}/runs", "--run", "second"], "cannot make a run in `{}/runs`"),
-    (["train", "--runs", "{}/runs", "--run", "first", "--overwrite"], "cannot make a run in `{}/runs`"),
+    (["train", "--runs", "{}/new"], "cannot create a run in `{}/new`: `{}` cannot be written"),
+    (["train", "--runs", "{}/runs", "--run", "second"], "cannot create a run in `{}/runs`"),
+    (["train", "--runs", "{}/runs", "--run", "first", "--overwrite"], "cannot create a run in `{}/runs`"),
     (["train", "--runs", "{}/runs", "--run", "first", "--resume"], "cannot write `{}/runs/first`: Permission denied"),
     (["eval", "first", "--runs", "{}/runs", "--out", "{}/all.jsonl"], "`{}/all.jsonl` cannot be written"),
     (["eval", "first", "--runs", "{}/runs", "--out", "{}/model/config.json", "--overwrite"], "cannot be written"),
     (["plot", "first", "--runs", "{}/runs"], "`{}/runs/first/training_curve.png` cannot be written"),
-    (["gen-data", "--out", "{}/val.jsonl"], "cannot write `{}/val.jsonl`: Permission denied"),
+    (["gen-data", "--out", "{}/val.jsonl"], "`{}/val.jsonl` cannot be written"),
 ]
 
 
@@ -230,16 +242,16 @@ def test_what_cannot_be_written_is_told_before_any_work(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["train", "--runs", "file"], "cannot make a run in `file`: `file` is no folder"),
-        (["train", "--runs", "file/runs"], "cannot make a run in `file/runs`: `"),
+        (["train", "--runs", "file"], "cannot create a run in `file`: `file` is not a folder"),
+        (["train", "--runs", "file/runs"], "cannot create a run in `file/runs`: `"),
         (["train", "--config", "file/config.toml"], "cannot read `file/config.toml`: Not a directory"),
-        (["eval", "builtin", "--out", "file/x"], "`file` is no folder"),
-        (["eval", "builtin", "--out", "missing/x"], "`missing` is no folder"),
+        (["eval", "builtin", "--out", "file/x"], "`file` is not a folder"),
+        (["eval", "builtin", "--out", "missing/x"], "`missing` is not a folder"),
         (["eval", "builtin", "--out", "."], "`.` is a folder"),
-        (["plot", "metrics.jsonl", "--out", "file"], "`file` is no folder"),
-        (["plot", "metrics.jsonl", "--out", "missing"], "`missing` is no folder"),
-        (["gen-data", "--out", "file/x"], "cannot write `file/x`: Not a directory"),
-        (["gen-data", "--out", ".", "--overwrite"], "cannot write `.`: Is a directory"),
+        (["plot", "metrics.jsonl", "--out", "file"], "`file` is not a folder"),
+        (["plot", "metrics.jsonl", "--out", "missing"], "`missing` is not a folder"),
+        (["gen-data", "--out", "file/x"], "`file` is not a folder"),
+        (["gen-data", "--out", ".", "--overwrite"], "`.` is a folder"),
         (["solve", "2 4 6 = 12", "--model", "file"], "no model at `file`"),
     ],
 )

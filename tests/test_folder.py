@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.run.folder import Run, list_runs
+from grpo_cli.core.run.folder import Run, find_run, list_runs, suggestion
 
 
 @pytest.fixture
@@ -96,14 +96,14 @@ def test_what_is_no_run_is_never_overwritten(tmp_path: Path, make: Callable[[Pat
     (tmp_path / "runs").mkdir()
     path = tmp_path / "runs" / "x"
     make(path)
-    with pytest.raises(CountdownError, match="is no run, so it is not overwritten"):
+    with pytest.raises(CountdownError, match="is not a run, so it is not overwritten"):
         Run.create(path.parent, "x", overwrite=True)
     assert os.path.lexists(path)
 
 
 def test_a_root_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "runs").touch()
-    with pytest.raises(CountdownError, match=re.escape(f"cannot make a run in `{tmp_path}/runs`: File exists")):
+    with pytest.raises(CountdownError, match=re.escape(f"cannot create a run in `{tmp_path}/runs`: File exists")):
         Run.create(tmp_path / "runs")
 
 
@@ -133,6 +133,89 @@ def test_the_newest_run_is_the_last_to_log_among_those_with_a_model(tmp_path: Pa
     newest = Run.newest(tmp_path)
     assert newest is not None
     assert newest.name == "a"
+
+
+def test_a_run_is_found_by_its_name_or_folder(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = Path("runs")
+    for name in ("first", "runs/first", "runs/first/", "./runs/first", str(run.path)):
+        assert Run.open(root, name).name == "first"
+        found = find_run(root, name)
+        assert found is not None and found.path.resolve() == run.path
+        with pytest.raises(CountdownError, match="run `first` already exists"):
+            Run.check(root, name)
+    assert find_run(Path("elsewhere"), "runs/first") is None  # which may be a model: those have a config.json too
+    run.write_origin({})
+    assert find_run(Path("elsewhere"), "runs/first") is not None
+    for name in (
+        "second",
+        "runs/second",
+        "",
+        ".",
+        "/",
+        "a\0",
+        "runs/a\0",
+        "x" * 300,
+        "runs/" + "x" * 300,
+        "owner/name",
+    ):
+        assert find_run(root, name) is None
+    assert suggestion(root, "frist") == "did you mean `first`?"
+    assert suggestion(root, "qwen") is None
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["builtin", "same", "auto", "none", "mine"])
+def test_a_word_of_the_settings_names_no_run(tmp_path: Path, name: str) -> None:
+    for overwrite in (False, True):
+        with pytest.raises(CountdownError, match="settings use that word"):
+            Run.create(tmp_path, name, reserved=["mine"], overwrite=overwrite)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "builtin").mkdir()
+    (tmp_path / "builtin" / "config.json").write_text("{}")
+    assert find_run(tmp_path, "builtin") is None
+
+
+@pytest.mark.faults
+def test_links_are_not_runs_and_no_part_of_one(run: Run, tmp_path: Path) -> None:
+    root = run.path.parent
+    (root / "link").symlink_to(run.path)
+    run.write_origin({})
+    assert [found.name for found in list_runs(root)] == ["first"]
+    assert find_run(root, "link") is None and find_run(tmp_path, str(root / "link")) is None
+    with pytest.raises(CountdownError, match="link` is a symbolic link"):
+        Run.open(root, "link")
+    for name in ("metrics.jsonl", "model", "checkpoints", ".lock"):
+        (run.path / name).symlink_to(tmp_path / "precious")
+        with pytest.raises(CountdownError, match=f"{name}` is a symbolic link"):
+            Run.open(root, "first")
+        (run.path / name).unlink()
+
+
+@pytest.mark.faults
+def test_a_lock_that_is_no_file_of_its_own_is_refused(run: Run, tmp_path: Path) -> None:
+    lock, precious = run.path / ".lock", tmp_path / "precious"
+    precious.write_text("kept")
+    lock.symlink_to(precious)
+    with pytest.raises(CountdownError, match="cannot write"), run.locked():
+        pass
+    assert precious.read_text() == "kept"
+    lock.unlink()
+    os.mkfifo(lock)
+    with pytest.raises(CountdownError, match="lock` is not a regular file"), run.locked():
+        pass
+
+
+@pytest.mark.faults
+def test_a_failed_start_leaves_nothing_and_one_cut_off_can_be_repeated(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, "first")
+    with pytest.raises(OSError, match="full"), run.locked(), run.starting():
+        run.write_config({})
+        raise OSError("full")
+    assert list(tmp_path.iterdir()) == []
+    with Run.create(tmp_path, "first").locked():
+        pass  # killed here: the folder holds its lock alone
+    assert Run.create(tmp_path, "first").path.is_dir()
 
 
 def test_only_runs_are_listed(run: Run) -> None:
@@ -202,7 +285,7 @@ def test_a_number_that_json_cannot_hold_is_not_logged(run: Run) -> None:
         (b"", "line 2 of `{}` is not valid JSON"),
         (b"\xff\xfe", "line 2 of `{}` is not valid JSON"),
         (b"[" * 100_000, "line 2 of `{}` is not valid JSON"),
-        (b"[1]", "line 2 of `{}` is not an object with a `step`"),
+        (b"[1]", "line 2 of `{}` is not a JSON object"),
         (b'{"loss": 1}', "line 2 of `{}` is not an object with a `step`"),
         (b'{"step": "2"}', "line 2 of `{}` is not an object with a `step`"),
         (b'{"step": 2, "loss": "1"}', "`loss` in line 2 of `{}` is not a number"),
@@ -229,10 +312,15 @@ def test_a_last_line_that_was_cut_off_is_left_out(run: Run) -> None:
     assert run.metrics() == [{"step": 1}, {"step": 2}]
 
 
+def sampled(step: int, completion: str = "") -> dict[str, object]:
+    facts: dict[str, object] = {"reward": 0.1, "reason": "no_answer", "answer": None, "completion": completion}
+    return {"step": step, "numbers": [3, 5, 2], "target": 13, **facts}
+
+
 def test_a_run_that_goes_on_forgets_later_steps(run: Run) -> None:
     for step in range(4):
         run.log({"step": step})
-        run.log_samples({"step": step, "completion": f"\u2028{step}{sample}"} for sample in range(2))
+        run.log_samples(sampled(step, f"\u2028{step}{sample}") for sample in range(2))
     run.go_back_to(1)
     assert run.metrics() == [{"step": 0}, {"step": 1}]
     samples = [json.loads(line) for line in (run.path / "samples.jsonl").read_text().splitlines()]
@@ -278,7 +366,7 @@ def test_a_damaged_evaluation_is_one_sentence(run: Run, damage: dict[str, object
 def test_a_run_that_goes_on_forgets_what_its_pending_step_will_log_again(run: Run) -> None:
     for step in range(3):
         run.log({"step": step})
-        run.log_samples([{"step": step}])
+        run.log_samples([sampled(step)])
         run.log_evaluations([evaluation(step, "val 3 one-shot", "1")])
     run.go_back_to(1, pending=True)
     assert run.metrics() == [{"step": 0}]
@@ -413,12 +501,6 @@ def test_the_lock_of_a_dead_process_is_taken_over(run: Run) -> None:
         assert left_by == 99999999
 
 
-def test_a_run_that_was_only_begun_is_overwritten(tmp_path: Path) -> None:
-    with Run.create(tmp_path, "begun").locked():
-        pass
-    assert Run.create(tmp_path, "begun", overwrite=True).path.is_dir()
-
-
 @pytest.mark.faults
 def test_too_little_space_is_one_sentence(run: Run) -> None:
     run.require_space(1)
@@ -427,6 +509,22 @@ def test_too_little_space_is_one_sentence(run: Run) -> None:
     assert caught.value.exit_code == 1
 
 
-def test_curves_lie_beside_the_metrics(run: Run) -> None:
-    assert run.curve_path("training_curve") == run.path / "training_curve.png"
-    assert run.curve_path("kl_divergence", "svg") == run.path / "kl_divergence.svg"
+@pytest.mark.faults
+def test_damaged_lines_are_moved_aside_when_a_run_is_resumed(run: Run) -> None:
+    for step in (1, 2):
+        run.log({"step": step})
+        run.log_samples([sampled(step)])
+        run.log_evaluations([evaluation(step, "val 3 one-shot", "1")])
+        for name in ("metrics", "samples", "evaluations"):
+            with (run.path / f"{name}.jsonl").open("ab") as file:
+                file.write(b'\x00\xff garbage\n{"step": "1"}\n')
+    said = run.go_back_to(1)
+    assert [re.sub(r"`/.*/", "`", text) for text in said] == [
+        f"moved 4 damaged lines of `{name}.jsonl` to `{name}.jsonl.damaged`"
+        for name in ("metrics", "evaluations", "samples")
+    ]
+    assert run.metrics() == [{"step": 1}]
+    assert [example.step for example in run.samples()] == [1]
+    assert list(run.evaluations()["val 3 one-shot"]) == [1]
+    assert (run.path / "metrics.jsonl.damaged").read_bytes() == b'\x00\xff garbage\n{"step": "1"}\n' * 2
+    assert run.go_back_to(1) == []

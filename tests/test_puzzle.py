@@ -272,9 +272,9 @@ def test_a_file_is_replaced_only_on_request(tmp_path: Path) -> None:
 @pytest.mark.faults
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    with pytest.raises(CountdownError, match=r"cannot write `.*folder`: Is a directory"):
+    with pytest.raises(CountdownError, match=r"folder` is a folder"):
         write_puzzles(tmp_path / "folder", generate(1), overwrite=True)
-    with pytest.raises(CountdownError, match=r"cannot write `.*puzzles`: No such file or directory"):
+    with pytest.raises(CountdownError, match=r"missing` is not a folder"):
         write_puzzles(tmp_path / "missing" / "puzzles", generate(1))
     with pytest.raises(CountdownError, match=re.escape("100 cannot be made from [1, 1]")):
         write_puzzles(tmp_path / "unsolvable", [Puzzle((1, 1), 100)])

@@ -22,7 +22,8 @@ from pydantic import TypeAdapter
 from grpo_cli.core.config import resolve as config
 from grpo_cli.core.config.settings import values
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.run.folder import Evaluated, Example, Run
+from grpo_cli.core.run.folder import Run
+from grpo_cli.core.run.logs import Evaluated, Example
 from grpo_cli.ui import figures as plot
 from grpo_cli.ui import report
 from grpo_cli.ui.account import Account, Change, change

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from grpo_cli.core.evals.statistics import changes, mcnemar, wilson
-from grpo_cli.core.run.folder import Evaluated, Example
+from grpo_cli.core.run.logs import Evaluated, Example
 from grpo_cli.ui.figures import Curves
 
 

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.files import write
 from grpo_cli.core.task.suite import CELLS
 
 if TYPE_CHECKING:
@@ -278,19 +277,7 @@ def _write(figure: Figure, path: Path) -> None:
     kind = path.suffix.removeprefix(".")
     if kind not in FORMATS:
         raise CountdownError(f"cannot draw `{path}`: not a PNG or SVG file", "end its name in `.png` or `.svg`")
-    with replacing(path) as staged, matplotlib.rc_context({"svg.hashsalt": "countdown"}):
-        figure.savefig(staged, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write, which then takes its place: a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as problem:
-        raise CountdownError(f"cannot write `{path}`: {problem.strerror}", exit_code=1) from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    drawn = BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "countdown"}):
+        figure.savefig(drawn, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    write(path, drawn.getvalue())

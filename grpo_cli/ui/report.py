@@ -14,10 +14,11 @@ from itertools import zip_longest
 from pathlib import Path
 
 from grpo_cli import __version__
+from grpo_cli.core import files
 from grpo_cli.core.config.settings import FIELDS
 from grpo_cli.core.evals.statistics import holm
 from grpo_cli.core.rl.health import CHEATS, collapses, warnings
-from grpo_cli.core.run.folder import Evaluated, Example
+from grpo_cli.core.run.logs import Evaluated, Example
 from grpo_cli.ui import figures as plot
 from grpo_cli.ui.account import Account, Change, change, puzzles
 from grpo_cli.ui.figures import Curves, Series
@@ -122,8 +123,7 @@ def page(accounts: Sequence[Account], *, defaults: Mapping[str, object], smooth:
 
 def write(text: str, path: Path) -> None:
     """Write a page; a reader never sees half of it."""
-    with plot.replacing(path) as staged:
-        staged.write_text(text, encoding="utf-8")
+    files.write(path, text.encode())
 
 
 def _heading(name: str) -> Html:

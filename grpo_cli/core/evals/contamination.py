@@ -12,8 +12,8 @@ from pathlib import Path
 
 from grpo_cli.core.builtin.recipe import may_imitate
 from grpo_cli.core.config.resolve import restore
-from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.run.folder import list_runs, run_of
+from grpo_cli.core.model.load import load
+from grpo_cli.core.run.folder import Run, find_run, run_of
 from grpo_cli.core.task.puzzle import Puzzle
 
 RECIPE = "all train puzzles of 3 and 4 numbers by the recipe of builtin"
@@ -28,6 +28,7 @@ class Known:
     runs: Mapping[str, frozenset[Key]] = field(default_factory=dict)
     recipe: bool = False  # it began as the built-in model
     unknown: str | None = None  # the model that it began as, of which nothing is known
+    damaged: int = 0  # lines of the runs' samples that cannot be read
 
     def __contains__(self, puzzle: Puzzle) -> bool:
         key = _key(puzzle.numbers, puzzle.target)
@@ -41,6 +42,7 @@ class Known:
         parts = [f"{len(seen):,} known from {name}" for name, seen in self.runs.items()]
         parts += [RECIPE] if self.recipe else []
         rest = f"; what {self.unknown} was trained on is not known" if self.unknown else ""
+        rest += f"; {self.damaged} damaged line{'s' * (self.damaged > 1)} of samples left out" if self.damaged else ""
         return f"{count:,} of {len(puzzles):,} puzzles were trained on ({', and '.join(parts)}{rest})"
 
 
@@ -54,26 +56,34 @@ def overlap(puzzles: Iterable[Puzzle], known: Known) -> int | None:
 def known(model: str, root: Path) -> Known:
     """What a model was trained on: a run of `root` by name, a run's model folder, or `builtin`.
 
-    With a run goes all that its starting model was trained on. Raises CountdownError where a run's settings or samples
-    cannot be read.
+    With a run goes all that its starting model was trained on. Raises CountdownError where a run's settings cannot be
+    read; damaged lines of samples are counted.
     """
     return _known(model, root, frozenset())
 
 
 def _known(model: str, root: Path, later: frozenset[Path]) -> Known:
     """`later` are the folders of the runs that it led to: a run that bears its own starting model's name is not it."""
-    runs = [*(run for run in list_runs(root) if run.name == model), run_of(Path(model))]
-    run = next((found for found in runs if found and found.path.resolve() not in later), None)
+    runs = [find_run(root, model), run_of(Path(model))]
+    run = next((candidate for candidate in runs if candidate and candidate.path.resolve() not in later), None)
     if run is None:
         return Known(recipe=True) if model == "builtin" else Known(unknown=model)
-    start = restore(run.read_config(), run.config_path).settings.model.model
-    before = _known(start, run.path.parent, later | {run.path.resolve()})
-    try:
-        seen = frozenset(_key(numbers, target) for numbers, target in run.prompts())
-    except CountdownError as problem:
-        hint = "mend the line, or remove the file: what the run was trained on is then not known"
-        raise CountdownError(problem.message, hint) from None
-    return replace(before, runs={run.name: seen, **before.runs}) if seen else Known(unknown=run.name)
+    settings = restore(run.read_config(), run.config_path).settings.model
+    before = _known(settings.model, run.path.parent, later | {run.path.resolve()})
+    if settings.model == "builtin" and not _is_shipped(run):
+        before = Known(unknown="a model called builtin, with other weights,")
+    seen, damaged = frozenset(_key(*question) for question in run.prompts()), before.damaged + run.damaged_prompts()
+    if not seen:
+        return Known(unknown=run.name, damaged=damaged)
+    return replace(before, runs={run.name: seen, **before.runs}, damaged=damaged)
+
+
+def _is_shipped(run: Run) -> bool:
+    """Whether a run that names the built-in model started from its weights, as far as the run recorded them."""
+    if not run.has_origin:
+        return True
+    shipped = (load("builtin", device="cpu", precision=precision) for precision in ("float32", "bf16"))
+    return run.read_origin().get("weights") in [policy.fingerprint()["weights"] for policy in shipped]
 
 
 def _key(numbers: Iterable[int], target: int) -> Key:

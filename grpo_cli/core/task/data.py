@@ -1,12 +1,10 @@
 """Puzzles in bulk: enumerate, generate, and write them as JSON Lines."""
 
 import json
-import os
 import random
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations_with_replacement, islice
@@ -14,6 +12,7 @@ from operator import add, mul, sub
 from pathlib import Path
 
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.files import check_writable, write
 from grpo_cli.core.task.expression import parse
 from grpo_cli.core.task.puzzle import NUMBERS, TARGETS, Puzzle, Split, check_size, checked, judge, split_of
 from grpo_cli.core.task.solver import magnitudes, needs_parentheses, solve
@@ -96,20 +95,9 @@ def _rest_of_line(puzzle: Puzzle) -> str:
 
 
 def write_puzzles(path: Path, puzzles: Iterable[Puzzle], *, overwrite: bool = False) -> None:
-    """Write a puzzle file in one step: it is there as a whole or not at all."""
-    text = "".join(f"{json_line(puzzle)}\n" for puzzle in puzzles)
-    partial = path.parent / f"{path.name}.{os.getpid()}.part"
-    try:
-        if path.is_dir():
-            raise CountdownError(f"cannot write `{path}`: Is a directory", "name a file in it")
-        if path.exists() and not overwrite:
-            raise CountdownError(f"`{path}` exists", "write elsewhere, or replace it with `--overwrite`")
-        partial.write_text(text, encoding="utf-8", newline="\n")
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise CountdownError(f"cannot write `{path}`: {error.strerror}") from error
+    """Write a puzzle file as a whole or not at all."""
+    check_writable(path, overwrite=overwrite)
+    write(path, "".join(f"{json_line(puzzle)}\n" for puzzle in puzzles).encode())
 
 
 def read_puzzles(path: Path) -> list[Puzzle]:

@@ -1,0 +1,141 @@
+"""Files written whole or not at all, and JSON Lines. Knows no file by its name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from grpo_cli.core.errors import CountdownError
+
+
+def check_writable(path: Path, *, overwrite: bool) -> None:
+    """Raise CountdownError where `write` would fail, or would replace a file without `overwrite`.
+
+    Devices and FIFOs lose nothing when written to, so they need no `overwrite`.
+    """
+    if not path.parent.is_dir():
+        raise CountdownError(f"`{path.parent}` is not a folder", "create it, or write elsewhere")
+    if path.is_dir():
+        raise CountdownError(f"`{path}` is a folder", "name a file in it")
+    if (path.is_file() or (path.is_symlink() and not path.exists())) and not overwrite:
+        raise CountdownError(f"`{path}` exists", "write elsewhere, or replace it with `--overwrite`")
+    needed = [path] if _in_place(path) else [path.parent, path]
+    if not all(can_write(place) for place in needed if place.exists()):
+        raise CountdownError(f"`{path}` cannot be written", "write elsewhere, or change its permissions")
+
+
+def can_write(path: Path) -> bool:
+    """Whether this process may write to an existing file or folder."""
+    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replace a file as a whole: a reader sees the old content or the new, on disk even if the machine stops.
+
+    Devices, FIFOs and symbolic links are written through, never replaced. Raises CountdownError, exit code 1.
+    """
+    temporary = path.with_name(f".countdown.{os.getpid()}.tmp")
+    try:
+        if _in_place(path):
+            path.write_bytes(content)
+            return
+        temporary.write_bytes(content)
+        if path.exists():
+            shutil.copymode(path, temporary)
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        raise CountdownError(f"cannot write `{path}`: {error.strerror}", exit_code=1) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _in_place(path: Path) -> bool:
+    return path.is_symlink() or (path.exists() and not path.is_file())
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write an object of finite numbers, as `write` does."""
+    write(path, json.dumps(dict(content), indent=2, allow_nan=False).encode() + b"\n")
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """The object in a JSON file; raises CountdownError if there is none."""
+    try:
+        _require_regular(path)
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CountdownError(f"cannot read `{path}`: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise CountdownError(f"`{path}` is not valid JSON") from None
+    if not isinstance(content, dict):
+        raise CountdownError(f"`{path}` is not a JSON object")
+    return content
+
+
+def append_lines(path: Path, records: Iterable[Mapping[str, object]]) -> None:
+    """Append one line for each record."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(f"{json.dumps(dict(record), allow_nan=False)}\n" for record in records))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a JSON Lines file, not yet parsed."""
+
+    path: Path
+    number: int
+    raw: bytes
+
+    @property
+    def place(self) -> str:
+        return f"line {self.number} of `{self.path}`"
+
+    def record(self) -> dict[str, object]:
+        """The object in this line; raises CountdownError if there is none."""
+        try:
+            record = json.loads(self.raw)
+        except (ValueError, RecursionError):
+            raise CountdownError(f"{self.place} is not valid JSON") from None
+        if not isinstance(record, dict):
+            raise CountdownError(f"{self.place} is not a JSON object")
+        return record
+
+    def is_object(self) -> bool:
+        try:
+            return bool(self.record())
+        except CountdownError:
+            return False
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """The lines of a JSON Lines file, without a last one that was cut off; none if there is no file."""
+    if not os.path.lexists(path):
+        return
+    _require_regular(path)
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            line = Line(path, number, raw.rstrip() + b"\n")
+            if raw.endswith(b"\n") or line.is_object():
+                yield line
+
+
+def _require_regular(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise CountdownError(f"`{path}` is not a regular file")

@@ -1,0 +1,140 @@
+"""The logs of a run: what a line of each holds, how it is read back, and how a log is cut back to a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Generic, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.files import Line, read_lines, write
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A completion that a run keeps, and its score. An example of an evaluation leaves `step` to the evaluation."""
+
+    numbers: list[int]
+    target: int
+    completion: str
+    reward: float | str
+    reason: str
+    answer: str | None = None
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The evaluation of one cell at one step; `Evaluation.record` explains the fields."""
+
+    step: Annotated[int, Field(ge=0)]
+    cell: str
+    count: Annotated[int, Field(ge=0)]
+    accuracy: Share
+    interval: tuple[Share, Share] | None
+    lenient_accuracy: Share | None
+    format_rate: Share | None
+    mean_length: Annotated[float, Field(ge=0)] | None
+    reasons: dict[str, Annotated[int, Field(ge=0)]]
+    solved: Annotated[str, Field(pattern="^[01]*$")]
+    examples: list[Example]
+
+
+@dataclass(frozen=True)
+class Log(Generic[Record]):
+    """A JSON Lines file whose lines all have a `step`; `parse` raises CountdownError for a line it cannot use."""
+
+    path: Path
+    parse: Callable[[Line], Record]
+
+    def read(self) -> Iterator[Record]:
+        """Every record in order, none before the first; raises CountdownError naming a damaged line."""
+        for line in read_lines(self.path):
+            step_of(line)
+            yield self.parse(line)
+
+    def readable(self) -> Iterator[Record]:
+        """Every record whose line is not damaged."""
+        return (self.parse(line) for line in read_lines(self.path) if self._step(line) is not None)
+
+    def damaged(self) -> int:
+        """The number of lines that cannot be read."""
+        return sum(self._step(line) is None for line in read_lines(self.path))
+
+    def cut(self, last: int) -> int:
+        """Keep the records up to the step `last`, move damaged lines to `<log>.damaged`, and return their number."""
+        if not self.path.exists():
+            return 0
+        lines = [(self._step(line), line.raw) for line in read_lines(self.path)]
+        damaged = [raw for step, raw in lines if step is None]
+        if damaged:
+            aside = self.path.with_name(f"{self.path.name}.damaged")
+            write(aside, (aside.read_bytes() if aside.is_file() else b"") + b"".join(damaged))
+        write(self.path, b"".join(raw for step, raw in lines if step is not None and step <= last))
+        return len(damaged)
+
+    def _step(self, line: Line) -> int | None:
+        try:
+            self.parse(line)
+            return step_of(line)
+        except CountdownError:
+            return None
+
+
+def step_of(line: Line) -> int:
+    """The step of a record; raises CountdownError if it has none."""
+    step = line.record().get("step")
+    if type(step) is not int:
+        raise CountdownError(f"{line.place} is not an object with a `step`")
+    return step
+
+
+def numbers(line: Line) -> dict[str, float]:
+    """The metrics of a step, all of them numbers."""
+    found: dict[str, float] = {}
+    for name, value in line.record().items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise CountdownError(f"`{name}` in {line.place} is not a number")
+        if isinstance(value, int) and value.bit_length() > 64:
+            raise CountdownError(f"`{name}` in {line.place} is too large")
+        found[name] = value
+    return found
+
+
+_EXAMPLE, _EVALUATED = TypeAdapter(Example), TypeAdapter(Evaluated)
+
+
+def example(line: Line) -> Example:
+    """A sampled completion."""
+    return _validated(_EXAMPLE, line)
+
+
+def evaluated(line: Line) -> Evaluated:
+    """The evaluation of a cell, with a character of `solved` for each puzzle."""
+    record = _validated(_EVALUATED, line)
+    if len(record.solved) != record.count:
+        raise CountdownError(f"`solved` in {line.place} does not have a character for each of `count` puzzles")
+    return record
+
+
+def _validated(kind: TypeAdapter[Record], line: Line) -> Record:
+    try:
+        return kind.validate_python(line.record())
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        raise CountdownError(f"`{'.'.join(map(str, first['loc']))}` in {line.place}: {first['msg']}") from None
+
+
+def question(line: Line) -> tuple[list[int], int]:
+    """Numbers and target of a sample."""
+    record = line.record()
+    given, target = record.get("numbers"), record.get("target")
+    if not isinstance(given, list) or type(target) is not int or any(type(number) is not int for number in given):
+        raise CountdownError(f"{line.place} has no puzzle in `numbers` and `target`")
+    return given, target
