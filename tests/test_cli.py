@@ -258,9 +258,9 @@ def test_plot_draws_a_run_and_the_original_systems_file(trained: Command, tmp_pa
         (["train", "--device", "cuda"], "not available"),
         (["eval", "./nowhere"], "./nowhere"),
         (["eval", "--style", "haiku"], "one-shot"),
-        (["eval", "./nowhere", "--suite", "transfr"], "did you mean `transfer`?"),
-        (["eval", "./nowhere", "--suite", "transfer", "--numbers", "4"], "`--numbers` is given by the cells"),
-        (["eval", "./nowhere", "--json", "--markdown"], "exclude each other"),
+        (["eval", "owner/name", "--suite", "transfr"], "did you mean `transfer`?"),
+        (["eval", "owner/name", "--suite", "transfer", "--numbers", "4"], "`--numbers` is given by the cells"),
+        (["eval", "owner/name", "--json", "--markdown"], "exclude each other"),
         (["solve", "what is love"], "4 7 3 = 25"),
         (["plot"], "countdown train"),
         (["plot", "nothing.json"], "nothing.json"),
@@ -301,7 +301,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, tiny_folder: Path,
 
 @pytest.mark.faults
 def test_ctrl_c_elsewhere_is_exit_code_130(countdown: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grpo_cli.core.task.data.generate", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("grpo_cli.cli.gen_data.generate", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     found = countdown("gen-data", "--count", 5)
     assert found.code == 130
     assert "Traceback" not in found.err

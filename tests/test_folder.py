@@ -165,11 +165,11 @@ def test_a_run_is_found_by_its_name_or_folder(run: Run, tmp_path: Path, monkeypa
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("name", ["builtin", "same", "auto", "none", "mine"])
+@pytest.mark.parametrize("name", ["builtin", "same", "auto", "none", "qwen2.5-1.5b"])
 def test_a_word_of_the_settings_names_no_run(tmp_path: Path, name: str) -> None:
     for overwrite in (False, True):
         with pytest.raises(CountdownError, match="settings use that word"):
-            Run.create(tmp_path, name, reserved=["mine"], overwrite=overwrite)
+            Run.create(tmp_path, name, overwrite=overwrite)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "builtin").mkdir()
     (tmp_path / "builtin" / "config.json").write_text("{}")

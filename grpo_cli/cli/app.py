@@ -86,6 +86,8 @@ def _command(*settings: str, name: str | None = None) -> Callable[[Callable[...,
     def register(declared: Callable[..., None]) -> Callable[..., None]:
         @wraps(declared)
         def call(*args: Any, **options: Any) -> None:
+            if declared.__name__ in ("train", "eval", "solve"):
+                import_module("grpo_cli.cli.checks").require_models(options)
             import_module(f"grpo_cli.cli.{declared.__name__}").run(*args, **options)
 
         app.command(name, cls=settings_command(*settings))(call)

@@ -1,11 +1,12 @@
-"""What the commands share and needs no model: resolved settings, and checks before any work begins."""
+"""What the commands share without loading torch: resolved settings, and checks before any work begins."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -13,7 +14,8 @@ from grpo_cli.cli.options import flags
 from grpo_cli.core.config import resolve as config
 from grpo_cli.core.config.resolve import Resolved
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.run.folder import can_write
+from grpo_cli.core.run.models import model_source
+from grpo_cli.ui import text as show
 
 
 def resolve(ctx: typer.Context, config_file: Path | None, *, has_cuda: Callable[[], bool] = lambda: False) -> Resolved:
@@ -29,13 +31,14 @@ def require_package(package: str) -> None:
         )
 
 
-def require_writable(path: Path, *, overwrite: bool) -> None:
-    """Raise CountdownError if a result could not be written to `path` later."""
-    if not path.parent.is_dir():
-        raise CountdownError(f"`{path.parent}` is not a folder", "make it, or write elsewhere")
-    if path.is_dir():
-        raise CountdownError(f"`{path}` is a folder", "name a file in it")
-    if path.exists() and not overwrite:
-        raise CountdownError(f"`{path}` exists", "write elsewhere, or replace it with `--overwrite`")
-    if not can_write(path if path.exists() else path.parent):
-        raise CountdownError(f"`{path}` cannot be written", "write elsewhere, or change its permissions")
+def require_models(options: Mapping[str, Any]) -> None:
+    """Raise CountdownError if a command names a model that does not exist, before anything imports torch."""
+    settings = resolve(options["ctx"], options["config"]).settings
+    root, names = Path(settings.runs), list(options.get("models") or [options.get("model")])
+    if options.get("resume") is False:
+        names = [settings.model.model, settings.model.ref_model]
+    for name in names:
+        if name not in (None, "same"):
+            model_source(root, name)
+        if name == "builtin" and (root / name).is_dir():
+            show.warning(f"`{name}` is the built-in model, not the folder `{root / name}`")

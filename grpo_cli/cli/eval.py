@@ -9,7 +9,6 @@ from pathlib import Path
 
 import typer
 
-from grpo_cli.cli.checks import require_writable
 from grpo_cli.cli.models import Chosen, choose, join_ranks, load, resolve_for_model
 from grpo_cli.cli.options import flags
 from grpo_cli.core.config.resolve import flag, require_suite
@@ -18,6 +17,7 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evals import contamination
 from grpo_cli.core.evals.compare import SuitePaired, suite_paired
 from grpo_cli.core.evals.evaluate import SuiteResult, evaluate_suite, puzzles_of
+from grpo_cli.core.files import check_writable
 from grpo_cli.core.perf.microbatch import MicroBatch
 from grpo_cli.core.task.suite import Cell, cell
 from grpo_cli.ui import tables
@@ -42,7 +42,7 @@ def run(
     if as_json and as_markdown:
         raise CountdownError("`--json` and `--markdown` exclude each other", "leave one of them out")
     if out is not None:
-        require_writable(out, overwrite=overwrite)
+        check_writable(out, overwrite=overwrite)
     weights = None if suite is None else _weights(ctx, config, suite)
     chosen = [choose(ctx, config, name) for name in models] if models else [choose(ctx, config, None)]
     ranks = join_ranks(chosen[0].settings)

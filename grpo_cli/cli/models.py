@@ -20,8 +20,8 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.load import detect_device
 from grpo_cli.core.model.load import load as load_model
 from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.run.folder import Run
-from grpo_cli.core.run.models import model_source, run_named
+from grpo_cli.core.run.folder import Run, find_run
+from grpo_cli.core.run.models import model_source
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def choose(ctx: typer.Context, config_file: Path | None, name: str | None) -> Ch
     if name is None:
         newest = Run.newest(root)
         name = newest.name if newest is not None else "builtin"
-    run = run_named(root, name)
+    run = find_run(root, name)
     if run is not None:
         given = {key: value for key, value in flags(ctx).items() if key not in ("preset", "runs")}
         resolved = config.restore(run.read_config(), run.config_path, flags=given)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import typer
 
-from grpo_cli.cli.checks import require_package, require_writable, resolve
+from grpo_cli.cli.checks import require_package, resolve
 from grpo_cli.core.config.resolve import defaults, restore
 from grpo_cli.core.config.settings import Plot, values
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.run.folder import Run, list_runs
+from grpo_cli.core.files import check_writable
+from grpo_cli.core.run.folder import Run, find_run
 from grpo_cli.ui import figures, report, tables
 from grpo_cli.ui.account import Account
 from grpo_cli.ui.figures import Curves
@@ -29,10 +30,10 @@ def run(ctx: typer.Context, *, runs: list[str] | None, out: Path | None, report:
     curves = [run_curves(source) if isinstance(source, Run) else figures.load(source) for source in sources]
     folder = out or (sources[0].path if len(sources) == 1 and isinstance(sources[0], Run) else Path("."))
     require_package("matplotlib")
-    require_writable(folder / f"training_curve.{style.format}", overwrite=True)
+    check_writable(folder / f"training_curve.{style.format}", overwrite=True)
     page = folder / "report.html"
     if report:
-        require_writable(page, overwrite=True)
+        check_writable(page, overwrite=True)
         _write_report([_account(source, drawn) for source, drawn in zip(sources, curves, strict=True)], page, style)
     for path in [*draw(curves, folder, style), *([page] * report)]:
         print(path)
@@ -55,7 +56,7 @@ def draw(curves: Sequence[Curves], folder: Path, style: Plot) -> list[Path]:
 
 def _source(root: Path, name: str) -> Run | Path:
     """The run of this name, or the metrics file at this path."""
-    return next((run for run in list_runs(root) if run.name == name), Path(name))
+    return find_run(root, name) or Path(name)
 
 
 def _account(source: Run | Path, curves: Curves) -> Account:

@@ -21,7 +21,7 @@ from grpo_cli.core.perf.microbatch import MicroBatch
 from grpo_cli.core.rl import probe as probing
 from grpo_cli.core.rl.session import Session, for_ranks, plan_memory, start
 from grpo_cli.core.rl.train import Interrupted, curriculum
-from grpo_cli.core.run.folder import Run
+from grpo_cli.core.run.folder import Run, run_name
 from grpo_cli.core.run.models import model_source
 from grpo_cli.core.task.data import puzzle_set
 from grpo_cli.core.task.prompts import prompt
@@ -50,6 +50,7 @@ def run(
     _set_batch_size(ctx, batch_size_per_rank, process)
     resolved = resolve_for_model(ctx, config)
     root = Path(resolved.settings.runs)
+    run = None if run is None else run_name(root, run)
     if process.restarts and run is not None:
         overwrite, resume = True, Run(root / run).config_path.is_file()
     if resume and run is not None:
@@ -92,7 +93,7 @@ class _View(TrainingView):
         if step:
             try:
                 draw([run_curves(self._run)], self._run.path, self._style)
-            except OSError as problem:
+            except (CountdownError, OSError) as problem:
                 self.message(f"the curves were not drawn: {problem}")
 
 

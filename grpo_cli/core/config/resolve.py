@@ -52,6 +52,11 @@ def defaults() -> dict[str, object]:
     return {key: shipped[key].value for key in FIELDS}
 
 
+def shipped_presets() -> frozenset[str]:
+    """The names of the presets in the shipped `config.toml`."""
+    return frozenset(_shipped().presets)
+
+
 def resolve(
     *,
     flags: Mapping[str, object] = MappingProxyType({}),

@@ -6,7 +6,6 @@ Pickles and remote code are never touched.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import safe_open
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.gguf import is_gguf, unpacked
+from grpo_cli.core.model.names import require_model
 from grpo_cli.core.model.policy import ATTENTION, PROBE, Policy, encode
 
 BUILTIN = Path(__file__).parents[1] / "builtin" / "model"
@@ -119,25 +119,14 @@ def skeleton(name: str, *, dtype: torch.dtype, layers: int) -> transformers.PreT
 
 
 def find(name: str) -> tuple[str, bool]:
-    """Where a model's files are: (folder or hub id, whether it is local).
-
-    Checked here, so that a mistyped folder is not looked for on a hub.
-    """
+    """Where a model's files are: (folder or hub id, whether it is local)."""
+    require_model(name)
     if name == "builtin":
         return str(BUILTIN), True
     path = Path(name)
     if is_gguf(name):
         return str(unpacked(path)), True
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise CountdownError(f"`{name}` is not a model folder: it has no config.json", "name the folder itself")
-        return name, True
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or path.parent.exists():
-        raise CountdownError(
-            f"no model at `{name}`",
-            "use `builtin`, a run's name, a model folder, a GGUF file, or a hub id `owner/name`",
-        )
-    return name, False
+    return name, path.is_dir()
 
 
 def _check_size(name: str, folder: Path) -> None:

@@ -10,7 +10,7 @@ terminals nor signals.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -150,13 +150,15 @@ def start(
             run = old or Run.create(root, name, overwrite=overwrite)
             if old is None:
                 _lock(run, locks, note)
-            run.require_space(2 * training.checkpoint_bytes())
-            run.write_config(settings.model_dump())
-            run.write_environment(environment(policy) | {"ranks": ranks.size}, step=at)
-            if checkpoint is None:
-                run.write_origin(origin(policy, reference, puzzles))
+            with nullcontext() if old else run.starting():
+                run.require_space(2 * training.checkpoint_bytes())
+                run.write_config(settings.model_dump())
+                run.write_environment(environment(policy) | {"ranks": ranks.size}, step=at)
+                if checkpoint is None:
+                    run.write_origin(origin(policy, reference, puzzles))
             if old:
-                run.go_back_to(at if checkpoint else -1, pending=training.pending is not None)
+                for moved in run.go_back_to(at if checkpoint else -1, pending=training.pending is not None):
+                    note(moved)
             return run
 
         run = replace(ranks.first(begin), writes=ranks.rank == 0)

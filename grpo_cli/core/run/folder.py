@@ -20,6 +20,7 @@ from itertools import count
 from pathlib import Path
 from typing import Self
 
+from grpo_cli.core.config.resolve import shipped_presets
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import append_lines, can_write, read_json, write_json
 from grpo_cli.core.run import checkpoint
@@ -40,9 +41,7 @@ class Run:
     writes: bool = True  # False on all ranks but the first
 
     @classmethod
-    def create(
-        cls, root: Path, name: str | None = None, *, overwrite: bool = False, reserved: Iterable[str] = ()
-    ) -> Self:
+    def create(cls, root: Path, name: str | None = None, *, overwrite: bool = False) -> Self:
         """Create an empty run in `root`; without a name the first free one of run-1, run-2, ...
 
         A name is free if no run ever started under it. Raises CountdownError for a bad name, and for a taken one unless
@@ -52,8 +51,8 @@ class Run:
             root.mkdir(parents=True, exist_ok=True)
             if name is None:
                 return next(cls(path) for path in (root / f"run-{number}" for number in count(1)) if _make(path))
-            cls.check(root, name, overwrite=overwrite, reserved=reserved)
-            path = root / _name_in(root, name)
+            cls.check(root, name, overwrite=overwrite)
+            path = root / run_name(root, name)
             if path.exists():
                 with cls(path).locked():
                     checkpoint.discard(path)
@@ -62,7 +61,7 @@ class Run:
         raise _taken(root, name)
 
     @staticmethod
-    def check(root: Path, name: str | None, *, overwrite: bool = False, reserved: Iterable[str] = ()) -> None:
+    def check(root: Path, name: str | None, *, overwrite: bool = False) -> None:
         """Raise what `create` would raise for this name, and change nothing."""
         place = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
         if not place.is_dir() or not can_write(place):
@@ -70,8 +69,8 @@ class Run:
             raise CountdownError(f"cannot create a run in `{root}`: `{place}` {why}", "choose another with `--runs`")
         if name is None:
             return
-        path = root / (name := _name_in(root, name))
-        if name in RESERVED.union(reserved):
+        path = root / (name := run_name(root, name))
+        if name in RESERVED | shipped_presets():
             raise CountdownError(f"`{name}` cannot name a run: settings use that word", "choose another with `--run`")
         if not os.path.lexists(path) or _only_begun(path):
             return
@@ -83,7 +82,7 @@ class Run:
     @classmethod
     def open(cls, root: Path, name: str) -> Self:
         """The run `name` of `root`, to be written to; raises CountdownError where there is none."""
-        run = cls(root / _name_in(root, name))
+        run = cls(root / run_name(root, name))
         if not run.config_path.is_file():
             others = suggestion(root, run.name) or f"list runs with `ls {root}`"
             hint = f"{others}, or train one with `countdown train --run {run.name}`"
@@ -376,7 +375,7 @@ def run_of(model: Path) -> Run | None:
     return None
 
 
-def _name_in(root: Path, name: str) -> str:
+def run_name(root: Path, name: str) -> str:
     """The name of a run that was given by its name, or by its folder in `root`."""
     if "/" in name and "\0" not in name and _is_in(root, Path(name)):
         name = Path(name).name

@@ -1,0 +1,24 @@
+"""What may name a model, checked without loading torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from grpo_cli.core.errors import CountdownError
+
+
+def require_model(name: str, *, suggestion: str | None = None) -> None:
+    """Raise CountdownError unless `name` is builtin, a model folder, a GGUF file, or looks like a hub id.
+
+    A mistyped folder is refused here, so that it is not looked for on a hub.
+    """
+    if name == "builtin" or name.lower().endswith(".gguf"):
+        return
+    if os.path.isdir(name):
+        if not os.path.isfile(Path(name) / "config.json"):
+            raise CountdownError(f"`{name}` is not a model folder: it has no config.json", "name the folder itself")
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or os.path.exists(Path(name).parent):
+        hint = "use `builtin`, a run's name, a model folder, a GGUF file, or a hub id `owner/name`"
+        raise CountdownError(f"no model at `{name}`", suggestion or hint)
