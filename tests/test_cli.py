@@ -218,7 +218,7 @@ def test_solve_json(countdown: Command) -> None:
 
 
 def test_a_puzzle_without_a_solution_is_told_before_a_model_loads(countdown: Command) -> None:
-    found = countdown("solve", "2 2 2 = 99", "--model", "no/such/model/here")
+    found = countdown("solve", "2 2 2 = 99", "--model", "owner/name")
     assert found.code == 1
     assert "no solution" in found.err
 
