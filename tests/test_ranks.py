@@ -192,7 +192,8 @@ def test_one_process_never_starts_torch_distributed(tiny_folder: Path, tmp_path:
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environ, check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_several_processes_follow_the_curve_of_one(ranks: int, tiny_folder: Path, tmp_path: Path, alone: Path) -> None:
     """Three prompts by two processes, or by four of which one has none."""
     code, _, err = ended(launched(tmp_path, ranks, "train", "--model", tiny_folder, "--run", "two", *TRAIN))
@@ -295,13 +296,16 @@ def test_memory_that_runs_out_on_one_rank_when_sums_are_under_way_changes_nothin
     assert code == 0, err
     assert re.search(r"memory ran out after \d of \d\d", out)
     same_experiment(alone, tmp_path / "runs" / "two")
+    lines = rows(tmp_path / "runs" / "two" / "metrics.jsonl")[1:]
+    assert all(line["time/wait"] > 0 and line["time/reduce"] > 0 for line in lines)
+    assert err.count("step 2 of 3") == 1  # one rank shows the progress
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize(
     ("plugin", "sentence"),
     [
-        (RAISES, "error: rank 1 of 2 failed in step 2: out of luck"),
+        pytest.param(RAISES, "error: rank 1 of 2 failed in step 2: out of luck", marks=pytest.mark.slow),
         (DIES, "error: rank 1 of 2 no longer answers in step 2"),
         pytest.param(HANGS, "error: rank 1 of 2 no longer answers in step 2", marks=pytest.mark.slow),
     ],
@@ -321,6 +325,7 @@ def test_a_rank_that_fails_stops_all_with_one_message(
 
 
 @pytest.mark.faults
+@pytest.mark.slow
 def test_a_signal_to_the_launcher_saves_once_and_one_process_goes_on(
     tiny_folder: Path, tmp_path: Path, alone: Path
 ) -> None:

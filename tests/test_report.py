@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import fcntl
+import html
 import json
-import os
 import re
-import select
 import shutil
-import signal
+import subprocess
 from collections.abc import Iterator, Mapping
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from threading import Thread
 
 import pytest
 from conftest import Command
@@ -404,157 +403,117 @@ def test_a_page_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
 
 # In a real browser
 
-
-class Browser:
-    """Chromium, spoken to by its DevTools protocol over two pipes; `requests` are what the page asked for,
-    and `blocked` why some of it was refused."""
-
-    def __init__(self, program: str, profile: Path) -> None:
-        ours, theirs = os.pipe(), os.pipe()
-        self._from, self._to = ours[0], theirs[1]
-        reads, writes = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in (theirs[0], ours[1]))
-        os.close(theirs[0])
-        os.close(ours[1])
-        command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-        command += ["--remote-debugging-pipe", f"--user-data-dir={profile}", "--no-first-run"]
-        quiet = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)]
-        speaking = [(os.POSIX_SPAWN_DUP2, reads, 3), (os.POSIX_SPAWN_DUP2, writes, 4)]
-        self._process = os.posix_spawn(program, command, os.environ, file_actions=[*quiet, *speaking], setpgroup=0)
-        os.close(reads)
-        os.close(writes)
-        self._read, self._count, self._session = b"", 0, ""
-        self.requests: list[str] = []
-        self.blocked: list[str | None] = []
-        self.loaded = False
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        self.call("Page.enable")
-        self.call("Network.enable")
-
-    def call(self, method: str, **parameters: object) -> dict[str, Any]:
-        self._count += 1
-        message = {"id": self._count, "method": method, "params": parameters}
-        if self._session:
-            message["sessionId"] = self._session
-        os.write(self._to, json.dumps(message).encode() + b"\0")
-        while (answer := self._next()).get("id") != self._count:
-            pass
-        assert "error" not in answer, answer
-        return dict(answer["result"])
-
-    def _next(self) -> dict[str, Any]:
-        while b"\0" not in self._read:
-            assert select.select([self._from], [], [], 120)[0], "Chromium does not answer"
-            self._read += os.read(self._from, 1 << 20)
-        message, _, self._read = self._read.partition(b"\0")
-        found: dict[str, Any] = json.loads(message)
-        if found.get("method") == "Network.requestWillBeSent":
-            self.requests.append(found["params"]["request"]["url"])
-        if found.get("method") == "Network.loadingFailed":
-            self.blocked.append(found["params"].get("blockedReason"))
-        self.loaded = self.loaded or found.get("method") == "Page.loadEventFired"
-        return found
-
-    def open(self, path: Path, *, width: int, dark: bool = False) -> None:
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", media="", features=[scheme])
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
-        )
-        self.requests.clear()
-        self.blocked.clear()
-        self.loaded = False
-        self.call("Page.navigate", url=path.as_uri())
-        while not self.loaded:
-            self._next()
-
-    def evaluate(self, expression: str) -> Any:
-        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
-
-    def close(self) -> None:
-        os.killpg(self._process, signal.SIGKILL)
-        os.waitpid(self._process, 0)
-        os.close(self._to)
-        os.close(self._from)
+WIDTHS = (320, 390, 768, 1280, 1920)
+# Opens the report in a frame of each width, and writes what it finds in each as JSON into its own page.
+HARNESS = """<!doctype html><pre id=result></pre><script>
+const probe = async frame => {
+  const [page, view] = [frame.contentDocument, frame.contentWindow];
+  const script = page.createElement('script');
+  script.textContent = 'window.owned = 4';
+  const owned = view.owned ?? null;
+  page.body.append(script);
+  const load = source => new Promise(done => {
+    const image = new view.Image();
+    [image.onload, image.onerror] = [() => done(true), () => done(false)];
+    image.src = source;
+  });
+  const style = view.getComputedStyle(page.body);
+  return {
+    width: view.innerWidth, scrolled: page.documentElement.scrollWidth,
+    figures: page.querySelectorAll('figure svg').length,
+    background: style.backgroundColor, display: style.display, images: page.images.length, owned,
+    forced: view.owned ?? null,
+    text: [...page.querySelectorAll('pre')].map(pre => pre.innerText).join(),
+    remote: await load('/image.gif'), inline: await load('PIXEL'),
+  };
+};
+const frames = WIDTHS.map(width => new Promise(done => {
+  const frame = document.createElement('iframe');
+  frame.style = `border: 0; height: 900px; width: ${width}px`;
+  frame.onload = () => done(probe(frame));
+  frame.src = 'report.html';
+  document.body.append(frame);
+}));
+Promise.all(frames).then(all => { document.getElementById('result').textContent = JSON.stringify(all); });
+</script>"""
+PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
+HARNESS = HARNESS.replace("PIXEL", PIXEL).replace("WIDTHS", str(list(WIDTHS)))
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+def chromium(*arguments: str) -> str:
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     assert program, "Chromium is not installed"
-    opened = Browser(program, tmp_path_factory.mktemp("profile"))
-    yield opened
-    opened.close()
+    command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Address of a local server of `tmp_path`, and the paths that were asked for."""
+    asked: list[str] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_request(self, code: object = "-", size: object = "-") -> None:
+            asked.append(self.path)
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    (tmp_path / "harness.html").write_text(HARNESS)
+    with ThreadingHTTPServer(("localhost", 0), partial(Handler, directory=str(tmp_path))) as serving:
+        Thread(target=serving.serve_forever, daemon=True).start()
+        yield f"http://localhost:{serving.server_port}", asked
+        serving.shutdown()
 
 
 def suite(name: str) -> Account:
     """A run with six cells."""
     cells = [f"val {numbers} {style}" for numbers in (3, 4) for style in ("one-shot", "zero-shot", "natural")]
-    found = [(0, "0" * 300), (2, "01" * 150), (4, "001" * 100)]
-    return account(*(line(step, solved, cell=cell) for step, solved in found for cell in cells), name=name)
-
-
-@pytest.fixture
-def written(tmp_path: Path) -> Path:
-    """A page on two runs: one has as long a name as a run may have, the other means harm."""
-    path = tmp_path / "report.html"
-    report.write(report.page([suite("a-run-" + 58 * "x"), hostile()], defaults=DEFAULTS), path)
-    return path
+    solved = [(0, "0" * 300), (2, "01" * 150), (4, "001" * 100)]
+    return account(*(line(step, marks, cell=cell) for step, marks in solved for cell in cells), name=name)
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [320, 390, 768, 1280, 1920])
-def test_the_page_never_scrolls_sideways(browser: Browser, written: Path, width: int, dark: bool) -> None:
-    browser.open(written, width=width, dark=dark)
-    assert browser.evaluate("innerWidth") == width
-    assert browser.evaluate("document.documentElement.scrollWidth") <= width
-    assert browser.evaluate("document.querySelectorAll('figure svg').length") == 2
-    background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert background == ("rgb(21, 23, 26)" if dark else "rgb(255, 255, 255)")
+@pytest.mark.parametrize(
+    ("scheme", "paper"), [(1, "rgb(255, 255, 255)"), (0, "rgb(21, 23, 26)")], ids=["light", "dark"]
+)
+def test_the_page_fits_any_window_and_a_hostile_run_does_nothing(
+    server: tuple[str, list[str]], tmp_path: Path, scheme: int, paper: str
+) -> None:
+    """A page on two runs: one has as long a name as a run may have, the other is hostile."""
+    report.write(report.page([suite("a-run-" + 58 * "x"), hostile()], defaults=DEFAULTS), tmp_path / "report.html")
+    address, asked = server
+    dom = chromium(
+        f"--blink-settings=preferredColorScheme={scheme}",
+        "--virtual-time-budget=20000",
+        "--dump-dom",
+        f"{address}/harness.html",
+    )
+    result = re.search('<pre id="result">(.*?)</pre>', dom, re.DOTALL)
+    assert result and result[1], dom[:2000]
+    frames = json.loads(html.unescape(result[1]))
+    assert [frame["width"] for frame in frames] == list(WIDTHS)
+    for frame in frames:
+        assert frame["scrolled"] <= frame["width"]  # nothing scrolls sideways
+        assert (frame["figures"], frame["images"]) == (2, 0)
+        assert (frame["background"], frame["display"]) == (paper, "block")
+        assert SHOWN in frame["text"]
+        assert frame["owned"] is frame["forced"] is None  # neither its own scripts run nor those put into it
+        assert (frame["remote"], frame["inline"]) == (False, True)
+    assert set(asked) <= {"/harness.html", "/report.html", "/favicon.ico"}
 
 
 @pytest.mark.browser
-def test_a_hostile_run_does_not_act_in_the_browser(browser: Browser, written: Path) -> None:
-    browser.open(written, width=1280)
-    assert browser.requests == [written.as_uri()]
-    assert browser.evaluate("window.owned") is None
-    assert browser.evaluate("[document.scripts.length, document.images.length]") == [0, 0]
-    assert browser.evaluate("getComputedStyle(document.body).display") == "block"
-    assert SHOWN in browser.evaluate("[...document.querySelectorAll('pre')].map(pre => pre.innerText).join()")
+def test_the_page_prints_whole_on_a4(tmp_path: Path) -> None:
+    def pages(text: str) -> int:
+        report.write(text, tmp_path / "report.html")
+        target = tmp_path / "report.pdf"
+        chromium(f"--print-to-pdf={target}", "--no-pdf-header-footer", (tmp_path / "report.html").as_uri())
+        document = target.read_bytes()
+        (box,) = set(re.findall(rb"/MediaBox \[0 0 ([0-9.]+) ([0-9.]+)\]", document))
+        assert [round(float(side) / 72 * 25.4) for side in box] == [210, 297]
+        return len(re.findall(rb"/Type\s*/Page\b", document))
 
-
-@pytest.mark.browser
-def test_the_page_forbids_scripts_and_requests(browser: Browser, written: Path) -> None:
-    browser.open(written, width=1280)
-    script = "const s = document.createElement('script'); s.textContent = 'window.owned = 4'; document.body.append(s)"
-    browser.evaluate(script)
-    assert browser.evaluate("window.owned") is None
-    load = "new Promise(done => {{ const i = new Image(); i.onload = () => done('in'); "
-    load += "i.onerror = () => done('out'); i.src = '{}' }})"
-    pixel = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
-    assert browser.evaluate(load.format("https://example.org/a.gif")) == "out"
-    assert browser.blocked == ["csp"]
-    assert browser.evaluate(load.format(pixel)) == "in"
-
-
-@pytest.mark.browser
-def test_the_page_prints_whole(browser: Browser, tmp_path: Path) -> None:
-    path = tmp_path / "report.html"
-    report.write(report.page([suite("first"), suite("second")], defaults=DEFAULTS), path)
-    browser.open(path, width=1280, dark=True)
-    visible = "[...document.querySelectorAll('details > .wide')]"
-    visible += ".map(one => one.checkVisibility({contentVisibilityAuto: true}))"
-    assert set(browser.evaluate(visible)) == {False}
-    browser.call("Emulation.setEmulatedMedia", media="print")
-    browser.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
-    assert set(browser.evaluate(visible)) == {True}
-    assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    printed = browser.call("Page.printToPDF", preferCSSPageSize=True, printBackground=False)
-    document = base64.b64decode(printed["data"])
-    pages = re.findall(rb"/Type\s*/Page\b", document)
-    (box,) = set(re.findall(rb"/MediaBox \[0 0 ([0-9.]+) ([0-9.]+)\]", document))
-    assert [round(float(side) / 72 * 25.4) for side in box] == [210, 297]
-    assert 4 <= len(pages) <= 14
+    text = report.page([suite("first"), suite("second")], defaults=DEFAULTS)
+    assert 4 <= pages(text) <= 14
+    folded = re.sub("<details>.*?</details>", "", text, flags=re.DOTALL)
+    assert pages(folded) < pages(text)  # folded parts are printed too

@@ -75,12 +75,12 @@ HOSTILE: list[tuple[str, Reason]] = [
 ]
 
 
-@pytest.mark.parametrize("style", TAGGED)
 @pytest.mark.parametrize(("answer", "puzzle", "reason", "lenient"), CONTRACT)
-def test_the_contract(answer: str, puzzle: Puzzle, reason: Reason, lenient: bool, style: Style) -> None:
+def test_the_contract(answer: str, puzzle: Puzzle, reason: Reason, lenient: bool) -> None:
     correct = reason == "correct"
     expected = Score(1.0 if correct else 0.2, correct, reason, answer.strip(), well_formed=True, lenient=lenient)
-    assert replace(answered(answer, puzzle, style), cheat=None) == expected
+    for style in TAGGED:
+        assert replace(answered(answer, puzzle, style), cheat=None) == expected
 
 
 @pytest.mark.faults
@@ -113,7 +113,6 @@ def test_the_last_complete_pair_holds_the_answer(completion: str, answer: str | 
     assert (result.reason == "no_answer") == (answer is None)
 
 
-@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize(
     ("completion", "reward", "well_formed"),
     [
@@ -130,11 +129,10 @@ def test_the_last_complete_pair_holds_the_answer(completion: str, answer: str | 
         ("< think ></ think >", 0.0, False),
     ],
 )
-def test_each_tag_pair_earns_a_tenth_in_every_style(
-    completion: str, reward: float, well_formed: bool, style: Style
-) -> None:
-    result = score(completion, P13, style=style)
-    assert (result.reward, result.well_formed) == (reward, well_formed)
+def test_each_tag_pair_earns_a_tenth_in_every_style(completion: str, reward: float, well_formed: bool) -> None:
+    for style in STYLES:
+        result = score(completion, P13, style=style)
+        assert (result.reward, result.well_formed) == (reward, well_formed)
 
 
 def test_a_correct_answer_replaces_the_format_reward() -> None:
@@ -276,11 +274,10 @@ def test_a_hundred_thousand_strings_of_the_grammar_are_scored_none_in_over_five_
 
 @pytest.mark.faults
 @pytest.mark.parametrize("piece", ["(", "((1)", "1+", "-", "1 = ", "<answer>", "</answer>", "<think>", "9", "\\times "])
-@pytest.mark.parametrize("style", STYLES)
-def test_a_megabyte_of_one_piece_is_scored(piece: str, style: Style) -> None:
+def test_a_megabyte_of_one_piece_is_scored(piece: str) -> None:
     bomb = piece * (1_000_000 // len(piece))
     for completion in (bomb, f"<think></think><answer>{bomb}</answer>"):
-        assert score(completion, P13, style=style).reward < 1.0
+        assert all(score(completion, P13, style=style).reward < 1.0 for style in STYLES)
 
 
 def test_prompts_carry_the_roles_of_their_style() -> None:
@@ -343,9 +340,8 @@ THOUGHT = "<think>x</think>"
         ("", None),
     ],
 )
-@pytest.mark.parametrize("style", TAGGED)
-def test_attempts_to_cheat_by_kind(completion: str, cheat: str | None, style: Style) -> None:
-    assert score(completion, P13, style=style).cheat == cheat
+def test_attempts_to_cheat_by_kind(completion: str, cheat: str | None) -> None:
+    assert {score(completion, P13, style=style).cheat for style in TAGGED} == {cheat}
 
 
 @pytest.mark.parametrize(
