@@ -74,8 +74,8 @@ def test_without_a_mask_completions_of_one_prompt_attend_together(monkeypatch: p
     monkeypatch.setattr(attention, "maskless", lambda device: True)
     assert order([5, 3, 4, 1], [1, 0, 1, 0], CPU) == [3, 1, 2, 0]
     plan = Packed([2, 7], [1, 3, 4, 5], [0, 0, 1, 1], CPU)
-    assert [(owner.tolist(), reach) for _, owner, reach, _ in plan.buckets] == [([0, 0], 2), ([1, 1], 7)]
-    assert all(isinstance(bias, CausalBias) for *_, bias in plan.buckets)
+    assert [(owner.tolist(), reach) for _, owner, reach, *_ in plan.buckets] == [([0, 0], 2), ([1, 1], 7)]
+    assert all(isinstance(bias, CausalBias) for *_, bias, _ in plan.buckets)
 
 
 class Conversation:
@@ -165,3 +165,13 @@ def test_decode_scores_in_the_hundreds_keep_float32_precision() -> None:
     assert scores.abs().max() > 100
     expected = (scores.softmax(-1) @ values)[:, :, 0]
     torch.testing.assert_close(attended, expected, atol=0.02, rtol=0.02)
+
+
+def test_gradients_of_a_shared_prompt_are_summed_in_a_fixed_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`index_add`, which an index into the prompts leaves for the backward pass, adds by atomics on a GPU."""
+    monkeypatch.setattr(attention, "maskless", lambda device: True)
+    plan = Packed([3, 5], [2, 4, 4], [0, 1, 1], CPU)
+    query, key, value = (part.requires_grad_() for part in random_layer(torch.Generator().manual_seed(1), 1, 18))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        plan.attend(0, query, key, value, SCALING).sum().backward()
+    assert not {event.key for event in profiler.key_averages()} & {"aten::index_add_", "aten::index_add"}

@@ -51,15 +51,18 @@ def test_every_line_of_config_toml_says_what_the_help_says() -> None:
     assert comments == {key: describe(key) for key in FIELDS}
 
 
-def test_the_qwen_preset_has_the_hyperparameters_of_the_original(tmp_path: Path) -> None:
-    settings = resolved(tmp_path, flags={"preset": "qwen2.5-1.5b"}).settings
+@pytest.mark.parametrize(("preset", "precision"), [("qwen2.5-1.5b-original", "bf16"), ("qwen2.5-1.5b", "bf16-master")])
+def test_the_qwen_presets_have_the_hyperparameters_of_the_original_and_one_keeps_masters(
+    tmp_path: Path, preset: str, precision: str
+) -> None:
+    settings = resolved(tmp_path, flags={"preset": preset}).settings
     train, loss = settings.train, settings.loss
     assert settings.model.model == "Qwen/Qwen2.5-1.5B-Instruct"
     assert (train.learning_rate, train.batch_size, train.num_generations) == (2e-6, 4, 16)
     assert (train.max_new_tokens, train.num_iterations, train.num_inner_updates) == (160, 1200, 1)
     assert (train.clip_grad_norm, train.temperature, train.optimizer) == (0.5, 1.2, "adamw8bit")
     assert (loss.loss_type, loss.beta, loss.epsilon, loss.epsilon_high) == ("grpo", 0.01, 0.2, 0.2)
-    assert (settings.model.precision, settings.model.gradient_checkpointing) == ("bf16", "auto")
+    assert (settings.model.precision, settings.model.gradient_checkpointing) == (precision, "auto")
 
 
 def test_each_layer_wins_over_the_ones_before_it(tmp_path: Path) -> None:
@@ -282,7 +285,7 @@ def test_a_preset_cannot_choose_a_preset(tmp_path: Path) -> None:
 def test_an_unknown_preset_is_met_with_the_known_ones(tmp_path: Path) -> None:
     error = refused(tmp_path, "[preset.mine]\n", flags={"preset": "buitlin"})
     assert error.message == "`--preset` names no preset: `buitlin`"
-    assert error.hint == "presets are `auto`, `builtin`, `mine`, `qwen2.5-1.5b`"
+    assert error.hint == "presets are `auto`, `builtin`, `mine`, `qwen2.5-1.5b`, `qwen2.5-1.5b-original`"
 
 
 @pytest.mark.faults

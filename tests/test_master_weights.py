@@ -1,5 +1,6 @@
 """MasterWeights: a float32 optimizer's steps, whatever the weights can hold, saved and taken up on any device."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -158,3 +159,23 @@ def test_a_run_goes_on_where_there_are_no_masters_and_where_there_are(tiny_folde
     taken_up.restore(folder)
     assert isinstance(taken_up.optimizer, MasterWeights)
     assert all(map(torch.equal, taken_up.optimizer.masters, plain.policy.model.parameters()))
+
+
+def test_resuming_loads_the_optimizers_state_on_the_host(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU would else hold it twice. The meta device stands for one: what is loaded there holds no numbers."""
+    policy = with_masters(tiny_folder)
+    saved = Training(policy, build_optimizer(policy, name="adamw8bit", weight_decay=0.0))
+    run = Run.create(tmp_path, "saved")
+    saved.save(run, small(tiny_folder, **{"model.precision": "bf16-master"}))
+    training = Training(with_masters(tiny_folder), build_optimizer(policy, name="adamw8bit", weight_decay=0.0))
+    monkeypatch.setattr(Policy, "device", torch.device("meta"))
+    training.restore(run.checkpoint_path(0))
+    assert isinstance(training.optimizer, MasterWeights) and isinstance(saved.optimizer, MasterWeights)
+    assert all(map(torch.equal, training.optimizer.masters, saved.optimizer.masters))
+
+
+def test_8_bit_adamw_is_built_without_warnings_of_the_library(tiny_policy: Policy) -> None:
+    build_optimizer(tiny_policy, name="adamw8bit", weight_decay=0.0)
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)

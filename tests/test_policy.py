@@ -1,8 +1,10 @@
 """Loading refuses what does not fit; log-probabilities and their gradients are those of the plain model, row by row."""
 
 import json
+import os
 import shutil
 import socket
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Mis
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model import attention as attention_module
-from grpo_cli.core.model.load import load
+from grpo_cli.core.model.load import fix_order, load
 from grpo_cli.core.model.policy import Policy, Sequences, token_logprobs
 from grpo_cli.core.sampling.rollout import sample, uniforms
 from grpo_cli.core.task.prompts import SYSTEM
@@ -62,7 +64,7 @@ def plain_logprobs(model: PreTrainedModel, sequences: Sequences) -> tuple[Tensor
 
 def gradients(model: PreTrainedModel, logprobs: Tensor) -> dict[str, Tensor]:
     """Gradient of every parameter for a mean with random weights, so that no two tokens count alike."""
-    weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(0))
+    weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(0)).to(logprobs.device)
     model.zero_grad()
     ((logprobs * weights).sum() / (logprobs != 0).sum()).backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -427,3 +429,20 @@ def test_a_device_that_is_not_there_is_named(tiny_folder: Path) -> None:
     error = refusal(tiny_folder, device="cuda")
     assert error.message == "device `cuda` is not available here"
     assert error.hint is not None and "`cpu`" in error.hint
+
+
+def test_runs_can_be_repeated_bit_for_bit_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with warnings.catch_warnings():
+        try:
+            fix_order()
+            assert torch.are_deterministic_algorithms_enabled()
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def test_attention_never_goes_to_cudnn(tiny_policy: Policy) -> None:
+    """It plans anew for each shape, and every batch has another."""
+    assert tiny_policy and not torch.backends.cuda.cudnn_sdp_enabled()

@@ -112,6 +112,9 @@ class Train(Table):
     patience: int = Field(ge=0, description="evaluations without a better one after which to stop; 0 is never")
     save_every: int = Field(ge=1, description="steps between checkpoints")
     keep_last: int = Field(ge=2, description="checkpoints to keep")
+    deterministic: bool = Field(
+        description="on a GPU, add up in a fixed order: the same run again bit for bit, but slower"
+    )
     max_bad_steps: int = Field(ge=1, description="steps in a row without a finite loss and gradient that end the run")
     stop_on_collapse: bool = Field(description="end a run whose KL or length runs away, or that learns format alone")
 

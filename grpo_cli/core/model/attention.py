@@ -194,7 +194,7 @@ class Packed:
             rows, owner = _Rows(lengths[start:end], device), torch.tensor(prompt_index[start:end], device=device)
             reach, longest = prompt_lengths[prompt_index[start]] if apart else self.prompts.shape[1], rows.shape[1]
             bias = _aligned(longest, reach + longest, device) if apart else self._mask(longest, owner)
-            self.buckets.append((rows, owner, reach, bias))
+            self.buckets.append((rows, owner, reach, bias, prompt_index[start] if apart else None))
         self.sizes = [self.prompts.tokens, *(rows.tokens for rows, *_ in self.buckets)]
         ends = torch.tensor([*prompt_lengths, *lengths]).cumsum(0) - 1  # packed position of each section's last token
         firsts = ends[len(prompt_lengths) - 1 : -1] + 1
@@ -217,10 +217,10 @@ class Packed:
         parts = zip(*(tensor[0].transpose(0, 1).split(self.sizes) for tensor in (query, key, value)), strict=True)
         queries, prompt_keys, prompt_values = (self.prompts.pad(part).transpose(1, 2) for part in next(parts))
         attended = [self.prompts.unpad(_causal(queries, prompt_keys, prompt_values, scaling).transpose(1, 2))]
-        for (rows, owner, reach, bias), part in zip(self.buckets, parts, strict=True):
+        for (rows, owner, reach, bias, alike), part in zip(self.buckets, parts, strict=True):
             queries, keys, values = (rows.pad(tensor).transpose(1, 2) for tensor in part)  # (R, H or K, C, d)
-            keys = torch.cat([prompt_keys.index_select(0, owner)[:, :, :reach], keys], dim=2)
-            values = torch.cat([prompt_values.index_select(0, owner)[:, :, :reach], values], dim=2)
+            keys = torch.cat([_of_owners(prompt_keys, owner, reach, alike), keys], dim=2)
+            values = torch.cat([_of_owners(prompt_values, owner, reach, alike), values], dim=2)
             attended.append(rows.unpad(_biased(queries, keys, values, bias, scaling).transpose(1, 2)))
         return torch.cat(attended)[None]  # (1, N, H, d)
 
@@ -246,6 +246,16 @@ class _Rows:
         """(R, C, ...) -> (M, ...)."""
         flat = padded.flatten(0, 1)
         return flat if self.places is None else flat[self.places]
+
+
+def _of_owners(prompts: Tensor, owner: Tensor, reach: int, first: int | None) -> Tensor:
+    """The first `reach` keys or values (R, K, reach, d) of each row's prompt; of prompt `first` if all rows share it.
+
+    The gradient of a shared prompt is then one sum in a fixed order, where an index would add by atomics on a GPU.
+    """
+    if first is None:
+        return prompts.index_select(0, owner)[:, :, :reach]
+    return prompts[first : first + 1, :, :reach].expand(len(owner), -1, -1, -1)
 
 
 def _pick(cache: Tensor, prompts: Tensor, slots: Tensor, time: int) -> Tensor:

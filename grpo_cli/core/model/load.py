@@ -6,6 +6,8 @@ Pickles and remote code are never touched.
 from __future__ import annotations
 
 import math
+import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +53,14 @@ def weights_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bfloat16 else torch.float32
 
 
+def fix_order() -> None:
+    """Let CUDA kernels add up in a fixed order, so that a run can be repeated bit for bit; a CPU always does."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    # Sampling scans whole rows, each in one block and so in a fixed order, but torch has no word for that.
+    warnings.filterwarnings("ignore", message="cumsum_cuda_kernel does not have a deterministic")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def load(
     name: str,
     *,
@@ -70,6 +80,7 @@ def load(
     place = detect_device(device)
     # A CPU takes a hundred times as long for numbers below 1e-38, of which sharp attention makes many.
     torch.set_flush_denormal(True)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans anew for every shape of a batch
     chosen = detect_precision(precision, place)
     dtype = weights_dtype(chosen, place)
     if local:

@@ -7,6 +7,7 @@ files within a checkpoint, but neither the algorithm nor where a run keeps anyth
 from __future__ import annotations
 
 import hashlib
+import logging
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -113,7 +114,8 @@ class Training:
 
     def restore(self, folder: Path) -> None:
         """Take up the state of a checkpoint whose model is already loaded."""
-        state = torch.load(folder / "state.pt", map_location=self.policy.device, weights_only=True)
+        # On the host: the optimizer moves what it keeps, and a GPU never holds the state twice.
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         if "optimizer" not in state:
             shards.load_shards(folder / "shards", self.learns.model, self.optimizer)
         elif self.learner:
@@ -149,6 +151,7 @@ def build_optimizer(policy: Policy, *, name: str, weight_decay: float) -> torch.
 
     def build(weights: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
         if choose_optimizer(name, policy.device) == "adamw8bit":
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of 4-bit kernels that are not used
             import bitsandbytes  # imported late: it looks for native kernels
 
             return bitsandbytes.optim.AdamW8bit(weights, weight_decay=weight_decay)  # type: ignore[no-any-return]
