@@ -40,6 +40,7 @@ def main() -> None:
     """Run the command line; what a user can mend is shown as one sentence, never as a traceback."""
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on Linux then keeps large tensors in huge pages
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which `--deterministic` needs
     if "PYTORCH_ALLOC_CONF" not in os.environ:  # its newer name
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # less is lost between blocks
     try:

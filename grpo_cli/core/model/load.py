@@ -6,7 +6,6 @@ Pickles and remote code are never touched.
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -55,7 +54,6 @@ def weights_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 def fix_order() -> None:
     """Let CUDA kernels add up in a fixed order, so that a run can be repeated bit for bit; a CPU always does."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     # Sampling scans whole rows, each in one block and so in a fixed order, but torch has no word for that.
     warnings.filterwarnings("ignore", message="cumsum_cuda_kernel does not have a deterministic")
     torch.use_deterministic_algorithms(True, warn_only=True)
