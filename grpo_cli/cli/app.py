@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +22,10 @@ from grpo_cli import __version__
 from grpo_cli.cli.launch import place
 from grpo_cli.cli.options import settings_command
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.task.rules import Rules
 from grpo_cli.ui import text as show
+
+RULES = [f"task.{rule.name}" for rule in fields(Rules)]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -97,7 +101,7 @@ def _command(*settings: str, name: str | None = None) -> Callable[[Callable[...,
     return register
 
 
-@_command("task.numbers", name="gen-data")
+@_command("task.numbers", *RULES, name="gen-data")
 def gen_data(
     ctx: typer.Context,
     split: Annotated[Literal["train", "val"] | None, typer.Option(help="one split alone; default: both")] = None,
@@ -163,10 +167,12 @@ def eval(
     """
 
 
-@_command("preset", "runs", "task.style", "model.device", "model.precision", "eval.max_new_tokens", "eval.temperature")
+@_command(
+    "preset", "runs", "task.style", *RULES, "model.device", "model.precision", "eval.max_new_tokens", "eval.temperature"
+)
 def solve(
     ctx: typer.Context,
-    question: Annotated[str, typer.Argument(metavar="PUZZLE", help='"4 7 3 = 25", "4,7,3 -> 25", or a sentence')],
+    question: Annotated[list[str], typer.Argument(metavar="PUZZLE", help='"4 7 3 = 25", "4,7,3 -> 25", or a sentence')],
     model: Annotated[str | None, typer.Option(help="run, folder, hub id, or `builtin`", metavar="<name>")] = None,
     attempts: Annotated[int, typer.Option(min=1, help="completions to sample until one is right", metavar="<int>")] = 1,
     show_solution: Annotated[bool, typer.Option("--show-solution", help="show the solver's own solutions too")] = False,

@@ -8,7 +8,7 @@ import typer
 
 from grpo_cli.cli.checks import resolve
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.task.data import ENUMERABLE, enumerate_puzzles, generate, json_line, summarize, write_puzzles
+from grpo_cli.core.task.data import enumerate_puzzles, generate, is_enumerable, json_line, summarize, write_puzzles
 from grpo_cli.core.task.puzzle import Split
 from grpo_cli.ui import tables
 
@@ -24,16 +24,20 @@ def run(
     config: Path | None,
 ) -> None:
     """Enumerate all puzzles, or draw `count` of them."""
-    numbers = resolve(ctx, config).settings.task.numbers
-    if not count and numbers > ENUMERABLE:
-        raise CountdownError(f"puzzles of {numbers} numbers are too many to enumerate", "draw some with `--count`")
+    task = resolve(ctx, config).settings.task
+    numbers, rules = task.numbers, task.rules
+    if not count and not is_enumerable(numbers, rules):
+        raise CountdownError(
+            f"puzzles of {numbers} numbers from {rules.min_number} to {rules.max_number} are too many to enumerate",
+            "draw some with `--count`",
+        )
     if count:
-        puzzles = generate(count, numbers=numbers, split=split, seed=seed)
+        puzzles = generate(count, numbers=numbers, split=split, seed=seed, rules=rules)
     else:
-        puzzles = list(enumerate_puzzles(numbers=numbers, split=split))
+        puzzles = list(enumerate_puzzles(numbers, split, rules))
     if out is None:
         for puzzle in puzzles:
-            print(json_line(puzzle))
+            print(json_line(puzzle, rules))
     else:
-        write_puzzles(out, puzzles, overwrite=overwrite)
-    tables.gen_data_summary(summarize(puzzles), out)
+        write_puzzles(out, puzzles, overwrite=overwrite, rules=rules)
+    tables.gen_data_summary(summarize(puzzles, rules), out)

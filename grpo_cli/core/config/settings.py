@@ -6,13 +6,14 @@ A setting's flag, TOML key and environment variable share its name here. Where v
 import hashlib
 import json
 from functools import partial, reduce
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from grpo_cli.core.task.curriculum import schedule
 from grpo_cli.core.task.prompts import STYLES
+from grpo_cli.core.task.rules import Rules, operations_in
 from grpo_cli.core.task.scoring import Rewards
 from grpo_cli.core.task.suite import SIZES, cell
 
@@ -66,6 +67,24 @@ Suite = Annotated[dict[CellName, Annotated[float, Field(ge=0)]], AfterValidator(
 class Task(Table):
     numbers: int = Field(ge=2, le=6, description="numbers in a puzzle")
     style: Literal["one-shot", "zero-shot", "natural"] = Field(description="how a puzzle is put to the model")
+    operations: Annotated[str, AfterValidator(operations_in)] = Field(description="operations allowed: some of + - * /")
+    min_number: int = Field(ge=1, le=1000, description="smallest number")
+    max_number: int = Field(ge=1, le=1000, description="largest number")
+    min_target: int = Field(ge=1, le=100_000, description="smallest target")
+    max_target: int = Field(ge=1, le=100_000, description="largest target")
+    use_all: bool = Field(description="use every number exactly once; else each at most once")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        for name in ("number", "target"):
+            if getattr(self, f"min_{name}") > getattr(self, f"max_{name}"):
+                raise ValueError(f"`min_{name}` is above `max_{name}`")
+        return self
+
+    @property
+    def rules(self) -> Rules:
+        """The rules of countdown that these settings make."""
+        return Rules(self.operations, self.min_number, self.max_number, self.min_target, self.max_target, self.use_all)
 
 
 class Model(Table):

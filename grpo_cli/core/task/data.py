@@ -6,6 +6,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 from itertools import combinations_with_replacement, islice
 from operator import add, mul, sub
@@ -14,57 +15,71 @@ from pathlib import Path
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import check_writable, write
 from grpo_cli.core.task.expression import parse
-from grpo_cli.core.task.puzzle import NUMBERS, TARGETS, Puzzle, Split, check_size, checked, judge, split_of
-from grpo_cli.core.task.solver import magnitudes, needs_parentheses, solve
+from grpo_cli.core.task.puzzle import Puzzle, Split, check_size, checked, judge, split_of
+from grpo_cli.core.task.rules import ORIGINAL, Rules
+from grpo_cli.core.task.solver import needs_parentheses, solution, solve, targets
 
-ENUMERABLE = 4  # the most numbers of which all puzzles are soon enumerated and solved
-SAMPLED = 2_000  # distinct puzzles that stand for a split of more numbers
+ENUMERABLE = 4, 1_000  # the most numbers, and choices of them, of which all puzzles are soon enumerated and solved
+SAMPLED = 2_000  # distinct puzzles that stand for a larger split
 MOST_DRAWS = 200_000  # to find them
-
-_OPERATIONS: tuple[Callable[[int, int], int], ...] = (add, sub, mul)
+RATED = 200
+_APPLY: dict[str, Callable[[int | Fraction, int], int | Fraction]] = {"+": add, "-": sub, "*": mul, "/": Fraction}
 
 FIELDS = ("numbers", "target", "split", "solution")
 
 
-def enumerate_puzzles(numbers: int = 3, split: Split | None = None) -> Iterator[Puzzle]:
-    """Every solvable puzzle of that many numbers from 1 to 10 and a target from 1 to 100, once.
+def is_enumerable(size: int, rules: Rules = ORIGINAL) -> bool:
+    """Whether all puzzles of that many numbers are soon listed."""
+    return size <= ENUMERABLE[0] and rules.choices(size) <= ENUMERABLE[1]
+
+
+def enumerate_puzzles(numbers: int = 3, split: Split | None = None, rules: Rules = ORIGINAL) -> Iterator[Puzzle]:
+    """Every solvable puzzle of that many numbers, once.
 
     Numbers are sorted; puzzles are ordered by (numbers, target).
     """
     check_size(numbers)
-    for drawn in combinations_with_replacement(NUMBERS, numbers):
+    for drawn in combinations_with_replacement(rules.numbers, numbers):
         if split in (None, split_of(drawn)):
-            yield from (Puzzle(drawn, target) for target in sorted(magnitudes(drawn)) if target in TARGETS)
+            yield from (Puzzle(drawn, target) for target in sorted(targets(drawn, rules)))
 
 
-def generate(count: int, *, numbers: int = 3, split: Split | None = None, seed: int = 0) -> list[Puzzle]:
-    """`count` puzzles as the original draws them: `((a op b) op c) ...` at random, kept if 1 <= value <= 100."""
+def generate(
+    count: int, *, numbers: int = 3, split: Split | None = None, seed: int = 0, rules: Rules = ORIGINAL
+) -> list[Puzzle]:
+    """`count` puzzles as the original draws them: `((a op b) op c) ...` at random, kept if the target is allowed."""
     check_size(numbers)
-    return list(islice(_draws(numbers, split, seed), count))
+    puzzles = list(islice(_draws(numbers, split, seed, rules), count))
+    if len(puzzles) < count:
+        raise CountdownError(f"{MOST_DRAWS:,} draws in a row made no such puzzle", "allow more numbers or targets")
+    return puzzles
 
 
-def puzzle_set(numbers: int, split: Split) -> list[Puzzle]:
-    """All puzzles of a split; of more than four numbers a fixed sample, each puzzle once."""
-    if numbers <= ENUMERABLE:
-        return list(enumerate_puzzles(numbers=numbers, split=split))
+def puzzle_set(numbers: int, split: Split, rules: Rules = ORIGINAL) -> list[Puzzle]:
+    """All puzzles of a split, or where they are too many a fixed sample, each puzzle once."""
+    if is_enumerable(numbers, rules):
+        return list(enumerate_puzzles(numbers, split, rules))
     distinct: dict[Puzzle, Puzzle] = {}
-    for puzzle in islice(_draws(numbers, split, seed=0), MOST_DRAWS):
+    for puzzle in islice(_draws(numbers, split, 0, rules), MOST_DRAWS):
         distinct.setdefault(puzzle.canonical, puzzle)
         if len(distinct) == SAMPLED:
             break
     return list(distinct.values())
 
 
-def _draws(size: int, split: Split | None, seed: int) -> Iterator[Puzzle]:
-    """Puzzles at random without end."""
-    below = _below(random.Random(seed))
-    while True:
-        drawn = tuple([NUMBERS[below(len(NUMBERS))] for _ in range(size)])
-        target = drawn[0]
+def _draws(size: int, split: Split | None, seed: int, rules: Rules) -> Iterator[Puzzle]:
+    """Puzzles at random, until MOST_DRAWS in a row make none."""
+    below, numbers, operations = _below(random.Random(seed)), rules.numbers, [_APPLY[name] for name in rules.operations]
+    missed = 0
+    while missed < MOST_DRAWS:
+        drawn = tuple([numbers[below(len(numbers))] for _ in range(size)])
+        target: int | Fraction = drawn[0]
         for number in drawn[1:]:
-            target = _OPERATIONS[below(len(_OPERATIONS))](target, number)
-        if target in TARGETS and split in (None, split_of(drawn)):
-            yield Puzzle(drawn, target)
+            target = operations[below(len(operations))](target, number)
+        missed += 1
+        if target in rules.targets and split in (None, split_of(drawn)):
+            yield Puzzle(drawn, int(target))
+            missed = 0
 
 
 def _below(rng: random.Random) -> Callable[[int], int]:
@@ -81,23 +96,23 @@ def _below(rng: random.Random) -> Callable[[int], int]:
     return below
 
 
-def json_line(puzzle: Puzzle) -> str:
+def json_line(puzzle: Puzzle, rules: Rules = ORIGINAL) -> str:
     """The puzzle with one solution as a line of a puzzle file, without its newline."""
-    return f'{{"numbers": [{", ".join(map(str, puzzle.numbers))}], {_rest_of_line(puzzle.canonical)}'
+    return f'{{"numbers": [{", ".join(map(str, puzzle.numbers))}], {_rest_of_line(puzzle.canonical, rules)}'
 
 
 @cache
-def _rest_of_line(puzzle: Puzzle) -> str:
-    solutions = solve(puzzle)
-    if not solutions:
+def _rest_of_line(puzzle: Puzzle, rules: Rules) -> str:
+    solved = solution(puzzle, rules)
+    if solved is None:
         raise CountdownError(f"{puzzle.target} cannot be made from {list(puzzle.numbers)}")
-    return json.dumps({"target": puzzle.target, "split": puzzle.split, "solution": solutions[0]})[1:]
+    return json.dumps({"target": puzzle.target, "split": puzzle.split, "solution": solved})[1:]
 
 
-def write_puzzles(path: Path, puzzles: Iterable[Puzzle], *, overwrite: bool = False) -> None:
+def write_puzzles(path: Path, puzzles: Iterable[Puzzle], *, overwrite: bool = False, rules: Rules = ORIGINAL) -> None:
     """Write a puzzle file as a whole or not at all."""
     check_writable(path, overwrite=overwrite)
-    write(path, "".join(f"{json_line(puzzle)}\n" for puzzle in puzzles).encode())
+    write(path, "".join(f"{json_line(puzzle, rules)}\n" for puzzle in puzzles).encode())
 
 
 def read_puzzles(path: Path) -> list[Puzzle]:
@@ -151,17 +166,20 @@ class Summary:
     duplicates: int
 
 
-def summarize(puzzles: Sequence[Puzzle]) -> Summary:
+def summarize(puzzles: Sequence[Puzzle], rules: Rules = ORIGINAL) -> Summary:
     """Counts, targets and difficulty of a non-empty set of puzzles.
 
     Puzzles with the same numbers, in any order, and the same target are one puzzle: `duplicates` counts the surplus.
+    Beyond four numbers, difficulty is that of the first RATED puzzles.
     """
     if not puzzles:
         raise CountdownError("there are no puzzles to summarize")
     counts = Counter(puzzle.canonical for puzzle in puzzles)
     train = sum(count for puzzle, count in counts.items() if puzzle.split == "train")
     targets = [puzzle.target for puzzle in puzzles]
-    difficulty = [(needs_parentheses(puzzle), len(solve(puzzle))) for puzzle in counts]
+    rated = list(counts) if max(puzzle.size for puzzle in counts) <= ENUMERABLE[0] else list(counts)[:RATED]
+    weights = [counts[puzzle] for puzzle in rated]
+    difficulty = [(needs_parentheses(puzzle, rules), len(solve(puzzle, rules))) for puzzle in rated]
     return Summary(
         count=len(puzzles),
         train=train,
@@ -169,7 +187,7 @@ def summarize(puzzles: Sequence[Puzzle]) -> Summary:
         target_min=min(targets),
         target_median=statistics.median(targets),
         target_max=max(targets),
-        needs_parentheses=statistics.fmean([needs for needs, _ in difficulty], counts.values()),
-        solutions=statistics.fmean([solutions for _, solutions in difficulty], counts.values()),
+        needs_parentheses=statistics.fmean([needs for needs, _ in difficulty], weights),
+        solutions=statistics.fmean([solutions for _, solutions in difficulty], weights),
         duplicates=len(puzzles) - len(counts),
     )

@@ -1,14 +1,16 @@
-"""Text to an exact integer value and the numbers used; it does not know puzzles, targets or rewards.
+"""Text to an exact value and the numbers used; it does not know puzzles, targets or rewards.
 
-expression := term (('+' | '-') term)*        term := factor ('*' factor)*
+expression := term (('+' | '-') term)*        term := factor (('*' | '/') factor)*
 factor     := ('+' | '-') factor | '(' expression ')' | number
 
-Text is matched against this grammar and never evaluated by Python; nothing here recurses, raises or backtracks.
+Only the operations asked for belong to the grammar, and signs only if `-` does. Text is matched against it and never
+evaluated by Python; nothing here recurses, raises or backtracks.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import islice
 
 SPACE = " \t\n\r\f\v"  # the only white space in and around an expression
@@ -19,8 +21,10 @@ MAX_SPANS = 100
 # Character classes repeat possessively, so that nothing backtracks into them; groups do not, because the Pythons before
 # 3.11.5 match possessive groups wrongly (github.com/python/cpython/issues/106052).
 _OPERAND = rf"[-+({SPACE}]*+(?:0|[1-9][0-9]*+)[){SPACE}]*+"
-_UNBALANCED = re.compile(rf"{_OPERAND}(?:[-+*]{_OPERAND})*")
-_TOKEN = re.compile(r"[0-9]+|[-+*()]")
+_UNBALANCED = re.compile(rf"{_OPERAND}(?:[-+*/]{_OPERAND})*")
+_TOKEN = re.compile(r"[0-9]+|[-+*/()]")
+_SIGN = re.compile(rf"(?:^|[-+*/(])[{SPACE}]*[-+]")
+_TYPOGRAPHIC = {"\\times": "*", "×": "*", "·": "*", "−": "-", "\\div": "/", "÷": "/"}
 _PARENTHESIS = re.compile(r"[()]")
 
 # What looks like arithmetic within one line of prose. Malformed numbers and foreign operators belong to a span, so that
@@ -43,33 +47,42 @@ class Expression:
         return tuple([int(token) for token in self.tokens if token.isdigit()])
 
     @property
-    def value(self) -> int:
-        """The exact value."""
-        outer: list[tuple[int, int]] = []
-        total, term, sign, after_operand = 0, 1, 1, False
+    def value(self) -> int | Fraction | None:
+        """The exact value; None where it divides by zero."""
+        outer: list[tuple[int | Fraction, int | Fraction, bool]] = []
+        total: int | Fraction = 0
+        term: int | Fraction = 1
+        sign, after_operand, divides = 1, False, False
         for token in self.tokens:
             if token == "(":
-                outer.append((total, sign * term))
-                total, term, sign = 0, 1, 1
-            elif token == ")":
-                inner = total + term
-                total, term = outer.pop()
-                term *= inner
+                outer.append((total, sign * term, divides))
+                total, term, sign, divides = 0, 1, 1, False
+            elif token == "/":
+                divides = True
             elif token in "+-":
                 if after_operand:
                     total, term = total + term, 1
                 sign = -sign if token == "-" else sign
             elif token != "*":
-                term, sign = term * sign * int(token), 1
-            after_operand = token not in "(+-*"
+                operand: int | Fraction = sign * int(token) if token != ")" else total + term
+                if token == ")":
+                    total, term, divides = outer.pop()
+                if divides and operand == 0:
+                    return None
+                term = Fraction(term) / operand if divides else term * operand
+                sign, divides = 1, False
+            after_operand = token not in "(+-*/"
         return total + term
 
 
-def parse(text: str) -> Expression | None:
+def parse(text: str, operations: str = "+-*") -> Expression | None:
     """The expression that `text` is, or None if it is anything else, too long or too deep."""
     if len(text) > MAX_CHARACTERS or not _UNBALANCED.fullmatch(text) or not _is_balanced(text):
         return None
-    return Expression(tuple(_TOKEN.findall(text)))
+    tokens = tuple(_TOKEN.findall(text))
+    if not set(tokens).isdisjoint(set("+-*/").difference(operations)) or ("-" not in operations and _SIGN.search(text)):
+        return None
+    return Expression(tokens)
 
 
 def _is_balanced(text: str) -> bool:
@@ -82,24 +95,26 @@ def _is_balanced(text: str) -> bool:
 
 
 def ascii_operators(text: str) -> str:
-    """`text` with the typographic operators `×`, `·`, `−` and `\\times` written as `*` and `-`."""
-    return text.replace("\\times", "*").replace("×", "*").replace("·", "*").replace("−", "-")
+    """`text` with the typographic operators `×`, `·`, `−`, `÷`, `\\times` and `\\div` written as `*`, `-` and `/`."""
+    for written, operator in _TYPOGRAPHIC.items():
+        text = text.replace(written, operator)
+    return text
 
 
-def parse_lenient(text: str) -> Expression | None:
+def parse_lenient(text: str, operations: str = "+-*") -> Expression | None:
     """As `parse`, but reads typographic operators too, and a trailing `= N` if N is the value."""
     if len(text) > MAX_CHARACTERS:
         return None
     left, equals, right = ascii_operators(text).rpartition("=")
     if not equals:
-        return parse(right)
-    expression, stated = parse(left), parse(right)
+        return parse(right, operations)
+    expression, stated = parse(left, operations), parse(right)
     if expression and stated and len(stated.numbers) == 1 and stated.value == expression.value:
         return expression
     return None
 
 
-def last_expression(text: str, numbers: Sequence[int]) -> str | None:
+def last_expression(text: str, numbers: Sequence[int], operations: str = "+-*") -> str | None:
     """The last span of prose that is an expression of at least two numbers.
 
     A chain `a = b = c` is read as its first part that uses all of `numbers`, or else as its first part. Spans do not
@@ -109,7 +124,7 @@ def last_expression(text: str, numbers: Sequence[int]) -> str | None:
     wanted = sorted(numbers)
     for span in islice(reversed(_SPAN.findall(text)), MAX_SPANS):
         bare = map(_bare, span.split("=", MAX_SPANS))
-        parts = [(part, expression.numbers) for part in bare if (expression := parse(part))]
+        parts = [(part, expression.numbers) for part in bare if (expression := parse(part, operations))]
         several = [(part, used) for part, used in parts if len(used) > 1]
         if several:
             return next((part for part, used in several if sorted(used) == wanted), several[0][0])

@@ -2,15 +2,16 @@
 
 from typing import Literal, get_args
 
+from grpo_cli.core.task.expression import parse
 from grpo_cli.core.task.puzzle import Puzzle
+from grpo_cli.core.task.rules import ORIGINAL, Rules
+from grpo_cli.core.task.task import Message
 
 Style = Literal["one-shot", "zero-shot", "natural"]
 
 STYLES: tuple[Style, ...] = get_args(Style)
 
 SYSTEM = "You are a mathematical puzzle solver."
-
-RULES = "Use every number exactly once, with +, - and *."
 
 TAGS = "Think inside <think> </think>, then write the expression inside <answer> </answer>."
 
@@ -33,11 +34,36 @@ def question(puzzle: Puzzle) -> str:
     return f"Using the numbers {list(puzzle.numbers)}, create an expression that equals {puzzle.target}."
 
 
-def prompt(puzzle: Puzzle, style: Style = "one-shot") -> list[dict[str, str]]:
+def prompt(puzzle: Puzzle, style: Style = "one-shot", rules: Rules = ORIGINAL) -> list[Message]:
     """The chat messages that ask a model to solve the puzzle."""
-    example = [_user(EXAMPLE, style), {"role": "assistant", "content": WORKED_EXAMPLE}] if style == "one-shot" else []
-    return [{"role": "system", "content": SYSTEM}, *example, _user(puzzle, style)]
+    system = {"role": "system", "content": SYSTEM}
+    if style != "one-shot":
+        return [system, _user(puzzle, style, rules)]
+    example, answer = worked_example(rules)
+    assistant = {"role": "assistant", "content": answer}
+    return [system, _user(example, style, rules), assistant, _user(puzzle, style, rules)]
 
 
-def _user(puzzle: Puzzle, style: Style) -> dict[str, str]:
-    return {"role": "user", "content": f"{question(puzzle)} {RULES} {NATURAL if style == 'natural' else TAGS}"}
+def worked_example(rules: Rules = ORIGINAL) -> tuple[Puzzle, str]:
+    """A puzzle and a completion that solves it, with operations that the rules allow."""
+    operations = rules.operations
+    if "+" in operations and "*" in operations:
+        return EXAMPLE, WORKED_EXAMPLE
+    first, second = operations[-1], operations[0]  # `-` and `/` come first, so that the value stays positive and whole
+    expression = f"12 {first} 3 {second} 2"
+    parts = [parse(text, operations) for text in (f"12 {first} 3", expression)]
+    partial, target = (int(part.value) for part in parts if part is not None and part.value is not None)
+    thought = f"{expression} = {partial} {second} 2 = {target}, need {target}. Yes!"
+    return Puzzle((12, 3, 2), target), f"<think>\n{thought}\n</think>\n<answer>{expression}</answer>"
+
+
+def _user(puzzle: Puzzle, style: Style, rules: Rules) -> Message:
+    asked = f"{question(puzzle)} {instruction(rules)} {NATURAL if style == 'natural' else TAGS}"
+    return {"role": "user", "content": asked}
+
+
+def instruction(rules: Rules = ORIGINAL) -> str:
+    """The sentence that states the rules."""
+    others, last = ", ".join(rules.operations[:-1]), rules.operations[-1]
+    operations = f"{others} and {last}" if others else last
+    return f"Use {'every number exactly' if rules.use_all else 'each number at most'} once, with {operations}."

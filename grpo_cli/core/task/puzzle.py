@@ -1,18 +1,20 @@
 """Countdown puzzles: enumerated, drawn, solved, and kept in JSON Lines; it does not know prompts, models or rewards."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.task.expression import Expression
+from grpo_cli.core.task.rules import ORIGINAL, Rules
 from grpo_cli.core.task.task import Split as Split
 
 Verdict = Literal["correct", "not_an_expression", "wrong_numbers", "wrong_value"]
 
 SIZES = range(2, 7)
-NUMBERS = range(1, 11)
-TARGETS = range(1, 101)
+NUMBERS = range(1, 101)  # that a person may ask for, and targets, whatever the rules
+TARGETS = range(1, 1001)
 
 
 def split_of(numbers: Iterable[int]) -> Split:
@@ -22,7 +24,7 @@ def split_of(numbers: Iterable[int]) -> Split:
 
 @dataclass(frozen=True, slots=True)
 class Puzzle:
-    """Make `target` from all of `numbers`, each used once, with +, - and *."""
+    """Make `target` from `numbers` by arithmetic."""
 
     numbers: tuple[int, ...]
     target: int
@@ -55,15 +57,22 @@ class Puzzle:
         return f"{list(self.numbers)} -> {self.target}"
 
 
-def checked(numbers: Sequence[int], target: int) -> Puzzle:
-    """A puzzle somebody asked for: 2 to 6 numbers from 1 to 100 and a target from 1 to 1000, or CountdownError."""
+def checked(numbers: Sequence[int], target: int, rules: Rules = ORIGINAL) -> Puzzle:
+    """The puzzle asked for: 2 to 6 numbers from 1 to 100 and a target from 1 to 1000, or as far as the rules go.
+
+    Raises CountdownError for any other.
+    """
     check_size(len(numbers))
-    for number in numbers:
-        if not 1 <= number <= 100:
-            raise CountdownError(f"the numbers of a puzzle lie between 1 and 100, and {number} does not")
-    if not 1 <= target <= 1000:
-        raise CountdownError(f"the target of a puzzle lies between 1 and 1000, and {target} does not")
+    _check_bounds("numbers of a puzzle lie", numbers, NUMBERS, rules.numbers)
+    _check_bounds("target of a puzzle lies", [target], TARGETS, rules.targets)
     return Puzzle(tuple(numbers), target)
+
+
+def _check_bounds(what: str, values: Sequence[int], usual: range, rules: range) -> None:
+    lowest, highest = min(usual[0], rules[0]), max(usual[-1], rules[-1])
+    for value in values:
+        if not lowest <= value <= highest:
+            raise CountdownError(f"the {what} between {lowest} and {highest}, and {value} does not")
 
 
 def check_size(size: int) -> None:
@@ -71,10 +80,11 @@ def check_size(size: int) -> None:
         raise CountdownError(f"a puzzle has {SIZES[0]} to {SIZES[-1]} numbers, not {size}")
 
 
-def judge(puzzle: Puzzle, expression: Expression | None) -> Verdict:
+def judge(puzzle: Puzzle, expression: Expression | None, rules: Rules = ORIGINAL) -> Verdict:
     """Whether the expression solves the puzzle, or the first thing that is wrong with it."""
     if expression is None:
         return "not_an_expression"
-    if sorted(expression.numbers) != sorted(puzzle.numbers):
+    used, given = Counter(expression.numbers), Counter(puzzle.numbers)
+    if used != given if rules.use_all else not used <= given:
         return "wrong_numbers"
     return "correct" if expression.value == puzzle.target else "wrong_value"

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.task.puzzle import Puzzle, checked
+from grpo_cli.core.task.rules import ORIGINAL, Rules
 
 LONGEST = 1_000  # characters
 
@@ -19,7 +20,7 @@ _NUMBERS = re.compile(_NUMBER)
 _HINT = 'ask as in `countdown solve "4 7 3 = 25"`'
 
 
-def read_question(text: str) -> Puzzle:
+def read_question(text: str, rules: Rules = ORIGINAL) -> Puzzle:
     """The puzzle that `text` asks for; CountdownError if there is none, or more than one.
 
     Numbers in brackets are the numbers, or else the numbers in a row; the target follows make, equals, reach, = or ->.
@@ -32,7 +33,7 @@ def read_question(text: str) -> Puzzle:
         both = " or ".join(f"`{' '.join(numbers)} = {target}`" for numbers, target in usual[:2])
         raise CountdownError(f"the question can be read in two ways: {both}", "ask one of them")
     numbers, target = usual[0]
-    return checked(list(map(_whole, numbers)), _whole(target))
+    return checked(list(map(_whole, numbers)), _whole(target), rules)
 
 
 def _readings(text: str) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from grpo_cli.core.task.expression import SPACE, Expression, ascii_operators, last_expression, parse, parse_lenient
 from grpo_cli.core.task.prompts import Style
 from grpo_cli.core.task.puzzle import Puzzle, judge
+from grpo_cli.core.task.rules import ORIGINAL, Rules
 from grpo_cli.core.task.task import Score as Score
 
 Reason = Literal["correct", "no_answer", "truncated", "not_an_expression", "wrong_numbers", "wrong_value"]
@@ -34,6 +35,7 @@ def score(
     *,
     style: Style = "one-shot",
     truncated: bool = False,
+    rules: Rules = ORIGINAL,
     rewards: Rewards = ORIGINAL_REWARDS,
 ) -> Score:
     """Score a completion: by default 1.0 if its answer solves the puzzle, else 0.1 for each well-formed tag pair.
@@ -41,14 +43,14 @@ def score(
     `truncated` says that the completion ran out of tokens; it changes no reward, only the reason.
     """
     tagged = style != "natural"
-    before, answer = _tagged_answer(completion) if tagged else ("", last_expression(completion, puzzle.numbers))
-    expression = None if answer is None else parse(answer)
-    reason: Reason = "no_answer" if answer is None else judge(puzzle, expression)
+    before, answer = _tagged_answer(completion) if tagged else ("", _in_prose(completion, puzzle, rules))
+    expression = None if answer is None else parse(answer, rules.operations)
+    reason: Reason = "no_answer" if answer is None else judge(puzzle, expression, rules)
     correct = reason == "correct"
     read = expression
     if not correct and (not tagged or reason == "not_an_expression"):
-        read = _read_leniently(completion, answer, puzzle, style)
-    lenient = correct or judge(puzzle, read) == "correct"
+        read = _read_leniently(completion, answer, puzzle, style, rules)
+    lenient = correct or judge(puzzle, read, rules) == "correct"
     if truncated and not correct and (answer is None or not tagged):
         reason = "truncated"
     cheat: Cheat | None = None
@@ -64,10 +66,16 @@ def score(
     return Score(reward, correct, reason, answer, well_formed=pairs == 2, lenient=lenient, cheat=cheat)
 
 
-def _read_leniently(completion: str, answer: str | None, puzzle: Puzzle, style: Style) -> Expression | None:
+def _read_leniently(
+    completion: str, answer: str | None, puzzle: Puzzle, style: Style, rules: Rules
+) -> Expression | None:
     if style == "natural":
-        answer = last_expression(ascii_operators(completion), puzzle.numbers)
-    return None if answer is None else parse_lenient(answer)
+        answer = _in_prose(ascii_operators(completion), puzzle, rules)
+    return None if answer is None else parse_lenient(answer, rules.operations)
+
+
+def _in_prose(completion: str, puzzle: Puzzle, rules: Rules) -> str | None:
+    return last_expression(completion, puzzle.numbers, rules.operations)
 
 
 def _tagged_answer(completion: str) -> tuple[str, str | None]:
