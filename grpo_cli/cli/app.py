@@ -201,3 +201,36 @@ def plot(
 
     Example: countdown plot first second --smooth --report
     """
+
+
+@_command("runs", name="runs")
+def runs(
+    ctx: typer.Context,
+    delete: Annotated[
+        list[str] | None, typer.Option("--delete", help="run to delete; may be repeated", metavar="<name>")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="delete without asking")] = False,
+    as_json: Json = False,
+    config: ConfigFile = None,
+) -> None:
+    """List the runs: model, steps, accuracy of base and best model, time, settings that differ from the preset.
+
+    Example: countdown runs --delete run-1
+    """
+
+
+@_command("runs")
+def export(
+    ctx: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="RUN", help="run whose best model to export")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder to write", show_default=False)],
+    push: Annotated[
+        str | None, typer.Option(help="upload the folder to this repository of the hub", metavar="<owner/name>")
+    ] = None,
+    overwrite: Overwrite = False,
+    config: ConfigFile = None,
+) -> None:
+    """Write a run's best model and its model card to a folder in Hugging Face format.
+
+    Nothing is uploaded without --push. Example: countdown export first shared/first
+    """

@@ -118,6 +118,30 @@ def gen_data_summary(summary: Summary, path: Path | None) -> None:
     )
 
 
+def runs(rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line per run: model, steps, base and best accuracy, time, settings that differ from its preset."""
+    table = _table("run", "model", "step", "base", "best", "time", "settings", numeric=("step", "base", "best", "time"))
+    for row in rows:
+        if "error" in row:
+            table.add_row(row["run"], printable(row["error"]), *[""] * 5)
+            continue
+        best = "-" if row["best_accuracy"] is None else percent(row["best_accuracy"])
+        bounds = f" ({interval(row['interval'])})" if row["interval"] else ""
+        base = "-" if row["base_accuracy"] is None else percent(row["base_accuracy"])
+        changed = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in row["settings"].items())
+        step = f"{row['step']}/{row['num_iterations']}"
+        table.add_row(
+            row["run"],
+            printable(row["model"]),
+            step,
+            base,
+            best + bounds,
+            f"{row['seconds']:,.0f} s",
+            printable(changed),
+        )
+    out.print(table)
+
+
 def config_table(resolved: Resolved) -> None:
     """Every setting with its value and the source of the value; what differs from the shipped default stands out."""
     table = _table("setting", "value", "source")

@@ -95,6 +95,13 @@ class Run:
                 )
         return run
 
+    def delete(self) -> None:
+        """Remove the run's folder; raises CountdownError while another process writes it, and for a symbolic link."""
+        if self.path.is_symlink():
+            raise CountdownError(f"`{self.path}` is a symbolic link", "delete the run that it points to")
+        with self.locked():
+            checkpoint.discard(self.path)
+
     @classmethod
     def newest(cls, root: Path) -> Self | None:
         """The run with a saved model that logged last."""

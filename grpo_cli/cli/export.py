@@ -1,0 +1,55 @@
+"""`countdown export`: a run's best model with its model card, as a folder to share or on a model hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import typer
+
+from grpo_cli.cli.checks import resolve
+from grpo_cli.core.config.resolve import restore
+from grpo_cli.core.config.settings import values
+from grpo_cli.core.run.export import check_destination, export, license_of
+from grpo_cli.core.run.folder import Run
+from grpo_cli.core.run.models import model_source
+from grpo_cli.ui import text
+from grpo_cli.ui.card import CardFacts, model_card
+
+
+def run(ctx: typer.Context, *, name: str, folder: Path, push: str | None, overwrite: bool, config: Path | None) -> None:
+    """Write the folder, print the path of each file, and upload them if `push` names a repository."""
+    root = Path(resolve(ctx, config).settings.runs)
+    chosen = Run.open(root, name)
+    model_source(root, chosen.name)
+    check_destination(folder, overwrite=overwrite)
+    for path in export(chosen, folder, model_card(_facts(chosen)), overwrite=overwrite):
+        print(path)
+    if push is not None:
+        from grpo_cli.core.run.hub import push as upload  # loads huggingface_hub, and is the only thing that sends
+
+        text.note(f"pushed to {upload(folder, push)}")
+
+
+def _contamination(summary: Mapping[str, object]) -> str:
+    overlap, count = summary.get("overlap"), summary.get("puzzles")
+    if not isinstance(overlap, int):
+        return "which evaluation puzzles the base model was trained on is not known"
+    return f"{overlap} of the {count} evaluation puzzles are known to have been trained on"
+
+
+def _facts(chosen: Run) -> CardFacts:
+    settings = values(restore(chosen.read_config(), chosen.config_path).settings)
+    base = str(settings["model.model"])
+    summary = chosen.read_summary() or {}
+    best = summary.get("best_step")
+    return CardFacts(
+        name=chosen.name,
+        base_model=base,
+        license=license_of(base),
+        settings=settings,
+        evaluations=chosen.evaluations(),
+        best_step=best if isinstance(best, int) else 0,
+        contamination=_contamination(summary),
+        environment=chosen.read_environment(),
+    )

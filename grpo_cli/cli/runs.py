@@ -1,0 +1,89 @@
+"""`countdown runs`: list the runs of a folder, a line each, or delete one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import typer
+
+from grpo_cli.cli.checks import resolve
+from grpo_cli.core.config.resolve import resolve as resolve_settings
+from grpo_cli.core.config.resolve import restore
+from grpo_cli.core.config.settings import values
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.evals.statistics import wilson
+from grpo_cli.core.run.folder import Run, list_runs
+from grpo_cli.ui import tables, text
+
+UNLISTED = ("runs", "preset", "model.model", "train.num_iterations")  # in columns of their own, or places
+
+
+def run(ctx: typer.Context, *, delete: list[str] | None, yes: bool, as_json: bool, config: Path | None) -> None:
+    """List all runs, or delete the named ones after asking."""
+    root = Path(resolve(ctx, config).settings.runs)
+    if delete:
+        _delete([Run.open(root, name) for name in delete], yes=yes)
+        return
+    rows = [_describe(found) for found in list_runs(root)]
+    if as_json:
+        text.json_object({"runs": rows})
+    elif rows:
+        tables.runs(rows)
+    else:
+        text.note(f"no runs in `{root}`; train one with `countdown train`")
+
+
+def _describe(found: Run) -> dict[str, object]:
+    """One run as plain data; what cannot be read is named in `error` instead."""
+    try:
+        settings = values(restore(found.read_config(), found.config_path).settings)
+        metrics = found.metrics()
+    except CountdownError as problem:
+        return {"run": found.name, "error": problem.message}
+    evaluated = [(int(line["step"]), line["val_accuracy"]) for line in metrics if "val_accuracy" in line]
+    trained = [(accuracy, step) for step, accuracy in evaluated if step]
+    best = max(trained, key=lambda pair: (pair[0], -pair[1]), default=None)
+    count = _puzzles(found)
+    return {
+        "run": found.name,
+        "model": settings["model.model"],
+        "step": int(metrics[-1]["step"]) if metrics else 0,
+        "num_iterations": settings["train.num_iterations"],
+        "base_accuracy": dict(evaluated).get(0),
+        "best_accuracy": best[0] if best else None,
+        "interval": list(wilson(best[0], count)) if best and count else None,
+        "best_step": best[1] if best else None,
+        "seconds": sum(line.get("time/total", 0.0) + line.get("time/eval", 0.0) for line in metrics),
+        "settings": _changed(settings),
+    }
+
+
+def _puzzles(found: Run) -> int:
+    """How many puzzles the run's last evaluation had; 0 before the first."""
+    try:
+        evaluations = found.evaluations()
+    except CountdownError:
+        return 0
+    first = next(iter(evaluations.values()), {})
+    return next(reversed(first.values())).count if first else 0
+
+
+def _changed(settings: Mapping[str, object]) -> dict[str, object]:
+    """The settings that differ from those of the run's preset."""
+    try:
+        from_preset = values(resolve_settings(flags={"preset": settings["preset"]}, has_cuda=lambda: False).settings)
+    except CountdownError:  # a preset of a settings file that is elsewhere
+        return {}
+    return {
+        key: value for key, value in settings.items() if key not in UNLISTED and from_preset.get(key, value) != value
+    }
+
+
+def _delete(chosen: list[Run], *, yes: bool) -> None:
+    names = ", ".join(found.name for found in chosen)
+    if not yes and not typer.confirm(f"delete {names}, checkpoints and models included?", err=True):
+        raise typer.Exit(1)
+    for found in chosen:
+        found.delete()
+        text.note(f"deleted run {found.name}")

@@ -1,0 +1,49 @@
+"""A run's best model as a folder to share: weights, tokenizer and card, and its upload to a model hub."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.run import checkpoint
+from grpo_cli.core.run.folder import Run
+
+CARD = "README.md"
+_LICENSE = re.compile(r"^license: *([A-Za-z0-9.+-]+) *$", re.MULTILINE)
+
+
+def check_destination(folder: Path, *, overwrite: bool) -> None:
+    """Raise CountdownError unless `folder` is free, or an earlier export that `overwrite` may replace."""
+    if not folder.absolute().parent.is_dir():
+        raise CountdownError(f"`{folder.parent}` is not a folder", "create it, or choose another folder")
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise CountdownError(f"`{folder}` is not a folder", "choose another name")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / CARD).is_file() or not (folder / "config.json").is_file():
+        raise CountdownError(f"`{folder}` holds other files than an export", "choose another folder")
+    if not overwrite:
+        raise CountdownError(f"`{folder}` exists", "choose another folder, or replace it with `--overwrite`")
+
+
+def export(run: Run, folder: Path, card: str, *, overwrite: bool = False) -> list[Path]:
+    """Write the run's best model and its card to `folder`, replacing it as a whole; return the files.
+
+    Raises CountdownError where `check_destination` does.
+    """
+    check_destination(folder, overwrite=overwrite)
+    with checkpoint.saving(folder) as staged:
+        shutil.copytree(run.model_path, staged, dirs_exist_ok=True)
+        (staged / CARD).write_text(card, encoding="utf-8")
+    return sorted(path for path in folder.iterdir() if path.is_file())
+
+
+def license_of(model: str) -> str | None:
+    """The license that a model's own card names, or None; the built-in model has this package's."""
+    if model == "builtin":
+        return "apache-2.0"
+    card = Path(model) / CARD
+    found = _LICENSE.search(card.read_text(encoding="utf-8", errors="replace")[:4096]) if card.is_file() else None
+    return found[1] if found else None

@@ -1,0 +1,125 @@
+"""The model card of a run, in Markdown: base model, settings, data, results, how to use it.
+
+Knows neither files nor terminals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from grpo_cli import __version__
+from grpo_cli.core.run.logs import Evaluated
+from grpo_cli.ui.text import interval, percent, printable
+
+HYPERPARAMETERS = (
+    "train.num_iterations",
+    "train.batch_size",
+    "train.num_generations",
+    "train.max_new_tokens",
+    "train.temperature",
+    "train.learning_rate",
+    "train.num_inner_updates",
+    "train.clip_grad_norm",
+    "loss.loss_type",
+    "loss.beta",
+    "loss.epsilon",
+    "loss.epsilon_high",
+    "loss.scale_rewards",
+    "model.precision",
+    "train.optimizer",
+    "train.seed",
+)
+
+USAGE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")
+question = "Using the numbers [4, 7, 3], create an expression that equals 25."
+prompt = tokenizer.apply_chat_template(
+    [{{"role": "user", "content": question}}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens={tokens})[0]))
+```
+
+The prompts that it was trained and evaluated on are those of `countdown solve --model {name} "4 7 3 = 25"`.
+"""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """Everything a card states; `license` is the base model's, or None where it is not known."""
+
+    name: str
+    base_model: str
+    license: str | None
+    settings: Mapping[str, object]
+    evaluations: Mapping[str, Mapping[int, Evaluated]]
+    best_step: int
+    contamination: str
+    environment: Mapping[str, object]
+
+
+def model_card(facts: CardFacts) -> str:
+    """The card as Markdown with the YAML header that model hubs read. All text of a run is escaped."""
+    settings = facts.settings
+    numbers, style = settings["task.numbers"], settings["task.style"]
+    tokens = settings["train.max_new_tokens"]
+    rows = [(f"`{key}`", f"`{_text(str(settings[key]))}`") for key in HYPERPARAMETERS]
+    sections = [
+        _header(facts),
+        f"# {_text(facts.name)}",
+        f"A language model that solves countdown puzzles: given {numbers} numbers and a target, it writes an expression"
+        f" that uses every number exactly once. Trained from `{_text(facts.base_model)}` by GRPO (group relative policy"
+        f" optimization) with `countdown` {__version__}.",
+        f"## Results\n\n{_results(facts)}",
+        f"## Training data\n\nTrain puzzles of {numbers} numbers with at least one odd number, prompts in"
+        f" {_text(str(style))} style. Evaluation puzzles have even numbers only. {_sentence(facts.contamination)}",
+        f"## Settings\n\n{_table(('setting', 'value'), rows)}",
+        f"## Usage\n\n{USAGE.format(name=_text(facts.name), tokens=tokens)}",
+        f"## Limits\n\nTrained on one kind of puzzle: it is not a general assistant. License of the base model:"
+        f" {_text(facts.license) if facts.license else 'see the base model'}.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _header(facts: CardFacts) -> str:
+    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [countdown, grpo, rlvr]"]
+    if facts.license:
+        lines.append(f"license: {_text(facts.license)}")
+    if "/" in facts.base_model:  # a hub id
+        lines.append(f"base_model: {_text(facts.base_model)}")
+    return "\n".join(["---", *lines, "---"])
+
+
+def _results(facts: CardFacts) -> str:
+    rows = []
+    for cell, steps in facts.evaluations.items():
+        for word, step in (("base", 0), ("trained", facts.best_step)):
+            if step in steps:
+                rows.append((_text(cell), word, str(step), *_measured(steps[step])))
+    if not rows:
+        return "Not evaluated."
+    note = "Greedy decoding, 95 % Wilson intervals. The trained model is the best of its evaluations on these puzzles."
+    return f"{_table(('puzzles', 'model', 'step', 'accuracy', '95 % interval', 'count'), rows)}\n\n{note}"
+
+
+def _measured(evaluated: Evaluated) -> tuple[str, str, str]:
+    bounds = evaluated.interval
+    return percent(evaluated.accuracy), interval(bounds) if bounds else "-", f"{evaluated.count:,}"
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _text(text: str) -> str:
+    return printable(text).replace("|", "\\|").replace("`", "'")
+
+
+def _sentence(text: str) -> str:
+    shown = _text(text)
+    return f"{shown[:1].upper()}{shown[1:]}."

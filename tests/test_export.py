@@ -1,0 +1,164 @@
+"""`countdown export` and `countdown runs`: the folder, the model card, the upload, the list."""
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from conftest import Command
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo_cli.core.run.export import license_of
+
+
+class Hub(ThreadingHTTPServer):
+    """As much of a model hub as an upload needs: create a repository, preupload, commit."""
+
+    def __init__(self, *, refuses: bool = False) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.refuses = refuses
+        self.requests: list[str] = []
+        self.files: dict[str, bytes] = {}
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        self.server.requests.append(self.path)
+        if self.server.refuses:
+            return self._answer({"error": "Forbidden: this token may not write"}, status=403)
+        if self.path.endswith("/repos/create"):
+            asked = json.loads(body)
+            return self._answer({"url": f"{self.server.url}/{asked['organization']}/{asked['name']}"})
+        if "/validate-yaml" in self.path:
+            return self._answer({"warnings": [], "errors": []})
+        if "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
+            return self._answer({"files": modes})
+        for line in map(json.loads, body.splitlines()):
+            if line.get("key") == "file":
+                self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+        self._answer({"commitUrl": f"{self.server.url}/me/first/commit/{'0' * 40}", "commitOid": "0" * 40})
+
+    def do_GET(self) -> None:
+        self.server.requests.append(self.path)
+        self._answer({"id": "me/first", "sha": "0" * 40, "siblings": []})
+
+    def _answer(self, content: object, *, status: int = 200) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture(params=[False])
+def hub(request: pytest.FixtureRequest) -> Iterator[Hub]:
+    server = Hub(refuses=request.param)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def push(hub: Hub, repository: str) -> "subprocess.CompletedProcess[str]":
+    """`countdown export first shared --push REPOSITORY --overwrite` with the hub's address in the environment."""
+    command = [sys.executable, "-m", "grpo_cli", "export", "first", "shared", "--push", repository, "--overwrite"]
+    environ = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_test", "NO_PROXY": "127.0.0.1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
+
+
+def test_an_exported_folder_holds_the_model_and_a_card_with_its_results(trained: Command, tmp_path: Path) -> None:
+    result = trained("export", "first", "shared")
+    assert result.code == 0
+    assert str(Path("shared") / "README.md") in result.out.splitlines()
+    card = (tmp_path / "shared" / "README.md").read_text("utf-8")
+    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n")
+    lines = (tmp_path / "runs" / "first" / "evaluations.jsonl").read_text("utf-8").splitlines()
+    base = json.loads(lines[0])
+    assert f"| val 3 one-shot | base | 0 | {base['accuracy']:.1%} |" in card
+    assert "| `train.num_iterations` | `2` |" in card
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "shared", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "shared", local_files_only=True)
+    assert model.num_parameters() > 0 and tokenizer.chat_template
+
+
+@pytest.mark.parametrize(
+    ("prepare", "arguments", "message"),
+    [
+        (lambda: None, ("nobody", "shared"), "no run `nobody`"),
+        (lambda: Path("shared").write_text("mine"), ("first", "shared"), "`shared` is not a folder"),
+        (lambda: shutil.copytree("runs", "mine"), ("first", "mine", "--overwrite"), "other files"),
+        (lambda: None, ("first", "no/where"), "`no` is not a folder"),
+    ],
+)
+def test_export_refuses_to_replace_what_it_did_not_write(
+    trained: Command, prepare: Callable[[], object], arguments: tuple[str, ...], message: str
+) -> None:
+    prepare()
+    result = trained("export", *arguments)
+    assert result.code == 2
+    assert message in result.err
+
+
+def test_export_again_needs_overwrite_and_pushes_only_when_asked(trained: Command, hub: Hub, tmp_path: Path) -> None:
+    assert trained("export", "first", "shared").code == 0
+    again = trained("export", "first", "shared")
+    assert again.code == 2 and "--overwrite" in again.err
+    assert hub.requests == []
+    found = push(hub, "me/first")
+    assert found.returncode == 0, found.stderr
+    folder = tmp_path / "shared"
+    assert {name: (folder / name).read_bytes() for name in hub.files} == hub.files
+    assert {"README.md", "model.safetensors", "config.json", "tokenizer.json"} <= hub.files.keys()
+
+
+@pytest.mark.parametrize("hub", [True], indirect=True)
+def test_a_refused_push_is_one_sentence_and_leaves_the_folder_whole(trained: Command, hub: Hub, tmp_path: Path) -> None:
+    found = push(hub, "me/first")
+    assert found.returncode == 1
+    assert found.stderr.startswith("error: cannot push to `me/first`") and "Traceback" not in found.stderr
+    assert (tmp_path / "shared" / "model.safetensors").is_file()
+    hub.server_close()  # nobody listens now
+    gone = push(hub, "me/first")
+    assert gone.returncode == 1
+    assert gone.stderr.startswith("error: cannot push to `me/first`") and "Traceback" not in gone.stderr
+    wrong = push(hub, "not a name")
+    assert wrong.returncode == 2 and "cannot name a repository" in wrong.stderr
+
+
+def test_the_license_of_a_base_model_is_read_from_its_card(tmp_path: Path) -> None:
+    assert license_of("builtin") == "apache-2.0"
+    assert license_of(str(tmp_path)) is None
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert license_of(str(tmp_path)) == "mit"
+
+
+def test_runs_lists_what_differs_and_deletes_only_after_asking(trained: Command, tmp_path: Path) -> None:
+    listed = json.loads(trained("runs", "--json").out)["runs"]
+    assert [row["run"] for row in listed] == ["first"]
+    assert listed[0]["step"] == 2 and listed[0]["settings"]["train.batch_size"] == 2
+    assert "first" in trained("runs").out
+    assert trained("runs", "--delete", "first").code == 1  # nobody answers
+    assert (tmp_path / "runs" / "first").is_dir()
+    assert trained("runs", "--delete", "first", "--yes").code == 0
+    assert not (tmp_path / "runs" / "first").exists()
+    assert trained("runs", "--delete", "first", "--yes").code == 2
