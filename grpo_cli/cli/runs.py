@@ -75,9 +75,8 @@ def _changed(settings: Mapping[str, object]) -> dict[str, object]:
         from_preset = values(resolve_settings(flags={"preset": settings["preset"]}, has_cuda=lambda: False).settings)
     except CountdownError:  # a preset of a settings file that is elsewhere
         return {}
-    return {
-        key: value for key, value in settings.items() if key not in UNLISTED and from_preset.get(key, value) != value
-    }
+    differing = {key: value for key, value in settings.items() if from_preset.get(key, value) not in (value, "auto")}
+    return {key: value for key, value in differing.items() if key not in UNLISTED}
 
 
 def _delete(chosen: list[Run], *, yes: bool) -> None:

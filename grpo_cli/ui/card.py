@@ -35,8 +35,8 @@ USAGE = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 question = "Using the numbers [4, 7, 3], create an expression that equals 25."
 prompt = tokenizer.apply_chat_template(
     [{{"role": "user", "content": question}}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
@@ -44,8 +44,7 @@ prompt = tokenizer.apply_chat_template(
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens={tokens})[0]))
 ```
 
-The prompts that it was trained and evaluated on are those of `countdown solve --model {name} "4 7 3 = 25"`.
-"""
+The prompts that it was trained and evaluated on are those of `countdown solve --model path/to/this/folder "4 7 3 = 25"`."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def model_card(facts: CardFacts) -> str:
         f"## Training data\n\nTrain puzzles of {numbers} numbers with at least one odd number, prompts in"
         f" {_text(str(style))} style. Evaluation puzzles have even numbers only. {_sentence(facts.contamination)}",
         f"## Settings\n\n{_table(('setting', 'value'), rows)}",
-        f"## Usage\n\n{USAGE.format(name=_text(facts.name), tokens=tokens)}",
+        f"## Usage\n\n{USAGE.format(tokens=tokens)}",
         f"## Limits\n\nTrained on one kind of puzzle: it is not a general assistant. License of the base model:"
         f" {_text(facts.license) if facts.license else 'see the base model'}.",
     ]
