@@ -44,7 +44,7 @@ prompt = tokenizer.apply_chat_template(
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens={tokens})[0]))
 ```
 
-The prompts that it was trained and evaluated on are those of `countdown solve --model path/to/this/folder "4 7 3 = 25"`."""
+Its own prompts are those of `countdown solve --model path/to/this/folder "4 7 3 = 25"`."""
 
 
 @dataclass(frozen=True)
