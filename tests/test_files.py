@@ -1,72 +1,162 @@
-"""Files are replaced whole, and what is no regular file is written through."""
+"""Puzzle files in three formats: written, read back, and every wrong line named."""
 
-import os
-import threading
+import csv
+import json
+import re
 from pathlib import Path
 
 import pytest
 
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.files import check_writable, write
+from grpo_cli.core.task.countdown import Countdown
+from grpo_cli.core.task.data import enumerate_puzzles, generate, write_puzzles
+from grpo_cli.core.task.files import load_puzzles
+from grpo_cli.core.task.puzzle import Puzzle
+from grpo_cli.core.task.rules import Rules
 
-pytestmark = pytest.mark.faults
-
-
-def test_a_file_is_replaced_whole_and_keeps_its_permissions(tmp_path: Path) -> None:
-    path = tmp_path / ("x" * 255)
-    write(path, b"old")
-    path.chmod(0o640)
-    with path.open("rb") as reader:
-        write(path, b"new")
-        assert (reader.read(), path.read_bytes()) == (b"old", b"new")
-    assert path.stat().st_mode & 0o777 == 0o640
-    assert list(tmp_path.iterdir()) == [path]
+ALL = Rules("+-*/", 1, 99, 10, 99)
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    write(path, b"old")
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("grpo_cli.core.files.sync", full)
-    with pytest.raises(CountdownError, match=r"cannot write `.*file`: No space left on device") as caught:
-        write(path, b"new")
-    assert caught.value.exit_code == 1
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+@pytest.fixture(autouse=True)
+def nothing_cached() -> None:
+    load_puzzles.cache_clear()
 
 
-@pytest.mark.parametrize("exists", [True, False])
-def test_a_link_is_written_through_and_stays(tmp_path: Path, exists: bool) -> None:
-    target, link = tmp_path / "target", tmp_path / "link"
-    link.symlink_to(target)
-    if exists:
-        target.write_bytes(b"old")
-    with pytest.raises(CountdownError, match="link` exists"):
-        check_writable(link, overwrite=False)
-    check_writable(link, overwrite=True)
-    write(link, b"new")
-    assert link.is_symlink() and target.read_bytes() == b"new"
+@pytest.mark.parametrize("name", ["puzzles.jsonl", "puzzles.csv", "puzzles.parquet"])
+def test_puzzles_come_back_from_their_file(tmp_path: Path, name: str) -> None:
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    path = tmp_path / name
+    write_puzzles(path, enumerate_puzzles(3))
+    task = Countdown(path=path)
+    for split in ("train", "val"):
+        assert task.problems(split, 3) == Countdown().problems(split, 3)
+    assert load_puzzles(path).duplicates == 0
 
 
-def test_a_fifo_is_written_through_and_stays(tmp_path: Path) -> None:
-    path, read = tmp_path / "fifo", list[bytes]()
-    os.mkfifo(path)
-    check_writable(path, overwrite=False)
-    reader = threading.Thread(target=lambda: read.append(path.read_bytes()))
-    reader.start()
-    write(path, b"new")
-    reader.join(timeout=5)
-    assert read == [b"new"] and path.is_fifo()
+def test_files_written_with_rules_are_read_with_them(tmp_path: Path) -> None:
+    path, puzzles = tmp_path / "public.jsonl", generate(50, numbers=4, seed=1, rules=ALL)
+    write_puzzles(path, puzzles, rules=ALL)
+    loaded = load_puzzles(path, ALL)
+    assert {*loaded.train, *loaded.val} == set(puzzles)
+    with pytest.raises(CountdownError, match=r"`solution` does not make|have no solution"):
+        load_puzzles(path)
 
 
-@pytest.mark.parametrize(("device", "said"), [("/dev/null", None), ("/dev/full", "No space left on device")])
-def test_a_device_is_written_through_and_stays(device: str, said: str | None) -> None:
-    check_writable(Path(device), overwrite=False)
-    if said is None:
-        write(Path(device), b"new")
+@pytest.mark.parametrize("name", ["public.jsonl", "public.csv", "public.parquet"])
+def test_the_public_data_sets_columns_are_read(tmp_path: Path, name: str) -> None:
+    rows = [
+        {"target": 98, "nums": [44, 19, 35]},
+        {"target": 64, "nums": [63, 95, 96]},
+        {"target": 28, "nums": [95, 11, 56]},
+    ]
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), path)
+    elif name.endswith("csv"):
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["target", "nums"])
+            writer.writeheader()
+            writer.writerows(rows)
     else:
-        with pytest.raises(CountdownError, match=said):
-            write(Path(device), b"new")
-    assert Path(device).is_char_device()
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    loaded = load_puzzles(path, ALL)
+    assert loaded.train == (Puzzle((44, 19, 35), 98), Puzzle((63, 95, 96), 64), Puzzle((95, 11, 56), 28))
+    with pytest.raises(CountdownError, match="has no val puzzles"):
+        loaded.puzzles("val")
+
+
+def test_puzzles_without_a_solution_are_counted_and_refused(tmp_path: Path) -> None:
+    path = tmp_path / "puzzles.jsonl"
+    path.write_text('{"nums": [3, 5, 2], "target": 13}\n{"nums": [1, 1], "target": 100}\n')
+    with pytest.raises(CountdownError) as caught:
+        load_puzzles(path)
+    assert caught.value.message == f"1 of 2 puzzles tried have no solution, first `{path}`, line 2: [1, 1] -> 100"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nums,target\n3 5 x,13\n", "line 2: `numbers` (or `nums`) is a list"),
+        ("nums,target\n3 5 2,\n", "line 2: `numbers` (or `nums`) is a list"),
+        ("a,b\n1,2\n", "line 2: `numbers` (or `nums`) is a list"),
+        ("nums,target\n", "has no puzzles"),
+    ],
+)
+def test_wrong_lines_of_a_csv_file_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "puzzles.csv"
+    path.write_text(text)
+    with pytest.raises(CountdownError, match=re.escape(message)):
+        load_puzzles(path)
+
+
+def test_a_file_that_is_no_parquet_is_one_sentence(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "puzzles.parquet"
+    path.write_text("no")
+    with pytest.raises(CountdownError, match="is not a Parquet file"):
+        load_puzzles(path)
+
+
+GOOD = {"numbers": [3, 5, 2], "target": 13, "split": "train", "solution": "2 * 5 + 3"}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "not JSON"),
+        ('{"numbers": [3, 5', "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("9" * 10_000, "not JSON"),
+        ("[3, 5, 2]", "a puzzle is an object with the fields numbers, target, split, solution"),
+        (json.dumps({"numbers": [3, 5, 2]}), "`numbers` (or `nums`) is a list"),
+        (json.dumps({**GOOD, "numbers": "3 5 2"}), "`numbers` (or `nums`) is a list of whole numbers"),
+        (json.dumps({**GOOD, "numbers": [3, 5.0, 2]}), "`numbers` (or `nums`) is a list of whole numbers"),
+        (json.dumps({**GOOD, "numbers": [3, True, 2]}), "`numbers` (or `nums`) is a list of whole numbers"),
+        (
+            json.dumps({**GOOD, "target": "13"}),
+            "`numbers` (or `nums`) is a list of whole numbers, `target` a",
+        ),
+        (
+            json.dumps({**GOOD, "target": float("nan")}),
+            "`numbers` (or `nums`) is a list of whole numbers, `target` a",
+        ),
+        (json.dumps({**GOOD, "numbers": [3]}), "a puzzle has 2 to 6 numbers, not 1"),
+        (json.dumps({**GOOD, "target": -13}), "the target of a puzzle lies between 1 and 1000"),
+        (json.dumps({**GOOD, "split": "test"}), "`split` is `train` or `val`"),
+        (json.dumps({**GOOD, "numbers": [2, 3, 5], "split": "val"}), "[2, 3, 5] -> 13 is a train and a val puzzle"),
+        (json.dumps({**GOOD, "target": 14}), "`solution` does not make 14 from [3, 5, 2]"),
+        (json.dumps({**GOOD, "solution": "13"}), "`solution` does not make 13 from [3, 5, 2]"),
+        (json.dumps({**GOOD, "solution": 13}), "`solution` does not make 13 from [3, 5, 2]"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "puzzles.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n{line}\n{json.dumps(GOOD)}\n")
+    with pytest.raises(CountdownError, match=re.escape(f"`{path}`, line 2: {message}")):
+        load_puzzles(path)
+
+
+@pytest.mark.faults
+def test_files_of_other_systems_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "puzzles.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + f"{json.dumps(GOOD)}\r\n{json.dumps(GOOD)}".encode())
+    loaded = load_puzzles(path)
+    assert (loaded.train, loaded.val, loaded.duplicates) == ((Puzzle((3, 5, 2), 13),), (), 1)
+
+
+@pytest.mark.faults
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "puzzles.jsonl"
+    with pytest.raises(CountdownError, match=r"cannot read `.*jsonl`: No such file or directory"):
+        load_puzzles(path)
+    path.write_bytes(b"")
+    load_puzzles.cache_clear()
+    with pytest.raises(CountdownError, match="` has no puzzles"):
+        load_puzzles(path)
+    load_puzzles.cache_clear()
+    path.write_bytes(json.dumps(GOOD).encode() + b"\n\xff")
+    with pytest.raises(CountdownError, match="line 2: not UTF-8"):
+        load_puzzles(path)

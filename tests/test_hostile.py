@@ -16,7 +16,8 @@ from conftest import SMALL, Command
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.run.folder import Run
-from grpo_cli.core.task.data import generate, json_line, read_puzzles
+from grpo_cli.core.task.data import generate, json_line
+from grpo_cli.core.task.files import load_puzzles
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.question import read_question
 
@@ -170,7 +171,7 @@ def test_a_broken_file_of_puzzles_is_named_with_its_line(tmp_path: Path, case: s
     path = tmp_path / "puzzles.jsonl"
     path.write_bytes(content())
     with pytest.raises(CountdownError, match=re.escape(said)) as caught:
-        read_puzzles(path)
+        load_puzzles(path)
     assert str(path) in caught.value.message and caught.value.exit_code == 2
     assert len(caught.value.message) < 500
 
@@ -178,7 +179,7 @@ def test_a_broken_file_of_puzzles_is_named_with_its_line(tmp_path: Path, case: s
 def test_windows_line_ends_are_fine(tmp_path: Path) -> None:
     path = tmp_path / "puzzles.jsonl"
     path.write_bytes("\r\n".join(lines()).encode())
-    assert read_puzzles(path) == generate(10, seed=1)
+    assert set(load_puzzles(path).train) <= set(generate(10, seed=1))
 
 
 # Missing packages, odd terminals

@@ -241,7 +241,7 @@ def test_the_environment_is_told_from_each_step_on() -> None:
 
 def test_samples_of_training_stand_in_for_examples() -> None:
     rows = [(3, "a"), (3, "b"), (3, "c"), (4, "d"), (5, "e")]
-    samples = [Example([1, 2], 3, f"say {text}", 0.0, "no_answer", step=step) for step, text in rows]
+    samples = [Example(f"say {text}", 0.0, "no_answer", step=step, numbers=[1, 2], target=3) for step, text in rows]
     words = shown(Account(account().curves, samples=samples)).words
     assert [word for word in words if word.startswith("say")] == ["say a", "say e", "say b"]
 

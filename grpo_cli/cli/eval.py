@@ -19,6 +19,7 @@ from grpo_cli.core.evals.compare import SuitePaired, suite_paired
 from grpo_cli.core.evals.evaluate import SuiteResult, evaluate_suite, puzzles_of
 from grpo_cli.core.files import check_writable
 from grpo_cli.core.perf.microbatch import MicroBatch
+from grpo_cli.core.task.countdown import task_of
 from grpo_cli.core.task.suite import Cell, cell
 from grpo_cli.ui import tables
 from grpo_cli.ui import text as show
@@ -100,7 +101,8 @@ def _evaluate(
     else:
         _note_differences(chosen, _DECODING)
     known = [contamination.known(model.source, Path(model.settings.runs)) for model in chosen]
-    puzzles = {cell(name): puzzles_of(cell(name), settings.limit) for name in weights}
+    asked = task_of(chosen[0].settings)
+    puzzles = {cell(name): puzzles_of(cell(name), settings.limit, asked) for name in weights}
     results: list[SuiteResult] = []
     with tables.progress("evaluating", quiet=quiet) as advance:
 
@@ -111,6 +113,7 @@ def _evaluate(
             result = evaluate_suite(
                 ranks.own(partial(load, model)),
                 puzzles,
+                task=asked,
                 weights=weights,
                 max_new_tokens=settings.max_new_tokens,
                 samples=settings.samples,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from pathlib import Path
+from typing import cast
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -16,7 +17,7 @@ from grpo_cli.core.builtin.traces import failure
 from grpo_cli.core.evals.evaluate import Evaluation, evaluate
 from grpo_cli.core.model.load import BUILTIN, load
 from grpo_cli.core.task.data import puzzle_set
-from grpo_cli.core.task.puzzle import Split
+from grpo_cli.core.task.puzzle import Puzzle, Split
 from grpo_cli.ui import text as show
 
 MAX_NEW_TOKENS = 400
@@ -56,7 +57,7 @@ def measure(folder: Path, split: Split, temperature: float) -> Evaluation:
 def report(result: Evaluation) -> None:
     """One line of accuracy and one of why the rest failed."""
     wrong = [completion for row in result.completions for completion in row if not completion.score.correct]
-    kinds = Counter(failure(item.text, item.puzzle, truncated=item.truncated) for item in wrong)
+    kinds = Counter(failure(item.text, cast(Puzzle, item.puzzle), truncated=item.truncated) for item in wrong)
     decoding = f"temperature {result.temperature:g}" if result.temperature else "greedy"
     shares = ", ".join(f"{kind} {count / result.count:.1%}" for kind, count in kinds.most_common())
     show.note(f"{result.split}, {decoding}: {result.accuracy:.1%} of {result.count} puzzles; failed: {shares}")

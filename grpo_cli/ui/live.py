@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from types import TracebackType
-from typing import Self, cast
+from typing import Self
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -275,7 +275,9 @@ def _clock(seconds: float) -> str:
 
 
 def _panel(sample: Mapping[str, object], width: int, lines: int) -> Panel:
-    puzzle = show.question(cast(Sequence[int], sample["numbers"]), cast(int, sample["target"]))
+    puzzle = show.printable(
+        str(sample.get("problem") or f"{sample.get('numbers')} -> {sample.get('target')}"), limit=80
+    )
     return Panel(
         show.excerpt(str(sample["completion"]), width=width - 4, lines=lines),
         title=Text(f"{puzzle}  reward {sample['reward']}, {sample['reason']}"),

@@ -23,7 +23,7 @@ from grpo_cli.ui import figures as plot
 from grpo_cli.ui.account import Account, Change, change, puzzles
 from grpo_cli.ui.figures import Curves, Series
 from grpo_cli.ui.tables import SIGNIFICANT
-from grpo_cli.ui.text import EXCERPT_CHARACTERS, interval, percent, printable, probability, question
+from grpo_cli.ui.text import EXCERPT_CHARACTERS, interval, percent, printable, probability
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 STYLE = Path(__file__).with_suffix(".css")
@@ -352,7 +352,7 @@ def _pair(*sides: Html) -> Html:
 def _side(step: int, example: Example) -> Html:
     right = example.reason == "correct"
     outcome = element("span", f"{'✓' if right else '✗'} {example.reason}", class_="good" if right else "bad")
-    place = f"{f'step {step:,}' if step else 'start'} · {question(example.numbers, example.target)} · "
+    place = f"{f'step {step:,}' if step else 'start'} · {printable(example.title, limit=80)} · "
     title = element("p", place, outcome, f" · reward {example.reward}")
     completion = printable(example.completion.strip("\n"), keep_newlines=True, limit=EXCERPT_CHARACTERS)
     return element("div", title, element("pre", completion), class_="side")

@@ -283,8 +283,8 @@ def _examples(result: Evaluation, count: int) -> list[Completion]:
 
 
 def _example(completion: Completion) -> None:
-    puzzle, score = completion.puzzle, completion.score
-    title = f"{question(puzzle.numbers, puzzle.target)}  reward {score.reward}, {score.reason}"
+    score = completion.score
+    title = f"{printable(str(completion.puzzle))}  reward {score.reward}, {score.reason}"
     out.print(Text(title, style="bold"))
     out.print(Padding(excerpt(completion.text, width=max(out.width - 4, 10), lines=12), (0, 0, 0, 4)))
 
@@ -432,7 +432,7 @@ def _pair_examples(
 ) -> None:
     for word, pairs in (("gained", gained), ("lost", lost)):
         for pair in pairs[:1]:
-            puzzle = question(pair[0].puzzle.numbers, pair[0].puzzle.target)
+            puzzle = printable(str(pair[0].puzzle))
             answers = (f"{printable(_outcome(completion), limit=ANSWER_CHARACTERS)}" for completion in pair)
             out.print(Padding(Text(f"{word}: {puzzle}  {' -> '.join(answers)}"), (0, 0, 0, 2)))
 

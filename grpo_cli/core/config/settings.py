@@ -65,6 +65,10 @@ Suite = Annotated[dict[CellName, Annotated[float, Field(ge=0)]], AfterValidator(
 
 
 class Task(Table):
+    task: str = Field(min_length=1, description="`countdown`, FILE.py with a task of your own, or gym:NAME")
+    puzzles: str = Field(
+        min_length=1, description="file of puzzles to train or evaluate on: JSON Lines, CSV or Parquet; or `none`"
+    )
     numbers: int = Field(ge=2, le=6, description="numbers in a puzzle")
     style: Literal["one-shot", "zero-shot", "natural"] = Field(description="how a puzzle is put to the model")
     operations: Annotated[str, AfterValidator(operations_in)] = Field(description="operations allowed: some of + - * /")
@@ -155,6 +159,9 @@ class Reward(Table):
         ge=0, description="reward of a wrong answer that uses the numbers as it must, added to that of its format"
     )
     correct_reward: float = Field(gt=0, description="reward of a right answer, in place of all others")
+
+    reward: str = Field(min_length=1, description="FILE.py:function that rewards completions instead; or `none`")
+    reward_errors: Literal["stop", "skip"] = Field(description="what an exception in it does: end the run, or reward 0")
 
     @property
     def weights(self) -> Rewards:

@@ -15,6 +15,7 @@ from grpo_cli.core.config.resolve import restore
 from grpo_cli.core.model.load import load
 from grpo_cli.core.run.folder import Run, find_run, run_of
 from grpo_cli.core.task.puzzle import Puzzle
+from grpo_cli.core.task.task import Problem
 
 RECIPE = "all train puzzles of 3 and 4 numbers by the recipe of builtin"
 
@@ -30,13 +31,17 @@ class Known:
     unknown: str | None = None  # the model that it began as, of which nothing is known
     damaged: int = 0  # lines of the runs' samples that cannot be read
 
-    def __contains__(self, puzzle: Puzzle) -> bool:
+    def __contains__(self, puzzle: Problem) -> bool:
+        if not isinstance(puzzle, Puzzle):
+            return False
         key = _key(puzzle.numbers, puzzle.target)
         return any(key in seen for seen in self.runs.values()) or (self.recipe and may_imitate(puzzle))
 
-    def statement(self, puzzles: Sequence[Puzzle]) -> str:
+    def statement(self, puzzles: Sequence[Problem]) -> str:
         """How many of `puzzles` it was trained on, and how that is known."""
         count = overlap(puzzles, self)
+        if not all(isinstance(puzzle, Puzzle) for puzzle in puzzles):
+            return "contamination is counted for countdown alone"
         if count is None:
             return f"what {self.unknown} was trained on is not known"
         parts = [f"{len(seen):,} known from {name}" for name, seen in self.runs.items()]
@@ -46,9 +51,10 @@ class Known:
         return f"{count:,} of {len(puzzles):,} puzzles were trained on ({', and '.join(parts)}{rest})"
 
 
-def overlap(puzzles: Iterable[Puzzle], known: Known) -> int | None:
-    """How many of `puzzles` are known to have been trained on; None if nothing is known."""
-    if not known.runs and not known.recipe:
+def overlap(problems: Iterable[Problem], known: Known) -> int | None:
+    """How many problems are known to have been trained on; None if nothing is known, or for other tasks."""
+    puzzles = list(problems)
+    if not (known.runs or known.recipe) or not all(isinstance(puzzle, Puzzle) for puzzle in puzzles):
         return None
     return sum(puzzle in known for puzzle in puzzles)
 

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 from grpo_cli.core.dist.ranks import Solo
 from grpo_cli.core.evals.contamination import Known, overlap
@@ -21,13 +22,12 @@ from grpo_cli.core.evals.statistics import wilson
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.perf.microbatch import MicroBatch
 from grpo_cli.core.sampling.rollout import sample, uniforms
-from grpo_cli.core.task.data import puzzle_set
-from grpo_cli.core.task.prompts import Style, prompt
-from grpo_cli.core.task.puzzle import Puzzle, Split
-from grpo_cli.core.task.scoring import Score, score
-from grpo_cli.core.task.solver import needs_parentheses, solve
+from grpo_cli.core.task.countdown import Countdown
+from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.suite import Cell, weighted_mean
+from grpo_cli.core.task.task import Problem, Score, Split, Task
 
+COUNTDOWN = Countdown()
 EXAMPLES = 4  # completions, of the same puzzles every time, that an evaluation's record shows
 
 
@@ -35,7 +35,7 @@ EXAMPLES = 4  # completions, of the same puzzles every time, that an evaluation'
 class Completion:
     """A scored completion. `length` is in tokens; `truncated` says that it ran out of them."""
 
-    puzzle: Puzzle
+    puzzle: Problem
     text: str
     length: int
     truncated: bool
@@ -48,7 +48,7 @@ class Evaluation:
 
     model: str
     split: Split
-    style: Style
+    style: str
     numbers: int
     samples: int
     temperature: float
@@ -56,6 +56,7 @@ class Evaluation:
     seed: int
     completions: list[list[Completion]]
     known: Known | None = None  # what the model was trained on
+    task: Task = COUNTDOWN
 
     @cached_property
     def _all(self) -> list[Completion]:
@@ -75,7 +76,7 @@ class Evaluation:
     @property
     def protocol(self) -> str:
         """Hash of what was asked and how it was decoded: two results are comparable where it is the same."""
-        asked = [prompt(row[0].puzzle, self.style) for row in self.completions]
+        asked = [self.task.prompt(row[0].puzzle, self.style) for row in self.completions]
         content = json.dumps([asked, self.decoding], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -85,7 +86,7 @@ class Evaluation:
         return len(self.completions)
 
     @property
-    def puzzles(self) -> list[Puzzle]:
+    def puzzles(self) -> list[Problem]:
         return [row[0].puzzle for row in self.completions]
 
     @property
@@ -138,13 +139,8 @@ class Evaluation:
     @property
     def slices(self) -> dict[str, tuple[int, int]]:
         """(correct, all) completions of the puzzles of each kind."""
-        kinds: dict[str, Callable[[Puzzle], bool]] = {
-            "needs parentheses": needs_parentheses,
-            "no parentheses needed": lambda puzzle: not needs_parentheses(puzzle),
-            "one solution": lambda puzzle: len(solve(puzzle)) == 1,
-            "several solutions": lambda puzzle: len(solve(puzzle)) > 1,
-        }
-        return {kind: _slice(self.completions, belongs) for kind, belongs in kinds.items()}
+        kinds = [self.task.kinds(problem) for problem in self.puzzles]
+        return {kind: _slice(self.completions, [kind in own for own in kinds]) for kind in sorted(set(chain(*kinds)))}
 
     @property
     def _figures(self) -> dict[str, object]:
@@ -194,8 +190,7 @@ def _shown(completion: Completion) -> dict[str, object]:
     """A completion as JSON keeps it."""
     puzzle, found = completion.puzzle, completion.score
     return {
-        "numbers": list(puzzle.numbers),
-        "target": puzzle.target,
+        **puzzle.record(),
         "completion": completion.text,
         "length": completion.length,
         "reward": found.reward,
@@ -230,7 +225,7 @@ class SuiteResult:
         return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
     @property
-    def puzzles(self) -> list[Puzzle]:
+    def puzzles(self) -> list[Problem]:
         """All puzzles, each once, however many styles it is put in."""
         return list(dict.fromkeys(puzzle for result in self.cells for puzzle in result.puzzles))
 
@@ -240,9 +235,9 @@ class SuiteResult:
         return {"model": self.model, "mean": self.mean, "seconds": self.seconds, "cells": cells}
 
 
-def puzzles_of(cell: Cell, limit: int = 0) -> list[Puzzle]:
-    """The puzzles of a cell, or a sample of `limit` of them, the same every time; 0 is all."""
-    puzzles = puzzle_set(cell.numbers, cell.split)
+def puzzles_of(cell: Cell, limit: int = 0, task: Task = COUNTDOWN) -> list[Problem]:
+    """The problems of a cell, or a sample of `limit` of them, the same every time; 0 is all."""
+    puzzles = list(task.problems(cell.split, cell.numbers))
     if not 0 < limit < len(puzzles):
         return puzzles
     return [puzzles[index] for index in sorted(random.Random(0).sample(range(len(puzzles)), limit))]
@@ -250,9 +245,11 @@ def puzzles_of(cell: Cell, limit: int = 0) -> list[Puzzle]:
 
 def evaluate(
     policy: Policy,
-    puzzles: Sequence[Puzzle],
+    puzzles: Sequence[Problem],
     *,
-    style: Style,
+    style: str,
+    split: Split | None = None,
+    task: Task = COUNTDOWN,
     max_new_tokens: int,
     samples: int = 1,
     temperature: float = 0.0,
@@ -280,7 +277,7 @@ def evaluate(
             chunk = [puzzles[index] for index in indices]
             rollout = sample(
                 policy,
-                [policy.encode(prompt(puzzle, style)) for puzzle in chunk],
+                [policy.encode(task.prompt(puzzle, style)) for puzzle in chunk],
                 num_generations=samples,
                 max_new_tokens=max_new_tokens,
                 temperature=temperature or 1.0,
@@ -289,7 +286,7 @@ def evaluate(
                 on_token=on_token,
             )
             scored = [
-                _completion(policy, chunk[row // samples], tokens, truncated, style)
+                _completion(policy, task, chunk[row // samples], tokens, truncated, style)
                 for row, (tokens, truncated) in enumerate(zip(rollout.completions, rollout.truncated, strict=True))
             ]
             rows += [scored[first : first + samples] for first in range(0, len(scored), samples)]
@@ -299,15 +296,17 @@ def evaluate(
 
     rows = [row for part in ranks.each(share) for row in part]
     first = puzzles[0]
+    split = split or (first.split if isinstance(first, Puzzle) else "val")
     return Evaluation(
-        policy.name, first.split, style, len(first.numbers), samples, temperature, max_new_tokens, seed, rows, known
+        policy.name, split, style, first.size, samples, temperature, max_new_tokens, seed, rows, known, task
     )
 
 
 def evaluate_suite(
     policy: Policy,
-    puzzles: Mapping[Cell, Sequence[Puzzle]],
+    puzzles: Mapping[Cell, Sequence[Problem]],
     *,
+    task: Task = COUNTDOWN,
     weights: Mapping[str, float],
     max_new_tokens: int,
     samples: int = 1,
@@ -330,6 +329,8 @@ def evaluate_suite(
             policy,
             asked,
             style=cell.style,
+            split=cell.split,
+            task=task,
             max_new_tokens=max_new_tokens,
             samples=samples,
             temperature=temperature,
@@ -344,15 +345,18 @@ def evaluate_suite(
     return SuiteResult(policy.name, cells, weights, time.perf_counter() - start)
 
 
-def _completion(policy: Policy, puzzle: Puzzle, tokens: list[int], truncated: bool, style: Style) -> Completion:
+def _completion(
+    policy: Policy, task: Task, puzzle: Problem, tokens: list[int], truncated: bool, style: str
+) -> Completion:
     text = policy.decode(tokens)
-    return Completion(puzzle, text, len(tokens), truncated, score(text, puzzle, style=style, truncated=truncated))
+    return Completion(puzzle, text, len(tokens), truncated, task.score(text, puzzle, style=style, truncated=truncated))
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _slice(rows: list[list[Completion]], belongs: Callable[[Puzzle], bool]) -> tuple[int, int]:
-    chosen = [completion.score.correct for row in rows if belongs(row[0].puzzle) for completion in row]
-    return sum(chosen), len(chosen)
+def _slice(rows: list[list[Completion]], belongs: Sequence[bool]) -> tuple[int, int]:
+    chosen = [row for row, kept in zip(rows, belongs, strict=True) if kept]
+    correct = [completion.score.correct for row in chosen for completion in row]
+    return sum(correct), len(correct)

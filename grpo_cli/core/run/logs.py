@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Generic, TypeVar
 
@@ -20,13 +20,19 @@ Record = TypeVar("Record")
 class Example:
     """A completion that a run keeps, and its score. An example of an evaluation leaves `step` to the evaluation."""
 
-    numbers: list[int]
-    target: int
     completion: str
     reward: float | str
     reason: str
     answer: str | None = None
     step: int = 0
+    numbers: list[int] = field(default_factory=list)  # of a puzzle, with its target
+    target: int = 0
+    problem: str = ""  # of another task
+
+    @property
+    def title(self) -> str:
+        """The problem in one line."""
+        return self.problem or f"{self.numbers} -> {self.target}"
 
 
 @dataclass(frozen=True)
@@ -132,8 +138,10 @@ def _validated(kind: TypeAdapter[Record], line: Line) -> Record:
 
 
 def question(line: Line) -> tuple[list[int], int]:
-    """Numbers and target of a sample."""
+    """Numbers and target of a sample; ([], 0) of another task's."""
     record = line.record()
+    if "problem" in record:
+        return [], 0
     given, target = record.get("numbers"), record.get("target")
     if not isinstance(given, list) or type(target) is not int or any(type(number) is not int for number in given):
         raise CountdownError(f"{line.place} has no puzzle in `numbers` and `target`")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from grpo_cli.core.task.data import puzzle_set
+from grpo_cli.core.task.files import load_puzzles
+from grpo_cli.core.task.plugin import load_task, rewarded
 from grpo_cli.core.task.prompts import STYLES, Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.rules import ORIGINAL, Rules
@@ -20,7 +23,13 @@ if TYPE_CHECKING:
 
 def task_of(settings: Settings) -> Task:
     """The task that the settings choose."""
-    return Countdown(settings.task.rules, settings.reward.weights)
+    task, reward = settings.task, settings.reward
+    chosen: Task
+    if task.task == "countdown":
+        chosen = Countdown(task.rules, reward.weights, None if task.puzzles == "none" else Path(task.puzzles))
+    else:
+        chosen = load_task(task.task)
+    return chosen if reward.reward == "none" else rewarded(chosen, reward.reward, reward.reward_errors)
 
 
 @dataclass(frozen=True)
@@ -29,12 +38,13 @@ class Countdown:
 
     rules: Rules = ORIGINAL
     rewards: Rewards = ORIGINAL_REWARDS
+    path: Path | None = None  # of a puzzle file that replaces the puzzles of the rules
     name: str = "countdown"
     styles: Sequence[str] = STYLES
     cheats: Sequence[str] = CHEATS
 
     def problems(self, split: Split, size: int) -> list[Puzzle]:
-        return puzzle_set(size, split, self.rules)
+        return load_puzzles(self.path, self.rules).puzzles(split) if self.path else puzzle_set(size, split, self.rules)
 
     def read(self, record: Mapping[str, object]) -> Puzzle:
         numbers, target = record.get("numbers"), record.get("target")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import check_writable, write
-from grpo_cli.core.task.expression import parse
-from grpo_cli.core.task.puzzle import Puzzle, Split, check_size, checked, judge, split_of
+from grpo_cli.core.task.files import in_format
+from grpo_cli.core.task.puzzle import Puzzle, Split, check_size, split_of
 from grpo_cli.core.task.rules import ORIGINAL, Rules
 from grpo_cli.core.task.solver import needs_parentheses, solution, solve, targets
 
@@ -24,8 +24,6 @@ SAMPLED = 2_000  # distinct puzzles that stand for a larger split
 MOST_DRAWS = 200_000  # to find them
 RATED = 200
 _APPLY: dict[str, Callable[[int | Fraction, int], int | Fraction]] = {"+": add, "-": sub, "*": mul, "/": Fraction}
-
-FIELDS = ("numbers", "target", "split", "solution")
 
 
 def is_enumerable(size: int, rules: Rules = ORIGINAL) -> bool:
@@ -110,45 +108,9 @@ def _rest_of_line(puzzle: Puzzle, rules: Rules) -> str:
 
 
 def write_puzzles(path: Path, puzzles: Iterable[Puzzle], *, overwrite: bool = False, rules: Rules = ORIGINAL) -> None:
-    """Write a puzzle file as a whole or not at all."""
+    """Write a puzzle file, as JSON Lines, CSV or Parquet by its name, as a whole or not at all."""
     check_writable(path, overwrite=overwrite)
-    write(path, "".join(f"{json_line(puzzle, rules)}\n" for puzzle in puzzles).encode())
-
-
-def read_puzzles(path: Path) -> list[Puzzle]:
-    """The puzzles of a puzzle file; CountdownError names the file and the line of whatever is wrong."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise CountdownError(f"cannot read `{path}`: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise CountdownError(f"`{path}`, line {line}: not UTF-8") from error
-    if not text:
-        raise CountdownError(f"`{path}` is empty", "write puzzles with `countdown gen-data --out FILE`")
-    lines = text.removesuffix("\n").split("\n")
-    return [_read_line(line, f"`{path}`, line {number}") for number, line in enumerate(lines, 1)]
-
-
-def _read_line(line: str, place: str) -> Puzzle:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise CountdownError(f"{place}: not JSON") from error
-    if not isinstance(record, dict) or set(record) != set(FIELDS):
-        raise CountdownError(f"{place}: a puzzle is an object with the fields {', '.join(FIELDS)}")
-    numbers, target, solution = record["numbers"], record["target"], record["solution"]
-    if not isinstance(numbers, list) or any(type(number) is not int for number in (*numbers, target)):
-        raise CountdownError(f"{place}: `numbers` is a list of whole numbers, `target` a whole number")
-    try:
-        puzzle = checked(numbers, target)
-    except CountdownError as error:
-        raise CountdownError(f"{place}: {error.message}") from error
-    if record["split"] != puzzle.split:
-        raise CountdownError(f"{place}: {numbers} belongs to the split `{puzzle.split}`")
-    if not isinstance(solution, str) or judge(puzzle, parse(solution)) != "correct":
-        raise CountdownError(f"{place}: `solution` does not make {target} from {numbers}")
-    return puzzle
+    write(path, in_format(path.suffix, [json_line(puzzle, rules) for puzzle in puzzles]))
 
 
 @dataclass(frozen=True)

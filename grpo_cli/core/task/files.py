@@ -1,0 +1,185 @@
+"""Puzzle files: JSON Lines, CSV and Parquet, as `gen-data` writes them or with the columns `nums` and `target`."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.task.expression import parse
+from grpo_cli.core.task.puzzle import Puzzle, checked, judge
+from grpo_cli.core.task.rules import ORIGINAL, Rules
+from grpo_cli.core.task.solver import solution
+from grpo_cli.core.task.task import Split
+
+FIELDS = ("numbers", "target", "split", "solution")
+TRIED = 1_000  # puzzles of a file that are solved to find out whether its puzzles can be
+
+
+@dataclass(frozen=True)
+class PuzzleFile:
+    """The puzzles of a file by split, each once; `duplicates` counts those left out."""
+
+    path: Path
+    train: tuple[Puzzle, ...]
+    val: tuple[Puzzle, ...]
+    duplicates: int
+    sha256: str
+
+    def puzzles(self, split: Split) -> list[Puzzle]:
+        """The puzzles of a split; CountdownError if there are none."""
+        chosen = list(self.val if split == "val" else self.train)
+        if not chosen:
+            hint = "puzzles with an odd number are train, all others val, unless a column `split` says so"
+            raise CountdownError(f"`{self.path}` has no {split} puzzles", hint)
+        return chosen
+
+    def __str__(self) -> str:
+        counts = f"{len(self.train):,} train and {len(self.val):,} val puzzles, {self.duplicates:,} duplicates left out"
+        return f"{self.path}: {counts}, SHA-256 {self.sha256[:12]}"
+
+
+@cache
+def load_puzzles(path: Path, rules: Rules = ORIGINAL) -> PuzzleFile:
+    """Read a puzzle file; CountdownError names the line of whatever is wrong, and puzzles without a solution."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CountdownError(f"cannot read `{path}`: {error.strerror}") from error
+    splits: dict[Puzzle, Split] = {}
+    chosen: dict[Puzzle, tuple[Puzzle, str]] = {}
+    count = 0
+    for place, row in _rows(path, data):
+        count += 1
+        puzzle, split = _read(row, place, rules)
+        if splits.setdefault(puzzle.canonical, split) != split:
+            raise CountdownError(f"{place}: {puzzle} is a train and a val puzzle", "keep it in one split")
+        chosen.setdefault(puzzle.canonical, (puzzle, place))
+    if not count:
+        raise CountdownError(f"`{path}` has no puzzles", "write some with `countdown gen-data --out FILE`")
+    _require_solvable(list(chosen.values()), rules)
+    train, val = (
+        tuple(puzzle for key, (puzzle, _) in chosen.items() if splits[key] == split) for split in ("train", "val")
+    )
+    return PuzzleFile(path, train, val, count - len(chosen), hashlib.sha256(data).hexdigest())
+
+
+def _require_solvable(puzzles: Sequence[tuple[Puzzle, str]], rules: Rules) -> None:
+    tried = puzzles[:: -(-len(puzzles) // TRIED)]
+    unsolved = [(puzzle, place) for puzzle, place in tried if solution(puzzle, rules) is None]
+    if unsolved:
+        puzzle, place = unsolved[0]
+        raise CountdownError(
+            f"{len(unsolved):,} of {len(tried):,} puzzles tried have no solution, first {place}: {puzzle}",
+            f"the rules allow {rules.operations}: change `--operations` or `--no-use-all`, or remove these puzzles",
+        )
+
+
+def _read(row: dict[str, Any], place: str, rules: Rules) -> tuple[Puzzle, Split]:
+    """The puzzle of a row and its split."""
+    numbers, target = row.get("numbers", row.get("nums")), row.get("target")
+    if not isinstance(numbers, list) or type(target) is not int or any(type(number) is not int for number in numbers):
+        raise CountdownError(f"{place}: `numbers` (or `nums`) is a list of whole numbers, `target` a whole number")
+    try:
+        puzzle = checked(numbers, target, rules)
+    except CountdownError as error:
+        raise CountdownError(f"{place}: {error.message}") from error
+    split = row.get("split") or puzzle.split
+    if split not in ("train", "val"):
+        raise CountdownError(f"{place}: `split` is `train` or `val`")
+    answer = row.get("solution")
+    if answer is not None and (
+        not isinstance(answer, str) or judge(puzzle, parse(answer, rules.operations), rules) != "correct"
+    ):
+        raise CountdownError(f"{place}: `solution` does not make {target} from {numbers}")
+    return puzzle, split
+
+
+def _rows(path: Path, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a file, each with its place."""
+    if path.suffix == ".parquet":
+        yield from ((f"`{path}`, row {index}", row) for index, row in enumerate(_parquet(path, data), 1))
+        return
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        lines = data.count(b"\n", 0, error.start) + 1
+        raise CountdownError(f"`{path}`, line {lines}: not UTF-8") from error
+    if path.suffix == ".csv":
+        yield from _csv_rows(path, text)
+        return
+    for index, line in enumerate(text.removesuffix("\n").split("\n") if text else [], 1):
+        place = f"`{path}`, line {index}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise CountdownError(f"{place}: not JSON") from error
+        if not isinstance(row, dict):
+            raise CountdownError(f"{place}: a puzzle is an object with the fields {', '.join(FIELDS)}")
+        yield place, row
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a CSV file; lists are written as `[3, 5, 2]` or `3 5 2`."""
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        for row in reader:
+            place = f"`{path}`, line {reader.line_num}"
+            parsed: dict[str, Any] = {key: value or None for key, value in row.items() if key}
+            for key in ("numbers", "nums", "target"):
+                if isinstance(parsed.get(key), str):
+                    parsed[key] = _whole_numbers(parsed[key], single=key == "target")
+            yield place, parsed
+    except csv.Error as error:
+        raise CountdownError(f"`{path}`, line {reader.line_num}: not CSV: {error}") from error
+
+
+def _whole_numbers(text: str, *, single: bool) -> list[int] | int | None:
+    words = text.strip("[]() ").replace(",", " ").split()
+    if not all(word.isascii() and word.isdigit() and len(word) < 10 for word in words):
+        return None
+    numbers = [int(word) for word in words]
+    return (numbers[0] if len(numbers) == 1 else None) if single else numbers
+
+
+def _parquet(path: Path, data: bytes) -> list[dict[str, Any]]:
+    parquet = _pyarrow()
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(io.BytesIO(data)).to_pylist()
+    except Exception as error:
+        raise CountdownError(f"`{path}` is not a Parquet file: {str(error).splitlines()[0]}") from error
+    return rows
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        hint = 'install it with `pip install "countdown-grpo[parquet]"`, or use JSON Lines or CSV'
+        raise CountdownError("Parquet files need pyarrow", hint) from error
+    return pyarrow.parquet
+
+
+def in_format(suffix: str, lines: Sequence[str]) -> bytes:
+    """Puzzle lines of JSON in the format of a file name's suffix: CSV, Parquet, or JSON Lines for any other."""
+    if suffix not in (".csv", ".parquet"):
+        return "".join(f"{line}\n" for line in lines).encode()
+    rows = [json.loads(line) for line in lines]
+    if suffix == ".csv":
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue().encode()
+    import pyarrow
+
+    buffer = io.BytesIO()
+    _pyarrow().write_table(pyarrow.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()

@@ -1,0 +1,159 @@
+"""Tasks and rewards of one's own: files that work, and one sentence for each that does not."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from grpo_cli.core.config.resolve import resolve
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.task.audit import audit
+from grpo_cli.core.task.countdown import Countdown, task_of
+from grpo_cli.core.task.plugin import load_task, rewarded
+from grpo_cli.core.task.puzzle import Puzzle
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "sort_digits.py"
+P13 = Puzzle((3, 5, 2), 13)
+RIGHT = "<think></think><answer>5 * 2 + 3</answer>"
+
+
+def written(folder: Path, text: str) -> str:
+    path = folder / "mine.py"
+    path.write_text(text)
+    load_task.cache_clear()
+    return str(path)
+
+
+def failed(task_name: str) -> list[str]:
+    return [check.name for check in audit(load_task(task_name), 0) if not check.passed]
+
+
+def test_the_example_is_a_sound_task() -> None:
+    task = load_task(str(EXAMPLE))
+    assert failed(str(EXAMPLE)) == []
+    problem = task.problems("train", 3)[0]
+    solved = task.solution(problem)
+    assert solved is not None
+    score = task.score(solved, problem, style="zero-shot")
+    assert (score.reward, score.correct, score.parts) == (1.0, True, {"format": 0.1, "digits": 0.9})
+    assert task.read(problem.record()) == problem
+    assert task.prompt(problem, "zero-shot")[0]["role"] == "user"
+
+
+def test_countdown_is_a_sound_task() -> None:
+    assert [check.name for check in audit(Countdown(), 3) if not check.passed] == []
+
+
+def test_an_audit_finds_what_pays_without_an_answer(tmp_path: Path) -> None:
+    name = written(
+        tmp_path,
+        "import random\ndef problems(split): return [random.random() for _ in range(30)]\n"
+        "def prompt(x): return str(x)\ndef score(text, x): return 1.0\n",
+    )
+    assert failed(name) == [
+        "same problems at every call",
+        "an empty completion scores below 0.5",
+        "the question itself scores below 0.5",
+        "tags alone scores below 0.5",
+    ]
+    name = written(
+        tmp_path,
+        "def problems(split): return [1, 2]\ndef prompt(x): return 'say'\ndef score(text, x): return 0.0\n"
+        "def solution(x): return 'a'\n",
+    )
+    assert failed(name) == ["val problems are not in train", "solutions score full"]
+
+
+GOOD = "def problems(split): return [1]\ndef prompt(x): return 'q'\ndef score(text, x): return 0.5\n"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "defines no function `problems`"),
+        ("x = 1 +\n", "mine.py` cannot be run: line 1: SyntaxError"),
+        ("x = 1\ny = x / 0\n", "mine.py` cannot be run: line 2: ZeroDivisionError: division by zero"),
+        (GOOD.replace("[1]", "[]"), "`problems` of `mine.py` must return a list that is not empty for `train`"),
+        (GOOD.replace("[1]", "[{1}]"), "a problem of `mine.py` is not plain JSON"),
+        (GOOD.replace("'q'", "5"), "`prompt` of `mine.py` must return a text, or messages"),
+        (GOOD.replace("0.5", "'high'"), "`mine.py` must score by a finite number or a dict of them, not 'high'"),
+        (GOOD.replace("0.5", "float('nan')"), "`mine.py` must score by a finite number"),
+        (GOOD.replace("0.5", "text[5]"), "`score` of `mine.py` failed in"),
+    ],
+)
+def test_a_wrong_task_is_one_sentence(tmp_path: Path, text: str, message: str) -> None:
+    name = written(tmp_path, text)
+    with pytest.raises(CountdownError, match=re.escape(message)) as caught:
+        audit(load_task(name), 0)
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["none.py", "mine.txt", "gym:no_such_set"])
+def test_a_task_that_is_not_there_is_one_sentence(name: str) -> None:
+    if name.startswith("gym"):
+        pytest.importorskip("reasoning_gym")
+    with pytest.raises(CountdownError, match=r"no Python file|has no data set"):
+        load_task(name)
+
+
+@pytest.mark.parametrize("name", ["countdown", "basic_arithmetic"])
+def test_data_sets_of_reasoning_gym_are_tasks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("reasoning_gym")
+    monkeypatch.setattr("grpo_cli.core.task.plugin.GYM_SIZE", {"train": 20, "val": 5})
+    load_task.cache_clear()
+    task = load_task(f"gym:{name}")
+    assert [check.name for check in audit(task, 0) if not check.passed] == []
+    assert 1 <= len(task.problems("val", 0)) <= 5
+
+
+def test_a_reward_pays_and_the_strict_score_decides_what_is_correct(tmp_path: Path) -> None:
+    name = written(tmp_path, "def mine(text, puzzle): return {'short': -len(text) / 100, 'sum': sum(puzzle.numbers)}\n")
+    task = rewarded(Countdown(), f"{name}:mine")
+    score = task.score(RIGHT, P13, style="one-shot")
+    assert score.correct and score.reason == "correct"
+    assert score.parts == {"short": -len(RIGHT) / 100, "sum": 10}
+    assert score.reward == pytest.approx(10 - len(RIGHT) / 100)
+    assert not task.score("no", P13, style="one-shot").correct
+    assert task.problems("val", 3) == Countdown().problems("val", 3) and task.name == "countdown"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def other(text, puzzle): return 1\n", "defines no function `mine`"),
+        ("def mine(text): return 1\n", "TypeError"),
+        ("def mine(text, puzzle): return None\n", "must score by a finite number or a dict of them, not None"),
+        ("def mine(text, puzzle):\n    return 1 / len(text)\n", "mine.py`, line 2: ZeroDivisionError"),
+        ("def mine(text, puzzle):\n    return len(text.encode())\n", "line 2: UnicodeEncodeError"),
+    ],
+)
+def test_a_reward_is_tried_before_training(tmp_path: Path, text: str, message: str) -> None:
+    name = written(tmp_path, text)
+    for on_error in ("stop", "skip"):
+        with pytest.raises(CountdownError, match=re.escape(message)):
+            rewarded(Countdown(), f"{name}:mine", on_error)
+
+
+def test_an_exception_ends_the_run_or_is_skipped_and_counted(tmp_path: Path) -> None:
+    name = written(tmp_path, "def mine(text, puzzle): return 1 / (text != 'rare')\n")
+    with pytest.raises(CountdownError, match="division by zero") as caught:
+        rewarded(Countdown(), f"{name}:mine").score("rare", P13, style="one-shot")
+    assert "it was called with 'rare'" in str(caught.value.hint)
+    skipped = rewarded(Countdown(), f"{name}:mine", "skip").score("rare", P13, style="one-shot")
+    assert (skipped.reward, skipped.parts) == (0.0, {"failed": 1.0})
+
+
+def test_settings_choose_the_task_and_the_reward(tmp_path: Path) -> None:
+    name = written(tmp_path, "def mine(text, puzzle): return 0.25\n")
+
+    def chosen(**flags: str) -> float:
+        given: dict[str, object] = {key.replace("__", "."): value for key, value in flags.items()}
+        task = task_of(resolve(flags=given, has_cuda=lambda: False).settings)
+        return task.score(RIGHT, P13, style="one-shot").reward
+
+    assert chosen() == 1.0
+    assert chosen(reward__reward=f"{name}:mine") == 0.25
+    assert chosen(task__operations="+") == 0.2
+    assert task_of(resolve(flags={"task.task": str(EXAMPLE)}, has_cuda=lambda: False).settings).name == "sort_digits.py"
