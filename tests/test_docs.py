@@ -1,0 +1,39 @@
+"""Documentation that can be checked: links, the file tree, the README's size."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_local_link_leads_to_a_file(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text("utf-8"))
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def test_the_file_tree_names_every_module() -> None:
+    tree = (ROOT / "docs" / "development.md").read_text("utf-8")
+    modules = {
+        path.name for path in (ROOT / "grpo_cli").rglob("*.py") if path.name not in ("__init__.py", "__main__.py")
+    }
+    named = set(re.findall(r"\w+\.py", tree.partition("## Layout")[2].partition("tests/")[0]))
+    assert modules == named
+
+
+def test_every_test_of_the_fault_matrix_exists() -> None:
+    page = (ROOT / "docs" / "faults.md").read_text("utf-8")
+    missing, file = [], ""
+    for name, test in re.findall(r"`(test_\w+\.py)?(?:::(test_\w+))?`", page):
+        file = name or file
+        text = (ROOT / "tests" / file).read_text("utf-8") if (ROOT / "tests" / file).exists() else ""
+        if not text or (test and f"def {test}(" not in text):
+            missing.append(f"{file}::{test}")
+    assert missing == []
+
+
+def test_the_readme_is_for_newcomers() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 250
