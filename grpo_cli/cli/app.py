@@ -192,9 +192,11 @@ def plot(
         list[str] | None, typer.Argument(metavar="[RUN]...", help="runs, or metrics files; default: the newest run")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="folder of the images; default: the run's, or . for several", metavar="<folder>")
+        Path | None,
+        typer.Option(help="folder; default: the run's, or plots/ for several", metavar="<folder>"),
     ] = None,
     report: Annotated[bool, typer.Option("--report", help="write report.html too: one page for people")] = False,
+    overwrite: Overwrite = False,
     config: ConfigFile = None,
 ) -> None:
     """Draw the training curve and the KL curve, of one run or of several overlaid.

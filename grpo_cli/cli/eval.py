@@ -17,7 +17,7 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evals import contamination
 from grpo_cli.core.evals.compare import SuitePaired, suite_paired
 from grpo_cli.core.evals.evaluate import SuiteResult, evaluate_suite, puzzles_of
-from grpo_cli.core.files import check_writable
+from grpo_cli.core.files import check_writable, write_lines
 from grpo_cli.core.perf.microbatch import MicroBatch
 from grpo_cli.core.task.countdown import task_of
 from grpo_cli.core.task.suite import Cell, cell
@@ -51,9 +51,6 @@ def run(
     ranks.leave()
     if ranks.rank > 0:
         return
-    if out is not None:
-        lines = [json.dumps(record) for result in results for cell in result.cells for record in cell.records()]
-        out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     pairs = [pair for result in results[1:] if (pair := suite_paired(results[0], result))]
     if len(results) > 1 and not pairs:
         show.note("models with several completions per puzzle are not compared in pairs")
@@ -64,6 +61,9 @@ def run(
         tables.markdown(suite, results, pairs)
     else:
         _show(suite, results, pairs)
+    if out is not None:
+        records = (record for result in results for cell in result.cells for record in cell.records())
+        write_lines(out, [json.dumps(record) for record in records])
 
 
 def _show(suite: str | None, results: Sequence[SuiteResult], pairs: Sequence[SuitePaired]) -> None:

@@ -1,12 +1,17 @@
-"""Which of a launcher's processes this is: what torchrun, or SLURM, leaves in the environment."""
+"""The process around a command: its rank under torchrun or SLURM, and the signals that stop or save a training."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import signal
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Self, TextIO, cast
 
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.ui import text as show
 
 
 @dataclass(frozen=True)
@@ -38,3 +43,80 @@ def place(environ: Mapping[str, str] = os.environ) -> Place:
     if bad:
         raise CountdownError(f"the launcher's environment is not one of whole numbers: {', '.join(bad)}")
     return Place(*map(int, found))
+
+
+class Signals:
+    """While entered, ask a training to stop or save instead of ending the process.
+
+    SIGINT, SIGTERM and SIGHUP stop it, as does a stderr that nobody reads any more; SIGUSR1 saves. A second SIGINT or
+    SIGTERM ends the process, unless a launcher, which may pass the same signal on twice, `launched` it. Under nohup
+    SIGHUP stays ignored.
+    """
+
+    def __init__(self, *, launched: bool = False) -> None:
+        self._launched = launched
+        self.stop: int | None = None
+        self._save = self._announced = False
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._stderr = sys.stderr
+
+    def __enter__(self) -> Self:
+        stopping = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            stopping.append(signal.SIGHUP)
+        handlers = {**dict.fromkeys(stopping, self._request_stop), signal.SIGUSR1: self._request_save}
+        self._handlers = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        self._stderr, sys.stderr = sys.stderr, cast("TextIO", _Tolerant(sys.stderr, self._lost_reader))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.stderr = self._stderr
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _request_stop(self, number: int, _: FrameType | None) -> None:
+        self.stop = self.stop or number
+        for stopping in () if self._launched else (signal.SIGINT, signal.SIGTERM):
+            signal.signal(stopping, signal.SIG_DFL)
+        if os.isatty(2):
+            os.write(2, b"\x1b[?25h")  # show the cursor, which the live view hides
+
+    def _request_save(self, _: int, __: FrameType | None) -> None:
+        self._save = True
+
+    def _lost_reader(self) -> None:
+        self.stop = self.stop or signal.SIGPIPE
+
+    def should_stop(self) -> bool:
+        if self.stop is not None and not self._announced:
+            self._announced = True
+            show.note("stopping after saving the last completed step; press Ctrl-C again to leave at once")
+        return self.stop is not None
+
+    def should_save(self) -> bool:
+        requested, self._save = self._save, False
+        return requested
+
+
+class _Tolerant:
+    """A text stream whose failed writes are reported to `lost` instead of raised: a closed pipe or terminal."""
+
+    def __init__(self, stream: TextIO, lost: Callable[[], None]) -> None:
+        self._stream, self._lost = stream, lost
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return self._attempt(lambda: self._stream.write(text))
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, action: Callable[[], int | None]) -> int:
+        try:
+            return action() or 0
+        except OSError:
+            self._lost()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # what is buffered must go somewhere
+            return 0

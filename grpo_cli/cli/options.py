@@ -43,6 +43,7 @@ _PANELS = {
         "train.eval_suite",
         "train.patience",
         "train.save_every",
+        "train.save_minutes",
         "train.keep_last",
         "train.max_bad_steps",
         "train.stop_on_collapse",

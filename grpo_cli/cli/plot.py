@@ -17,8 +17,12 @@ from grpo_cli.ui import figures, report, tables
 from grpo_cli.ui.account import Account
 from grpo_cli.ui.figures import Curves
 
+MOST_CHARACTERS = 64  # of a folder's name made of runs' names
 
-def run(ctx: typer.Context, *, runs: list[str] | None, out: Path | None, report: bool, config: Path | None) -> None:
+
+def run(
+    ctx: typer.Context, *, runs: list[str] | None, out: Path | None, report: bool, overwrite: bool, config: Path | None
+) -> None:
     """Draw both figures of the runs, and with `report` write report.html beside them."""
     settings = resolve(ctx, config).settings
     root, style = Path(settings.runs), settings.plot
@@ -28,16 +32,31 @@ def run(ctx: typer.Context, *, runs: list[str] | None, out: Path | None, report:
         raise CountdownError(f"no run in `{root}` yet", "train one with `countdown train`, or name a metrics file")
     sources = [_source(root, name) for name in names]
     curves = [run_curves(source) if isinstance(source, Run) else figures.load(source) for source in sources]
-    folder = out or (sources[0].path if len(sources) == 1 and isinstance(sources[0], Run) else Path("."))
+    own = sources[0].path if len(sources) == 1 and isinstance(sources[0], Run) else None
     require_package("matplotlib")
-    check_writable(folder / f"training_curve.{style.format}", overwrite=True)
+    folder = out or own or _folder_for(sources)
     page = folder / "report.html"
+    for path in [*_images(folder, style), *([page] * report)]:
+        check_writable(path, overwrite=overwrite or folder == own)  # a run's own images are ours to replace
     if report:
-        check_writable(page, overwrite=True)
         _write_report([_account(source, drawn) for source, drawn in zip(sources, curves, strict=True)], page, style)
     for path in [*draw(curves, folder, style), *([page] * report)]:
         print(path)
     tables.sparklines(curves)
+
+
+def _folder_for(sources: Sequence[Run | Path]) -> Path:
+    """Make `plots/first+second`, the folder for plots of several runs; a single metrics file is drawn in `.`."""
+    if len(sources) == 1:
+        return Path(".")
+    names = [source.name if isinstance(source, Run) else source.stem for source in sources]
+    label = "+".join(names)
+    folder = Path("plots") / (label if len(label) <= MOST_CHARACTERS else f"{names[0][:40]}+{len(names) - 1}-others")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CountdownError(f"cannot create `{folder}`: {error.strerror}", "choose a folder with `--out`") from None
+    return folder
 
 
 def run_curves(run: Run) -> Curves:
@@ -47,11 +66,14 @@ def run_curves(run: Run) -> Curves:
 
 def draw(curves: Sequence[Curves], folder: Path, style: Plot) -> list[Path]:
     """Draw both figures into a folder; returns their paths."""
-    drawers = {"training_curve": figures.training_curve, "kl_divergence": figures.kl_curve}
-    paths = [folder / f"{name}.{style.format}" for name in drawers]
-    for path, drawer in zip(paths, drawers.values(), strict=True):
+    paths = _images(folder, style)
+    for path, drawer in zip(paths, (figures.training_curve, figures.kl_curve), strict=True):
         drawer(curves, path, smooth=style.smooth, window=style.window)
     return paths
+
+
+def _images(folder: Path, style: Plot) -> list[Path]:
+    return [folder / f"{name}.{style.format}" for name in ("training_curve", "kl_divergence")]
 
 
 def _source(root: Path, name: str) -> Run | Path:

@@ -9,11 +9,10 @@ from pathlib import Path
 import typer
 
 from grpo_cli.cli.checks import require_package
-from grpo_cli.cli.launch import Place, place
+from grpo_cli.cli.launch import Place, Signals, place
 from grpo_cli.cli.models import Chosen, join_ranks, load, resolve_for_model
 from grpo_cli.cli.options import flags, give
 from grpo_cli.cli.plot import draw, run_curves
-from grpo_cli.cli.signals import Signals
 from grpo_cli.core.config.resolve import Resolved, go_on
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.load import prompt_tokens

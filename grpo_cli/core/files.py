@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +55,32 @@ def write(path: Path, content: bytes) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    """Write lines as `write` does; where they do not fit, keep the first ones in `<path>.part`."""
+    content = "".join(f"{line}\n" for line in lines).encode()
+    try:
+        write(path, content)
+    except CountdownError as problem:
+        part, kept = path.with_name(f"{path.name}.part"), 0
+        if not _in_place(path):
+            with suppress(OSError):
+                kept = _fill(part, content)
+        hint = f"the first {kept:,} of {len(lines):,} lines are in `{part}`" if kept else None
+        raise CountdownError(problem.message, hint, exit_code=1) from None
+
+
+def _fill(path: Path, content: bytes) -> int:
+    """Write as many whole lines as fit, and return their number."""
+    with path.open("wb", buffering=0) as file:
+        written = 0
+        with suppress(OSError):
+            while written < len(content):
+                written += file.write(content[written:])
+        whole = content.rfind(b"\n", 0, written) + 1
+        file.truncate(whole)
+        return content.count(b"\n", 0, whole)
 
 
 def _in_place(path: Path) -> bool:

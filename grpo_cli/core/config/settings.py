@@ -134,6 +134,7 @@ class Train(Table):
     )
     patience: int = Field(ge=0, description="evaluations without a better one after which to stop; 0 is never")
     save_every: int = Field(ge=1, description="steps between checkpoints")
+    save_minutes: float = Field(ge=0, description="minutes after which the next step is saved too; 0 is never")
     keep_last: int = Field(ge=2, description="checkpoints to keep")
     deterministic: bool = Field(
         description="on a GPU, add up in a fixed order: the same run again bit for bit, but slower"
@@ -219,7 +220,14 @@ FIELDS: dict[str, FieldInfo] = {
 # What a run that goes on may change: its length, its logging, and where it computes. Tables, and single settings.
 FREE = {"runs", "eval", "plot", "ranks", "model.device", "model.gradient_checkpointing"}
 FREE |= {"model.reference", "model.memory", "train.num_iterations", "train.micro_batch_size", "train.eval_every"}
-FREE |= {"train.save_every", "train.keep_last", "train.max_bad_steps", "train.stop_on_collapse", "train.patience"}
+FREE |= {
+    "train.save_minutes",
+    "train.save_every",
+    "train.keep_last",
+    "train.max_bad_steps",
+    "train.stop_on_collapse",
+    "train.patience",
+}
 
 
 def values(settings: Settings) -> dict[str, object]:

@@ -114,6 +114,20 @@ class Training:
 
     def restore(self, folder: Path) -> None:
         """Take up the state of a checkpoint whose model is already loaded."""
+        progress = self._restore_moments(folder)
+        for name in _PROGRESS:
+            setattr(self, name, progress[name])
+        self.resumed_from = self.step
+
+    @torch.no_grad()
+    def fall_back(self, folder: Path) -> None:
+        """Restore weights and optimizer of a checkpoint, and keep the progress. Not for sharded weights."""
+        saved = _weights(folder / "model")
+        for name, weight in self.policy.model.named_parameters():
+            weight.copy_(saved[name])
+        self._restore_moments(folder)
+
+    def _restore_moments(self, folder: Path) -> dict[str, Any]:
         # On the host: the optimizer moves what it keeps, and a GPU never holds the state twice.
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         if "optimizer" not in state:
@@ -122,21 +136,24 @@ class Training:
             shards.spread(self.learner.model, self.optimizer, state["optimizer"])
         else:
             self._restore_optimizer(state["optimizer"], folder / "model")
-        for name in _PROGRESS:
-            setattr(self, name, state["progress"][name])
-        self.resumed_from = self.step
+        progress: dict[str, Any] = state["progress"]
+        return progress
 
     @torch.no_grad()
     def _restore_optimizer(self, state: dict[str, Any], model: Path) -> None:
         """Weights of float32 and masters of others are the same thing, so that a run may go on on another device."""
         if isinstance(self.optimizer, MasterWeights) and "masters" not in state:
-            saved = {name: tensor for path in model.glob("*.safetensors") for name, tensor in load_file(path).items()}
+            saved = _weights(model)
             state = {"masters": [saved[name] for name, _ in self.policy.model.named_parameters()], "inner": state}
         elif not isinstance(self.optimizer, MasterWeights) and "masters" in state:
             for weight, master in zip(self.policy.model.parameters(), state["masters"], strict=True):
                 weight.copy_(master)
             state = state["inner"]
         self.optimizer.load_state_dict(state)
+
+
+def _weights(model: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in model.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def choose_optimizer(wanted: str, device: torch.device) -> str:

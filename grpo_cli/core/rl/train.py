@@ -34,7 +34,7 @@ from grpo_cli.core.rl.batch import Batch, Tally
 from grpo_cli.core.rl.grpo import Step, advantages, zero_variance
 from grpo_cli.core.rl.health import collapses, warnings
 from grpo_cli.core.rl.state import Training
-from grpo_cli.core.rl.update import NotFinite, extra_passes, reference_logprobs, update
+from grpo_cli.core.rl.update import Diverged, NotFinite, extra_passes, reference_logprobs, update
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.sampling.rollout import sample, uniforms
 from grpo_cli.core.task.curriculum import Curriculum, schedule
@@ -161,6 +161,7 @@ class _Loop:
     rows: int = 0
     memory_limit: int = 0
     warned: set[str] = field(default_factory=set)
+    saved_at: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         train_settings, task = self.settings.train, self.settings.task
@@ -271,7 +272,8 @@ class _Loop:
                     gather(self.training.learner, policy)
             except NotFinite as problem:
                 updated = {}
-                self._skip(batch, problem)
+                weights = self._fall_back(problem) if isinstance(problem, Diverged) else "stay as they are"
+                self._skip(batch, problem, weights)
         bad = self.training.bad_steps
         return {"step": step, **described, **updated, "learning_rate": rate, "bad_steps": bad}, batch, advantage
 
@@ -358,8 +360,21 @@ class _Loop:
             updates=settings.num_inner_updates,
         )
 
-    def _skip(self, batch: Batch, problem: NotFinite) -> None:
-        """Leave the weights as they are, keep the batch for a report, and give up after too many in a row."""
+    def _fall_back(self, problem: Diverged) -> str:
+        """Restore the newest whole checkpoint, and say so; raises CountdownError if there is none."""
+        folder, training = self.run_folder, self.training
+        saved = self.ranks.first(lambda: [step for step, _ in folder.checkpoints() if folder.damage(step) is None])
+        if not saved or training.learner:
+            raise CountdownError(
+                f"{problem}; checkpoints of the run: {folder.saved_steps}",
+                "start again, or from a checkpoint with `--model`, with a smaller `--learning-rate`",
+                exit_code=1,
+            )
+        self.ranks.own(lambda: training.fall_back(folder.checkpoint_path(saved[-1])))
+        return f"are those of step {saved[-1]} again"
+
+    def _skip(self, batch: Batch, problem: NotFinite, weights: str) -> None:
+        """Count a bad step, keep its batch for a report, and give up after too many in a row."""
         training, limit = self.training, self.settings.train.max_bad_steps
         training.bad_steps += 1
         training.bad_in_a_row += 1
@@ -368,7 +383,7 @@ class _Loop:
         prompts, kept = (list(chain.from_iterable(parts)) for parts in zip(*self.ranks.each(lambda: own), strict=True))
         report = {"step": batch.step, "problem": str(problem), "prompts": prompts, "completions": kept}
         path = self.run_folder.write_bad_step(batch.step, report)
-        self.observer.message(f"step {batch.step}: {problem}; the weights stay as they are, the batch is in {path}")
+        self.observer.message(f"step {batch.step}: {problem}; the weights {weights}, the batch is in {path}")
         if training.bad_in_a_row >= limit:
             self.save()
             good = self.run_folder.checkpoint_path(training.step) / "model"
@@ -421,9 +436,15 @@ class _Loop:
         val = found.get(self.val.name)
         if val is not None:
             self.observer.evaluated(step, val.accuracy, val.count, val.interval, suite_mean)
-        if self.ranks.first(self.should_save) or (step and step % settings.save_every == 0) or last:
+        if self.ranks.first(self._is_due) or (step and step % settings.save_every == 0) or last:
             self.save()
         return val
+
+    def _is_due(self) -> bool:
+        """Whether a checkpoint was requested, or the last one is `save_minutes` old."""
+        minutes = self.settings.train.save_minutes
+        old = self.training.step > 0 and 0 < minutes * 60 <= time.monotonic() - self.saved_at
+        return self.should_save() or old
 
     def save(self) -> None:
         """Write a checkpoint of the last completed step, once, of weights that are the same on all ranks."""
@@ -431,6 +452,7 @@ class _Loop:
             raise CountdownError("the ranks no longer have the same weights", "go on with `--resume`", exit_code=1)
         self.ranks.own(lambda: self.training.save_shards(self.run_folder))
         self.ranks.first(lambda: self.training.save(self.run_folder, self.settings))
+        self.saved_at = time.monotonic()
 
     def _judge(self, found: Mapping[str, Evaluation]) -> dict[str, float]:
         """Metrics of an evaluation. The model is kept if it is the best so far, unless training starts from it.

@@ -95,6 +95,10 @@ class NotFinite(Passing):
     """The loss or the gradient of an update is not finite; the weights are what they were before it."""
 
 
+class Diverged(NotFinite):
+    """The weights are not finite after a step of the optimizer."""
+
+
 def update(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
@@ -119,7 +123,7 @@ def update(
     `fit` says how many rows make a micro-batch. `poll` is called before each one until the weights change; what it
     raises ends the update with the weights as they were. Without a KL term, rows without advantage are skipped: their
     gradient is exactly zero. `stepping` is entered around each step of the optimizer. Raises NotFinite, before the
-    weights change, if the loss or the gradient is not finite.
+    weights change, if the loss or the gradient is not finite, and Diverged if the weights are not after it.
 
     Of several `ranks` each is given its own completions of a `step`, if any; they add up their gradients, and then all
     of them move the weights alike.
@@ -189,6 +193,9 @@ def update(
                 norm = whole(clip_gradients(list(policy.model.parameters()), clip_grad_norm))
                 _require_finite(norm, "gradient norm")
                 optimizer.step()
+            finite = partial(all_finite, _learning(optimizer))
+            if not (all(ranks.each(finite)) if policy.is_sharded else finite()):
+                raise Diverged("the weights after the step are not finite")
             if not history:
                 gap = sums.gap / sums.tokens
             history.append(_metrics(sums, norm, has_reference=ref_logprobs is not None))
@@ -228,6 +235,11 @@ def _gap(logprobs: Tensor, mask: Tensor, sampled: Sequence[Sequence[float]]) -> 
     """Sum of the distances of log-probabilities (B, T) from those of the sampler, of rows without padding."""
     values = torch.tensor([value for row in sampled for value in row], device=logprobs.device)
     return float((logprobs[mask] - values).abs().sum())
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether every element is a finite number, with one synchronization of the device."""
+    return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
 
 
 def _require_finite(value: Tensor, what: str) -> None:
