@@ -233,8 +233,8 @@ def test_plot_draws_a_run_and_the_original_systems_file(trained: Command, tmp_pa
     (tmp_path / "old.json").write_text(json.dumps(old))
     found = trained("plot", "first", "old.json", "--smooth", "--window", 2, "--format", "svg")
     assert found.code == 0
-    assert found.out.splitlines()[:2] == ["training_curve.svg", "kl_divergence.svg"]
-    assert (tmp_path / "training_curve.svg").read_text().startswith("<?xml")
+    assert found.out.splitlines()[:2] == ["plots/first+old/training_curve.svg", "plots/first+old/kl_divergence.svg"]
+    assert (tmp_path / "plots/first+old/training_curve.svg").read_text().startswith("<?xml")
 
 
 @pytest.mark.faults

@@ -11,14 +11,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from pkgutil import resolve_name
+from typing import IO
 
 import pytest
 import torch
 from conftest import MEASURED, Command, save_tiny_model
+from safetensors.torch import load_file
 
 from grpo_cli.core.config import resolve as config
 from grpo_cli.core.config.settings import Settings
@@ -325,6 +327,110 @@ def test_a_stale_lock_is_taken_over_with_a_notice(trained: Command, tmp_path: Pa
     assert "taking over run first: process 999999, which wrote it, is gone" in found.err
 
 
+def test_damaged_logs_stop_neither_resume_nor_eval(trained: Command, tmp_path: Path) -> None:
+    for name in ("metrics", "samples"):
+        path = tmp_path / "runs" / "first" / f"{name}.jsonl"
+        path.write_bytes(b"\x00\xff garbage\n" + path.read_bytes())
+    found = trained("eval", "first", "--limit", "2")
+    assert found.code == 0 and "1 damaged line of samples left out" in " ".join((found.out + found.err).split())
+    found = trained("train", "--run", "runs/first", "--resume", "--num-iterations", "3")
+    assert found.code == 0
+    assert "moved 1 damaged line of `runs/first/metrics.jsonl` to `metrics.jsonl.damaged`" in found.err
+    assert [line["step"] for line in Run(tmp_path / "runs" / "first").metrics()] == [0, 1, 2, 3]
+
+
+def test_a_start_that_fails_leaves_nothing(
+    countdown: Command, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("grpo_cli.core.files.sync", full)
+        found = countdown("train", "--model", tiny_folder, "--run", "first", *SHORT)
+    assert found.code == 1 and "No space left on device" in found.err
+    assert list((tmp_path / "runs").iterdir()) == []
+    assert countdown("train", "--model", tiny_folder, "--run", "first", *SHORT).code == 0
+
+
+def test_a_lock_that_links_elsewhere_is_refused(trained: Command, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("kept")
+    lock = tmp_path / "runs" / "first" / ".lock"
+    lock.unlink()
+    lock.symlink_to(tmp_path / "precious")
+    found = trained("train", "--run", "first", "--resume", "--num-iterations", "3")
+    assert found.code == 2 and "lock` is a symbolic link" in found.err
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
+# Names
+
+
+def test_a_run_is_named_as_it_is_printed_and_a_mistyped_one_is_suggested(trained: Command) -> None:
+    for arguments in (["eval", "runs/first", "--limit", "2"], ["plot", "runs/first"], ["plot", "./runs/first/"]):
+        assert trained(*arguments).code == 0
+    for arguments in (["eval", "frist"], ["solve", "4 7 3 = 25", "--model", "frist"], ["train", "--model", "frist"]):
+        found = trained(*arguments)
+        assert found.code == 2 and "did you mean `first`?" in found.err
+    found = trained("train", "--run", "frist", "--resume")
+    assert found.code == 2 and "did you mean `first`?" in found.err
+
+
+def test_a_mistyped_model_is_refused_before_torch_is_loaded() -> None:
+    code = "import sys; from grpo_cli.cli import app\ntry: app.main()\nfinally: print('torch' in sys.modules)"
+    for arguments in (
+        ["eval", "./nowhere"],
+        ["solve", "4 7 3 = 25", "--model", "./nowhere"],
+        ["train", "--model", "x"],
+    ):
+        found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=ONE_THREAD)
+        assert (found.returncode, found.stdout) == (2, "False\n"), found.stderr
+
+
+def test_the_built_in_model_is_not_replaced_by_a_run_of_its_name(trained: Command, tmp_path: Path) -> None:
+    found = trained("train", "--run", "builtin")
+    assert found.code == 2 and "`builtin` cannot name a run" in found.err
+    (tmp_path / "runs" / "first").rename(tmp_path / "runs" / "builtin")
+    found = trained("eval", "builtin", "--limit", "2")
+    assert found.code == 0 and "`builtin` is the built-in model, not the folder" in " ".join(found.err.split())
+    assert "recipe of builtin" in " ".join((found.err + found.out).split())
+
+
+# What is written
+
+
+def test_an_evaluation_is_shown_before_it_is_written(trained: Command, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert trained("eval", "first", "--limit", "5", "--out", "whole.jsonl").code == 0
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, limits[1]))
+    try:
+        found = trained("eval", "first", "--limit", "5", "--out", "all.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert found.code == 1 and "accuracy" in found.out and "cannot write `all.jsonl`" in found.err
+    kept = (tmp_path / "all.jsonl.part").read_bytes()
+    assert whole.startswith(kept) and kept.endswith(b"\n")
+    assert f"the first {kept.count(bytes([10]))} of 5 lines are in `all.jsonl.part`" in found.err
+    assert not (tmp_path / "all.jsonl").exists()
+
+
+def test_plots_of_several_runs_replace_nothing(trained: Command, tmp_path: Path) -> None:
+    shutil.copytree(tmp_path / "runs" / "first", tmp_path / "runs" / "second")
+    for name in ("report.html", "training_curve.png"):
+        (tmp_path / name).write_text("mine")
+    found = trained("plot", "first", "second", "--report")
+    assert found.code == 0
+    assert [Path(line).parent for line in found.out.splitlines()[:3]] == [Path("plots/first+second")] * 3
+    assert (tmp_path / "report.html").read_text() == (tmp_path / "training_curve.png").read_text() == "mine"
+    again = trained("plot", "first", "second", "--report")
+    assert again.code == 2 and "exists" in again.err and "--overwrite" in again.err
+    assert trained("plot", "first", "second", "--report", "--overwrite").code == 0
+    alone = trained("plot", "runs/first/metrics.jsonl")
+    assert alone.code == 2 and "`training_curve.png` exists" in alone.err
+    assert trained("plot", "first").code == trained("plot", "first").code == 0  # a run's own images
+
+
 # Resumed as something else
 
 
@@ -598,6 +704,89 @@ def test_a_checkpoint_is_saved_on_demand(
     run = Run(tmp_path / "runs" / "asked")
     assert [step for step, _ in run.checkpoints()] == [2, 3]
     assert_same_run(run, undisturbed, 3)
+
+
+def test_a_checkpoint_is_saved_by_the_clock(countdown: Command, tiny_folder: Path, tmp_path: Path) -> None:
+    flags = [*SHORT, "--keep-last", "9", "--save-every", "100"]
+    assert countdown("train", "--model", tiny_folder, "--run", "often", *flags, "--save-minutes", "1e-9").code == 0
+    assert countdown("train", "--model", tiny_folder, "--run", "never", *flags, "--save-minutes", "0").code == 0
+    steps = [[step for step, _ in Run(tmp_path / "runs" / name).checkpoints()] for name in ("often", "never")]
+    assert steps == [[1, 2, 3], [3]]
+
+
+def begin(folder: Path, *arguments: str, prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """A training of many short steps in a process of its own, whose stderr can be read."""
+    line = [*prefix, sys.executable, "-m", "grpo_cli", "train", "--run", "first", *SHORT, *arguments]
+    line += ["--num-iterations", "100000", "--eval-every", "100000", "--save-every", "100000"]
+    return subprocess.Popen(
+        line, cwd=folder, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, env=ONE_THREAD
+    )
+
+
+def read_until_step(stream: IO[str]) -> None:
+    while "step 1 " not in (line := stream.readline()):
+        assert line, "the training ended"
+
+
+def test_a_terminal_that_closes_and_a_pipe_that_nobody_reads_save_the_training(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    for name, code in (("hangup", 129), ("pipe", 141)):
+        (folder := tmp_path / name).mkdir()
+        process = begin(folder, "--model", str(tiny_folder))
+        assert process.stderr is not None
+        read_until_step(process.stderr)
+        if name == "hangup":
+            process.send_signal(signal.SIGHUP)  # sent twice by a terminal: by the system and by the shell
+            process.send_signal(signal.SIGHUP)
+        process.stderr.close()
+        assert process.wait(timeout=60) == code
+        saved = Run(folder / "runs" / "first")
+        steps = [step for step, _ in saved.checkpoints()]
+        assert len(steps) == 1 and saved.damage(steps[0]) is None
+
+
+def test_nohup_keeps_a_training_running(tiny_folder: Path, tmp_path: Path) -> None:
+    process = begin(tmp_path, "--model", str(tiny_folder), prefix=["nohup"])
+    assert process.stderr is not None
+    read_until_step(process.stderr)
+    process.send_signal(signal.SIGHUP)
+    for _ in range(3):
+        assert process.stderr.readline()
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    process.stderr.close()
+
+
+# Weights that are not finite
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_weights_that_are_not_finite_are_never_saved(
+    countdown: Command, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: bool
+) -> None:
+    step = torch.optim.AdamW.step
+    calls = count(1)
+
+    def overflowing(optimizer: torch.optim.AdamW, *arguments: object) -> object:
+        found = step(optimizer, *arguments)
+        if next(calls) == (3 if saved else 1):  # a step has two
+            for group in optimizer.param_groups:
+                group["params"][0].data.fill_(float("inf"))
+        return found
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflowing)
+    found = countdown("train", "--model", tiny_folder, "--run", "first", *SHORT, "--save-every", "1")
+    run = Run(tmp_path / "runs" / "first")
+    if not saved:
+        assert found.code == 1 and "the weights after the step are not finite" in found.err
+        assert run.checkpoints() == [] and not run.model_path.exists()
+        return
+    assert found.code == 0, found.err
+    assert "the weights after the step are not finite; the weights are those of step 1 again" in found.err
+    assert [line["bad_steps"] for line in run.metrics() if line["step"] > 0] == [0, 1, 1]
+    weights = [load_file(path / "model" / "model.safetensors") for _, path in run.checkpoints()]
+    assert all(bool(tensor.isfinite().all()) for tensors in weights for tensor in tensors.values())
 
 
 # Kills
