@@ -3,9 +3,10 @@
     python benchmarks/gpu.py --out gpu.json
 
 4 prompts of 290 tokens by 16 completions of 160, bfloat16, AdamW in 8 bits, KL to a frozen reference. Weights are
-random: speed and memory do not depend on them. Each variant of a step has a process of its own, so that its peak
-memory is its own; times are medians. Without CUDA the same code takes a tiny shape on the CPU, which shows that it
-runs and says nothing about speed. Beside each probe stands what was predicted before anything was measured.
+random: speed and memory do not depend on them. Each probe and each variant of a step has a process of its own, so that
+its peak memory is its own and its failure ends nothing else; `--out` is written after each. Times are medians. Without
+CUDA the same code takes a tiny shape on the CPU, which shows that it runs and says nothing about speed. Beside each
+probe stands what was predicted before anything was measured.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import multiprocessing
+import os
 import statistics
 import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -151,10 +154,15 @@ def steps(asked: Load, variant: Variant) -> dict[str, Any]:
     if variant.padded:
         policy = Padded(policy.model, policy.tokenizer, policy.name, policy.precision, policy.end_ids)
     reference = replace(policy, model=policy.frozen_copy().model, samplers=[])
-    optimizer = build_optimizer(policy, name="adamw8bit", weight_decay=0.0)
+    notes: list[str] = []
+    name = "adamw8bit"
+    if not importlib.util.find_spec("bitsandbytes"):
+        name = "adamw"
+        notes.append("AdamW in float32, since bitsandbytes is missing")
+    optimizer = build_optimizer(policy, name=name, weight_decay=0.0)
     for group in optimizer.param_groups:
         group["lr"] = LEARNING_RATE
-    prompts, fit = asked.prompt_ids(), MicroBatch(variant.at_once)
+    prompts, fit = asked.prompt_ids(), MicroBatch(variant.at_once, report=notes.append)
     prompt_index = [index for index in range(asked.prompts) for _ in range(asked.completions)]
     rewards = torch.rand(asked.prompts, asked.completions, generator=torch.Generator().manual_seed(1))
     rounds: list[Seconds] = []
@@ -191,7 +199,7 @@ def steps(asked: Load, variant: Variant) -> dict[str, Any]:
         seconds["update"] -= seconds["optimizer"]
         rounds.append(seconds)
     medians = {phase: statistics.median(one[phase] for one in rounds[1:]) for phase in (*PHASES, "total")}
-    return {"seconds": medians, "peak": peak_bytes(), "floors": floors(asked, policy, optimizer)}
+    return {"seconds": medians, "peak": peak_bytes(), "floors": floors(asked, policy, optimizer), "notes": notes}
 
 
 def floors(asked: Load, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, float]:
@@ -215,17 +223,31 @@ def kernel(asked: Load, *, masked: bool, backward: bool) -> str:
     bias: Tensor = causal_lower_right(asked.tokens, longest)
     if masked:
         bias = torch.zeros(asked.completions, 1, asked.tokens, longest, device=device, dtype=dtype)
-    activity = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[activity.CUDA if asked.device == "cuda" else activity.CPU]) as profiler:
+
+    def attend() -> None:
         attended = scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True)
         if backward:
             attended.sum().backward()
-    events = profiler.key_averages()
-    spent = {event.key: event.self_device_time_total or event.self_cpu_time_total for event in events}
-    return str(max(spent, key=lambda name: spent[name]))[:60]
+
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as `load` does
+    attend()  # what is set up once is not counted
+    return slowest_kernel(attend, cuda=asked.device == "cuda")
 
 
-def decode_milliseconds(asked: Load, *, static: bool) -> float:
+def slowest_kernel(work: Callable[[], None], *, cuda: bool) -> str:
+    """The kernel that takes most of the time of `work`: on CUDA of those that the device ran."""
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if cuda else [])]) as profiler:
+        work()
+        if cuda:
+            torch.cuda.synchronize()
+    device = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    events = [event for event in profiler.key_averages() if event.device_type == device]
+    slowest = max(events, key=lambda event: event.self_device_time_total if cuda else event.self_cpu_time_total)
+    return str(slowest.key)[:60]
+
+
+def decode_milliseconds(asked: Load, *, static: bool) -> str:
     """Of one token of all rows."""
     policy, prompts = asked.policy("bf16"), asked.prompt_ids()
     uniform = uniforms(0, 0, range(asked.prompts), asked.completions, asked.tokens)
@@ -239,18 +261,18 @@ def decode_milliseconds(asked: Load, *, static: bool) -> float:
             uniform=uniform,
             static=static,
         )
-    return 1000 * rollout.seconds["decode"] / (asked.tokens - 1)
+    return f"{1000 * rollout.seconds['decode'] / (asked.tokens - 1):.2f}"
 
 
-def probes(asked: Load) -> dict[str, str]:
-    found = {
-        "eager, ms a token": f"{decode_milliseconds(asked, static=False):.2f}",
-        "graph, ms a token": f"{decode_milliseconds(asked, static=True):.2f}",
+def probes(asked: Load) -> dict[str, Callable[[], str]]:
+    works: dict[str, Callable[[], str]] = {
+        f"{name}, ms a token": partial(decode_milliseconds, asked, static=name == "graph")
+        for name in ("eager", "graph")
     }
     for masked, backward in ((False, False), (False, True), (True, False), (True, True)):
         name = f"{'masked' if masked else 'aligned'}, {'forward and backward' if backward else 'forward'}"
-        found[name] = kernel(asked, masked=masked, backward=backward)
-    return found
+        works[name] = partial(kernel, asked, masked=masked, backward=backward)
+    return works
 
 
 PREDICTED = {
@@ -266,21 +288,37 @@ PREDICTED = {
 # In processes of their own
 
 
+class Failed(Exception):
+    """Why there is no result: the work raised, ended its process, or ran past the limit."""
+
+
 def _child(connection: Connection, work: Callable[[], object]) -> None:
-    connection.send(work())
+    try:
+        connection.send((work(), None))
+    except Exception as error:
+        traceback.print_exc()
+        connection.send((None, " ".join(f"{type(error).__name__}: {error}".split())[:200]))
 
 
-def apart(work: Callable[[], Any]) -> Any:
-    """What `work` returns in a fresh process, whose memory and settings are its own."""
+def apart(work: Callable[[], Any], *, limit: float = 600) -> Any:
+    """What `work` returns in a fresh process, whose memory and settings are its own; Failed after `limit` seconds."""
     processes = multiprocessing.get_context("spawn")
     connection, theirs = processes.Pipe()
     process = processes.Process(target=_child, args=(theirs, work))
     process.start()
     theirs.close()
     try:
-        return connection.recv()
+        if not connection.poll(limit):
+            process.kill()
+            raise Failed(f"cut off after {limit:g} s")
+        result, problem = connection.recv()
+    except EOFError:
+        raise Failed("its process died") from None
     finally:
         process.join()
+    if problem is not None:
+        raise Failed(f"failed: {problem}")
+    return result
 
 
 def trl(asked: Load) -> dict[str, Any]:
@@ -340,7 +378,11 @@ def row(name: str, found: dict[str, Any], best: float) -> list[str]:
         whole = sum(lowest.values()) / seconds["total"]
         shares = [f"{lowest['update'] / seconds['update']:.0%}", f"{whole:.0%}"]
     total = f"{seconds['total']:.3f} ({seconds['total'] / best:.1f}x)"
-    return [name, *times, total, *shares, f"{found['peak'] / 1e9:.1f}"]
+    notes = "; ".join(found.get("notes", []))
+    return [name, *times, total, *shares, f"{found['peak'] / 1e9:.1f}", notes]
+
+
+HEAD = ["seconds", *PHASES, "total (times the first)", "update of its floor", "step of its floor", "peak, GB", "notes"]
 
 
 def main() -> None:
@@ -352,40 +394,45 @@ def main() -> None:
     parser.add_argument("--completions", type=int, default=16, help="of each prompt")
     parser.add_argument("--tokens", type=int, default=160, help="of each completion")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that are timed, after one that is not")
-    parser.add_argument("--out", type=Path, help="write everything as JSON")
+    parser.add_argument("--limit", type=float, default=600, help="seconds for each probe and variant")
+    parser.add_argument("--out", type=Path, help="write everything as JSON, after each row")
     given = parser.parse_args()
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the command line does
 
     results: dict[str, Any] = {}
+
+    def taken(name: str, work: Callable[[], Any]) -> Any:
+        """The result of a row, kept and written; None, with the reason kept, if there is none."""
+        try:
+            results[name] = apart(work, limit=given.limit)
+        except Failed as problem:
+            results[name] = {"failed": str(problem)}
+        apart(
+            partial(write, given.out, {"asked": str(given), **results})
+        )  # apart: the facts of a GPU take memory on it
+        return None if isinstance(results[name], dict) and "failed" in results[name] else results[name]
+
     with tempfile.TemporaryDirectory() as scratch:
-        folder = model_folder(Path(scratch), given.shape)
+        folder = apart(partial(model_folder, Path(scratch), given.shape))
         asked = Load(
             folder, "cuda" if cuda else "cpu", given.prompts, given.prompt_tokens, given.completions, given.tokens,
             given.rounds,
         )  # fmt: skip
-        found = apart(partial(probes, asked))
-        results["probes"] = found
-        print(table(["probe", "predicted", "found"], [[name, PREDICTED[name], value] for name, value in found.items()]))
+        print("| probe | predicted | measured |\n| --- | --- | --- |")
+        for name, probe in probes(asked).items():
+            value = taken(name, probe)
+            print(f"| {name} | {PREDICTED[name]} | {value or results[name]['failed']} |", flush=True)
         print()
         works: dict[str, Callable[[], Any]] = {one.name: partial(steps, asked, one) for one in VARIANTS}
         if importlib.util.find_spec("trl"):
             works["TRL"] = partial(trl, asked)
-        rows, best = [], 0.0
+        print(table(HEAD, []), flush=True)
+        best = 0.0
         for name, work in works.items():
-            try:
-                taken = apart(work)
-            except EOFError:  # its process has ended, and said why
-                rows.append([name, "failed"])
-                continue
-            results[name] = taken
-            best = best or taken["seconds"]["total"]
-            rows.append(row(name, taken, best))
-    print(
-        table(
-            ["seconds", *PHASES, "total (times the first)", "update of its floor", "step of its floor", "peak, GB"],
-            rows,
-        )
-    )
-    write(given.out, {"asked": str(given), **results})
+            measured = taken(name, work)
+            best = best or (measured["seconds"]["total"] if measured else 0.0)
+            cells = row(name, measured, best) if measured else [name, results[name]["failed"]]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

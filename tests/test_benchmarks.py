@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,28 @@ def test_growth_is_measured_one_quantity_at_a_time(tiny_folder: Path, tmp_path: 
     assert [case["value"] for case in (first, second)] == [1, 2]
     assert [case["rounds"][0]["tokens"] for case in (first, second)] == [1 * 16 * 160, 2 * 16 * 160]
     assert {**first["work"], "prompts": 2} == second["work"]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("gpu")
+
+
+def test_a_probe_counts_kernels_of_the_device_alone(gpu: Any) -> None:
+    left, right = torch.randn(2, 300, 300)
+    assert gpu.slowest_kernel(lambda: left @ right, cuda=False) == "aten::mm"
+
+
+@pytest.mark.slow
+def test_a_row_that_fails_or_hangs_is_named_and_ends_nothing_else(gpu: Any) -> None:
+    with pytest.raises(gpu.Failed, match=r"failed: ZeroDivisionError"):
+        gpu.apart(partial(divmod, 1, 0))
+    with pytest.raises(gpu.Failed, match=r"cut off after 0.1 s"):
+        gpu.apart(partial(time.sleep, 60), limit=0.1)
+    with pytest.raises(gpu.Failed, match=r"its process died"):
+        gpu.apart(partial(os._exit, 3))
+    assert gpu.apart(partial(divmod, 7, 2)) == (3, 1)
 
 
 @pytest.mark.slow
