@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
-from grpo_cli.core.sampling.decode import choose
+from grpo_cli.core.sampling.decode import LARGE, choose
 from grpo_cli.core.sampling.rollout import Rollout, sample, uniforms
 from grpo_cli.core.task.prompts import Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle
@@ -132,3 +132,17 @@ def test_any_number_of_key_value_heads_samples_what_the_model_predicts(tmp_path:
     rollout = rolled(policy, [[5, 9, 100, 44]], uniforms(0, 1, [0], 2, 8), max_new_tokens=8)
     logprobs, _ = policy.logprobs(Sequences([[5, 9, 100, 44]], rollout.completions, [0, 0]), temperature=1.0)
     torch.testing.assert_close(logprobs, torch.tensor(rollout.logprobs), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("vocabulary", [832, LARGE, LARGE + 37])
+def test_evenly_spaced_uniforms_draw_each_token_in_proportion_to_its_probability(vocabulary: int) -> None:
+    rng = torch.Generator().manual_seed(vocabulary)
+    logits, draws = 3 * torch.randn(1, vocabulary, generator=rng), 4000
+    uniform = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
+    tokens, logprobs = choose(logits.expand(draws, -1), uniform, 1.0)
+    expected = logits[0].double().softmax(-1)
+    counts = torch.bincount(tokens, minlength=vocabulary)
+    assert (counts - draws * expected).abs().max() < 1.001  # exactly in proportion but for the ends of each interval
+    plain = torch.searchsorted(expected.cumsum(-1), uniform, right=True)
+    assert (tokens == plain).float().mean() > 0.999  # which were rounded in another way
+    torch.testing.assert_close(logprobs, expected.log().float()[tokens], atol=1e-5, rtol=0)

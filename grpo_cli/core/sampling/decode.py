@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from grpo_cli.core.model.attention import Decode, Prefill, StaticDecode, attention_dtype
 from grpo_cli.core.model.policy import Policy
@@ -20,6 +21,8 @@ from grpo_cli.core.model.policy import Policy
 DROP_BELOW = 0.8  # finished rows are dropped once the live ones fit in this share of the batch
 CHECK_EVERY = 8  # steps between two looks at whether all rows have ended, where looking makes a GPU wait
 ROUNDED = 32  # static prompts are made for multiples of so many tokens, so that few shapes are needed
+BLOCK = 128  # tokens that are summed together in sampling from a vocabulary of at least LARGE; divides Qwen's
+LARGE = 8192
 KEPT = 2  # static samplers kept for a model: that of training and that of evaluation
 
 
@@ -34,10 +37,32 @@ def choose(logits: Tensor, uniform: Tensor | None, temperature: float) -> tuple[
         tokens = logits.argmax(dim=-1)
     else:
         logprobs = (logits.float() / temperature).log_softmax(dim=-1)
-        cumulative = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)  # (B, V)
-        tokens = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
-        tokens = tokens.clamp(max=logits.shape[-1] - 1)
+        tokens = _inverse_cdf(logprobs.exp(), uniform)
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+def _inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """The first tokens (B,) whose cumulative probabilities, of (B, V), exceed `uniform` (B,) times the row's sum.
+
+    A large vocabulary is searched by sums of blocks, then within one block: a scan of 152,000 float64 numbers in a row
+    is slow on a GPU.
+    """
+    rows, vocabulary = probabilities.shape
+    if vocabulary < LARGE:
+        cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+        places = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+        return places[:, 0].clamp(max=vocabulary - 1)
+    blocks = pad(probabilities, (0, -vocabulary % BLOCK)).view(rows, -1, BLOCK)  # (B, N, S)
+    sums = blocks.sum(dim=-1, dtype=torch.float64)
+    ends = sums.cumsum(dim=-1)  # (B, N)
+    aim = uniform[:, None] * ends[:, -1:]
+    block = torch.searchsorted(ends, aim, right=True).clamp(max=ends.shape[1] - 1)  # (B, 1)
+    within = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].cumsum(
+        dim=-1, dtype=torch.float64
+    )  # (B, S)
+    rest = aim - (ends - sums).gather(1, block)
+    place = torch.searchsorted(within, rest, right=True).clamp(max=BLOCK - 1)
+    return (block * BLOCK + place)[:, 0].clamp(max=vocabulary - 1)
 
 
 class Sampler:
