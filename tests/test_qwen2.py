@@ -10,8 +10,8 @@ from transformers import Qwen2ForCausalLM as Qwen2
 
 from grpo_cli.core.model.attention import Decode, Packed, Prefill
 from grpo_cli.core.model.load import load, load_tokenizer
-from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.model.qwen2 import Pass, fits
+from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.model.qwen2 import Pass, _as_one, adjoin, fits
 from grpo_cli.core.sampling.rollout import sample
 
 TOKENS = torch.arange(3, 33).view(6, 5)  # of 6 prompts, the last token of which is decoded
@@ -106,3 +106,27 @@ def test_other_architectures_are_sampled_by_their_own_forward_pass(tiny_folder: 
         assert (
             peer.generate(torch.tensor([tokens]), generation_config=settings)[0, len(tokens) :].tolist() == completion
         )
+
+
+def test_weights_that_lie_beside_each_other_are_multiplied_at_once_learn_and_are_saved_as_before(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    apart, joined = (load(str(tiny_folder), device="cpu", precision="float32") for _ in range(2))
+    with torch.inference_mode():
+        adjoin(joined.model)
+        mlp = joined.model.get_decoder().layers[0].mlp
+        projections = [mlp.gate_proj.weight, mlp.up_proj.weight]
+        assert _as_one(projections) is not None and _as_one(projections[::-1]) is None
+        theirs, ours = both(joined, torch.float32, in_place=True)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    sequences = Sequences([[5, 9, 200]], [[11, 12], [13]], [0, 0])
+    for policy in (apart, joined):
+        optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-3)
+        policy.logprobs(sequences, temperature=1.0)[0].sum().backward()
+        optimizer.step()
+    joined.save(tmp_path)
+    saved = load(str(tmp_path), device="cpu", precision="float32").model.state_dict()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in apart.model.state_dict().items())
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) == sum(
+        path.stat().st_size for path in tiny_folder.glob("*.safetensors")
+    )

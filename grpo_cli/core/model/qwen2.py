@@ -73,6 +73,9 @@ class _Direct:
         attention, weight = self.layer.self_attn, self.layer.input_layernorm.weight
         normed = rms_norm(hidden, weight.shape, weight, self.epsilon)
         parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+        weight, bias = _as_one([part.weight for part in parts]), _as_one([part.bias for part in parts])
+        if weight is not None and bias is not None:
+            return linear(normed, weight, bias)
         return torch.cat([linear(normed, part.weight, part.bias) for part in parts], dim=-1)
 
     def mixed(self, attended: Tensor) -> Tensor:
@@ -81,8 +84,44 @@ class _Direct:
     def fed_forward(self, hidden: Tensor) -> Tensor:
         mlp, weight = self.layer.mlp, self.layer.post_attention_layernorm.weight
         normed = rms_norm(hidden, weight.shape, weight, self.epsilon)
-        gate, up = linear(normed, mlp.gate_proj.weight), linear(normed, mlp.up_proj.weight)
+        joined = _as_one([mlp.gate_proj.weight, mlp.up_proj.weight])
+        if joined is not None:
+            gate, up = linear(normed, joined).chunk(2, dim=-1)
+        else:
+            gate, up = linear(normed, mlp.gate_proj.weight), linear(normed, mlp.up_proj.weight)
         return linear(mlp.act_fn(gate) * up, mlp.down_proj.weight)
+
+
+def adjoin(model: PreTrainedModel) -> None:
+    """Move the weights that are multiplied by the same input beside each other, so that one product serves them all.
+
+    The parameters, their names and their values stay. Does nothing where they already lie so.
+    """
+    for layer in model.get_decoder().layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        heads = (attention.q_proj, attention.k_proj, attention.v_proj)
+        gate_up = [mlp.gate_proj.weight, mlp.up_proj.weight]
+        groups = ([part.weight for part in heads], [part.bias for part in heads], gate_up)
+        for parts in groups:
+            # Not as inference tensors, which no backward pass may use.
+            with torch.inference_mode(False), torch.no_grad():
+                if _as_one(parts) is None:
+                    joined = torch.cat([part.data for part in parts])
+                    for part, place in zip(parts, joined.split([len(part) for part in parts]), strict=True):
+                        part.data = place
+
+
+def _as_one(parts: Sequence[Tensor]) -> Tensor | None:
+    """Adjacent tensors (N_i, ...) as one (sum of N_i, ...), without a gradient; None if they are apart."""
+    if torch.is_grad_enabled():
+        return None
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if part.data_ptr() != end or not same or not part.is_contiguous():
+            return None
+        end += part.nbytes
+    return first.detach().as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
 
 
 class Pass:
@@ -96,6 +135,8 @@ class Pass:
     def __init__(self, model: PreTrainedModel, *, longest: int, dtype: torch.dtype, in_place: bool = False) -> None:
         decoder, config = model.get_decoder(), model.config
         assert not in_place or model.dtype == dtype
+        if in_place:
+            adjoin(model)
         self.attend_in = attention_dtype(model.device, dtype)
         self.dtype, self.epsilon = dtype, torch.tensor(config.rms_norm_eps, device=model.device)
         self.width = decoder.layers[0].self_attn.head_dim
