@@ -108,7 +108,7 @@ def with_masters(source: Path | str) -> Policy:
     return replace(load(str(source), device="cpu", precision="bf16"), precision="bf16-master")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw8bit", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_a_run_with_masters_is_taken_up_where_it_stopped(tiny_folder: Path, tmp_path: Path, optimizer: str) -> None:
     settings = small(tiny_folder, **{"train.optimizer": optimizer, "model.precision": "bf16-master"})
 
