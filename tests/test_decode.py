@@ -179,3 +179,13 @@ def test_what_is_streamed_is_what_is_sampled(tiny_policy: Policy, monkeypatch: p
         monkeypatch.setattr(rollout_module, "_sampler", partial(_sampler, static=static))
         text = "".join(stream(policy, prompt, max_new_tokens=48, temperature=1.0, uniform=None))
         assert text == policy.decode(expected.completions[0])
+
+
+def test_longer_prompts_replace_the_sampler_of_their_own_kind(tiny_policy: Policy, recorded: list[Recording]) -> None:
+    """An evaluation whose prompts cross a multiple of ROUNDED leaves the training's recording alone."""
+    short, longer = [list(range(10, 10 + length)) for length in (ROUNDED - 2, ROUNDED + 2)]
+    rolled(tiny_policy, [short], static=True)
+    (training,) = tiny_policy.samplers
+    for prompt in (short, longer):
+        rolled(tiny_policy, [prompt], static=True, temperature=0.0)
+    assert len(tiny_policy.samplers) == KEPT and training in tiny_policy.samplers

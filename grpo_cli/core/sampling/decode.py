@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -251,7 +252,7 @@ def record(work: Callable[[], None], device: torch.device) -> Callable[[], None]
     """
     if device.type != "cuda":
         return work
-    aside = torch.cuda.Stream(device)
+    aside = _side_stream(device)
     aside.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(aside):  # libraries set themselves up, which can't be recorded
         for _ in range(3):
@@ -263,13 +264,22 @@ def record(work: Callable[[], None], device: torch.device) -> Callable[[], None]
     return graph.replay
 
 
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings: cuBLAS keeps a workspace for each stream."""
+    return torch.cuda.Stream(device)
+
+
 def static_sampler(policy: Policy, prompts: Sequence[list[int]], form: Form, uniform: Tensor | None) -> StaticSampler:
     """A static sampler of the policy with a batch taken in: one that is kept if it covers the form, else a new one."""
     kept = policy.samplers
     found = next((one for one in kept if isinstance(one, StaticSampler) and one.form.covers(form)), None)
     if found is None:
-        del kept[KEPT - 1 :]  # first, so that their memory is free
-        found = StaticSampler(policy, replace(form, longest=-(-form.longest // ROUNDED) * ROUNDED))
+        wider = replace(form, longest=-(-form.longest // ROUNDED) * ROUNDED)
+        # First, so that their memory is free. Longer prompts of an evaluation never evict the training's sampler.
+        kept[:] = [one for one in kept if not (isinstance(one, StaticSampler) and wider.covers(one.form))]
+        del kept[KEPT - 1 :]
+        found = StaticSampler(policy, wider)
         kept.insert(0, found)
     found.start(prompts, uniform)
     return found
