@@ -278,7 +278,7 @@ class Planner:
         return {
             "process": f"Python, torch and {CPU_SLACK:.0%} of what comes and goes",
             "weights": f"{self.count:,} in {dtype}",
-            "master": f"the weights in {learned}, which the optimizer moves{share}",
+            "master": f"the weights in float32, which the optimizer moves{share}",
             "gradients": f"of the weights, in {learned}{share}",
             "moments": f"two {'in 8 bits, with scales' if eight else 'per weight'}{share}",
             "reference": "the weights again" + (", copied from the host for its pass" if choices.on_host else share),
