@@ -18,6 +18,14 @@ def check_writable(path: Path, *, overwrite: bool) -> None:
 
     Devices and FIFOs lose nothing when written to, so they need no `overwrite`.
     """
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    except NotADirectoryError:
+        raise CountdownError(f"`{path.parent}` is not a folder", "write elsewhere") from None
+    except (OSError, ValueError) as error:
+        raise CountdownError(f"cannot write `{path}`: {getattr(error, 'strerror', error)}", "write elsewhere") from None
     if not path.parent.is_dir():
         raise CountdownError(f"`{path.parent}` is not a folder", "create it, or write elsewhere")
     if path.is_dir():
