@@ -93,6 +93,8 @@ class Run:
                     f"`{path}` is a symbolic link, and a run writes to its own files alone",
                     "put the file or folder itself there; `--runs` may name any folder",
                 )
+            if path.name in ("model", "checkpoints") and not path.is_dir():
+                raise CountdownError(f"`{path}` is not a folder", "put the folder back, or start a new run")
         return run
 
     def delete(self) -> None:
