@@ -528,3 +528,11 @@ def test_damaged_lines_are_moved_aside_when_a_run_is_resumed(run: Run) -> None:
     assert list(run.evaluations()["val 3 one-shot"]) == [1]
     assert (run.path / "metrics.jsonl.damaged").read_bytes() == b'\x00\xff garbage\n{"step": "1"}\n' * 2
     assert run.go_back_to(1) == []
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["model", "checkpoints"])
+def test_a_file_in_place_of_a_folder_is_refused_before_logs_are_cut(run: Run, name: str) -> None:
+    (run.path / name).write_text("kept")
+    with pytest.raises(CountdownError, match=f"{name}` is not a folder"):
+        Run.open(run.path.parent, "first")
