@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -251,8 +252,8 @@ def test_a_failed_write_leaves_the_old_picture_and_nothing_else(
     path = tmp_path / "curve.png"
     path.write_bytes(b"old")
 
-    def fail(figure: Figure, file: Path, **settings: object) -> None:
-        file.write_bytes(b"half")
+    def fail(figure: Figure, file: BinaryIO, **settings: object) -> None:
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Figure, "savefig", fail)

@@ -301,7 +301,7 @@ def test_a_training_does_as_planned_and_says_so(countdown: Command, tiny_folder:
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_loaded(countdown: Command, tiny_folder: Path) -> None:
-    found = countdown("train", "--model", tiny_folder, "--run", "none", *SMALL, "--memory", "0.0001")
+    found = countdown("train", "--model", tiny_folder, "--run", "large", *SMALL, "--memory", "0.0001")
     assert found.code == 2
     assert "this training needs at least" in found.err and "hint:" in found.err
     assert not Path("runs").exists()

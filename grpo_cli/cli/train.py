@@ -15,10 +15,11 @@ from grpo_cli.cli.options import flags, give
 from grpo_cli.cli.plot import draw, run_curves
 from grpo_cli.core.config.resolve import Resolved, go_on
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.model.load import prompt_tokens
+from grpo_cli.core.model.load import detect_device, prompt_tokens
 from grpo_cli.core.perf.microbatch import MicroBatch
 from grpo_cli.core.rl import probe as probing
 from grpo_cli.core.rl.session import Session, for_ranks, plan_memory, start
+from grpo_cli.core.rl.state import choose_optimizer
 from grpo_cli.core.rl.train import Interrupted, curriculum
 from grpo_cli.core.run.folder import Run, run_name
 from grpo_cli.core.run.models import model_source
@@ -70,10 +71,11 @@ def run(
     if dry_run or probe:
         return
     require_package("matplotlib")
-    ranks = join_ranks(resolved.settings)
-    with start(
-        resolved.settings, run, overwrite=overwrite, resume=resume, step=step, ranks=ranks, note=show.note
-    ) as session:
+    settings = resolved.settings.model_copy(update={"runs": str(root)})  # where a resumed run is now
+    if choose_optimizer(settings.train.optimizer, detect_device(model.device)) == "adamw8bit":
+        require_package("bitsandbytes")
+    ranks = join_ranks(settings)
+    with start(settings, run, overwrite=overwrite, resume=resume, step=step, ranks=ranks, note=show.note) as session:
         _train(session)
         ranks.leave()
 
