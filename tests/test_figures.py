@@ -2,7 +2,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -243,24 +242,6 @@ def test_the_suffix_chooses_the_format_and_equal_curves_write_equal_bytes(
     assert written.startswith(start)
     plot.kl_curve([RUN, OTHER], path, smooth=True)
     assert path.read_bytes() == written
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_failed_write_leaves_the_old_picture_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "curve.png"
-    path.write_bytes(b"old")
-
-    def fail(figure: Figure, file: BinaryIO, **settings: object) -> None:
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Figure, "savefig", fail)
-    with pytest.raises(CountdownError, match=r"cannot write `.*curve.png`: No space left on device") as failed:
-        plot.kl_curve([RUN], path)
-    assert failed.value.exit_code == 1
-    assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
 
