@@ -98,7 +98,8 @@ def _read(row: dict[str, Any], place: str, rules: Rules) -> tuple[Puzzle, Split]
     if answer is not None and (
         not isinstance(answer, str) or judge(puzzle, parse(answer, rules.operations), rules) != "correct"
     ):
-        raise CountdownError(f"{place}: `solution` does not make {target} from {numbers}")
+        hint = f"the rules allow {rules.operations}; give those that the file was written with, such as `--operations`"
+        raise CountdownError(f"{place}: `solution` does not make {target} from {numbers}", hint)
     return puzzle, split
 
 
