@@ -512,7 +512,7 @@ def test_other_puzzles_are_not_taken_for_those_of_the_run(
     countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, beta: str
 ) -> None:
     assert countdown("train", "--model", tiny_folder, "--run", "first", "--beta", beta, *SHORT).code == 0
-    monkeypatch.setattr("grpo_cli.core.rl.train.puzzle_set", lambda *_: [Puzzle((3, 5, 2), 13)])
+    monkeypatch.setattr("grpo_cli.core.task.countdown.puzzle_set", lambda *_: [Puzzle((3, 5, 2), 13)])
     found = countdown("train", "--run", "first", "--resume", "--num-iterations", "5")
     assert found.code == 2
     assert "other puzzles" in found.err

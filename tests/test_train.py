@@ -33,6 +33,7 @@ from grpo_cli.core.task.data import enumerate_puzzles
 from grpo_cli.core.task.prompts import Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.scoring import Cheat, Reason, Score
+from grpo_cli.core.task.task import Problem
 
 
 @pytest.fixture(autouse=True)
@@ -188,7 +189,7 @@ def test_going_on_from_a_checkpoint_equals_never_having_stopped(
 ) -> None:
     # Five puzzles, two a step: an epoch ends within the third step.
     few = list(enumerate_puzzles(3, "train"))[:5]
-    monkeypatch.setattr("grpo_cli.core.rl.train.puzzle_set", lambda numbers, split: few)
+    monkeypatch.setattr("grpo_cli.core.task.countdown.puzzle_set", lambda numbers, split, rules: few)
     flags = {"train.optimizer": optimizer, "train.num_inner_updates": inner, "train.save_every": 1}
     settings = small(tiny_folder, **flags)
     whole, expected, _ = trained(settings, tmp_path, "whole")
@@ -454,7 +455,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Puzzle]:
     """The puzzles that prompts are made of."""
     puzzles: list[Puzzle] = []
 
-    def remembering(puzzle: Puzzle, style: Style) -> list[dict[str, str]]:
+    def remembering(puzzle: Puzzle, style: Style, **_: object) -> list[dict[str, str]]:
         puzzles.append(puzzle)
         return prompt(puzzle, style)
 
@@ -484,8 +485,8 @@ def test_groups_of_equal_rewards_are_sampled_anew_from_other_puzzles(
     assert len(asked) == 2 * (4 + 2)
     records = [json.loads(line) for line in (run.path / "samples.jsonl").read_text().splitlines()]
     kept = {(line["step"], tuple(line["numbers"]), line["target"]) for line in records}
-    assert {(2, puzzle.numbers, puzzle.target) for puzzle in drawn[1]} <= kept  # the order of the others is as ever
-    assert not {(1, puzzle.numbers, puzzle.target) for puzzle in drawn[0]} & kept
+    assert {(2, *question(puzzle)) for puzzle in drawn[1]} <= kept  # the order of the others is as ever
+    assert not {(1, *question(puzzle)) for puzzle in drawn[0]} & kept
 
 
 def test_sampling_anew_is_bounded_and_leaves_what_cannot_be_helped(
@@ -597,3 +598,8 @@ def test_a_training_pays_the_rewards_of_its_settings(
     monkeypatch.setattr(Policy, "decode", lambda self, tokens: "<think>a</think><answer>1</answer>")
     _, run, _ = trained(small(tiny_folder, **{"reward.format_reward": 0.25}), tmp_path)
     assert {line["reward"] for line in run.metrics() if line["step"] > 0} == {0.5}
+
+
+def question(problem: Problem) -> tuple[tuple[int, ...], int]:
+    assert isinstance(problem, Puzzle)
+    return problem.numbers, problem.target

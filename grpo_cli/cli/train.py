@@ -23,8 +23,8 @@ from grpo_cli.core.rl.state import choose_optimizer
 from grpo_cli.core.rl.train import Interrupted, curriculum
 from grpo_cli.core.run.folder import Run, run_name
 from grpo_cli.core.run.models import model_source
-from grpo_cli.core.task.data import puzzle_set
-from grpo_cli.core.task.prompts import prompt
+from grpo_cli.core.task.audit import audit
+from grpo_cli.core.task.countdown import task_of
 from grpo_cli.ui import tables
 from grpo_cli.ui import text as show
 from grpo_cli.ui.live import TrainingView, Unseen
@@ -140,8 +140,12 @@ def _show_plan(resolved: Resolved, chosen: Chosen, process: Place) -> None:
     """Show every setting with its source, the first prompt as token ids, and the memory plan."""
     settings = for_ranks(chosen.settings, process.size)
     tables.config_table(resolved)
+    task = task_of(settings)
+    if settings.task.task != "countdown":
+        for check in audit(task, settings.task.numbers):
+            show.note(f"{'passed' if check.passed else 'FAILED'}: {check.name} {check.found}")
     puzzle, style = curriculum(settings).prompts(1)[0]
-    tables.prompt_tokens(prompt_tokens(chosen.source, prompt(puzzle, style)))
+    tables.prompt_tokens(prompt_tokens(chosen.source, task.prompt(puzzle, style)))
     tables.memory_plan(plan_memory(settings, ranks=process.size))
 
 
@@ -152,7 +156,7 @@ def _probe(chosen: Chosen) -> None:
     with tables.progress(f"probing {chosen.name}", quiet=False) as advance:
         result = probing.probe(
             policy,
-            probing.chosen_puzzles(puzzle_set(task.numbers, "train"), settings.seed),
+            probing.chosen_puzzles(task_of(chosen.settings).problems("train", task.numbers), settings.seed),
             chosen=task.style,
             num_generations=settings.num_generations,
             max_new_tokens=settings.max_new_tokens,

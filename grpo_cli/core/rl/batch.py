@@ -10,8 +10,8 @@ import torch
 from grpo_cli.core.rl.grpo import zero_variance
 from grpo_cli.core.sampling.rollout import Rollout
 from grpo_cli.core.task.prompts import Style
-from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.scoring import CHEATS, Score
+from grpo_cli.core.task.task import Problem
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Batch:
 
     step: int
     places: list[int]  # of the prompts in the step
-    puzzles: list[Puzzle]
+    puzzles: list[Problem]
     styles: list[Style]
     prompts: list[list[int]]
     rollout: Rollout
@@ -34,8 +34,7 @@ class Batch:
         puzzle, found = self.puzzles[prompt_index], self.scores[row]
         return {
             "step": self.step,
-            "numbers": list(puzzle.numbers),
-            "target": puzzle.target,
+            **puzzle.record(),
             "style": self.styles[prompt_index],
             "prompt_index": self.places[prompt_index],
             "sample_index": sample_index,
@@ -75,6 +74,8 @@ class Batch:
             "lenient_accuracy": sum(found.lenient for found in scores),
             **{f"cheat/{kind}": sum(found.cheat == kind for found in scores) for kind in CHEATS},
         }
+        for name in sorted({name for score in scores for name in score.parts}):
+            sums[f"reward/{name}"] = sum(score.parts.get(name, 0.0) for score in scores)
         return Tally(self.rewards.tolist(), sums)
 
 
@@ -86,7 +87,8 @@ class Tally:
     sums: dict[str, float]
 
     def __add__(self, other: Tally) -> Tally:
-        sums = {name: value + other.sums[name] for name, value in self.sums.items()}
+        names = {**self.sums, **other.sums}
+        sums = {name: self.sums.get(name, 0.0) + other.sums.get(name, 0.0) for name in names}
         return Tally(self.rewards + other.rewards, sums)
 
     @property

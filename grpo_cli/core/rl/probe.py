@@ -23,7 +23,7 @@ from grpo_cli.core.perf.microbatch import MicroBatch
 from grpo_cli.core.rl.grpo import zero_variance
 from grpo_cli.core.rl.health import CUT_LIMIT, LEARNED
 from grpo_cli.core.task.prompts import STYLES, Style
-from grpo_cli.core.task.puzzle import Puzzle
+from grpo_cli.core.task.task import Problem
 
 PUZZLES = 32
 SIGNIFICANT = 0.05
@@ -133,14 +133,14 @@ class Probe:
         }
 
 
-def chosen_puzzles(puzzles: Sequence[Puzzle], seed: int) -> list[Puzzle]:
+def chosen_puzzles(puzzles: Sequence[Problem], seed: int) -> list[Problem]:
     """The puzzles of a probe: a sample of at most PUZZLES, the same for the same seed."""
     return random.Random(f"probe/{seed}").sample(puzzles, min(PUZZLES, len(puzzles)))
 
 
 def probe(
     policy: Policy,
-    puzzles: Sequence[Puzzle],
+    puzzles: Sequence[Problem],
     *,
     chosen: Style,
     num_generations: int,
@@ -175,7 +175,7 @@ def probe(
             progress=partial(advance, index),
         )
         styles[style] = measure(style, result.completions, time.perf_counter() - start)
-    return Probe(chosen, len(puzzles[0].numbers), styles)
+    return Probe(chosen, puzzles[0].size, styles)
 
 
 def measure(style: Style, groups: Sequence[Sequence[Completion]], seconds: float) -> Sampled:

@@ -43,7 +43,7 @@ from grpo_cli.core.rl.summary import summary
 from grpo_cli.core.rl.train import Observer, curriculum, longest_prompt
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.run.models import model_source
-from grpo_cli.core.task.puzzle import Puzzle
+from grpo_cli.core.task.task import Problem
 
 Note = Callable[[str], None]
 
@@ -219,7 +219,7 @@ def _restore(
     choices: Choices,
     old: Run | None,
     checkpoint: Path | None,
-    puzzles: Sequence[Puzzle],
+    puzzles: Sequence[Problem],
 ) -> Policy | None:
     """Restore a checkpoint, if there is one, and return the frozen reference, if the loss needs one."""
     has_reference = settings.loss.beta > 0

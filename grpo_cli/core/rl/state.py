@@ -28,6 +28,7 @@ from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.perf.meter import hardware_of
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task.puzzle import Puzzle
+from grpo_cli.core.task.task import Problem
 
 _PROGRESS = ["step", "pending", "base_accuracy", "best_score", "best_accuracy", "best_step", "waited"]
 _PROGRESS += ["bad_steps", "bad_in_a_row"]
@@ -217,19 +218,19 @@ def choose_checkpoint(
     return 0, None
 
 
-def origin(policy: Policy | None, reference: Policy | None, puzzles: Sequence[Puzzle]) -> dict[str, object]:
+def origin(policy: Policy | None, reference: Policy | None, puzzles: Sequence[Problem]) -> dict[str, object]:
     """What a run starts from: hashes of the model's weights and tokenizer, of the reference's weights, of the puzzles.
 
     There is none of a model that is not needed.
     """
-    listed = "\n".join(f"{puzzle.numbers} {puzzle.target}" for puzzle in puzzles)
+    listed = "\n".join(_stated(puzzle) for puzzle in puzzles)
     found: dict[str, object] = {**policy.fingerprint()} if policy else {}
     if reference:
         found["reference"] = reference.fingerprint()["weights"]
     return {**found, "puzzles": hashlib.sha256(listed.encode()).hexdigest()}
 
 
-def require_origin(run: Run, policy: Policy | None, reference: Policy | None, puzzles: Sequence[Puzzle]) -> None:
+def require_origin(run: Run, policy: Policy | None, reference: Policy | None, puzzles: Sequence[Problem]) -> None:
     """Raise CountdownError unless the run started from `policy` and `reference`, where needed, and `puzzles`."""
     saved, found = run.read_origin(), origin(policy, reference, puzzles)
     changed = [name for name in found if saved.get(name) != found[name]]
@@ -257,3 +258,7 @@ def environment(policy: Policy) -> dict[str, object]:
         "parameters": sum(parameter.numel() for parameter in policy.model.parameters()),
         "hardware": hardware_of(policy).record(),
     }
+
+
+def _stated(problem: Problem) -> str:
+    return f"{problem.numbers} {problem.target}" if isinstance(problem, Puzzle) else problem.key

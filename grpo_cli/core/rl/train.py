@@ -37,11 +37,11 @@ from grpo_cli.core.rl.state import Training
 from grpo_cli.core.rl.update import Diverged, NotFinite, extra_passes, reference_logprobs, update
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.sampling.rollout import sample, uniforms
+from grpo_cli.core.task.countdown import task_of
 from grpo_cli.core.task.curriculum import Curriculum, schedule
-from grpo_cli.core.task.data import puzzle_set
-from grpo_cli.core.task.prompts import STYLES, prompt
-from grpo_cli.core.task.scoring import score
+from grpo_cli.core.task.prompts import STYLES
 from grpo_cli.core.task.suite import SIZES, Cell, cell, weighted_mean
+from grpo_cli.core.task.task import Message, Problem, Score, Task
 
 PLANNED_STEPS = 4  # whose prompts are looked at when memory is planned
 
@@ -75,7 +75,7 @@ def curriculum(settings: Settings) -> Curriculum:
     task, wanted = settings.task, settings.train
     numbers = schedule(_or_task(wanted.prompt_numbers, str(task.numbers)), [str(size) for size in SIZES])
     style = schedule(_or_task(wanted.prompt_style, task.style), STYLES)
-    puzzles = {size: puzzle_set(size, "train") for size in map(int, numbers.choices)}
+    puzzles = {size: task_of(settings).problems("train", size) for size in map(int, numbers.choices)}
     return Curriculum(puzzles, numbers, style, wanted.batch_size, wanted.seed)
 
 
@@ -87,7 +87,17 @@ def longest_prompt(settings: Settings, encode: Callable[[Sequence[dict[str, str]
     """Tokens of the longest prompt of a few steps."""
     steps = range(1, min(PLANNED_STEPS, settings.train.num_iterations) + 1)
     drawn = (item for step in steps for item in curriculum(settings).prompts(step))
-    return max(len(encode(prompt(puzzle, style))) for puzzle, style in drawn)
+    return max(len(encode(task_of(settings).prompt(puzzle, style))) for puzzle, style in drawn)
+
+
+def prompt(problem: Problem, style: str, *, task: Task) -> list[Message]:
+    """The task's prompt for a problem."""
+    return task.prompt(problem, style)
+
+
+def score(completion: str, problem: Problem, *, style: str, truncated: bool, task: Task) -> Score:
+    """The task's score of a completion."""
+    return task.score(completion, problem, style=style, truncated=truncated)
 
 
 @dataclass
@@ -165,11 +175,11 @@ class _Loop:
 
     def __post_init__(self) -> None:
         train_settings, task = self.settings.train, self.settings.task
-        self.curriculum = curriculum(self.settings)
+        self.curriculum, self.task = curriculum(self.settings), task_of(self.settings)
         self.val = Cell("val", task.numbers, task.style)
         suite = self.settings.suite.get(train_settings.eval_suite, {})
         cells = {self.val.name: self.val, **{name: cell(name) for name in suite}}
-        self.puzzles = {one: puzzles_of(one, train_settings.eval_puzzles) for one in cells.values()}
+        self.puzzles = {one: puzzles_of(one, train_settings.eval_puzzles, self.task) for one in cells.values()}
         self.suite = suite
         fit = partial(MicroBatch, limit=self.memory_limit, report=self.observer.message)
         self.sampling, self.evaluating = fit(), fit()
@@ -298,7 +308,9 @@ class _Loop:
         policy, settings = self.training.policy, self.settings.train
         drawn = self.curriculum.prompts(step, turn=turn)
         puzzles, styles = [drawn[place][0] for place in places], [drawn[place][1] for place in places]
-        prompts = [policy.encode(prompt(puzzle, style)) for puzzle, style in zip(puzzles, styles, strict=True)]
+        prompts = [
+            policy.encode(prompt(puzzle, style, task=self.task)) for puzzle, style in zip(puzzles, styles, strict=True)
+        ]
         groups = (len(places), settings.num_generations)
         with clock.phase("rollout"):
             indices = [turn * settings.batch_size + place for place in places]
@@ -317,10 +329,10 @@ class _Loop:
             clock.seconds[f"time/{name}"] = clock.seconds.get(f"time/{name}", 0.0) + seconds
         with clock.phase("score"):
             texts = [policy.decode(tokens) for tokens in rollout.completions]
-            scores, weights = [], self.settings.reward.weights
+            scores = []
             for row, (text, cut) in enumerate(zip(texts, rollout.truncated, strict=True)):
                 index = row // groups[1]
-                scores.append(score(text, puzzles[index], style=styles[index], truncated=cut, rewards=weights))
+                scores.append(score(text, puzzles[index], style=styles[index], truncated=cut, task=self.task))
             rewards = torch.tensor([found.reward for found in scores]).view(groups)  # (P, G)
         return Batch(step, places, puzzles, styles, prompts, rollout, texts, scores, rewards)
 
@@ -482,6 +494,8 @@ class _Loop:
             self.training.policy,
             self.puzzles[one],
             style=one.style,
+            split=one.split,
+            task=self.task,
             max_new_tokens=settings.train.max_new_tokens,
             batch_size=settings.eval.batch_size,
             fit=self.evaluating,

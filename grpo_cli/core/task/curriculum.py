@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from grpo_cli.core.task.prompts import Style
-from grpo_cli.core.task.puzzle import Puzzle
+from grpo_cli.core.task.task import Problem
 
 _FADE = re.compile(r"(.+?)\s*->\s*(.+?)\s*,?\s+(?:linear\s+)?over\s+([0-9]{1,9})\s+steps?")
 _CHANGE = re.compile(r"(.+?)\s+then\s+(.+?)\s+after\s+([0-9]{1,9})\s+steps?")
@@ -86,7 +86,7 @@ def _mixture(text: str, choices: Collection[str]) -> dict[str, float]:
     return {name: weight / total for name, weight in weights.items() if weight > 0}
 
 
-def puzzles_of_step(puzzles: Sequence[Puzzle], step: int, *, batch_size: int, seed: int | str) -> list[Puzzle]:
+def puzzles_of_step(puzzles: Sequence[Problem], step: int, *, batch_size: int, seed: int | str) -> list[Problem]:
     """The puzzles of a step, from 1: every epoch goes through all puzzles once, in an order of its own."""
     places = range((step - 1) * batch_size, step * batch_size)
     orders: dict[int, list[int]] = {}
@@ -102,13 +102,13 @@ def puzzles_of_step(puzzles: Sequence[Puzzle], step: int, *, batch_size: int, se
 class Curriculum:
     """The prompts of every step. `puzzles` holds all that there are, by the numbers in each."""
 
-    puzzles: Mapping[int, Sequence[Puzzle]]
+    puzzles: Mapping[int, Sequence[Problem]]
     numbers: Schedule
     style: Schedule
     batch_size: int
     seed: int
 
-    def prompts(self, step: int, *, turn: int = 0) -> list[tuple[Puzzle, Style]]:
+    def prompts(self, step: int, *, turn: int = 0) -> list[tuple[Problem, Style]]:
         """The puzzles of a step, from 1, and their styles. Later turns take the puzzles in other orders.
 
         Each size has an order of its own, in which a prompt of another size leaves its place out.
@@ -125,10 +125,10 @@ class Curriculum:
             prompts.append((drawn[size][index], style))
         return prompts
 
-    def shares(self, prompts: Sequence[tuple[Puzzle, Style]]) -> dict[str, float]:
+    def shares(self, prompts: Sequence[tuple[Problem, Style]]) -> dict[str, float]:
         """Metrics: the share of each style and size among the prompts of a step, where there is more than one."""
         styles = Counter(str(style) for _, style in prompts)
-        sizes = Counter(str(len(puzzle.numbers)) for puzzle, _ in prompts)
+        sizes = Counter(str(puzzle.size) for puzzle, _ in prompts)
         found: dict[str, float] = {}
         for schedule, counts, unit in ((self.style, styles, ""), (self.numbers, sizes, " numbers")):
             if len(schedule.choices) > 1:
