@@ -27,13 +27,12 @@ from grpo_cli.core.rl.state import Training, build_optimizer, choose_checkpoint
 from grpo_cli.core.rl.summary import summary
 from grpo_cli.core.rl.train import Interrupted, learning_rate_at, train
 from grpo_cli.core.run.folder import Run
-from grpo_cli.core.task import scoring
 from grpo_cli.core.task.curriculum import puzzles_of_step
 from grpo_cli.core.task.data import enumerate_puzzles
 from grpo_cli.core.task.prompts import Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.scoring import Cheat, Reason, Score
-from grpo_cli.core.task.task import Problem
+from grpo_cli.core.task.task import Problem, Task
 
 
 @pytest.fixture(autouse=True)
@@ -594,7 +593,11 @@ def test_a_training_pays_the_rewards_of_its_settings(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every completion is given the same text, of the right form and a wrong answer."""
-    monkeypatch.setattr(train_module, "score", scoring.score)  # which a fixture above replaces
+
+    def score(text: str, problem: Problem, *, task: Task, **how: Any) -> Score:
+        return task.score(text, problem, **how)
+
+    monkeypatch.setattr(train_module, "score", score)  # which a fixture above replaces
     monkeypatch.setattr(Policy, "decode", lambda self, tokens: "<think>a</think><answer>1</answer>")
     _, run, _ = trained(small(tiny_folder, **{"reward.format_reward": 0.25}), tmp_path)
     assert {line["reward"] for line in run.metrics() if line["step"] > 0} == {0.5}
