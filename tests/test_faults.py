@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
 from itertools import count
 from pathlib import Path
 from pkgutil import resolve_name
@@ -31,6 +32,14 @@ from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task.puzzle import Puzzle
 
 pytestmark = pytest.mark.faults
+
+for _command in (
+    "train",
+    "eval",
+    "solve",
+    "plot",
+):  # commands are imported when called: not first while `load` is patched
+    import_module(f"grpo_cli.cli.{_command}")
 
 Damage = Callable[[Path], None]
 
