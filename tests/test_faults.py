@@ -33,12 +33,8 @@ from grpo_cli.core.task.puzzle import Puzzle
 
 pytestmark = pytest.mark.faults
 
-for _command in (
-    "train",
-    "eval",
-    "solve",
-    "plot",
-):  # commands are imported when called: not first while `load` is patched
+# Commands are imported when they are called; here before a test patches what they import.
+for _command in ("train", "eval", "solve", "plot"):
     import_module(f"grpo_cli.cli.{_command}")
 
 Damage = Callable[[Path], None]
