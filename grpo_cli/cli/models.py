@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,10 +18,11 @@ from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.dist.ranks import Solo, join
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.load import detect_device
-from grpo_cli.core.model.load import load as load_model
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.run.folder import Run, find_run
 from grpo_cli.core.run.models import model_source
+from grpo_cli.core.sampling.selfcheck import load_checked
+from grpo_cli.ui import text as show
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def resolve_for_model(ctx: typer.Context, config_file: Path | None) -> Resolved:
 def load(chosen: Chosen) -> Policy:
     """Load a model for sampling."""
     model = chosen.settings.model
-    return replace(load_model(chosen.source, device=model.device, precision=model.precision), name=chosen.name)
+    return load_checked(chosen.source, name=chosen.name, device=model.device, precision=model.precision, note=show.note)
 
 
 def join_ranks(settings: Settings) -> Solo:

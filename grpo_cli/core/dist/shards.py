@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.policy import Policy, host_copy
 from grpo_cli.core.dist.ranks import Solo
 
@@ -25,6 +26,10 @@ def sharded(policy: Policy, ranks: Solo, device: torch.device) -> Policy:
     They are in float32, unless the precision is bfloat16 alone, and come from the host unit by unit, so that the device
     never holds all of them. Ranks add up their gradients, as `Gradients` of whole weights do; they take no mean.
     """
+    if policy.plain:
+        raise CountdownError(
+            f"`{policy.name}` runs on the plain path, which does not support sharded weights", "give `--no-shard`"
+        )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.gguf import is_gguf, unpacked
 from grpo_cli.core.model.names import require_model
-from grpo_cli.core.model.policy import ATTENTION, PROBE, Policy, encode
+from grpo_cli.core.model.policy import PROBE, Policy, checkpoint_layers, encode, set_attention
 
 BUILTIN = Path(__file__).parents[1] / "builtin" / "model"
 
@@ -87,13 +87,17 @@ def load(
     tokenizer = load_tokenizer(name)
     _check_fit(name, model, tokenizer)
     if gradient_checkpointing:
-        model.activation_checkpointing_enable()
-        model.train()  # checkpointing is active in training mode alone; no layer has dropout
+        if not model.supports_gradient_checkpointing:
+            raise CountdownError(f"`{name}` has no gradient checkpointing", "give `--gradient-checkpointing off`")
+        checkpoint_layers(model)
     end_ids = _end_ids(name, model, tokenizer)
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=list(end_ids), pad_token_id=tokenizer.pad_token_id
     )
-    return Policy(model if on_host else model.to(place), tokenizer, name, chosen, end_ids)
+    plain = not (attends_in_full(model.config.get_text_config()) and set_attention(model, plain=False))
+    if plain:
+        set_attention(model, plain=True)
+    return Policy(model if on_host else model.to(place), tokenizer, name, chosen, end_ids, plain=plain)
 
 
 def number_of_layers(name: str) -> int:
@@ -121,9 +125,9 @@ def skeleton(name: str, *, dtype: torch.dtype, layers: int) -> transformers.PreT
         text.num_hidden_layers = layers
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False
+                config, dtype=dtype, attn_implementation="eager", trust_remote_code=False
             )
-    _check_attention(name, text)
+    set_attention(model, plain=not attends_in_full(text))
     return cast("transformers.PreTrainedModel", model.eval())
 
 
@@ -173,7 +177,7 @@ def _load_model(name: str, source: str, *, local: bool, dtype: torch.dtype) -> t
         loaded = transformers.AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
-            attn_implementation=ATTENTION,
+            attn_implementation="eager",  # every model has it; `set_attention` chooses another
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=local,
@@ -188,7 +192,6 @@ def _load_model(name: str, source: str, *, local: bool, dtype: torch.dtype) -> t
             raise CountdownError(
                 f"the weights of `{name}` do not fit its config.json ({problem})", "save the model again"
             )
-    _check_attention(name, model.config.get_text_config())
     for key, weight in model.named_parameters():
         if not bool(torch.isfinite(weight).all()):
             raise CountdownError(f"the weights of `{name}` are not finite: {key}", "use an earlier save of the model")
@@ -196,15 +199,11 @@ def _load_model(name: str, source: str, *, local: bool, dtype: torch.dtype) -> t
     return model
 
 
-def _check_attention(name: str, config: transformers.PreTrainedConfig) -> None:
-    """Refuse what `shared_prefix_attention` does not compute: windows and capped scores."""
+def attends_in_full(config: transformers.PreTrainedConfig) -> bool:
+    """Whether all layers attend as `shared_prefix_attention` does: without windows and capped scores."""
     layers = getattr(config, "layer_types", None) or []
-    limits = [getattr(config, key, None) for key in ("sliding_window", "attn_logit_softcapping")]
-    if any(kind != "full_attention" for kind in layers) or any(limits):
-        raise CountdownError(
-            f"`{name}` has layers without plain full attention, and only that is supported",
-            "use a model of the Qwen2.5 family",
-        )
+    limits = ("sliding_window", "attn_logit_softcapping", "attention_chunk_size")
+    return all(kind == "full_attention" for kind in layers) and not any(getattr(config, key, None) for key in limits)
 
 
 def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:

@@ -10,8 +10,8 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo_cli.core.model import qwen2
 from grpo_cli.core.model.attention import Packed, Plan, Prefill, shared_prefix_attention
@@ -76,6 +77,9 @@ class Policy:
     samplers: list[object] = field(default_factory=list, repr=False, compare=False)  # what a rollout keeps for the next
     logit_chunk: int = 0  # tokens whose logits are computed at once, and again backward; 0 is all of them, once
     works_on: torch.device | None = None  # where the weights are brought for a pass, if that is not where they live
+    plain: bool = False  # run by the model's own forward, one row per completion: slower, right for any causal model
+    cached: bool = True  # whether the plain path decodes with the model's own cache
+    whole: bool = False  # packed, but logits come from the model's own forward, which may scale them
 
     @property
     def device(self) -> torch.device:
@@ -115,7 +119,15 @@ class Policy:
         """Logits (P, V) of what follows prompts (P, L) of which the first `lengths` (P,) tokens are real."""
         rows = torch.arange(len(tokens), device=self.device)
         positions = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
+        if self.whole:
+            kept, which = (lengths - 1).unique(return_inverse=True)
+            return self._whole_logits(tokens, positions, plan, kept)[rows, which]
         return self.logits(self.hidden(tokens, positions, plan)[rows, lengths - 1])
+
+    def _whole_logits(self, tokens: Tensor, positions: Tensor, plan: Plan, kept: Tensor | int = 0) -> Tensor:
+        """Logits (B, T', V) at the places `kept` (T',), all if 0, by the model's own forward."""
+        output = self.model(input_ids=tokens, position_ids=positions, use_cache=False, plan=plan, logits_to_keep=kept)
+        return cast("Tensor", output.logits)
 
     @property
     def can_step_in_place(self) -> bool:
@@ -133,6 +145,8 @@ class Policy:
             dtype = torch.bfloat16 if converted else self.model.dtype
             written = qwen2.Pass(self.model, longest=longest, dtype=dtype, in_place=in_place)
             return lambda tokens, positions, plan: written.logits(written.hidden(tokens, positions, plan))
+        if self.whole:
+            return lambda tokens, positions, plan: self._whole_logits(tokens[:, None], positions[:, None], plan)[:, 0]
         return lambda tokens, positions, plan: self.logits(self.hidden(tokens[:, None], positions[:, None], plan)[:, 0])
 
     def _hidden_of_row(self, tokens: Tensor, plan: Packed) -> Tensor:
@@ -148,6 +162,8 @@ class Policy:
 
         That is the softmax of logits / temperature, taken in float32. Padding is 0. Entropy carries no gradient.
         """
+        if self.plain:
+            return self._plain_logprobs(sequences, temperature)
         order = packing_order([len(row) for row in sequences.completions], sequences.prompt_index, self.device)
         completions = [sequences.completions[row] for row in order]
         prompt_lengths, lengths = ([len(tokens) for tokens in part] for part in (sequences.prompts, completions))
@@ -156,19 +172,28 @@ class Policy:
         targets = packed[sum(prompt_lengths) :]
         tokens, wanted = torch.tensor(packed, device=self.device), torch.tensor(targets, device=self.device)
         with self.autocast():
-            if self.is_sharded:  # FSDP gathers a layer's weights only within the model's own forward
-                output = self.model(
-                    tokens[None],
-                    position_ids=plan.positions,
-                    use_cache=False,
-                    plan=plan,
-                    logits_to_keep=plan.predecessors,
-                )
-                logprobs, entropy = token_logprobs(output.logits[0], wanted, temperature)  # (M,)
+            if self.is_sharded or self.whole:  # FSDP gathers a layer's weights only within the model's own forward
+                logits = self._whole_logits(tokens[None], plan.positions, plan, plan.predecessors)[0]  # (M, V)
+                logprobs, entropy = token_logprobs(logits, wanted, temperature)
             else:
                 before = self._hidden_of_row(tokens, plan)[plan.predecessors]  # (M, D)
                 logprobs, entropy = self._gather(before, wanted, temperature)
         return _scatter(logprobs, lengths, order), _scatter(entropy, lengths, order)
+
+    def _plain_logprobs(self, sequences: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
+        """As `logprobs`, from rows [prompt | completion | padding]: padding at the end changes nothing before it."""
+        answered = [sequences.prompts[owner] for owner in sequences.prompt_index]
+        rows = [prompt + completion for prompt, completion in zip(answered, sequences.completions, strict=True)]
+        longest = max(map(len, rows))
+        tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
+        targets = torch.tensor([token for row in sequences.completions for token in row], device=self.device)
+        lengths = [len(completion) for completion in sequences.completions]
+        with self.autocast():
+            logits = self.model(input_ids=tokens, use_cache=False).logits  # (B, T, V)
+            ends = [(len(prompt) - 1, len(prompt) - 1 + n) for prompt, n in zip(answered, lengths, strict=True)]
+            flat = torch.cat([row[start:end] for row, (start, end) in zip(logits, ends, strict=True)])  # (M, V)
+            logprobs, entropy = token_logprobs(flat, targets, temperature)
+        return _scatter(logprobs, lengths, range(len(rows))), _scatter(entropy, lengths, range(len(rows)))
 
     def _gather(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probabilities (M,) of `targets` (M,) and entropies (M,), `logit_chunk` tokens at a time."""
@@ -191,15 +216,7 @@ class Policy:
         if on_host:
             for weight in _tensors(model) if torch.cuda.is_available() else ():
                 weight.data = weight.data.pin_memory()  # copied several times as fast
-        return Policy(
-            model,
-            self.tokenizer,
-            self.name,
-            self.precision,
-            self.end_ids,
-            logit_chunk=self.logit_chunk,
-            works_on=device,
-        )
+        return replace(self, model=model, samplers=[], works_on=device)
 
     @contextmanager
     def brought(self) -> Iterator[None]:
@@ -231,6 +248,27 @@ class Policy:
         """Write the model and its tokenizer as a folder that AutoModelForCausalLM and AutoTokenizer open."""
         self.model.save_pretrained(path, safe_serialization=True)
         self.tokenizer.save_pretrained(path)
+
+
+def set_attention(model: transformers.PreTrainedModel, *, plain: bool) -> bool:
+    """Attend as plans say, or as the model does by itself if `plain`. Returns whether the model can."""
+    wanted = ("sdpa" if model._supports_sdpa else "eager") if plain else ATTENTION
+    with suppress(ValueError, ImportError):  # a model without the implementation keeps its own
+        model.set_attn_implementation(wanted)
+    return plain or model.config._attn_implementation == ATTENTION
+
+
+def checkpoint_layers(model: transformers.PreTrainedModel) -> None:
+    """Recompute each layer in the backward pass. Layers compute as in eval mode, without dropout.
+
+    transformers checkpoints a layer whose own flag says that it is in training; all within it stay in eval mode.
+    """
+    model.activation_checkpointing_enable()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+            for name in [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]:
+                setattr(module, name, 0.0)
 
 
 def host_copy(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:

@@ -135,7 +135,8 @@ class Planner:
         self.work, self.layers = work, number_of_layers(name)
         self.dtype = weights_dtype(work.precision, torch.device(work.device))
         model = skeleton(name, dtype=self.dtype, layers=1)
-        layer = model.get_decoder().layers[0]
+        # Architectures name their layers differently: they are the first list of modules.
+        layer = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module))[0]
         within = {id(weight) for weight in layer.parameters()}
         ends = [weight.shape for weight in model.parameters() if id(weight) not in within]
         per_layer = [weight.shape for weight in layer.parameters()]
@@ -145,9 +146,10 @@ class Planner:
         config = model.config.get_text_config()
         self._width, self._vocabulary = config.hidden_size, config.vocab_size
         self._inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self._queries = config.num_attention_heads * head
-        self._keys = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head
+        heads = getattr(config, "num_attention_heads", None) or 1  # none in a state-space model
+        head = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self._queries = heads * head
+        self._keys = (getattr(config, "num_key_value_heads", None) or heads) * head
         self.has_masters = work.precision == "bf16-master" and self.dtype == torch.bfloat16 and work.shards == 1
         # Bytes of a value in matrix multiplications. Autocast on a CPU keeps it in float32 beside bfloat16.
         self._computed = 4 if work.precision == "float32" or work.device == "cpu" else 2

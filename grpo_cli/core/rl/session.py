@@ -24,7 +24,7 @@ from grpo_cli.core.dist.ranks import Solo
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evals import contamination
 from grpo_cli.core.evals.evaluate import Evaluation
-from grpo_cli.core.model.load import detect_device, fix_order, load, load_tokenizer
+from grpo_cli.core.model.load import detect_device, fix_order, load_tokenizer
 from grpo_cli.core.model.policy import Policy, encode
 from grpo_cli.core.perf import memory
 from grpo_cli.core.perf.memory import Choices, MemoryPlan
@@ -43,6 +43,7 @@ from grpo_cli.core.rl.summary import summary
 from grpo_cli.core.rl.train import Observer, curriculum, longest_prompt
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.run.models import model_source
+from grpo_cli.core.sampling.selfcheck import load_checked
 from grpo_cli.core.task.task import Problem
 
 Note = Callable[[str], None]
@@ -138,7 +139,8 @@ def start(
         if old:
             ranks.first(lambda: _lock(old, locks, note))
             at, checkpoint = ranks.first(lambda: choose_checkpoint(old, settings, step, note))
-        policy = ranks.own(lambda: _load(settings, plan.choices, checkpoint / "model" if checkpoint else None))
+        folder = checkpoint / "model" if checkpoint else None
+        policy = ranks.own(lambda: _load(settings, plan.choices, folder, note=note))
         settings = settled(settings, policy)
         learner = ranks.own(lambda: shards.sharded(policy, ranks, device)) if settings.ranks.shard else None
         optimizer = build_optimizer(
@@ -201,16 +203,24 @@ def _lock(run: Run, locks: ExitStack, note: Note) -> None:
         note(f"taking over run {run.name}: process {left_by}, which wrote it, is gone")
 
 
-def _load(settings: Settings, choices: Choices, folder: Path | None = None, name: str | None = None) -> Policy:
+def _load(
+    settings: Settings,
+    choices: Choices,
+    folder: Path | None = None,
+    name: str | None = None,
+    note: Note = lambda _: None,
+) -> Policy:
     """Load the model `name`, by default the one to train, or its checkpoint in `folder`."""
     name = name or settings.model.model
-    policy = load(
+    return load_checked(
         str(folder or model_source(Path(settings.runs), name)),
+        name=name,
         device=settings.model.device,
         precision=settings.model.precision,
         gradient_checkpointing=choices.checkpointing,
+        logit_chunk=choices.logit_chunk,
+        note=note,
     )
-    return replace(policy, name=name, logit_chunk=choices.logit_chunk)
 
 
 def _restore(

@@ -18,6 +18,7 @@ from torch import Tensor
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.perf.microbatch import MicroBatch
 from grpo_cli.core.sampling.decode import Form, Sampler, ShrinkingSampler, static_sampler
+from grpo_cli.core.sampling.plain import PlainSampler
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,15 @@ def _sampler(
     static: bool | None = None,
 ) -> Sampler:
     """A sampler that has prefilled the prompts."""
+    if policy.plain:
+        return PlainSampler(
+            policy,
+            prompts,
+            num_generations=num_generations,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            uniform=uniform,
+        )
     if static is None:
         static = policy.device.type == "cuda" and policy.can_step_in_place
     if static:

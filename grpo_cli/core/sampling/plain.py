@@ -1,0 +1,65 @@
+"""Decoding by the model's own forward and its own cache: slower, and right for any causal model.
+
+Every completion is a row of its own. Only prompts of one length share a batch, so that nothing is padded and no model
+needs a mask or positions. Knows neither plans nor how a model attends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from inspect import signature
+
+import torch
+from torch import Tensor
+
+from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.sampling.decode import Sampler, choose
+
+CACHES = ("cache", "past_key_values", "cache_params", "state")  # what architectures call their cache
+
+
+class PlainSampler(Sampler):
+    """Rows in groups of prompts of one length."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        prompts: Sequence[list[int]],
+        *,
+        num_generations: int,
+        max_new_tokens: int,
+        temperature: float,
+        uniform: Tensor | None,
+    ) -> None:
+        rows = len(prompts) * num_generations
+        super().__init__(policy, rows, max_new_tokens=max_new_tokens, temperature=temperature, uniform=uniform)
+        self.prompts = [prompt for prompt in prompts for _ in range(num_generations)]
+
+    def run(self) -> Iterator[int]:
+        for length in sorted({len(prompt) for prompt in self.prompts}):
+            rows = [row for row, prompt in enumerate(self.prompts) if len(prompt) == length]
+            yield from self._decode(torch.tensor(rows, device=self.policy.device))
+
+    def _decode(self, rows: Tensor) -> Iterator[int]:
+        tokens = torch.tensor([self.prompts[row] for row in rows.tolist()], device=self.policy.device)  # (B, L)
+        fed, cache = tokens, dict[str, object]()
+        for time in range(self.limit):
+            output = self.policy.model(input_ids=fed, use_cache=self.policy.cached, **cache)
+            self.computed += fed.numel()
+            uniform = None if self.uniform is None else self.uniform[rows, time]
+            chosen, logprobs = choose(output.logits[:, -1], uniform, self.temperature)
+            self.tokens[rows, time], self.logprobs[rows, time] = chosen, logprobs
+            finished = torch.isin(chosen, self.ends) & (self.ended[rows] == 0)
+            self.ended[rows[finished]] = time + 1
+            yield time + 1
+            if bool((self.ended[rows] > 0).all()):
+                break
+            cache = self._cache_of(output) if self.policy.cached else {}
+            tokens = torch.cat([tokens, chosen[:, None]], dim=1)
+            fed = chosen[:, None] if cache else tokens
+
+    def _cache_of(self, output: Mapping[str, object]) -> dict[str, object]:
+        """The model's cache under the name that its forward takes; later versions of transformers say `cache`."""
+        name = next((name for name in CACHES if output.get(name) is not None), None)
+        takes = signature(self.policy.model.forward).parameters
+        return {} if name is None else {"cache" if "cache" in takes else name: output[name]}

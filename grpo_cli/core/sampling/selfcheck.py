@@ -1,0 +1,305 @@
+"""Compare what a policy computes with its model's own plain forward, and choose the fastest path that agrees.
+
+The probe is a rollout of ragged prompts whose rows end at different lengths, its packed log-probabilities, and the
+gradient under gradient checkpointing, in the precision of the training. The plain forward takes one unpadded row at a
+time, in eval mode. Paths, fastest first: packed; packed with logits from the model's own forward; plain; plain without
+the model's cache. Knows no architecture by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.model.load import load
+from grpo_cli.core.model.policy import PROBE, Policy, Sequences, set_attention, token_logprobs
+from grpo_cli.core.sampling.rollout import sample, uniforms
+
+PROBE_TOKENS = 40
+GENERATIONS, NEW_TOKENS = 3, 6
+LARGEST = 1e-3  # difference of a log-probability in float32
+MEAN = 0.1  # mean difference where the arithmetic is bfloat16
+GRADIENT = {"float32": 1e-3, "bfloat16": 0.1}  # relative difference of a gradient
+KEPT = 200  # outcomes kept in the cache
+
+PATHS: dict[str, dict[str, bool]] = {
+    "packed": {},
+    "packed, own logits": {"whole": True},
+    "plain": {"plain": True},
+    "plain, uncached": {"plain": True, "cached": False},
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The path chosen, its largest difference from the plain forward, and why faster paths were left."""
+
+    path: str
+    gap: float
+    reason: str = ""
+    seconds: float = 0.0
+    from_cache: bool = False
+
+    def sentence(self, policy: Policy) -> str:
+        """One line for the user."""
+        if self.path == "packed":
+            done = "cached" if self.from_cache else f"{self.seconds:.1f} s"
+            return f"self-check of `{policy.name}`: log-probs within {self.gap:.0e} of the plain forward ({done})"
+        slower = "plain path, slower" if policy.plain else "fast path with the model's own logits"
+        return f"`{policy.name}` ({type(policy.model).__name__}) runs on the {slower}: {self.reason}"
+
+
+class Disagreement(Exception):
+    """A path computes something else than the model."""
+
+
+def load_checked(
+    source: str,
+    *,
+    name: str,
+    device: str,
+    precision: str,
+    gradient_checkpointing: bool = False,
+    logit_chunk: int = 0,
+    note: Callable[[str], None] = lambda _: None,
+) -> Policy:
+    """Load a model, called `name`, on a path that computes what the model does; `note` gets the outcome in one line.
+
+    Raises CountdownError as `load` and `checked` do.
+    """
+    loaded = load(source, device=device, precision=precision, gradient_checkpointing=gradient_checkpointing)
+    loaded = replace(loaded, name=name, logit_chunk=logit_chunk)
+    cache = Path.home() / ".cache" / "countdown" / "selfcheck.json"
+    policy, outcome = checked(loaded, checkpointing=gradient_checkpointing, cache=cache)
+    if policy.plain or policy.whole or not outcome.from_cache:
+        note(outcome.sentence(policy))
+    return policy
+
+
+def checked(
+    policy: Policy, prompts: Sequence[list[int]] = (), *, checkpointing: bool = False, cache: Path | None = None
+) -> tuple[Policy, Outcome]:
+    """The policy on the fastest path that agrees with its model's plain forward.
+
+    `prompts` default to pieces of a chat in the model's own template. `cache` is a file of earlier outcomes. Raises
+    CountdownError if no path agrees.
+    """
+    start = time.perf_counter()
+    key = _key(policy, checkpointing) if cache else ""
+    known = _read(cache).get(key) if cache else None
+    if known:
+        outcome = replace(Outcome(**known), from_cache=True)
+        return _on(policy, outcome.path), outcome
+    prompts = prompts or _pieces(policy)
+    reasons: list[str] = []
+    try:
+        _require_causal(policy, prompts)
+        for path, flags in PATHS.items():
+            if policy.plain and not flags.get("plain"):
+                reasons = ["attention other than full causal attention"]
+                continue
+            candidate = _on(policy, path)
+            try:
+                gap = _gap(candidate, prompts, checkpointing=checkpointing)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever an unknown architecture raises, or a disagreement
+                reasons.append(_one_line(error))
+                continue
+            outcome = Outcome(path, gap, reasons[0] if reasons else "", time.perf_counter() - start)
+            if cache:
+                _write(cache, key, outcome)
+            return candidate, outcome
+    except Disagreement as error:
+        reasons.append(str(error))
+    raise CountdownError(
+        f"`{policy.name}` ({type(policy.model).__name__}) cannot be used: {reasons[-1]}",
+        "use a model of the Qwen2.5, Llama or another architecture in docs/models.md",
+    )
+
+
+def plain_logprobs(policy: Policy, sequences: Sequences, *, temperature: float = 1.0) -> list[Tensor]:
+    """Log-probabilities of each completion's tokens, by the model's own forward of one unpadded row at a time."""
+    rows = []
+    with plain_attention(policy), policy.autocast():
+        for completion, owner in zip(sequences.completions, sequences.prompt_index, strict=True):
+            row = torch.tensor([sequences.prompts[owner] + completion], device=policy.device)
+            logits = policy.model(input_ids=row, use_cache=False).logits[0, -len(completion) - 1 : -1]  # (C, V)
+            rows.append(token_logprobs(logits, row[0, -len(completion) :], temperature)[0])
+    return rows
+
+
+@torch.no_grad()
+def sampler_gap(
+    policy: Policy, sequences: Sequences, sampled: Sequence[Sequence[float]], *, temperature: float, rows: int = 2
+) -> float:
+    """Mean distance of the sampler's log-probabilities from those of the plain forward, over a few completions."""
+    chosen = range(0, len(sampled), max(1, len(sampled) // rows))[:rows]
+    exact = torch.cat(plain_logprobs(policy, sequences.subset(chosen), temperature=temperature))
+    values = torch.tensor([value for row in chosen for value in sampled[row]], device=exact.device)
+    return float((exact - values).abs().mean())
+
+
+@contextmanager
+def plain_attention(policy: Policy) -> Iterator[None]:
+    """Attention as the model does it by itself, within this context."""
+    set_attention(policy.model, plain=True)
+    try:
+        yield
+    finally:
+        set_attention(policy.model, plain=policy.plain)
+
+
+def _on(policy: Policy, path: str) -> Policy:
+    chosen = replace(policy, **PATHS[path])  # type: ignore[arg-type]
+    set_attention(policy.model, plain=chosen.plain)
+    return chosen
+
+
+def _pieces(policy: Policy) -> list[list[int]]:
+    tokens = policy.encode(PROBE)[-PROBE_TOKENS:]
+    return [tokens[: len(tokens) // 3], tokens]
+
+
+@torch.no_grad()
+def _require_causal(policy: Policy, prompts: Sequence[list[int]]) -> None:
+    """Raise Disagreement if what the model predicts depends on later tokens, or if it cannot run by itself."""
+    row = torch.tensor([max(prompts, key=len)], device=policy.device)
+    half = row.shape[1] // 2
+    try:
+        with _no_draws(), plain_attention(policy), policy.autocast():
+            logits = [policy.model(input_ids=part, use_cache=False).logits[0, :half] for part in (row, row[:, :half])]
+        whole, prefix = (part.float().log_softmax(dim=-1) for part in logits)
+    except (torch.OutOfMemoryError, Disagreement):
+        raise
+    except Exception as error:
+        raise Disagreement(f"its own forward fails on tokens alone ({_one_line(error)})") from error
+    if not bool(torch.isfinite(whole).all()):
+        raise Disagreement("its log-probabilities are not finite")
+    if not _agree(policy, (whole - prefix).abs()):
+        raise Disagreement("it is no causal model: what it predicts depends on later tokens")
+
+
+def _gap(policy: Policy, prompts: Sequence[list[int]], *, checkpointing: bool) -> float:
+    """Largest difference of the policy's log-probabilities from the plain ones. Raises Disagreement beyond bounds."""
+    vocabulary = policy.model.config.get_text_config().vocab_size
+    ending = replace(policy, end_ids=tuple(range(0, vocabulary, 3)), samplers=[])  # rows end at different lengths
+    rollout = sample(
+        ending,
+        prompts,
+        num_generations=GENERATIONS,
+        max_new_tokens=NEW_TOKENS,
+        temperature=1.0,
+        uniform=uniforms(0, 0, range(len(prompts)), GENERATIONS, NEW_TOKENS),
+    )
+    owners = [row // GENERATIONS for row in range(len(rollout.completions))]
+    sequences = Sequences(list(map(list, prompts)), rollout.completions, owners)
+    with torch.no_grad():
+        exact = torch.cat(plain_logprobs(policy, sequences))
+        with _no_draws():
+            packed = policy.logprobs(sequences, temperature=1.0)[0][sequences.mask().to(policy.device)]
+    sampled = torch.tensor([value for row in rollout.logprobs for value in row], device=exact.device)
+    for what, values in (("sampled", sampled), ("packed", packed)):
+        if not _agree(policy, (values - exact).abs()):
+            raise Disagreement(f"{what} log-probs differ from the plain forward by {_largest(values - exact):.2g}")
+    if checkpointing:
+        _compare_gradients(policy, sequences)
+    return max(_largest(sampled - exact), _largest(packed - exact))
+
+
+def _compare_gradients(policy: Policy, sequences: Sequences) -> None:
+    """Raise Disagreement if the gradient under gradient checkpointing is not that of the plain forward."""
+    weight = policy.model.get_input_embeddings().weight
+
+    def gradient(logprobs: Callable[[], Tensor]) -> Tensor:
+        with torch.enable_grad():
+            (found,) = torch.autograd.grad(logprobs().sum(), weight)
+            return cast("Tensor", found.float())
+
+    with _no_draws():
+        found = gradient(lambda: policy.logprobs(sequences, temperature=1.0)[0])
+    policy.model.activation_checkpointing_disable()
+    try:
+        with plain_attention(policy):
+            exact = gradient(lambda: torch.cat(plain_logprobs(policy, sequences)))
+    finally:
+        policy.model.activation_checkpointing_enable()
+    relative = float((found - exact).norm() / exact.norm())
+    if not relative <= GRADIENT[_arithmetic(policy)]:
+        raise Disagreement(f"gradients under gradient checkpointing differ by {relative:.1%}")
+
+
+@contextmanager
+def _no_draws() -> Iterator[None]:
+    """Raise Disagreement if a layer draws random numbers within this context."""
+    before = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0)
+    yield
+    after = torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0)
+    if not all(map(torch.equal, before, after)):
+        raise Disagreement("a layer draws random numbers, as dropout does")
+
+
+def _arithmetic(policy: Policy) -> str:
+    return "float32" if policy.precision == "float32" else "bfloat16"
+
+
+def _agree(policy: Policy, differences: Tensor) -> bool:
+    """Whether differences are within the bound; those that are not numbers are not."""
+    if _arithmetic(policy) == "float32":
+        return bool(differences.max() <= LARGEST)
+    return bool(differences.mean() <= MEAN)
+
+
+def _largest(differences: Tensor) -> float:
+    return float(differences.abs().max())
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, Disagreement) else f"{type(error).__name__}: {text[:100]}"
+
+
+# Outcomes of earlier checks
+
+
+def _key(policy: Policy, checkpointing: bool) -> str:
+    """Hash of config, evenly spaced weights of every tensor, code, versions and device."""
+    config = policy.model.config.to_json_string()
+    facts = [config, policy.precision, policy.device.type, policy.plain, checkpointing, policy.end_ids]
+    found = hashlib.sha256(repr([*facts, version("torch"), version("transformers")]).encode())
+    for path in sorted(Path(__file__).parents[1].glob("*/*.py")):
+        found.update(path.read_bytes())
+    samples = [weight.detach().flatten()[:: max(1, weight.numel() // 256)] for weight in policy.model.parameters()]
+    found.update(torch.cat([part.float() for part in samples]).cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _read(cache: Path) -> dict[str, dict[str, Any]]:
+    try:
+        known = json.loads(cache.read_text("utf-8"))
+        return {key: entry for key, entry in known.items() if entry["path"] in PATHS and Outcome(**entry)}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def _write(cache: Path, key: str, outcome: Outcome) -> None:
+    """Keep an outcome if the disk lets us; a file is replaced whole."""
+    entries = list((_read(cache) | {key: asdict(outcome)}).items())[-KEPT:]
+    with suppress(OSError):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=cache.parent, delete=False, encoding="utf-8") as file:
+            json.dump(dict(entries), file)
+        os.replace(file.name, cache)

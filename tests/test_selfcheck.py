@@ -1,0 +1,156 @@
+"""Each architecture computes what transformers computes, on the fastest path that does, or is refused by a sentence."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_tiny_model
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    BloomConfig,
+    BloomForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
+
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.model.load import attends_in_full, load
+from grpo_cli.core.model.policy import Policy, Sequences, checkpoint_layers, set_attention
+from grpo_cli.core.sampling import selfcheck
+from grpo_cli.core.sampling.rollout import sample, uniforms
+from grpo_cli.core.sampling.selfcheck import checked, plain_logprobs, sampler_gap
+
+PROMPTS = [[5, 9, 11, 44, 7], [8, 7, 60, 61, 3, 4, 9, 20, 21, 22, 13]]
+SHAPE = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+DECODER = {**SHAPE, "intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": 0}
+GPT = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+
+
+def as_loaded(model: PreTrainedModel) -> Policy:
+    """A policy as `load` makes it, of weights so large that the distributions are far from uniform."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.25 * torch.randn(weight.shape, generator=generator))
+    model.eval()
+    plain = not (attends_in_full(model.config.get_text_config()) and set_attention(model, plain=False))
+    if plain:
+        set_attention(model, plain=True)
+    return Policy(model, None, "a model", "float32", (2,), plain=plain)
+
+
+def windowed() -> PreTrainedModel:
+    return MistralForCausalLM(MistralConfig(**DECODER, sliding_window=4))
+
+
+def capped() -> PreTrainedModel:
+    return Gemma2ForCausalLM(Gemma2Config(**DECODER, head_dim=8, final_logit_softcapping=2.0))
+
+
+MODELS: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
+    "gpt2": (lambda: GPT2LMHeadModel(GPT2Config(**GPT)), "packed"),
+    "granite": (lambda: GraniteForCausalLM(GraniteConfig(**DECODER, logits_scaling=4.0)), "packed, own logits"),
+    "cohere": (lambda: CohereForCausalLM(CohereConfig(**DECODER, logit_scale=0.25)), "packed, own logits"),
+    "bloom": (lambda: BloomForCausalLM(BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4)), "plain"),
+    "mistral": (windowed, "plain"),
+    "gemma2": (capped, "plain"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_path_computes_what_the_model_computes(name: str) -> None:
+    build, path = MODELS[name]
+    policy, outcome = checked(as_loaded(build()), PROMPTS)
+    assert outcome.path == path and outcome.gap < 1e-4
+    uniform = uniforms(1, 1, [0, 1], 3, 10)
+    rollout = sample(policy, PROMPTS, num_generations=3, max_new_tokens=10, temperature=1.3, uniform=uniform)
+    sequences = Sequences(PROMPTS, rollout.completions, [0, 0, 0, 1, 1, 1])
+    expected = torch.cat(plain_logprobs(policy, sequences, temperature=1.3))
+    sampled = torch.tensor([value for row in rollout.logprobs for value in row])
+    torch.testing.assert_close(sampled, expected, atol=1e-4, rtol=0)
+    logprobs, _ = policy.logprobs(sequences, temperature=1.3)
+    torch.testing.assert_close(logprobs[sequences.mask()], expected, atol=1e-4, rtol=0)
+    assert sampler_gap(policy, sequences, rollout.logprobs, temperature=1.3) < 1e-4
+    assert sampler_gap(policy, sequences, rollout.logprobs, temperature=1.0) > 1e-2
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_gradient_checkpointing_keeps_dropout_off(kind: str, dropout: float) -> None:
+    if kind == "gpt2":
+        config = GPT2Config(**GPT, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)
+        model: PreTrainedModel = GPT2LMHeadModel(config)
+    else:
+        shape = {**SHAPE, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64}
+        model = OPTForCausalLM(OPTConfig(**shape, dropout=dropout, attention_dropout=dropout, layerdrop=dropout))
+    policy = as_loaded(model)
+    checkpoint_layers(model)
+    _, outcome = checked(policy, PROMPTS, checkpointing=True)
+    assert outcome.path == "packed" and outcome.gap < 1e-4
+
+
+def test_a_layer_that_draws_random_numbers_is_refused() -> None:
+    policy = as_loaded(GPT2LMHeadModel(GPT2Config(**GPT)))
+    policy.model.transformer.drop.train()
+    with pytest.raises(CountdownError, match="a layer draws random numbers"):
+        checked(policy, PROMPTS)
+
+
+def test_an_encoder_is_refused() -> None:
+    policy = as_loaded(BertLMHeadModel(BertConfig(**SHAPE, intermediate_size=48)))
+    with pytest.raises(CountdownError, match="later tokens") as caught:
+        checked(policy, PROMPTS)
+    assert "BertLMHeadModel" in caught.value.message and caught.value.exit_code == 2
+
+
+def test_weights_that_give_no_numbers_are_refused() -> None:
+    policy = as_loaded(GPT2LMHeadModel(GPT2Config(**GPT)))
+    policy.model.transformer.ln_f.weight.data.fill_(float("inf"))
+    with pytest.raises(CountdownError, match="not finite"):
+        checked(policy, PROMPTS)
+
+
+def test_a_reference_stays_on_its_path() -> None:
+    policy, _ = checked(as_loaded(windowed()), PROMPTS)
+    assert policy.frozen_copy().plain
+
+
+def test_an_outcome_is_computed_once_for_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = load(str(save_tiny_model(tmp_path / "model")), device="cpu", precision="float32")
+    cache = tmp_path / "deep" / "cache.json"
+    _, first = checked(policy, cache=cache)
+    assert not first.from_cache
+    monkeypatch.setattr(selfcheck, "_gap", lambda *_, **__: pytest.fail("checked again"))
+    again, second = checked(policy, cache=cache)
+    assert second == replace(first, from_cache=True) and not again.plain
+    (key,) = json.loads(cache.read_text())
+    next(policy.model.parameters()).data.mul_(2)
+    assert selfcheck._key(policy, checkpointing=False) != key
+
+
+@pytest.mark.parametrize("content", ["noise", "[]", '{"a": 3}', '{"a": {"path": "other"}}'])
+def test_a_damaged_cache_is_ignored(tmp_path: Path, tiny_policy: Policy, content: str) -> None:
+    cache = tmp_path / "cache.json"
+    cache.write_text(content)
+    assert checked(tiny_policy, cache=cache)[1].path == "packed"
+    assert checked(tiny_policy, cache=cache)[1].from_cache
+
+
+def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path: Path, tiny_policy: Policy) -> None:
+    (tmp_path / "file").write_text("")
+    assert checked(tiny_policy, cache=tmp_path / "file" / "cache.json")[1].path == "packed"
