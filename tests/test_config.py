@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from grpo_cli.cli.options import PANELS
 from grpo_cli.core.config.resolve import SHIPPED, Resolved, defaults, flag, resolve, restore, variable
-from grpo_cli.core.config.settings import FIELDS, TABLES, Settings, choices, describe, digest
+from grpo_cli.core.config.settings import FIELDS, TABLES, Settings, choices, describe, digest, fixed, panel
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.task.prompts import STYLES
 
@@ -176,13 +177,13 @@ def test_a_whole_number_is_accepted_for_a_fraction(tmp_path: Path) -> None:
 
 
 WRONG = [
-    ("train", "batch_size", "true", "a whole number of at least 1, not `true`"),
-    ("train", "batch_size", "4.0", "a whole number of at least 1, not `4.0`"),
-    ("train", "batch_size", "'4'", "a whole number of at least 1, not `4`"),
-    ("train", "batch_size", "0", "a whole number of at least 1, not `0`"),
-    ("train", "batch_size", "[]", "a whole number of at least 1, not an array"),
-    ("train", "batch_size", "{}", "a whole number of at least 1, not a table"),
-    ("train", "batch_size", "1979-05-27", "a whole number of at least 1, not `1979-05-27`"),
+    ("train", "batch_size", "true", "a whole number of at least 1 and at most 10000, not `true`"),
+    ("train", "batch_size", "4.0", "a whole number of at least 1 and at most 10000, not `4.0`"),
+    ("train", "batch_size", "'4'", "a whole number of at least 1 and at most 10000, not `4`"),
+    ("train", "batch_size", "0", "a whole number of at least 1 and at most 10000, not `0`"),
+    ("train", "batch_size", "[]", "a whole number of at least 1 and at most 10000, not an array"),
+    ("train", "batch_size", "{}", "a whole number of at least 1 and at most 10000, not a table"),
+    ("train", "batch_size", "1979-05-27", "a whole number of at least 1 and at most 10000, not `1979-05-27`"),
     ("train", "seed", "0x" + "f" * 5000, "at least 0 and below 4294967296, not a number of more than 64 bits"),
     ("train", "learning_rate", "nan", "a number above 0, not `nan`"),
     ("train", "learning_rate", "inf", "a number above 0, not `inf`"),
@@ -440,3 +441,50 @@ def test_a_run_that_goes_on_keeps_its_suite(tmp_path: Path) -> None:
     assert len({digest(settings) for settings in (plain, given, other)}) == 3
     unused = plain.model_copy(update={"suite": {}})
     assert digest(unused) == digest(plain)
+
+
+def test_what_a_user_writes_beats_what_ships(tmp_path: Path) -> None:
+    """The user's general tables above a shipped preset, the user's tables for that preset above them."""
+    text = "[train]\nbatch_size = 3\nseed = 4\n[preset.builtin.train]\nseed = 5\n"
+    found = resolved(tmp_path, text, flags={"preset": "builtin"})
+    assert (found.settings.train.batch_size, found.settings.train.seed) == (3, 5)
+    assert found.sources["train.batch_size"] == f"{tmp_path}/config.toml"
+    assert found.settings.train.max_new_tokens == 360  # of the preset as shipped
+
+
+def test_a_misspelled_preset_is_refused(tmp_path: Path) -> None:
+    error = refused(tmp_path, "[preset.biultin.train]\nseed = 5\n", flags={"preset": "builtin"})
+    assert "`preset.biultin.train.seed`" in error.message and "changes nothing" in error.message
+    assert error.hint == "did you mean `builtin`?"
+    resolved(tmp_path, "[preset.mine.model]\nmodel = 'x/y'\n", flags={"preset": "builtin"})  # one for later
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "bound"),
+    [
+        ("train.batch_size", "100000", "at least 1 and at most 10000"),
+        ("train.max_new_tokens", "1000000", "at least 1 and at most 100000"),
+        ("train.num_generations", "100000", "at least 2 and at most 10000"),
+        ("model.memory", "1e300", "at least 0 and at most 1000000"),
+        ("loss.epsilon_high", "1e300", "above 0 and at most 1000"),
+        ("eval.batch_size", "100000", "at least 1 and at most 10000"),
+        ("eval.samples", "100000", "at least 1 and at most 10000"),
+    ],
+)
+def test_sizes_that_cannot_be_meant_are_refused(tmp_path: Path, key: str, value: str, bound: str) -> None:
+    assert bound in refused(tmp_path, flags={key: value}).message
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    found = resolved(tmp_path, "runs = '~/runs'\n[model]\nmodel = '~/model'\nref_model = 'a/~b'\n").settings
+    assert (found.runs, found.model.model) == ("/home/somebody/runs", "/home/somebody/model")
+    assert found.model.ref_model == "a/~b"
+
+
+def test_every_setting_declares_its_panel_and_whether_a_resumed_run_may_change_it() -> None:
+    assert {panel(key) for key in FIELDS} <= set(PANELS)
+    settings = resolve(has_cuda=lambda: False).settings
+    kept = fixed(settings).keys() - {"suite"}
+    assert {"train.learning_rate", "train.seed", "loss.beta", "model.precision", "task.style", "preset"} <= kept
+    assert not kept & {"runs", "eval.split", "train.num_iterations", "model.memory", "ranks.shard", "plot.window"}

@@ -1,6 +1,7 @@
 """The command line has one option per setting, and hands on what was given."""
 
 import re
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from grpo_cli.cli.options import flags, settings_command
 from grpo_cli.core.config.resolve import flag
-from grpo_cli.core.config.settings import FIELDS, choices
+from grpo_cli.core.config.settings import FIELDS, choices, describe
 
 EVERYTHING = ("preset", "runs", "task", "model", "train", "loss", "plot")  # [eval] shares names with [train]
 
@@ -21,7 +22,7 @@ def invoke(names: tuple[str, ...], *line: str, width: int = 100) -> tuple[str, d
     given: dict[str, object] = {}
 
     @app.command(cls=settings_command(*names))
-    def command(ctx: typer.Context, model: Annotated[str, typer.Argument()] = "own") -> None:
+    def command(ctx: typer.Context, model: Annotated[str, typer.Argument()] = "own", config: str = "") -> None:
         given.update(flags(ctx))
         given["own"] = model
 
@@ -68,7 +69,7 @@ def test_the_help_shows_panel_default_and_choices() -> None:
     panels = [line.split()[1] for line in output.splitlines() if line.startswith("╭")]
     assert panels[-6:] == ["Model", "Sampling", "Loss", "Optimization", "Schedule", "Output"]
     text = " ".join(output.replace("│", "").split())
-    assert "--batch-size <int> prompts per step [default: (4)]" in text
+    assert "--batch-size <int> prompts per step [default: (16)]" in text
     assert "estimate of the KL; `original` has the other sign: k3, original [default: (k3)]" in text
 
 
@@ -79,3 +80,30 @@ def test_choices_are_completed() -> None:
     option = next(param for param in command.params if "--loss-type" in param.opts)
     items = [item.value for item in option.shell_complete(ctx, "d")]
     assert items == [choice for choice in choices("loss.loss_type") if choice.startswith("d")] == ["dapo", "dr_grpo"]
+
+
+def help_text(*line: str) -> str:
+    output, _ = invoke(EVERYTHING, *line, "--help", width=160)
+    return " ".join(output.replace("│", "").split())
+
+
+def test_the_help_shows_what_would_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The preset's values, the file's above them, the environment's above these."""
+    monkeypatch.chdir(tmp_path)
+    assert "longest completion, in tokens [default: (360)]" in help_text()
+    assert "longest completion, in tokens [default: (160)]" in help_text("--preset", "qwen2.5-1.5b")
+    Path("mine.toml").write_text("[train]\nbatch_size = 3\n")
+    for line in (("--config", "mine.toml"), ("--config=mine.toml",)):
+        assert "prompts per step [default: (3)]" in help_text(*line)
+    monkeypatch.setenv("COUNTDOWN_TRAIN_BATCH_SIZE", "5")
+    assert "prompts per step [default: (5)]" in help_text("--config", "mine.toml")
+    Path("mine.toml").write_text("[train\n")
+    assert "prompts per step" in help_text("--config", "mine.toml")  # what is wrong with it is said when it is used
+
+
+def test_the_help_shows_no_type_beside_a_switch_and_no_markup() -> None:
+    text = help_text()
+    assert "<bool>" not in text
+    for key in FIELDS:
+        if key.partition(".")[0] in EVERYTHING:
+            assert describe(key) in text, key

@@ -1,57 +1,23 @@
-"""One command-line option for every setting, made from the settings themselves.
+"""One command-line option for every setting, made from its declaration.
 
 The options of a command are built when it parses its line or shows its help, so `countdown --help` imports no pydantic.
-Values are not checked here: `config.resolve` does that for every layer alike.
+`config.resolve` checks values, for every layer alike.
 """
 
+from __future__ import annotations
+
 import inspect
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import typer
 from typer.core import TyperCommand
 
-_PANELS = {
-    "Model": ("preset", "model"),
-    "Sampling": (
-        "task",
-        "train.batch_size",
-        "train.num_generations",
-        "train.max_new_tokens",
-        "train.temperature",
-        "train.seed",
-        "train.prompt_style",
-        "train.prompt_numbers",
-        "train.dynamic_sampling",
-        "eval",
-    ),
-    "Loss": ("loss", "reward"),
-    "Optimization": (
-        "train.learning_rate",
-        "train.schedule",
-        "train.warmup_steps",
-        "train.num_inner_updates",
-        "train.micro_batch_size",
-        "train.optimizer",
-        "train.weight_decay",
-        "train.clip_grad_norm",
-    ),
-    "Schedule": (
-        "train.num_iterations",
-        "train.eval_every",
-        "train.eval_puzzles",
-        "train.eval_suite",
-        "train.patience",
-        "train.save_every",
-        "train.save_minutes",
-        "train.keep_last",
-        "train.max_bad_steps",
-        "train.stop_on_collapse",
-    ),
-    "Output": ("runs", "plot"),
-    "Ranks": ("ranks",),
-}
+PANELS = ("Model", "Sampling", "Loss", "Optimization", "Schedule", "Output", "Ranks")
 _METAVARS: dict[object, str] = {int: "<int>", float: "<float>"}
+_HELP = {"-h", "--help"}
 
 
 def settings_command(*names: str) -> type[TyperCommand]:
@@ -76,28 +42,72 @@ class _SettingsCommand(TyperCommand):
     names: ClassVar[tuple[str, ...]]
     complete = False
 
-    def make_context(self, *args: Any, **extra: Any) -> Any:
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
         if not self.complete:
-            self.params = [*_options(self.names), *self.params]
+            own = [_without_type(parameter) for parameter in self.params]
+            self.params = [*_options(self.names, args), *own]
             self.complete = True
-        return super().make_context(*args, **extra)
+        return super().make_context(info_name, args, *rest, **extra)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return [_without_type(parameter) for parameter in super().get_params(ctx)]  # that of --help among them
 
 
-def _options(names: tuple[str, ...]) -> list[Any]:
+def _without_type(parameter: Any) -> Any:
+    """Show no type beside a switch."""
+    if getattr(parameter, "is_flag", False):
+        parameter.metavar = " "
+    return parameter
+
+
+def _options(names: tuple[str, ...], args: Sequence[str]) -> list[Any]:
     """The options of `names`, which Typer makes from a function that has them as parameters."""
     from grpo_cli.core.config.resolve import defaults
-    from grpo_cli.core.config.settings import FIELDS
+    from grpo_cli.core.config.settings import FIELDS, panel
 
-    shipped = defaults()
-    keys = [(key, panel) for panel, members in _PANELS.items() for key in FIELDS if _named(key, members)]
+    shown = _values(args) if _HELP & set(args) else defaults()
+    keys = sorted((key for key in FIELDS if _named(key, names)), key=lambda key: PANELS.index(panel(key)))
 
     def options() -> None: ...
 
-    parameters = [item for key, panel in keys if _named(key, names) for item in _parameters(key, panel, shipped[key])]
+    parameters = [parameter for key in keys for parameter in _parameters(key, panel(key), shown[key])]
     options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     app = typer.Typer(add_completion=False)
     app.command()(options)
     return typer.main.get_command(app).params
+
+
+def _values(args: Sequence[str], environ: Mapping[str, str] = os.environ) -> dict[str, object]:
+    """Every setting with the value that would run: of the chosen preset, the user's file and the environment.
+
+    Help imports no torch, so the driver's device file stands for CUDA. A wrong file is reported when it is used.
+    """
+    from grpo_cli.core.config.resolve import defaults, resolve
+    from grpo_cli.core.config.settings import values
+    from grpo_cli.core.errors import CountdownError
+
+    def given(name: str) -> str | None:
+        return next(
+            (
+                argument.partition("=")[2] or following
+                for argument, following in zip(args, [*args[1:], ""], strict=True)
+                if argument == name or argument.startswith(f"{name}=")
+            ),
+            None,
+        )
+
+    preset, file = given("--preset"), given("--config")
+    has_cuda = Path("/dev/nvidiactl").exists() and environ.get("CUDA_VISIBLE_DEVICES") != ""
+    try:
+        resolved = resolve(
+            flags={"preset": preset} if preset else {},
+            environ=environ,
+            config_file=Path(os.path.expanduser(file)) if file else None,
+            has_cuda=lambda: has_cuda,
+        )
+    except CountdownError:
+        return defaults()
+    return values(resolved.settings)
 
 
 def _named(key: str, names: tuple[str, ...]) -> bool:
@@ -109,10 +119,11 @@ def _parameters(key: str, panel: str, default: object) -> Iterator[inspect.Param
     from grpo_cli.core.config.resolve import flag
     from grpo_cli.core.config.settings import FIELDS, choices, describe
 
-    name, text, kind = flag(key), describe(key), FIELDS[key].annotation
+    name, text, kind = flag(key), describe(key).replace("[", "\\["), FIELDS[key].annotation  # no markup
     if kind is bool:
         off = name.replace("--", "--no-")
-        yield _parameter(key, name, help=f"{text}; {off} if not", metavar="", rich_help_panel=panel, value=True)
+        state = f"; on, {off} turns it off" if default else ""
+        yield _parameter(key, name, help=text + state, rich_help_panel=panel, value=True)
         yield _parameter(key, off, hidden=True, value=False)
         return
     yield _parameter(

@@ -1,6 +1,7 @@
-"""Where the value of every setting comes from: shipped file < user's file < preset < environment < flags.
+"""Find the value of every setting, and where it comes from. Layers, weakest first:
 
-What a setting may be is `settings`' to say. The environment and the flags are handed in, never read here.
+shipped file, chosen preset as shipped, user's file, user's tables for that preset, environment, flags. Environment and
+flags are passed in, never read here; `settings` declares what a value may be.
 """
 
 import os
@@ -65,11 +66,11 @@ def resolve(
     directory: Path = Path("."),
     has_cuda: Callable[[], bool],
 ) -> Resolved:
-    """Settings from shipped file < user's file < chosen preset < `environ` < `flags`, each later layer winning.
+    """Settings from all layers; what a user writes beats what ships.
 
     The user's file is `config_file`, or else `config.toml` in `directory` if there is one. `flags` is keyed
-    `train.batch_size`; a text value is read as the setting's type. Raises CountdownError, naming the place, for a value
-    or a name that is wrong in any layer, also where a stronger layer hides it.
+    `train.batch_size`; a text value is read as the setting's type. Raises CountdownError, naming the place, for a wrong
+    value or name in any layer, even one that a stronger layer hides.
     """
     shipped, user = _shipped(), _user(config_file, directory)
     for preset in (*shipped.presets.values(), *user.presets.values()):
@@ -78,26 +79,39 @@ def resolve(
     outside = (_environment(environ), _flags(flags))
     general = shipped.settings | user.settings | outside[0] | outside[1]
     chosen, reason = _choose(general["preset"], {*shipped.presets, *user.presets}, has_cuda)
-    layer = shipped.settings | user.settings | shipped.presets.get(chosen, {}) | user.presets.get(chosen, {})
+    _require_used(user, chosen, shipped.presets)
+    layer = shipped.settings | shipped.presets.get(chosen, {}) | user.settings | user.presets.get(chosen, {})
     for stronger in outside:
         _validate(layer := layer | stronger)
     return _resolved(layer | {"preset": replace(general["preset"], value=chosen)}, reason)
 
 
-def restore(saved: Mapping[str, object], path: Path, *, flags: Mapping[str, object] = MappingProxyType({})) -> Resolved:
-    """The settings of a run, as `Settings.model_dump` gave them and `path` kept them, under `flags`.
+def _require_used(user: "_File", chosen: str, shipped: Collection[str]) -> None:
+    """Refuse a preset of the user's that is neither chosen nor shipped nor names a model: a misspelled one."""
+    for name, layer in user.presets.items():
+        if name != chosen and name not in shipped and "model.model" not in layer:
+            nearest = get_close_matches(name, shipped, n=1)
+            place = next(iter(layer.values())).place if layer else f"`preset.{name}`"
+            raise CountdownError(
+                f"{place} changes nothing: `{name}` is no shipped preset and names no model",
+                f"did you mean `{nearest[0]}`?" if nearest else f"choose it with `--preset {name}`",
+            )
 
-    The preset is part of what was saved, so a flag cannot change it.
+
+def restore(saved: Mapping[str, object], path: Path, *, flags: Mapping[str, object] = MappingProxyType({})) -> Resolved:
+    """A run's settings, as `Settings.model_dump` gave them and `path` keeps them, under `flags`.
+
+    The preset is saved too, so a flag cannot change it.
     """
     if "preset" in flags:
-        raise CountdownError("a run that goes on keeps its preset", "start a new run to use another preset")
+        raise CountdownError("a resumed run keeps its preset", "start a new run to use another preset")
     layer = _shipped().settings | _sections(saved, str(path)).settings
     _validate(layer)
     return _resolved(layer | _flags(flags), f"saved in {path}")
 
 
 def go_on(saved: Mapping[str, object], path: Path, *, flags: Mapping[str, object]) -> Resolved:
-    """The settings of a run that goes on, which `flags` may change where the curve keeps its meaning.
+    """The settings of a resumed run; `flags` may change those that leave its curve comparable.
 
     Raises CountdownError that shows what else would change.
     """
@@ -106,7 +120,7 @@ def go_on(saved: Mapping[str, object], path: Path, *, flags: Mapping[str, object
     changed = [f"{key} from {before[key]} to {after[key]}" for key in before if before[key] != after[key]]
     if changed:
         raise CountdownError(
-            f"a run that goes on cannot change {', '.join(changed)}", "start a new run to train with other settings"
+            f"a resumed run cannot change {', '.join(changed)}", "start a new run to train with other settings"
         )
     return resolved
 

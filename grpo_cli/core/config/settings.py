@@ -1,12 +1,13 @@
-"""What each setting is called and what it may be; `config.toml` holds its default.
+"""Declare every setting once: name, type, bounds, help, panel, and whether a resumed run may change it.
 
-A setting's flag, TOML key and environment variable share its name here. Where values come from is not known here.
+Flag, TOML key and environment variable share the name; `config.toml` holds the default.
 """
 
 import hashlib
 import json
+import os
 from functools import partial, reduce
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, cast, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
@@ -27,9 +28,15 @@ _BOUNDS = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 class Table(BaseModel):
-    """One table of `config.toml`; `true` is no number, 1.0 is no whole number, and nothing is infinite."""
+    """One table of `config.toml`. Strict: `true` is not a number, 1.0 not a whole number; infinities are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def setting(description: str, panel: str, *, resumable: bool = False, **bounds: float) -> Any:
+    """A setting: its help, the panel of the help that lists it, its bounds, and whether a resumed run may change it."""
+    extra: dict[str, Any] = {"panel": panel, "resumable": resumable}
+    return Field(description=description, json_schema_extra=extra, **cast("Any", bounds))
 
 
 def _in_one_line(value: object) -> object:
@@ -52,10 +59,11 @@ def _some_weight(cells: dict[str, float]) -> dict[str, float]:
 
 
 def _switched(value: object) -> object:
-    """What was once a switch, in files of that time."""
+    """Switches of older files as words."""
     return {"true": "on", "false": "off"}.get(str(value).lower(), value)
 
 
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 StyleSchedule = Annotated[str, BeforeValidator(_in_one_line), AfterValidator(partial(_scheduled, choices=STYLES))]
 SizeSchedule = Annotated[
     str, BeforeValidator(_in_one_line), AfterValidator(partial(_scheduled, choices=tuple(map(str, SIZES))))
@@ -65,18 +73,20 @@ Suite = Annotated[dict[CellName, Annotated[float, Field(ge=0)]], AfterValidator(
 
 
 class Task(Table):
-    task: str = Field(min_length=1, description="`countdown`, FILE.py with a task of your own, or gym:NAME")
-    puzzles: str = Field(
-        min_length=1, description="file of puzzles to train or evaluate on: JSON Lines, CSV or Parquet; or `none`"
+    task: PathText = setting("`countdown`, FILE.py with a task of your own, or gym:NAME", "Sampling", min_length=1)
+    puzzles: PathText = setting(
+        "file of puzzles to train or evaluate on: JSON Lines, CSV or Parquet; or `none`", "Sampling", min_length=1
     )
-    numbers: int = Field(ge=2, le=6, description="numbers in a puzzle")
-    style: Literal["one-shot", "zero-shot", "natural"] = Field(description="how a puzzle is put to the model")
-    operations: Annotated[str, AfterValidator(operations_in)] = Field(description="operations allowed: some of + - * /")
-    min_number: int = Field(ge=1, le=1000, description="smallest number")
-    max_number: int = Field(ge=1, le=1000, description="largest number")
-    min_target: int = Field(ge=1, le=100_000, description="smallest target")
-    max_target: int = Field(ge=1, le=100_000, description="largest target")
-    use_all: bool = Field(description="use every number exactly once; else each at most once")
+    numbers: int = setting("numbers in a puzzle", "Sampling", ge=2, le=6)
+    style: Literal["one-shot", "zero-shot", "natural"] = setting("how the prompt asks", "Sampling")
+    operations: Annotated[str, AfterValidator(operations_in)] = setting(
+        "operations allowed: some of + - * /", "Sampling"
+    )
+    min_number: int = setting("smallest number", "Sampling", ge=1, le=1000)
+    max_number: int = setting("largest number", "Sampling", ge=1, le=1000)
+    min_target: int = setting("smallest target", "Sampling", ge=1, le=100_000)
+    max_target: int = setting("largest target", "Sampling", ge=1, le=100_000)
+    use_all: bool = setting("use every number exactly once; else each at most once", "Sampling")
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -92,77 +102,108 @@ class Task(Table):
 
 
 class Model(Table):
-    model: str = Field(min_length=1, description="`builtin`, a folder in Hugging Face format, a GGUF file, or a hub id")
-    ref_model: str = Field(min_length=1, description="frozen reference of the KL penalty; `same` is the starting model")
-    device: Literal["auto", "cuda", "mps", "cpu"] = Field(description="where the model runs")
-    precision: Literal["auto", "float32", "bf16-master", "bf16"] = Field(
-        description="weights in training; `bf16-master` adds float32 masters"
+    model: PathText = setting(
+        "`builtin`, a folder in Hugging Face format, a GGUF file, or a hub id", "Model", min_length=1
     )
-    gradient_checkpointing: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switched)] = Field(
-        description="trade time for memory in the backward pass; `auto` if it must"
+    ref_model: PathText = setting(
+        "frozen reference of the KL penalty; `same`: the starting model", "Model", min_length=1
     )
-    reference: Literal["auto", "device", "host"] = Field(
-        description="where the reference's weights live; `host` brings them for its pass"
+    device: Literal["auto", "cuda", "mps", "cpu"] = setting("where the model runs", "Model", resumable=True)
+    precision: Literal["auto", "float32", "bf16-master", "bf16"] = setting(
+        "weights in training; `bf16-master` adds float32 ones", "Model"
     )
-    memory: float = Field(ge=0, description="GB of memory to plan for; 0 is what is free")
+    gradient_checkpointing: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switched)] = setting(
+        "trade time for memory in the backward pass; `auto`: if needed", "Model", resumable=True
+    )
+    reference: Literal["auto", "device", "host"] = setting(
+        "where the reference lives; `host`: copied to the GPU to run", "Model", resumable=True
+    )
+    memory: float = setting(
+        "GB that a training may use; 0 is 95% of a free GPU, 70% of free RAM",
+        "Model",
+        ge=0,
+        le=10**9,
+        resumable=True,
+    )
 
 
 class Train(Table):
-    learning_rate: float = Field(gt=0, description="step size of the optimizer")
-    schedule: Literal["constant", "linear", "cosine"] = Field(description="learning rate after the warm-up")
-    warmup_steps: int = Field(ge=0, description="steps over which the learning rate rises from 0")
-    batch_size: int = Field(ge=1, description="prompts per step")
-    num_generations: int = Field(ge=2, description="completions per prompt: the size of a group")
-    max_new_tokens: int = Field(ge=1, description="longest completion, in tokens")
-    temperature: float = Field(gt=0, description="sampling temperature")
-    num_iterations: int = Field(ge=1, description="training steps")
-    num_inner_updates: int = Field(ge=1, description="updates of the policy per sampled batch")
-    clip_grad_norm: float = Field(gt=0, description="largest gradient norm that is not scaled down")
-    optimizer: Literal["auto", "adamw", "adamw8bit"] = Field(description="AdamW of torch, or in 8 bits of bitsandbytes")
-    weight_decay: float = Field(ge=0, description="decoupled weight decay")
-    prompt_style: StyleSchedule = Field(description="styles trained on, as a schedule; `task` is the one in [task]")
-    prompt_numbers: SizeSchedule = Field(description="numbers trained on, as a schedule; `task` is those in [task]")
-    dynamic_sampling: int = Field(
-        ge=0, description="times that groups of equal rewards are sampled anew from other puzzles"
+    learning_rate: float = setting("step size of the optimizer", "Optimization", gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = setting("learning rate after the warm-up", "Optimization")
+    warmup_steps: int = setting("steps over which the learning rate rises from 0", "Optimization", ge=0, le=10**12)
+    batch_size: int = setting("prompts per step", "Sampling", ge=1, le=10_000)
+    num_generations: int = setting("completions per prompt: the size of a group", "Sampling", ge=2, le=10_000)
+    max_new_tokens: int = setting("longest completion, in tokens", "Sampling", ge=1, le=100_000)
+    temperature: float = setting("sampling temperature", "Sampling", gt=0, le=10**6)
+    num_iterations: int = setting("training steps", "Schedule", ge=1, le=10**12, resumable=True)
+    num_inner_updates: int = setting("updates of the policy per sampled batch", "Optimization", ge=1, le=10**6)
+    clip_grad_norm: float = setting("largest gradient norm that is not scaled down", "Optimization", gt=0)
+    optimizer: Literal["auto", "adamw", "adamw8bit"] = setting(
+        "AdamW of torch, or in 8 bits of bitsandbytes", "Optimization"
     )
-    micro_batch_size: int = Field(ge=0, description="completions per forward and backward pass; 0 is as many as fit")
-    seed: int = Field(ge=0, lt=2**32, description="seed of the puzzles drawn and of sampling")
-    eval_every: int = Field(ge=1, description="steps between evaluations")
-    eval_puzzles: int = Field(ge=0, description="val puzzles per evaluation; 0 is all of them")
-    eval_suite: str = Field(
-        min_length=1, description="suite that is evaluated too, and by which the best model is chosen; or `none`"
+    weight_decay: float = setting("decoupled weight decay", "Optimization", ge=0)
+    prompt_style: StyleSchedule = setting("schedule of prompt styles; `task` is the style above", "Sampling")
+    prompt_numbers: SizeSchedule = setting("schedule of puzzle sizes; `task` is the number above", "Sampling")
+    dynamic_sampling: int = setting(
+        "times to replace groups of equal rewards by other puzzles", "Sampling", ge=0, le=1000
     )
-    patience: int = Field(ge=0, description="evaluations without a better one after which to stop; 0 is never")
-    save_every: int = Field(ge=1, description="steps between checkpoints")
-    save_minutes: float = Field(ge=0, description="minutes after which the next step is saved too; 0 is never")
-    keep_last: int = Field(ge=2, description="checkpoints to keep")
-    deterministic: bool = Field(
-        description="on a GPU, add up in a fixed order: the same run again bit for bit, but slower"
+    micro_batch_size: int = setting(
+        "completions per forward and backward pass; 0 is as many as fit",
+        "Optimization",
+        ge=0,
+        le=10**9,
+        resumable=True,
     )
-    max_bad_steps: int = Field(ge=1, description="steps in a row without a finite loss and gradient that end the run")
-    stop_on_collapse: bool = Field(description="end a run whose KL or length runs away, or that learns format alone")
+    seed: int = setting("seed of the puzzles drawn and of sampling", "Sampling", ge=0, lt=2**32)
+    eval_every: int = setting("steps between evaluations", "Schedule", ge=1, le=10**12, resumable=True)
+    eval_puzzles: int = setting("val puzzles per evaluation; 0 is all of them", "Schedule", ge=0, le=10**12)
+    eval_suite: str = setting(
+        "suite to evaluate too and to choose the best model by; or `none`", "Schedule", min_length=1
+    )
+    patience: int = setting(
+        "stop after so many evaluations without a better one; 0 is never",
+        "Schedule",
+        ge=0,
+        le=10**12,
+        resumable=True,
+    )
+    save_every: int = setting("steps between checkpoints", "Schedule", ge=1, le=10**12, resumable=True)
+    save_minutes: float = setting(
+        "minutes after which the next step is saved too; 0 is never", "Schedule", ge=0, le=10**12, resumable=True
+    )
+    keep_last: int = setting("checkpoints to keep", "Schedule", ge=2, le=10**12, resumable=True)
+    deterministic: bool = setting(
+        "on a GPU, add up in a fixed order: the same run again bit for bit, but slower", "Schedule"
+    )
+    max_bad_steps: int = setting(
+        "end the run after so many steps in a row without finite gradient",
+        "Schedule",
+        ge=1,
+        le=10**12,
+        resumable=True,
+    )
+    stop_on_collapse: bool = setting(
+        "end a run when KL or length explodes, or only format is learned", "Schedule", resumable=True
+    )
 
 
 class Loss(Table):
-    loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo", "gspo"] = Field(
-        description="ratio and normaliser of the loss"
-    )
-    beta: float = Field(ge=0, description="weight of the KL penalty")
-    epsilon: float = Field(gt=0, lt=1, description="clip range below 1")
-    epsilon_high: float = Field(gt=0, description="clip range above 1")
-    kl_estimator: Literal["k3", "original"] = Field(description="estimate of the KL; `original` has the other sign")
-    scale_rewards: Literal["group", "batch", "none"] = Field(description="whose standard deviation divides advantages")
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo", "gspo"] = setting("ratio and normaliser of the loss", "Loss")
+    beta: float = setting("weight of the KL penalty", "Loss", ge=0, le=10**6)
+    epsilon: float = setting("clip range below 1", "Loss", gt=0, lt=1)
+    epsilon_high: float = setting("clip range above 1", "Loss", gt=0, le=10**9)
+    kl_estimator: Literal["k3", "original"] = setting("estimate of the KL; `original` has the other sign", "Loss")
+    scale_rewards: Literal["group", "batch", "none"] = setting("standard deviation that divides advantages", "Loss")
 
 
 class Reward(Table):
-    format_reward: float = Field(ge=0, description="reward of each well-formed tag pair of a wrong answer")
-    numbers_reward: float = Field(
-        ge=0, description="reward of a wrong answer that uses the numbers as it must, added to that of its format"
+    format_reward: float = setting("reward of each well-formed tag pair of a wrong answer", "Loss", ge=0)
+    numbers_reward: float = setting(
+        "reward of a wrong answer that uses the numbers as it must, added to its format reward", "Loss", ge=0
     )
-    correct_reward: float = Field(gt=0, description="reward of a right answer, in place of all others")
-
-    reward: str = Field(min_length=1, description="FILE.py:function that rewards completions instead; or `none`")
-    reward_errors: Literal["stop", "skip"] = Field(description="what an exception in it does: end the run, or reward 0")
+    correct_reward: float = setting("reward of a right answer, in place of all others", "Loss", gt=0)
+    reward: PathText = setting("FILE.py:function that rewards completions instead; or `none`", "Loss", min_length=1)
+    reward_errors: Literal["stop", "skip"] = setting("what an exception in it does: end the run, or reward 0", "Loss")
 
     @property
     def weights(self) -> Rewards:
@@ -171,32 +212,34 @@ class Reward(Table):
 
 
 class Eval(Table):
-    split: Literal["train", "val"] = Field(description="where the puzzles come from")
-    limit: int = Field(ge=0, description="puzzles to evaluate on, in each cell; 0 is all")
-    samples: int = Field(ge=1, description="completions per puzzle, for pass@k")
-    temperature: float = Field(ge=0, description="sampling temperature; 0 is greedy")
-    max_new_tokens: int = Field(ge=1, description="longest completion, in tokens")
-    batch_size: int = Field(ge=1, description="completions decoded at once")
+    split: Literal["train", "val"] = setting("where the puzzles come from", "Sampling", resumable=True)
+    limit: int = setting("puzzles to evaluate on, in each cell; 0 is all", "Sampling", ge=0, le=10**12, resumable=True)
+    samples: int = setting("completions per puzzle, for pass@k", "Sampling", ge=1, le=10**6, resumable=True)
+    temperature: float = setting("sampling temperature; 0 is greedy", "Sampling", ge=0, le=1000, resumable=True)
+    max_new_tokens: int = setting("longest completion, in tokens", "Sampling", ge=1, le=100_000, resumable=True)
+    batch_size: int = setting("completions decoded at once", "Sampling", ge=1, le=10**6, resumable=True)
 
 
 class Plot(Table):
-    smooth: bool = Field(description="draw moving averages")
-    window: int = Field(ge=1, description="steps in a moving average")
-    format: Literal["png", "svg"] = Field(description="image format of the curves")
+    smooth: bool = setting("draw moving averages", "Output", resumable=True)
+    window: int = setting("steps in a moving average", "Output", ge=1, le=10**12, resumable=True)
+    format: Literal["png", "svg"] = setting("image format of the curves", "Output", resumable=True)
 
 
 class Ranks(Table):
-    timeout: float = Field(gt=0, description="seconds that a process under torchrun may keep the others waiting")
-    shard: bool = Field(description="spread weights, gradients and moments over the processes, for what does not fit")
+    timeout: float = setting(
+        "seconds that processes under torchrun wait for each other", "Ranks", gt=0, le=10**9, resumable=True
+    )
+    shard: bool = setting("shard weights, gradients and moments over the processes", "Ranks", resumable=True)
 
 
 class Settings(Table):
-    """Every setting of one invocation; `preset` is the one chosen, never `auto`, once resolved."""
+    """Every setting of one invocation; once resolved, `preset` is never `auto`."""
 
-    preset: str = Field(
-        min_length=1, description="settings for one model: `auto`, `builtin`, `qwen2.5-1.5b`, or your own"
+    preset: str = setting(
+        "settings for one model: `auto`, `builtin`, `qwen2.5-1.5b`, or your own", "Model", min_length=1
     )
-    runs: str = Field(min_length=1, description="folder of the runs")
+    runs: PathText = setting("folder of the runs", "Output", min_length=1, resumable=True)
     task: Task
     model: Model
     train: Train
@@ -217,18 +260,6 @@ FIELDS: dict[str, FieldInfo] = {
     name: info for name, info in Settings.model_fields.items() if name not in TABLES and name != "suite"
 } | {f"{name}.{key}": info for name, table in TABLES.items() for key, info in table.model_fields.items()}
 
-# What a run that goes on may change: its length, its logging, and where it computes. Tables, and single settings.
-FREE = {"runs", "eval", "plot", "ranks", "model.device", "model.gradient_checkpointing"}
-FREE |= {"model.reference", "model.memory", "train.num_iterations", "train.micro_batch_size", "train.eval_every"}
-FREE |= {
-    "train.save_minutes",
-    "train.save_every",
-    "train.keep_last",
-    "train.max_bad_steps",
-    "train.stop_on_collapse",
-    "train.patience",
-}
-
 
 def values(settings: Settings) -> dict[str, object]:
     """Every setting, by key."""
@@ -236,15 +267,23 @@ def values(settings: Settings) -> dict[str, object]:
 
 
 def fixed(settings: Settings) -> dict[str, object]:
-    """The settings that make a run what it is, by key."""
-    free = {key for key in FIELDS if key in FREE or key.partition(".")[0] in FREE}
-    kept = {key: value for key, value in values(settings).items() if key not in free}
+    """The settings that a resumed run must keep, by key."""
+    kept = {key: value for key, value in values(settings).items() if not _declared(key).get("resumable")}
     return kept | {"suite": settings.suite.get(settings.train.eval_suite)}
 
 
 def digest(settings: Settings) -> str:
-    """SHA-256 of the settings that make a run what it is."""
+    """SHA-256 of the settings that a resumed run must keep."""
     return hashlib.sha256(json.dumps(fixed(settings), sort_keys=True).encode()).hexdigest()
+
+
+def _declared(key: str) -> dict[str, Any]:
+    return cast("dict[str, Any]", FIELDS[key].json_schema_extra)
+
+
+def panel(key: str) -> str:
+    """The panel of the help that lists a setting."""
+    return str(_declared(key)["panel"])
 
 
 def choices(key: str) -> tuple[str, ...]:
@@ -253,12 +292,12 @@ def choices(key: str) -> tuple[str, ...]:
 
 
 def describe(key: str) -> str:
-    """What a setting is, with its choices: its help on the command line and its comment in `config.toml`."""
+    """A setting's description and choices: its help, and its comment in `config.toml`."""
     return ": ".join(filter(None, [FIELDS[key].description, ", ".join(choices(key))]))
 
 
 def expected(key: str) -> str:
-    """What a setting must be, to end the sentence `x must be ...`."""
+    """What a setting must be: the end of the sentence `x must be ...`."""
     listed = choices(key)
     if listed:
         return "one of " + ", ".join(f"`{choice}`" for choice in listed)
