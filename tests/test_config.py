@@ -467,8 +467,8 @@ def test_a_misspelled_preset_is_refused(tmp_path: Path) -> None:
         ("train.num_generations", "100000", "at least 2 and at most 10000"),
         ("model.memory", "1e300", "at least 0 and at most 1000000"),
         ("loss.epsilon_high", "1e300", "above 0 and at most 1000"),
-        ("eval.batch_size", "100000", "at least 1 and at most 10000"),
-        ("eval.samples", "100000", "at least 1 and at most 10000"),
+        ("eval.batch_size", "10000000", "at least 1 and at most 1000000"),
+        ("eval.samples", "10000000", "at least 1 and at most 1000000"),
     ],
 )
 def test_sizes_that_cannot_be_meant_are_refused(tmp_path: Path, key: str, value: str, bound: str) -> None:

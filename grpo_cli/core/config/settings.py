@@ -110,7 +110,7 @@ class Model(Table):
     )
     device: Literal["auto", "cuda", "mps", "cpu"] = setting("where the model runs", "Model", resumable=True)
     precision: Literal["auto", "float32", "bf16-master", "bf16"] = setting(
-        "weights in training; `bf16-master` adds float32 ones", "Model"
+        "weights in training; `bf16-master` adds float32", "Model"
     )
     gradient_checkpointing: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switched)] = setting(
         "trade time for memory in the backward pass; `auto`: if needed", "Model", resumable=True
@@ -155,7 +155,7 @@ class Train(Table):
         resumable=True,
     )
     seed: int = setting("seed of the puzzles drawn and of sampling", "Sampling", ge=0, lt=2**32)
-    eval_every: int = setting("steps between evaluations", "Schedule", ge=1, le=10**12, resumable=True)
+    eval_every: int = setting("steps between evaluations", "Schedule", ge=1, resumable=True)
     eval_puzzles: int = setting("val puzzles per evaluation; 0 is all of them", "Schedule", ge=0, le=10**12)
     eval_suite: str = setting(
         "suite to evaluate too and to choose the best model by; or `none`", "Schedule", min_length=1
@@ -164,14 +164,13 @@ class Train(Table):
         "stop after so many evaluations without a better one; 0 is never",
         "Schedule",
         ge=0,
-        le=10**12,
         resumable=True,
     )
-    save_every: int = setting("steps between checkpoints", "Schedule", ge=1, le=10**12, resumable=True)
+    save_every: int = setting("steps between checkpoints", "Schedule", ge=1, resumable=True)
     save_minutes: float = setting(
         "minutes after which the next step is saved too; 0 is never", "Schedule", ge=0, le=10**12, resumable=True
     )
-    keep_last: int = setting("checkpoints to keep", "Schedule", ge=2, le=10**12, resumable=True)
+    keep_last: int = setting("checkpoints to keep", "Schedule", ge=2, resumable=True)
     deterministic: bool = setting(
         "on a GPU, add up in a fixed order: the same run again bit for bit, but slower", "Schedule"
     )
@@ -179,7 +178,6 @@ class Train(Table):
         "end the run after so many steps in a row without finite gradient",
         "Schedule",
         ge=1,
-        le=10**12,
         resumable=True,
     )
     stop_on_collapse: bool = setting(
