@@ -1,17 +1,28 @@
 """Imitation before reinforcement."""
 
 import re
+import shutil
+from pathlib import Path
 
 import pytest
+from conftest import Command
 
+from grpo_cli.core.config.resolve import resolve
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.model.load import load, load_tokenizer
 from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.rl.warm_start import demonstration, demonstrations, warm_start
+from grpo_cli.core.rl.warm_start import Lesson, demonstration, demonstrations, lessons, warm_start
+from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task.data import puzzle_set
-from grpo_cli.core.task.prompts import STYLES
+from grpo_cli.core.task.prompts import STYLES, prompt
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.scoring import score
 
 TRAIN = puzzle_set(3, "train")
+
+
+def prompted(examples: list[tuple[Puzzle, str]]) -> list[Lesson]:
+    return [(prompt(puzzle, "zero-shot"), text) for puzzle, text in examples]
 
 
 def test_a_demonstration_shows_each_try_worked_out() -> None:
@@ -25,8 +36,8 @@ def test_a_demonstration_shows_each_try_worked_out() -> None:
 def test_every_demonstration_solves_its_puzzle_without_trying_twice(style: str) -> None:
     for puzzle in TRAIN:
         text = demonstration(puzzle, style=style)  # type: ignore[arg-type]
-        tried = re.findall(r"^(\S+?)=.* (?:no|yes)$", text, re.MULTILINE)
-        assert score(text, puzzle, style=style).correct, (puzzle, text)  # type: ignore[arg-type]
+        tried = re.findall(r"^(\S+?)=.* (?:no|yes)$", text or "", re.MULTILINE)
+        assert text and score(text, puzzle, style=style).correct, (puzzle, text)  # type: ignore[arg-type]
         assert len(tried) == len(set(tried)) >= 1
 
 
@@ -41,14 +52,86 @@ def test_short_and_long_searches_are_shown_equally_often() -> None:
 def test_a_warm_start_makes_demonstrations_likely(tiny_policy: Policy) -> None:
     losses: list[float] = []
     before = tiny_policy.sums()
-    examples = demonstrations(TRAIN, 4, style="zero-shot", seed=3) * 24
+    examples = prompted(demonstrations(TRAIN, 4, style="zero-shot", seed=3)) * 24
     warm_start(
         tiny_policy,
         examples,
-        style="zero-shot",
         learning_rate=3e-3,
         report=lambda step, total, loss: losses.append(loss),
     )
     assert len(losses) == 12
     assert losses[-1] < 0.7 * losses[0]
     assert tiny_policy.sums() != before
+
+
+def test_searches_that_do_not_fit_are_not_shown() -> None:
+    shown = demonstrations(TRAIN, 50, style="zero-shot", seed=3, fits=lambda text: len(text) < 150)
+    assert all(len(text) < 150 for _, text in shown)
+    with pytest.raises(CountdownError, match="no puzzle"):
+        demonstrations(TRAIN, 50, style="zero-shot", seed=3, fits=lambda text: False)
+
+
+def test_micro_batches_change_nothing(tiny_folder: Path) -> None:
+    def losses_of(rows: int) -> list[float]:
+        policy, losses = load(str(tiny_folder), device="cpu", precision="float32"), list[float]()
+        examples = prompted(demonstrations(TRAIN, 16, style="zero-shot", seed=3))
+        warm_start(policy, examples, rows=rows, report=lambda step, of, loss: losses.append(loss))
+        return losses
+
+    assert losses_of(3) == pytest.approx(losses_of(0), rel=1e-4)
+
+
+WARM = ["--precision", "float32", "--batch-size", 1, "--num-generations", 2, "--max-new-tokens", 300]
+WARM += ["--eval-puzzles", 1, "--warm-start", 16, "--learning-rate", 1e-3, "--save-every", 1, "--beta", 0.1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "refusal"),
+    [
+        (["--operations", "+-"], "searches with + - *"),
+        (["--puzzles", "puzzles.jsonl"], "searches with + - *"),
+        (["--numbers", 5], "no puzzle of this training"),
+        (["--max-new-tokens", 20], "no puzzle of this training"),
+    ],
+)
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_what_cannot_be_demonstrated_is_refused_before_the_model_loads(
+    countdown: Command, tiny_folder: Path, tmp_path: Path, flags: list[object], refusal: str, dry: list[str]
+) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "unloadable")
+    (tmp_path / "unloadable" / "model.safetensors").write_bytes(b"no weights")
+    (tmp_path / "puzzles.jsonl").write_text('{"numbers": [1, 2, 3], "target": 6}\n')
+    result = countdown("train", "--model", "unloadable", *WARM, *flags, *dry)
+    assert (result.code, refusal in result.err) == (2, True), result.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_warm_start_of_several_ranks_is_refused(tiny_folder: Path) -> None:
+    with pytest.raises(CountdownError, match="one process"):
+        lessons(
+            resolve(flags={"train.warm_start": 8}, has_cuda=lambda: False).settings,
+            load_tokenizer(str(tiny_folder)),
+            ranks=2,
+        )
+
+
+def test_a_run_starts_from_the_warm_started_model_and_resumes_equal(
+    countdown: Command, tiny_folder: Path, tmp_path: Path
+) -> None:
+    train = ["train", "--model", tiny_folder, *WARM]
+    whole = countdown(*train, "--run", "whole", "--num-iterations", 2)
+    assert whole.code == 0, whole.err
+    assert "warm start: step 2 of 2, loss " in whole.err
+    assert "after the warm start" in whole.out
+    run = Run.open(tmp_path / "runs", "whole")
+    warmed = load(str(run.warm_start_path), device="cpu", precision="float32")
+    assert warmed.fingerprint()["weights"] == run.read_origin()["weights"]
+    assert warmed.fingerprint()["weights"] != load(str(tiny_folder), device="cpu").fingerprint()["weights"]
+    assert countdown(*train, "--run", "halves", "--num-iterations", 1).code == 0
+    resumed = countdown("train", "--run", "halves", "--resume", "--num-iterations", 2)
+    assert resumed.code == 0, resumed.err
+    assert "warm start: step" not in resumed.err
+    ends = [load(str(Run.open(tmp_path / "runs", name).checkpoint_path(2) / "model")) for name in ("whole", "halves")]
+    assert ends[0].fingerprint() == ends[1].fingerprint()
+    lines = [Run.open(tmp_path / "runs", name).metrics()[-1] for name in ("whole", "halves")]
+    assert [line["kl"] for line in lines] == [lines[0]["kl"]] * 2

@@ -18,7 +18,7 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.load import detect_device, prompt_tokens
 from grpo_cli.core.perf.microbatch import MicroBatch
 from grpo_cli.core.rl import probe as probing
-from grpo_cli.core.rl.session import Session, for_ranks, plan_memory, start
+from grpo_cli.core.rl.session import Session, demonstrated, for_ranks, plan_memory, start
 from grpo_cli.core.rl.state import choose_optimizer
 from grpo_cli.core.rl.train import Interrupted, curriculum
 from grpo_cli.core.run.folder import Run, run_name
@@ -139,6 +139,7 @@ def _set_batch_size(ctx: typer.Context, per_rank: int | None, process: Place) ->
 def _show_plan(resolved: Resolved, chosen: Chosen, process: Place) -> None:
     """Show every setting with its source, the first prompt as token ids, and the memory plan."""
     settings = for_ranks(chosen.settings, process.size)
+    demonstrated(settings, process.size)
     tables.config_table(resolved)
     task = task_of(settings)
     if settings.task.task != "countdown":

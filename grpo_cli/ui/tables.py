@@ -577,7 +577,7 @@ def training_summary(summary: Mapping[str, Any], folder: Path, *, overlap: str) 
     whole = spent["training"] + spent["evaluation"]
     out.print(Text(f"val accuracy on {summary['puzzles']} puzzles, greedy", style="bold"))
     rows = [
-        ("base", base),
+        ("base", f"{base}, after the warm start" if summary.get("warm_start") else base),
         ("final", f"{final}  (95% interval {interval(summary['final_interval'])})"),
         ("best", f"{best}, after step {summary['best_step']}, saved as the run's model"),
         ("time", f"{whole:,.0f} s, {percent(spent['evaluation'] / whole if whole else 0.0)} of it in evaluations"),

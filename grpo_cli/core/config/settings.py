@@ -144,6 +144,9 @@ class Train(Table):
     weight_decay: float = setting("decoupled weight decay", "Optimization", ge=0)
     prompt_style: StyleSchedule = setting("schedule of prompt styles; `task` is the style above", "Sampling")
     prompt_numbers: SizeSchedule = setting("schedule of puzzle sizes; `task` is the number above", "Sampling")
+    warm_start: int = setting(
+        "worked searches to imitate before reinforcement; 0 is none", "Optimization", ge=0, le=10**6
+    )
     dynamic_sampling: int = setting(
         "times to replace groups of equal rewards by other puzzles", "Sampling", ge=0, le=1000
     )

@@ -41,6 +41,7 @@ from grpo_cli.core.rl.state import (
 )
 from grpo_cli.core.rl.summary import summary
 from grpo_cli.core.rl.train import Observer, curriculum, longest_prompt
+from grpo_cli.core.rl.warm_start import Lesson, lessons, warm_start
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.run.models import model_source
 from grpo_cli.core.sampling.selfcheck import load_checked
@@ -139,16 +140,20 @@ def start(
         if old:
             ranks.first(lambda: _lock(old, locks, note))
             at, checkpoint = ranks.first(lambda: choose_checkpoint(old, settings, step, note))
-        folder = checkpoint / "model" if checkpoint else None
+        warmed = old.warm_start_path if old and old.warm_start_path.is_dir() else None
+        shown = [] if checkpoint or warmed else demonstrated(settings, ranks.size)
+        folder = checkpoint / "model" if checkpoint else warmed
         policy = ranks.own(lambda: _load(settings, plan.choices, folder, note=note))
         settings = settled(settings, policy)
+        if shown:
+            _warm_up(policy, shown, plan.choices, note)
         learner = ranks.own(lambda: shards.sharded(policy, ranks, device)) if settings.ranks.shard else None
         optimizer = build_optimizer(
             learner or policy, name=settings.train.optimizer, weight_decay=settings.train.weight_decay
         )
         training = Training(policy, optimizer, learner)
         puzzles = list(chain.from_iterable(curriculum(settings).puzzles.values()))
-        reference = ranks.own(lambda: _restore(training, settings, plan.choices, old, checkpoint, puzzles))
+        reference = ranks.own(lambda: _restore(training, settings, plan.choices, old, checkpoint, warmed, puzzles))
 
         def begin() -> Run:
             run = old or Run.create(root, name, overwrite=overwrite)
@@ -158,6 +163,9 @@ def start(
                 run.require_space(2 * training.checkpoint_bytes())
                 run.write_config(settings.model_dump())
                 run.write_environment(environment(policy) | {"ranks": ranks.size}, step=at)
+                if shown:
+                    with run.saving(run.warm_start_path) as folder:
+                        policy.save(folder)
                 if checkpoint is None:
                     run.write_origin(origin(policy, reference, puzzles))
             if old:
@@ -183,6 +191,13 @@ def for_ranks(settings: Settings, ranks: int) -> Settings:
         raise CountdownError("`adamw8bit` does not support sharded tensors", "use `--optimizer adamw` with `--shard`")
     train = settings.train.model_copy(update={"optimizer": "adamw"})
     return settings.model_copy(update={"train": train})
+
+
+def demonstrated(settings: Settings, ranks: int) -> list[Lesson]:
+    """The searches that a warm start imitates, or none; raises CountdownError if there cannot be any."""
+    if not settings.train.warm_start:
+        return []
+    return lessons(settings, load_tokenizer(model_source(Path(settings.runs), settings.model.model)), ranks=ranks)
 
 
 def plan_memory(settings: Settings, *, ranks: int = 1, free: int = 0) -> MemoryPlan:
@@ -223,17 +238,26 @@ def _load(
     )
 
 
+def _warm_up(policy: Policy, shown: Sequence[Lesson], choices: Choices, note: Note) -> None:
+    def report(step: int, steps: int, loss: float) -> None:
+        if step % max(1, steps // 10) == 0 or step == steps:
+            note(f"warm start: step {step} of {steps}, loss {loss:.3f}")
+
+    warm_start(policy, shown, rows=choices.rows, report=report)
+
+
 def _restore(
     training: Training,
     settings: Settings,
     choices: Choices,
     old: Run | None,
     checkpoint: Path | None,
+    warmed: Path | None,
     puzzles: Sequence[Problem],
 ) -> Policy | None:
     """Restore a checkpoint, if there is one, and return the frozen reference, if the loss needs one."""
     has_reference = settings.loss.beta > 0
-    original = training.policy if checkpoint is None else _load(settings, choices) if has_reference else None
+    original = training.policy if checkpoint is None else _load(settings, choices, warmed) if has_reference else None
     reference = _reference(settings, original, choices) if original and has_reference else None
     if old and checkpoint:
         require_origin(old, original, reference, puzzles)

@@ -19,6 +19,7 @@ def summary(training: Training, evaluation: Evaluation, run: Run) -> dict[str, o
         "steps": training.step,
         "puzzles": evaluation.count,
         "overlap": evaluation.overlap,
+        "warm_start": run.warm_start_path.is_dir(),
         "base_accuracy": training.base_accuracy,
         "final_accuracy": evaluation.accuracy,
         "final_interval": list(evaluation.interval),

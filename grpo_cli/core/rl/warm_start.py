@@ -11,22 +11,32 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from grpo_cli.core.builtin.traces import reduce, tries, write
+from grpo_cli.core.builtin.traces import FORMS, reduce, tries, write
+from grpo_cli.core.config.settings import Settings
+from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.rl.state import build_optimizer
+from grpo_cli.core.rl.train import curriculum
+from grpo_cli.core.rl.update import micro_batches
+from grpo_cli.core.task.data import puzzle_set
 from grpo_cli.core.task.prompts import Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle
+from grpo_cli.core.task.task import Message
 
-BATCH = 8  # traces per step
+Lesson = tuple[list[Message], str]  # a prompt and the completion to imitate
+
+BATCH = 8  # completions per step
 LEARNING_RATE = 1e-4
 WARMUP = 0.1  # share of the steps over which the learning rate rises; then it falls linearly to 0
 
 
-def demonstration(puzzle: Puzzle, *, style: Style) -> str:
+def demonstration(puzzle: Puzzle, *, style: Style) -> str | None:
     """A completion that tries one form after another, in a fixed order and none twice, until one hits.
 
     Without spaces, `2*6+10=12+10=22 no`, it takes half the tokens of the built-in model's traces. Parentheses come
-    early enough to be learned: no search gives up.
+    early enough to be learned: no search gives up. None if no form solves the puzzle.
     """
     lines = []
     for tree in tries(puzzle.numbers):
@@ -38,57 +48,93 @@ def demonstration(puzzle: Puzzle, *, style: Style) -> str:
         if tree == puzzle.target:
             break
     else:
-        raise ValueError(f"no form solves {puzzle}")
+        return None
     thought = "\n".join(lines)
     if style == "natural":
         return f"{thought}\nThe expression is {expression}"
     return f"<think>\n{thought}\n</think>\n<answer>{expression}</answer>"
 
 
-def demonstrations(puzzles: Sequence[Puzzle], count: int, *, style: Style, seed: int) -> list[tuple[Puzzle, str]]:
-    """`count` puzzles with their demonstrations, short and long searches equally often."""
+def demonstrations(
+    puzzles: Sequence[Puzzle], count: int, *, style: Style, seed: int, fits: Callable[[str], bool] = lambda text: True
+) -> list[tuple[Puzzle, str]]:
+    """`count` puzzles with their demonstrations, short and long searches equally often.
+
+    Puzzles that the forms do not solve, and demonstrations that do not fit, are left out; CountdownError if all are.
+    """
     rng, by_length = random.Random(seed), defaultdict(list)
     for puzzle in puzzles:
-        text = demonstration(puzzle, style=style)
-        by_length[text.count("\n")].append((puzzle, text))
+        text = demonstration(puzzle, style=style) if len(puzzle.numbers) in FORMS else None
+        if text and fits(text):
+            by_length[text.count("\n")].append((puzzle, text))
+    if not by_length:
+        raise CountdownError(
+            "no puzzle of this training can be demonstrated in so few tokens",
+            "take puzzles of 3 or 4 numbers, and raise `--max-new-tokens`, or leave out `--warm-start`",
+        )
     lengths = sorted(by_length)
     return [rng.choice(by_length[rng.choice(lengths)]) for _ in range(count)]
 
 
+def lessons(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, ranks: int = 1) -> list[Lesson]:
+    """What the warm start of a training imitates.
+
+    CountdownError if its task cannot be demonstrated, or if there are several ranks.
+    """
+    task, train = settings.task, settings.train
+    if ranks > 1:
+        raise CountdownError(
+            "`--warm-start` runs in one process",
+            "train one step without torchrun, then start from that run's `warm_start` folder with `--model`",
+        )
+    if task.task != "countdown" or task.puzzles != "none" or not set("+-*") <= set(task.operations):
+        raise CountdownError(
+            "`--warm-start` shows searches with + - * on the generated countdown puzzles",
+            "leave out `--warm-start`, or `--task`, `--puzzles` and `--operations`",
+        )
+
+    def fits(text: str) -> bool:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"]) < train.max_new_tokens
+
+    puzzles = [puzzle for size in curriculum(settings).puzzles for puzzle in puzzle_set(size, "train", task.rules)]
+    examples = demonstrations(puzzles, train.warm_start, style=task.style, seed=train.seed, fits=fits)
+    return [(prompt(puzzle, task.style, task.rules), text) for puzzle, text in examples]
+
+
 def warm_start(
     policy: Policy,
-    examples: Sequence[tuple[Puzzle, str]],
+    lessons: Sequence[Lesson],
     *,
-    style: Style,
     learning_rate: float = LEARNING_RATE,
-    poll: Callable[[], None] = lambda: None,
-    report: Callable[[int, int, float], None] = lambda step, total, loss: None,
+    rows: int = 0,
+    report: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> None:
-    """Train `policy` in place on the tokens of each demonstration once, with AdamW.
+    """Train `policy` in place on the tokens of each completion once, with AdamW, `rows` at a time, or all if 0.
 
-    `poll` is called before each step, and what it raises ends the warm start. `report` receives step, steps and loss.
+    `report` receives step, steps and loss.
     """
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=learning_rate, weight_decay=0.0)
-    batches = [examples[start : start + BATCH] for start in range(0, len(examples), BATCH)]
+    optimizer = build_optimizer(policy, name="adamw", weight_decay=0.0)
+    batches = [lessons[start : start + BATCH] for start in range(0, len(lessons), BATCH)]
+    rise = max(1, round(WARMUP * len(batches)))
     for step, batch in enumerate(batches, start=1):
-        poll()
-        rise = max(1, round(WARMUP * len(batches)))
-        scale = min(step / rise, (len(batches) + 1 - step) / max(1, len(batches) + 1 - rise))
-        optimizer.param_groups[0]["lr"] = learning_rate * scale
-        sequences = _sequences(policy, batch, style)
-        logprobs, _ = policy.logprobs(sequences, temperature=1.0)  # (B, T)
-        loss = -logprobs.sum() / sequences.mask().sum()
-        optimizer.zero_grad()
-        loss.backward()
+        scale = min(step / rise, (len(batches) + 1 - step) / (len(batches) + 1 - rise))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * scale
+        sequences, loss = _sequences(policy, batch), 0.0
+        tokens = sum(map(len, sequences.completions))
+        for chosen in micro_batches(range(len(batch)), rows):
+            logprobs, _ = policy.logprobs(sequences.subset(chosen), temperature=1.0)  # (B, T)
+            part = -logprobs.sum() / tokens
+            part.backward()
+            loss += part.item()
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
-        report(step, len(batches), loss.item())
+        optimizer.zero_grad(set_to_none=True)
+        report(step, len(batches), loss)
 
 
-def _sequences(policy: Policy, batch: Sequence[tuple[Puzzle, str]], style: Style) -> Sequences:
-    """Prompts with the demonstrations as completions, each ended by the first end-of-sequence token of the turn."""
+def _sequences(policy: Policy, batch: Sequence[Lesson]) -> Sequences:
+    """Prompts with their completions, each ended by the first end-of-sequence token of the turn."""
     end = policy.tokenizer.eos_token_id
     completions = [[*policy.tokenizer(text, add_special_tokens=False)["input_ids"], end] for _, text in batch]
-    return Sequences(
-        [policy.encode(prompt(puzzle, style)) for puzzle, _ in batch], completions, list(range(len(batch)))
-    )
+    return Sequences([policy.encode(messages) for messages, _ in batch], completions, list(range(len(batch))))

@@ -126,6 +126,11 @@ class Run:
         """Folder in which the ranks leave their parts of the next checkpoint."""
         return self.path / ".shards"
 
+    @property
+    def warm_start_path(self) -> Path:
+        """Folder of the warm-started model, which reinforcement started from."""
+        return self.path / "warm_start"
+
     def checkpoint_path(self, step: int) -> Path:
         """Folder of the checkpoint of a step; write it through `saving`."""
         return self.path / "checkpoints" / f"step-{step}"
