@@ -281,3 +281,65 @@ def test_a_pipe_that_is_closed_ends_a_command_without_a_word(
     process.stderr.close()
     assert process.wait() == 1, said
     assert "Traceback" not in said and "Exception" not in said and "error" not in said
+
+
+ASCII = {"PYTHONIOENCODING": "ascii"}
+POSIX = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [
+        (["plot", "metrics.jsonl"], ASCII),
+        (["plot", "metrics.jsonl"], {"PYTHONIOENCODING": "latin-1"}),
+        (["plot", "metrics.jsonl"], POSIX),
+        (["train", "--dry-run", "--model", "{}"], ASCII),
+        pytest.param(["train", "--dry-run", "--model", "{}"], POSIX, marks=pytest.mark.slow),
+        pytest.param(["eval", "{}", "--limit", "2"], ASCII, marks=pytest.mark.slow),
+    ],
+)
+def test_an_encoding_that_lacks_characters_gets_escapes(
+    tiny_folder: Path, tmp_path: Path, arguments: list[str], environment: dict[str, str]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "reward": 0.75}\n')
+    line = [sys.executable, "-m", "grpo_cli", *[argument.format(tiny_folder) for argument in arguments]]
+    known = {key: value for key, value in os.environ.items() if key not in ("LANG", "LC_ALL", "PYTHONUTF8")}
+    result = subprocess.run(line, capture_output=True, cwd=tmp_path, env=known | environment)
+    assert result.returncode == 0, result.stderr
+    assert rb"\u2581" in result.stdout or arguments[0] != "plot"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["gen-data", "--split", "val"],
+        ["runs"],
+        ["plot", "metrics.jsonl"],
+        ["--help"],
+        pytest.param(["eval", "{}", "--limit", "2"], marks=pytest.mark.slow),
+        pytest.param(["train", "--dry-run", "--model", "{}"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_command_runs_with_its_streams_closed(tiny_folder: Path, tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
+    line = [sys.executable, "-m", "grpo_cli", *[argument.format(tiny_folder) for argument in arguments]]
+    shell = ["sh", "-c", '"$@" >&- <&-', "sh", *line]
+    result = subprocess.run(shell, stderr=subprocess.PIPE, cwd=tmp_path)
+    assert (result.returncode, b"Error" in result.stderr) == (0, False), result.stderr
+
+
+def test_a_tilde_in_an_argument_is_the_home_folder(
+    countdown: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    assert countdown("gen-data", "--split", "val", "--out=~/val.jsonl").code == 0
+    assert (home / "val.jsonl").is_file()
+    assert f"`{home}/no.toml`" in countdown("runs", "--config=~/no.toml").err
+    (home / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
+    assert countdown("plot", "~/metrics.jsonl", "--out", "~").code == 0
+    assert (home / "training_curve.png").is_file()
+    for arguments in (["eval", "~/model"], ["solve", "4 7 3 = 25", "--model", "~/model"]):
+        assert f"{home}/model" in countdown(*arguments).err
+    assert not (tmp_path / "~").exists()

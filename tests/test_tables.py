@@ -176,7 +176,7 @@ def test_json_is_one_line_of_ascii(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_narrow_encoding_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    terminal.accept_any_encoding()
+    terminal.prepare_streams()
     display.answer("4 × 7 − 3")
     assert written.getvalue() == rb"4 \xd7 7 \u2212 3" + b"\n"
 

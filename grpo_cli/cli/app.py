@@ -26,6 +26,7 @@ from grpo_cli.core.task.rules import Rules
 from grpo_cli.ui import text as show
 
 RULES = [f"task.{rule.name}" for rule in fields(Rules)]
+PLACES = ("config", "out", "folder", "model", "models", "run", "runs", "name")  # options that may begin with `~`
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,6 +43,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what is th
 
 def main() -> None:
     """Run the command line; what a user can mend is shown as one sentence, never as a traceback."""
+    show.prepare_streams()
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on Linux then keeps large tensors in huge pages
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which `--deterministic` needs
@@ -62,7 +64,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: leave without a word
         sys.exit(1)
     except ImportError as problem:
-        show.error(CountdownError(f"a package cannot be loaded: {problem}", "install `countdown` again"))
+        show.error(CountdownError(f"a package cannot be loaded: {problem}", "install `countdown-grpo` again"))
         sys.exit(1)
     except OSError as problem:
         what = problem.strerror or str(problem)
@@ -90,7 +92,8 @@ def _command(*settings: str, name: str | None = None) -> Callable[[Callable[...,
 
     def register(declared: Callable[..., None]) -> Callable[..., None]:
         @wraps(declared)
-        def call(*args: Any, **options: Any) -> None:
+        def call(*args: Any, **given: Any) -> None:
+            options = {name: _at_home(value) if name in PLACES else value for name, value in given.items()}
             if declared.__name__ in ("train", "eval", "solve"):
                 import_module("grpo_cli.cli.checks").require_models(options)
             import_module(f"grpo_cli.cli.{declared.__name__}").run(*args, **options)
@@ -99,6 +102,13 @@ def _command(*settings: str, name: str | None = None) -> Callable[[Callable[...,
         return declared
 
     return register
+
+
+def _at_home(value: Any) -> Any:
+    """A path or name, or a list of them, with `~` expanded: no shell does so in `--out=~/x` or in quotes."""
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return type(value)(os.path.expanduser(value)) if isinstance(value, str | Path) else value
 
 
 @_command("task.numbers", *RULES, name="gen-data")

@@ -27,7 +27,7 @@ def require_package(package: str) -> None:
     """Raise CountdownError if a package is missing that is only imported later."""
     if find_spec(package) is None:
         raise CountdownError(
-            f"the package `{package}` is not installed", "install `countdown` again, with all it needs"
+            f"the package `{package}` is not installed", "install `countdown-grpo` again, with all it needs"
         )
 
 
