@@ -10,7 +10,15 @@ import pytest
 import torch
 from conftest import Command, save_tiny_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 
 from grpo_cli.core.config.resolve import resolve
 from grpo_cli.core.errors import CountdownError
@@ -91,6 +99,36 @@ def test_activations_are_about_what_a_real_pass_saves(
     covered = planned["activations"] + planned["logits"] + planned["working room"]
     assert saved <= covered, (saved, planned)
     assert planned["activations"] <= 3 * saved, (saved, planned)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "bloom"])
+def test_the_plain_path_is_planned_without_shared_prompts_and_chunks(tmp_path: Path, kind: str) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    if kind == "mistral":
+        shape = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 4, "num_key_value_heads": 2}
+        model: PreTrainedModel = MistralForCausalLM(
+            MistralConfig(vocab_size=vocabulary, intermediate_size=64, sliding_window=4, **shape)
+        )
+    else:
+        model = BloomForCausalLM(BloomConfig(vocab_size=vocabulary, hidden_size=32, n_layer=4, n_head=4))
+    model.save_pretrained(folder)
+    work = Work("cpu", "float32", "adamw", 2, 4, 60, 20, 8, has_reference=False)
+    planner = Planner(str(folder), work)
+    assert planner.plain and find(planner, room=10 * int(GB)).choices.logit_chunk == 0
+    planned = planner.plan(Choices()).phases["update"]
+    policy = load(str(folder), device="cpu", precision="float32")
+    saved = saved_bytes(policy, Sequences([[1] * 60] * 2, [[2] * 20] * 8, [0] * 4 + [1] * 4))
+    assert saved <= planned["activations"] + planned["logits"]
+    with pytest.raises(CountdownError, match="this training needs at least"):
+        find(planner, room=10**7)
+
+
+def test_logits_of_the_models_own_forward_are_planned_at_once(planner: Planner, qwen: Path) -> None:
+    room = next(size for size in range(10**10, 10**12, 10**9) if size > planner.plan(Choices(logit_chunk=1024)).peak)
+    assert find(planner, room=room, rows=WORK.rows, checkpointing=False).choices.logit_chunk > 0
+    with pytest.raises(CountdownError, match="this training needs at least"):
+        find(Planner(str(qwen), WORK, whole=True), room=room, rows=WORK.rows, checkpointing=False)
 
 
 def saved_bytes(policy: Policy, sequences: Sequences) -> int:

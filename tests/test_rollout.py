@@ -117,6 +117,23 @@ def test_sampling_follows_the_distribution() -> None:
     torch.testing.assert_close(shares, probabilities, atol=0.01, rtol=0)
 
 
+def test_draws_are_uniform_between_rows_and_within() -> None:
+    draws = uniforms(3, 1, range(250), 8, 16)
+    for dim in range(3):  # neighbours along each dimension are independent: the mean of x * y is 1 / 4
+        product = draws.narrow(dim, 1, draws.shape[dim] - 1) * draws.narrow(dim, 0, draws.shape[dim] - 1)
+        assert float(product.mean()) == pytest.approx(1 / 4, abs=0.006)
+    counts = torch.histc(draws.flatten(), bins=100, min=0.0, max=1.0)
+    expected = draws.numel() / 100
+    assert float(((counts - expected) ** 2 / expected).sum()) < 150  # chi squared of 99 degrees: p = 0.0007
+    assert float(draws.min()) >= 0 and float(draws.max()) < 1
+
+
+@pytest.mark.parametrize("pair", [(41026, 82734), (29148, 120673), (35564, 129419)])
+def test_rows_whose_hashes_share_32_bits_differ(pair: tuple[int, int]) -> None:
+    first, second = uniforms(0, 0, pair, 1, 8)[:, 0]
+    assert not torch.equal(first, second)
+
+
 def test_draws_depend_on_seed_step_prompt_and_sample() -> None:
     base = uniforms(0, 0, [0, 1], 2, 3)
     rows = {tuple(row.tolist()) for row in base.view(4, 3)}

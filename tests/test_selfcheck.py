@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from transformers import (
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
@@ -123,6 +126,27 @@ def test_weights_that_give_no_numbers_are_refused() -> None:
     policy.model.transformer.ln_f.weight.data.fill_(float("inf"))
     with pytest.raises(CountdownError, match="not finite"):
         checked(policy, PROMPTS)
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+LONG = {"rope_type": "longrope", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize("rope", [DYNAMIC, LONG | {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}])
+def test_positions_that_depend_on_length_are_refused_beyond_the_original_context(rope: dict[str, object]) -> None:
+    context = 32 if rope["rope_type"] == "dynamic" else 64
+    model = LlamaForCausalLM(LlamaConfig(**DECODER, max_position_embeddings=context, rope_parameters=dict(rope)))
+    policy, _ = checked(as_loaded(model), PROMPTS)
+    do = partial(sample, policy, PROMPTS, num_generations=2, temperature=1.0)
+    assert len(do(max_new_tokens=21, uniform=uniforms(0, 0, [0, 1], 2, 21)).completions) == 4
+    with pytest.raises(CountdownError, match="the context of `a model` is 32: only rows of one length"):
+        do(max_new_tokens=22, uniform=uniforms(0, 0, [0, 1], 2, 22))
+
+
+def test_positions_that_end_are_refused_beyond_their_end() -> None:
+    policy = as_loaded(GPT2LMHeadModel(GPT2Config(**GPT)))
+    with pytest.raises(CountdownError, match="up to 65 tokens, and the context of `a model` is 64: it has no"):
+        sample(policy, PROMPTS, num_generations=1, max_new_tokens=54, temperature=1.0, uniform=None)
 
 
 def test_a_reference_stays_on_its_path() -> None:

@@ -206,6 +206,23 @@ def attends_in_full(config: transformers.PreTrainedConfig) -> bool:
     return all(kind == "full_attention" for kind in layers) and not any(getattr(config, key, None) for key in limits)
 
 
+def require_context(name: str, config: transformers.PreTrainedConfig, tokens: int) -> None:
+    """Raise CountdownError for sequences of `tokens` where positions end, or rotate by the longest row of a batch."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None)
+    limit: int = getattr(text, "max_position_embeddings", None) or 0
+    if rope is not None:
+        nested = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+        scaled = [part for part in nested if part.get("rope_type") in ("dynamic", "longrope")]
+        limit = min((part.get("original_max_position_embeddings") or limit for part in scaled), default=0)
+    if limit and tokens > limit:
+        what = "only rows of one length agree beyond it" if rope is not None else "it has no positions beyond it"
+        raise CountdownError(
+            f"prompt and completion take up to {tokens:,} tokens, and the context of `{name}` is {limit:,}: {what}",
+            "give a smaller `--max-new-tokens`",
+        )
+
+
 def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer of a model, alone; CountdownError if it has no chat template."""
     source, local = find(name)

@@ -17,8 +17,9 @@ import torch
 from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model import qwen2
-from grpo_cli.core.model.load import detect_precision, number_of_layers, skeleton, weights_dtype
+from grpo_cli.core.model.load import detect_precision, number_of_layers, require_context, skeleton, weights_dtype
 from grpo_cli.core.model.master_weights import AT_ONCE
+from grpo_cli.core.model.policy import ATTENTION
 from grpo_cli.core.perf.microbatch import resident
 from grpo_cli.core.sampling.decode import ROUNDED
 
@@ -131,7 +132,8 @@ def free_memory(device: torch.device) -> int:
 class Planner:
     """Memory and time of one model doing one kind of work."""
 
-    def __init__(self, name: str, work: Work) -> None:
+    def __init__(self, name: str, work: Work, *, plain: bool = False, whole: bool = False) -> None:
+        """`plain` and `whole` as a self-check chose for the model's policy; a plain path may follow from its config."""
         self.work, self.layers = work, number_of_layers(name)
         self.dtype = weights_dtype(work.precision, torch.device(work.device))
         model = skeleton(name, dtype=self.dtype, layers=1)
@@ -144,11 +146,15 @@ class Planner:
         self._ends, self._layer = (sum(shape.numel() for shape in shapes) for shapes in (ends, per_layer))
         self.count = sum(shape.numel() for shape in self.shapes)
         config = model.config.get_text_config()
+        require_context(name, config, work.prompt_tokens + work.new_tokens)
+        self.plain = plain or model.config._attn_implementation != ATTENTION
+        self.can_chunk = not (self.plain or whole or work.shards > 1)  # as `Policy.logprobs`
+        self._has_scores = self.plain and not model._supports_sdpa  # (H, T, T) of each row
         self._width, self._vocabulary = config.hidden_size, config.vocab_size
         self._inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         heads = getattr(config, "num_attention_heads", None) or 1  # none in a state-space model
         head = getattr(config, "head_dim", None) or config.hidden_size // heads
-        self._queries = heads * head
+        self._heads, self._queries = heads, heads * head
         self._keys = (getattr(config, "num_key_value_heads", None) or heads) * head
         self.has_masters = work.precision == "bf16-master" and self.dtype == torch.bfloat16 and work.shards == 1
         # Bytes of a value in matrix multiplications. Autocast on a CPU keeps it in float32 beside bfloat16.
@@ -181,6 +187,8 @@ class Planner:
     def _prompts_of(self, rows: int) -> int:
         """Prompts that `rows` completions in a row answer, at most."""
         each = self.work.generations
+        if self.plain:
+            return rows
         return min(self.work.prompts, rows // each if rows % each == 0 else (rows - 2) // each + 2 if rows > 1 else 1)
 
     def _with_slack(self, amounts: Amounts, stays: Amounts) -> Amounts:
@@ -221,7 +229,7 @@ class Planner:
         work, static = self.work, self.work.device == "cuda"
         longest = -(-work.prompt_tokens // ROUNDED) * ROUNDED if static else work.prompt_tokens
         token = self.layers * 2 * self._keys * self.dtype.itemsize
-        batches = [(work.prompts, work.rows), (work.eval_rows, work.eval_rows)]
+        batches = [(work.rows if self.plain else work.prompts, work.rows), (work.eval_rows, work.eval_rows)]
         caches = [(prompts * longest + rows * work.new_tokens) * token for prompts, rows in batches]
         chosen = [rows * self._vocabulary * (self.dtype.itemsize + 16) for _, rows in batches]
         together = sum if static else max
@@ -230,10 +238,12 @@ class Planner:
     def _rollout(self) -> Amounts:
         """The prefill: keys of all layers, and one layer's values. `qwen2` decodes with merged copies of its layers."""
         work, size = self.work, self.dtype.itemsize
-        tokens = max(work.prompts, work.eval_rows) * work.prompt_tokens
+        tokens = max(work.rows if self.plain else work.prompts, work.eval_rows) * work.prompt_tokens
         kept = self.layers * 2 * self._keys + 4 * self._width + 3 * self._inner
         merged = self.layers * self._layer * size if self._merges else 0
         amounts = {"activations": tokens * kept * size, "working room": merged}
+        if self.plain:  # many models compute the logits of the whole prompt
+            amounts["logits"] = tokens * self._vocabulary * self._computed
         return amounts if work.device == "cuda" else amounts | self._sampling()
 
     def _pass(self, choices: Choices, *, learn: bool) -> Amounts:
@@ -244,10 +254,14 @@ class Planner:
         values = 4 * self._inner + 3 * self._width + 2 * self._queries + 2 * self._keys
         layer = tokens * (self._computed * values + 16 * self._width)
         layer += rows * work.prompt_tokens * 2 * self._keys * self._computed  # the prompt's keys beside each completion
+        if self._has_scores:  # in float32 too
+            layer += rows * self._heads * (work.prompt_tokens + work.new_tokens) ** 2 * (self._computed + 4)
         boundary = tokens * self._width * self.dtype.itemsize
         kept = (self.layers * (boundary if choices.checkpointing else layer)) if learn else boundary
         logits = min(choices.logit_chunk or rows * work.new_tokens, rows * work.new_tokens)
         amounts = {"activations": kept + layer, "logits": logits * self._vocabulary * (self._computed + 8)}
+        if self.plain:
+            amounts["logits"] += tokens * self._vocabulary * self._computed
         copies = self._gathered(learn=learn)
         if work.device == "cpu":  # copies in the type of the multiplications, and `qwen2`'s of its merged layers
             copies += 2 * self.count * (work.precision != "float32") + self._rollout()["working room"]
@@ -314,7 +328,7 @@ def find(
             [False, True] if checkpointing is None else [checkpointing],
             hosts,
             sizes,
-            LOGIT_CHUNKS[:1] if work.shards > 1 else LOGIT_CHUNKS,
+            LOGIT_CHUNKS if planner.can_chunk else LOGIT_CHUNKS[:1],
         )
         if not logit_chunk or logit_chunk < (size or work.rows) * work.new_tokens
     ]
@@ -341,10 +355,12 @@ def room(settings: Settings, work: Work, *, free: int = 0) -> int:
     return int(free * (1 - GPU_MARGIN)) - (LIBRARIES if work.device == "cuda" else 0)
 
 
-def plan_for(name: str, work: Work, settings: Settings, *, free: int = 0) -> MemoryPlan:
+def plan_for(
+    name: str, work: Work, settings: Settings, *, free: int = 0, plain: bool = False, whole: bool = False
+) -> MemoryPlan:
     """The plan for a training with these settings in the memory that `room` allows; raises as `find` does."""
     return find(
-        Planner(name, work),
+        Planner(name, work, plain=plain, whole=whole),
         room=room(settings, work, free=free),
         rows=settings.train.micro_batch_size,
         checkpointing={"auto": None, "on": True, "off": False}[settings.model.gradient_checkpointing],

@@ -143,7 +143,9 @@ def start(
         warmed = old.warm_start_path if old and old.warm_start_path.is_dir() else None
         shown = [] if checkpoint or warmed else demonstrated(settings, ranks.size)
         folder = checkpoint / "model" if checkpoint else warmed
-        policy = ranks.own(lambda: _load(settings, plan.choices, folder, note=note))
+        load = partial(_load, settings, folder=folder, note=note)
+        replan = partial(plan_memory, settings, ranks=ranks.size, free=free)
+        policy, plan = ranks.own(lambda: _load_planned(load, plan, replan))
         settings = settled(settings, policy)
         if shown:
             _warm_up(policy, shown, plan.choices, note)
@@ -200,8 +202,13 @@ def demonstrated(settings: Settings, ranks: int) -> list[Lesson]:
     return lessons(settings, load_tokenizer(model_source(Path(settings.runs), settings.model.model)), ranks=ranks)
 
 
-def plan_memory(settings: Settings, *, ranks: int = 1, free: int = 0) -> MemoryPlan:
-    """Plan each rank's memory from the model's config and tokenizer alone. `free` is in bytes; settings override it."""
+def plan_memory(
+    settings: Settings, *, ranks: int = 1, free: int = 0, plain: bool = False, whole: bool = False
+) -> MemoryPlan:
+    """Plan each rank's memory from the model's config and tokenizer alone. `free` is in bytes; settings override it.
+
+    `plain` and `whole` as of the policy, once that is known.
+    """
     wanted = settings.model
     needs_no_gpu = wanted.device == "cuda" and wanted.memory > 0
     device = torch.device("cuda") if needs_no_gpu else detect_device(wanted.device)
@@ -209,7 +216,7 @@ def plan_memory(settings: Settings, *, ranks: int = 1, free: int = 0) -> MemoryP
     longest = longest_prompt(settings, partial(encode, load_tokenizer(source)))
     optimizer = choose_optimizer(settings.train.optimizer, device)
     work = memory.Work.of(settings, device=device, optimizer=optimizer, prompt_tokens=longest, ranks=ranks)
-    return memory.plan_for(source, work, settings, free=free)
+    return memory.plan_for(source, work, settings, free=free, plain=plain, whole=whole)
 
 
 def _lock(run: Run, locks: ExitStack, note: Note) -> None:
@@ -244,6 +251,18 @@ def _warm_up(policy: Policy, shown: Sequence[Lesson], choices: Choices, note: No
             note(f"warm start: step {step} of {steps}, loss {loss:.3f}")
 
     warm_start(policy, shown, rows=choices.rows, report=report)
+
+
+def _load_planned(
+    load: Callable[[Choices], Policy], plan: MemoryPlan, replan: Callable[..., MemoryPlan]
+) -> tuple[Policy, MemoryPlan]:
+    """The policy with its plan: another one if the self-check put it on a path that needs more memory."""
+    policy, first = load(plan.choices), plan.choices
+    if policy.plain or policy.whole:
+        plan = replan(plain=policy.plain, whole=policy.whole)
+        if plan.choices.checkpointing != first.checkpointing:
+            policy = load(plan.choices)
+    return replace(policy, logit_chunk=plan.choices.logit_chunk), plan
 
 
 def _restore(

@@ -43,8 +43,10 @@ class PlainSampler(Sampler):
     def _decode(self, rows: Tensor) -> Iterator[int]:
         tokens = torch.tensor([self.prompts[row] for row in rows.tolist()], device=self.policy.device)  # (B, L)
         fed, cache = tokens, dict[str, object]()
+        takes = signature(self.policy.model.forward).parameters
+        last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         for time in range(self.limit):
-            output = self.policy.model(input_ids=fed, use_cache=self.policy.cached, **cache)
+            output = self.policy.model(input_ids=fed, use_cache=self.policy.cached, **cache, **last)
             self.computed += fed.numel()
             uniform = None if self.uniform is None else self.uniform[rows, time]
             chosen, logprobs = choose(output.logits[:, -1], uniform, self.temperature)

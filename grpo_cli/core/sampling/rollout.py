@@ -15,6 +15,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from grpo_cli.core.model.load import require_context
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.perf.microbatch import MicroBatch
 from grpo_cli.core.sampling.decode import Form, Sampler, ShrinkingSampler, static_sampler
@@ -33,16 +34,18 @@ class Rollout:
 
 
 def uniforms(seed: int, step: int, prompts: Sequence[int], num_generations: int, tokens: int) -> Tensor:
-    """Uniform numbers (P, G, T) in [0, 1); each row depends on seed, step, the prompt's index and the sample's."""
-    generator = torch.Generator()
+    """Uniform numbers (P, G, T) in [0, 1), from a hash of (seed, step, prompt, sample): 53 bits for each number.
+
+    torch.Generator would use 32 bits of a seed, so that rows of a long training would coincide.
+    """
     rows = []
     for prompt in prompts:
         for sample in range(num_generations):
-            digest = hashlib.blake2b(f"{seed}/{step}/{prompt}/{sample}".encode(), digest_size=8).digest()
-            generator.manual_seed(int.from_bytes(digest, "little") >> 1)
-            rows.append(torch.rand(tokens, generator=generator, dtype=torch.float64))
-    found = torch.stack(rows) if rows else torch.empty(0)
-    return found.view(len(prompts), num_generations, tokens)
+            bits = hashlib.shake_256(f"{seed}/{step}/{prompt}/{sample}".encode()).digest(8 * tokens)
+            integers = torch.frombuffer(bytearray(bits), dtype=torch.int64) & (2**53 - 1)
+            rows.append(integers.double() / 2**53)
+    stacked = torch.stack(rows) if rows else torch.empty(0)
+    return stacked.view(len(prompts), num_generations, tokens)
 
 
 def sample(
@@ -117,7 +120,9 @@ def _sampler(
     uniform: Tensor | None,
     static: bool | None = None,
 ) -> Sampler:
-    """A sampler that has prefilled the prompts."""
+    """A sampler that has prefilled the prompts. Raises CountdownError beyond the model's context."""
+    longest = max(map(len, prompts)) + max_new_tokens
+    require_context(policy.name, policy.model.config, longest)
     if policy.plain:
         return PlainSampler(
             policy,
