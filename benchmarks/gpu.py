@@ -34,11 +34,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_cli.core.builtin.tokenizer import train_tokenizer
 from grpo_cli.core.config.settings import Loss
+from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.perf.cost import Work, costs, shape_of
 from grpo_cli.core.perf.meter import hardware_of, widths
-from grpo_cli.core.perf.microbatch import MicroBatch
 from grpo_cli.core.rl.grpo import advantages
 from grpo_cli.core.rl.state import build_optimizer
 from grpo_cli.core.rl.update import reference_logprobs, update

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from grpo_cli.core.config.settings import Loss
+from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
-from grpo_cli.core.perf.microbatch import MicroBatch
 from grpo_cli.core.rl.grpo import advantages, kl_estimate, normalizer, policy_loss, zero_variance
 from grpo_cli.core.rl.update import NotFinite, clip_gradients, micro_batches, reference_logprobs, update
 

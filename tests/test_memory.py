@@ -22,11 +22,11 @@ from transformers import (
 
 from grpo_cli.core.config.resolve import resolve
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.microbatch import resident
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.perf import memory
 from grpo_cli.core.perf.memory import GB, Choices, Planner, Work, find, moment_bytes, room
-from grpo_cli.core.perf.microbatch import resident
 from grpo_cli.core.rl.update import reference_logprobs
 
 WORK = Work("cuda", "bf16-master", "adamw8bit", 4, 16, 290, 160, 64, has_reference=True)  # the original's

@@ -10,11 +10,11 @@ import torch
 from conftest import Command
 from torch import Tensor
 
+from grpo_cli.core import microbatch
 from grpo_cli.core.config.settings import Loss
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.microbatch import MicroBatch, ran_out
 from grpo_cli.core.model.policy import Policy, Sequences
-from grpo_cli.core.perf import microbatch
-from grpo_cli.core.perf.microbatch import MicroBatch, ran_out
 from grpo_cli.core.rl.update import reference_logprobs, update
 from grpo_cli.core.sampling.rollout import sample, uniforms
 

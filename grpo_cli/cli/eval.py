@@ -18,7 +18,7 @@ from grpo_cli.core.evals import contamination
 from grpo_cli.core.evals.compare import SuitePaired, suite_paired
 from grpo_cli.core.evals.evaluate import SuiteResult, evaluate_suite, puzzles_of
 from grpo_cli.core.files import check_writable, write_lines
-from grpo_cli.core.perf.microbatch import MicroBatch
+from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.task.countdown import task_of
 from grpo_cli.core.task.files import load_puzzles
 from grpo_cli.core.task.suite import Cell, cell

@@ -15,8 +15,8 @@ from grpo_cli.cli.options import flags, give
 from grpo_cli.cli.plot import draw, run_curves
 from grpo_cli.core.config.resolve import Resolved, go_on
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import detect_device, prompt_tokens
-from grpo_cli.core.perf.microbatch import MicroBatch
 from grpo_cli.core.rl import probe as probing
 from grpo_cli.core.rl.session import Session, demonstrated, for_ranks, plan_memory, start
 from grpo_cli.core.rl.state import choose_optimizer

@@ -19,8 +19,8 @@ from itertools import chain
 from grpo_cli.core.dist.ranks import Solo
 from grpo_cli.core.evals.contamination import Known, overlap
 from grpo_cli.core.evals.statistics import wilson
+from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.perf.microbatch import MicroBatch
 from grpo_cli.core.sampling.rollout import sample, uniforms
 from grpo_cli.core.task.countdown import Countdown
 from grpo_cli.core.task.puzzle import Puzzle

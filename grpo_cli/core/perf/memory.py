@@ -16,11 +16,11 @@ import torch
 
 from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.microbatch import resident
 from grpo_cli.core.model import qwen2
 from grpo_cli.core.model.load import detect_precision, number_of_layers, require_context, skeleton, weights_dtype
 from grpo_cli.core.model.master_weights import AT_ONCE
 from grpo_cli.core.model.policy import ATTENTION
-from grpo_cli.core.perf.microbatch import resident
 from grpo_cli.core.sampling.decode import ROUNDED
 
 GB = 1e9

@@ -18,8 +18,8 @@ import torch
 
 from grpo_cli.core.evals.evaluate import Completion, evaluate
 from grpo_cli.core.evals.statistics import mcnemar, wilson
+from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.perf.microbatch import MicroBatch
 from grpo_cli.core.rl.grpo import zero_variance
 from grpo_cli.core.rl.health import CUT_LIMIT, LEARNED
 from grpo_cli.core.task.prompts import STYLES, Style

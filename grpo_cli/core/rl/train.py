@@ -26,10 +26,10 @@ from grpo_cli.core.dist.shards import gather
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evals.evaluate import Evaluation, evaluate, puzzles_of
 from grpo_cli.core.evals.statistics import wilson
+from grpo_cli.core.microbatch import MicroBatch, ran_out
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.perf.cost import Work
 from grpo_cli.core.perf.meter import Meter
-from grpo_cli.core.perf.microbatch import MicroBatch, ran_out
 from grpo_cli.core.rl.batch import Batch, Tally
 from grpo_cli.core.rl.grpo import Step, advantages, zero_variance
 from grpo_cli.core.rl.health import collapses, warnings

@@ -15,8 +15,8 @@ from torch import Tensor
 from grpo_cli.core.config.settings import Loss
 from grpo_cli.core.dist.ranks import Gradients, Passing, Solo
 from grpo_cli.core.dist.shards import local, whole
+from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.policy import Policy, Sequences
-from grpo_cli.core.perf.microbatch import MicroBatch
 from grpo_cli.core.rl.grpo import Step, batch_loss, normalizer
 
 IDLE = Sequences([[0]], [[0]], [0])  # what a rank reads in passes that others make

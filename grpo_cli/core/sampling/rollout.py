@@ -15,9 +15,9 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import require_context
 from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.perf.microbatch import MicroBatch
 from grpo_cli.core.sampling.decode import Form, Sampler, ShrinkingSampler, static_sampler
 from grpo_cli.core.sampling.plain import PlainSampler
 
