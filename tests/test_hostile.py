@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -343,3 +344,14 @@ def test_a_tilde_in_an_argument_is_the_home_folder(
     for arguments in (["eval", "~/model"], ["solve", "4 7 3 = 25", "--model", "~/model"]):
         assert f"{home}/model" in countdown(*arguments).err
     assert not (tmp_path / "~").exists()
+
+
+def test_what_has_no_metrics_is_not_plotted(countdown: Command, finished_run: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in ("fifo", "/dev/zero"):
+        result = countdown("plot", path)
+        assert (result.code, f"`{path}` is not a regular file" in result.err) == (2, True)
+    run = shutil.copytree(finished_run, tmp_path / "runs" / "first")
+    (run / "metrics.jsonl").write_text("")
+    result = countdown("plot", "first")
+    assert (result.code, "`first` has no metrics to plot yet" in result.err) == (2, True)

@@ -32,6 +32,9 @@ def run(
         raise CountdownError(f"no run in `{root}` yet", "train one with `countdown train`, or name a metrics file")
     sources = [_source(root, name) for name in names]
     curves = [run_curves(source) if isinstance(source, Run) else figures.load(source) for source in sources]
+    for name, drawn in zip(names, curves, strict=True):
+        if drawn.is_empty:
+            raise CountdownError(f"`{name}` has no metrics to plot yet", "wait for its first step, or resume it")
     own = sources[0].path if len(sources) == 1 and isinstance(sources[0], Run) else None
     require_package("matplotlib")
     folder = out or own or _folder_for(sources)

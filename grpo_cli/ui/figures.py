@@ -69,6 +69,8 @@ def load(path: Path) -> Curves:
 
     Raises CountdownError, naming the file and the line or key, for anything else.
     """
+    if path.exists() and not path.is_file():
+        raise CountdownError(f"`{path}` is not a regular file", "name a run, or a file of metrics")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as problem:

@@ -474,7 +474,7 @@ def probe(found: Probe) -> None:
 def markdown(name: str | None, results: Sequence[SuiteResult], pairs: Sequence[SuitePaired]) -> None:
     """The results of a suite, or of one cell, and their comparison as Markdown."""
     headers, rows = _comparison(results) if name is None else _matrix(results, weights=True)
-    title = "" if name is None else f"Suite {name}, "
+    title = "" if name is None else f"Suite {_escaped(printable(name))}, "
     lines = [f"{title}{_decoding(results[0])}", "", *_markdown_table(headers, rows), ""]
     lines += [f"- {_escaped(_origin(result))}" for result in results]
     for pair in pairs:
