@@ -6,6 +6,7 @@ Pickles and remote code are never touched.
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +16,21 @@ from typing import Any, cast
 import torch
 import transformers
 from safetensors import safe_open
+from transformers.models.auto import modeling_auto
 
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.model.folder_checks import check_config, check_folder, check_memory, weight_files
 from grpo_cli.core.model.gguf import is_gguf, unpacked
+from grpo_cli.core.model.hub import check_download, check_repository
 from grpo_cli.core.model.names import require_model
 from grpo_cli.core.model.policy import PROBE, Policy, checkpoint_layers, encode, set_attention
+from grpo_cli.core.model.templates import check_template
 
+CAUSAL = {
+    architecture
+    for names in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    for architecture in ([names] if isinstance(names, str) else names)
+}
 BUILTIN = Path(__file__).parents[1] / "builtin" / "model"
 
 
@@ -33,6 +43,19 @@ def detect_device(wanted: str) -> torch.device:
         usable = ", ".join(f"`{name}`" for name, there in available.items() if there)
         raise CountdownError(f"device `{wanted}` is not available here", f"use `--device auto`, or one of {usable}")
     return torch.device(wanted)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of memory that nobody uses on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def detect_precision(wanted: str, device: torch.device) -> str:
@@ -81,11 +104,14 @@ def load(
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans anew for every shape of a batch
     chosen = detect_precision(precision, place)
     dtype = weights_dtype(chosen, place)
+    config, tokenizer = _config(name), load_tokenizer(name)
+    _check_vocabulary(name, config, tokenizer)
+    free = free_memory(torch.device("cpu"))  # weights are read there, whatever the device
     if local:
-        _check_size(name, Path(source))
-    model = _load_model(name, source, local=local, dtype=dtype)
-    tokenizer = load_tokenizer(name)
-    _check_fit(name, model, tokenizer)
+        _check_size(name, Path(source), config, itemsize=dtype.itemsize, free=free)
+    else:
+        check_download(name, itemsize=dtype.itemsize, free=free)
+    model = _load_model(name, source, config, local=local, dtype=dtype)
     if gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise CountdownError(f"`{name}` has no gradient checkpointing", "give `--gradient-checkpointing off`")
@@ -106,10 +132,19 @@ def number_of_layers(name: str) -> int:
 
 
 def _config(name: str) -> transformers.PreTrainedConfig:
+    """The model's config without what it says about attention kernels and files of weights: those are chosen here."""
     source, local = find(name)
     with _load_errors(name):
-        found = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=local)
-        return cast("transformers.PreTrainedConfig", found)
+        settings, _ = transformers.PreTrainedConfig.get_config_dict(source, local_files_only=local)
+        if settings.get("model_type") not in transformers.CONFIG_MAPPING:
+            settings.pop("architectures", None)  # transformers says better that it does not know the type
+    check_config(name, settings, CAUSAL)
+    chosen = {"attn_implementation": "eager", "_attn_implementation": "eager", "transformers_weights": None}
+    with _load_errors(name):
+        config = transformers.AutoConfig.from_pretrained(
+            source, trust_remote_code=False, local_files_only=local, **chosen
+        )
+    return cast("transformers.PreTrainedConfig", config)
 
 
 def skeleton(name: str, *, dtype: torch.dtype, layers: int) -> transformers.PreTrainedModel:
@@ -139,32 +174,35 @@ def find(name: str) -> tuple[str, bool]:
     path = Path(name)
     if is_gguf(name):
         return str(unpacked(path)), True
+    if path.is_dir():
+        check_folder(name, path)
+    else:
+        check_repository(name)
     return name, path.is_dir()
 
 
-def _check_size(name: str, folder: Path) -> None:
-    """Refuse a config.json that asks for far more than its weights hold, before anything of that size is made."""
-    with _load_errors(name):
-        tensors = [shape for path in folder.glob("*.safetensors") for shape in _shapes(path)]
-        held = sum(map(math.prod, tensors))
-        config, _ = transformers.PreTrainedConfig.get_config_dict(folder, local_files_only=True)
-        layers = config.get("num_hidden_layers", 0)
-        described = 0
-        if tensors and isinstance(layers, int) and layers <= len(tensors):
-            with torch.device("meta"):
-                model = transformers.AutoModelForCausalLM.from_config(
-                    transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True),
-                    trust_remote_code=False,
-                )
-            described = sum(math.prod(parameter.shape) for parameter in model.parameters())
-    if not tensors:
+def _check_size(name: str, folder: Path, config: transformers.PreTrainedConfig, *, itemsize: int, free: int) -> None:
+    """Refuse weights that do not fit into `free` bytes or the config.json, before anything of their size is made."""
+    files = weight_files(name, folder)
+    if not files:
         return  # said better where the weights are loaded
-    if not isinstance(layers, int) or layers > len(tensors) or described > 2 * held:
+    check_memory(name, sum(path.stat().st_size for path in files), 1, free)
+    with _load_errors(name):
+        tensors = [shape for path in files for shape in _shapes(path)]
+        held = sum(map(math.prod, tensors))
+        layers = int(getattr(config.get_text_config(), "num_hidden_layers", 0))
+        described = 0
+        if layers <= len(tensors):
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            described = sum(math.prod(parameter.shape) for parameter in model.parameters())
+    if layers > len(tensors) or not described <= 2 * held <= 4 * described:
         size = f"{described:,} weights" if described else f"{layers} layers"
         raise CountdownError(
             f"the config.json of `{name}` describes {size}, its files hold {held:,} in {len(tensors)} tensors",
             "save the model again",
         )
+    check_memory(name, described, itemsize, free)
 
 
 def _shapes(path: Path) -> list[list[int]]:
@@ -172,10 +210,13 @@ def _shapes(path: Path) -> list[list[int]]:
         return [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118 (it is no mapping)
 
 
-def _load_model(name: str, source: str, *, local: bool, dtype: torch.dtype) -> transformers.PreTrainedModel:
+def _load_model(
+    name: str, source: str, config: transformers.PreTrainedConfig, *, local: bool, dtype: torch.dtype
+) -> transformers.PreTrainedModel:
     with _load_errors(name):
         loaded = transformers.AutoModelForCausalLM.from_pretrained(
             source,
+            config=config,
             dtype=dtype,
             attn_implementation="eager",  # every model has it; `set_attention` chooses another
             use_safetensors=True,
@@ -228,9 +269,11 @@ def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
     source, local = find(name)
     with _load_errors(name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=local)
-        probe = encode(tokenizer, PROBE) if tokenizer.chat_template else []
     if not tokenizer.chat_template:
         raise CountdownError(f"the tokenizer of `{name}` has no chat template", "use an instruction-tuned model")
+    check_template(name, tokenizer, PROBE)
+    with _load_errors(name):
+        probe = encode(tokenizer, PROBE)
     if PROBE[-1]["content"] not in tokenizer.decode(probe):
         raise CountdownError(f"the tokenizer of `{name}` has no vocabulary", "save it beside the model again")
     return cast("transformers.PreTrainedTokenizerBase", tokenizer)
@@ -255,11 +298,14 @@ def _load_errors(name: str) -> Iterator[None]:
         ) from error
 
 
-def _check_fit(name: str, model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-    rows = cast("torch.nn.Embedding", model.get_input_embeddings()).num_embeddings
-    if len(tokenizer) > rows:
+def _check_vocabulary(
+    name: str, config: transformers.PreTrainedConfig, tokenizer: transformers.PreTrainedTokenizerBase
+) -> None:
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if isinstance(rows, int) and size > rows:
         raise CountdownError(
-            f"the tokenizer of `{name}` has {len(tokenizer)} tokens, its model only {rows}",
+            f"the tokenizer of `{name}` has {size} tokens, its model only {rows}",
             "use the tokenizer that the model was trained with",
         )
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.model.folder_checks import refuse_adapter
 
 
 def require_model(name: str, *, suggestion: str | None = None) -> None:
@@ -18,6 +19,7 @@ def require_model(name: str, *, suggestion: str | None = None) -> None:
         return
     if os.path.isdir(name):
         if not os.path.isfile(Path(name) / "config.json"):
+            refuse_adapter(name, os.listdir(name))
             raise CountdownError(f"`{name}` is not a model folder: it has no config.json", "name the folder itself")
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or os.path.exists(Path(name).parent):
         hint = "use `builtin`, a run's name, a model folder, a GGUF file, or a hub id `owner/name`"

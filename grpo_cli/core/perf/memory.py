@@ -6,11 +6,9 @@ layer saves for the backward pass. The planner takes the fastest choices that fi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 
 import torch
 
@@ -18,7 +16,14 @@ from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.microbatch import resident
 from grpo_cli.core.model import qwen2
-from grpo_cli.core.model.load import detect_precision, number_of_layers, require_context, skeleton, weights_dtype
+from grpo_cli.core.model.load import (
+    detect_precision,
+    free_memory,
+    number_of_layers,
+    require_context,
+    skeleton,
+    weights_dtype,
+)
 from grpo_cli.core.model.master_weights import AT_ONCE
 from grpo_cli.core.model.policy import ATTENTION
 from grpo_cli.core.sampling.decode import ROUNDED
@@ -114,19 +119,6 @@ def moment_bytes(shapes: Iterable[torch.Size], dtype: torch.dtype, optimizer: st
     if optimizer == "adamw":
         return int(2 * dtype.itemsize * sum(counts))
     return sum(8 * n if n < MIN_8BIT else 2 * (n + 4 * -(-n // BLOCK_8BIT)) for n in counts)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes of memory that nobody uses on the device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory()
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class Planner:

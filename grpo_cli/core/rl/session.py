@@ -24,7 +24,7 @@ from grpo_cli.core.dist.ranks import Solo
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evals import contamination
 from grpo_cli.core.evals.evaluate import Evaluation
-from grpo_cli.core.model.load import detect_device, fix_order, load_tokenizer
+from grpo_cli.core.model.load import detect_device, fix_order, free_memory, load_tokenizer
 from grpo_cli.core.model.policy import Policy, encode
 from grpo_cli.core.perf import memory
 from grpo_cli.core.perf.memory import Choices, MemoryPlan
@@ -132,7 +132,7 @@ def start(
     device = detect_device(settings.model.device)
     if settings.train.deterministic:
         fix_order()
-    free = min(ranks.each(lambda: memory.free_memory(device)))  # the ranks must choose alike
+    free = min(ranks.each(lambda: free_memory(device)))  # the ranks must choose alike
     plan = ranks.own(lambda: plan_memory(settings, ranks=ranks.size, free=free))
     memory.limit(settings, device)
     with ExitStack() as locks:

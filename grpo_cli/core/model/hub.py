@@ -1,0 +1,46 @@
+"""What the hub says about a model before it is downloaded. Offline, nothing is known and nothing is checked."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import httpx
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.hf_api import ModelInfo
+
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.model.folder_checks import INDEX, WEIGHTS, check_memory, refuse_adapter, shards
+
+UNREACHABLE = (OSError, httpx.HTTPError, HFValidationError)  # what follows is reported where files are opened
+
+
+def check_repository(name: str) -> None:
+    """Refuse adapters, and models without safetensors."""
+    info = _info(name)
+    files = [file.rfilename for file in info.siblings or []] if info else []
+    if "config.json" not in files:
+        refuse_adapter(name, files)
+    if files and not {WEIGHTS, INDEX} & set(files):
+        raise CountdownError(f"`{name}` has no weights as safetensors", "use a model that has them")
+
+
+def check_download(name: str, *, itemsize: int, free: int) -> None:
+    """Refuse weights that do not fit into `free` bytes of memory, and an index that names anything but safetensors."""
+    info = _info(name)
+    if info is None:
+        return
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    names = [WEIGHTS] if WEIGHTS in sizes else shards(name, Path(hf_hub_download(name, INDEX)))
+    if info.safetensors is not None:
+        check_memory(name, info.safetensors.total, itemsize, free)
+    check_memory(name, sum(sizes.get(file, 0) for file in names), 1, free)
+
+
+@cache
+def _info(name: str) -> ModelInfo | None:
+    try:
+        return HfApi().model_info(name, files_metadata=True, timeout=10)
+    except UNREACHABLE:
+        return None
