@@ -246,8 +246,7 @@ def serve(
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    # Templates and Mistral's files are looked for by a client whose address is fixed at import.
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", address)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # made once, with the address of that time
 
     def offer(files: dict[str, int], weights: int | None = None, **contents: bytes) -> Hub:
         siblings = [{"rfilename": name, "size": size} for name, size in files.items()]
@@ -293,6 +292,14 @@ def test_an_adapter_on_the_hub_is_refused_before_anything_is_downloaded(serve: C
     with pytest.raises(CountdownError, match="is an adapter without its base model"):
         load("owner/name", device="cpu", precision="float32")
     assert [path.partition("?")[0] for path in started.asked] == ["/api/models/owner/name"]
+
+
+def test_a_hub_out_of_reach_is_not_asked_about_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    hub._info.cache_clear()
+    hub.check_repository("owner/name")
+    hub.check_download("owner/name", itemsize=4, free=0)
+    hub._info.cache_clear()
 
 
 def test_a_well_behaved_template_costs_little(tiny_folder: Path) -> None:

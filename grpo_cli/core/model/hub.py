@@ -5,15 +5,11 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-import httpx
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import ModelInfo
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.folder_checks import INDEX, WEIGHTS, check_memory, refuse_adapter, shards
-
-UNREACHABLE = (OSError, httpx.HTTPError, HFValidationError)  # what follows is reported where files are opened
 
 
 def check_repository(name: str) -> None:
@@ -32,15 +28,23 @@ def check_download(name: str, *, itemsize: int, free: int) -> None:
     if info is None:
         return
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    names = [WEIGHTS] if WEIGHTS in sizes else shards(name, Path(hf_hub_download(name, INDEX)))
+    names = [WEIGHTS] if WEIGHTS in sizes else _indexed(name)
     if info.safetensors is not None:
         check_memory(name, info.safetensors.total, itemsize, free)
     check_memory(name, sum(sizes.get(file, 0) for file in names), 1, free)
+
+
+def _indexed(name: str) -> list[str]:
+    try:
+        index = hf_hub_download(name, INDEX)
+    except Exception:  # as below
+        return []
+    return shards(name, Path(index))
 
 
 @cache
 def _info(name: str) -> ModelInfo | None:
     try:
         return HfApi().model_info(name, files_metadata=True, timeout=10)
-    except UNREACHABLE:
+    except Exception:  # releases of the library differ in what they raise; loading reports a hub out of reach
         return None
