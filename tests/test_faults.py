@@ -538,7 +538,7 @@ def test_settings_edited_in_the_run_folder_are_noticed(trained: Command, tmp_pat
 def test_a_flag_that_would_change_the_run_is_refused(trained: Command, flag: list[str]) -> None:
     found = trained("train", "--run", "first", "--resume", *flag)
     assert found.code == 2
-    assert "a run that goes on cannot change" in found.err and flag[1].replace("1e-3", "0.001") in found.err
+    assert "a resumed run cannot change" in found.err and flag[1].replace("1e-3", "0.001") in found.err
 
 
 def test_what_auto_stood_for_is_kept(trained: Command, tmp_path: Path) -> None:

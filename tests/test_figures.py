@@ -130,8 +130,8 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(CountdownError, match="is not UTF-8 text"):
         plot.load(binary)
-    for path in (tmp_path, tmp_path / "missing.json"):
-        with pytest.raises(CountdownError, match="cannot read"):
+    for path, said in ((tmp_path, "is not a regular file"), (tmp_path / "missing.json", "cannot read")):
+        with pytest.raises(CountdownError, match=said):
             plot.load(path)
 
 

@@ -344,7 +344,9 @@ def weights_of(training: Training) -> list[torch.Tensor]:
 
 @pytest.mark.faults
 def test_a_group_of_one_is_refused(tiny_folder: Path) -> None:
-    with pytest.raises(CountdownError, match="`--num-generations` must be a whole number of at least 2, not `1`"):
+    with pytest.raises(
+        CountdownError, match="`--num-generations` must be a whole number of at least 2 and at most 10000, not `1`"
+    ):
         small(tiny_folder, **{"train.num_generations": 1})
 
 

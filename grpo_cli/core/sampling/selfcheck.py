@@ -127,7 +127,7 @@ def checked(
         reasons.append(str(error))
     raise CountdownError(
         f"`{policy.name}` ({type(policy.model).__name__}) cannot be used: {reasons[-1]}",
-        "use a model of the Qwen2.5, Llama or another architecture in docs/models.md",
+        "use a model of another architecture, such as Qwen2.5 or Llama",
     )
 
 
