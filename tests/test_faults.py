@@ -724,7 +724,13 @@ def begin(folder: Path, *arguments: str, prefix: Sequence[str] = ()) -> subproce
     line = [*prefix, sys.executable, "-m", "grpo_cli", "train", "--run", "first", *SHORT, *arguments]
     line += ["--num-iterations", "100000", "--eval-every", "100000", "--save-every", "100000"]
     return subprocess.Popen(
-        line, cwd=folder, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, env=ONE_THREAD
+        line,
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        env=ONE_THREAD,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # which nohup before the tests would ignore
     )
 
 
