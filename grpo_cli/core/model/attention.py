@@ -12,12 +12,11 @@ H query heads, K key-value heads, d the head dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, cast
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -41,16 +40,13 @@ def attention_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 def maskless(device: torch.device) -> bool:
-    """Whether completions attend without a mask in memory, which flash attention on CUDA can't take anyway.
-
-    On the meta device memory is planned: there attention is what it is on CUDA.
-    """
-    return device.type in ("cuda", "meta")
+    """Whether completions attend without a mask in memory, which flash attention on CUDA can't take anyway."""
+    return device.type == "cuda"
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Each operation in the type of what it is given; the meta device knows no other way."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    """Run each operation in the type of its inputs."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def order(lengths: Sequence[int], prompt_index: Sequence[int], device: torch.device) -> list[int]:
@@ -193,7 +189,7 @@ class Packed:
         for start, end in _cuts(prompt_index if apart else [0] * len(prompt_index)):
             rows, owner = _Rows(lengths[start:end], device), torch.tensor(prompt_index[start:end], device=device)
             reach, longest = prompt_lengths[prompt_index[start]] if apart else self.prompts.shape[1], rows.shape[1]
-            bias = _aligned(longest, reach + longest, device) if apart else self._mask(longest, owner)
+            bias = causal_lower_right(longest, reach + longest) if apart else self._mask(longest, owner)
             self.buckets.append((rows, owner, reach, bias, prompt_index[start] if apart else None))
         self.sizes = [self.prompts.tokens, *(rows.tokens for rows, *_ in self.buckets)]
         ends = torch.tensor([*prompt_lengths, *lengths]).cumsum(0) - 1  # packed position of each section's last token
@@ -308,22 +304,13 @@ def _scores(queries: Tensor, keys: Tensor) -> Tensor:
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Plain causal attention, each key-value head serving its H/K query heads."""
-    if query.is_meta:
-        return flash_outline(query, key, value)
     return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
 
 
 def _biased(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> Tensor:
     """Attention under a mask (R, 1, C, L + C) or a causal bias, each key-value head serving its H/K query heads."""
-    if query.is_meta:
-        return flash_outline(query, key, value)
     bias = bias if isinstance(bias, CausalBias) else bias.to(query.dtype)
     return scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=True)
-
-
-def _aligned(queries: int, keys: int, device: torch.device) -> Tensor:
-    """The bias of causal attention in which the last query sees every key."""
-    return torch.empty(0, device=device) if device.type == "meta" else causal_lower_right(queries, keys)
 
 
 def _cuts(labels: Sequence[int]) -> list[tuple[int, int]]:
@@ -334,27 +321,3 @@ def _cuts(labels: Sequence[int]) -> list[tuple[int, int]]:
             found.append((start, end))
             start = end
     return found
-
-
-def flash_outline(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What flash attention takes up in memory, forward and backward; what it computes is left out: (B, H, T, d)."""
-    return cast("Tensor", _FlashOutline.apply(query, key, value))  # type: ignore[no-untyped-call]
-
-
-class _FlashOutline(Function):
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        attended = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, attended, query.new_empty(query.shape[:3], dtype=torch.float32))
-        return attended
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries' gradients are summed in float32; keys' and values' come for every query head and are added up."""
-        query, key, value, _, _ = ctx.saved_tensors
-        groups = query.shape[1] // key.shape[1]
-        kept = query.new_empty(query.shape, dtype=torch.float32)
-        expanded = [part.repeat_interleave(groups, dim=1) for part in (key, value)]
-        found = [part.unflatten(1, (-1, groups)).sum(dim=2) for part in expanded]
-        del kept, expanded
-        return torch.empty_like(query), found[0], found[1]

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -96,8 +96,6 @@ class Policy:
     def autocast(self) -> AbstractContextManager[object]:
         """The arithmetic of a forward pass: bfloat16 over float32 weights where the precision says so."""
         wanted = self.precision == "bf16-master" and not self.has_masters
-        if self.device.type == "meta":
-            return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
 
     @property

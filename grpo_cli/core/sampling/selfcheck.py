@@ -142,17 +142,6 @@ def plain_logprobs(policy: Policy, sequences: Sequences, *, temperature: float =
     return rows
 
 
-@torch.no_grad()
-def sampler_gap(
-    policy: Policy, sequences: Sequences, sampled: Sequence[Sequence[float]], *, temperature: float, rows: int = 2
-) -> float:
-    """Mean distance of the sampler's log-probabilities from those of the plain forward, over a few completions."""
-    chosen = range(0, len(sampled), max(1, len(sampled) // rows))[:rows]
-    exact = torch.cat(plain_logprobs(policy, sequences.subset(chosen), temperature=temperature))
-    values = torch.tensor([value for row in chosen for value in sampled[row]], device=exact.device)
-    return float((exact - values).abs().mean())
-
-
 @contextmanager
 def plain_attention(policy: Policy) -> Iterator[None]:
     """Attention as the model does it by itself, within this context."""

@@ -101,14 +101,6 @@ def _product(value: Value, factors: tuple[str, ...], divisors: tuple[str, ...]) 
     return _Form(value, (" / ".join((" * ".join(factors), *divisors)),), (), factors, divisors)
 
 
-def _added(value: Value, left: _Form, right: _Form) -> _Form:
-    return _sum(value, left.plus + right.plus, left.minus + right.minus)
-
-
-def _subtracted(value: Value, left: _Form, right: _Form) -> _Form:
-    return _sum(value, left.plus + right.minus, left.minus + right.plus)
-
-
 def _joined(left: _Form, right: _Form, operations: str, goal: Value | None = None) -> Iterator[_Form]:
     """The forms that join two, each if worth `goal`: sum, difference that is not negative, product, both quotients."""
     if left.value[0] * right.value[1] < right.value[0] * left.value[1]:
