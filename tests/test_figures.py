@@ -114,6 +114,8 @@ def test_the_originals_lists_may_be_missing_or_hold_nan(tmp_path: Path) -> None:
         ('{"val_accuracies_avg": {"a": 1}}', "`{path}`: `val_accuracies_avg` is not a list"),
         ('{"kl_avg": [1' + "0" * 400 + "]}", "`{path}`: `kl_avg[0]` is too large"),
         ('{"step": 1' + "0" * 400 + ', "reward": 0.5}', "`{path}`, line 1: `step` is too large"),
+        ('{"step": 1' + "0" * 16 + ', "reward": 0.5}', "`{path}`, line 1: `step` is too large"),
+        ('{"step": 1, "reward": 1e308, "kl": -1e308}', "`{path}` holds no metrics to plot"),
         ("[" * 100_000, "`{path}`, line 1: not a line of metrics"),
     ],
 )
@@ -136,6 +138,16 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 
 
 # Drawing
+
+
+@pytest.mark.parametrize("value", [1e308, -1e308, 1e101])
+def test_values_too_large_for_an_axis_are_left_out(value: float, tmp_path: Path) -> None:
+    metrics = [{"step": step, "reward": value, "accuracy": 0.5, "kl": value} for step in (1, 2)]
+    metrics.append({"step": 3, "reward": 1e99, "accuracy": 0.5, "kl": -1e99})
+    curves = plot.from_metrics("run-1", metrics)
+    assert (curves.reward, curves.kl) == ([(3, 1e99)], [(3, -1e99)])
+    plot.training_curve([curves], tmp_path / "training.png", smooth=True)
+    plot.kl_curve([curves], tmp_path / "kl.png", smooth=True)
 
 
 @pytest.mark.parametrize(

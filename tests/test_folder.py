@@ -291,6 +291,10 @@ def test_a_number_that_json_cannot_hold_is_not_logged(run: Run) -> None:
         (b'{"step": 2, "loss": "1"}', "`loss` in line 2 of `{}` is not a number"),
         (b'{"step": 2, "loss": true}', "`loss` in line 2 of `{}` is not a number"),
         (b'{"step": 2, "loss": null}', "`loss` in line 2 of `{}` is not a number"),
+        (b'{"step": 2, "loss": NaN}', "`loss` in line 2 of `{}` is not a finite number"),
+        (b'{"step": 2, "val_accuracy": 1e308}', "`val_accuracy` in line 2 of `{}` is not a share from 0 to 1"),
+        (b'{"step": 2, "time/total": 1e308}', "`time/total` in line 2 of `{}` is not a number of seconds"),
+        (b'{"step": 1' + b"0" * 16 + b"}", "line 2 of `{}` is not an object with a `step`"),
     ],
 )
 def test_a_wrong_line_of_metrics_is_numbered(run: Run, line: bytes, complaint: str) -> None:

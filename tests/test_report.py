@@ -367,7 +367,7 @@ def test_without_the_option_there_is_no_page(countdown: Command, tmp_path: Path)
         ({"solved": "01x1"}, "`solved` in {}: String should match pattern"),
         ({"reasons": {"correct": -1}}, "`reasons.correct` in {}: Input should be greater than or equal to 0"),
         ({"examples": [{"numbers": "x"}]}, "`examples.0.completion` in {}: Field required"),
-        ({"step": -1}, "`step` in {}: Input should be greater than or equal to 0"),
+        ({"step": -1}, "{} is not an object with a `step`"),
         ({"step": None}, "{} is not an object with a `step`"),
     ],
 )

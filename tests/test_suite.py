@@ -27,3 +27,4 @@ def test_a_cell_that_is_mistyped_is_told_its_nearest() -> None:
 def test_a_weighted_mean_worked_out_by_hand() -> None:
     assert weighted_mean({"a": 0.5, "b": 1.0, "c": 0.0}, {"a": 3.0, "b": 1.0, "c": 0.0}) == 0.625
     assert weighted_mean({"a": 0.25, "b": 0.75, "more": 9.0}, {"a": 1.0, "b": 1.0}) == 0.5
+    assert weighted_mean({"a": 0.5, "b": 1.0}, {"a": 1e308, "b": 1e308}) == 0.75

@@ -39,6 +39,8 @@ NAME_CHARACTERS = 24
 LEGEND_CHARACTERS = 100
 FORMATS = ("png", "svg")
 SVG_METADATA = ("Creator", "Date", "Format", "Type")
+LARGEST = 1e100  # of a value that is drawn: sums and axes of larger ones overflow
+LARGEST_STEP = 10**15
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,11 @@ def load(path: Path) -> Curves:
 
 
 def from_metrics(name: str, lines: Iterable[Mapping[str, float]]) -> Curves:
-    """The curves in a run's metrics. A line without a key, or with a value that is not finite, adds no point."""
+    """The curves in a run's metrics. A line without a key, or with a value that cannot be drawn, adds no point."""
     rows = list(lines)
 
     def series(key: str) -> Series:
-        return [(int(row["step"]), row[key]) for row in rows if key in row and math.isfinite(row[key])]
+        return [(int(row["step"]), row[key]) for row in rows if key in row and _can_be_drawn(row[key])]
 
     cells = {cell: points for cell in CELLS if (points := series(SUITE + cell))}
     return Curves(name, series("reward"), series("accuracy"), series("kl"), {"val": series("val_accuracy")}, cells)
@@ -106,6 +108,8 @@ def _metrics(path: Path, text: str) -> Iterable[dict[str, float]]:
                 f"`{path}`, line {number}: not a line of metrics",
                 "a file to plot is a run's metrics or the original system's JSON object",
             )
+        if abs(row["step"]) > LARGEST_STEP:
+            raise CountdownError(f"`{path}`, line {number}: `step` is too large")
         yield {key: _number(f"`{path}`, line {number}: `{key}`", value) for key, value in row.items()}
 
 
@@ -114,7 +118,7 @@ def _from_original(path: Path, lists: Mapping[str, object]) -> Curves:
         if not isinstance(values, list):
             raise CountdownError(f"`{path}`: `{name}` is not a list")
         numbers = [_number(f"`{path}`: `{name}[{index}]`", value) for index, value in enumerate(values)]
-        return [(ORIGINAL_EVERY * index, number) for index, number in enumerate(numbers) if math.isfinite(number)]
+        return [(ORIGINAL_EVERY * index, number) for index, number in enumerate(numbers) if _can_be_drawn(number)]
 
     reward, accuracy, val, kl = (lists.get(key, []) for key in ORIGINAL_KEYS)
     named = {f"val {name}": values for name, values in val.items()} if isinstance(val, dict) else {"val": val}
@@ -125,6 +129,10 @@ def _from_original(path: Path, lists: Mapping[str, object]) -> Curves:
         series("kl_avg", kl),
         {name: series("val_accuracies_avg", values) for name, values in named.items()},
     )
+
+
+def _can_be_drawn(value: float) -> bool:
+    return abs(value) <= LARGEST  # not NaN either
 
 
 def _json(text: str) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import Line, read_lines, write
 
+LAST_STEP = 10**15
+MOST_SECONDS = 1e12
 Share = Annotated[float, Field(ge=0, le=1)]
 Record = TypeVar("Record")
 
@@ -96,21 +99,30 @@ class Log(Generic[Record]):
 def step_of(line: Line) -> int:
     """The step of a record; raises CountdownError if it has none."""
     step = line.record().get("step")
-    if type(step) is not int:
+    if type(step) is not int or not 0 <= step <= LAST_STEP:
         raise CountdownError(f"{line.place} is not an object with a `step`")
     return step
 
 
 def numbers(line: Line) -> dict[str, float]:
-    """The metrics of a step, all of them numbers."""
-    found: dict[str, float] = {}
+    """The metrics of a step: finite numbers, shares from 0 to 1 and plausible durations."""
+    record: dict[str, float] = {}
     for name, value in line.record().items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise CountdownError(f"`{name}` in {line.place} is not a number")
-        if isinstance(value, int) and value.bit_length() > 64:
-            raise CountdownError(f"`{name}` in {line.place} is too large")
-        found[name] = value
-    return found
+        low, high, words = _bounds(name)
+        if not low <= value <= high:
+            raise CountdownError(f"`{name}` in {line.place} is not {words}")
+        record[name] = value
+    return record
+
+
+def _bounds(name: str) -> tuple[float, float, str]:
+    if name.endswith("accuracy") or name.startswith("suite"):
+        return 0.0, 1.0, "a share from 0 to 1"
+    if name.startswith("time/"):
+        return 0.0, MOST_SECONDS, "a number of seconds"
+    return -sys.float_info.max, sys.float_info.max, "a finite number"
 
 
 _EXAMPLE, _EVALUATED = TypeAdapter(Example), TypeAdapter(Evaluated)
