@@ -1,5 +1,6 @@
 """What a probe says of groups whose shares are known by hand, and of a tiny model."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -119,6 +120,33 @@ def test_the_puzzles_are_a_fixed_sample_of_the_train_split() -> None:
     assert sorted(chosen_puzzles(puzzles[:5], 0), key=str) == sorted(puzzles[:5], key=str)
 
 
+@pytest.mark.parametrize(
+    ("step", "groups"),
+    [
+        (0.0, [16, 16, 16]),  # none of 16 groups is mixed: an interval of 0 to 19 %
+        (25.0, [2, 1, 1]),  # 25 seconds a group: four groups are done by 100 seconds, a fifth would end at 125
+        (500.0, [1, 0, 0]),  # one group alone takes longer
+    ],
+)
+def test_a_probe_stops_when_it_knows_enough_or_its_time_is_up(
+    tiny_policy: Policy, step: float, groups: list[int]
+) -> None:
+    """A clock that advances by `step` seconds between the start and the end of each evaluation."""
+    times = itertools.count()
+    result = probe(
+        tiny_policy,
+        chosen_puzzles(list(enumerate_puzzles(3, "train")), 0),
+        chosen="one-shot",
+        num_generations=2,
+        max_new_tokens=2,
+        temperature=1.0,
+        batch_size=2,
+        seed=0,
+        clock=lambda: step * (next(times) // 2),  # called at the start, then before and after each evaluation
+    )
+    assert [len(result.styles[style].right) if style in result.styles else 0 for style in STYLES] == groups
+
+
 def test_every_style_is_sampled_on_the_same_puzzles_the_same_way_twice(tiny_policy: Policy) -> None:
     policy = replace(tiny_policy, end_ids=tuple(range(0, 832, 16)))
     puzzles, told = list(enumerate_puzzles(3, "train"))[:4], list[tuple[int, int]]()
@@ -138,7 +166,7 @@ def test_every_style_is_sampled_on_the_same_puzzles_the_same_way_twice(tiny_poli
 
     one, two = probed(), probed()
     assert list(one.styles) == list(STYLES) and (one.chosen, one.numbers) == ("zero-shot", 3)
-    assert told[:6] == [(2, 12), (4, 12), (6, 12), (8, 12), (10, 12), (12, 12)]
+    assert told[:9] == [(done, 12) for done in (1, 2, 3, 5, 7, 9, 10, 11, 12)]  # one puzzle, two, and the last
     for style, found in one.styles.items():
         assert (len(found.right), len(found.mixed), found.num_generations) == (4, 4, 3)
         assert found.tokens == round(12 * found.mean_length) and 0 < found.truncated < 1 and found.seconds > 0

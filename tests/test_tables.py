@@ -476,6 +476,6 @@ def test_a_probe_fits_eighty_columns_and_says_what_it_cost(capsys: pytest.Captur
     assert all(cell_len(line.rstrip()) <= 80 for line in table.splitlines())
     rows = [" ".join(line.split()) for line in shown.splitlines()]
     assert "4 train puzzles of 3 numbers, groups of 2" in rows
-    assert "one-shot 37.5% (9.2 to 78.1%) 100.0% 25.0% 50.0% 100.0 2.5" in rows
+    assert "one-shot 4 37.5% (9.2 to 78.1%) 100.0% 25.0% 50.0% 100.0" in rows
     assert "cost 3.0 seconds, 880 tokens" in rows
     assert "in 1 of 4 one-shot groups" in findings and "50% of the completions run out of tokens" in findings

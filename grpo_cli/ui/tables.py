@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -27,6 +28,7 @@ from grpo_cli.ui.text import (
     err,
     excerpt,
     interval,
+    note,
     out,
     percent,
     printable,
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 
 
 ANSWER_CHARACTERS = 1_000
+PROGRESS_SECONDS = 15.0  # between lines of progress where there is no terminal
 SOLUTIONS = 10  # of a puzzle that are shown
 REASONING_CHARACTERS = 20_000
 COMPARISON_WIDTH = 76
@@ -443,17 +446,17 @@ def probe(found: Probe) -> None:
     size = f"{len(chosen.right)} train puzzles of {found.numbers} numbers, groups of {chosen.num_generations}"
     out.print(Text(size, style="bold"))
     out.print()
-    numeric = ("accuracy (95%)", "format", "mixed", "cut off", "length", "seconds")
+    numeric = ("groups", "accuracy (95%)", "format", "mixed", "cut off", "length")
     table = _table("style", *numeric, numeric=numeric)
     for style, sampled in found.styles.items():
         table.add_row(
             style,
+            str(len(sampled.right)),
             f"{percent(sampled.accuracy)} ({interval(sampled.interval)})",
             percent(sampled.format_rate),
             percent(sampled.mixed_share),
             percent(sampled.truncated),
             f"{sampled.mean_length:.1f}",
-            f"{sampled.seconds:.1f}",
             style="bold" if style == found.chosen else "",
         )
     out.print(table)
@@ -561,13 +564,21 @@ def solutions(puzzle: Puzzle, found: Sequence[str]) -> None:
 
 @contextmanager
 def progress(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr while the block runs, fed with (done, total); none where there is no terminal."""
+    """A progress bar on stderr while the block runs, fed with (done, total); without a terminal a line now and then."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(printable(title), markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True, disable=quiet or not can_redraw(err)) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task, last = bar.add_task("", total=None), time.monotonic()
+
+        def advance(done: int, total: int) -> None:
+            nonlocal last
+            bar.update(task, completed=done, total=total)
+            if bar.disable and not quiet and time.monotonic() - last >= PROGRESS_SECONDS:
+                last = time.monotonic()
+                note(f"{title}: {done} of {total}")
+
+        yield advance
 
 
 def training_summary(summary: Mapping[str, Any], folder: Path, *, overlap: str) -> None:

@@ -5,12 +5,12 @@ A group teaches where its rewards differ. Knows neither the training loop nor te
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from statistics import fmean
 
@@ -26,6 +26,8 @@ from grpo_cli.core.task.prompts import STYLES, Style
 from grpo_cli.core.task.task import Problem
 
 PUZZLES = 32
+SECONDS = 110.0  # that a probe may take, the loading of the model left aside
+TIGHT = 0.2  # width of the interval of the share of mixed groups that is narrow enough: 16 puzzles, none of them mixed
 SIGNIFICANT = 0.05
 FEW = 0.25  # share of mixed groups below which most of a step is spent for nothing
 WORTH = 0.15  # what larger groups must add to that share to be worth what they cost
@@ -112,7 +114,7 @@ class Probe:
         """The style with most mixed groups if it has more of them than chance explains, given how many are tried."""
         others = [other for other in self.styles.values() if other is not sampled]
         best = max(others, key=lambda other: other.mixed_share, default=sampled)
-        pairs = list(zip(sampled.mixed, best.mixed, strict=True))
+        pairs = list(zip(sampled.mixed, best.mixed, strict=False))  # as many as both have
         p_value = min(1.0, len(others) * mcnemar(pairs.count((False, True)), pairs.count((True, False))))
         if best.mixed_share <= sampled.mixed_share or p_value >= SIGNIFICANT:
             return {}
@@ -150,31 +152,57 @@ def probe(
     seed: int,
     fit: MicroBatch | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Probe:
     """Sample a group of completions of each puzzle in every style, `batch_size` completions at once.
 
-    `progress` is told how many groups of how many are done.
+    Stops before SECONDS have passed if the next groups would take longer, and once the 95 % interval of the share of
+    mixed groups is no wider than TIGHT: a model that never differs needs half the puzzles. The chosen style comes
+    first; the others may have fewer groups, or none. `progress` receives the groups done and their number.
     """
-    styles: dict[Style, Sampled] = {}
+    order: list[Style] = [chosen, *(style for style in STYLES if style != chosen)]
+    groups: dict[Style, list[list[Completion]]] = {style: [] for style in order}
+    seconds = dict.fromkeys(order, 0.0)
+    begin = clock()
+    for first, last in _chunks(len(puzzles), max(1, batch_size // num_generations)):
+        for style in order:
+            slowest = max(seconds[style] / max(1, len(groups[style])) for style in order)  # per group
+            start = clock()
+            if groups[chosen] and start - begin + slowest * (last - first) > SECONDS:
+                return _probe(chosen, puzzles, groups, seconds)
+            groups[style] += evaluate(
+                policy,
+                puzzles[first:last],
+                style=style,
+                max_new_tokens=max_new_tokens,
+                samples=num_generations,
+                temperature=temperature,
+                batch_size=batch_size,
+                seed=seed + first,
+                fit=fit,
+            ).completions
+            seconds[style] += clock() - start
+            progress(sum(map(len, groups.values())), len(order) * len(puzzles))
+        low, high = wilson(measure(chosen, groups[chosen], 0.0).mixed_share, last)
+        if high - low <= TIGHT:
+            break
+    return _probe(chosen, puzzles, groups, seconds)
 
-    def advance(index: int, done: int, total: int) -> None:
-        progress(index * total + done, len(STYLES) * total)
 
-    for index, style in enumerate(STYLES):
-        start = time.perf_counter()
-        result = evaluate(
-            policy,
-            puzzles,
-            style=style,
-            max_new_tokens=max_new_tokens,
-            samples=num_generations,
-            temperature=temperature,
-            batch_size=batch_size,
-            seed=seed,
-            fit=fit,
-            progress=partial(advance, index),
-        )
-        styles[style] = measure(style, result.completions, time.perf_counter() - start)
+def _chunks(count: int, size: int) -> list[tuple[int, int]]:
+    """Ranges of puzzles: one at first, whose time tells how many fit, then `size` at once."""
+    edges = [0, *range(1, count, size), count]
+    return list(itertools.pairwise(edges))
+
+
+def _probe(
+    chosen: Style,
+    puzzles: Sequence[Problem],
+    groups: Mapping[Style, Sequence[Sequence[Completion]]],
+    seconds: Mapping[Style, float],
+) -> Probe:
+    """The probe of the groups that were sampled, its styles in the order of STYLES."""
+    styles = {style: measure(style, groups[style], seconds[style]) for style in STYLES if groups[style]}
     return Probe(chosen, puzzles[0].size, styles)
 
 
