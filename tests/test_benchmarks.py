@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -44,6 +45,12 @@ def run(script: str, out: Path, *arguments: object) -> tuple[str, Any]:
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(out.read_text())
+
+
+def test_the_solvers_times_are_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["solver.py", "--puzzles", "2"])
+    runpy.run_path(str(ROOT / "benchmarks" / "solver.py"), run_name="__main__")
+    assert capsys.readouterr().out.count("all solutions") == 5
 
 
 def test_padded_rows_have_the_log_probabilities_of_packed_ones(

@@ -1,48 +1,53 @@
-"""Every distinct solution of a puzzle, and one solution quickly. Arithmetic is exact: values are reduced fractions."""
+"""All distinct solutions of a puzzle, or one solution quickly. Arithmetic is exact: values are reduced fractions.
 
-from collections.abc import Iterable, Iterator
+`values` tables what each small set of numbers can make. Larger sets are searched backwards from the goal: split the
+numbers in two, and for each value of the smaller side look up the value that the other side would need.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import combinations
 from math import gcd
 from typing import NamedTuple
 
-from grpo_cli.core.task.expression import parse
 from grpo_cli.core.task.puzzle import Puzzle
-from grpo_cli.core.task.rules import OPERATIONS, ORIGINAL, Rules
+from grpo_cli.core.task.rules import ORIGINAL, Rules
 
+Numbers = tuple[int, ...]  # sorted
 Value = tuple[int, int]  # numerator and denominator, reduced; never negative
-_Side = tuple[tuple[int, ...], Value]
+Way = tuple[str, Value, Value]  # an operation and the values of its sides
+Term = tuple[bool, int, str, bool]  # is a number, length, text, is worth zero: sorts compound terms first, by length
 
-_cached = lru_cache(maxsize=1 << 13)
+TABLED = 4  # numbers up to which a table of all values is quicker than a search
+SHORTEST = 4  # numbers up to which `solution` is the shortest of all
+# `~` and `\` are `-` and `/` with exchanged sides.
+_EXCHANGED = {"+": "+", "*": "*", "-": "~", "~": "-", "/": "\\", "\\": "/"}
 
-TABLED = 4  # up to so many numbers, a table of all values is quicker than a search for each goal
-FORMED = 3  # up to so many, a table of all forms
-LISTED = 4  # up to so many numbers with division, `solution` is the shortest of all; of more, the first found
+_cached = lru_cache(maxsize=1 << 12)
 
 
 def solve(puzzle: Puzzle, rules: Rules = ORIGINAL) -> list[str]:
-    """All distinct solutions with as few parentheses as can be, the shortest first; empty if there is none.
+    """All distinct solutions with as few parentheses as possible, the shortest first; empty if there are none.
 
-    Solutions are distinct if they are distinct rational functions of the puzzle's numbers: neither the order and the
-    grouping of sums and products matters, nor where minus signs stand. Of `(2 - 4) * (3 - 5)` and `(4 - 2) * (5 - 3)`,
-    the one whose factors are not negative is listed; of `2 + (3 - 3) * 5` and `2 - (3 - 3) * 5`, the first.
+    Solutions are distinct if they are distinct rational functions of the puzzle's numbers: neither the order and
+    grouping of sums and products nor the placement of minus signs matters. Of `(2 - 4) * (3 - 5)` and
+    `(4 - 2) * (5 - 3)` only the second is listed, whose factors are not negative; of `2 + (3 - 3) * 5` and
+    `2 - (3 - 3) * 5` only the first.
     """
     return list(_solutions(tuple(sorted(puzzle.numbers)), puzzle.target, rules.operations, rules.use_all))
 
 
 def solution(puzzle: Puzzle, rules: Rules = ORIGINAL) -> str | None:
-    """The shortest solution, or of many numbers with division the first that is found; None if there is none."""
+    """A solution, the shortest of up to SHORTEST numbers; None if there is none."""
     numbers = tuple(sorted(puzzle.numbers))
-    if len(numbers) <= LISTED or "/" not in rules.operations:
+    if len(numbers) <= SHORTEST:
         return next(iter(_solutions(numbers, puzzle.target, rules.operations, rules.use_all)), None)
-    for chosen in _choices(numbers, rules.use_all):
-        if form := _first(chosen, (puzzle.target, 1), rules.operations):
-            return _text(form.plus, form.minus)
-    return None
+    tried = (_first(chosen, (puzzle.target, 1), rules.operations) for chosen in _choices(numbers, rules.use_all))
+    return next((form.text for form in tried if form), None)
 
 
 def needs_parentheses(puzzle: Puzzle, rules: Rules = ORIGINAL) -> bool:
-    """Whether no solution is free of parentheses."""
+    """Whether every solution has parentheses."""
     return all("(" in text for text in solve(puzzle, rules))
 
 
@@ -52,91 +57,81 @@ def targets(numbers: Iterable[int], rules: Rules = ORIGINAL) -> set[int]:
     return {top for part in made for top, bottom in part if bottom == 1 and top in rules.targets}
 
 
-def _choices(numbers: tuple[int, ...], use_all: bool) -> list[tuple[int, ...]]:
-    """The numbers to use: all of them, or any of them, most first."""
+def _choices(numbers: Numbers, use_all: bool) -> list[Numbers]:
+    """The numbers to use: all of them, or every selection, the largest first."""
     sizes = [len(numbers)] if use_all else range(len(numbers), 0, -1)
     return [chosen for size in sizes for chosen in sorted(set(combinations(numbers, size)))]
 
 
-class _Form(NamedTuple):
-    """A canonical expression: as a sum of ordered terms, and as a product of ordered `factors` over `divisors`."""
-
-    value: Value
-    plus: tuple[str, ...]
-    minus: tuple[str, ...]
-    factors: tuple[str, ...]
-    divisors: tuple[str, ...] = ()
-
-
-def _text(plus: tuple[str, ...], minus: tuple[str, ...]) -> str:
-    return " - ".join((" + ".join(plus), *minus))
-
-
-def _ordered(parts: tuple[str, ...]) -> tuple[str, ...]:
-    """Compound parts first, then numbers upwards."""
-    return tuple(sorted(parts, key=lambda part: (part.isdigit(), len(part), part)))
-
-
-def _number(number: int) -> _Form:
-    return _Form((number, 1), (str(number),), (), (str(number),))
+@lru_cache(maxsize=512)  # a table of four numbers takes about 0.5 MB
+def values(numbers: Numbers, operations: str) -> frozenset[Value]:
+    """The absolute values of all expressions: a - b implies b - a, so signs lose nothing."""
+    if len(numbers) == 1:
+        return frozenset({(numbers[0], 1)})
+    subtracts, multiplies, divides = ("-" in operations, "*" in operations, "/" in operations)
+    made = set()
+    for one, rest in _splits(numbers):
+        for a, b in values(one, operations):
+            for c, d in values(rest, operations):
+                left, right, below = a * d, c * b, b * d
+                if "+" in operations:
+                    made.add((left + right, below))
+                if subtracts:
+                    made.add((abs(left - right), below))
+                if multiplies:
+                    made.add((a * c, below))
+                if divides and right:
+                    made.add((left, right))
+                if divides and left:
+                    made.add((right, left))
+    return frozenset((top // (common := gcd(top, bottom)), bottom // common) for top, bottom in made)
 
 
 @_cached
-def _is_zero(term: str) -> bool:
-    expression = parse(term, OPERATIONS) if "(" in term else None
-    return expression is not None and expression.value == 0
+def _splits(numbers: Numbers) -> tuple[tuple[Numbers, Numbers], ...]:
+    """The ways to split numbers into a side that has the first of them, and the rest."""
+    splits = set()
+    for size in range(len(numbers) - 1):
+        for chosen in combinations(range(1, len(numbers)), size):
+            rest = tuple(number for index, number in enumerate(numbers) if index and index not in chosen)
+            splits.add(((numbers[0], *(numbers[index] for index in chosen)), rest))
+    return tuple(sorted(splits))
 
 
-def _sum(value: Value, plus: tuple[str, ...], minus: tuple[str, ...]) -> _Form:
-    """The sum of terms. A term worth zero is added, never subtracted; a sum worth zero stands for its negative too."""
-    zeros = tuple(term for term in minus if _is_zero(term))
-    plus, minus = _ordered(plus + zeros), _ordered(tuple(term for term in minus if term not in zeros))
-    if value[0] == 0 and (len(plus), plus) < (len(minus), minus):
-        plus, minus = minus, plus
-    return _Form(value, plus, minus, (f"({_text(plus, minus)})",))
-
-
-def _product(value: Value, factors: tuple[str, ...], divisors: tuple[str, ...]) -> _Form:
-    factors, divisors = _ordered(factors), _ordered(divisors)
-    return _Form(value, (" / ".join((" * ".join(factors), *divisors)),), (), factors, divisors)
-
-
-def _joined(left: _Form, right: _Form, operations: str, goal: Value | None = None) -> Iterator[_Form]:
-    """The forms that join two, each if worth `goal`: sum, difference that is not negative, product, both quotients."""
-    if left.value[0] * right.value[1] < right.value[0] * left.value[1]:
-        left, right = right, left
-    for operation, value in _results(left.value, right.value, operations):
-        if goal is not None and value != goal:
-            continue
-        if operation == "+":
-            yield _sum(value, left.plus + right.plus, left.minus + right.minus)
-        elif operation == "-":
-            yield _sum(value, left.plus + right.minus, left.minus + right.plus)
-        elif operation == "*":
-            yield _product(value, left.factors + right.factors, left.divisors + right.divisors)
-        elif operation == "/":
-            yield _product(value, left.factors + right.divisors, left.divisors + right.factors)
+def _ways(one: Numbers, rest: Numbers, goal: Value, operations: str, allowed: str) -> Iterator[Way]:
+    """How an allowed operation makes `goal` from the two sides, whose own expressions have all `operations`."""
+    exchanged = len(one) > len(rest)
+    small, large = (rest, one) if exchanged else (one, rest)
+    table = values(large, operations) if len(large) <= TABLED else None
+    for value in values(small, operations):
+        if value[0] == goal[0] == 0 and "*" in allowed:
+            partners = [("*", other) for other in values(large, operations)]
+            partners += [("/", other) for _, other in partners if other[0] and "/" in allowed]
         else:
-            yield _product(value, left.divisors + right.factors, left.factors + right.divisors)
+            partners = _partners(value, goal, allowed)
+        for operation, partner in partners:
+            if _makes(large, partner, operations) if table is None else partner in table:
+                yield (_EXCHANGED[operation], partner, value) if exchanged else (operation, value, partner)
 
 
-def _results(a: Value, b: Value, operations: str) -> list[tuple[str, Value]]:
-    """What two values can make, with the operation; `\\` is `/` with its sides exchanged."""
-    (an, ad), (bn, bd) = a, b
-    across, back, bottom = an * bd, bn * ad, ad * bd
-    made = []
-    if "+" in operations:
-        made.append(("+", _reduced(across + back, bottom)))
-    if "-" in operations:
-        made.append(("-", _reduced(abs(across - back), bottom)))
-    if "*" in operations:
-        made.append(("*", _reduced(an * bn, bottom)))
-    if "/" in operations:
-        if bn:
-            made.append(("/", _reduced(across, back)))
-        if an:
-            made.append(("\\", _reduced(back, across)))
-    return made
+def _partners(value: Value, goal: Value, allowed: str) -> list[tuple[str, Value]]:
+    """The operations and values that make `goal` from `value`, unless both are zero and multiplied."""
+    (top, bottom), (goal_top, goal_bottom) = value, goal
+    whole, part, below = goal_top * bottom, top * goal_bottom, bottom * goal_bottom
+    partners = []
+    if "+" in allowed and whole >= part:
+        partners.append(("+", _reduced(whole - part, below)))
+    if "-" in allowed:
+        partners.append(("~", _reduced(whole + part, below)))
+        if part >= whole:
+            partners.append(("-", _reduced(part - whole, below)))
+    if "*" in allowed and top:
+        partners.append(("*", _reduced(whole, part)))
+    if "/" in allowed and top:
+        partners.append(("\\", _reduced(goal_top * top, below)))
+        if goal_top:
+            partners.append(("/", _reduced(part, whole)))
+    return partners
 
 
 def _reduced(top: int, bottom: int) -> Value:
@@ -147,116 +142,109 @@ def _reduced(top: int, bottom: int) -> Value:
 
 
 @_cached
-def _solutions(numbers: tuple[int, ...], target: int, operations: str, use_all: bool) -> tuple[str, ...]:
-    forms = (form for chosen in _choices(numbers, use_all) for form in _forms(chosen, (target, 1), operations))
-    texts = {_text(form.plus, form.minus) for form in forms}
+def _makes(numbers: Numbers, goal: Value, operations: str) -> bool:
+    """Whether an expression is worth `goal` or its negative."""
+    if len(numbers) <= TABLED:
+        return goal in values(numbers, operations)
+    return any(True for one, rest in _splits(numbers) for _ in _ways(one, rest, goal, operations, operations))
+
+
+class _Form(NamedTuple):
+    """A canonical expression: `plus` terms less `minus` terms, and as part of a product `factors` over `divisors`."""
+
+    text: str
+    plus: tuple[Term, ...]
+    minus: tuple[Term, ...]
+    factors: tuple[Term, ...]
+    divisors: tuple[Term, ...]
+
+
+def _number(number: int) -> _Form:
+    text = str(number)
+    term = (True, len(text), text, False)
+    return _Form(text, (term,), (), (term,), ())
+
+
+def _sum(plus: tuple[Term, ...], minus: tuple[Term, ...], is_zero: bool) -> _Form:
+    """A term worth zero is added, never subtracted; a sum worth zero also stands for its negative."""
+    zeros = tuple(term for term in minus if term[3])
+    plus, minus = tuple(sorted(plus + zeros)), tuple(sorted(term for term in minus if not term[3]))
+    if is_zero and (len(plus), _texts(plus)) < (len(minus), _texts(minus)):
+        plus, minus = minus, plus
+    text = " - ".join((" + ".join(_texts(plus)), *_texts(minus)))
+    return _Form(text, plus, minus, ((False, len(text) + 2, f"({text})", is_zero),), ())
+
+
+def _product(factors: tuple[Term, ...], divisors: tuple[Term, ...], is_zero: bool) -> _Form:
+    factors, divisors = tuple(sorted(factors)), tuple(sorted(divisors))
+    text = " / ".join((" * ".join(_texts(factors)), *_texts(divisors)))
+    return _Form(text, ((False, len(text), text, is_zero),), (), factors, divisors)
+
+
+def _texts(terms: tuple[Term, ...]) -> list[str]:
+    return [term[2] for term in terms]
+
+
+def _joined(operation: str, left: _Form, right: _Form, is_zero: bool) -> _Form:
+    if operation == "+":
+        return _sum(left.plus + right.plus, left.minus + right.minus, is_zero)
+    if operation == "-":
+        return _sum(left.plus + right.minus, left.minus + right.plus, is_zero)
+    if operation == "*":
+        return _product(left.factors + right.factors, left.divisors + right.divisors, is_zero)
+    if operation == "/":
+        return _product(left.factors + right.divisors, left.divisors + right.factors, is_zero)
+    return _joined(_EXCHANGED[operation], right, left, is_zero)
+
+
+@_cached
+def _solutions(numbers: Numbers, target: int, operations: str, use_all: bool) -> tuple[str, ...]:
+    chosen = _choices(numbers, use_all)
+    texts = {form.text for one in chosen for form in _forms(one, (target, 1), operations)}
     return tuple(sorted(texts, key=lambda text: (len(text), text)))
 
 
-@_cached
-def _splits(numbers: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
-    """The ways to deal sorted `numbers` out to two sides, the first never the larger."""
-    splits = set()
-    for size in range(1, len(numbers) // 2 + 1):
-        for chosen in combinations(range(len(numbers)), size):
-            rest = tuple(number for index, number in enumerate(numbers) if index not in chosen)
-            splits.add((tuple(numbers[index] for index in chosen), rest))
-    return tuple(sorted(splits))
+def _forms(numbers: Numbers, goal: Value, operations: str) -> tuple[_Form, ...]:
+    """The canonical forms worth `goal`."""
+    sums = _sums(numbers, goal, operations)
+    return sums if len(numbers) == 1 else sums + _products(numbers, goal, operations)
 
 
 @_cached
-def values(numbers: tuple[int, ...], operations: str) -> frozenset[Value]:
-    """The absolute values of all expressions of sorted `numbers`: with a - b goes b - a, so a sign is never missing."""
+def _sums(numbers: Numbers, goal: Value, operations: str) -> tuple[_Form, ...]:
+    """The sums worth `goal`, each split into the term that has the first number, and the rest."""
+    return _built(numbers, goal, operations, operations.rstrip("*/"), _products)
+
+
+@_cached
+def _products(numbers: Numbers, goal: Value, operations: str) -> tuple[_Form, ...]:
+    """The products and quotients worth `goal`, each split into the factor that has the first number, and the rest."""
+    return _built(numbers, goal, operations, operations.lstrip("+-"), _sums)
+
+
+def _built(
+    numbers: Numbers, goal: Value, operations: str, allowed: str, parts: Callable[..., tuple[_Form, ...]]
+) -> tuple[_Form, ...]:
     if len(numbers) == 1:
-        return frozenset({(numbers[0], 1)})
-    return frozenset(
-        value
-        for one, other in _splits(numbers)
-        for a in values(one, operations)
-        for b in values(other, operations)
-        for _, value in _results(a, b, operations)
+        return (_number(numbers[0]),) if goal == (numbers[0], 1) else ()
+    forms = (
+        _joined(operation, left, right, goal[0] == 0)
+        for one, rest in _splits(numbers)
+        for operation, value, partner in _ways(one, rest, goal, operations, allowed)
+        for left in parts(one, value, operations)
+        for right in _forms(rest, partner, operations)
+        if operation != "/" or not right.divisors  # a / (b / c) is also a * (c / b)
     )
+    return tuple({form.text: form for form in forms}.values())
 
 
-@_cached
-def _makes(numbers: tuple[int, ...], goal: Value, operations: str) -> bool:
-    """Whether an expression of sorted `numbers` is worth `goal` or its negative."""
-    if len(numbers) <= TABLED:
-        return goal in values(numbers, operations)
-    return any(True for _ in _ways(numbers, goal, operations))
-
-
-def _ways(numbers: tuple[int, ...], goal: Value, operations: str) -> Iterator[tuple[_Side, _Side]]:
-    """The pairs of sides, each some of the numbers and their value, that can be joined to `goal`."""
-    for one, other in _splits(numbers):
-        for value in values(one, operations):
-            if value[0] == goal[0] == 0 and "*" in operations:
-                partners: Iterable[Value] = values(other, operations)
-            else:
-                partners = _partners(value, goal, operations)
-            yield from (((one, value), (other, partner)) for partner in partners if _makes(other, partner, operations))
-
-
-def _partners(value: Value, goal: Value, operations: str) -> set[Value]:
-    """The values that give `goal` when joined with `value`, where not both are zero."""
-    (top, bottom), (goal_top, goal_bottom) = value, goal
-    across, back, below = goal_top * bottom, top * goal_bottom, bottom * goal_bottom
-    partners = set()
-    if "+" in operations and across >= back:
-        partners.add(_reduced(across - back, below))
-    if "-" in operations:
-        partners.add(_reduced(across + back, below))
-        if back >= across:
-            partners.add(_reduced(back - across, below))
-    if "*" in operations and top:
-        partners.add(_reduced(across, back))
-    if "/" in operations and top:
-        partners.add(_reduced(goal_top * top, below))
-        if goal_top:
-            partners.add(_reduced(back, across))
-    return partners
-
-
-@_cached
-def _all_forms(numbers: tuple[int, ...], operations: str) -> dict[Value, list[_Form]]:
-    """The canonical forms of sorted `numbers`, by value."""
-    if len(numbers) == 1:
-        return {(numbers[0], 1): [_number(numbers[0])]}
-    forms = {
-        form
-        for one, other in _splits(numbers)
-        for lefts in _all_forms(one, operations).values()
-        for left in lefts
-        for rights in _all_forms(other, operations).values()
-        for right in rights
-        for form in _joined(left, right, operations)
-    }
-    by_value: dict[Value, list[_Form]] = {}
-    for form in forms:
-        by_value.setdefault(form.value, []).append(form)
-    return by_value
-
-
-@_cached
-def _forms(numbers: tuple[int, ...], goal: Value, operations: str) -> frozenset[_Form]:
-    """The canonical forms of sorted `numbers` worth `goal`."""
-    if len(numbers) <= FORMED:
-        return frozenset(_all_forms(numbers, operations).get(goal, ()))
-    return frozenset(
-        form
-        for (one, value), (other, partner) in _ways(numbers, goal, operations)
-        for left in _forms(one, value, operations)
-        for right in _forms(other, partner, operations)
-        for form in _joined(left, right, operations, goal)
-    )
-
-
-def _first(numbers: tuple[int, ...], goal: Value, operations: str) -> _Form | None:
-    """A canonical form of sorted `numbers` worth `goal`, if there is one."""
+def _first(numbers: Numbers, goal: Value, operations: str) -> _Form | None:
+    """The first form worth `goal` that a search meets, or None."""
     if len(numbers) == 1:
         return _number(numbers[0]) if goal == (numbers[0], 1) else None
-    for (one, value), (other, partner) in _ways(numbers, goal, operations):
-        left, right = _first(one, value, operations), _first(other, partner, operations)
-        if left and right:
-            return next(_joined(left, right, operations, goal))
+    for one, rest in _splits(numbers):
+        for operation, value, partner in _ways(one, rest, goal, operations, operations):
+            left, right = _first(one, value, operations), _first(rest, partner, operations)
+            if left and right:
+                return _joined(operation, left, right, goal[0] == 0)
     return None
