@@ -47,6 +47,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on Linux then keeps large tensors in huge pages
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which `--deterministic` needs
+    os.environ.setdefault("WANDB_MODE", "offline")  # nothing is sent unless asked for
     if "PYTORCH_ALLOC_CONF" not in os.environ:  # its newer name
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # less is lost between blocks
     try:

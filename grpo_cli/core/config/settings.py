@@ -174,6 +174,9 @@ class Train(Table):
         "minutes after which the next step is saved too; 0 is never", "Schedule", ge=0, le=10**12, resumable=True
     )
     keep_last: int = setting("checkpoints to keep", "Schedule", ge=2, resumable=True)
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = setting(
+        "where metrics are logged too", "Output", resumable=True
+    )
     deterministic: bool = setting(
         "on a GPU, add up in a fixed order: the same run again bit for bit, but slower", "Schedule"
     )

@@ -40,6 +40,7 @@ from grpo_cli.core.rl.state import (
     settled,
 )
 from grpo_cli.core.rl.summary import summary
+from grpo_cli.core.rl.trackers import require_tracker, tracked
 from grpo_cli.core.rl.train import Observer, curriculum, longest_prompt
 from grpo_cli.core.rl.warm_start import Lesson, lessons, warm_start
 from grpo_cli.core.run.folder import Run
@@ -82,18 +83,19 @@ class Session:
         should_save: Callable[[], bool] = lambda: False,
     ) -> Result:
         """Train to the end and write the summary. Raises Interrupted after saving if `should_stop` says so."""
-        evaluation = loop.train(
-            self.training,
-            self.reference,
-            self.run,
-            self.settings,
-            observer,
-            rows=self.memory.choices.rows,
-            memory_limit=self.memory.limit,
-            should_stop=should_stop,
-            should_save=should_save,
-            ranks=self.ranks,
-        )
+        with tracked(observer, self.run, self.settings, start=self.training.step) as watching:
+            evaluation = loop.train(
+                self.training,
+                self.reference,
+                self.run,
+                self.settings,
+                watching,
+                rows=self.memory.choices.rows,
+                memory_limit=self.memory.limit,
+                should_stop=should_stop,
+                should_save=should_save,
+                ranks=self.ranks,
+            )
         return self.ranks.own(partial(self._finish, evaluation))
 
     def _finish(self, evaluation: Evaluation) -> Result:
@@ -127,6 +129,7 @@ def start(
     A new run is created only after its model has loaded. `resume` continues run `name` from its newest whole
     checkpoint, or from that of `step`. `note` receives sentences for the user.
     """
+    require_tracker(settings.train.tracker)
     ranks, root = ranks or Solo(), Path(settings.runs)
     settings = for_ranks(settings, ranks.size)
     device = detect_device(settings.model.device)

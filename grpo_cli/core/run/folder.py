@@ -1,7 +1,7 @@
 """A run's folder: the only place that knows its file names.
 
 runs/<name>/  config.json  origin.json  environment.json  summary.json  metrics.jsonl  evaluations.jsonl
-              samples.jsonl  training_curve.png  kl_divergence.png  report.html
+              tracker.json  tensorboard/  wandb/  samples.jsonl  training_curve.png  kl_divergence.png  report.html
               model/  checkpoints/step-50/  bad_steps/  .lock
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -258,6 +259,13 @@ class Run:
     @property
     def has_origin(self) -> bool:
         return (self.path / "origin.json").exists()
+
+    def tracker_id(self) -> str:
+        """The run's name with a random suffix, the same for all its processes: another run may have its name later."""
+        path = self.path / "tracker.json"
+        if not path.exists():
+            write_json(path, {"id": f"{self.name}-{secrets.token_hex(3)}"})
+        return str(read_json(path)["id"])
 
     def write_environment(self, environment: Mapping[str, object], *, step: int) -> None:
         """Record where the run is computed from `step` on, beside what was recorded of earlier steps."""

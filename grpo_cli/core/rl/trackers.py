@@ -1,0 +1,233 @@
+"""Log a training to a tracker: TensorBoard, Trackio or Weights & Biases.
+
+Metrics carry the names that TRL's users know, so that dashboards of both can be overlaid. A tracker that fails is
+dropped with one warning; training goes on. Trackers stay offline unless their own environment variables say otherwise;
+for Weights & Biases the command line sets WANDB_MODE=offline where it is not set.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from grpo_cli.core.config.settings import Settings, values
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.run.folder import Run
+
+if TYPE_CHECKING:
+    from grpo_cli.core.rl.train import Observer
+
+PROJECT = "countdown"
+GROUPS = ("time/", "suite/", "eval/")  # metrics that keep their group; all others are `train/...`
+NAMES = {  # ours -> TRL's
+    "completion_length": "train/completions/mean_length",
+    "truncated": "train/completions/clipped_ratio",
+    "zero_variance": "train/frac_reward_zero_std",
+    "clip_fraction": "train/clip_ratio/region_mean",
+    "time/total": "train/step_time",
+}
+COLUMNS = ("step", "problem", "completion", "reward", "reason")
+Row = tuple[int | float | str, ...]
+
+
+class Tracker(Protocol):
+    """Where metrics and samples go."""
+
+    def scalars(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def samples(self, step: int, rows: Sequence[Row]) -> None: ...
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in the run's folder; `tensorboard --logdir runs` shows them."""
+
+    def __init__(self, identity: str, folder: Path, config: Mapping[str, Any], *, start: int) -> None:
+        module = import_module("torch.utils.tensorboard")
+        self.writer = module.SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+        if not start:
+            summary = import_module("torch.utils.tensorboard.summary")
+            for part in summary.hparams(config, {"eval/accuracy": 0.0}):
+                self.writer.file_writer.add_summary(part)
+
+    def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def samples(self, step: int, rows: Sequence[Row]) -> None:
+        lines = [COLUMNS, ("---",) * len(COLUMNS), *([_cell(value) for value in row] for row in rows)]
+        self.writer.add_text("samples", "\n".join(f"| {' | '.join(line)} |" for line in lines), step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Trackio:
+    """Trackio's local store; `trackio show` opens it."""
+
+    def __init__(self, identity: str, folder: Path, config: Mapping[str, Any], *, start: int) -> None:
+        with redirect_stdout(io.StringIO()):  # stdout is data
+            self.module = import_module("trackio")
+            self.run = self.module.init(
+                PROJECT, identity, config=dict(config), resume="allow", embed=False, auto_log_cpu=False
+            )
+
+    def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.run.log(dict(metrics), step=step)
+
+    def samples(self, step: int, rows: Sequence[Row]) -> None:
+        self.run.log({"samples": self.module.Table(columns=list(COLUMNS), data=[list(row) for row in rows])}, step=step)
+
+    def close(self) -> None:
+        with redirect_stdout(io.StringIO()):
+            self.module.finish()
+
+
+class Wandb:
+    """A run in the run's folder, which `wandb sync` uploads; with WANDB_MODE=online also on the service at once."""
+
+    def __init__(self, identity: str, folder: Path, config: Mapping[str, Any], *, start: int) -> None:
+        self.module = import_module("wandb")
+        quiet = self.module.Settings(silent=True, console="off", disable_git=True, save_code=False)
+        folder.mkdir(exist_ok=True)
+        self.run = self.module.init(
+            project=PROJECT,
+            id=identity,
+            name=identity,
+            dir=str(folder),
+            config=dict(config),
+            resume="allow",
+            settings=quiet,
+        )
+        self.run.define_metric("*", step_metric="step")  # a resumed run may log a step again
+
+    def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.run.log({"step": step, **metrics})
+
+    def samples(self, step: int, rows: Sequence[Row]) -> None:
+        table = self.module.Table(columns=list(COLUMNS), data=[list(map(str, row)) for row in rows])
+        self.run.log({"step": step, "samples": table})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+TRACKERS: dict[str, type[TensorBoard] | type[Trackio] | type[Wandb]] = {
+    "tensorboard": TensorBoard,
+    "trackio": Trackio,
+    "wandb": Wandb,
+}
+
+
+def require_tracker(name: str) -> None:
+    """Raise CountdownError if the tracker's package is not installed."""
+    if name != "none" and find_spec(name) is None:
+        raise CountdownError(f"`--tracker {name}` needs the extra `{name}`", f"pip install 'countdown-grpo[{name}]'")
+
+
+@contextmanager
+def tracked(observer: Observer, run: Run, settings: Settings, *, start: int) -> Iterator[Observer]:
+    """The observer, which also logs to the tracker of the settings on the rank that writes the run."""
+    name = settings.train.tracker
+    if name == "none" or not run.writes:
+        yield observer
+        return
+    both = Tracked(observer, run, name, settings, start)
+    try:
+        yield both
+    finally:
+        both.close()
+
+
+@dataclass
+class Tracked:
+    """Forwards to `observer`, and logs metrics, and samples as a table at each evaluation, to a tracker."""
+
+    observer: Observer
+    run: Run
+    name: str
+    settings: Settings
+    start: int
+    rows: list[Row] = field(default_factory=list)
+    tracker: Tracker | None = None
+
+    def __post_init__(self) -> None:
+        with self._tolerated():
+            make, folder = TRACKERS[self.name], self.run.path / self.name
+            self.tracker = make(self.run.tracker_id(), folder, values(self.settings), start=self.start)
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        self.observer.progress(phase, done, total)
+
+    def message(self, text: str) -> None:
+        self.observer.message(text)
+
+    def step(self, metrics: Mapping[str, float], sample: Mapping[str, object]) -> None:
+        self.observer.step(metrics, sample)
+        with self._tolerated():
+            step = int(metrics["step"])
+            self.rows.append(_row(sample))
+            if self.tracker:
+                self.tracker.scalars(step, {_named(key): value for key, value in metrics.items() if key != "step"})
+
+    def evaluated(
+        self, step: int, accuracy: float, count: int, interval: tuple[float, float], suite_mean: float | None
+    ) -> None:
+        self.observer.evaluated(step, accuracy, count, interval, suite_mean)
+        with self._tolerated():
+            if self.tracker and step >= self.start:  # a resumed run reports its base again
+                self.tracker.scalars(step, self._evaluation(step, accuracy, suite_mean))
+                self._send_samples(step)
+
+    def close(self) -> None:
+        with self._tolerated():
+            if self.tracker:
+                self._send_samples(self.rows[-1][0] if self.rows else 0)
+                self.tracker.close()
+
+    def _evaluation(self, step: int, accuracy: float, suite_mean: float | None) -> dict[str, float]:
+        """Accuracy on the val puzzles, and that of each cell that the run logged at this step."""
+        found = {"eval/accuracy": accuracy} | ({"eval/suite_mean": suite_mean} if suite_mean is not None else {})
+        for cell, steps in self.run.evaluations().items():
+            if step in steps:
+                measured = steps[step]
+                found[f"eval/{cell}/accuracy"] = measured.accuracy
+                if measured.mean_length is not None:
+                    found[f"eval/{cell}/mean_length"] = measured.mean_length
+        return found
+
+    def _send_samples(self, step: Any) -> None:
+        if self.tracker and self.rows:
+            self.tracker.samples(int(step), self.rows)
+            self.rows = []
+
+    @contextmanager
+    def _tolerated(self) -> Iterator[None]:
+        """Drop the tracker, with one warning, for whatever it raises: its errors have no common base."""
+        try:
+            yield
+        except Exception as error:
+            self.tracker = None
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self.observer.message(f"warning: {self.name} failed and is off for the rest of this run: {reason[:200]}")
+
+
+def _named(key: str) -> str:
+    return NAMES.get(key) or (key if key.startswith(GROUPS) else f"train/{key}")
+
+
+def _row(sample: Mapping[str, object]) -> Row:
+    problem = sample.get("problem") or f"{sample.get('numbers')} -> {sample.get('target')}"
+    facts = {**sample, "problem": problem}
+    return tuple(value if isinstance(value := facts.get(key, ""), int | float) else str(value) for key in COLUMNS)
+
+
+def _cell(value: int | float | str) -> str:
+    """A value in a Markdown table; completions are untrusted text in one line of code."""
+    return f"`{' '.join(str(value).replace('`', chr(39)).replace('|', chr(92) + '|').split())}`"
