@@ -294,9 +294,17 @@ def test_an_adapter_on_the_hub_is_refused_before_anything_is_downloaded(serve: C
     assert [path.partition("?")[0] for path in started.asked] == ["/api/models/owner/name"]
 
 
-def test_a_hub_out_of_reach_is_not_asked_about_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_out_of_reach_leaves_models_of_the_local_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     hub._info.cache_clear()
+    with pytest.raises(CountdownError, match="is not on this machine, and the hub is out of reach") as refused:
+        hub.check_repository("owner/name")
+    assert refused.value.hint and "--preset builtin" in refused.value.hint
+    cached = tmp_path / "models--owner--name"
+    for path, text in {"refs/main": "0" * 40, f"snapshots/{'0' * 40}/config.json": "{}"}.items():
+        (cached / path).parent.mkdir(parents=True)
+        (cached / path).write_text(text)
     hub.check_repository("owner/name")
     hub.check_download("owner/name", itemsize=4, free=0)
     hub._info.cache_clear()

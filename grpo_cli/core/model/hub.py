@@ -1,11 +1,12 @@
-"""What the hub says about a model before it is downloaded. Offline, nothing is known and nothing is checked."""
+"""Checks of a hub model before its weights are downloaded. Offline, a model of the local cache is taken unchecked."""
 
 from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import ModelInfo
 
 from grpo_cli.core.errors import CountdownError
@@ -13,8 +14,14 @@ from grpo_cli.core.model.folder_checks import INDEX, WEIGHTS, check_memory, refu
 
 
 def check_repository(name: str) -> None:
-    """Refuse adapters, and models without safetensors."""
+    """Refuse adapters, models without safetensors, and, where the hub is out of reach, models that are not cached."""
     info = _info(name)
+    if info is None and not isinstance(try_to_load_from_cache(name, "config.json", constants.HF_HUB_CACHE), str):
+        raise CountdownError(
+            f"`{name}` is not on this machine, and the hub is out of reach",
+            "train the built-in model with `--preset builtin`, or copy the model here and give its folder or GGUF file"
+            " by `--model`",
+        )
     files = [file.rfilename for file in info.siblings or []] if info else []
     if "config.json" not in files:
         refuse_adapter(name, files)
@@ -44,7 +51,10 @@ def _indexed(name: str) -> list[str]:
 
 @cache
 def _info(name: str) -> ModelInfo | None:
+    """What the hub knows of a model; nothing if it refuses, which loading reports; None if it is out of reach."""
     try:
         return HfApi().model_info(name, files_metadata=True, timeout=10)
-    except Exception:  # releases of the library differ in what they raise; loading reports a hub out of reach
+    except HfHubHTTPError:
+        return ModelInfo(id=name)  # type: ignore[no-untyped-call]
+    except Exception:  # releases of the library differ in what they raise
         return None
