@@ -101,6 +101,14 @@ def test_an_exported_folder_holds_the_model_and_a_card_with_its_results(trained:
     assert model.num_parameters() > 0 and tokenizer.chat_template
 
 
+def test_an_export_may_hold_a_gguf_file(trained: Command, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    result = trained("export", "first", "shared", "--gguf", "f16")
+    assert result.code == 0
+    assert str(Path("shared") / "first-f16.gguf") in result.out.splitlines()
+    assert (tmp_path / "shared" / "first-f16.gguf").read_bytes().startswith(b"GGUF")
+
+
 @pytest.mark.parametrize(
     ("prepare", "arguments", "message"),
     [

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ import transformers
 from conftest import Command
 
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.model import gguf
+from grpo_cli.core.model import gguf, gguf_write
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Sequences
 from grpo_cli.core.task.prompts import STYLES, prompt
@@ -20,57 +19,20 @@ format_package = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
 
 
+LETTERS = [*"0123456789abcdefghijklmnopqrstuvwxyz =*+<>/|_", "Ġ", "Ċ", "25", "Ġ25"]
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(gguf, "HF_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "countdown"
 
 
-def write_gguf(path: Path, folder: Path) -> Path:
-    """The Qwen2 model of `folder` as a GGUF file of float32 tensors."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    config = model.config
-    writer = format_package.GGUFWriter(path, "qwen2")
-    writer.add_name("tiny")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    add_tokenizer(writer, tokenizer, split="qwen2", rows=config.vocab_size)
-    names = format_package.get_tensor_name_map(format_package.MODEL_ARCH.QWEN2, config.num_hidden_layers)
-    for name, weight in model.state_dict().items():
-        if name != "lm_head.weight":  # tied
-            writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), weight.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def add_tokenizer(writer: Any, tokenizer: transformers.PreTrainedTokenizerBase, *, split: str, rows: int) -> None:
-    added = tokenizer.added_tokens_decoder
-    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    kinds = [(gguf.CONTROL if added[i].special else gguf.USER_DEFINED) if i in added else 1 for i in range(len(tokens))]
-    unused = [f"[PAD{index}]" for index in range(len(tokens), rows)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(split)
-    writer.add_token_list([*tokens, *unused])
-    writer.add_token_types([*kinds, *[5] * len(unused)])
-    writer.add_token_merges([" ".join(pair) for pair in tokenizer._merges])
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_chat_template(tokenizer.chat_template)
-
-
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
-    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", tiny_folder)
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    gguf_write.write(tiny_folder, path, kind="f32")
+    return path
 
 
 def test_a_file_is_the_model_that_it_was_made_from(file: Path, tiny_folder: Path) -> None:
@@ -85,15 +47,65 @@ def test_a_file_is_the_model_that_it_was_made_from(file: Path, tiny_folder: Path
     assert set(theirs.end_ids) <= set(ours.end_ids)
 
 
+def save_tiny_llama(folder: Path) -> Path:
+    """A Llama model whose heads are grouped and whose tokenizer splits digits, as SmolLM2's does."""
+    facts = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": [*LETTERS, "<|im_end|>"],
+        "tokenizer.ggml.token_type": [1] * len(LETTERS) + [gguf.CONTROL],
+        "tokenizer.ggml.merges": ["2 5", "Ġ 25"],
+        "tokenizer.ggml.eos_token_id": len(LETTERS),
+        "tokenizer.chat_template": "{{ messages[-1]['content'] }}",
+    }
+    gguf.build_tokenizer(facts).save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.25,
+        eos_token_id=len(LETTERS),
+    )
+    torch.manual_seed(7)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16"])
+@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+def test_a_written_file_reads_back_as_the_same_model(
+    architecture: str, kind: gguf_write.Type, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = tiny_folder if architecture == "qwen2" else save_tiny_llama(tmp_path / "llama")
+    gguf_write.write(folder, tmp_path / "tiny.gguf", kind=kind)
+    back = gguf.unpacked(tmp_path / "tiny.gguf")
+    before, after = (transformers.AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (folder, back))
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        expected = weight.half().float() if kind == "f16" and weight.dim() > 1 else weight
+        assert torch.equal(after[name], expected), name
+    first, second = (transformers.AutoTokenizer.from_pretrained(path) for path in (folder, back))
+    assert first("25 = 3*4\n it's")["input_ids"] == second("25 = 3*4\n it's")["input_ids"]
+    assert first.chat_template == second.chat_template
+
+
+def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(CountdownError, match="no GGUF writer for GPT2LMHeadModel"):
+        gguf_write.write(tmp_path, tmp_path / "x.gguf", kind="f32")
+
+
 def test_a_file_is_unpacked_once(file: Path, cache: Path) -> None:
     first = gguf.unpacked(file)
     made = (first / "model.safetensors").stat().st_mtime_ns
     assert gguf.unpacked(file) == first
     assert (first / "model.safetensors").stat().st_mtime_ns == made
     assert [path.name for path in cache.iterdir()] == [first.name]
-
-
-LETTERS = [*"0123456789abcdefghijklmnopqrstuvwxyz =*+<>/|_", "Ġ", "Ċ", "25", "Ġ25"]
 
 
 @pytest.mark.parametrize(

@@ -237,6 +237,9 @@ def export(
     ctx: typer.Context,
     name: Annotated[str, typer.Argument(metavar="RUN", help="run whose best model to export")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder to write", show_default=False)],
+    gguf: Annotated[
+        Literal["f16", "f32"] | None, typer.Option(help="add a GGUF file, with matrices of this type")
+    ] = None,
     push: Annotated[
         str | None, typer.Option(help="upload the folder to this repository of the hub", metavar="<owner/name>")
     ] = None,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import typer
 
 from grpo_cli.cli.checks import resolve
 from grpo_cli.core.config.resolve import restore
 from grpo_cli.core.config.settings import values
+from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.run.export import check_destination, export, license_of
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.run.models import model_source
@@ -17,13 +20,31 @@ from grpo_cli.ui import text
 from grpo_cli.ui.card import CardFacts, model_card
 
 
-def run(ctx: typer.Context, *, name: str, folder: Path, push: str | None, overwrite: bool, config: Path | None) -> None:
+def run(
+    ctx: typer.Context,
+    *,
+    name: str,
+    folder: Path,
+    gguf: Literal["f16", "f32"] | None,
+    push: str | None,
+    overwrite: bool,
+    config: Path | None,
+) -> None:
     """Write the folder, print the path of each file, and upload them if `push` names a repository."""
     root = Path(resolve(ctx, config).settings.runs)
     chosen = Run.open(root, name)
     model_source(root, chosen.name)
     check_destination(folder, overwrite=overwrite)
-    for path in export(chosen, folder, model_card(_facts(chosen)), overwrite=overwrite):
+    if gguf and find_spec("gguf") is None:
+        raise CountdownError("`--gguf` needs the extra `gguf`", "pip install 'countdown-grpo[gguf]'")
+
+    def convert(staged: Path) -> None:
+        if gguf:
+            from grpo_cli.core.model.gguf_write import write  # loads torch
+
+            write(staged, staged / f"{chosen.name}-{gguf}.gguf", kind=gguf)
+
+    for path in export(chosen, folder, model_card(_facts(chosen)), overwrite=overwrite, convert=convert):
         print(path)
     if push is not None:
         from grpo_cli.core.run.hub import push as upload  # loads huggingface_hub, and is the only thing that sends

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from grpo_cli.core.errors import CountdownError
@@ -28,15 +29,18 @@ def check_destination(folder: Path, *, overwrite: bool) -> None:
         raise CountdownError(f"`{folder}` exists", "choose another folder, or replace it with `--overwrite`")
 
 
-def export(run: Run, folder: Path, card: str, *, overwrite: bool = False) -> list[Path]:
+def export(
+    run: Run, folder: Path, card: str, *, overwrite: bool = False, convert: Callable[[Path], None] = lambda _: None
+) -> list[Path]:
     """Write the run's best model and its card to `folder`, replacing it as a whole; return the files.
 
-    Raises CountdownError where `check_destination` does.
+    `convert` may add files to the folder before it takes its place. Raises as `check_destination` does.
     """
     check_destination(folder, overwrite=overwrite)
     with checkpoint.saving(folder) as staged:
         shutil.copytree(run.model_path, staged, dirs_exist_ok=True)
         (staged / CARD).write_text(card, encoding="utf-8")
+        convert(staged)
     return sorted(path for path in folder.iterdir() if path.is_file())
 
 

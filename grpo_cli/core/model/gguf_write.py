@@ -1,0 +1,107 @@
+"""Write a Hugging Face model folder as a GGUF file for llama.cpp, Ollama and `--model FILE.gguf`.
+
+For Qwen2 and Llama architectures with byte-level BPE tokenizers; others are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import transformers
+from tokenizers import pre_tokenizers
+from torch import Tensor
+
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.model.gguf import CONTROL, PRETOKENIZERS, USER_DEFINED
+
+NORMAL, UNUSED = 1, 5  # token types of the format
+ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}
+SPLIT_PROBE = "Make 25 of 3, 1234 and 2:  it's 3*(4+1)\n\n= 15 HELLO\tÄö"
+
+Type = Literal["f16", "f32"]
+
+
+def write(folder: Path, path: Path, *, kind: Type) -> None:
+    """Write the model and tokenizer of `folder` to `path`; matrices in `kind`, vectors always in float32.
+
+    Raises CountdownError for an architecture, rotary scaling or tokenizer that cannot be written.
+    """
+    from gguf import MODEL_ARCH, GGUFWriter, LlamaFileType, get_tensor_name_map
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    config, architecture = model.config, ARCHITECTURES.get(type(model).__name__)
+    if architecture is None or config.rope_parameters["rope_type"] != "default":
+        raise CountdownError(
+            f"no GGUF writer for {type(model).__name__} with these rotary positions",
+            "export without `--gguf`, and run llama.cpp's convert_hf_to_gguf.py on the folder",
+        )
+    writer = GGUFWriter(path, architecture)
+    writer.add_name(path.stem)
+    writer.add_file_type(LlamaFileType.MOSTLY_F16 if kind == "f16" else LlamaFileType.ALL_F32)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(model.get_decoder().layers[0].self_attn.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    _add_tokenizer(writer, folder, rows=config.vocab_size)
+    names = get_tensor_name_map(getattr(MODEL_ARCH, architecture.upper()), config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            query = name.endswith("q_proj.weight")
+            weight = _interleaved(weight, config.num_attention_heads if query else config.num_key_value_heads)
+        dtype = torch.float16 if kind == "f16" and weight.dim() > 1 else torch.float32
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), weight.to(dtype).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _interleaved(weight: Tensor, heads: int) -> Tensor:
+    """llama.cpp rotates neighbouring rows of a Llama head where transformers rotates its halves."""
+    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape).contiguous()
+
+
+def _add_tokenizer(writer: Any, folder: Path, *, rows: int) -> None:
+    tokenizer = cast("Any", transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    added = tokenizer.added_tokens_decoder
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    unused = [f"[PAD{index}]" for index in range(len(tokens), rows)]
+    kinds = [(CONTROL if added[i].special else USER_DEFINED) if i in added else NORMAL for i in range(len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_split_of(tokenizer))
+    writer.add_token_list([*tokens, *unused])
+    writer.add_token_types([*kinds, *[UNUSED] * len(unused)])
+    writer.add_token_merges([" ".join(pair) for pair in _merges(tokenizer)])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+    writer.add_add_bos_token(False)
+
+
+def _merges(tokenizer: Any) -> list[list[str]]:
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if model["type"] != "BPE" or tokenizer.backend_tokenizer.pre_tokenizer is None:
+        raise CountdownError(f"no GGUF writer for tokenizers of kind {model['type']}", "export without `--gguf`")
+    return [merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"]]
+
+
+def _split_of(tokenizer: Any) -> str:
+    """The `tokenizer.ggml.pre` of a tokenizer, by how it splits a text."""
+    _merges(tokenizer)
+    own = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(SPLIT_PROBE)
+    for name, build in PRETOKENIZERS.items():
+        if pre_tokenizers.Sequence(build()).pre_tokenize_str(SPLIT_PROBE) == own:
+            return name
+    known = ", ".join(f"`{name}`" for name in PRETOKENIZERS)
+    raise CountdownError(f"the tokenizer splits text like none of {known}", "export without `--gguf`")
