@@ -13,6 +13,7 @@ from grpo_cli.core.evals.contamination import Known, known, overlap
 from grpo_cli.core.model.load import load, load_tokenizer
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task.data import enumerate_puzzles
+from grpo_cli.core.task.plugin import Item
 from grpo_cli.core.task.puzzle import Puzzle
 
 SEEN, ASKED_AGAIN, NEW, VAL = (
@@ -39,7 +40,7 @@ def counts(found: Known) -> Mapping[str, int]:
 def test_a_puzzle_is_the_same_whatever_the_order_of_its_numbers(tmp_path: Path) -> None:
     make_run(tmp_path, "first", SEEN, ASKED_AGAIN, start=HUB)
     found = known("first", tmp_path)
-    assert counts(found) == {"first": 1}
+    assert found.runs == {"first": {"2 3 5 -> 13"}}
     assert overlap([ASKED_AGAIN, NEW, VAL, Puzzle((2, 3, 5), 14)], found) == 1
 
 
@@ -82,6 +83,14 @@ def test_of_other_models_nothing_is_known(tmp_path: Path, model: str) -> None:
     found = known(model, tmp_path)
     assert overlap([SEEN], found) is None
     assert found.statement([SEEN]) == f"what {model} was trained on is not known"
+
+
+def test_problems_of_other_tasks_are_counted_too(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "first", start="builtin")
+    run.log_samples([{"step": 1, **Item("[3, 1]").record()}])
+    found = known("first", tmp_path)
+    assert overlap([Item("[3, 1]"), Item("[1, 3]")], found) == 1
+    assert found.statement([Item("[3, 1]")]).startswith("1 of 1 problems were trained on (1 known from first, and all")
 
 
 def test_runs_that_name_each_other_end(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from grpo_cli.core.evals.evaluate import (
 from grpo_cli.core.evals.statistics import wilson
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.task.data import puzzle_set
+from grpo_cli.core.task.plugin import FileTask, Item
 from grpo_cli.core.task.prompts import STYLES
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.scoring import score
@@ -148,6 +149,10 @@ def test_results_are_comparable_where_their_protocol_is_the_same() -> None:
         replace(result, completions=result.completions[:1]),
     ]
     assert len({one.protocol for one in (result, *others)}) == 7
+    item, other = (Item(f'{{"answer": {answer}, "question": "?"}}') for answer in (1, 2))  # not in the prompt
+    asked = replace(result, task=FileTask("mine", {"prompt": lambda value: value["question"]}))
+    rows = [[replace(completion(EASY, RIGHT, 10), puzzle=problem)] for problem in (item, other)]
+    assert replace(asked, completions=rows[:1]).protocol != replace(asked, completions=rows[1:]).protocol
     greedy = replace(result, temperature=0.0)
     assert greedy.protocol == replace(greedy, seed=1).protocol  # no draws, no seed
 
@@ -165,7 +170,7 @@ def test_a_record_says_who_was_solved_and_shows_the_same_puzzles_every_time() ->
 def test_a_puzzle_that_was_trained_on_is_counted() -> None:
     result = made([completion(EASY, RIGHT, 1)], [completion(HARD, RIGHT, 1)])
     assert result.overlap is None
-    seen = Known({"first": frozenset({((2, 4, 6), 12)})})
+    seen = Known({"first": frozenset({"2 4 6 -> 12"})})
     assert replace(result, known=seen).overlap == replace(result, known=seen).to_json()["overlap"] == 1
     assert replace(result, known=Known(unknown="hub")).to_json()["overlap"] is None
 
@@ -182,7 +187,7 @@ def a_suite(**solved: int) -> SuiteResult:
 
 
 def test_the_mean_of_a_suite_is_weighted() -> None:
-    assert a_suite(one=4, zero=8, natural=0).mean == 0.875  # (1 * 0.5 + 3 * 1.0 + 0 * 0.0) / 4
+    assert a_suite(one=4, zero=8, natural=0).mean == pytest.approx(0.875)  # (1 * 0.5 + 3 * 1.0 + 0 * 0.0) / 4
 
 
 def test_the_puzzles_of_a_suite_are_counted_once() -> None:

@@ -1,6 +1,7 @@
 """Puzzle files in three formats: written, read back, and every wrong line named."""
 
 import csv
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -32,6 +33,8 @@ def test_puzzles_come_back_from_their_file(tmp_path: Path, name: str) -> None:
     for split in ("train", "val"):
         assert task.problems(split, 3) == Countdown().problems(split, 3)
     assert load_puzzles(path).duplicates == 0
+    assert task.files == {"puzzles": hashlib.sha256(path.read_bytes()).hexdigest()} and Countdown().files == {}
+    assert task.notes([3])[0].startswith(f"{path}: 2,179 train and 327 val puzzles, 0 duplicates left out, SHA-256")
 
 
 def test_files_written_with_rules_are_read_with_them(tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 """Tasks and rewards of one's own: files that work, and one sentence for each that does not."""
 
+import hashlib
+import json
 import re
 from pathlib import Path
 
 import pytest
+from conftest import Command
 
 from grpo_cli.core.config.resolve import resolve
 from grpo_cli.core.errors import CountdownError
@@ -38,6 +41,19 @@ def test_the_example_is_a_sound_task() -> None:
     assert (score.reward, score.correct, score.parts) == (1.0, True, {"format": 0.1, "digits": 0.9})
     assert task.read(problem.record()) == problem
     assert task.prompt(problem, "zero-shot")[0]["role"] == "user"
+
+
+def test_the_example_is_trained_and_evaluated(countdown: Command, tmp_path: Path) -> None:
+    steps = ["--num-iterations", 3, "--batch-size", 4, "--num-generations", 4, "--max-new-tokens", 60]
+    done = countdown("train", "--task", EXAMPLE, "--run", "sort", *steps, "--eval-every", 3, "--eval-puzzles", 4)
+    assert done.code == 0, done.err
+    metrics = [json.loads(line) for line in (tmp_path / "runs" / "sort" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["weights_changed"] > 0.9 for line in metrics if line["step"]] == [True] * 3
+    assert any(line["reward/format"] > 0 for line in metrics[1:])
+    asked = countdown("eval", "sort", "--task", EXAMPLE, "--split", "train", "--max-new-tokens", 20, "--json")
+    result = json.loads(asked.out)
+    assert result["overlap"] == 12 and result["files"] == {"task": hashlib.sha256(EXAMPLE.read_bytes()).hexdigest()}
+    assert "was trained on" in asked.err
 
 
 def test_countdown_is_a_sound_task() -> None:

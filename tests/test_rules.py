@@ -13,7 +13,7 @@ import pytest
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.task.countdown import Countdown
-from grpo_cli.core.task.data import enumerate_puzzles, generate, is_enumerable, puzzle_set
+from grpo_cli.core.task.data import enumerate_puzzles, generate, is_enumerable, puzzle_set, sampling_note
 from grpo_cli.core.task.expression import parse
 from grpo_cli.core.task.prompts import STYLES, instruction, prompt, worked_example
 from grpo_cli.core.task.puzzle import Puzzle, judge
@@ -194,6 +194,9 @@ def test_puzzles_are_enumerated_or_sampled_by_the_rules() -> None:
     assert all(solve(puzzle, small) for puzzle in puzzles)
     assert {number for puzzle in puzzles for number in puzzle.numbers} == {2, 3, 4, 5}
     assert min(puzzle.target for puzzle in puzzles) == 10 and max(puzzle.target for puzzle in puzzles) == 30
+    assert sampling_note(3, small) is None
+    note = "3 numbers from 1 to 99: too many puzzles to enumerate, each split is a fixed sample of up to 2,000"
+    assert sampling_note(3, PUBLIC) == note and Countdown(PUBLIC).notes([3]) == [note] and not Countdown().notes([3])
     sample = puzzle_set(3, "val", PUBLIC)
     assert len({puzzle.canonical for puzzle in sample}) == len(sample) == 2_000
     assert all(puzzle.split == "val" and 10 <= puzzle.target <= 99 for puzzle in sample)

@@ -20,7 +20,6 @@ from grpo_cli.core.evals.evaluate import SuiteResult, evaluate_suite, puzzles_of
 from grpo_cli.core.files import check_writable, write_lines
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.task.countdown import task_of
-from grpo_cli.core.task.files import load_puzzles
 from grpo_cli.core.task.suite import Cell, cell
 from grpo_cli.ui import tables
 from grpo_cli.ui import text as show
@@ -103,8 +102,8 @@ def _evaluate(
         _note_differences(chosen, _DECODING)
     known = [contamination.known(model.source, Path(model.settings.runs)) for model in chosen]
     asked = task_of(chosen[0].settings)
-    if task.puzzles != "none":
-        show.note(str(load_puzzles(Path(task.puzzles), task.rules)))
+    for sentence in asked.notes(sorted({cell(name).numbers for name in weights})):
+        show.note(sentence)
     puzzles = {cell(name): puzzles_of(cell(name), settings.limit, asked) for name in weights}
     results: list[SuiteResult] = []
     with tables.progress("evaluating", quiet=quiet) as advance:

@@ -1,7 +1,7 @@
 """Leaks: which puzzles a model was trained on, as far as that is known, and which of them an evaluation asks again.
 
-A run keeps every prompt that it trained on, and the built-in model's recipe says what it imitated; of other models
-nothing is known. A puzzle is the same whatever the order of its numbers. Knows neither weights nor prompts.
+A run keeps every problem that it trained on, and the built-in model's recipe says which puzzles it imitated; nothing is
+known about other models. A puzzle is the same whatever the order of its numbers. Knows neither weights nor prompts.
 """
 
 from __future__ import annotations
@@ -19,44 +19,36 @@ from grpo_cli.core.task.task import Problem
 
 RECIPE = "all train puzzles of 3 and 4 numbers by the recipe of builtin"
 
-Key = tuple[tuple[int, ...], int]  # sorted numbers, target
-
 
 @dataclass(frozen=True)
 class Known:
-    """What a model was trained on: the puzzles of each run that led to it, the recipe's, or what cannot be known."""
+    """What a model was trained on: the problems of each run that led to it, by key, and whether the recipe's."""
 
-    runs: Mapping[str, frozenset[Key]] = field(default_factory=dict)
+    runs: Mapping[str, frozenset[str]] = field(default_factory=dict)
     recipe: bool = False  # it began as the built-in model
-    unknown: str | None = None  # the model that it began as, of which nothing is known
+    unknown: str | None = None  # the model that it began as, if nothing is known about that
     damaged: int = 0  # lines of the runs' samples that cannot be read
 
-    def __contains__(self, puzzle: Problem) -> bool:
-        if not isinstance(puzzle, Puzzle):
-            return False
-        key = _key(puzzle.numbers, puzzle.target)
-        return any(key in seen for seen in self.runs.values()) or (self.recipe and may_imitate(puzzle))
+    def __contains__(self, problem: Problem) -> bool:
+        imitated = self.recipe and isinstance(problem, Puzzle) and may_imitate(problem)
+        return imitated or any(problem.key in seen for seen in self.runs.values())
 
-    def statement(self, puzzles: Sequence[Problem]) -> str:
-        """How many of `puzzles` it was trained on, and how that is known."""
-        count = overlap(puzzles, self)
-        if not all(isinstance(puzzle, Puzzle) for puzzle in puzzles):
-            return "contamination is counted for countdown alone"
+    def statement(self, problems: Sequence[Problem]) -> str:
+        """How many of `problems` it was trained on, and how that is known."""
+        count = overlap(problems, self)
         if count is None:
             return f"what {self.unknown} was trained on is not known"
         parts = [f"{len(seen):,} known from {name}" for name, seen in self.runs.items()]
         parts += [RECIPE] if self.recipe else []
         rest = f"; what {self.unknown} was trained on is not known" if self.unknown else ""
         rest += f"; {self.damaged} damaged line{'s' * (self.damaged > 1)} of samples left out" if self.damaged else ""
-        return f"{count:,} of {len(puzzles):,} puzzles were trained on ({', and '.join(parts)}{rest})"
+        noun = "puzzles" if all(isinstance(problem, Puzzle) for problem in problems) else "problems"
+        return f"{count:,} of {len(problems):,} {noun} were trained on ({', and '.join(parts)}{rest})"
 
 
 def overlap(problems: Iterable[Problem], known: Known) -> int | None:
-    """How many problems are known to have been trained on; None if nothing is known, or for other tasks."""
-    puzzles = list(problems)
-    if not (known.runs or known.recipe) or not all(isinstance(puzzle, Puzzle) for puzzle in puzzles):
-        return None
-    return sum(puzzle in known for puzzle in puzzles)
+    """How many problems are known to have been trained on; None if nothing is known."""
+    return sum(problem in known for problem in problems) if known.runs or known.recipe else None
 
 
 def known(model: str, root: Path) -> Known:
@@ -78,7 +70,7 @@ def _known(model: str, root: Path, later: frozenset[Path]) -> Known:
     before = _known(settings.model, run.path.parent, later | {run.path.resolve()})
     if settings.model == "builtin" and not _is_shipped(run):
         before = Known(unknown="a model called builtin, with other weights,")
-    seen, damaged = frozenset(_key(*question) for question in run.prompts()), before.damaged + run.damaged_prompts()
+    seen, damaged = frozenset(run.trained_on()), before.damaged + run.damaged_samples()
     if not seen:
         return Known(unknown=run.name, damaged=damaged)
     return replace(before, runs={run.name: seen, **before.runs}, damaged=damaged)
@@ -90,7 +82,3 @@ def _is_shipped(run: Run) -> bool:
         return True
     shipped = (load("builtin", device="cpu", precision=precision) for precision in ("float32", "bf16"))
     return run.read_origin().get("weights") in [policy.fingerprint()["weights"] for policy in shipped]
-
-
-def _key(numbers: Iterable[int], target: int) -> Key:
-    return tuple(sorted(numbers)), target

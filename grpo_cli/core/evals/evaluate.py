@@ -75,8 +75,12 @@ class Evaluation:
 
     @property
     def protocol(self) -> str:
-        """Hash of what was asked and how it was decoded: two results are comparable where it is the same."""
-        asked = [self.task.prompt(row[0].puzzle, self.style) for row in self.completions]
+        """Hash of problems, prompts and decoding: two results are comparable where it is the same.
+
+        The prompt states a puzzle whole, but may leave out parts of another task's problem, such as its answer.
+        """
+        asked: list[object] = [self.task.prompt(puzzle, self.style) for puzzle in self.puzzles]
+        asked += [problem.record() for problem in self.puzzles if not isinstance(problem, Puzzle)]
         content = json.dumps([asked, self.decoding], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -167,6 +171,7 @@ class Evaluation:
             "cheats": self.cheats,
             "pass_at_k": self.pass_at_k,
             "overlap": self.overlap,
+            "files": dict(self.task.files),
         }
 
     def record(self) -> dict[str, object]:

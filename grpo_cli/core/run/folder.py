@@ -25,7 +25,7 @@ from grpo_cli.core.config.resolve import shipped_presets
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import append_lines, can_write, read_json, write_json
 from grpo_cli.core.run import checkpoint
-from grpo_cli.core.run.logs import Evaluated, Example, Log, evaluated, example, numbers, question
+from grpo_cli.core.run.logs import Evaluated, Example, Log, evaluated, example, numbers, problem_key
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CHECKPOINT = re.compile(r"step-([0-9]+)")
@@ -326,13 +326,13 @@ class Run:
         """Every logged completion, [] before the first."""
         return list(self._samples.read())
 
-    def prompts(self) -> Iterator[tuple[list[int], int]]:
-        """Numbers and target of every sample, without the damaged lines."""
-        return self._prompts.readable()
+    def trained_on(self) -> Iterator[str]:
+        """The key of every sample's problem, without the damaged lines."""
+        return self._problems.readable()
 
-    def damaged_prompts(self) -> int:
-        """The number of lines that `prompts` leaves out."""
-        return self._prompts.damaged()
+    def damaged_samples(self) -> int:
+        """The number of lines that `trained_on` leaves out."""
+        return self._problems.damaged()
 
     @property
     def _metrics(self) -> Log[dict[str, float]]:
@@ -347,8 +347,8 @@ class Run:
         return Log(self.path / "samples.jsonl", example)
 
     @property
-    def _prompts(self) -> Log[tuple[list[int], int]]:
-        return Log(self._samples.path, question)
+    def _problems(self) -> Log[str]:
+        return Log(self._samples.path, problem_key)
 
     @property
     def _environment(self) -> Path:

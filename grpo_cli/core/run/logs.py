@@ -12,6 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import Line, read_lines, write
+from grpo_cli.core.task.puzzle import Puzzle
 
 LAST_STEP = 10**15
 MOST_SECONDS = 1e12
@@ -149,12 +150,12 @@ def _validated(kind: TypeAdapter[Record], line: Line) -> Record:
         raise CountdownError(f"`{'.'.join(map(str, first['loc']))}` in {line.place}: {first['msg']}") from None
 
 
-def question(line: Line) -> tuple[list[int], int]:
-    """Numbers and target of a sample; ([], 0) of another task's."""
+def problem_key(line: Line) -> str:
+    """The key of a sample's problem."""
     record = line.record()
-    if "problem" in record:
-        return [], 0
+    if isinstance(problem := record.get("problem"), str):
+        return problem
     given, target = record.get("numbers"), record.get("target")
     if not isinstance(given, list) or type(target) is not int or any(type(number) is not int for number in given):
         raise CountdownError(f"{line.place} has no puzzle in `numbers` and `target`")
-    return given, target
+    return Puzzle(tuple(given), target).key

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from grpo_cli.core.task.data import puzzle_set
+from grpo_cli.core.task.data import puzzle_set, sampling_note
 from grpo_cli.core.task.files import load_puzzles
 from grpo_cli.core.task.plugin import load_task, rewarded
 from grpo_cli.core.task.prompts import STYLES, Style, prompt
@@ -42,6 +42,16 @@ class Countdown:
     name: str = "countdown"
     styles: Sequence[str] = STYLES
     cheats: Sequence[str] = CHEATS
+
+    @property
+    def files(self) -> dict[str, str]:
+        return {"puzzles": load_puzzles(self.path, self.rules).sha256} if self.path else {}
+
+    def notes(self, sizes: Sequence[int]) -> list[str]:
+        """The counts of the puzzle file, or the sizes that are sampled."""
+        if self.path:
+            return [str(load_puzzles(self.path, self.rules))]
+        return [note for size in sizes if (note := sampling_note(size, self.rules))]
 
     def problems(self, split: Split, size: int) -> list[Puzzle]:
         return load_puzzles(self.path, self.rules).puzzles(split) if self.path else puzzle_set(size, split, self.rules)

@@ -65,6 +65,14 @@ def puzzle_set(numbers: int, split: Split, rules: Rules = ORIGINAL) -> list[Puzz
     return list(distinct.values())
 
 
+def sampling_note(size: int, rules: Rules = ORIGINAL) -> str | None:
+    """A sentence that says so where `puzzle_set` is a sample."""
+    if is_enumerable(size, rules):
+        return None
+    space = f"{size} numbers from {rules.min_number} to {rules.max_number}"
+    return f"{space}: too many puzzles to enumerate, each split is a fixed sample of up to {SAMPLED:,}"
+
+
 def _draws(size: int, split: Split | None, seed: int, rules: Rules) -> Iterator[Puzzle]:
     """Puzzles at random, until MOST_DRAWS in a row make none."""
     below, numbers, operations = _below(random.Random(seed)), rules.numbers, [_APPLY[name] for name in rules.operations]

@@ -12,6 +12,7 @@ A reward file defines a function of (completion, problem) of the same results. T
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import runpy
@@ -64,6 +65,10 @@ class FileTask:
     functions: Mapping[str, Function] = field(repr=False)
     styles: Sequence[str] = ("zero-shot",)
     cheats: Sequence[str] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def notes(self, sizes: Sequence[int]) -> list[str]:
+        return []
 
     def problems(self, split: Split, size: int) -> list[Item]:
         values = self._call("problems", split)
@@ -148,7 +153,11 @@ def load_task(name: str) -> Task:
             raise CountdownError(
                 f"`{name}` defines no function `{needed}`", "a task defines `problems`, `prompt` and `score`"
             )
-    return FileTask(Path(name).name, functions)
+    return FileTask(Path(name).name, functions, files={"task": _sha256(name)})
+
+
+def _sha256(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _functions(path: Path) -> dict[str, Function]:
@@ -206,6 +215,10 @@ class Rewarded:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.task, name)
+
+    @property
+    def files(self) -> dict[str, str]:
+        return {**self.task.files, "reward": _sha256(self.label.rpartition(":")[0])}
 
     def score(self, completion: str, problem: Problem, *, style: str, truncated: bool = False) -> Score:
         """The task's score with the function's reward; a failing function ends the run, or pays 0 if skipped."""

@@ -64,6 +64,13 @@ class Task(Protocol):
     def cheats(self) -> Sequence[str]:
         """Kinds of cheats that a score may name."""
 
+    @property
+    def files(self) -> Mapping[str, str]:
+        """SHA-256 of each file that defines the task, by the setting that names it."""
+
+    def notes(self, sizes: Sequence[int]) -> list[str]:
+        """Sentences for the user about the problems of these sizes."""
+
     def problems(self, split: Split, size: int) -> Sequence[Problem]:
         """Every problem of a split and size, or a fixed sample where there are too many."""
 
