@@ -34,14 +34,16 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_cli.core.builtin.tokenizer import train_tokenizer
 from grpo_cli.core.config.settings import Loss
+from grpo_cli.core.dist.parallel import Replicated
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.perf.cost import Work, costs, shape_of
 from grpo_cli.core.perf.meter import hardware_of, widths
+from grpo_cli.core.rl.batch import Examples
 from grpo_cli.core.rl.grpo import advantages
 from grpo_cli.core.rl.state import build_optimizer
-from grpo_cli.core.rl.update import reference_logprobs, update
+from grpo_cli.core.rl.update import Objective, reference_logprobs, update
 from grpo_cli.core.sampling.rollout import sample, uniforms
 from grpo_cli.core.task.prompts import STYLES, prompt
 from grpo_cli.core.task.puzzle import Puzzle
@@ -183,19 +185,10 @@ def steps(asked: Load, variant: Variant) -> dict[str, Any]:
             with timed(seconds, "reference"):
                 ref_logprobs = reference_logprobs(reference, sequences, temperature=TEMPERATURE, fit=fit)
             with timed(seconds, "update"):
-                update(
-                    policy,
-                    optimizer,
-                    sequences,
-                    advantages(rewards).flatten(),
-                    loss=LOSS,
-                    temperature=TEMPERATURE,
-                    max_new_tokens=asked.tokens,
-                    clip_grad_norm=0.5,
-                    fit=fit,
-                    ref_logprobs=ref_logprobs,
-                    stepping=partial(timed, seconds, "optimizer"),
-                )
+                examples = Examples(sequences, advantages(rewards).flatten(), ref_logprobs=ref_logprobs)
+                objective = Objective(LOSS, TEMPERATURE, asked.tokens, clip_grad_norm=0.5)
+                timer = partial(timed, seconds, "optimizer")
+                update(Replicated(policy), optimizer, examples, objective, fit=fit, stepping=timer)
         seconds["update"] -= seconds["optimizer"]
         rounds.append(seconds)
     medians = {phase: statistics.median(one[phase] for one in rounds[1:]) for phase in (*PHASES, "total")}

@@ -34,10 +34,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from grpo_cli.core.config.settings import Loss
+from grpo_cli.core.dist.parallel import Replicated
 from grpo_cli.core.model.load import BUILTIN, detect_precision, load
 from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.rl.batch import Examples
 from grpo_cli.core.rl.grpo import advantages, batch_loss, normalizer
-from grpo_cli.core.rl.update import reference_logprobs, update
+from grpo_cli.core.rl.update import Objective, reference_logprobs, update
 from grpo_cli.core.sampling.rollout import sample, uniforms
 from grpo_cli.core.task.data import generate
 from grpo_cli.core.task.prompts import prompt
@@ -138,16 +140,8 @@ def countdown(work: Work, turn: Turn) -> None:
                 with timed(seconds, "reference"):
                     ref_logprobs = reference_logprobs(reference, sequences, temperature=TEMPERATURE)
                 with timed(seconds, "update"):
-                    update(
-                        policy,
-                        optimizer,
-                        sequences,
-                        advantage,
-                        loss=LOSS,
-                        temperature=TEMPERATURE,
-                        max_new_tokens=work.tokens,
-                        ref_logprobs=ref_logprobs,
-                    )
+                    examples = Examples(sequences, advantage, ref_logprobs=ref_logprobs)
+                    update(Replicated(policy), optimizer, examples, Objective(LOSS, TEMPERATURE, work.tokens))
         turn(round_of(seconds, rollout.completions))
 
 

@@ -14,8 +14,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_cli.cli import app as cli
 from grpo_cli.core.builtin.tokenizer import train_tokenizer
+from grpo_cli.core.config.settings import Loss
+from grpo_cli.core.dist.parallel import Replicated
+from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import load
-from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.rl import update as update_module
+from grpo_cli.core.rl.batch import Examples
+from grpo_cli.core.rl.update import Objective
 from grpo_cli.core.task.prompts import STYLES, prompt
 from grpo_cli.core.task.puzzle import Puzzle
 
@@ -123,3 +129,24 @@ def trained(countdown: Command, finished_run: Path, tmp_path: Path) -> Command:
     """`countdown` in a folder with a copy of the finished run, `first`."""
     shutil.copytree(finished_run, tmp_path / "runs" / "first")
     return countdown
+
+
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    sequences: Sequences,
+    advantages: torch.Tensor,
+    *,
+    loss: Loss,
+    temperature: float,
+    max_new_tokens: int,
+    num_inner_updates: int = 1,
+    clip_grad_norm: float = 1.0,
+    fit: MicroBatch | None = None,
+    ref_logprobs: torch.Tensor | None = None,
+    sampled_logprobs: list[list[float]] | None = None,
+) -> dict[str, float]:
+    """An update by one process."""
+    examples = Examples(sequences, advantages, sampled_logprobs, ref_logprobs)
+    objective = Objective(loss, temperature, max_new_tokens, num_inner_updates, clip_grad_norm)
+    return update_module.update(Replicated(policy), optimizer, examples, objective, fit=fit)

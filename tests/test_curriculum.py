@@ -4,10 +4,11 @@ from collections import Counter
 
 import pytest
 
-from grpo_cli.core.task.curriculum import Curriculum, Schedule, puzzles_of_step, schedule
+from grpo_cli.core.task.curriculum import Curriculum, Schedule, problems_of_step, schedule
 from grpo_cli.core.task.data import enumerate_puzzles
 from grpo_cli.core.task.prompts import STYLES
 from grpo_cli.core.task.puzzle import Puzzle
+from grpo_cli.core.task.task import Problem
 
 NUMBERS = ("3", "4")
 
@@ -88,7 +89,7 @@ def test_the_prompts_of_a_step_are_always_the_same_and_those_of_a_later_turn_oth
 def test_styles_and_numbers_are_drawn_for_each_prompt_on_its_own() -> None:
     mixed = a_curriculum()
     steps = [mixed.prompts(step) for step in range(1, 41)]
-    kinds = Counter((style, puzzle in mixed.puzzles[4]) for prompts in steps for puzzle, style in prompts)
+    kinds = Counter((style, puzzle in mixed.problems[4]) for prompts in steps for puzzle, style in prompts)
     assert len(kinds) == 4 and min(kinds.values()) > 40  # of 320, 80 expected of each
     assert any(len({style for _, style in prompts}) == 2 for prompts in steps)
 
@@ -96,7 +97,7 @@ def test_styles_and_numbers_are_drawn_for_each_prompt_on_its_own() -> None:
 def test_without_a_schedule_a_curriculum_is_the_plain_order_of_the_puzzles() -> None:
     plain = a_curriculum("3", "natural")
     for step in (1, 20, 40):
-        expected = puzzles_of_step(plain.puzzles[3], step, batch_size=8, seed=5)
+        expected = problems_of_step(plain.problems[3], step, batch_size=8, seed=5)
         assert plain.prompts(step) == [(puzzle, "natural") for puzzle in expected]
     assert plain.shares(plain.prompts(1)) == {}
 
@@ -105,13 +106,14 @@ def test_a_mixture_changes_the_order_of_no_size() -> None:
     plain, mixed = a_curriculum("3", "one-shot"), a_curriculum(style="one-shot")
     for step in range(1, 20):
         for (expected, _), (found, _) in zip(plain.prompts(step), mixed.prompts(step), strict=True):
-            assert found == expected or found in mixed.puzzles[4]
+            assert found == expected or found in mixed.problems[4]
 
 
 def test_shares_count_the_prompts_of_a_step() -> None:
     mixed = a_curriculum()
-    prompts = [(Puzzle((3, 5, 2), 13), "one-shot")] * 3 + [(Puzzle((1, 2, 3, 4), 10), "zero-shot")]
-    assert mixed.shares(prompts) == {  # type: ignore[arg-type]
+    three: Problem = Puzzle((3, 5, 2), 13)
+    prompts = [(three, "one-shot")] * 3 + [(Puzzle((1, 2, 3, 4), 10), "zero-shot")]
+    assert mixed.shares(prompts) == {
         "prompts/one-shot": 0.75,
         "prompts/zero-shot": 0.25,
         "prompts/3 numbers": 0.75,

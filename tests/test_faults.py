@@ -631,11 +631,11 @@ def at_token(call: int) -> Callable[[Function, Function], Function]:
 # two micro-batches of the reference, two of the first inner update and two of the second.
 MOMENTS: dict[str, tuple[str, Callable[[Function, Function], Function], int]] = {
     "first evaluation": ("grpo_cli.core.evals.evaluate.sample", at_token(1), 0),
-    "rollout of step 1": ("grpo_cli.core.rl.train.sample", at_token(1), 0),
-    "rollout of step 2": ("grpo_cli.core.rl.train.sample", at_token(2), 1),
+    "rollout of step 1": ("grpo_cli.core.rl.collect.sample", at_token(1), 0),
+    "rollout of step 2": ("grpo_cli.core.rl.collect.sample", at_token(2), 1),
     "evaluation after step 2": ("grpo_cli.core.evals.evaluate.sample", at_token(3), 2),
     "last evaluation": ("grpo_cli.core.evals.evaluate.sample", at_token(4), 3),
-    "scoring of step 2": ("grpo_cli.core.rl.train.score", before_call(4 + 1), 1),
+    "scoring of step 2": ("grpo_cli.core.task.countdown.score", before_call(4 + 1), 1),
     "reference pass of step 2": ("grpo_cli.core.model.policy.Policy.logprobs", before_call(6 + 1), 1),
     "update of step 2": ("grpo_cli.core.model.policy.Policy.logprobs", before_call(6 + 3), 1),
     "second inner update of step 2": ("grpo_cli.core.model.policy.Policy.logprobs", before_call(6 + 5), 2),

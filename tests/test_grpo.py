@@ -8,14 +8,16 @@ from typing import Literal
 
 import pytest
 import torch
+from conftest import update
 from torch import Tensor
 
 from grpo_cli.core.config.settings import Loss
+from grpo_cli.core.dist.parallel import NotFinite, micro_batches
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.rl.grpo import advantages, kl_estimate, normalizer, policy_loss, zero_variance
-from grpo_cli.core.rl.update import NotFinite, clip_gradients, micro_batches, reference_logprobs, update
+from grpo_cli.core.rl.update import clip_gradients, reference_logprobs
 
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "cispo", "gspo")
 TEMPERATURE = 1.2

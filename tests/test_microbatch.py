@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from conftest import Command
+from conftest import Command, update
 from torch import Tensor
 
 from grpo_cli.core import microbatch
@@ -15,7 +15,7 @@ from grpo_cli.core.config.settings import Loss
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.microbatch import MicroBatch, ran_out
 from grpo_cli.core.model.policy import Policy, Sequences
-from grpo_cli.core.rl.update import reference_logprobs, update
+from grpo_cli.core.rl.update import reference_logprobs
 from grpo_cli.core.sampling.rollout import sample, uniforms
 
 pytestmark = pytest.mark.faults

@@ -20,19 +20,21 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evals.evaluate import evaluate
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.rl import grpo
-from grpo_cli.core.rl import train as train_module
+from grpo_cli.core.rl import grpo, validate
 from grpo_cli.core.rl import update as update_module
+from grpo_cli.core.rl.schedule import learning_rate_at
 from grpo_cli.core.rl.state import Training, build_optimizer, choose_checkpoint
 from grpo_cli.core.rl.summary import summary
-from grpo_cli.core.rl.train import Interrupted, learning_rate_at, train
+from grpo_cli.core.rl.train import Interrupted, train
 from grpo_cli.core.run.folder import Run
-from grpo_cli.core.task.curriculum import puzzles_of_step
+from grpo_cli.core.task import countdown, scoring
+from grpo_cli.core.task.curriculum import problems_of_step
 from grpo_cli.core.task.data import enumerate_puzzles
 from grpo_cli.core.task.prompts import Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle
+from grpo_cli.core.task.rules import Rules
 from grpo_cli.core.task.scoring import Cheat, Reason, Score
-from grpo_cli.core.task.task import Problem, Task
+from grpo_cli.core.task.task import Message, Problem
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +46,7 @@ def reward_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
         reason: Reason = "correct" if even else "no_answer"
         return Score(reward=float(even), correct=even, reason=reason, answer=None, well_formed=False, lenient=even)
 
-    monkeypatch.setattr("grpo_cli.core.rl.train.score", score)
+    monkeypatch.setattr(countdown, "score", score)
 
 
 class Watcher:
@@ -111,12 +113,12 @@ def test_an_epoch_shows_every_puzzle_once_and_the_next_another_order() -> None:
 
 
 def drawn(puzzles: list, step: int) -> list:  # type: ignore[type-arg]
-    return puzzles_of_step(puzzles, step, batch_size=3, seed=5)
+    return list(problems_of_step(puzzles, step, batch_size=3, seed=5))
 
 
 def test_a_step_can_straddle_two_epochs() -> None:
     puzzles = list(enumerate_puzzles(3, "val"))[:5]
-    seen = [puzzle for step in range(1, 6) for puzzle in puzzles_of_step(puzzles, step, batch_size=2, seed=0)]
+    seen = [puzzle for step in range(1, 6) for puzzle in problems_of_step(puzzles, step, batch_size=2, seed=0)]
     assert Counter(seen) == dict.fromkeys(puzzles, 2)
 
 
@@ -188,7 +190,7 @@ def test_going_on_from_a_checkpoint_equals_never_having_stopped(
 ) -> None:
     # Five puzzles, two a step: an epoch ends within the third step.
     few = list(enumerate_puzzles(3, "train"))[:5]
-    monkeypatch.setattr("grpo_cli.core.task.countdown.puzzle_set", lambda numbers, split, rules: few)
+    monkeypatch.setattr("grpo_cli.core.task.countdown.puzzle_set", lambda *_: few)
     flags = {"train.optimizer": optimizer, "train.num_inner_updates": inner, "train.save_every": 1}
     settings = small(tiny_folder, **flags)
     whole, expected, _ = trained(settings, tmp_path, "whole")
@@ -249,15 +251,22 @@ def test_eight_bit_adamw_learns_on_the_cpu(tiny_policy: object, tiny_folder: Pat
 # Numbers that are not finite, and batches that teach nothing
 
 
+def is_trained_on(puzzle: Puzzle) -> bool:
+    """Whether a puzzle is in the train split, not in the val split."""
+    return any(number % 2 for number in puzzle.numbers)
+
+
 def spoil(monkeypatch: pytest.MonkeyPatch, what: str, value: float, bad: set[int]) -> None:
     """In the steps `bad`, one reward of the eight, the loss, or its gradient is `value`, or multiplied by it."""
     calls = count(8 if what == "reward" else 1)
-    scored, added = vars(train_module)["score"], grpo.batch_loss
+    scored, added = vars(countdown)["score"], grpo.batch_loss
 
-    def score(*arguments: Any, **options: Any) -> Score:
-        found: Score = scored(*arguments, **options)
+    def score(completion: str, puzzle: Puzzle, **options: Any) -> Score:
+        result: Score = scored(completion, puzzle, **options)
+        if not is_trained_on(puzzle):
+            return result
         call = next(calls)
-        return replace(found, reward=value) if call % 8 == 0 and call // 8 in bad else found
+        return replace(result, reward=value) if call % 8 == 0 and call // 8 in bad else result
 
     def batch_loss(*arguments: Any) -> Any:
         total, *others = added(*arguments)
@@ -269,7 +278,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, what: str, value: float, bad: set[int
         return total, *others
 
     if what == "reward":
-        monkeypatch.setattr(train_module, "score", score)
+        monkeypatch.setattr(countdown, "score", score)
     else:
         monkeypatch.setattr(update_module, "batch_loss", batch_loss)
 
@@ -330,7 +339,7 @@ def test_rewards_that_are_all_equal_leave_finite_metrics_and_weights(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beta: float, scale: str
 ) -> None:
     same = Score(reward=0.2, correct=False, reason="no_answer", answer=None, well_formed=True, lenient=False)
-    monkeypatch.setattr(train_module, "score", lambda *_, **__: same)
+    monkeypatch.setattr(countdown, "score", lambda *_, **__: same)
     training, run, watcher = trained(small(tiny_folder, **{"loss.beta": beta, "loss.scale_rewards": scale}), tmp_path)
     assert training.bad_steps == 0 and not watcher.messages
     assert all(line["zero_variance"] == 1 and line["reward"] == pytest.approx(0.2) for line in run.metrics()[1:])
@@ -364,7 +373,7 @@ def test_a_collapse_is_warned_of_once_and_ends_the_run_if_asked_to(
 ) -> None:
     monkeypatch.setattr("grpo_cli.core.rl.health.WINDOW", 2)
     hollow = Score(reward=0.2, correct=False, reason="wrong_value", answer="1", well_formed=True, lenient=False)
-    monkeypatch.setattr(train_module, "score", lambda *_, **__: hollow)
+    monkeypatch.setattr(countdown, "score", lambda *_, **__: hollow)
     settings = small(tiny_folder, **{"train.stop_on_collapse": stop})
     training, run, watcher = start(settings), Run.create(tmp_path, "first"), Watcher()
     if not stop:
@@ -384,7 +393,7 @@ def test_a_training_with_nothing_left_to_learn_says_so_once_and_goes_on(
 ) -> None:
     monkeypatch.setattr("grpo_cli.core.rl.health.WINDOW", 2)
     solved = Score(reward=1.0, correct=True, reason="correct", answer="1", well_formed=True, lenient=True)
-    monkeypatch.setattr(train_module, "score", lambda *_, **__: solved)
+    monkeypatch.setattr(countdown, "score", lambda *_, **__: solved)
     training, _, watcher = trained(small(tiny_folder, **{"train.stop_on_collapse": True}), tmp_path)
     assert training.step == 4
     assert [message for message in watcher.messages if not message.startswith("warning: ")] == [
@@ -398,7 +407,7 @@ def test_what_completions_were_like_is_logged_with_their_attempts_to_cheat(
 ) -> None:
     kinds: cycle[Cheat | None] = cycle(["numbers", None, "no_thought", "numbers"])  # of every group of four
     wrong = Score(reward=0.2, correct=False, reason="wrong_numbers", answer="1", well_formed=True, lenient=True)
-    monkeypatch.setattr(train_module, "score", lambda *_, **__: replace(wrong, cheat=next(kinds)))
+    monkeypatch.setattr(countdown, "score", lambda *_, **__: replace(wrong, cheat=next(kinds)))
     _, run, _ = trained(small(tiny_folder), tmp_path)
     for line in run.metrics()[1:]:
         assert (line["accuracy"], line["lenient_accuracy"]) == (0.0, 1.0)
@@ -453,14 +462,15 @@ def test_a_curriculum_shows_in_the_metrics_and_goes_on_as_if_it_had_not_stopped(
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Puzzle]:
-    """The puzzles that prompts are made of."""
+    """The puzzles of the prompts that are trained on."""
     puzzles: list[Puzzle] = []
 
-    def remembering(puzzle: Puzzle, style: Style, **_: object) -> list[dict[str, str]]:
-        puzzles.append(puzzle)
-        return prompt(puzzle, style)
+    def remembering(puzzle: Puzzle, style: Style, rules: Rules) -> list[Message]:
+        if is_trained_on(puzzle):
+            puzzles.append(puzzle)
+        return prompt(puzzle, style, rules)
 
-    monkeypatch.setattr(train_module, "prompt", remembering)
+    monkeypatch.setattr(countdown, "prompt", remembering)
     return puzzles
 
 
@@ -468,7 +478,7 @@ def test_groups_of_equal_rewards_are_sampled_anew_from_other_puzzles(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[Puzzle]
 ) -> None:
     plain = list(enumerate_puzzles(3, "train"))
-    drawn = [set(puzzles_of_step(plain, step, batch_size=2, seed=0)) for step in range(1, 5)]
+    drawn = [set(problems_of_step(plain, step, batch_size=2, seed=0)) for step in range(1, 5)]
     hopeless = drawn[0] | drawn[2]  # nobody is paid for the puzzles of steps 1 and 3
     shared = iter(range(10**6))
 
@@ -476,7 +486,7 @@ def test_groups_of_equal_rewards_are_sampled_anew_from_other_puzzles(
         right = puzzle not in hopeless and next(shared) % 2 == 0
         return Score(float(right), right, "correct" if right else "no_answer", None, False, right)
 
-    monkeypatch.setattr(train_module, "score", score)
+    monkeypatch.setattr(countdown, "score", score)
     _, run, _ = trained(small(tiny_folder, **{"train.dynamic_sampling": 3, "train.eval_every": 100}), tmp_path)
     lines = run.metrics()[1:]
     assert [line["zero_variance"] for line in lines] == [1, 0, 1, 0]  # of what was drawn first
@@ -494,7 +504,7 @@ def test_sampling_anew_is_bounded_and_leaves_what_cannot_be_helped(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[Puzzle]
 ) -> None:
     same = Score(reward=0.2, correct=False, reason="no_answer", answer=None, well_formed=True, lenient=False)
-    monkeypatch.setattr(train_module, "score", lambda *_, **__: same)
+    monkeypatch.setattr(countdown, "score", lambda *_, **__: same)
     _, run, _ = trained(small(tiny_folder, **{"train.dynamic_sampling": 3, "train.eval_every": 100}), tmp_path)
     assert len(asked) == 4 * 2 * (1 + 3)
     assert len(set(asked)) > 4 * 2 * 3  # nearly always others
@@ -539,7 +549,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
         ]
         return replace(found, completions=rows)
 
-    monkeypatch.setattr(train_module, "evaluate", scripted)
+    monkeypatch.setattr(validate, "evaluate", scripted)
     return script
 
 
@@ -596,10 +606,7 @@ def test_a_training_pays_the_rewards_of_its_settings(
 ) -> None:
     """Every completion is given the same text, of the right form and a wrong answer."""
 
-    def score(text: str, problem: Problem, *, task: Task, **how: Any) -> Score:
-        return task.score(text, problem, **how)
-
-    monkeypatch.setattr(train_module, "score", score)  # which a fixture above replaces
+    monkeypatch.setattr(countdown, "score", scoring.score)  # undo the fixture above
     monkeypatch.setattr(Policy, "decode", lambda self, tokens: "<think>a</think><answer>1</answer>")
     _, run, _ = trained(small(tiny_folder, **{"reward.format_reward": 0.25}), tmp_path)
     assert {line["reward"] for line in run.metrics() if line["step"] > 0} == {0.5}

@@ -18,9 +18,10 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import detect_device, prompt_tokens
 from grpo_cli.core.rl import probe as probing
+from grpo_cli.core.rl.schedule import curriculum
 from grpo_cli.core.rl.session import Session, demonstrated, for_ranks, plan_memory, start
 from grpo_cli.core.rl.state import choose_optimizer
-from grpo_cli.core.rl.train import Interrupted, curriculum
+from grpo_cli.core.rl.train import Interrupted
 from grpo_cli.core.run.folder import Run, run_name
 from grpo_cli.core.run.models import model_source
 from grpo_cli.core.task.audit import audit

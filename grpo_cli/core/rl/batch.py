@@ -1,102 +1,156 @@
-"""The completions of a step, their scores, and their sums over ranks."""
+"""Groups of completions, from sampling to the loss.
+
+A group is one object: its tokens, the sampler's log-probabilities, texts, scores, rewards and advantages. Ranks
+exchange a `Tally`: rewards and sums, never completions.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from grpo_cli.core.rl.grpo import zero_variance
-from grpo_cli.core.sampling.rollout import Rollout
-from grpo_cli.core.task.prompts import Style
-from grpo_cli.core.task.scoring import CHEATS, Score
-from grpo_cli.core.task.task import Problem
+from grpo_cli.core.model.policy import Sequences
+from grpo_cli.core.rl.grpo import Step, zero_variance
+from grpo_cli.core.task.task import Problem, Score
+
+
+@dataclass
+class Group:
+    """The G completions of one prompt."""
+
+    prompt_index: int  # of the prompt in the step
+    problem: Problem
+    style: str
+    prompt: list[int]
+    completions: list[list[int]]
+    logprobs: list[list[float]]  # of each token, as the sampler computed them
+    truncated: list[bool]
+    texts: list[str]
+    scores: list[Score]
+    rewards: Tensor  # (G,)
+    advantages: Tensor = field(default_factory=lambda: torch.zeros(0))  # (G,), once the whole step is scored
+
+    def record(self, step: int, sample: int) -> dict[str, object]:
+        """One completion as a line of samples.jsonl."""
+        score = self.scores[sample]
+        return {
+            "step": step,
+            **self.problem.record(),
+            "style": self.style,
+            "prompt_index": self.prompt_index,
+            "sample_index": sample,
+            "completion": self.texts[sample],
+            "reward": score.reward if math.isfinite(score.reward) else str(score.reward),
+            "reason": score.reason,
+            "answer": score.answer,
+        }
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Rewards (P, G) of some groups, and sums over their completions."""
+
+    rewards: Tensor
+    sums: dict[str, float]
+    tokens: int
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], *, size: int, cheats: Sequence[str]) -> Tally:
+        """The tally of groups of `size` completions, perhaps of none."""
+        scores = [score for group in groups for score in group.scores]
+        tokens = sum(len(completion) for group in groups for completion in group.completions)
+        sums = {
+            "reward": sum(score.reward for score in scores),
+            "accuracy": sum(score.correct for score in scores),
+            "format_rate": sum(score.well_formed for score in scores),
+            "completion_length": tokens,
+            "truncated": sum(sum(group.truncated) for group in groups),
+            "lenient_accuracy": sum(score.lenient for score in scores),
+            **{f"cheat/{kind}": sum(score.cheat == kind for score in scores) for kind in cheats},
+            **_parts(scores),
+        }
+        rewards = torch.stack([group.rewards for group in groups]) if groups else torch.zeros(0, size)
+        return cls(rewards, sums, tokens)
+
+    def __add__(self, other: Tally) -> Tally:
+        names = {**self.sums, **other.sums}
+        sums = {name: self.sums.get(name, 0) + other.sums.get(name, 0) for name in names}
+        return Tally(torch.cat([self.rewards, other.rewards]), sums, self.tokens + other.tokens)
+
+    def means(self) -> dict[str, float]:
+        """Metrics: the mean of each sum, and the share of groups whose rewards are all equal."""
+        means = {name: value / self.rewards.numel() for name, value in self.sums.items()}
+        return {**means, "zero_variance": float(zero_variance(self.rewards).float().mean())}
+
+
+def _parts(scores: Sequence[Score]) -> dict[str, float]:
+    """Sums of the named parts of rewards."""
+    parts: dict[str, float] = {}
+    for score in scores:
+        for name, value in score.parts.items():
+            parts[f"reward/{name}"] = parts.get(f"reward/{name}", 0.0) + value
+    return parts
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What an update learns from: B completions in groups, their advantages (B,), and log-probabilities.
+
+    `step` counts the completions of all ranks, by default those given. `ref_logprobs` (B, T) are the reference's.
+    """
+
+    sequences: Sequences
+    advantages: Tensor
+    sampled_logprobs: Sequence[Sequence[float]] | None = None
+    ref_logprobs: Tensor | None = None
+    step: Step | None = None
 
 
 @dataclass
 class Batch:
-    """A rank's completions of a step, P prompts by G, and what they are worth."""
+    """This rank's groups of a step, and what is known of those of all ranks."""
 
-    step: int
-    places: list[int]  # of the prompts in the step
-    puzzles: list[Problem]
-    styles: list[Style]
-    prompts: list[list[int]]
-    rollout: Rollout
-    texts: list[str]
-    scores: list[Score]
-    rewards: torch.Tensor  # (P, G)
-
-    def record(self, row: int) -> dict[str, object]:
-        """One completion, as samples.jsonl keeps it."""
-        prompt_index, sample_index = divmod(row, self.rewards.shape[1])
-        puzzle, found = self.puzzles[prompt_index], self.scores[row]
-        return {
-            "step": self.step,
-            **puzzle.record(),
-            "style": self.styles[prompt_index],
-            "prompt_index": self.places[prompt_index],
-            "sample_index": sample_index,
-            "completion": self.texts[row],
-            "reward": found.reward if math.isfinite(found.reward) else str(found.reward),
-            "reason": found.reason,
-            "answer": found.answer,
-        }
-
-    def take(self, other: Batch) -> None:
-        """Put the groups of another batch, for some of the same places, where they tell samples apart."""
-        size = self.rewards.shape[1]
-        for index, place in enumerate(map(self.places.index, other.places)):
-            if bool(zero_variance(other.rewards[index : index + 1])):
-                continue
-            self.puzzles[place], self.styles[place] = other.puzzles[index], other.styles[index]
-            self.prompts[place], self.rewards[place] = other.prompts[index], other.rewards[index]
-            here, there = slice(place * size, (place + 1) * size), slice(index * size, (index + 1) * size)
-            self.texts[here], self.scores[here] = other.texts[there], other.scores[there]
-            mine, theirs = self.rollout, other.rollout
-            mine.completions[here], mine.logprobs[here] = theirs.completions[there], theirs.logprobs[there]
-            mine.truncated[here] = theirs.truncated[there]
-
-    def shown(self) -> list[dict[str, object]]:
-        """A completion of each prompt, another one of its group every step."""
-        prompts, generations = self.rewards.shape
-        return [self.record(index * generations + self.step % generations) for index in range(prompts)]
-
-    def tally(self) -> Tally:
-        scores = self.scores
-        sums = {
-            "reward": sum(found.reward for found in scores),
-            "accuracy": sum(found.correct for found in scores),
-            "format_rate": sum(found.well_formed for found in scores),
-            "completion_length": sum(map(len, self.rollout.completions)),
-            "truncated": sum(self.rollout.truncated),
-            "lenient_accuracy": sum(found.lenient for found in scores),
-            **{f"cheat/{kind}": sum(found.cheat == kind for found in scores) for kind in CHEATS},
-        }
-        for name in sorted({name for score in scores for name in score.parts}):
-            sums[f"reward/{name}"] = sum(score.parts.get(name, 0.0) for score in scores)
-        return Tally(self.rewards.tolist(), sums)
-
-
-@dataclass
-class Tally:
-    """What all ranks must know of the completions of one, or of all."""
-
-    rewards: list[list[float]]  # P rows of G
-    sums: dict[str, float]
-
-    def __add__(self, other: Tally) -> Tally:
-        names = {**self.sums, **other.sums}
-        sums = {name: self.sums.get(name, 0.0) + other.sums.get(name, 0.0) for name in names}
-        return Tally(self.rewards + other.rewards, sums)
+    number: int  # of the step
+    groups: list[Group]
+    tally: Tally  # of all ranks
+    metrics: dict[str, float]  # of the groups as first drawn
+    tokens: int  # sampled by all ranks, those of replaced groups included
 
     @property
-    def tokens(self) -> int:
-        return int(self.sums["completion_length"])
+    def completions(self) -> list[list[int]]:
+        return [completion for group in self.groups for completion in group.completions]
 
-    def describe(self) -> dict[str, float]:
-        """What the completions were like; shares are from 0 to 1."""
-        rewards = torch.tensor(self.rewards)
-        means = {name: value / rewards.numel() for name, value in self.sums.items()}
-        return {**means, "zero_variance": float(zero_variance(rewards).float().mean()), "tokens": self.tokens}
+    @property
+    def sequences(self) -> Sequences:
+        """The completions (B rows), group after group."""
+        prompt_index = [index for index, group in enumerate(self.groups) for _ in group.completions]
+        return Sequences([group.prompt for group in self.groups], self.completions, prompt_index)
+
+    @property
+    def advantages(self) -> Tensor:
+        """(B,)"""
+        return torch.cat([group.advantages for group in self.groups]) if self.groups else torch.zeros(0)
+
+    def set_advantages(self, advantages: Tensor) -> None:
+        """Give each group its row of the whole step's advantages (P, G)."""
+        for group in self.groups:
+            group.advantages = advantages[group.prompt_index]
+
+    def examples(self, ref_logprobs: Tensor | None, *, teaches: bool) -> Examples:
+        """What to learn from; `teaches` says whether any rank has a gradient other than zero."""
+        step = Step(self.tally.rewards.numel(), self.tally.tokens, teaches)
+        logprobs = [row for group in self.groups for row in group.logprobs]
+        return Examples(self.sequences, self.advantages, logprobs, ref_logprobs, step)
+
+    def replace(self, groups: Sequence[Group]) -> None:
+        """Replace groups of the same prompt index by those of `groups` whose rewards differ."""
+        useful = {group.prompt_index: group for group in groups if not bool(zero_variance(group.rewards[None]))}
+        self.groups = [useful.get(group.prompt_index, group) for group in self.groups]
+
+    def shown(self) -> list[dict[str, object]]:
+        """A completion of each prompt, another one of the group every step."""
+        return [group.record(self.number, self.number % len(group.completions)) for group in self.groups]

@@ -29,6 +29,7 @@ from grpo_cli.core.model.policy import Policy, encode
 from grpo_cli.core.perf import memory
 from grpo_cli.core.perf.memory import Choices, MemoryPlan
 from grpo_cli.core.rl import train as loop
+from grpo_cli.core.rl.schedule import curriculum, longest_prompt
 from grpo_cli.core.rl.state import (
     Training,
     build_optimizer,
@@ -41,7 +42,7 @@ from grpo_cli.core.rl.state import (
 )
 from grpo_cli.core.rl.summary import summary
 from grpo_cli.core.rl.trackers import require_tracker, tracked
-from grpo_cli.core.rl.train import Observer, curriculum, longest_prompt
+from grpo_cli.core.rl.train import Observer
 from grpo_cli.core.rl.warm_start import Lesson, lessons, warm_start
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.run.models import model_source
@@ -157,8 +158,8 @@ def start(
             learner or policy, name=settings.train.optimizer, weight_decay=settings.train.weight_decay
         )
         training = Training(policy, optimizer, learner)
-        puzzles = list(chain.from_iterable(curriculum(settings).puzzles.values()))
-        reference = ranks.own(lambda: _restore(training, settings, plan.choices, old, checkpoint, warmed, puzzles))
+        problems = list(chain.from_iterable(curriculum(settings).problems.values()))
+        reference = ranks.own(lambda: _restore(training, settings, plan.choices, old, checkpoint, warmed, problems))
 
         def begin() -> Run:
             run = old or Run.create(root, name, overwrite=overwrite)
@@ -172,7 +173,7 @@ def start(
                     with run.saving(run.warm_start_path) as folder:
                         policy.save(folder)
                 if checkpoint is None:
-                    run.write_origin(origin(policy, reference, puzzles))
+                    run.write_origin(origin(policy, reference, problems))
             if old:
                 for moved in run.go_back_to(at if checkpoint else -1, pending=training.pending is not None):
                     note(moved)
@@ -275,14 +276,14 @@ def _restore(
     old: Run | None,
     checkpoint: Path | None,
     warmed: Path | None,
-    puzzles: Sequence[Problem],
+    problems: Sequence[Problem],
 ) -> Policy | None:
     """Restore a checkpoint, if there is one, and return the frozen reference, if the loss needs one."""
     has_reference = settings.loss.beta > 0
     original = training.policy if checkpoint is None else _load(settings, choices, warmed) if has_reference else None
     reference = _reference(settings, original, choices) if original and has_reference else None
     if old and checkpoint:
-        require_origin(old, original, reference, puzzles)
+        require_origin(old, original, reference, problems)
         training.restore(checkpoint)
     return reference
 

@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_cli.core.builtin.traces import FORMS, reduce, tries, write
 from grpo_cli.core.config.settings import Settings
+from grpo_cli.core.dist.parallel import micro_batches
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.rl.schedule import curriculum
 from grpo_cli.core.rl.state import build_optimizer
-from grpo_cli.core.rl.train import curriculum
-from grpo_cli.core.rl.update import micro_batches
 from grpo_cli.core.task.data import puzzle_set
 from grpo_cli.core.task.prompts import Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle
@@ -96,7 +96,7 @@ def lessons(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, ranks: in
     def fits(text: str) -> bool:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"]) < train.max_new_tokens
 
-    puzzles = [puzzle for size in curriculum(settings).puzzles for puzzle in puzzle_set(size, "train", task.rules)]
+    puzzles = [puzzle for size in curriculum(settings).problems for puzzle in puzzle_set(size, "train", task.rules)]
     examples = demonstrations(puzzles, train.warm_start, style=task.style, seed=train.seed, fits=fits)
     return [(prompt(puzzle, task.style, task.rules), text) for puzzle, text in examples]
 

@@ -17,9 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
-from grpo_cli.core.task.prompts import Style
 from grpo_cli.core.task.task import Problem
 
 _FADE = re.compile(r"(.+?)\s*->\s*(.+?)\s*,?\s+(?:linear\s+)?over\s+([0-9]{1,9})\s+steps?")
@@ -86,49 +84,49 @@ def _mixture(text: str, choices: Collection[str]) -> dict[str, float]:
     return {name: weight / total for name, weight in weights.items() if weight > 0}
 
 
-def puzzles_of_step(puzzles: Sequence[Problem], step: int, *, batch_size: int, seed: int | str) -> list[Problem]:
-    """The puzzles of a step, from 1: every epoch goes through all puzzles once, in an order of its own."""
+def problems_of_step(problems: Sequence[Problem], step: int, *, batch_size: int, seed: int | str) -> list[Problem]:
+    """The problems of a step, from 1: every epoch goes through all problems once, in an order of its own."""
     places = range((step - 1) * batch_size, step * batch_size)
     orders: dict[int, list[int]] = {}
     drawn = []
-    for epoch, index in (divmod(place, len(puzzles)) for place in places):
+    for epoch, index in (divmod(place, len(problems)) for place in places):
         if epoch not in orders:
-            orders[epoch] = random.Random(f"{seed}/{epoch}").sample(range(len(puzzles)), len(puzzles))
-        drawn.append(puzzles[orders[epoch][index]])
+            orders[epoch] = random.Random(f"{seed}/{epoch}").sample(range(len(problems)), len(problems))
+        drawn.append(problems[orders[epoch][index]])
     return drawn
 
 
 @dataclass(frozen=True)
 class Curriculum:
-    """The prompts of every step. `puzzles` holds all that there are, by the numbers in each."""
+    """The prompts of every step. `problems` holds all problems by size."""
 
-    puzzles: Mapping[int, Sequence[Problem]]
+    problems: Mapping[int, Sequence[Problem]]
     numbers: Schedule
     style: Schedule
     batch_size: int
     seed: int
 
-    def prompts(self, step: int, *, turn: int = 0) -> list[tuple[Problem, Style]]:
-        """The puzzles of a step, from 1, and their styles. Later turns take the puzzles in other orders.
+    def prompts(self, step: int, *, turn: int = 0) -> list[tuple[Problem, str]]:
+        """The problems of a step, from 1, and their styles. Later turns take the problems in other orders.
 
         Each size has an order of its own, in which a prompt of another size leaves its place out.
         """
         seed = f"{self.seed}/{turn}" if turn else str(self.seed)
         drawn = {
-            size: puzzles_of_step(puzzles, step, batch_size=self.batch_size, seed=seed)
-            for size, puzzles in self.puzzles.items()
+            size: problems_of_step(problems, step, batch_size=self.batch_size, seed=seed)
+            for size, problems in self.problems.items()
         }
         prompts = []
         for index in range(self.batch_size):
             size = int(self.numbers.draw(step, f"{seed}/numbers/{index}"))
-            style = cast(Style, self.style.draw(step, f"{seed}/style/{index}"))
+            style = self.style.draw(step, f"{seed}/style/{index}")
             prompts.append((drawn[size][index], style))
         return prompts
 
-    def shares(self, prompts: Sequence[tuple[Problem, Style]]) -> dict[str, float]:
+    def shares(self, prompts: Sequence[tuple[Problem, str]]) -> dict[str, float]:
         """Metrics: the share of each style and size among the prompts of a step, where there is more than one."""
-        styles = Counter(str(style) for _, style in prompts)
-        sizes = Counter(str(puzzle.size) for puzzle, _ in prompts)
+        styles = Counter(style for _, style in prompts)
+        sizes = Counter(str(problem.size) for problem, _ in prompts)
         found: dict[str, float] = {}
         for schedule, counts, unit in ((self.style, styles, ""), (self.numbers, sizes, " numbers")):
             if len(schedule.choices) > 1:

@@ -1,0 +1,128 @@
+"""Collect the groups of a step: draw prompts, sample completions, score them.
+
+What is sampled is a function of (seed, step, prompt index) alone, whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+import torch
+
+from grpo_cli.core.config.settings import Train
+from grpo_cli.core.dist.ranks import Solo
+from grpo_cli.core.microbatch import MicroBatch
+from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.perf.meter import Meter
+from grpo_cli.core.rl.batch import Batch, Group, Tally
+from grpo_cli.core.rl.clock import Clock
+from grpo_cli.core.rl.grpo import zero_variance
+from grpo_cli.core.sampling.rollout import sample, uniforms
+from grpo_cli.core.task.curriculum import Curriculum
+from grpo_cli.core.task.task import Task
+
+
+@dataclass
+class Collector:
+    """Collects each step's groups; this rank samples its share of the prompts. `on_token` may raise to stop."""
+
+    policy: Policy
+    task: Task
+    curriculum: Curriculum
+    settings: Train
+    ranks: Solo
+    fit: MicroBatch
+    on_token: Callable[[int], None]
+
+    def collect(self, step: int, clock: Clock, meter: Meter) -> Batch:
+        """Sample and score a step; then, with dynamic sampling, replace groups that teach nothing."""
+        groups, tally = self._draw(step, range(self.settings.batch_size), 0, clock, meter)
+        metrics = tally.means() | self.curriculum.shares(self.curriculum.prompts(step))
+        batch = Batch(step, groups, tally, metrics, tally.tokens)
+        if self.settings.dynamic_sampling:
+            self._replace(batch, clock, meter)
+        return batch
+
+    def _replace(self, batch: Batch, clock: Clock, meter: Meter) -> None:
+        """Replace groups of equal rewards, as DAPO does (arXiv 2503.14476).
+
+        At most `dynamic_sampling` times, with other puzzles in an order of their own, so later steps stay what they
+        are; groups that are still equal then stay. Metrics describe the first draw: the others are not a fair sample.
+        """
+        first = flat = zero_variance(batch.tally.rewards)
+        for turn in range(1, self.settings.dynamic_sampling + 1):
+            places = flat.nonzero()[:, 0].tolist()
+            if not places:
+                break
+            groups, drawn = self._draw(batch.number, places, turn, clock, meter)
+            batch.tokens += drawn.tokens
+            batch.replace(groups)
+            batch.tally = reduce(add, self.ranks.each(lambda: self._tally(batch.groups)))
+            flat = zero_variance(batch.tally.rewards)
+        batch.metrics["refilled"] = float(first.sum() - flat.sum()) / len(flat)
+
+    def _draw(
+        self, step: int, places: Sequence[int], turn: int, clock: Clock, meter: Meter
+    ) -> tuple[list[Group], Tally]:
+        """This rank's groups of the prompts at `places`, and the tally of all ranks. Later turns have other prompts."""
+        mine = [place for place in self.ranks.share(self.settings.batch_size) if place in places]
+        groups: list[Group] = []
+
+        def work() -> Tally:
+            groups.extend(self._sample(step, mine, turn, clock, meter))
+            return self._tally(groups)
+
+        return groups, reduce(add, self.ranks.each(work))
+
+    def _tally(self, groups: Sequence[Group]) -> Tally:
+        return Tally.of(groups, size=self.settings.num_generations, cheats=self.task.cheats)
+
+    def _sampled(self, count: int) -> None:
+        self.fit.check()
+        self.on_token(count)
+
+    def _sample(self, step: int, places: list[int], turn: int, clock: Clock, meter: Meter) -> list[Group]:
+        settings, size = self.settings, self.settings.num_generations
+        prompts = self.curriculum.prompts(step, turn=turn)
+        drawn = [prompts[place] for place in places]
+        encoded = [self.policy.encode(self.task.prompt(problem, style)) for problem, style in drawn]
+        with clock.phase("rollout"):
+            rollout = sample(
+                self.policy,
+                encoded,
+                num_generations=size,
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                uniform=uniforms(
+                    settings.seed,
+                    step,
+                    [turn * settings.batch_size + place for place in places],
+                    size,
+                    settings.max_new_tokens,
+                ),
+                fit=self.fit,
+                on_token=self._sampled,
+            )
+        meter.sampled(encoded, rollout)
+        clock.add(rollout.seconds)
+        groups = []
+        with clock.phase("score"):
+            for index, (place, (problem, style)) in enumerate(zip(places, drawn, strict=True)):
+                rows = slice(index * size, (index + 1) * size)
+                completions, truncated = rollout.completions[rows], rollout.truncated[rows]
+                texts = [self.policy.decode(tokens) for tokens in completions]
+                scores = [
+                    self.task.score(text, problem, style=style, truncated=cut)
+                    for text, cut in zip(texts, truncated, strict=True)
+                ]
+                rewards = torch.tensor([score.reward for score in scores])  # (G,)
+                logprobs = rollout.logprobs[rows]
+                groups.append(
+                    Group(
+                        place, problem, style, encoded[index], completions, logprobs, truncated, texts, scores, rewards
+                    )
+                )
+        return groups
