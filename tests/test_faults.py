@@ -635,7 +635,7 @@ MOMENTS: dict[str, tuple[str, Callable[[Function, Function], Function], int]] = 
     "rollout of step 2": ("grpo_cli.core.rl.collect.sample", at_token(2), 1),
     "evaluation after step 2": ("grpo_cli.core.evals.evaluate.sample", at_token(3), 2),
     "last evaluation": ("grpo_cli.core.evals.evaluate.sample", at_token(4), 3),
-    "scoring of step 2": ("grpo_cli.core.task.countdown.score", before_call(4 + 1), 1),
+    "scoring of step 2": ("grpo_cli.core.task.countdown.score", before_call(4 + 4 + 4 + 1), 1),  # evaluations have 4
     "reference pass of step 2": ("grpo_cli.core.model.policy.Policy.logprobs", before_call(6 + 1), 1),
     "update of step 2": ("grpo_cli.core.model.policy.Policy.logprobs", before_call(6 + 3), 1),
     "second inner update of step 2": ("grpo_cli.core.model.policy.Policy.logprobs", before_call(6 + 5), 2),

@@ -91,9 +91,9 @@ def told(late: dict[str, float], early: dict[str, float] | None = None) -> dict[
         ({"lenient_accuracy": 0.49}, {}, None, ""),
         ({"lenient_accuracy": 0.52}, {}, "notation", "12% of the completions"),
         ({"cheat/numbers": 0.09}, {}, None, ""),
-        ({"cheat/numbers": 0.11}, {}, "cheat/numbers", "11% of the completions make the target"),
+        ({"cheat/numbers": 0.11}, {}, "cheat/numbers", "11% of the completions reach the target"),
         ({"cheat/numbers": 0.11}, {"cheat/numbers": 0.06}, None, ""),  # common, but not growing much
-        ({"cheat/not_arithmetic": 0.11}, {}, "cheat/not_arithmetic", "no expression into the answer, 0% at first"),
+        ({"cheat/not_arithmetic": 0.11}, {}, "cheat/not_arithmetic", "not an expression into the answer, 0% at first"),
         ({"cheat/no_thought": 0.11}, {}, "cheat/no_thought", "without the thought"),
     ],
 )

@@ -6,8 +6,9 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from grpo_cli.core.metrics import PHASES, TABLE
 from grpo_cli.ui import text as show
-from grpo_cli.ui.live import COLUMNS, PHASES, TrainingView, fitting
+from grpo_cli.ui.live import TrainingView, fitting
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202e\u200b\r[bold]markup[/bold]"
 ESCAPED = r"\x1b[2J\x1b]0;owned\x07\x9b31m\u202e\u200b\r[bold]markup[/bold]"
@@ -130,16 +131,16 @@ def test_a_metric_that_was_not_logged_shows_as_a_dash() -> None:
         (20, "step reward"),
         (40, "step reward accuracy format kl"),
         (80, "step reward accuracy format kl entropy length truncated s/step"),
-        (140, " ".join(column.title for column in COLUMNS)),
+        (140, " ".join(column.title for column in TABLE)),
     ],
 )
 def test_a_narrow_terminal_drops_the_least_important_columns(width: int, titles: str) -> None:
-    chosen = fitting({column: column.width for column in COLUMNS}, width)
+    chosen = fitting({column: column.width for column in TABLE}, width)
     assert " ".join(column.title for column in chosen) == titles
 
 
 def test_every_metric_of_the_table_has_a_rank_of_its_own() -> None:
-    assert sorted(column.rank for column in (*COLUMNS, *PHASES)) == list(range(len(COLUMNS) + len(PHASES)))
+    assert sorted(column.rank for column in (*TABLE, *PHASES)) == list(range(len(TABLE) + len(PHASES)))
 
 
 @pytest.mark.parametrize(("width", "height"), [(20, 10), (40, 24), (80, 24), (80, 40), (140, 50)])

@@ -377,7 +377,7 @@ def test_a_comparison_never_calls_a_difference_that_chance_makes(capsys: pytest.
         "  gained: [4, 7, 3] -> 25  4 + 7 (wrong_numbers) -> 4 * 7 - 3 (correct)",
     ]
     shown = " ".join(unsure.split())
-    assert "5 puzzles gained, 0 lost, exact McNemar p = 0.062: no difference that these puzzles carry" in shown
+    assert "5 puzzles gained, 0 lost, exact McNemar p = 0.062: not significant" in shown
 
 
 RIGHT, WRONG = "<answer>4 * 7 - 3</answer>", "<answer>4</answer>"
@@ -414,8 +414,8 @@ def test_a_suites_comparison_calls_no_difference_that_does_not_hold_for_all_its_
     display.suite_paired(SuitePaired("a", "b", cells))
     rows = [" ".join(line.split()) for line in STYLE_CODES.sub("", capsys.readouterr().out).splitlines()]
     assert "val 3 one-shot 8 0 0.023" in rows  # 3 * 2 / 2**8
-    assert "val 3 natural 6 0 0.062 no difference that these puzzles carry" in rows  # 2 * 2 / 2**6
-    assert "train 3 natural 0 0 1.000 no difference that these puzzles carry" in rows
+    assert "val 3 natural 6 0 0.062 not significant" in rows  # 2 * 2 / 2**6
+    assert "train 3 natural 0 0 1.000 not significant" in rows
     assert rows[-1] == "gained: [4, 7, 3] -> 25 4 + 7 (wrong_numbers) -> 4 * 7 - 3 (correct)"
 
 
@@ -430,7 +430,7 @@ def test_markdown_is_escaped_and_never_wrapped(capsys: pytest.CaptureFixture[str
         "| val 4 zero-shot | 0 | 2 | 50.0% (9.5 to 90.5%) | 100.0% (20.7 to 100.0%) |",
         "| weighted mean |  |  | 50.0% | 100.0% |",
     ]
-    assert lines[-1] == "| val 3 one-shot | 0 | 0 | 1.000 | 1.000 | no difference that these puzzles carry |"
+    assert lines[-1] == "| val 3 one-shot | 0 | 0 | 1.000 | 1.000 | not significant |"
 
 
 def test_a_model_that_was_trained_on_what_it_is_asked_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
@@ -461,7 +461,7 @@ def test_sparklines_show_first_and_last_value_of_each_curve(capsys: pytest.Captu
 def test_cheats_are_shown_where_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
     honest, cheat = ("<think>x</think><answer>" + answer + "</answer>" for answer in ("4 * 7 - 3", "20 + 5"))
     display.evaluation(evaluation(honest, honest, honest, cheat))
-    assert re.search("cheats +25.0%  right value, wrong numbers", capsys.readouterr().out)
+    assert re.search("cheats +25.0%  reach the target with numbers reused", capsys.readouterr().out)
     display.evaluation(evaluation(honest))
     assert "cheats" not in capsys.readouterr().out
 

@@ -18,6 +18,7 @@ from grpo_cli.core.config import resolve as config
 from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evals.evaluate import evaluate
+from grpo_cli.core.metrics import METRICS, metric
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.rl import grpo, validate
@@ -416,6 +417,7 @@ def test_what_completions_were_like_is_logged_with_their_attempts_to_cheat(
 
 # Curricula, groups sampled anew, suites, and when to stop
 
+UNUSED = {"reward/", "prompts/", "refilled"}  # of rewards in parts, mixed prompts, dynamic sampling
 SUITE = {"val 3 one-shot": 1.0, "val 4 natural": 3.0, "train 3 zero-shot": 0.0}
 
 
@@ -514,6 +516,7 @@ def test_sampling_anew_is_bounded_and_leaves_what_cannot_be_helped(
 def test_a_suite_is_evaluated_cell_by_cell_whatever_the_training_is_shown(tiny_folder: Path, tmp_path: Path) -> None:
     settings = with_suite(tiny_folder, **{"train.prompt_style": "natural", "train.prompt_numbers": "4"})
     training, run, _ = trained(settings, tmp_path)
+    assert {metric(name).name for line in run.metrics() for name in line} == {one.name for one in METRICS} - UNUSED
     found = run.evaluations()
     assert list(found) == list(SUITE) and all(list(history) == [0, 2, 4] for history in found.values())
     assert all(one.count == 6 == len(one.solved) for history in found.values() for one in history.values())

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import write
+from grpo_cli.core.metrics import SUITE, metric
 from grpo_cli.core.task.suite import CELLS
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ ORIGINAL_KEYS = ("rewards_avg", "train_accuracies_avg", "val_accuracies_avg", "k
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v")
 MOST_MARKERS = 30
-SUITE = "suite/"
 STYLE_COLOURS = {"one-shot": COLOURS[0], "zero-shot": COLOURS[1], "natural": COLOURS[2]}
 NAME_CHARACTERS = 24
 LEGEND_CHARACTERS = 100
@@ -201,9 +201,9 @@ def training_figure(curves: Sequence[Curves], *, smooth: bool, window: int) -> F
             _markers(panels[1], points, look[0] if len(curves) == 1 else colour, *look[1:], _label(name, run, curves))
         _line(lower, run.reward, colour, "", smooth=smooth, window=window)
     for axes in panels[:-1]:
-        axes.set(ylabel="accuracy", ylim=(0, 1.02))
+        axes.set(ylabel=metric("accuracy").axis, ylim=(0, 1.02))
         axes.yaxis.set_major_formatter("{x:.0%}")
-    lower.set_ylabel("reward")
+    lower.set_ylabel(metric("reward").axis)
     lower.set_ylim(bottom=0)
     _legend(figure, *panels[:-1])
     return figure
@@ -215,7 +215,7 @@ def kl_figure(curves: Sequence[Curves], *, smooth: bool, window: int) -> Figure:
     for index, run in enumerate(curves):
         label = _label("KL", run, curves)
         _line(axes, run.kl, COLOURS[index % len(COLOURS)], label, smooth=smooth, window=window)
-    axes.set_ylabel("KL(policy || reference)")
+    axes.set_ylabel(metric("kl").axis)
     axes.set_ylim(bottom=0)
     if len(curves) > 1:
         _legend(figure, axes)

@@ -1,6 +1,6 @@
 """The view of a running training: a picture that redraws itself on a terminal, one plain line per step elsewhere.
 
-It is told metrics, samples and accuracies, and does not know where they come from.
+Which metrics it shows, and how, is declared in core/metrics.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from grpo_cli.core.metrics import PHASES, TABLE, Metric, metric
 from grpo_cli.ui import text as show
 
 ROWS = 12
@@ -28,46 +29,7 @@ SAMPLE_LINES = 14
 GAP = 2
 
 
-@dataclass(frozen=True)
-class Column:
-    """A metric in the table; the higher its `rank`, the sooner a narrow terminal drops it."""
-
-    key: str
-    title: str
-    form: str
-    width: int
-    rank: int
-
-    def cell(self, metrics: Mapping[str, float]) -> str:
-        return self.form.format(metrics[self.key]) if self.key in metrics else "-"
-
-
-COLUMNS = (
-    Column("step", "step", "{:.0f}", 5, 0),
-    Column("reward", "reward", "{:.3f}", 6, 1),
-    Column("accuracy", "accuracy", "{:.1%}", 8, 2),
-    Column("format_rate", "format", "{:.1%}", 6, 3),
-    Column("kl", "kl", "{:.4f}", 7, 4),
-    Column("entropy", "entropy", "{:.3f}", 7, 8),
-    Column("completion_length", "length", "{:.1f}", 6, 5),
-    Column("truncated", "truncated", "{:.1%}", 9, 6),
-    Column("zero_variance", "zero-var", "{:.1%}", 8, 9),
-    Column("clip_fraction", "clip", "{:.1%}", 5, 14),
-    Column("grad_norm", "grad norm", "{:.3f}", 9, 10),
-    Column("weights_changed", "changed", "{:.1%}", 7, 13),
-    Column("tokens_per_second", "tok/s", "{:,.0f}", 7, 11),
-    Column("floor_share", "floor", "{:.1%}", 6, 12),
-    Column("time/total", "s/step", "{:.2f}", 6, 7),
-)
-PHASES = (
-    Column("time/rollout", "rollout", "{:.2f}s", 6, 15),
-    Column("time/score", "score", "{:.2f}s", 6, 16),
-    Column("time/reference", "reference", "{:.2f}s", 6, 17),
-    Column("time/update", "update", "{:.2f}s", 6, 18),
-)
-
-
-def fitting(widths: Mapping[Column, int], width: int) -> list[Column]:
+def fitting(widths: Mapping[Metric, int], width: int) -> list[Metric]:
     """The most important columns that fit side by side, in the order given."""
     chosen = set()
     for column in sorted(widths, key=lambda column: column.rank):
@@ -89,7 +51,7 @@ class Evaluated:
 
 
 class Unseen:
-    """Shows nothing: another process of the same training has the view."""
+    """Shows nothing: the first rank has the view."""
 
     def __enter__(self) -> Self:
         return self
@@ -104,9 +66,9 @@ class Unseen:
 
 
 class TrainingView:
-    """Shows a training: enter it, tell it each step, leave it.
+    """Shows a training: a context manager and an observer of the loop.
 
-    The drawing thread of a terminal reads what the methods set; each of them replaces a whole tuple, never mends one.
+    The drawing thread reads what the methods set, so each of them replaces whole tuples and never changes one in place.
     """
 
     def __init__(
@@ -144,20 +106,20 @@ class TrainingView:
         if self._live:
             self._live.stop()
 
-    # What the training tells
+    # Called by the training
 
     def message(self, text: str) -> None:
-        """A line that stays, above the picture."""
+        """Print a line above the picture."""
         self._console.print(Text(show.printable(text, keep_newlines=True)), soft_wrap=not self._live)
 
     def progress(self, phase: str, done: int, total: int) -> None:
-        """How far the phase of the current step is; shown on a terminal only."""
+        """Update the phase of the current step; shown on a terminal only."""
         self._phase = f"{phase} {done:,} of {total:,}"
 
     def evaluated(
         self, step: int, accuracy: float, count: int, interval: tuple[float, float], suite_mean: float | None = None
     ) -> None:
-        """Accuracy on `count` val puzzles after `step`, with its 95 % interval, and the mean of the suite's cells."""
+        """Show accuracy on `count` val puzzles with its 95 % interval, and the weighted mean of the suite."""
         self._phase = ""
         self._evaluations = (*self._evaluations, Evaluated(step, accuracy, interval, suite_mean))
         if not self._live:
@@ -166,7 +128,7 @@ class TrainingView:
             self.message(f"step {step}: val accuracy {shown}{suite}")
 
     def step(self, metrics: Mapping[str, float], sample: Mapping[str, object]) -> None:
-        """The metrics of a finished step and one of its completions, a record of samples.jsonl."""
+        """Show the metrics of a finished step and one of its completions, a record of samples.jsonl."""
         self._phase = ""
         self._last = (int(metrics["step"]), self._clock())
         self._first = self._first or self._last
@@ -176,18 +138,18 @@ class TrainingView:
         if not self._live:
             self.message(self._line(metrics))
 
-    # What it shows
+    # Shown
 
     def _line(self, metrics: Mapping[str, float]) -> str:
-        """A step in one line: whole for a pipe, what fits for a terminal that cannot redraw."""
+        """A step in one line: complete for a pipe, cut to the width of a terminal that cannot redraw."""
         step = f"step {metrics['step']:.0f} of {self._total}, {self._left()} left"
-        cells = {column: f"{column.title} {column.cell(metrics)}" for column in (*COLUMNS[1:], *PHASES)}
+        cells = {column: f"{column.title} {column.cell(metrics)}" for column in (*TABLE[1:], *PHASES)}
         room = self._console.width - len(step) - GAP if self._console.is_terminal else sys.maxsize
         shown = fitting({column: len(cell) for column, cell in cells.items()}, room)
         return (GAP * " ").join([step, *(cells[column] for column in shown)])
 
     def _left(self) -> str:
-        """The time that the remaining steps will take, at the pace so far; the first step only sets the clock."""
+        """Time left at the pace so far; the first step only starts the clock."""
         step, now = self._last
         if step >= self._total:
             return "0:00:00"
@@ -197,7 +159,7 @@ class TrainingView:
         return _clock(pace * (self._total - step) - (self._clock() - now))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The picture of this moment, in a size that fits the terminal."""
+        """The current picture, sized to the terminal."""
         width, height = options.max_width, options.size.height
         fixed = 9 if self._evaluations else 8
         rows = min(max((height - fixed) // 2, 1), ROWS)
@@ -208,7 +170,7 @@ class TrainingView:
         yield self._curves(width)
         if self._sample is not None and lines > 0:
             yield _panel(self._sample, width, lines)
-        yield Text()  # the `^C` that a terminal echoes must not wrap, or the next picture starts a line too low
+        yield Text()  # room for an echoed `^C`: if it wraps, the next picture starts a line too low
 
     def _header(self, width: int) -> Table:
         step = self._last[0]
@@ -225,7 +187,7 @@ class TrainingView:
         return grid
 
     def _table(self, width: int, rows: int) -> Table:
-        columns = fitting({column: column.width for column in COLUMNS}, width)
+        columns = fitting({column: column.width for column in TABLE}, width)
         table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="bold")
         for column in columns:
             table.add_column(column.title, justify="right", no_wrap=True, min_width=column.width)
@@ -238,8 +200,8 @@ class TrainingView:
         spark = 0 if width < 60 else 10 if width < 100 else 32
         lines: list[tuple[str, Sequence[float], str]] = []
         if self._rewards:
-            first, last = fmean(self._rewards[:10]), fmean(self._rewards[-10:])
-            lines.append(("reward", self._rewards, f"first ten {first:.3f}, last ten {last:.3f}"))
+            first, last = (metric("reward").show(fmean(part)) for part in (self._rewards[:10], self._rewards[-10:]))
+            lines.append(("reward", self._rewards, f"first ten {first}, last ten {last}"))
         if self._evaluations:
             accuracies = [evaluated.accuracy for evaluated in self._evaluations]
             lines.append(("val", accuracies, _accuracies(self._evaluations)))

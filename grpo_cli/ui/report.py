@@ -16,13 +16,13 @@ from pathlib import Path
 from grpo_cli import __version__
 from grpo_cli.core import files
 from grpo_cli.core.config.settings import FIELDS
-from grpo_cli.core.evals.statistics import holm
-from grpo_cli.core.rl.health import CHEATS, collapses, warnings
+from grpo_cli.core.evals.statistics import NOT_SIGNIFICANT, holm, significant
+from grpo_cli.core.metrics import METRICS
+from grpo_cli.core.rl.health import collapses, warnings
 from grpo_cli.core.run.logs import Evaluated, Example
 from grpo_cli.ui import figures as plot
 from grpo_cli.ui.account import Account, Change, change, puzzles
 from grpo_cli.ui.figures import Curves, Series
-from grpo_cli.ui.tables import SIGNIFICANT
 from grpo_cli.ui.text import EXCERPT_CHARACTERS, interval, percent, printable, probability
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -31,20 +31,6 @@ SMALLER = 0.8  # than the images, so that text is as large as the page's
 TITLED = 3  # runs named in the title
 DRAWN = 2  # completions shown of a step of training
 UNTESTED = "Which puzzles were solved was not recorded, so no test can tell whether this is more than chance."
-NO_DIFFERENCE = "no difference that these puzzles carry"
-
-# What the last step says of a training's health: label, meaning, format.
-HEALTH = {
-    "truncated": ("truncated", "completions that ran out of tokens", "{:.1%}"),
-    "zero_variance": ("equal groups", "groups of equal rewards, which teach nothing", "{:.1%}"),
-    "entropy": ("entropy", "nats a token; near 0, sampling explores no more", "{:.4f}"),
-    "kl": ("KL", "distance from the reference model", "{:.4f}"),
-    "logprob_gap": ("log-prob gap", "between sampler and trainer, mean of a token", "{:.1e}"),
-    "weights_changed": ("weights changed", "by the step", "{:.1%}"),
-    "bad_steps": ("skipped", "steps whose loss or gradient was not finite", "{:g}"),
-    "lenient_accuracy": ("right, read leniently", "other notations allowed", "{:.1%}"),
-    **{key: ("cheats", f"completions that {meaning}", "{:.1%}") for key, meaning in CHEATS.items()},
-}
 
 # Markup
 
@@ -199,8 +185,8 @@ def _verdict(account: Account) -> str:
     chosen = f", corrected for choosing the best of {account.looks} evaluations" if account.looks > 1 else ""
     counts = f"{found.gained:,} of {best.count:,} puzzles gained and {found.lost:,} lost"
     test = f"{counts} (exact McNemar p {probability(p_value)}{chosen})"
-    if p_value >= SIGNIFICANT:
-        return f"Start and best step show {NO_DIFFERENCE}: {test}."
+    if not significant(p_value):
+        return f"Not significant: {test}."
     return f"The model {'improved' if found.gained > found.lost else 'got worse'}: {test}."
 
 
@@ -313,8 +299,8 @@ def _compared(first: Account, second: Account) -> Html:
 
 
 def _winner(found: Change, p_value: float, first: str, second: str) -> str:
-    if p_value >= SIGNIFICANT:
-        return NO_DIFFERENCE
+    if not significant(p_value):
+        return NOT_SIGNIFICANT
     return f"{second if found.gained > found.lost else first} is better"
 
 
@@ -399,11 +385,11 @@ def _health(account: Account) -> Html:
     """Metrics of the first and the last step, and what the last steps warn of."""
     history = [line for line in account.metrics if line["step"] > 0]
     rows = []
-    for key, (label, meaning, form) in HEALTH.items():
-        points = [(int(line["step"]), line[key]) for line in history if key in line]
+    for one in METRICS:
+        points = [(int(line["step"]), line[one.name]) for line in history if one.in_report and one.name in line]
         if points:
-            first, last = (form.format(points[end][1]) for end in (0, -1))
-            rows.append([_all([label, _small(meaning)]), first, _sparkline(points), last])
+            first, last = (one.show(points[end][1]) for end in (0, -1))
+            rows.append([_all([one.label, _small(one.meaning)]), first, _sparkline(points), last])
     if not rows:
         return Html("")
     signs = collapses(history) | warnings(history)

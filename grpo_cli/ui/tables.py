@@ -20,7 +20,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from grpo_cli.core.evals.statistics import holm
+from grpo_cli.core.evals.statistics import NOT_SIGNIFICANT, holm, significant
+from grpo_cli.core.metrics import CHEATS, SUITE, metric
 from grpo_cli.ui.text import (
     _headed,
     accuracy,
@@ -59,8 +60,6 @@ REASONING_CHARACTERS = 20_000
 COMPARISON_WIDTH = 76
 WIDE = 100  # columns from which tables show what can be left out
 CELL_WIDTH, ACCURACY_WIDTH = 28, 23  # of a matrix: its first columns, and each model's
-SIGNIFICANT = 0.05
-UNSURE = "no difference that these puzzles carry"
 # Letters and marks that Unicode counts as printable but that show as nothing.
 
 EXPLANATIONS = {
@@ -69,11 +68,6 @@ EXPLANATIONS = {
     "not_an_expression": "the answer is not an expression",
     "wrong_numbers": "the answer does not use each number exactly once",
     "wrong_value": "the answer does not make the target",
-}
-CHEATS = {
-    "numbers": "right value, wrong numbers",
-    "not_arithmetic": "no expression in the tags",
-    "no_thought": "no thought before the answer",
 }
 
 
@@ -242,7 +236,10 @@ def _headline(result: Evaluation) -> None:
     if result.pass_at_k is not None:
         rows.insert(1, (f"pass@{result.samples}", percent(result.pass_at_k)))
     total = sum(result.reasons.values())
-    rows += [("cheats", f"{percent(count / total)}  {CHEATS[kind]}") for kind, count in result.cheats.items()]
+    rows += [
+        ("cheats", f"{percent(count / total)}  {CHEATS.get(kind, printable(kind))}")
+        for kind, count in result.cheats.items()
+    ]
     out.print(_facts(rows))
 
 
@@ -381,8 +378,8 @@ def _origin(result: SuiteResult) -> str:
 
 def paired(found: Paired) -> None:
     """What a second model solves that a first does not, and the reverse, with an example of both."""
-    gained, lost, sure = len(found.gained), len(found.lost), found.p_value < SIGNIFICANT
-    verdict = "" if sure else f": {UNSURE}"
+    gained, lost = len(found.gained), len(found.lost)
+    verdict = "" if significant(found.p_value) else f": {NOT_SIGNIFICANT}"
     out.print()
     out.print(
         Text.assemble(
@@ -419,7 +416,7 @@ def _gains(found: SuitePaired, *, raw: bool) -> tuple[list[str], list[list[str]]
             f"{len(cell.lost):,}",
             *([probability(cell.p_value).removeprefix("= ")] if raw else []),
             probability(corrected).removeprefix("= "),
-            "" if corrected < SIGNIFICANT else UNSURE,
+            "" if significant(corrected) else NOT_SIGNIFICANT,
         ]
         for (name, cell), corrected in zip(found.cells.items(), found.p_holm.values(), strict=True)
     ]
@@ -507,15 +504,15 @@ def sparklines(curves: Sequence[Curves]) -> None:
     width = min(max(out.width - 36, 4), 60)
     for run in curves:
         accuracies = {"train": run.accuracy, **run.val}
-        shown = [(f"{name} accuracy", points, percent) for name, points in accuracies.items()]
-        shown += [(name, points, percent) for name, points in run.cells.items()]
-        shown += [("reward", run.reward, "{:.3f}".format), ("kl", run.kl, "{:.4f}".format)]
+        shown = [(f"{name} accuracy", points, metric("accuracy")) for name, points in accuracies.items()]
+        shown += [(name, points, metric(SUITE)) for name, points in run.cells.items()]
+        shown += [(name, points, metric(name)) for name, points in (("reward", run.reward), ("kl", run.kl))]
         table = Table.grid(padding=(0, 2, 0, 0))
-        for name, points, form in shown:
+        for name, points, declared in shown:
             values = [value for _, value in points]
             if values:
                 line = Text(sparkline(values, width), style="green")
-                table.add_row(printable(name), line, f"{form(values[0])} -> {form(values[-1])}")
+                table.add_row(printable(name), line, f"{declared.show(values[0])} -> {declared.show(values[-1])}")
         out.print(Text(printable(run.name), style="bold"))
         out.print(Padding(table, (0, 0, 0, 2)))
 
@@ -632,7 +629,7 @@ def _peaks(summary: Mapping[str, Any]) -> Group:
         cells |= {"change": f"+{cell['gained']} -{cell['lost']}", "Holm p": probability(p_value).removeprefix("= ")}
         table.add_row(*(cells[column] for column in columns))
     spent = f"{summary['seconds_after_best']:,.0f} s after {best}"
-    sure = [name for name, p_value in zip(summary["peaks"], p_values, strict=True) if p_value < SIGNIFICANT]
+    sure = [name for name, p_value in zip(summary["peaks"], p_values, strict=True) if significant(p_value)]
     words = "no cell has changed by more than chance" if not sure else f"changed by more than chance: {', '.join(sure)}"
     went = f"going on took {spent}; {words}" if summary["steps"] > summary["best_step"] else "the last step is the best"
     return Group(table, Text(f"\n{went} (exact McNemar from {best} to {last}, cell by cell)"))

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 Z = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+SIGNIFICANT = 0.05
+NOT_SIGNIFICANT = "not significant"
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
@@ -39,3 +41,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
+
+
+def significant(p_value: float) -> bool:
+    """Whether a test rejects at the level that the whole project uses."""
+    return p_value < SIGNIFICANT

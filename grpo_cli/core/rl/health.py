@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 
+from grpo_cli.core.metrics import CHEATS
+
 WINDOW = 20  # steps that are judged together
 KL_LIMIT = 1.0  # nats a token; trainings that learn stay far below
 TRUNCATED_LIMIT = 0.9  # share of completions
@@ -19,12 +21,6 @@ ENTROPY_LEFT = 0.1  # of the entropy in the first window
 MOVED_LIMIT = 0.1  # share of weights; float32 moves nearly all, and bf16 a few in a hundred where steps are small
 NOTATION_LIMIT = 0.1  # share of completions that are right but for their notation
 CHEAT_LIMIT = 0.1  # share of completions, and twice as many as in the first window
-
-CHEATS = {
-    "cheat/numbers": "make the target with numbers reused or left out",
-    "cheat/not_arithmetic": "put text that is no expression into the answer",
-    "cheat/no_thought": "answer without the thought that was asked for",
-}
 
 
 def collapses(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
@@ -120,11 +116,11 @@ def _equal_rewards(late: Sequence[Mapping[str, float]]) -> dict[str, str]:
 
 
 def _spreading_cheats(late: Sequence[Mapping[str, float]], early: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    shares = {key: (_mean(late, key), _mean(early, key)) for key in CHEATS}
+    shares = {kind: (_mean(late, f"cheat/{kind}"), _mean(early, f"cheat/{kind}")) for kind in CHEATS}
     return {
-        key: f"{share:.0%} of the completions {CHEATS[key]}, {before:.0%} at first: read some in `samples.jsonl`;"
-        " to stay nearer to the starting model, raise `--beta` or lower `--learning-rate`"
-        for key, (share, before) in shares.items()
+        f"cheat/{kind}": f"{share:.0%} of the completions {CHEATS[kind]}, {before:.0%} at first: read some in"
+        " `samples.jsonl`; to stay nearer to the starting model, raise `--beta` or lower `--learning-rate`"
+        for kind, (share, before) in shares.items()
         if share > CHEAT_LIMIT and share > 2 * before
     }
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from grpo_cli.core.metrics import CHEATS
 from grpo_cli.core.task.data import puzzle_set, sampling_note
 from grpo_cli.core.task.files import load_puzzles
 from grpo_cli.core.task.plugin import load_task, rewarded
 from grpo_cli.core.task.prompts import STYLES, Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.rules import ORIGINAL, Rules
-from grpo_cli.core.task.scoring import CHEATS, ORIGINAL_REWARDS, Rewards, score
+from grpo_cli.core.task.scoring import ORIGINAL_REWARDS, Rewards, score
 from grpo_cli.core.task.solver import needs_parentheses, solution, solve
 from grpo_cli.core.task.task import Message, Problem, Score, Split, Task
 
@@ -41,7 +42,7 @@ class Countdown:
     path: Path | None = None  # of a puzzle file that replaces the puzzles of the rules
     name: str = "countdown"
     styles: Sequence[str] = STYLES
-    cheats: Sequence[str] = CHEATS
+    cheats: Sequence[str] = tuple(CHEATS)
 
     @property
     def files(self) -> dict[str, str]:

@@ -4,7 +4,7 @@ Only this module knows the tags. A completion is untrusted: it is searched and p
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from grpo_cli.core.task.expression import SPACE, Expression, ascii_operators, last_expression, parse, parse_lenient
 from grpo_cli.core.task.prompts import Style
@@ -14,7 +14,6 @@ from grpo_cli.core.task.task import Score as Score
 
 Reason = Literal["correct", "no_answer", "truncated", "not_an_expression", "wrong_numbers", "wrong_value"]
 Cheat = Literal["numbers", "not_arithmetic", "no_thought"]
-CHEATS: tuple[Cheat, ...] = get_args(Cheat)
 
 
 @dataclass(frozen=True, slots=True)
