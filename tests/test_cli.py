@@ -209,6 +209,12 @@ def test_solve_prints_the_answer_alone_on_stdout_and_its_code_is_the_verdict(cou
     assert 0 in codes
 
 
+def test_attempts_to_solve_are_numbered(countdown: Command, tiny_folder: Path) -> None:
+    found = countdown("solve", "4 7 3 = 25", "--model", tiny_folder, "--attempts", 2, "--max-new-tokens", 4)
+    heads = [line for line in found.err.splitlines() if line.startswith("attempt ")]
+    assert heads == ["attempt 1 of 2, greedy", "attempt 2 of 2, at temperature 1"]
+
+
 def test_solve_json(countdown: Command) -> None:
     found = json.loads(
         countdown("solve", "Using the numbers [2, 4, 6], create an expression that equals 12.", "--json").out
@@ -261,6 +267,7 @@ def test_plot_draws_a_run_and_the_original_systems_file(trained: Command, tmp_pa
         (["eval", "owner/name", "--suite", "transfr"], "did you mean `transfer`?"),
         (["eval", "owner/name", "--suite", "transfer", "--numbers", "4"], "`--numbers` is given by the cells"),
         (["eval", "owner/name", "--json", "--markdown"], "exclude each other"),
+        (["eval", "builtin", "--samples", "8"], "set `--temperature 1` too"),
         (["solve", "what is love"], "4 7 3 = 25"),
         (["plot"], "countdown train"),
         (["plot", "nothing.json"], "nothing.json"),

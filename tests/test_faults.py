@@ -326,10 +326,10 @@ def test_a_run_that_is_being_written_is_left_alone(trained: Command, tmp_path: P
 
 
 def test_a_stale_lock_is_taken_over_with_a_notice(trained: Command, tmp_path: Path) -> None:
-    (tmp_path / "runs" / "first" / ".lock").write_text("999999")
+    (tmp_path / "runs" / "first" / ".lock").write_text(str(os.getpid()))
     found = trained("train", "--run", "first", "--resume", "--num-iterations", "3")
     assert found.code == 0
-    assert "taking over run first: process 999999, which wrote it, is gone" in found.err
+    assert f"taking over run first: process {os.getpid()}, which wrote it, no longer holds its lock" in found.err
 
 
 def test_damaged_logs_stop_neither_resume_nor_eval(trained: Command, tmp_path: Path) -> None:

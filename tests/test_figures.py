@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -216,6 +217,17 @@ def test_several_runs_are_overlaid_each_in_its_colour_with_a_legend() -> None:
     assert first == first_val != second == second_val
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [label for label, _ in lines(figure, 0)]
+
+
+def test_any_number_of_runs_can_be_told_apart() -> None:
+    runs = [replace(RUN, name=f"run-{number}") for number in range(40)]
+    panels = [
+        *plot.training_figure(runs, smooth=False, window=10).axes,
+        *plot.kl_figure(runs, smooth=False, window=10).axes,
+    ]
+    for axes in panels:
+        looks = {(line.get_color(), str(line._unscaled_dash_pattern), line.get_marker()) for line in axes.lines}
+        assert len(looks) == len(axes.lines) >= 40
 
 
 def test_named_val_sets_differ_in_colour_and_marker() -> None:

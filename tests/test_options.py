@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperCommand
 from typer.testing import CliRunner
 
+from grpo_cli.cli.app import app
 from grpo_cli.cli.options import flags, settings_command
 from grpo_cli.core.config.resolve import flag
 from grpo_cli.core.config.settings import FIELDS, choices, describe
@@ -101,9 +102,14 @@ def test_the_help_shows_what_would_run(tmp_path: Path, monkeypatch: pytest.Monke
     assert "prompts per step" in help_text("--config", "mine.toml")  # what is wrong with it is said when it is used
 
 
-def test_the_help_shows_no_type_beside_a_switch_and_no_markup() -> None:
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["plot"], ["solve"], ["runs"], ["export"], ["gen-data"]])
+def test_the_help_of_a_command_shows_no_type_beside_a_switch_and_brackets_once(command: list[str]) -> None:
+    shown = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "100"}).output
+    assert "--help" in shown and "<bool>" not in shown and "[[" not in shown
+
+
+def test_the_help_of_settings_has_no_markup() -> None:
     text = help_text()
-    assert "<bool>" not in text
     for key in FIELDS:
         if key.partition(".")[0] in EVERYTHING:
             assert describe(key) in text, key

@@ -404,6 +404,9 @@ def test_a_suite_is_a_matrix_in_as_many_blocks_as_the_terminal_needs(
     assert [row for row in rows if row.startswith("val 3")] == (wide if blocks == 1 else narrow)
     assert f"decoded alike: greedy, up to 160 tokens, protocol {results[0].protocol}" in rows
     assert "x: 12.3 s; what x was trained on is not known" in rows
+    one = replace(results[1], cells=results[1].cells[:1], weights={"val 3 one-shot": 1.0})
+    display.suite("mine", [one])
+    assert "1 cell, 1 of them" in capsys.readouterr().out
 
 
 def test_a_suites_comparison_calls_no_difference_that_does_not_hold_for_all_its_cells(

@@ -20,7 +20,7 @@ import typer
 
 from grpo_cli import __version__
 from grpo_cli.cli.launch import place
-from grpo_cli.cli.options import settings_command
+from grpo_cli.cli.options import Commands, settings_command
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.task.rules import Rules
 from grpo_cli.ui import text as show
@@ -29,6 +29,7 @@ RULES = [f"task.{rule.name}" for rule in fields(Rules)]
 PLACES = ("config", "out", "folder", "model", "models", "run", "runs", "name")  # options that may begin with `~`
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -160,7 +161,7 @@ def train(
 def eval(
     ctx: typer.Context,
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL]...", help="runs, folders, hub ids, or `builtin`")
+        list[str] | None, typer.Argument(metavar="MODEL", help="runs, folders, hub ids, or `builtin`")
     ] = None,
     suite: Annotated[
         str | None, typer.Option(help="evaluate on the cells of this suite of the settings", metavar="<name>")
@@ -200,7 +201,7 @@ def solve(
 def plot(
     ctx: typer.Context,
     runs: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN]...", help="runs, or metrics files; default: the newest run")
+        list[str] | None, typer.Argument(metavar="RUN", help="runs, or metrics files; default: the newest run")
     ] = None,
     out: Annotated[
         Path | None,

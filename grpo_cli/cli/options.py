@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 PANELS = ("Model", "Sampling", "Loss", "Optimization", "Schedule", "Output", "Ranks")
 _METAVARS: dict[object, str] = {int: "<int>", float: "<float>"}
@@ -51,6 +51,13 @@ class _SettingsCommand(TyperCommand):
 
     def get_params(self, ctx: Any) -> list[Any]:
         return [_without_type(parameter) for parameter in super().get_params(ctx)]  # that of --help among them
+
+
+class Commands(TyperGroup):
+    """All commands."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return [_without_type(parameter) for parameter in super().get_params(ctx)]
 
 
 def _without_type(parameter: Any) -> Any:

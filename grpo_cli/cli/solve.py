@@ -59,6 +59,9 @@ def _attempt(policy: Policy, puzzle: Puzzle, settings: Settings, *, attempts: in
     tokens = policy.encode(task.prompt(puzzle, style))
     for attempt in range(attempts):
         temperature = settings.eval.temperature or (1.0 if attempt else 0.0)
+        if attempts > 1 and not quiet:
+            how = f"at temperature {temperature:g}" if temperature else "greedy"
+            show.note(f"attempt {attempt + 1} of {attempts}, {how}")
         uniform = uniforms(attempt, 0, [0], 1, limit) if temperature else None
         pieces = stream(policy, tokens, max_new_tokens=limit, temperature=temperature or 1.0, uniform=uniform)
         text = "".join(pieces) if quiet else tables.reasoning(pieces)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Series = list[tuple[int, float]]
+Dashes = tuple[int, tuple[float, ...]]  # offset, then lengths of dashes and gaps: a line style of matplotlib
 
 # The original system logged at its steps 0, 10, 20, ...: means over the steps since the last line.
 ORIGINAL_EVERY = 10
@@ -189,17 +190,19 @@ def training_figure(curves: Sequence[Curves], *, smooth: bool, window: int) -> F
     figure, panels = _panels(curves, height=9.0 if suites else 6.0, ratios=(2, 2, 1) if suites else (2, 1))
     upper, lower = panels[0], panels[-1]
     for index, run in enumerate(curves):
-        colour = COLOURS[index % len(COLOURS)]
-        _line(upper, run.accuracy, colour, _label("train", run, curves), smooth=smooth, window=window)
+        dots, place = divmod(index, len(COLOURS))
+        colour = COLOURS[place]
+        _line(upper, run.accuracy, colour, dots, _label("train", run, curves), smooth=smooth, window=window)
         for order, (name, points) in enumerate(run.val.items()):
             val_colour = colour if len(curves) > 1 else COLOURS[(order + 1) % len(COLOURS)]
             marker = MARKERS[order % len(MARKERS)]
-            _markers(upper, points, val_colour, marker, "--", _label(name, run, curves))
+            _markers(upper, points, val_colour, marker, _dashes(4, 2, dots=dots), _label(name, run, curves))
         for name, points in run.cells.items():
             split, numbers, style = name.split(" ", 2)
-            look = (STYLE_COLOURS[style], MARKERS[int(numbers) - 3], "--" if split == "val" else ":")
-            _markers(panels[1], points, look[0] if len(curves) == 1 else colour, *look[1:], _label(name, run, curves))
-        _line(lower, run.reward, colour, "", smooth=smooth, window=window)
+            cell_colour = STYLE_COLOURS[style] if len(curves) == 1 else colour
+            dashes = _dashes(4, 2, dots=dots) if split == "val" else _dashes(1, 4, dots=dots)
+            _markers(panels[1], points, cell_colour, MARKERS[int(numbers) - 3], dashes, _label(name, run, curves))
+        _line(lower, run.reward, colour, dots, "", smooth=smooth, window=window)
     for axes in panels[:-1]:
         axes.set(ylabel=metric("accuracy").axis, ylim=(0, 1.02))
         axes.yaxis.set_major_formatter("{x:.0%}")
@@ -214,7 +217,8 @@ def kl_figure(curves: Sequence[Curves], *, smooth: bool, window: int) -> Figure:
     figure, (axes,) = _panels(curves, height=3.6, ratios=(1,))
     for index, run in enumerate(curves):
         label = _label("KL", run, curves)
-        _line(axes, run.kl, COLOURS[index % len(COLOURS)], label, smooth=smooth, window=window)
+        dots, place = divmod(index, len(COLOURS))
+        _line(axes, run.kl, COLOURS[place], dots, label, smooth=smooth, window=window)
     axes.set_ylabel(metric("kl").axis)
     axes.set_ylim(bottom=0)
     if len(curves) > 1:
@@ -238,8 +242,13 @@ def _panels(curves: Sequence[Curves], *, height: float, ratios: Sequence[float])
     return figure, panels
 
 
-def _line(axes: Axes, points: Series, colour: str, label: str, *, smooth: bool, window: int) -> None:
-    """Draw a curve; when smoothed, the raw one faintly behind its moving average."""
+def _dashes(dash: float, gap: float, *, dots: int) -> Dashes:
+    """A dash and `dots` dots, repeated: tells apart runs that share a colour."""
+    return (0, (dash, gap, *(1, 2) * dots))
+
+
+def _line(axes: Axes, points: Series, colour: str, dots: int, label: str, *, smooth: bool, window: int) -> None:
+    """Draw a curve, solid or with `dots`; when smoothed, the raw one faintly behind its moving average."""
     if not points:
         return
     steps, values = [step for step, _ in points], [value for _, value in points]
@@ -247,15 +256,16 @@ def _line(axes: Axes, points: Series, colour: str, label: str, *, smooth: bool, 
     if smooth:
         axes.plot(steps, values, color=colour, marker=marker, alpha=0.25, linewidth=1)
         values = moving_average(values, window)
-    axes.plot(steps, values, color=colour, marker=marker, label=label)
+    style = _dashes(10, 2, dots=dots) if dots else "-"
+    axes.plot(steps, values, color=colour, marker=marker, linestyle=style, label=label)
 
 
-def _markers(axes: Axes, points: Series, colour: str, marker: str, linestyle: str, label: str) -> None:
+def _markers(axes: Axes, points: Series, colour: str, marker: str, dashes: Dashes, label: str) -> None:
     """Draw a curve of few points, each marked; of many, some. Its first peak is a star."""
     if not points:
         return
     steps, values = zip(*points, strict=True)
-    (line,) = axes.plot(steps, values, color=colour, marker=marker, linestyle=linestyle, linewidth=1, label=label)
+    (line,) = axes.plot(steps, values, color=colour, marker=marker, linestyle=dashes, linewidth=1, label=label)
     line.set(markevery=math.ceil(len(points) / MOST_MARKERS), clip_on=False, zorder=3, markersize=4)
     peak = max(points, key=lambda point: point[1])
     axes.scatter(*peak, s=140, color=colour, marker="*", edgecolors="white", clip_on=False, zorder=4)

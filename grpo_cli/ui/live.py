@@ -123,7 +123,7 @@ class TrainingView:
         self._phase = ""
         self._evaluations = (*self._evaluations, Evaluated(step, accuracy, interval, suite_mean))
         if not self._live:
-            shown = f"{show.percent(accuracy)} of {count:,} puzzles ({show.interval(interval)})"
+            shown = f"{show.percent(accuracy)} of {show.counted(count, 'puzzle')} ({show.interval(interval)})"
             suite = "" if suite_mean is None else f", mean of the suite {show.percent(suite_mean)}"
             self.message(f"step {step}: val accuracy {shown}{suite}")
 

@@ -26,6 +26,7 @@ from grpo_cli.ui.text import (
     _headed,
     accuracy,
     can_redraw,
+    counted,
     err,
     excerpt,
     interval,
@@ -101,7 +102,7 @@ def gen_data_summary(summary: Summary, path: Path | None) -> None:
     """What a set of puzzles is made of, on stdout; on stderr if the puzzles went to stdout (`path` is None)."""
     console = err if path is None else out
     if path is not None:
-        console.print(Text(f"{summary.count:,} puzzles written to {printable(str(path))}", style="bold"))
+        console.print(Text(f"{counted(summary.count, 'puzzle')} written to {printable(str(path))}", style="bold"))
     console.print(
         _facts(
             [
@@ -143,7 +144,7 @@ def config_table(resolved: Resolved) -> None:
     """Every setting with its value and the source of the value; what differs from the shipped default stands out."""
     table = _table("setting", "value", "source")
     settings = resolved.settings.model_dump()
-    suites = {f"suite.{name}": f"{len(cells)} cells" for name, cells in settings.pop("suite").items()}
+    suites = {f"suite.{name}": counted(len(cells), "cell") for name, cells in settings.pop("suite").items()}
     for name, value in (*_flatten(settings), *suites.items()):
         source = resolved.sources[name]
         style = "dim" if source == "config.toml" else ""
@@ -197,7 +198,7 @@ def memory_line(plan: MemoryPlan) -> str:
     return ", ".join(
         [
             f"memory: {_gigabytes(plan.peak)} GB at most, {_gigabytes(plan.room)} GB can be used: micro-batches of "
-            + (f"{choices.rows} completions" if choices.rows else "the whole step"),
+            + (counted(choices.rows, "completion") if choices.rows else "the whole step"),
             f"gradient checkpointing {'on' if choices.checkpointing else 'off'}",
             *([f"logits of {choices.logit_chunk:,} tokens at a time"] if choices.logit_chunk else []),
             *([f"reference on the {'host' if choices.on_host else 'device'}"] if "reference" in plan.phases else []),
@@ -222,7 +223,7 @@ def evaluation(result: Evaluation, *, examples: int = 3) -> None:
 
 
 def _headline(result: Evaluation) -> None:
-    puzzles = f"{result.count:,} {result.split} puzzles of {result.numbers} numbers"
+    puzzles = f"{counted(result.count, f'{result.split} puzzle')} of {result.numbers} numbers"
     out.print(Text.assemble((printable(result.model), "bold"), f"  {puzzles}, {result.style}, {_sampling(result)}"))
     rows = [
         ("accuracy", f"{percent(result.accuracy)}  (95% interval {interval(result.interval)})"),
@@ -246,7 +247,7 @@ def _headline(result: Evaluation) -> None:
 def _sampling(result: Evaluation) -> str:
     if not result.temperature:
         return "greedy"
-    return f"{result.samples} sample{'s' if result.samples > 1 else ''} at temperature {result.temperature:g}"
+    return f"{counted(result.samples, 'sample')} at temperature {result.temperature:g}"
 
 
 def leaks(results: Sequence[SuiteResult]) -> None:
@@ -323,8 +324,8 @@ def _comparison(results: Sequence[SuiteResult]) -> tuple[list[str], list[list[st
 
 def suite(name: str, results: Sequence[SuiteResult]) -> None:
     """A matrix of accuracies, cells by models, in several blocks where the terminal is narrow."""
-    counted = sum(weight > 0 for weight in results[0].weights.values())
-    cells = f"{len(results[0].cells)} cells, {counted} of them in the weighted mean"
+    weighted = sum(weight > 0 for weight in results[0].weights.values())
+    cells = f"{counted(len(results[0].cells), 'cell')}, {weighted} of them in the weighted mean"
     out.print(Text.assemble((f"suite {printable(name)}", "bold"), f"  {cells}"))
     each = max(1, (out.width - CELL_WIDTH) // (ACCURACY_WIDTH + 2))
     for start in range(0, len(results), each):
@@ -384,7 +385,8 @@ def paired(found: Paired) -> None:
     out.print(
         Text.assemble(
             (_models(found), "bold"),
-            f"  {gained:,} puzzles gained, {lost:,} lost, exact McNemar p {probability(found.p_value)}{verdict}",
+            f"  {counted(gained, 'puzzle')} gained, {lost:,} lost,"
+            f" exact McNemar p {probability(found.p_value)}{verdict}",
         )
     )
     _pair_examples(found.gained, found.lost)
@@ -440,7 +442,9 @@ def _pair_examples(
 def probe(found: Probe) -> None:
     """What a model could learn from in each style, the chosen one in bold, with a line for each finding."""
     chosen = found.styles[found.chosen]
-    size = f"{len(chosen.right)} train puzzles of {found.numbers} numbers, groups of {chosen.num_generations}"
+    size = (
+        f"{counted(len(chosen.right), 'train puzzle')} of {found.numbers} numbers, groups of {chosen.num_generations}"
+    )
     out.print(Text(size, style="bold"))
     out.print()
     numeric = ("groups", "accuracy (95%)", "format", "mixed", "cut off", "length")
@@ -583,7 +587,7 @@ def training_summary(summary: Mapping[str, Any], folder: Path, *, overlap: str) 
     base, final, best = (percent(summary[f"{name}_accuracy"]) for name in ("base", "final", "best"))
     spent = summary["seconds"]
     whole = spent["training"] + spent["evaluation"]
-    out.print(Text(f"val accuracy on {summary['puzzles']} puzzles, greedy", style="bold"))
+    out.print(Text(f"val accuracy on {counted(summary['puzzles'], 'puzzle')}, greedy", style="bold"))
     rows = [
         ("base", f"{base}, after the warm start" if summary.get("warm_start") else base),
         ("final", f"{final}  (95% interval {interval(summary['final_interval'])})"),
@@ -594,7 +598,7 @@ def training_summary(summary: Mapping[str, Any], folder: Path, *, overlap: str) 
     ]
     if summary["bad_steps"]:
         count = summary["bad_steps"]
-        rows.append(("skipped", f"{count} step{'s' if count != 1 else ''} whose loss or gradient was not finite"))
+        rows.append(("skipped", f"{counted(count, 'step')} whose loss or gradient was not finite"))
     out.print(_facts(rows))
     if len(summary["peaks"]) > 1:
         out.print()

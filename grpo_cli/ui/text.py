@@ -103,6 +103,11 @@ def interval(bounds: tuple[float, float]) -> str:
     return f"{100 * bounds[0]:.1f} to {percent(bounds[1])}"
 
 
+def counted(count: int, noun: str) -> str:
+    """A count with its noun as `1 cell` or `2,000 cells`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def question(numbers: Iterable[int], target: int) -> str:
     """A puzzle as `[4, 7, 3] -> 25`."""
     return f"{list(numbers)} -> {target}"

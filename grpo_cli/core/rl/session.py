@@ -226,7 +226,7 @@ def plan_memory(
 def _lock(run: Run, locks: ExitStack, note: Note) -> None:
     left_by = locks.enter_context(run.locked())
     if left_by is not None:
-        note(f"taking over run {run.name}: process {left_by}, which wrote it, is gone")
+        note(f"taking over run {run.name}: process {left_by}, which wrote it, no longer holds its lock")
 
 
 def _load(
