@@ -488,3 +488,26 @@ def test_every_setting_declares_its_panel_and_whether_a_resumed_run_may_change_i
     kept = fixed(settings).keys() - {"suite"}
     assert {"train.learning_rate", "train.seed", "loss.beta", "model.precision", "task.style", "preset"} <= kept
     assert not kept & {"runs", "eval.split", "train.num_iterations", "model.memory", "ranks.shard", "plot.window"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"task.min_number": 5, "task.max_number": 3}, "`min_number` is larger than `max_number`"),
+        ({"task.min_target": 50, "task.max_target": 3}, "`min_target` is larger than `max_target`"),
+        (
+            {"reward.length_penalty": 1.0, "reward.soft_limit": 360},
+            "`soft_limit` must be less than `max_new_tokens`, 360",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_one_sentence(
+    tmp_path: Path, flags: dict[str, object], message: str
+) -> None:
+    problem = refused(tmp_path, flags=flags)
+    assert (problem.message, problem.hint) == (message, None)
+
+
+def test_only_schedules_have_the_hint_of_schedules(tmp_path: Path) -> None:
+    assert refused(tmp_path, flags={"task.operations": "+^"}).hint is None
+    assert "a schedule is" in str(refused(tmp_path, flags={"train.prompt_style": "x"}).hint)

@@ -16,7 +16,7 @@ from grpo_cli.core.dist.parallel import NotFinite, micro_batches
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
-from grpo_cli.core.rl.grpo import advantages, kl_estimate, normalizer, policy_loss, zero_variance
+from grpo_cli.core.rl.grpo import advantages, kl_estimate, normalizer, overlong_penalty, policy_loss, zero_variance
 from grpo_cli.core.rl.update import clip_gradients, reference_logprobs
 
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "cispo", "gspo")
@@ -527,3 +527,15 @@ def test_weights_changed_counts_each_weight_once(tiny_policy: Policy) -> None:
     # 5 norms and 2 query biases of 32 weights, of each of which all but the first are nudged
     count = sum(parameter.numel() for parameter in tiny_policy.model.parameters())
     assert metrics["weights_changed"] == pytest.approx(7 * 31 / count)
+
+
+@pytest.mark.parametrize(("length", "penalty"), [(0, 0), (80, 0), (81, 0.05), (90, 0.5), (95, 0.75), (100, 1), (16, 0)])
+def test_the_overlong_penalty_grows_from_the_soft_limit_to_the_hard_one(length: int, penalty: float) -> None:
+    """L_max = 100 and L_cache = 20: (80 - 90) / 20 = -0.5 by the paper's formula."""
+    assert overlong_penalty(length, soft_limit=80, max_new_tokens=100) == pytest.approx(penalty)
+    assert overlong_penalty(length, soft_limit=0, max_new_tokens=200) == length / 200
+
+
+def test_the_overlong_penalty_of_the_papers_limits() -> None:
+    limits = {"soft_limit": 20_480 - 4_096, "max_new_tokens": 20_480}
+    assert [overlong_penalty(length, **limits) for length in (16_384, 17_408, 18_432, 20_480)] == [0, 0.25, 0.5, 1]

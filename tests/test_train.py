@@ -21,8 +21,12 @@ from grpo_cli.core.evals.evaluate import evaluate
 from grpo_cli.core.metrics import METRICS, metric
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.perf.meter import Meter
 from grpo_cli.core.rl import grpo, validate
 from grpo_cli.core.rl import update as update_module
+from grpo_cli.core.rl.batch import Batch
+from grpo_cli.core.rl.clock import Clock
+from grpo_cli.core.rl.collect import Collector
 from grpo_cli.core.rl.schedule import learning_rate_at
 from grpo_cli.core.rl.state import Training, build_optimizer, choose_checkpoint
 from grpo_cli.core.rl.summary import summary
@@ -613,6 +617,31 @@ def test_a_training_pays_the_rewards_of_its_settings(
     monkeypatch.setattr(Policy, "decode", lambda self, tokens: "<think>a</think><answer>1</answer>")
     _, run, _ = trained(small(tiny_folder, **{"reward.format_reward": 0.25}), tmp_path)
     assert {line["reward"] for line in run.metrics() if line["step"] > 0} == {0.5}
+
+
+def test_long_completions_pay_a_penalty_that_is_logged(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of eight tokens above the soft limit of 6, of 8 in all: half the penalty; one token: none."""
+    kept: list[Batch] = []
+    collect = Collector.collect
+
+    def keep(self: Collector, step: int, clock: Clock, meter: Meter) -> Batch:
+        kept.append(collect(self, step, clock, meter))
+        return kept[-1]
+
+    monkeypatch.setattr(Collector, "collect", keep)
+    settings = small(tiny_folder, **{"reward.length_penalty": 0.5, "reward.soft_limit": 6, "train.max_new_tokens": 8})
+    _, run, _ = trained(settings, tmp_path)
+    costs = {6: 0.0, 7: 0.25, 8: 0.5}
+    for batch, line in zip(kept, run.metrics()[1:], strict=True):
+        scores = [score for group in batch.groups for score in group.scores]
+        paid = [costs.get(len(tokens), 0.0) for tokens in batch.completions]
+        assert [score.reward for score in scores] == [
+            score.correct - cost for score, cost in zip(scores, paid, strict=True)
+        ]
+        assert line["reward/length"] == pytest.approx(-sum(paid) / len(paid))
+    assert any(line["reward/length"] < 0 for line in run.metrics()[1:])
 
 
 def question(problem: Problem) -> tuple[tuple[int, ...], int]:

@@ -273,15 +273,17 @@ def require_suite(settings: Settings, name: str, place: str) -> None:
 
 def _refused(layer: _Layer, problem: ErrorDetails) -> CountdownError:
     """What is wrong with a value, and where it stands."""
-    table, *rest = (str(part) for part in problem["loc"])
-    key = ".".join([table, *rest[:1]])
-    item = layer[key]
     words = str(problem["ctx"]["error"]) if problem["type"] == "value_error" else None
+    table, *rest = (str(part) for part in problem["loc"] or [""])
+    key = ".".join([table, *rest[:1]])
+    if words and key not in layer:  # two settings that do not fit together
+        return CountdownError(words)
+    item = layer[key]
     if table == "suite":
         found = words or (f"the weight of `{rest[1]}` must be a number of at least 0" if rest[1:] else "it is no table")
         return CountdownError(f"{item.place}: {found}", 'a cell and its weight are written `"val 3 one-shot" = 1.0`')
     if words:
-        return CountdownError(f"{item.place}: {words}", _SCHEDULES)
+        return CountdownError(f"{item.place}: {words}", _SCHEDULES if key.startswith("train.prompt_") else None)
     return CountdownError(f"{item.place} must be {expected(key)}, not {_shown(item.value)}")
 
 

@@ -92,7 +92,7 @@ class Task(Table):
     def _in_order(self) -> Self:
         for name in ("number", "target"):
             if getattr(self, f"min_{name}") > getattr(self, f"max_{name}"):
-                raise ValueError(f"`min_{name}` is above `max_{name}`")
+                raise ValueError(f"`min_{name}` is larger than `max_{name}`")
         return self
 
     @property
@@ -206,6 +206,10 @@ class Reward(Table):
         "reward of a wrong answer that uses the numbers as it must, added to its format reward", "Loss", ge=0
     )
     correct_reward: float = setting("reward of a right answer, in place of all others", "Loss", gt=0)
+    length_penalty: float = setting(
+        "largest penalty of a long completion, at max_new_tokens; DAPO's is 1, 0 is none", "Loss", ge=0, le=10**6
+    )
+    soft_limit: int = setting("tokens up to which length costs nothing; then the penalty grows", "Loss", ge=0)
     reward: PathText = setting("FILE.py:function that rewards completions instead; or `none`", "Loss", min_length=1)
     reward_errors: Literal["stop", "skip"] = setting("what an exception in it does: end the run, or reward 0", "Loss")
 
@@ -253,6 +257,12 @@ class Settings(Table):
     plot: Plot
     ranks: Ranks
     suite: dict[str, Suite] = Field(description="suites by name: their cells, each with its weight")
+
+    @model_validator(mode="after")
+    def _soft_limit_is_below_the_hard_one(self) -> Self:
+        if self.reward.length_penalty and self.reward.soft_limit >= self.train.max_new_tokens:
+            raise ValueError(f"`soft_limit` must be less than `max_new_tokens`, {self.train.max_new_tokens}")
+        return self
 
 
 TABLES: dict[str, type[Table]] = {

@@ -6,23 +6,23 @@ What is sampled is a function of (seed, step, prompt index) alone, whatever the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 
 import torch
 
-from grpo_cli.core.config.settings import Train
+from grpo_cli.core.config.settings import Reward, Train
 from grpo_cli.core.dist.ranks import Solo
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.perf.meter import Meter
 from grpo_cli.core.rl.batch import Batch, Group, Tally
 from grpo_cli.core.rl.clock import Clock
-from grpo_cli.core.rl.grpo import zero_variance
+from grpo_cli.core.rl.grpo import overlong_penalty, zero_variance
 from grpo_cli.core.sampling.rollout import sample, uniforms
 from grpo_cli.core.task.curriculum import Curriculum
-from grpo_cli.core.task.task import Task
+from grpo_cli.core.task.task import Problem, Score, Task
 
 
 @dataclass
@@ -33,6 +33,7 @@ class Collector:
     task: Task
     curriculum: Curriculum
     settings: Train
+    reward: Reward
     ranks: Solo
     fit: MicroBatch
     on_token: Callable[[int], None]
@@ -80,6 +81,15 @@ class Collector:
     def _tally(self, groups: Sequence[Group]) -> Tally:
         return Tally.of(groups, size=self.settings.num_generations, cheats=self.task.cheats)
 
+    def _score(self, text: str, problem: Problem, style: str, truncated: bool, length: int) -> Score:
+        """The task's score, less the length penalty of `length` tokens."""
+        score, reward = self.task.score(text, problem, style=style, truncated=truncated), self.reward
+        if not reward.length_penalty:
+            return score
+        limits = {"soft_limit": reward.soft_limit, "max_new_tokens": self.settings.max_new_tokens}
+        penalty = reward.length_penalty * overlong_penalty(length, **limits)
+        return replace(score, reward=score.reward - penalty, parts={**score.parts, "length": -penalty})
+
     def _sampled(self, count: int) -> None:
         self.fit.check()
         self.on_token(count)
@@ -115,8 +125,8 @@ class Collector:
                 completions, truncated = rollout.completions[rows], rollout.truncated[rows]
                 texts = [self.policy.decode(tokens) for tokens in completions]
                 scores = [
-                    self.task.score(text, problem, style=style, truncated=cut)
-                    for text, cut in zip(texts, truncated, strict=True)
+                    self._score(text, problem, style, cut, len(tokens))
+                    for text, cut, tokens in zip(texts, truncated, completions, strict=True)
                 ]
                 rewards = torch.tensor([score.reward for score in scores])  # (G,)
                 logprobs = rollout.logprobs[rows]

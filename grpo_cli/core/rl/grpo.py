@@ -47,6 +47,15 @@ def zero_variance(rewards: Tensor) -> Tensor:
     return rewards.amax(dim=1) == rewards.amin(dim=1)
 
 
+def overlong_penalty(length: int, *, soft_limit: int, max_new_tokens: int) -> float:
+    """Soft overlong punishment of a completion of `length` tokens: equation 13 of DAPO (arXiv 2503.14476), negated.
+
+    0 up to `soft_limit`, then (length - soft_limit) / (max_new_tokens - soft_limit): 1 at `max_new_tokens`. DAPO has
+    L_max = max_new_tokens = 20,480 and L_max - L_cache = soft_limit = 16,384, and subtracts it from the reward.
+    """
+    return max(0, length - soft_limit) / (max_new_tokens - soft_limit)
+
+
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k3") -> Tensor:
     """Per-token estimate (B, T) of KL(policy || reference) from samples of the policy.
 

@@ -117,6 +117,7 @@ class _Loop:
             task,
             curriculum(settings),
             settings.train,
+            settings.reward,
             ranks,
             sampling,
             self._sampled,
