@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"  # before anything imports Triton
+
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_cli.cli import app as cli

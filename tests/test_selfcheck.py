@@ -1,6 +1,7 @@
 """Each architecture computes what transformers computes, on the fastest path that does, or is refused by a sentence."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -31,6 +32,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from grpo_cli.core import model as model_package
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.load import attends_in_full, load
 from grpo_cli.core.model.policy import Policy, Sequences, checkpoint_layers, set_attention
@@ -178,3 +180,13 @@ def test_a_damaged_cache_is_ignored(tmp_path: Path, tiny_policy: Policy, content
 def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path: Path, tiny_policy: Policy) -> None:
     (tmp_path / "file").write_text("")
     assert checked(tiny_policy, cache=tmp_path / "file" / "cache.json")[1].path == "packed"
+
+
+def test_fused_kernels_that_do_not_run_are_left_in_one_line(
+    tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(model_package, "kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "grpo_cli.core.model.kernels", None)  # as where Triton is missing
+    policy, outcome = checked(replace(tiny_policy, fused=True))
+    assert not (policy.fused or policy.plain or policy.whole)
+    assert "runs on the fast path without fused kernels: " in outcome.sentence(policy)

@@ -147,6 +147,7 @@ class StaticDecode:
         self.own_keys = cache(prompts, heads, num_generations, max_new_tokens, width)
         self.own_values = cache(prompts, heads, num_generations, max_new_tokens, width)
         self.absent = torch.ones(prompts, 1, longest + max_new_tokens, dtype=torch.bool, device=device)
+        self.lengths = torch.ones(prompts, dtype=torch.long, device=device)  # of the prompts
         self.slot = torch.zeros(1, dtype=torch.long, device=device)  # where the new token's key goes
 
     def fill(self, prefill: Prefill, lengths: Tensor) -> None:
@@ -156,6 +157,7 @@ class StaticDecode:
             cache[..., :longest].copy_(key.mT)
         for cache, value in zip(self.prompt_values, prefill.values, strict=True):
             cache[:, :, :longest].copy_(value)
+        self.lengths.copy_(lengths)
         self.absent.copy_(torch.arange(self.absent.shape[2], device=lengths.device) >= lengths[:, None, None])
 
     def open(self, slot: Tensor) -> None:
@@ -169,6 +171,14 @@ class StaticDecode:
         for cache, new in zip(own, (key, value), strict=True):
             cache.index_copy_(3, self.slot, new.view(prompts, -1, heads, 1, width).transpose(1, 2))
         return _decoded(query, self.prompt_keys[layer], self.prompt_values[layer], *own, self.absent, scaling)
+
+    def attend_fused(self, layer: int, heads: Tensor, cosines: Tensor, sines: Tensor, scaling: float) -> Tensor:
+        """Rotate and attend in one kernel: heads (B, H + 2 K, d) before rotation -> attended values (B, H, d)."""
+        from grpo_cli.core.model import kernels  # which imports Triton
+
+        prompts = (self.prompt_keys[layer], self.prompt_values[layer])
+        own = (self.own_keys[layer], self.own_values[layer])
+        return kernels.decode_attention(heads, cosines, sines, prompts, own, self.lengths, self.slot, scaling)
 
 
 class Packed:
@@ -199,7 +209,8 @@ class Packed:
         self.predecessors = before.to(device)  # packed position before each completion token: what predicts it
         positions = [torch.arange(length) for length in prompt_lengths]
         positions += [torch.arange(n) + prompt_lengths[owner] for n, owner in zip(lengths, prompt_index, strict=True)]
-        self.positions = torch.cat(positions)[None].to(device)  # (1, N)
+        joined = torch.cat(positions)
+        self.positions, self.longest = joined[None].to(device), int(joined.max()) + 1  # (1, N), positions in use
 
     def _mask(self, longest: int, owner: Tensor) -> Tensor:
         """(R, 1, C, L + C), 0 where a completion's token attends, to its prompt and its own so far, else -inf."""
@@ -227,9 +238,10 @@ class _Rows:
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self.tokens = sum(lengths)
         self.shape = (len(lengths), max(lengths))
-        self.real = torch.arange(self.shape[1], device=device) < torch.tensor(lengths, device=device)[:, None]
-        padded = self.tokens < self.real.numel()
-        self.places = self.real.flatten().nonzero()[:, 0] if padded else None  # (M,) where each token stands
+        real = torch.arange(self.shape[1]) < torch.tensor(lengths)[:, None]  # on the host: a GPU would be waited for
+        places = real.flatten().nonzero()[:, 0]
+        self.real = real.to(device)
+        self.places = places.to(device) if self.tokens < real.numel() else None  # (M,) where each token stands
 
     def pad(self, flat: Tensor) -> Tensor:
         """(M, ...) -> (R, C, ...), with zeros for padding."""

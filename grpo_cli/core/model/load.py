@@ -123,7 +123,8 @@ def load(
     plain = not (attends_in_full(model.config.get_text_config()) and set_attention(model, plain=False))
     if plain:
         set_attention(model, plain=True)
-    return Policy(model if on_host else model.to(place), tokenizer, name, chosen, end_ids, plain=plain)
+    fused = place.type == "cuda" and not plain
+    return Policy(model if on_host else model.to(place), tokenizer, name, chosen, end_ids, plain=plain, fused=fused)
 
 
 def number_of_layers(name: str) -> int:

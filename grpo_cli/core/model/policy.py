@@ -80,6 +80,7 @@ class Policy:
     plain: bool = False  # run by the model's own forward, one row per completion: slower, right for any causal model
     cached: bool = True  # whether the plain path decodes with the model's own cache
     whole: bool = False  # packed, but logits come from the model's own forward, which may scale them
+    fused: bool = False  # with Triton kernels, and Qwen2's weights in place: on CUDA
 
     @property
     def device(self) -> torch.device:
@@ -141,24 +142,32 @@ class Policy:
             # On a CPU a single token's activations cost more to convert than multiplying them in bfloat16 saves.
             converted = self.precision == "bf16-master" and self.device.type != "cpu" and not in_place
             dtype = torch.bfloat16 if converted else self.model.dtype
-            written = qwen2.Pass(self.model, longest=longest, dtype=dtype, in_place=in_place)
+            fused = self.fused and in_place
+            written = qwen2.Pass(self.model, longest=longest, dtype=dtype, in_place=in_place, fused=fused)
             return lambda tokens, positions, plan: written.logits(written.hidden(tokens, positions, plan))
         if self.whole:
             return lambda tokens, positions, plan: self._whole_logits(tokens[:, None], positions[:, None], plan)[:, 0]
         return lambda tokens, positions, plan: self.logits(self.hidden(tokens[:, None], positions[:, None], plan)[:, 0])
 
     def _hidden_of_row(self, tokens: Tensor, plan: Packed) -> Tensor:
-        """Final hidden states (N, D) of one packed row (N,). The written-out pass has no gradient checkpointing."""
-        if self.device.type == "cpu" and qwen2.fits(self.model) and not self.model.is_activation_checkpointing:
+        """Final hidden states (N, D) of one packed row (N,)."""
+        model, recomputed = self.model, bool(self.model.is_activation_checkpointing)
+        if self.fused and qwen2.fits(model):
+            written = qwen2.Pass(
+                model, longest=plan.longest, dtype=model.dtype, in_place=True, fused=True, checkpointing=recomputed
+            )
+        elif self.device.type == "cpu" and qwen2.fits(model) and not recomputed:
             dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
-            written = qwen2.Pass(self.model, longest=int(plan.positions.max()) + 1, dtype=dtype)
-            return written.hidden(tokens, plan.positions[0], plan, packed=True)
-        return self.hidden(tokens[None], plan.positions, plan)[0]
+            written = qwen2.Pass(model, longest=plan.longest, dtype=dtype)
+        else:
+            return self.hidden(tokens[None], plan.positions, plan)[0]
+        return written.hidden(tokens, plan.positions[0], plan, packed=True)
 
-    def logprobs(self, sequences: Sequences, *, temperature: float) -> tuple[Tensor, Tensor]:
+    def logprobs(self, sequences: Sequences, *, temperature: float, entropy: bool = True) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy, both (B, T) float32, of each completion token under the sampling distribution.
 
-        That is the softmax of logits / temperature, taken in float32. Padding is 0. Entropy carries no gradient.
+        That is the softmax of logits / temperature, taken in float32. Padding is 0. Entropy carries no gradient, and is
+        0 if it is not wanted.
         """
         if self.plain:
             return self._plain_logprobs(sequences, temperature)
@@ -172,11 +181,11 @@ class Policy:
         with self.autocast():
             if self.is_sharded or self.whole:  # FSDP gathers a layer's weights only within the model's own forward
                 logits = self._whole_logits(tokens[None], plan.positions, plan, plan.predecessors)[0]  # (M, V)
-                logprobs, entropy = token_logprobs(logits, wanted, temperature)
+                found = self._token_logprobs(logits, wanted, temperature, entropy)
             else:
                 before = self._hidden_of_row(tokens, plan)[plan.predecessors]  # (M, D)
-                logprobs, entropy = self._gather(before, wanted, temperature)
-        return _scatter(logprobs, lengths, order), _scatter(entropy, lengths, order)
+                found = self._gather(before, wanted, temperature, entropy)
+        return _scatter(found[0], lengths, order), _scatter(found[1], lengths, order)
 
     def _plain_logprobs(self, sequences: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
         """As `logprobs`, from rows [prompt | completion | padding]: padding at the end changes nothing before it."""
@@ -193,18 +202,29 @@ class Policy:
             logprobs, entropy = token_logprobs(flat, targets, temperature)
         return _scatter(logprobs, lengths, range(len(rows))), _scatter(entropy, lengths, range(len(rows)))
 
-    def _gather(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def _gather(self, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
         """Log-probabilities (M,) of `targets` (M,) and entropies (M,), `logit_chunk` tokens at a time."""
         if not 0 < self.logit_chunk < len(targets):
-            return self._logprobs_of(hidden, targets, temperature)
+            return self._logprobs_of(hidden, targets, temperature, entropy)
         parts = [
-            checkpoint(self._logprobs_of, rows, wanted, temperature, use_reentrant=False)
+            checkpoint(self._logprobs_of, rows, wanted, temperature, entropy, use_reentrant=False)
             for rows, wanted in zip(hidden.split(self.logit_chunk), targets.split(self.logit_chunk), strict=True)
         ]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
-    def _logprobs_of(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        return token_logprobs(self.logits(hidden), targets, temperature)
+    def _logprobs_of(
+        self, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        return self._token_logprobs(self.logits(hidden), targets, temperature, entropy)
+
+    def _token_logprobs(
+        self, logits: Tensor, targets: Tensor, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        if self.fused:
+            from grpo_cli.core.model import kernels  # which imports Triton
+
+            return kernels.token_logprobs(logits, targets, temperature, entropy=entropy)
+        return token_logprobs(logits, targets, temperature, entropy=entropy)
 
     def frozen_copy(self, *, on_host: bool = False) -> Policy:
         """The reference: the same weights, never updated. `on_host` keeps them there, to be `brought` for each pass."""
@@ -283,12 +303,18 @@ def _tensors(model: torch.nn.Module) -> Iterator[Tensor]:
     yield from model.buffers()
 
 
-def token_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    logits: Tensor, targets: Tensor, temperature: float, *, entropy: bool = True
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities (M,) of `targets` (M,) under softmax(logits (M, V) / temperature), and its entropies (M,).
 
     In float32, as by log_softmax and gather, but with one matrix of float32 for both directions. The entropies carry
-    no gradient.
+    no gradient; without gradients they may be left out, as zeros.
     """
+    if not entropy and not torch.is_grad_enabled():
+        scaled = logits.to(torch.float32, copy=True).div_(temperature)
+        chosen = scaled.log_softmax(dim=-1).gather(-1, targets[:, None])[:, 0]
+        return chosen, torch.zeros_like(chosen)
     found = _TokenLogprobs.apply(logits, targets, temperature)  # type: ignore[no-untyped-call]
     return cast("tuple[Tensor, Tensor]", found)
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.linalg import vector_norm
 from torch.nn.functional import linear, rms_norm
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from grpo_cli.core.model.attention import Plan, attention_dtype, no_autocast
+from grpo_cli.core.model.attention import Plan, StaticDecode, attention_dtype, no_autocast
 
 
 def fits(model: PreTrainedModel) -> bool:
@@ -66,17 +67,14 @@ class _Merged:
 class _Direct:
     """A layer's own weights where they lie, read anew at every use; the same arithmetic as `_Merged`."""
 
-    def __init__(self, layer: Qwen2DecoderLayer, epsilon: float) -> None:
-        self.layer, self.epsilon = layer, epsilon
+    def __init__(self, layer: Qwen2DecoderLayer, epsilon: float, *, fused: bool) -> None:
+        self.layer, self.epsilon, self.fused = layer, epsilon, fused
 
     def projected(self, hidden: Tensor) -> Tensor:
         attention, weight = self.layer.self_attn, self.layer.input_layernorm.weight
-        normed = rms_norm(hidden, weight.shape, weight, self.epsilon)
         parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-        weight, bias = _as_one([part.weight for part in parts]), _as_one([part.bias for part in parts])
-        if weight is not None and bias is not None:
-            return linear(normed, weight, bias)
-        return torch.cat([linear(normed, part.weight, part.bias) for part in parts], dim=-1)
+        normed = rms_norm(hidden, weight.shape, weight, self.epsilon)
+        return _product(normed, [part.weight for part in parts], [part.bias for part in parts])
 
     def mixed(self, attended: Tensor) -> Tensor:
         return linear(attended, self.layer.self_attn.o_proj.weight)
@@ -84,11 +82,11 @@ class _Direct:
     def fed_forward(self, hidden: Tensor) -> Tensor:
         mlp, weight = self.layer.mlp, self.layer.post_attention_layernorm.weight
         normed = rms_norm(hidden, weight.shape, weight, self.epsilon)
-        joined = _as_one([mlp.gate_proj.weight, mlp.up_proj.weight])
-        if joined is not None:
-            gate, up = linear(normed, joined).chunk(2, dim=-1)
-        else:
-            gate, up = linear(normed, mlp.gate_proj.weight), linear(normed, mlp.up_proj.weight)
+        gate, up = _product(normed, [mlp.gate_proj.weight, mlp.up_proj.weight]).chunk(2, dim=-1)
+        if self.fused:
+            from grpo_cli.core.model import kernels  # which imports Triton
+
+            return linear(kernels.swiglu(gate, up), mlp.down_proj.weight)
         return linear(mlp.act_fn(gate) * up, mlp.down_proj.weight)
 
 
@@ -113,8 +111,6 @@ def adjoin(model: PreTrainedModel) -> None:
 
 def _as_one(parts: Sequence[Tensor]) -> Tensor | None:
     """Adjacent tensors (N_i, ...) as one (sum of N_i, ...), without a gradient; None if they are apart."""
-    if torch.is_grad_enabled():
-        return None
     first, end = parts[0], parts[0].data_ptr()
     for part in parts:
         same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
@@ -124,19 +120,61 @@ def _as_one(parts: Sequence[Tensor]) -> Tensor | None:
     return first.detach().as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
 
 
+def _product(hidden: Tensor, weights: list[Tensor], biases: Sequence[Tensor] = ()) -> Tensor:
+    """Projections of hidden states (M, D) by several weights (N_i, D), joined: (M, sum of N_i)."""
+    joined, bias = _as_one(weights), _as_one(biases) if biases else None
+    if joined is None or (bias is None and biases):
+        each = zip(weights, strict=True) if not biases else zip(weights, biases, strict=True)
+        return torch.cat([linear(hidden, *part) for part in each], dim=-1)
+    if not torch.is_grad_enabled():
+        return linear(hidden, joined, bias)
+    return cast("Tensor", _Product.apply(hidden, joined, bias, *weights, *biases))  # type: ignore[no-untyped-call]
+
+
+class _Product(Function):
+    """One product with adjacent weights; their gradients are parts of one product too."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, joined: Tensor, bias: Tensor | None, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, joined)
+        ctx.sizes = [len(part) for part in parts]
+        ctx.has_bias = bias is not None
+        return linear(hidden, joined, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, joined = ctx.saved_tensors
+        (gradient,) = gradients
+        both = [gradient.t() @ hidden, *([gradient.sum(dim=0)] if ctx.has_bias else [])]
+        sizes = ctx.sizes[: len(ctx.sizes) // len(both)]
+        return gradient @ joined, None, None, *(part for whole in both for part in whole.split(sizes))
+
+
 class Pass:
     """Forward passes at positions below `longest`, computed in `dtype`.
 
     By default made for one rollout or one update, with the weights as they then are: it holds copies of the projections
     that it merges, which lie in the graph if gradients are wanted, and of all weights not yet in `dtype`. With
-    `in_place` it copies nothing and reads the model's weights, which must be of `dtype`, wherever they have got to.
+    `in_place` it copies nothing and reads the model's weights, which must be of `dtype`, wherever they have got to;
+    then it can be `fused`, with Triton's kernels, and recompute layers in the backward pass by `checkpointing`.
     """
 
-    def __init__(self, model: PreTrainedModel, *, longest: int, dtype: torch.dtype, in_place: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        longest: int,
+        dtype: torch.dtype,
+        in_place: bool = False,
+        fused: bool = False,
+        checkpointing: bool = False,
+    ) -> None:
         decoder, config = model.get_decoder(), model.config
+        self.config = config
         assert not in_place or model.dtype == dtype
         if in_place:
             adjoin(model)
+        self.in_place, self.fused, self.checkpointing = in_place, fused, checkpointing
         self.attend_in = attention_dtype(model.device, dtype)
         self.dtype, self.epsilon = dtype, torch.tensor(config.rms_norm_eps, device=model.device)
         self.width = decoder.layers[0].self_attn.head_dim
@@ -145,7 +183,7 @@ class Pass:
         self.norm = decoder.norm.weight
         self.output: Tensor = model.get_output_embeddings().weight
         self.layers: Sequence[_Merged | _Direct] = (
-            [_Direct(layer, config.rms_norm_eps) for layer in decoder.layers]
+            [_Direct(layer, config.rms_norm_eps, fused=fused) for layer in decoder.layers]
             if in_place
             else [_Merged(layer, dtype, self.epsilon) for layer in decoder.layers]
         )
@@ -159,16 +197,30 @@ class Pass:
         with no_autocast(self.norm.device):
             cosines, sines = self.cosines[positions], self.sines[positions]  # (M, 1, d), (M, 1, d / 2)
             hidden = self.embed(tokens)  # (M, D)
-            for index, layer in enumerate(self.layers):
-                heads = layer.projected(hidden).to(self.attend_in).view(len(tokens), -1, self.width)
-                turning, value = heads.split([self.heads + self.key_value_heads, self.key_value_heads], dim=1)
-                query, key = _rotated(turning, cosines, sines).split([self.heads, self.key_value_heads], dim=1)
-                shaped = [part.transpose(0, 1)[None] if packed else part[:, :, None] for part in (query, key, value)]
-                attended = plan.attend(index, shaped[0], shaped[1], shaped[2], self.width**-0.5)
-                hidden = hidden + layer.mixed(attended.reshape(len(tokens), -1).to(self.dtype))
-                hidden = hidden + layer.fed_forward(hidden)
+            for index in range(len(self.layers)):
+                given = (index, hidden, cosines, sines, plan, packed)
+                if self.checkpointing and torch.is_grad_enabled():
+                    hidden = checkpoint(self._layer, *given, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    hidden = self._layer(*given)
+            if self.in_place:
+                return rms_norm(hidden, self.norm.shape, self.norm, self.config.rms_norm_eps)
             final: Tensor = _normed(hidden, self.epsilon) * self.norm
             return final.to(self.norm.dtype)
+
+    def _layer(self, index: int, hidden: Tensor, cosines: Tensor, sines: Tensor, plan: Plan, packed: bool) -> Tensor:
+        """Hidden states (M, D) after one more layer."""
+        layer, rows, scaling = self.layers[index], len(hidden), self.width**-0.5
+        heads = layer.projected(hidden).to(self.attend_in).view(rows, -1, self.width)
+        if self.fused and isinstance(plan, StaticDecode):
+            attended = plan.attend_fused(index, heads, cosines, sines, scaling)
+        else:
+            turning, value = heads.split([self.heads + self.key_value_heads, self.key_value_heads], dim=1)
+            query, key = _rotated(turning, cosines, sines).split([self.heads, self.key_value_heads], dim=1)
+            shaped = [part.transpose(0, 1)[None] if packed else part[:, :, None] for part in (query, key, value)]
+            attended = plan.attend(index, shaped[0], shaped[1], shaped[2], scaling)
+        hidden = hidden + layer.mixed(attended.reshape(rows, -1).to(self.dtype))
+        return hidden + layer.fed_forward(hidden)
 
     @cached_property
     def _head(self) -> Tensor:

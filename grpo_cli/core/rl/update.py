@@ -60,7 +60,7 @@ def reference_logprobs(
             poll()
             subset = sequences.subset(chosen)
             fit.begin(tokens=subset.tokens, rows=len(chosen))
-            part, _ = reference.logprobs(subset, temperature=temperature)
+            part, _ = reference.logprobs(subset, temperature=temperature, entropy=False)
             fit.end()
             logprobs[chosen, : part.shape[1]] = part
         return logprobs

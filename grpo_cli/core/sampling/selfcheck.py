@@ -1,9 +1,9 @@
 """Compare what a policy computes with its model's own plain forward, and choose the fastest path that agrees.
 
 The probe is a rollout of ragged prompts whose rows end at different lengths, its packed log-probabilities, and the
-gradient under gradient checkpointing, in the precision of the training. The plain forward takes one unpadded row at a
-time, in eval mode. Paths, fastest first: packed; packed with logits from the model's own forward; plain; plain without
-the model's cache. Knows no architecture by name.
+gradient where it is computed otherwise, in the precision of the training. The plain forward takes one unpadded row at a
+time, in eval mode. Paths, fastest first: packed, on CUDA with fused kernels; packed; packed with logits from the
+model's own forward; plain; plain without the model's cache. Knows no architecture by name.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ KEPT = 200  # outcomes kept in the cache
 
 PATHS: dict[str, dict[str, bool]] = {
     "packed": {},
-    "packed, own logits": {"whole": True},
-    "plain": {"plain": True},
-    "plain, uncached": {"plain": True, "cached": False},
+    "packed, unfused": {"fused": False},
+    "packed, own logits": {"fused": False, "whole": True},
+    "plain": {"fused": False, "plain": True},
+    "plain, uncached": {"fused": False, "plain": True, "cached": False},
 }
 
 
@@ -59,6 +60,8 @@ class Outcome:
             done = "cached" if self.from_cache else f"{self.seconds:.1f} s"
             return f"self-check of `{policy.name}`: log-probs within {self.gap:.0e} of the plain forward ({done})"
         slower = "plain path, slower" if policy.plain else "fast path with the model's own logits"
+        if not (policy.plain or policy.whole):
+            slower = "fast path without fused kernels"
         return f"`{policy.name}` ({type(policy.model).__name__}) runs on the {slower}: {self.reason}"
 
 
@@ -111,6 +114,8 @@ def checked(
             if policy.plain and not flags.get("plain"):
                 reasons = ["attention other than full causal attention"]
                 continue
+            if path == "packed, unfused" and not policy.fused:
+                continue  # as "packed"
             candidate = _on(policy, path)
             try:
                 gap = _gap(candidate, prompts, checkpointing=checkpointing)
@@ -204,13 +209,13 @@ def _gap(policy: Policy, prompts: Sequence[list[int]], *, checkpointing: bool) -
     for what, values in (("sampled", sampled), ("packed", packed)):
         if not _agree(policy, (values - exact).abs()):
             raise Disagreement(f"{what} log-probs differ from the plain forward by {_largest(values - exact):.2g}")
-    if checkpointing:
+    if checkpointing or policy.fused:
         _compare_gradients(policy, sequences)
     return max(_largest(sampled - exact), _largest(packed - exact))
 
 
 def _compare_gradients(policy: Policy, sequences: Sequences) -> None:
-    """Raise Disagreement if the gradient under gradient checkpointing is not that of the plain forward."""
+    """Raise Disagreement if the gradient, as training computes it, is not that of the plain forward."""
     weight = policy.model.get_input_embeddings().weight
 
     def gradient(logprobs: Callable[[], Tensor]) -> Tensor:
@@ -220,15 +225,19 @@ def _compare_gradients(policy: Policy, sequences: Sequences) -> None:
 
     with _no_draws():
         found = gradient(lambda: policy.logprobs(sequences, temperature=1.0)[0])
-    policy.model.activation_checkpointing_disable()
+    checkpointed = policy.model.is_activation_checkpointing
+    if checkpointed:
+        policy.model.activation_checkpointing_disable()
     try:
         with plain_attention(policy):
             exact = gradient(lambda: torch.cat(plain_logprobs(policy, sequences)))
     finally:
-        policy.model.activation_checkpointing_enable()
+        if checkpointed:
+            policy.model.activation_checkpointing_enable()
     relative = float((found - exact).norm() / exact.norm())
     if not relative <= GRADIENT[_arithmetic(policy)]:
-        raise Disagreement(f"gradients under gradient checkpointing differ by {relative:.1%}")
+        under = " under gradient checkpointing" if checkpointed else ""
+        raise Disagreement(f"gradients{under} differ by {relative:.1%}")
 
 
 @contextmanager
@@ -267,7 +276,8 @@ def _one_line(error: Exception) -> str:
 def _key(policy: Policy, checkpointing: bool) -> str:
     """Hash of config, evenly spaced weights of every tensor, code, versions and device."""
     config = policy.model.config.to_json_string()
-    facts = [config, policy.precision, policy.device.type, policy.plain, checkpointing, policy.end_ids]
+    device = torch.cuda.get_device_name(policy.device) if policy.device.type == "cuda" else policy.device.type
+    facts = [config, policy.precision, device, policy.plain, policy.fused, checkpointing, policy.end_ids]
     found = hashlib.sha256(repr([*facts, version("torch"), version("transformers")]).encode())
     for path in sorted(Path(__file__).parents[1].glob("*/*.py")):
         found.update(path.read_bytes())
