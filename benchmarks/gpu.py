@@ -44,6 +44,7 @@ from grpo_cli.core.rl.batch import Examples
 from grpo_cli.core.rl.grpo import advantages
 from grpo_cli.core.rl.state import build_optimizer
 from grpo_cli.core.rl.update import Objective, reference_logprobs, update
+from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import sample, uniforms
 from grpo_cli.core.task.prompts import STYLES, prompt
 from grpo_cli.core.task.puzzle import Puzzle
@@ -174,9 +175,7 @@ def steps(asked: Load, variant: Variant) -> dict[str, Any]:
             rollout = sample(
                 policy,
                 prompts,
-                num_generations=asked.completions,
-                max_new_tokens=asked.tokens,
-                temperature=TEMPERATURE,
+                SamplingParams(asked.tokens, TEMPERATURE, asked.completions),
                 uniform=uniforms(0, index, range(asked.prompts), asked.completions, asked.tokens),
                 static=variant.static,
             )
@@ -248,9 +247,7 @@ def decode_milliseconds(asked: Load, *, static: bool) -> str:
         rollout = sample(
             policy,
             prompts,
-            num_generations=asked.completions,
-            max_new_tokens=asked.tokens,
-            temperature=TEMPERATURE,
+            SamplingParams(asked.tokens, TEMPERATURE, asked.completions),
             uniform=uniform,
             static=static,
         )

@@ -40,6 +40,7 @@ from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.rl.batch import Examples
 from grpo_cli.core.rl.grpo import advantages, batch_loss, normalizer
 from grpo_cli.core.rl.update import Objective, reference_logprobs, update
+from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import sample, uniforms
 from grpo_cli.core.task.data import generate
 from grpo_cli.core.task.prompts import prompt
@@ -128,9 +129,7 @@ def countdown(work: Work, turn: Turn) -> None:
                 rollout = sample(
                     policy,
                     prompts,
-                    num_generations=work.completions,
-                    max_new_tokens=work.tokens,
-                    temperature=TEMPERATURE,
+                    SamplingParams(work.tokens, TEMPERATURE, work.completions),
                     uniform=uniforms(0, index, range(work.prompts), work.completions, work.tokens),
                 )
             seconds |= rollout.seconds

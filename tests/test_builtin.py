@@ -12,6 +12,7 @@ from grpo_cli.core.builtin.recipe import IGNORED, Recipe, RowMaker, build_tokeni
 from grpo_cli.core.builtin.traces import drill, failure, form_tree, line, reduce, search, trace, write
 from grpo_cli.core.evals.evaluate import evaluate
 from grpo_cli.core.model.load import BUILTIN, load
+from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.task.data import enumerate_puzzles, puzzle_set
 from grpo_cli.core.task.expression import parse
 from grpo_cli.core.task.prompts import STYLES, Style, prompt
@@ -147,7 +148,7 @@ def test_the_shipped_model_opens_with_transformers_alone_and_gives_the_same_ids_
     assert type(tokenizer).__name__ == "Qwen2Tokenizer"
     assert ids == policy.encode(messages)
     peer = model.generate(torch.tensor([ids]), max_new_tokens=60, do_sample=False)[0, len(ids) :].tolist()
-    ours = evaluate(policy, [Puzzle((2, 6, 10), 22)], style="one-shot", max_new_tokens=60).completions[0][0]
+    ours = evaluate(policy, [Puzzle((2, 6, 10), 22)], SamplingParams(60, 0.0), style="one-shot").completions[0][0]
     assert policy.decode(peer) == ours.text
 
 
@@ -160,7 +161,7 @@ def test_the_shipped_model_is_small() -> None:
 @pytest.mark.parametrize("style", STYLES)
 def test_the_shipped_model_is_worth_training(style: Style) -> None:
     """It solves some puzzles of each style and gives up on more: both outcomes are what reinforcement needs."""
-    found = evaluate(load("builtin", device="cpu"), puzzle_set(3, "val")[::8], style=style, max_new_tokens=400)
+    found = evaluate(load("builtin", device="cpu"), puzzle_set(3, "val")[::8], SamplingParams(400, 0.0), style=style)
     assert 0.15 < found.accuracy < 0.75
     assert sum("I give up." in row[0].text for row in found.completions) > 0.2 * found.count
 

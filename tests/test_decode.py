@@ -16,6 +16,7 @@ from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.sampling import decode as sampler_module
 from grpo_cli.core.sampling import rollout as rollout_module
 from grpo_cli.core.sampling.decode import KEPT, ROUNDED, StaticSampler
+from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import Rollout, _sampler, sample, stream, uniforms
 
 aten = torch.ops.aten
@@ -74,9 +75,7 @@ def rolled(
     return sample(
         policy,
         prompts,
-        num_generations=generations if temperature else 1,
-        max_new_tokens=tokens,
-        temperature=temperature or 1.0,
+        SamplingParams(tokens, temperature, generations if temperature else 1),
         uniform=uniform,
         static=static,
     )
@@ -177,7 +176,7 @@ def test_what_is_streamed_is_what_is_sampled(tiny_policy: Policy, monkeypatch: p
     expected = rolled(policy, [prompt], static=False, temperature=0.0)
     for static in (False, True):
         monkeypatch.setattr(rollout_module, "_sampler", partial(_sampler, static=static))
-        text = "".join(stream(policy, prompt, max_new_tokens=48, temperature=1.0, uniform=None))
+        text = "".join(stream(policy, prompt, SamplingParams(48), uniform=None))
         assert text == policy.decode(expected.completions[0])
 
 

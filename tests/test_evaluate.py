@@ -16,6 +16,7 @@ from grpo_cli.core.evals.evaluate import (
 )
 from grpo_cli.core.evals.statistics import wilson
 from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.task.data import puzzle_set
 from grpo_cli.core.task.plugin import FileTask, Item
 from grpo_cli.core.task.prompts import STYLES
@@ -113,10 +114,8 @@ def test_the_batch_size_does_not_change_the_completions(tiny_policy: Policy, sam
         evaluate(
             policy,
             puzzles,
+            SamplingParams(16, temperature, samples),
             style="zero-shot",
-            max_new_tokens=16,
-            samples=samples,
-            temperature=temperature,
             batch_size=batch_size,
         )
         for batch_size in (1, 6, 100)
@@ -219,12 +218,12 @@ def test_a_suite_is_evaluated_as_its_cells_would_be(tiny_policy: Policy) -> None
     found = evaluate_suite(
         policy,
         asked,
+        SamplingParams(8, temperature=0.0),
         weights={cell.name: 1.0 for cell in cells},
-        max_new_tokens=8,
         batch_size=2,
         progress=lambda done, total: told.append((done, total)),
     )
-    alone = [evaluate(policy, asked[cell], style=cell.style, max_new_tokens=8) for cell in cells]
+    alone = [evaluate(policy, asked[cell], SamplingParams(8, temperature=0.0), style=cell.style) for cell in cells]
     assert found.cells == alone
     assert told == [(2, 8), (4, 8), (5, 8), (7, 8), (8, 8)]
     assert found.decoding == {"samples": 1, "temperature": 0.0, "max_new_tokens": 8}

@@ -16,6 +16,7 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.microbatch import MicroBatch, ran_out
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.rl.update import reference_logprobs
+from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import sample, uniforms
 
 pytestmark = pytest.mark.faults
@@ -261,9 +262,7 @@ def test_the_same_is_sampled_when_memory_runs_out(
     prompts, uniform = [[1, 2, 3], [4, 5], [6]], uniforms(0, 1, range(3), 4, 6)
 
     def go(fit: MicroBatch | None) -> tuple[list[list[int]], list[bool]]:
-        found = sample(
-            tiny_policy, prompts, num_generations=4, max_new_tokens=6, temperature=1.0, uniform=uniform, fit=fit
-        )
+        found = sample(tiny_policy, prompts, SamplingParams(6, num_generations=4), uniform=uniform, fit=fit)
         return found.completions, found.truncated
 
     expected = go(None)

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import re
 import subprocess
 import sys
 import time
@@ -112,6 +113,19 @@ def test_subpackages_of_the_core_import_one_another_in_one_direction() -> None:
             others = {part_of(other) for other in imports(ast.Module(body, [])) if other.startswith("grpo_cli.core.")}
             graph.setdefault(part_of(name), set()).update(others - {part_of(name)})
     TopologicalSorter(graph).prepare()
+
+
+def test_the_loop_the_sampler_and_the_report_do_not_know_countdown() -> None:
+    """They reach puzzles through the Task and Problem interfaces alone."""
+    general = "rl.(batch|collect|grpo|health|schedule|train|update|validate)|sampling.*|ui.(account|figures|report)"
+    found = [
+        (name, other)
+        for name, tree in MODULES.items()
+        if re.fullmatch(rf"grpo_cli\.(core\.)?({general})", name)
+        for other in imports(tree)
+        if re.match(r"grpo_cli\.core\.task\.(puzzle|solver|scoring|expression|data)", other)
+    ]
+    assert found == []
 
 
 def part_of(module: str) -> str:

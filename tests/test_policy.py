@@ -20,6 +20,7 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model import attention as attention_module
 from grpo_cli.core.model.load import fix_order, load
 from grpo_cli.core.model.policy import Policy, Sequences, token_logprobs
+from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import sample, uniforms
 from grpo_cli.core.task.prompts import SYSTEM
 
@@ -344,9 +345,7 @@ def test_generation_settings_of_a_model_change_nothing(tiny_policy: Policy, fold
             sample(
                 policy,
                 [policy.encode(MESSAGES)],
-                num_generations=count,
-                max_new_tokens=24,
-                temperature=1.0,
+                SamplingParams(24, num_generations=count),
                 uniform=choice,
             )
             for policy in (other, tiny_policy)

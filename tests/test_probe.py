@@ -9,6 +9,7 @@ from grpo_cli.core.evals.evaluate import Completion
 from grpo_cli.core.evals.statistics import wilson
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.rl.probe import PUZZLES, Probe, Sampled, chosen_puzzles, expected_mixed, measure, probe
+from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.task.data import enumerate_puzzles
 from grpo_cli.core.task.prompts import STYLES, Style
 from grpo_cli.core.task.puzzle import Puzzle
@@ -136,10 +137,8 @@ def test_a_probe_stops_when_it_knows_enough_or_its_time_is_up(
     result = probe(
         tiny_policy,
         chosen_puzzles(list(enumerate_puzzles(3, "train")), 0),
+        SamplingParams(2, num_generations=2),
         chosen="one-shot",
-        num_generations=2,
-        max_new_tokens=2,
-        temperature=1.0,
         batch_size=2,
         seed=0,
         clock=lambda: step * (next(times) // 2),  # called at the start, then before and after each evaluation
@@ -155,10 +154,8 @@ def test_every_style_is_sampled_on_the_same_puzzles_the_same_way_twice(tiny_poli
         return probe(
             policy,
             puzzles,
+            SamplingParams(16, num_generations=3),
             chosen="zero-shot",
-            num_generations=3,
-            max_new_tokens=16,
-            temperature=1.0,
             batch_size=6,
             seed=5,
             progress=lambda done, total: told.append((done, total)),

@@ -12,6 +12,7 @@ from grpo_cli.core.model.attention import Decode, Packed, Prefill
 from grpo_cli.core.model.load import load, load_tokenizer
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.qwen2 import Pass, _as_one, adjoin, fits
+from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import sample
 
 TOKENS = torch.arange(3, 33).view(6, 5)  # of 6 prompts, the last token of which is decoded
@@ -99,7 +100,7 @@ def test_other_architectures_are_sampled_by_their_own_forward_pass(tiny_folder: 
     load_tokenizer(str(tiny_folder)).save_pretrained(tmp_path)
     policy = load(str(tmp_path), device="cpu", precision="float32")
     prompts = [list(range(10, 30)), list(range(40, 50))]
-    found = sample(policy, prompts, num_generations=1, max_new_tokens=24, temperature=1.0, uniform=None)
+    found = sample(policy, prompts, SamplingParams(24), uniform=None)
     peer = AutoModelForCausalLM.from_pretrained(tmp_path)
     settings = GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=list(policy.end_ids), pad_token_id=0)
     for tokens, completion in zip(prompts, found.completions, strict=True):

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.sampling.decode import LARGE, choose
+from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import Rollout, sample, uniforms
 from grpo_cli.core.task.prompts import Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle
@@ -31,9 +32,7 @@ def rolled(policy: Policy, prompts: list[list[int]], uniform: torch.Tensor | Non
     return sample(
         policy,
         prompts,
-        num_generations=num_generations,
-        max_new_tokens=int(settings.get("max_new_tokens", 48)),
-        temperature=settings.get("temperature", 1.0),
+        SamplingParams(int(settings.get("max_new_tokens", 48)), settings.get("temperature", 1.0), num_generations),
         uniform=uniform,
     )
 
@@ -93,26 +92,28 @@ def test_every_end_id_ends_a_row_and_is_kept(tiny_policy: Policy) -> None:
 
 def test_choose_takes_the_first_token_whose_cumulative_probability_exceeds_u() -> None:
     logits = torch.tensor([[0.1, 0.2, 0.7]]).log().expand(4, -1)
-    tokens, logprobs = choose(logits, torch.tensor([0.0, 0.099, 0.1001, 0.999]), 1.0)
+    tokens, logprobs = choose(logits, torch.tensor([0.0, 0.099, 0.1001, 0.999]), SamplingParams(1, 1.0))
     assert tokens.tolist() == [0, 0, 1, 2]
     torch.testing.assert_close(logprobs.exp(), torch.tensor([0.1, 0.1, 0.2, 0.7]))
 
 
 def test_temperature_reshapes_the_distribution() -> None:
     logits = torch.tensor([[0.0, 2.0]])
-    _, logprobs = choose(logits, torch.tensor([0.999]), 2.0)
+    _, logprobs = choose(logits, torch.tensor([0.999]), SamplingParams(1, 2.0))
     assert logprobs.item() == pytest.approx(-0.3132617, abs=1e-6)  # log(e / (1 + e))
 
 
 def test_impossible_tokens_are_never_chosen() -> None:
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf")]]).expand(3, -1)
-    assert choose(logits, torch.tensor([0.0, 0.5, 1 - 1e-9], dtype=torch.float64), 1.0)[0].tolist() == [1, 1, 1]
+    assert choose(logits, torch.tensor([0.0, 0.5, 1 - 1e-9], dtype=torch.float64), SamplingParams(1, 1.0))[
+        0
+    ].tolist() == [1, 1, 1]
 
 
 def test_sampling_follows_the_distribution() -> None:
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
     uniform = uniforms(0, 0, range(40), 100, 10).flatten()
-    tokens, _ = choose(probabilities.log().expand(len(uniform), -1), uniform, 1.0)
+    tokens, _ = choose(probabilities.log().expand(len(uniform), -1), uniform, SamplingParams(1, 1.0))
     shares = torch.bincount(tokens, minlength=4) / len(tokens)
     torch.testing.assert_close(shares, probabilities, atol=0.01, rtol=0)
 
@@ -156,7 +157,7 @@ def test_evenly_spaced_uniforms_draw_each_token_in_proportion_to_its_probability
     rng = torch.Generator().manual_seed(vocabulary)
     logits, draws = 3 * torch.randn(1, vocabulary, generator=rng), 4000
     uniform = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
-    tokens, logprobs = choose(logits.expand(draws, -1), uniform, 1.0)
+    tokens, logprobs = choose(logits.expand(draws, -1), uniform, SamplingParams(1, 1.0))
     expected = logits[0].double().softmax(-1)
     counts = torch.bincount(tokens, minlength=vocabulary)
     assert (counts - draws * expected).abs().max() < 1.001  # exactly in proportion but for the ends of each interval

@@ -37,6 +37,7 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.load import attends_in_full, load
 from grpo_cli.core.model.policy import Policy, Sequences, checkpoint_layers, set_attention
 from grpo_cli.core.sampling import selfcheck
+from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import sample, uniforms
 from grpo_cli.core.sampling.selfcheck import checked, plain_logprobs
 
@@ -83,7 +84,7 @@ def test_every_path_computes_what_the_model_computes(name: str) -> None:
     policy, outcome = checked(as_loaded(build()), PROMPTS)
     assert outcome.path == path and outcome.gap < 1e-4
     uniform = uniforms(1, 1, [0, 1], 3, 10)
-    rollout = sample(policy, PROMPTS, num_generations=3, max_new_tokens=10, temperature=1.3, uniform=uniform)
+    rollout = sample(policy, PROMPTS, SamplingParams(10, 1.3, 3), uniform=uniform)
     sequences = Sequences(PROMPTS, rollout.completions, [0, 0, 0, 1, 1, 1])
     expected = torch.cat(plain_logprobs(policy, sequences, temperature=1.3))
     sampled = torch.tensor([value for row in rollout.logprobs for value in row])
@@ -139,16 +140,16 @@ def test_positions_that_depend_on_length_are_refused_beyond_the_original_context
     context = 32 if rope["rope_type"] == "dynamic" else 64
     model = LlamaForCausalLM(LlamaConfig(**DECODER, max_position_embeddings=context, rope_parameters=dict(rope)))
     policy, _ = checked(as_loaded(model), PROMPTS)
-    do = partial(sample, policy, PROMPTS, num_generations=2, temperature=1.0)
-    assert len(do(max_new_tokens=21, uniform=uniforms(0, 0, [0, 1], 2, 21)).completions) == 4
+    do = partial(sample, policy, PROMPTS)
+    assert len(do(SamplingParams(21, num_generations=2), uniform=uniforms(0, 0, [0, 1], 2, 21)).completions) == 4
     with pytest.raises(CountdownError, match="the context of `a model` is 32: only rows of one length"):
-        do(max_new_tokens=22, uniform=uniforms(0, 0, [0, 1], 2, 22))
+        do(SamplingParams(22, num_generations=2), uniform=uniforms(0, 0, [0, 1], 2, 22))
 
 
 def test_positions_that_end_are_refused_beyond_their_end() -> None:
     policy = as_loaded(GPT2LMHeadModel(GPT2Config(**GPT)))
     with pytest.raises(CountdownError, match="up to 65 tokens, and the context of `a model` is 64: it has no"):
-        sample(policy, PROMPTS, num_generations=1, max_new_tokens=54, temperature=1.0, uniform=None)
+        sample(policy, PROMPTS, SamplingParams(54), uniform=None)
 
 
 def test_a_reference_stays_on_its_path() -> None:

@@ -20,6 +20,7 @@ from grpo_cli.core.evals.compare import SuitePaired, suite_paired
 from grpo_cli.core.evals.evaluate import SuiteResult, evaluate_suite, puzzles_of
 from grpo_cli.core.files import check_writable, write_lines
 from grpo_cli.core.microbatch import MicroBatch
+from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.task.countdown import task_of
 from grpo_cli.core.task.suite import Cell, cell
 from grpo_cli.ui import tables
@@ -125,11 +126,9 @@ def _evaluate(
             result = evaluate_suite(
                 ranks.own(partial(load, model)),
                 puzzles,
+                SamplingParams.evaluation(settings),
                 task=asked,
                 weights=weights,
-                max_new_tokens=settings.max_new_tokens,
-                samples=settings.samples,
-                temperature=settings.temperature,
                 batch_size=settings.batch_size,
                 fit=MicroBatch(report=show.note),
                 ranks=ranks,

@@ -16,6 +16,7 @@ from grpo_cli.core.builtin.recipe import Recipe, make, stages
 from grpo_cli.core.builtin.traces import failure
 from grpo_cli.core.evals.evaluate import Evaluation, evaluate
 from grpo_cli.core.model.load import BUILTIN, load
+from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.task.data import puzzle_set
 from grpo_cli.core.task.puzzle import Puzzle, Split
 from grpo_cli.ui import text as show
@@ -49,9 +50,7 @@ def measure(folder: Path, split: Split, temperature: float) -> Evaluation:
     """Accuracy on all val puzzles, or on every seventh train puzzle."""
     puzzles = puzzle_set(3, split)[:: 1 if split == "val" else 7]
     policy = load(str(folder))
-    return evaluate(
-        policy, puzzles, style="one-shot", max_new_tokens=MAX_NEW_TOKENS, temperature=temperature, batch_size=128
-    )
+    return evaluate(policy, puzzles, SamplingParams(MAX_NEW_TOKENS, temperature), style="one-shot", batch_size=128)
 
 
 def report(result: Evaluation) -> None:

@@ -10,6 +10,7 @@ from grpo_cli.cli.models import choose, load
 from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import stream, uniforms
 from grpo_cli.core.task.countdown import task_of
 from grpo_cli.core.task.puzzle import Puzzle
@@ -63,7 +64,7 @@ def _attempt(policy: Policy, puzzle: Puzzle, settings: Settings, *, attempts: in
             how = f"at temperature {temperature:g}" if temperature else "greedy"
             show.note(f"attempt {attempt + 1} of {attempts}, {how}")
         uniform = uniforms(attempt, 0, [0], 1, limit) if temperature else None
-        pieces = stream(policy, tokens, max_new_tokens=limit, temperature=temperature or 1.0, uniform=uniform)
+        pieces = stream(policy, tokens, SamplingParams(limit, temperature), uniform=uniform)
         text = "".join(pieces) if quiet else tables.reasoning(pieces)
         result = task.score(text, puzzle, style=style)
         if result.correct:

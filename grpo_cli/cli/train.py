@@ -24,6 +24,7 @@ from grpo_cli.core.rl.state import choose_optimizer
 from grpo_cli.core.rl.train import Interrupted
 from grpo_cli.core.run.folder import Run, run_name
 from grpo_cli.core.run.models import model_source
+from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.task.audit import audit
 from grpo_cli.core.task.countdown import task_of
 from grpo_cli.ui import tables
@@ -159,10 +160,8 @@ def _probe(chosen: Chosen) -> None:
         result = probing.probe(
             policy,
             probing.chosen_puzzles(task_of(chosen.settings).problems("train", task.numbers), settings.seed),
+            SamplingParams.training(settings),
             chosen=task.style,
-            num_generations=settings.num_generations,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
             batch_size=settings.batch_size * settings.num_generations,
             seed=settings.seed,
             fit=MicroBatch(report=show.note),

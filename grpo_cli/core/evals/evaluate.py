@@ -21,6 +21,7 @@ from grpo_cli.core.evals.contamination import Known, overlap
 from grpo_cli.core.evals.statistics import wilson
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import sample, uniforms
 from grpo_cli.core.task.countdown import Countdown
 from grpo_cli.core.task.puzzle import Puzzle
@@ -251,13 +252,11 @@ def puzzles_of(cell: Cell, limit: int = 0, task: Task = COUNTDOWN) -> list[Probl
 def evaluate(
     policy: Policy,
     puzzles: Sequence[Problem],
+    params: SamplingParams,
     *,
     style: str,
     split: Split | None = None,
     task: Task = COUNTDOWN,
-    max_new_tokens: int,
-    samples: int = 1,
-    temperature: float = 0.0,
     batch_size: int = 64,
     seed: int = 0,
     fit: MicroBatch | None = None,
@@ -266,13 +265,13 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Complete and score every puzzle; greedily if `temperature` is 0, else `samples` times. All have the same size.
+    """Complete and score every puzzle; greedily or with several samples as `params` says. All have the same size.
 
     `batch_size` is how many completions are decoded at once, fewer if `fit` finds that too many. `known` is what the
     model was trained on. `progress` is told how many puzzles of how many are done. Several `ranks` share the puzzles,
     and each of them returns the whole.
     """
-    ranks, chosen = ranks or Solo(), fit or MicroBatch()
+    ranks, chosen, samples = ranks or Solo(), fit or MicroBatch(), params.num_generations
     mine, size = ranks.share(len(puzzles)), max(1, batch_size // samples)
 
     def share() -> list[list[Completion]]:
@@ -283,10 +282,8 @@ def evaluate(
             rollout = sample(
                 policy,
                 [policy.encode(task.prompt(puzzle, style)) for puzzle in chunk],
-                num_generations=samples,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature or 1.0,
-                uniform=uniforms(seed, 0, indices, samples, max_new_tokens) if temperature else None,
+                params,
+                uniform=None if params.greedy else uniforms(seed, 0, indices, samples, params.max_new_tokens),
                 fit=chosen,
                 on_token=on_token,
             )
@@ -301,21 +298,18 @@ def evaluate(
 
     rows = [row for part in ranks.each(share) for row in part]
     first = puzzles[0]
+    decoding = (samples, params.temperature, params.max_new_tokens, seed)
     split = split or (first.split if isinstance(first, Puzzle) else "val")
-    return Evaluation(
-        policy.name, split, style, first.size, samples, temperature, max_new_tokens, seed, rows, known, task
-    )
+    return Evaluation(policy.name, split, style, first.size, *decoding, rows, known, task)
 
 
 def evaluate_suite(
     policy: Policy,
     puzzles: Mapping[Cell, Sequence[Problem]],
+    params: SamplingParams,
     *,
     task: Task = COUNTDOWN,
     weights: Mapping[str, float],
-    max_new_tokens: int,
-    samples: int = 1,
-    temperature: float = 0.0,
     batch_size: int = 64,
     fit: MicroBatch | None = None,
     ranks: Solo | None = None,
@@ -333,12 +327,10 @@ def evaluate_suite(
         result = evaluate(
             policy,
             asked,
+            params,
             style=cell.style,
             split=cell.split,
             task=task,
-            max_new_tokens=max_new_tokens,
-            samples=samples,
-            temperature=temperature,
             batch_size=batch_size,
             fit=fit,
             ranks=ranks,

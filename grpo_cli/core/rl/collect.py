@@ -20,6 +20,7 @@ from grpo_cli.core.perf.meter import Meter
 from grpo_cli.core.rl.batch import Batch, Group, Tally
 from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.grpo import overlong_penalty, zero_variance
+from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import sample, uniforms
 from grpo_cli.core.task.curriculum import Curriculum
 from grpo_cli.core.task.task import Problem, Score, Task
@@ -103,9 +104,7 @@ class Collector:
             rollout = sample(
                 self.policy,
                 encoded,
-                num_generations=size,
-                max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
+                SamplingParams.training(settings),
                 uniform=uniforms(
                     settings.seed,
                     step,

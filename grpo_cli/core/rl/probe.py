@@ -17,18 +17,18 @@ from statistics import fmean
 import torch
 
 from grpo_cli.core.evals.evaluate import Completion, evaluate
-from grpo_cli.core.evals.statistics import mcnemar, wilson
+from grpo_cli.core.evals.statistics import mcnemar, significant, wilson
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.rl.grpo import zero_variance
 from grpo_cli.core.rl.health import CUT_LIMIT, LEARNED
+from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.task.prompts import STYLES, Style
 from grpo_cli.core.task.task import Problem
 
 PUZZLES = 32
 SECONDS = 110.0  # that a probe may take, the loading of the model left aside
 TIGHT = 0.2  # width of the interval of the share of mixed groups that is narrow enough: 16 puzzles, none of them mixed
-SIGNIFICANT = 0.05
 FEW = 0.25  # share of mixed groups below which most of a step is spent for nothing
 WORTH = 0.15  # what larger groups must add to that share to be worth what they cost
 # Beta distributions of the puzzles' chances of success: means, and a + b from "always or never" to "all alike".
@@ -116,7 +116,7 @@ class Probe:
         best = max(others, key=lambda other: other.mixed_share, default=sampled)
         pairs = list(zip(sampled.mixed, best.mixed, strict=False))  # as many as both have
         p_value = min(1.0, len(others) * mcnemar(pairs.count((False, True)), pairs.count((True, False))))
-        if best.mixed_share <= sampled.mixed_share or p_value >= SIGNIFICANT:
+        if best.mixed_share <= sampled.mixed_share or not significant(p_value):
             return {}
         return {
             "style": f"{best.style} has {sum(best.mixed)} such groups on the same puzzles (p = {p_value:.2g}):"
@@ -143,11 +143,9 @@ def chosen_puzzles(puzzles: Sequence[Problem], seed: int) -> list[Problem]:
 def probe(
     policy: Policy,
     puzzles: Sequence[Problem],
+    params: SamplingParams,
     *,
     chosen: Style,
-    num_generations: int,
-    max_new_tokens: int,
-    temperature: float,
     batch_size: int,
     seed: int,
     fit: MicroBatch | None = None,
@@ -164,7 +162,7 @@ def probe(
     groups: dict[Style, list[list[Completion]]] = {style: [] for style in order}
     seconds = dict.fromkeys(order, 0.0)
     begin = clock()
-    for first, last in _chunks(len(puzzles), max(1, batch_size // num_generations)):
+    for first, last in _chunks(len(puzzles), max(1, batch_size // params.num_generations)):
         for style in order:
             slowest = max(seconds[style] / max(1, len(groups[style])) for style in order)  # per group
             start = clock()
@@ -173,10 +171,8 @@ def probe(
             groups[style] += evaluate(
                 policy,
                 puzzles[first:last],
+                params,
                 style=style,
-                max_new_tokens=max_new_tokens,
-                samples=num_generations,
-                temperature=temperature,
                 batch_size=batch_size,
                 seed=seed + first,
                 fit=fit,

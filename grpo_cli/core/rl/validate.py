@@ -11,6 +11,7 @@ from grpo_cli.core.evals.evaluate import Evaluation, evaluate, puzzles_of
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.rl.clock import Clock
+from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.task.suite import Cell, cell, weighted_mean
 from grpo_cli.core.task.task import Task
 
@@ -64,10 +65,10 @@ class Validation:
         return evaluate(
             self.policy,
             self.puzzles[one],
+            SamplingParams(self.settings.train.max_new_tokens, temperature=0.0),
             style=one.style,
             split=one.split,
             task=self.task,
-            max_new_tokens=self.settings.train.max_new_tokens,
             batch_size=self.settings.eval.batch_size,
             fit=self.fit,
             ranks=self.ranks,

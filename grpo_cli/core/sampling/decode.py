@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from grpo_cli.core.model.attention import Decode, Prefill, StaticDecode, attention_dtype
 from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.sampling.params import SamplingParams
 
 DROP_BELOW = 0.8  # finished rows are dropped once the live ones fit in this share of the batch
 CHECK_EVERY = 8  # steps between two looks at whether all rows have ended, where looking makes a GPU wait
@@ -27,7 +28,7 @@ LARGE = 8192
 KEPT = 2  # static samplers kept for a model: that of training and that of evaluation
 
 
-def choose(logits: Tensor, uniform: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+def choose(logits: Tensor, uniform: Tensor | None, params: SamplingParams) -> tuple[Tensor, Tensor]:
     """Next tokens (B,) and their log-probabilities (B,) from logits (B, V): inverse-CDF sampling, or greedy choice.
 
     With `uniform` u the token is the first whose cumulative probability exceeds u. Without, the most
@@ -37,7 +38,7 @@ def choose(logits: Tensor, uniform: Tensor | None, temperature: float) -> tuple[
         logprobs = logits.float().log_softmax(dim=-1)
         tokens = logits.argmax(dim=-1)
     else:
-        logprobs = (logits.float() / temperature).log_softmax(dim=-1)
+        logprobs = (logits.float() / params.temperature).log_softmax(dim=-1)
         tokens = _inverse_cdf(logprobs.exp(), uniform)
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
@@ -69,11 +70,9 @@ def _inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
 class Sampler:
     """Rows of completions as they come about, row p * G + g being completion g of prompt p."""
 
-    def __init__(
-        self, policy: Policy, rows: int, *, max_new_tokens: int, temperature: float, uniform: Tensor | None
-    ) -> None:
-        device = policy.device
-        self.policy, self.temperature, self.limit = policy, temperature, max_new_tokens
+    def __init__(self, policy: Policy, rows: int, params: SamplingParams, uniform: Tensor | None) -> None:
+        device, max_new_tokens = policy.device, params.max_new_tokens
+        self.policy, self.params, self.limit = policy, params, max_new_tokens
         self.uniform = None if uniform is None else uniform.view(rows, -1).to(device)  # (B, T)
         self.ends = torch.tensor(policy.end_ids, device=device)
         self.tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
@@ -101,17 +100,11 @@ class ShrinkingSampler(Sampler):
     """A rectangle of P' prompts by G' slots of rows still going on; `ids` says which row each slot is, -1 for none."""
 
     def __init__(
-        self,
-        policy: Policy,
-        prompts: Sequence[list[int]],
-        *,
-        num_generations: int,
-        max_new_tokens: int,
-        temperature: float,
-        uniform: Tensor | None,
+        self, policy: Policy, prompts: Sequence[list[int]], params: SamplingParams, uniform: Tensor | None
     ) -> None:
+        num_generations, max_new_tokens = params.num_generations, params.max_new_tokens
         rows = len(prompts) * num_generations
-        super().__init__(policy, rows, max_new_tokens=max_new_tokens, temperature=temperature, uniform=uniform)
+        super().__init__(policy, rows, params, uniform)
         prefill, self.lengths, logits = self._prefilled(prompts)
         self.logits = logits.repeat_interleave(num_generations, dim=0)  # (P * G, V)
         self.cache = Decode(prefill, self.lengths, num_generations=num_generations, max_new_tokens=max_new_tokens)
@@ -122,7 +115,7 @@ class ShrinkingSampler(Sampler):
         for time in range(self.limit):
             live = self.ids.flatten() >= 0
             uniform = None if self.uniform is None else self.uniform[self.ids.flatten().clamp(min=0), time]
-            chosen, logprobs = choose(self.logits, uniform, self.temperature)
+            chosen, logprobs = choose(self.logits, uniform, self.params)
             rows = self.ids.flatten()[live]
             self.tokens[rows, time], self.logprobs[rows, time] = chosen[live], logprobs[live]
             finished = live & torch.isin(chosen, self.ends)
@@ -155,13 +148,11 @@ class ShrinkingSampler(Sampler):
 
 @dataclass(frozen=True)
 class Form:
-    """What a static sampler is made for: P prompts of L tokens by G completions of T tokens; greedily at 0."""
+    """The shape of a static sampler: P prompts of L tokens, and how their completions are sampled."""
 
     prompts: int
     longest: int
-    num_generations: int
-    max_new_tokens: int
-    temperature: float
+    params: SamplingParams
 
     def covers(self, other: Form) -> bool:
         """Whether a batch of the other form fits in."""
@@ -176,12 +167,10 @@ class StaticSampler(Sampler):
     """
 
     def __init__(self, policy: Policy, form: Form) -> None:
-        rows, device, model = form.prompts * form.num_generations, policy.device, policy.model
-        longest, max_new_tokens = form.longest, form.max_new_tokens
-        uniform = torch.zeros(rows, max_new_tokens, dtype=torch.float64) if form.temperature else None
-        super().__init__(
-            policy, rows, max_new_tokens=max_new_tokens, temperature=form.temperature or 1.0, uniform=uniform
-        )
+        num_generations, max_new_tokens = form.params.num_generations, form.params.max_new_tokens
+        rows, device, model, longest = form.prompts * num_generations, policy.device, policy.model, form.longest
+        uniform = None if form.params.greedy else torch.zeros(rows, max_new_tokens, dtype=torch.float64)
+        super().__init__(policy, rows, form.params, uniform)
         self.form = form
         self.step = policy.step(longest + max_new_tokens, in_place=True)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # of each row's prompt
@@ -193,7 +182,7 @@ class StaticSampler(Sampler):
             width=model.get_decoder().layers[0].self_attn.head_dim,
             prompts=form.prompts,
             longest=longest,
-            num_generations=form.num_generations,
+            num_generations=num_generations,
             max_new_tokens=max_new_tokens,
             dtype=attention_dtype(device, model.dtype),
             device=device,
@@ -205,9 +194,9 @@ class StaticSampler(Sampler):
         wanting = self.form.prompts - len(prompts)
         prefill, lengths, logits = self._prefilled([*prompts, *[prompts[0][:1]] * wanting])
         self.cache.fill(prefill, lengths)
-        self.lengths.copy_(lengths.repeat_interleave(self.form.num_generations))
-        self.logits.copy_(logits.repeat_interleave(self.form.num_generations, dim=0))
-        self.rows = len(prompts) * self.form.num_generations
+        self.lengths.copy_(lengths.repeat_interleave(self.params.num_generations))
+        self.logits.copy_(logits.repeat_interleave(self.params.num_generations, dim=0))
+        self.rows = len(prompts) * self.params.num_generations
         self.ended.zero_()
         self.ended[self.rows :] = 1
         if self.uniform is not None and uniform is not None:
@@ -237,7 +226,7 @@ class StaticSampler(Sampler):
 
     def _pick(self) -> None:
         uniform = None if self.uniform is None else self.uniform.index_select(1, self.time)[:, 0]
-        chosen, logprobs = choose(self.logits, uniform, self.temperature)
+        chosen, logprobs = choose(self.logits, uniform, self.params)
         self.tokens.index_copy_(1, self.time, chosen[:, None])
         self.logprobs.index_copy_(1, self.time, logprobs[:, None])
         finished = (self.ended == 0) & (chosen[:, None] == self.ends).any(dim=1)

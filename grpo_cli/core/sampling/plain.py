@@ -14,6 +14,7 @@ from torch import Tensor
 
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.sampling.decode import Sampler, choose
+from grpo_cli.core.sampling.params import SamplingParams
 
 CACHES = ("cache", "past_key_values", "cache_params", "state")  # what architectures call their cache
 
@@ -22,18 +23,10 @@ class PlainSampler(Sampler):
     """Rows in groups of prompts of one length."""
 
     def __init__(
-        self,
-        policy: Policy,
-        prompts: Sequence[list[int]],
-        *,
-        num_generations: int,
-        max_new_tokens: int,
-        temperature: float,
-        uniform: Tensor | None,
+        self, policy: Policy, prompts: Sequence[list[int]], params: SamplingParams, uniform: Tensor | None
     ) -> None:
-        rows = len(prompts) * num_generations
-        super().__init__(policy, rows, max_new_tokens=max_new_tokens, temperature=temperature, uniform=uniform)
-        self.prompts = [prompt for prompt in prompts for _ in range(num_generations)]
+        super().__init__(policy, len(prompts) * params.num_generations, params, uniform)
+        self.prompts = [prompt for prompt in prompts for _ in range(params.num_generations)]
 
     def run(self) -> Iterator[int]:
         for length in sorted({len(prompt) for prompt in self.prompts}):
@@ -49,7 +42,7 @@ class PlainSampler(Sampler):
             output = self.policy.model(input_ids=fed, use_cache=self.policy.cached, **cache, **last)
             self.computed += fed.numel()
             uniform = None if self.uniform is None else self.uniform[rows, time]
-            chosen, logprobs = choose(output.logits[:, -1], uniform, self.temperature)
+            chosen, logprobs = choose(output.logits[:, -1], uniform, self.params)
             self.tokens[rows, time], self.logprobs[rows, time] = chosen, logprobs
             finished = torch.isin(chosen, self.ends) & (self.ended[rows] == 0)
             self.ended[rows[finished]] = time + 1

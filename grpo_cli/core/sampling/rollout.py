@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import torch
@@ -19,6 +19,7 @@ from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import require_context
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.sampling.decode import Form, Sampler, ShrinkingSampler, static_sampler
+from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.plain import PlainSampler
 
 
@@ -51,27 +52,25 @@ def uniforms(seed: int, step: int, prompts: Sequence[int], num_generations: int,
 def sample(
     policy: Policy,
     prompts: Sequence[list[int]],
+    params: SamplingParams,
     *,
-    num_generations: int,
-    max_new_tokens: int,
-    temperature: float,
     uniform: Tensor | None,
     fit: MicroBatch | None = None,
     static: bool | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Rollout:
-    """Sample `num_generations` completions of each prompt, greedily if `uniform` (P, G, T) is None.
+    """Sample completions of each prompt, greedily if `uniform` (P, G, T) is None.
 
-    `fit` says how many at once; by default all, or as many as memory allows. `static` says by which sampler, by default
-    the static one on CUDA. `on_token` is told after each token of the rows still going on how many tokens they have;
-    what it raises ends the rollout.
+    `fit` limits how many are decoded at once. `static` chooses the sampler, by default the static one on CUDA.
+    `on_token` receives the length of the unfinished rows after each token; an exception it raises ends the rollout.
     """
+    num_generations = params.num_generations
 
     def part(chosen: slice, generations: slice) -> Rollout:
         count = len(range(num_generations)[generations])
         drawn = None if uniform is None else uniform[chosen, generations]
         start = _now(policy)
-        sampler = _sampler(policy, prompts[chosen], count, max_new_tokens, temperature, drawn, static)
+        sampler = _sampler(policy, prompts[chosen], replace(params, num_generations=count), drawn, static)
         prefilled = _now(policy)
         for time in sampler.run():
             if on_token is not None:
@@ -95,13 +94,11 @@ def sample(
 
 
 @torch.inference_mode()
-def stream(
-    policy: Policy, prompt: list[int], *, max_new_tokens: int, temperature: float, uniform: Tensor | None
-) -> Iterator[str]:
-    """The text of one completion, piece by piece as it is sampled; `uniform` (1, 1, T) as in `sample`."""
+def stream(policy: Policy, prompt: list[int], params: SamplingParams, *, uniform: Tensor | None) -> Iterator[str]:
+    """Yield the text of one completion as it is sampled; `uniform` (1, 1, T) as in `sample`."""
     shown = ""
     with policy.autocast():
-        sampler = _sampler(policy, [prompt], 1, max_new_tokens, temperature, uniform)
+        sampler = _sampler(policy, [prompt], params, uniform)
         for time in sampler.run():
             tokens = sampler.tokens[0, : int(sampler.ended[0]) or time].tolist()
             text = policy.decode(tokens)
@@ -114,43 +111,21 @@ def stream(
 def _sampler(
     policy: Policy,
     prompts: Sequence[list[int]],
-    num_generations: int,
-    max_new_tokens: int,
-    temperature: float,
+    params: SamplingParams,
     uniform: Tensor | None,
     static: bool | None = None,
 ) -> Sampler:
     """A sampler that has prefilled the prompts. Raises CountdownError beyond the model's context."""
-    longest = max(map(len, prompts)) + max_new_tokens
-    require_context(policy.name, policy.model.config, longest)
+    longest = max(map(len, prompts))
+    require_context(policy.name, policy.model.config, longest + params.max_new_tokens)
     if policy.plain:
-        return PlainSampler(
-            policy,
-            prompts,
-            num_generations=num_generations,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            uniform=uniform,
-        )
+        return PlainSampler(policy, prompts, params, uniform)
     if static is None:
         static = policy.device.type == "cuda" and policy.can_step_in_place
     if static:
-        form = Form(
-            prompts=len(prompts),
-            longest=max(map(len, prompts)),
-            num_generations=num_generations,
-            max_new_tokens=max_new_tokens,
-            temperature=0.0 if uniform is None else temperature,
-        )
+        form = Form(len(prompts), longest, params if uniform is not None else replace(params, temperature=0.0))
         return static_sampler(policy, prompts, form, uniform)
-    return ShrinkingSampler(
-        policy,
-        prompts,
-        num_generations=num_generations,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        uniform=uniform,
-    )
+    return ShrinkingSampler(policy, prompts, params, uniform)
 
 
 def _now(policy: Policy) -> float:

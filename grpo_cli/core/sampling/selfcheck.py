@@ -26,6 +26,7 @@ from torch import Tensor
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import PROBE, Policy, Sequences, set_attention, token_logprobs
+from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import sample, uniforms
 
 PROBE_TOKENS = 40
@@ -194,9 +195,7 @@ def _gap(policy: Policy, prompts: Sequence[list[int]], *, checkpointing: bool) -
     rollout = sample(
         ending,
         prompts,
-        num_generations=GENERATIONS,
-        max_new_tokens=NEW_TOKENS,
-        temperature=1.0,
+        SamplingParams(NEW_TOKENS, num_generations=GENERATIONS),
         uniform=uniforms(0, 0, range(len(prompts)), GENERATIONS, NEW_TOKENS),
     )
     owners = [row // GENERATIONS for row in range(len(rollout.completions))]
