@@ -229,6 +229,23 @@ def test_a_puzzle_without_a_solution_is_told_before_a_model_loads(countdown: Com
     assert "no solution" in found.err
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("question", ["what is love", "4 7 3 = 2 5", "-1 2 = x"])
+def test_what_is_no_puzzle_is_refused_before_torch_is_loaded(tmp_path: Path, question: str) -> None:
+    code = "import sys; from grpo_cli.cli.app import app\ntry: app(sys.argv[1:])\n"
+    code += "except Exception as error: print(error, 'torch' in sys.modules)"
+    line = [sys.executable, "-c", code, "solve", question]
+    found = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
+    assert found.stdout == "there is no puzzle in the question False\n", found.stderr
+
+
+def test_gen_data_does_not_compress_and_dash_is_stdout(countdown: Command, tmp_path: Path) -> None:
+    found = countdown("gen-data", "--count", 5, "--out", "x.csv.gz")
+    assert (found.code, "end its name in `.jsonl`" in found.err) == (2, True)
+    found = countdown("gen-data", "--count", 5, "--out", "-")
+    assert len(found.out.splitlines()) == 5 and list(tmp_path.iterdir()) == []
+
+
 def test_plot_draws_a_run_and_the_original_systems_file(trained: Command, tmp_path: Path) -> None:
     old = {
         "rewards_avg": [0.1, 0.5],

@@ -1,5 +1,6 @@
 """Where each setting's value comes from, and what is refused on the way."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -475,6 +476,28 @@ def test_sizes_that_cannot_be_meant_are_refused(tmp_path: Path, key: str, value:
     assert bound in refused(tmp_path, flags={key: value}).message
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["number", "target"])
+def test_bounds_in_the_wrong_order_are_named_with_their_places(tmp_path: Path, name: str) -> None:
+    low, high = f"min_{name}", f"max_{name}"
+    shipped = defaults()[f"task.{high}"]
+    for layers, place in (
+        ({"flags": {f"task.{low}": "1000"}}, f"`--{low.replace('_', '-')}`"),
+        ({"environ": {f"COUNTDOWN_TASK_{low.upper()}": "1000"}}, f"`COUNTDOWN_TASK_{low.upper()}`"),
+        ({"text": f"[task]\n{low} = 1000"}, f"`task.{low}` in `{tmp_path}/config.toml`"),
+    ):
+        error = refused(tmp_path, **layers)
+        (tmp_path / "config.toml").unlink(missing_ok=True)
+        said = f"{place} = `1000` and `task.{high}` in `config.toml` = `{shipped}`"
+        assert error.message == f"`{low}` is larger than `{high}`: {said}"
+
+
+@pytest.mark.faults
+def test_a_fifo_as_a_config_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.toml")
+    assert "is not a regular file" in refused(tmp_path).message
+
+
 def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     found = resolved(tmp_path, "runs = '~/runs'\n[model]\nmodel = '~/model'\nref_model = 'a/~b'\n").settings
@@ -505,7 +528,7 @@ def test_settings_that_do_not_fit_together_are_one_sentence(
     tmp_path: Path, flags: dict[str, object], message: str
 ) -> None:
     problem = refused(tmp_path, flags=flags)
-    assert (problem.message, problem.hint) == (message, None)
+    assert (problem.message.startswith(f"{message}: `--"), problem.hint) == (True, None)
 
 
 def test_only_schedules_have_the_hint_of_schedules(tmp_path: Path) -> None:

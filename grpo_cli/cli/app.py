@@ -96,6 +96,8 @@ def _command(*settings: str, name: str | None = None) -> Callable[[Callable[...,
         @wraps(declared)
         def call(*args: Any, **given: Any) -> None:
             options = {name: _at_home(value) if name in PLACES else value for name, value in given.items()}
+            if declared.__name__ == "solve":
+                import_module("grpo_cli.cli.checks").require_puzzle(options)
             if declared.__name__ in ("train", "eval", "solve"):
                 import_module("grpo_cli.cli.checks").require_models(options)
             import_module(f"grpo_cli.cli.{declared.__name__}").run(*args, **options)

@@ -15,6 +15,7 @@ from grpo_cli.core.config import resolve as config
 from grpo_cli.core.config.resolve import Resolved
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.run.models import model_source
+from grpo_cli.core.task.question import parse
 from grpo_cli.ui import text as show
 
 
@@ -29,6 +30,11 @@ def require_package(package: str) -> None:
         raise CountdownError(
             f"the package `{package}` is not installed", "install `countdown-grpo` again, with all it needs"
         )
+
+
+def require_puzzle(options: Mapping[str, Any]) -> None:
+    """Raise CountdownError if `solve` is asked no puzzle, before anything imports torch."""
+    parse(" ".join(options["question"]))
 
 
 def require_models(options: Mapping[str, Any]) -> None:

@@ -12,6 +12,8 @@ from grpo_cli.core.task.data import enumerate_puzzles, generate, is_enumerable, 
 from grpo_cli.core.task.puzzle import Split
 from grpo_cli.ui import tables
 
+COMPRESSED = (".bz2", ".gz", ".xz", ".zip", ".zst")
+
 
 def run(
     ctx: typer.Context,
@@ -24,6 +26,9 @@ def run(
     config: Path | None,
 ) -> None:
     """Enumerate all puzzles, or draw `count` of them."""
+    out = None if out == Path("-") else out
+    if out is not None and out.suffix in COMPRESSED:
+        raise CountdownError(f"`{out}` would not be compressed", "end its name in `.jsonl`, `.csv` or `.parquet`")
     task = resolve(ctx, config).settings.task
     numbers, rules = task.numbers, task.rules
     if not count and not is_enumerable(numbers, rules):

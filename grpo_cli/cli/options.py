@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -18,6 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 PANELS = ("Model", "Sampling", "Loss", "Optimization", "Schedule", "Output", "Ranks")
 _METAVARS: dict[object, str] = {int: "<int>", float: "<float>"}
 _HELP = {"-h", "--help"}
+_NEGATIVE = re.compile(r"-[0-9].*[\s=]")  # a question that begins with a negative number, not an option
 
 
 def settings_command(*names: str) -> type[TyperCommand]:
@@ -43,6 +45,7 @@ class _SettingsCommand(TyperCommand):
     complete = False
 
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
+        args = [f" {argument}" if _NEGATIVE.match(argument) else argument for argument in args]
         if not self.complete:
             own = [_without_type(parameter) for parameter in self.params]
             self.params = [*_options(self.names, args), *own]

@@ -5,6 +5,8 @@ flags are passed in, never read here; `settings` declares what a value may be.
 """
 
 import os
+import re
+import stat
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -158,6 +160,8 @@ def _user(config_file: Path | None, directory: Path) -> _File:
 
 def _parse(path: Path) -> dict[str, object]:
     try:
+        if stat.S_ISFIFO(path.stat().st_mode):  # reading it would wait for a writer
+            raise CountdownError(f"`{path}` is not a regular file", "name a settings file")
         with path.open("rb") as file:
             content = file.read(_LARGEST + 1)
         if len(content) > _LARGEST:
@@ -277,7 +281,11 @@ def _refused(layer: _Layer, problem: ErrorDetails) -> CountdownError:
     table, *rest = (str(part) for part in problem["loc"] or [""])
     key = ".".join([table, *rest[:1]])
     if words and key not in layer:  # two settings that do not fit together
-        return CountdownError(words)
+        named = [name if name in layer else f"{table}.{name}" for name in re.findall(r"`([\w.]+)`", words)]
+        items = [layer[name] for name in named if name in layer]
+        return CountdownError(
+            ": ".join([words, " and ".join(f"{item.place} = {_shown(item.value)}" for item in items)])
+        )
     item = layer[key]
     if table == "suite":
         found = words or (f"the weight of `{rest[1]}` must be a number of at least 0" if rest[1:] else "it is no table")
