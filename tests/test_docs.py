@@ -24,6 +24,13 @@ def test_the_file_tree_names_every_module() -> None:
     assert modules == named
 
 
+def test_a_puzzle_reaches_its_plot_in_fourteen_hops_that_exist() -> None:
+    page = (ROOT / "docs" / "how-it-works.md").read_text("utf-8")
+    hops = re.findall(r"\| \[.+?\]\(\.\./(.+?\.py)\) \| `(\w+)` \|", page)
+    missing = [hop for hop in hops if f"def {hop[1]}(" not in (ROOT / hop[0]).read_text("utf-8")]
+    assert len(hops) == 14 and missing == []
+
+
 def test_every_test_of_the_fault_matrix_exists() -> None:
     page = (ROOT / "docs" / "faults.md").read_text("utf-8")
     missing, file = [], ""
