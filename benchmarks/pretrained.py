@@ -1,0 +1,118 @@
+"""What pretrained models gain: warm start and reinforcement told apart, by preset and seed.
+
+    python benchmarks/pretrained.py smollm2-135m --model SmolLM2-135M-Instruct.Q4_1.gguf --seeds 0 1 2
+    python benchmarks/pretrained.py smollm2-135m --table       print the tables of what is there, train nothing
+
+Trains each seed by the preset with `countdown train`, then evaluates the base model, the warm-started one and the run's
+best on all val puzzles in three styles, greedily, and on 64 of them eight times sampled. Every command is printed.
+Runs that were stopped are resumed; results are kept as JSON beside the runs and not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from measured import table
+
+from grpo_cli.core.run.folder import Run
+from grpo_cli.ui.figures import COLOURS
+
+CONFIG = Path(__file__).with_suffix(".toml")
+DECODINGS = {"greedy": [], "sampled": ["--samples", "8", "--temperature", "0.8", "--limit", "64"]}
+PANELS = {
+    "accuracy": "sampled accuracy",
+    "format_rate": "format",
+    "truncated": "cut off",
+    "completion_length": "tokens",
+}
+
+
+def countdown(arguments: Sequence[str], **options: Any) -> str:
+    """Print and run a command; returns its output."""
+    print("countdown", shlex.join(arguments), file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "grpo_cli", *arguments]
+    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, **options).stdout
+
+
+def train(runs: Path, name: str, flags: Sequence[str]) -> None:
+    """Train a run to its end, from where it is."""
+    if (runs / name / "summary.json").exists():
+        return
+    resumed = (runs / name / "checkpoints").is_dir()
+    countdown(["train", "--runs", str(runs), "--run", name, *(["--resume"] if resumed else flags)])
+
+
+def evaluate(runs: Path, name: str, decoding: str, models: Sequence[str], flags: Sequence[str]) -> dict[str, Any]:
+    """The results of `countdown eval` on the suite, kept beside the run."""
+    path = runs / f"{name}.{decoding}.json"
+    if not path.exists():
+        suite = ["--config", str(CONFIG), "--runs", str(runs), "--suite", "pretrained", "--json"]
+        path.write_text(countdown(["eval", *models, *flags, *suite, *DECODINGS[decoding]]))
+    return dict(json.loads(path.read_text()))
+
+
+def rows(runs: Path, name: str) -> list[list[str]]:
+    """Accuracy of each model in each style, with its 95 % interval; pass@8 where completions were sampled."""
+    lines = []
+    for path in (path for decoding in DECODINGS if (path := runs / f"{name}.{decoding}.json").exists()):
+        for stage, model in zip(("base", "warm start", "trained"), json.loads(path.read_text())["models"], strict=True):
+            for cell in model["cells"]:
+                low, high = (100 * edge for edge in cell["interval"])
+                several = "" if cell["pass_at_k"] is None else f"{cell['pass_at_k']:.1%}"
+                accuracy = f"{cell['accuracy']:.1%} ({low:.1f} to {high:.1f})"
+                shown = [f"{cell['format_rate']:.1%}", f"{cell['mean_length']:.0f}"]
+                lines.append(
+                    [name, stage, cell["style"], path.suffixes[0][1:], str(cell["count"]), accuracy, several, *shown]
+                )
+    return lines
+
+
+def draw(runs: Path, names: Sequence[str], path: Path) -> None:
+    """Curves of the trainings, a line for each run."""
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(2, 2, sharex=True).flat, PANELS.items(), strict=True):
+        for colour, name in zip(COLOURS, names, strict=False):
+            lines = [line for line in Run.open(runs, name).metrics() if key in line]
+            axes.plot([line["step"] for line in lines], [line[key] for line in lines], color=colour, label=name)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("step")
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    print(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", help="preset of the model, such as smollm2-135m")
+    parser.add_argument("--model", help="folder or GGUF file, instead of the preset's hub id")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--runs", type=Path, default=Path("pretrained"), help="folder of the runs")
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    asked = parser.parse_args()
+    names = [f"{asked.preset}-{seed}" for seed in asked.seeds]
+    model = ["--model", asked.model] if asked.model else []
+    for seed, name in [] if asked.table else zip(asked.seeds, names, strict=True):
+        train(asked.runs, name, ["--preset", asked.preset, *model, "--seed", str(seed)])
+        folder = asked.runs / name
+        base = json.loads((folder / "config.json").read_text())["model"]["model"]
+        tokens = ["--max-new-tokens", str(json.loads((folder / "config.json").read_text())["train"]["max_new_tokens"])]
+        stages = [base, str(folder / "warm_start"), name]
+        for decoding in DECODINGS:
+            evaluate(asked.runs, name, decoding, stages, tokens)
+    head = ["run", "stage", "style", "decoding", "puzzles", "accuracy (95 %)", "pass@8", "format", "tokens"]
+    print(table(head, [row for name in names for row in rows(asked.runs, name)]))
+    draw(asked.runs, names, asked.runs / f"{asked.preset}.png")
+
+
+if __name__ == "__main__":
+    main()
