@@ -287,7 +287,8 @@ def test_a_preset_cannot_choose_a_preset(tmp_path: Path) -> None:
 def test_an_unknown_preset_is_met_with_the_known_ones(tmp_path: Path) -> None:
     error = refused(tmp_path, "[preset.mine]\n", flags={"preset": "buitlin"})
     assert error.message == "`--preset` names no preset: `buitlin`"
-    assert error.hint == "presets are `auto`, `builtin`, `mine`, `qwen2.5-1.5b`, `qwen2.5-1.5b-original`"
+    shipped = "`builtin`, `mine`, `qwen2.5-0.5b`, `qwen2.5-1.5b`, `qwen2.5-1.5b-original`, `smollm2-135m`"
+    assert error.hint == f"presets are `auto`, {shipped}"
 
 
 @pytest.mark.faults

@@ -244,9 +244,7 @@ class Ranks(Table):
 class Settings(Table):
     """Every setting of one invocation; once resolved, `preset` is never `auto`."""
 
-    preset: str = setting(
-        "settings for one model: `auto`, `builtin`, `qwen2.5-1.5b`, or your own", "Model", min_length=1
-    )
+    preset: str = setting("settings for one model: `auto`, a shipped one, or your own", "Model", min_length=1)
     runs: PathText = setting("folder of the runs", "Output", min_length=1, resumable=True)
     task: Task
     model: Model
