@@ -240,6 +240,7 @@ def export(
     ctx: typer.Context,
     name: Annotated[str, typer.Argument(metavar="RUN", help="run whose best model to export")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder to write", show_default=False)],
+    merge: Annotated[bool, typer.Option("--merge", help="merge a LoRA adapter into its base model")] = False,
     gguf: Annotated[
         Literal["f16", "f32"] | None, typer.Option(help="add a GGUF file, with matrices of this type")
     ] = None,

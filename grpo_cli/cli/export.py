@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,7 @@ def run(
     *,
     name: str,
     folder: Path,
+    merge: bool,
     gguf: Literal["f16", "f32"] | None,
     push: str | None,
     overwrite: bool,
@@ -35,6 +37,11 @@ def run(
     chosen = Run.open(root, name)
     model_source(root, chosen.name)
     check_destination(folder, overwrite=overwrite)
+    is_adapter = chosen.adapter_path.is_dir()
+    if merge and not is_adapter:
+        raise CountdownError(f"run `{chosen.name}` has no adapter to merge", "leave out `--merge`")
+    if gguf and is_adapter and not merge:
+        raise CountdownError("a GGUF file holds a whole model, not an adapter", "add `--merge`")
     if gguf and find_spec("gguf") is None:
         raise CountdownError("`--gguf` needs the extra `gguf`", "pip install 'countdown-grpo[gguf]'")
 
@@ -44,7 +51,9 @@ def run(
 
             write(staged, staged / f"{chosen.name}-{gguf}.gguf", kind=gguf)
 
-    for path in export(chosen, folder, model_card(_facts(chosen)), overwrite=overwrite, convert=convert):
+    is_adapter = is_adapter and not merge
+    source, card = (chosen.adapter_path if is_adapter else chosen.model_path), card_of(chosen, is_adapter=is_adapter)
+    for path in export(source, folder, card, overwrite=overwrite, convert=convert):
         print(path)
     if push is not None:
         from grpo_cli.core.run.hub import push as upload  # loads huggingface_hub, and is the only thing that sends
@@ -57,6 +66,11 @@ def _contamination(summary: Mapping[str, object]) -> str:
     if not isinstance(overlap, int):
         return "which evaluation puzzles the base model was trained on is not known"
     return f"{overlap} of the {count} evaluation puzzles are known to have been trained on"
+
+
+def card_of(chosen: Run, *, is_adapter: bool = False) -> str:
+    """The model card of a run's best model, or of its adapter."""
+    return model_card(replace(_facts(chosen), is_adapter=is_adapter))
 
 
 def _facts(chosen: Run) -> CardFacts:

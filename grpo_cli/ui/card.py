@@ -59,6 +59,7 @@ class CardFacts:
     best_step: int
     contamination: str
     environment: Mapping[str, object]
+    is_adapter: bool = False
 
 
 def model_card(facts: CardFacts) -> str:
@@ -77,15 +78,27 @@ def model_card(facts: CardFacts) -> str:
         f"## Training data\n\nTrain puzzles of {numbers} numbers with at least one odd number, prompts in"
         f" {_text(str(style))} style. Evaluation puzzles have even numbers only. {_sentence(facts.contamination)}",
         f"## Settings\n\n{_table(('setting', 'value'), rows)}",
-        f"## Usage\n\n{USAGE.format(tokens=tokens)}",
+        f"## Usage\n\n{_usage(facts, tokens)}",
         f"## Limits\n\nTrained on one kind of puzzle: it is not a general assistant. License of the base model:"
         f" {_text(facts.license) if facts.license else 'see the base model'}.",
     ]
     return "\n\n".join(sections) + "\n"
 
 
+def _usage(facts: CardFacts, tokens: object) -> str:
+    usage = USAGE.format(tokens=tokens)
+    if not facts.is_adapter:
+        return usage
+    load = 'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")'
+    base = f'base = AutoModelForCausalLM.from_pretrained("{_text(facts.base_model)}")'
+    usage = usage.replace(load, f'{base}\nmodel = PeftModel.from_pretrained(base, "path/to/this/folder")')
+    usage = usage.replace("```python\n", "```python\nfrom peft import PeftModel\n")
+    return usage.partition("\n\nIts own prompts")[0]
+
+
 def _header(facts: CardFacts) -> str:
-    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [countdown, grpo, rlvr]"]
+    library = "peft" if facts.is_adapter else "transformers"
+    lines = [f"library_name: {library}", "pipeline_tag: text-generation", "tags: [countdown, grpo, rlvr]"]
     if facts.license:
         lines.append(f"license: {_text(facts.license)}")
     if "/" in facts.base_model:  # a hub id

@@ -118,6 +118,10 @@ class Model(Table):
     reference: Literal["auto", "device", "host"] = setting(
         "where the reference lives; `host`: copied to the GPU to run", "Model", resumable=True
     )
+    lora_rank: int = setting("rank of a LoRA adapter to train alone; 0 trains all weights", "Model", ge=0, le=4096)
+    lora_alpha: float = setting("the adapter is scaled by alpha / rank", "Model", gt=0, le=10**6)
+    lora_targets: str = setting("linear layers with an adapter, as q_proj, v_proj; or `all`", "Model", min_length=1)
+    quantize: Literal["none", "nf4"] = setting("keep the base model of an adapter in 4 bits", "Model")
     memory: float = setting(
         "GB that a training may use; 0 is 95% of a free GPU, 70% of free RAM",
         "Model",

@@ -56,7 +56,7 @@ class Replicated:
 
         Raises NotFinite, before they are summed into any weight, where a rank's gradients are not finite.
         """
-        with self.ranks.gradients(self.learner.model.parameters()) as gradients:
+        with self.ranks.gradients(self.learner.trainable) as gradients:
             attempt = partial(fit.attempt, partial(compute, gradients), total=len(rows), doing="update")
             results = self.ranks.each(partial(gradients.completed, attempt))
             broken = gradients.add_up()

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,7 +22,7 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from grpo_cli.core.model import qwen2
+from grpo_cli.core.model import lora, qwen2
 from grpo_cli.core.model.attention import Packed, Plan, Prefill, shared_prefix_attention
 from grpo_cli.core.model.attention import order as packing_order
 
@@ -79,6 +79,8 @@ class Policy:
     works_on: torch.device | None = None  # where the weights are brought for a pass, if that is not where they live
     plain: bool = False  # run by the model's own forward, one row per completion: slower, right for any causal model
     cached: bool = True  # whether the plain path decodes with the model's own cache
+    adapter: lora.Lora | None = None  # what learns, if not all weights
+    adapter_off: bool = False  # the base model of a policy with an adapter, on the same weights
     whole: bool = False  # packed, but logits come from the model's own forward, which may scale them
     fused: bool = False  # with Triton kernels, and Qwen2's weights in place: on CUDA
 
@@ -102,7 +104,12 @@ class Policy:
     @property
     def has_masters(self) -> bool:
         """Whether the weights are in bfloat16 and the optimizer is to keep float32 masters of them."""
-        return self.precision == "bf16-master" and self.model.dtype == torch.bfloat16
+        return self.precision == "bf16-master" and self.model.dtype == torch.bfloat16 and self.adapter is None
+
+    @property
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """The weights that learn: all of them, or those of the adapter."""
+        return [weight for weight in self.model.parameters() if weight.requires_grad]
 
     def hidden(self, tokens: Tensor, positions: Tensor, plan: Plan) -> Tensor:
         """Final hidden states (B, T, D) of `tokens` (B, T) at `positions` (B, T), attending as `plan` says."""
@@ -131,32 +138,39 @@ class Policy:
     @property
     def can_step_in_place(self) -> bool:
         """Whether `step` can do without copies of the weights."""
-        return qwen2.fits(self.model)
+        return qwen2.fits(self.model) and self.adapter is None
+
+    @property
+    def _can_merge(self) -> bool:
+        """Whether an adapter can be added to the weights: 16 bits would round small changes away."""
+        return self.adapter is None or (not self.adapter.nf4 and self.model.dtype == torch.float32)
 
     def step(self, longest: int, *, in_place: bool = False) -> Callable[[Tensor, Tensor, Plan], Tensor]:
         """What decodes one token a row: tokens (B,), positions (B,) below `longest` and a plan -> logits (B, V).
 
         With `in_place` it reads the weights where they lie whenever it is called, else those of now.
         """
-        if qwen2.fits(self.model):
+        if qwen2.fits(self.model) and self._can_merge:
             # On a CPU a single token's activations cost more to convert than multiplying them in bfloat16 saves.
             converted = self.precision == "bf16-master" and self.device.type != "cpu" and not in_place
             dtype = torch.bfloat16 if converted else self.model.dtype
             fused = self.fused and in_place
-            written = qwen2.Pass(self.model, longest=longest, dtype=dtype, in_place=in_place, fused=fused)
+            with lora.merged_weights(self.model) if self.adapter else nullcontext():
+                written = qwen2.Pass(self.model, longest=longest, dtype=dtype, in_place=in_place, fused=fused)
             return lambda tokens, positions, plan: written.logits(written.hidden(tokens, positions, plan))
         if self.whole:
             return lambda tokens, positions, plan: self._whole_logits(tokens[:, None], positions[:, None], plan)[:, 0]
         return lambda tokens, positions, plan: self.logits(self.hidden(tokens[:, None], positions[:, None], plan)[:, 0])
 
     def _hidden_of_row(self, tokens: Tensor, plan: Packed) -> Tensor:
-        """Final hidden states (N, D) of one packed row (N,)."""
+        """Final hidden states (N, D) of one packed row (N,). peft's own layers compute those with an adapter."""
         model, recomputed = self.model, bool(self.model.is_activation_checkpointing)
-        if self.fused and qwen2.fits(model):
+        fits = qwen2.fits(model) and self.adapter is None
+        if self.fused and fits:
             written = qwen2.Pass(
                 model, longest=plan.longest, dtype=model.dtype, in_place=True, fused=True, checkpointing=recomputed
             )
-        elif self.device.type == "cpu" and qwen2.fits(model) and not recomputed:
+        elif self.device.type == "cpu" and fits and not recomputed:
             dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
             written = qwen2.Pass(model, longest=plan.longest, dtype=dtype)
         else:
@@ -227,7 +241,12 @@ class Policy:
         return token_logprobs(logits, targets, temperature, entropy=entropy)
 
     def frozen_copy(self, *, on_host: bool = False) -> Policy:
-        """The reference: the same weights, never updated. `on_host` keeps them there, to be `brought` for each pass."""
+        """The reference: the same weights, never updated. `on_host` keeps them there, to be `brought` for each pass.
+
+        That of a policy with an adapter shares its weights and switches the adapter off for each pass.
+        """
+        if self.adapter:
+            return replace(self, adapter_off=True, samplers=[])
         model = host_copy(self.model) if on_host else copy.deepcopy(self.model)
         model.eval().requires_grad_(False)
         device = self.device if on_host else None
@@ -243,7 +262,8 @@ class Policy:
         try:
             for weight, data in home:
                 weight.data = data.to(self.works_on, non_blocking=True, copy=True)
-            yield
+            with lora.adapter_off(self.model) if self.adapter_off else nullcontext():
+                yield
         finally:
             for weight, data in home:
                 weight.data = data
@@ -253,18 +273,25 @@ class Policy:
         return [float(weight.detach().sum(dtype=torch.float64)) for weight in self.model.parameters()]
 
     def fingerprint(self) -> dict[str, str]:
-        """SHA-256 of the weights, with their names, and of the tokenizer: its vocabulary, template and a sentence."""
+        """SHA-256 of the weights and their names, without an adapter's, and of the tokenizer.
+
+        The latter is its vocabulary, its template and a sentence.
+        """
         weights = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
+        for name, tensor in sorted(lora.base_state(self.model).items()):
             weights.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            weights.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+            weights.update(tensor.cpu().flatten().view(torch.uint8).numpy().tobytes())
         words = [sorted(self.tokenizer.get_vocab().items()), self.tokenizer.chat_template, self.encode(PROBE)]
         tokenizer = hashlib.sha256(json.dumps(words).encode())
         return {"weights": weights.hexdigest(), "tokenizer": tokenizer.hexdigest()}
 
     def save(self, path: Path) -> None:
-        """Write the model and its tokenizer as a folder that AutoModelForCausalLM and AutoTokenizer open."""
-        self.model.save_pretrained(path, safe_serialization=True)
+        """Write the model and its tokenizer as a folder that AutoModelForCausalLM and AutoTokenizer open.
+
+        An adapter is merged into the weights.
+        """
+        state = lora.merged_state(self.model) if self.adapter else None
+        self.model.save_pretrained(path, safe_serialization=True, state_dict=state)
         self.tokenizer.save_pretrained(path)
 
 

@@ -24,6 +24,7 @@ from grpo_cli.core.model.load import (
     skeleton,
     weights_dtype,
 )
+from grpo_cli.core.model.lora import Lora, adapter_sizes
 from grpo_cli.core.model.master_weights import AT_ONCE
 from grpo_cli.core.model.policy import ATTENTION
 from grpo_cli.core.sampling.decode import ROUNDED
@@ -61,6 +62,7 @@ class Work:
     has_reference: bool
     ranks: int = 1  # processes that share the prompts
     shards: int = 1  # parts into which weights, gradients, moments and reference are cut
+    adapter: Lora | None = None  # alone learns, and has no reference of its own
 
     @property
     def rows(self) -> int:
@@ -84,6 +86,7 @@ class Work:
             has_reference=settings.loss.beta > 0,
             ranks=ranks,
             shards=ranks if settings.ranks.shard else 1,
+            adapter=Lora.of(settings),
         )
 
 
@@ -148,10 +151,15 @@ class Planner:
         head = getattr(config, "head_dim", None) or config.hidden_size // heads
         self._heads, self._queries = heads, heads * head
         self._keys = (getattr(config, "num_key_value_heads", None) or heads) * head
-        self.has_masters = work.precision == "bf16-master" and self.dtype == torch.bfloat16 and work.shards == 1
+        adapter, self._adapted, self._largest = adapter_sizes(model, work.adapter) if work.adapter else (0, 0, 0)
+        self._adapter, self._adapted = adapter * self.layers, self._adapted * self.layers
+        self._nf4 = work.adapter is not None and work.adapter.nf4
+        self.has_masters = (
+            not work.adapter and work.precision == "bf16-master" and self.dtype == torch.bfloat16 and work.shards == 1
+        )
         # Bytes of a value in matrix multiplications. Autocast on a CPU keeps it in float32 beside bfloat16.
         self._computed = 4 if work.precision == "float32" or work.device == "cpu" else 2
-        self._merges = work.device == "cpu" and work.shards == 1 and qwen2.fits(model)
+        self._merges = work.device == "cpu" and work.shards == 1 and qwen2.fits(model) and not self._nf4
 
     def plan(self, choices: Choices, *, room: int = 0, reasons: Sequence[str] = ()) -> MemoryPlan:
         """What the work takes with these choices."""
@@ -193,23 +201,34 @@ class Planner:
     @property
     def _learned(self) -> torch.dtype:
         """The type of the weights that learn; sharded ones are their own masters."""
+        if self.work.adapter:
+            return torch.float32
         return torch.float32 if self.work.shards > 1 and self.work.precision != "bf16" else self.dtype
 
     @property
     def _gradients(self) -> int:
         """Bytes on this device of one value per weight, in the type that learns."""
-        return int(-(-self.count * self._learned.itemsize // self.work.shards))
+        count = self._adapter if self.work.adapter else self.count
+        return int(-(-count * self._learned.itemsize // self.work.shards))
 
     @property
     def _reference(self) -> int:
-        return self._gradients if self.work.has_reference else 0
+        return self._gradients if self.work.has_reference and not self.work.adapter else 0
+
+    @property
+    def _weights(self) -> int:
+        """Bytes of the model. 64 values of nf4 share a scale of 8 bits, and 256 scales a constant."""
+        quantized = self._adapted if self._nf4 else 0
+        return int((self.count - quantized) * self.dtype.itemsize + quantized * (0.5 + 1 / 64 + 4 / 2**14))
 
     def _stays(self, choices: Choices) -> Amounts:
         """What is there from the first step to the last. A GPU keeps the samplers of training and of evaluation."""
         work = self.work
-        moments = moment_bytes(self.shapes, torch.float32 if self.has_masters else self._learned, work.optimizer)
+        shapes = [torch.Size([self._adapter])] if work.adapter else self.shapes
+        moments = moment_bytes(shapes, torch.float32 if self.has_masters else self._learned, work.optimizer)
         stays = {
-            "weights": self.count * self.dtype.itemsize,
+            "weights": self._weights,
+            "adapter": 4 * self._adapter,
             "master": self._gradients if work.shards > 1 else 4 * self.count if self.has_masters else 0,
             "moments": -(-moments // work.shards),
             "reference": 0 if choices.on_host else self._reference,
@@ -233,6 +252,7 @@ class Planner:
         tokens = max(work.rows if self.plain else work.prompts, work.eval_rows) * work.prompt_tokens
         kept = self.layers * 2 * self._keys + 4 * self._width + 3 * self._inner
         merged = self.layers * self._layer * size if self._merges else 0
+        merged += size * (self._largest if self._nf4 else self._adapted if self._merges else 0)
         amounts = {"activations": tokens * kept * size, "working room": merged}
         if self.plain:  # many models compute the logits of the whole prompt
             amounts["logits"] = tokens * self._vocabulary * self._computed
@@ -285,7 +305,8 @@ class Planner:
         eight = work.optimizer == "adamw8bit"
         return {
             "process": f"Python, torch and {CPU_SLACK:.0%} of what comes and goes",
-            "weights": f"{self.count:,} in {dtype}",
+            "weights": f"{self.count:,} in {dtype}" + (f", {self._adapted:,} of them in 4 bits" if self._nf4 else ""),
+            "adapter": f"{self._adapter:,} in float32",
             "master": f"the weights in float32, which the optimizer moves{share}",
             "gradients": f"of the weights, in {learned}{share}",
             "moments": f"two {'in 8 bits, with scales' if eight else 'per weight'}{share}",
@@ -311,9 +332,10 @@ def find(
     groups = [work.generations * -(-work.prompts // 2**halved) for halved in range(work.prompts.bit_length())]
     parts = [-(-work.generations // 2**halved) for halved in range(1, (work.generations - 1).bit_length() + 1)]
     sizes = [rows] if rows else [0, *dict.fromkeys(size for size in (*groups, *parts) if size < work.rows)]
-    hosts = [False] if not work.has_reference or work.device == "cpu" or work.shards > 1 else [False, True]
-    if on_host is not None and work.shards == 1:
-        hosts = [on_host and work.has_reference]
+    copied = work.has_reference and work.shards == 1 and not work.adapter
+    hosts = [False, True] if copied and work.device != "cpu" else [False]
+    if on_host is not None and copied:
+        hosts = [on_host]
     options = [
         Choices(logit_chunk, size, recomputed, host)
         for recomputed, host, size, logit_chunk in product(

@@ -25,6 +25,7 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evals import contamination
 from grpo_cli.core.evals.evaluate import Evaluation
 from grpo_cli.core.model.load import detect_device, fix_order, free_memory, load_tokenizer
+from grpo_cli.core.model.lora import Lora
 from grpo_cli.core.model.policy import Policy, encode
 from grpo_cli.core.perf import memory
 from grpo_cli.core.perf.memory import Choices, MemoryPlan
@@ -146,8 +147,9 @@ def start(
             at, checkpoint = ranks.first(lambda: choose_checkpoint(old, settings, step, note))
         warmed = old.warm_start_path if old and old.warm_start_path.is_dir() else None
         shown = [] if checkpoint or warmed else demonstrated(settings, ranks.size)
-        folder = checkpoint / "model" if checkpoint else warmed
-        load = partial(_load, settings, folder=folder, note=note)
+        adapter = Lora.of(settings)
+        folder = checkpoint / "model" if checkpoint and not adapter else warmed
+        load = partial(_load, settings, folder=folder, adapter=adapter, note=note)
         replan = partial(plan_memory, settings, ranks=ranks.size, free=free)
         policy, plan = ranks.own(lambda: _load_planned(load, plan, replan))
         settings = settled(settings, policy)
@@ -234,6 +236,7 @@ def _load(
     choices: Choices,
     folder: Path | None = None,
     name: str | None = None,
+    adapter: Lora | None = None,
     note: Note = lambda _: None,
 ) -> Policy:
     """Load the model `name`, by default the one to train, or its checkpoint in `folder`."""
@@ -245,6 +248,7 @@ def _load(
         precision=settings.model.precision,
         gradient_checkpointing=choices.checkpointing,
         logit_chunk=choices.logit_chunk,
+        adapter=adapter,
         note=note,
     )
 
@@ -280,7 +284,8 @@ def _restore(
 ) -> Policy | None:
     """Restore a checkpoint, if there is one, and return the frozen reference, if the loss needs one."""
     has_reference = settings.loss.beta > 0
-    original = training.policy if checkpoint is None else _load(settings, choices, warmed) if has_reference else None
+    unchanged = checkpoint is None or training.policy.adapter  # the base model of an adapter always is
+    original = training.policy if unchanged else _load(settings, choices, warmed) if has_reference else None
     reference = _reference(settings, original, choices) if original and has_reference else None
     if old and checkpoint:
         require_origin(old, original, reference, problems)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from grpo_cli.core.config.settings import Settings, digest
 from grpo_cli.core.dist import shards
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.model import lora
 from grpo_cli.core.model.master_weights import MasterWeights
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.perf.meter import hardware_of
@@ -81,7 +82,10 @@ class Training:
             facts["bitsandbytes"] = version("bitsandbytes")
         progress = {name: getattr(self, name) for name in _PROGRESS}
         with self._reported(run), run.saving(run.checkpoint_path(self.step), facts) as folder:
-            self.policy.save(folder / "model")
+            if self.policy.adapter:
+                lora.save_adapter(self.policy.model, folder / "model")
+            else:
+                self.policy.save(folder / "model")
             state: dict[str, Any] = {"progress": progress}
             if self.learner:
                 run.shards_path.rename(folder / "shards")
@@ -94,6 +98,10 @@ class Training:
         """Keep the model of this step as the run's; raises as `save` does."""
         with self._reported(run), run.saving(run.model_path) as folder:
             self.policy.save(folder)
+        if self.policy.adapter:
+            with self._reported(run), run.saving(run.adapter_path) as folder:
+                lora.save_adapter(self.policy.model, folder)
+                self.policy.tokenizer.save_pretrained(folder)
 
     @contextmanager
     def _reported(self, run: Run) -> Iterator[None]:
@@ -109,12 +117,14 @@ class Training:
 
     def checkpoint_bytes(self) -> int:
         """About how large a checkpoint is: the weights, two moments of each, and the masters if there are some."""
-        weights: int = sum(3 * weight.numel() * weight.element_size() for weight in self.policy.model.parameters())
+        weights: int = sum(3 * weight.numel() * weight.element_size() for weight in self.policy.trainable)
         masters = self.optimizer.masters if isinstance(self.optimizer, MasterWeights) else []
         return weights + sum(master.numel() * master.element_size() for master in masters)
 
     def restore(self, folder: Path) -> None:
         """Take up the state of a checkpoint whose model is already loaded."""
+        if self.policy.adapter:
+            lora.load_adapter(self.policy.model, folder / "model")
         progress = self._restore_moments(folder)
         for name in _PROGRESS:
             setattr(self, name, progress[name])
@@ -123,9 +133,12 @@ class Training:
     @torch.no_grad()
     def fall_back(self, folder: Path) -> None:
         """Restore weights and optimizer of a checkpoint, and keep the progress. Not for sharded weights."""
-        saved = _weights(folder / "model")
-        for name, weight in self.policy.model.named_parameters():
-            weight.copy_(saved[name])
+        if self.policy.adapter:
+            lora.load_adapter(self.policy.model, folder / "model")
+        else:
+            saved = _weights(folder / "model")
+            for name, weight in self.policy.model.named_parameters():
+                weight.copy_(saved[name])
         self._restore_moments(folder)
 
     def _restore_moments(self, folder: Path) -> dict[str, Any]:
@@ -175,7 +188,7 @@ def build_optimizer(policy: Policy, *, name: str, weight_decay: float) -> torch.
             return bitsandbytes.optim.AdamW8bit(weights, weight_decay=weight_decay)  # type: ignore[no-any-return]
         return torch.optim.AdamW(weights, weight_decay=weight_decay)
 
-    weights = policy.model.parameters()
+    weights = policy.trainable
     return MasterWeights(weights, build) if policy.has_masters else build(weights)
 
 

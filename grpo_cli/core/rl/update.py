@@ -88,7 +88,7 @@ def update(
     """
     fit = fit or MicroBatch()
     passes = _Passes(parallel, examples, objective, fit, poll)
-    weights, before = list(parallel.learner.model.parameters()), _probe(optimizer)
+    weights, before = parallel.learner.trainable, _probe(optimizer)
     history: list[dict[str, float]] = []
     gap: dict[str, float] = {}
     try:

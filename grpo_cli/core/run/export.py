@@ -9,9 +9,9 @@ from pathlib import Path
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.run import checkpoint
-from grpo_cli.core.run.folder import Run
 
 CARD = "README.md"
+CONFIGS = ("config.json", "adapter_config.json")
 _LICENSE = re.compile(r"^license: *([A-Za-z0-9.+-]+) *$", re.MULTILINE)
 
 
@@ -23,22 +23,22 @@ def check_destination(folder: Path, *, overwrite: bool) -> None:
         raise CountdownError(f"`{folder}` is not a folder", "choose another name")
     if not folder.exists() or not any(folder.iterdir()):
         return
-    if not (folder / CARD).is_file() or not (folder / "config.json").is_file():
+    if not (folder / CARD).is_file() or not any((folder / name).is_file() for name in CONFIGS):
         raise CountdownError(f"`{folder}` holds other files than an export", "choose another folder")
     if not overwrite:
         raise CountdownError(f"`{folder}` exists", "choose another folder, or replace it with `--overwrite`")
 
 
 def export(
-    run: Run, folder: Path, card: str, *, overwrite: bool = False, convert: Callable[[Path], None] = lambda _: None
+    model: Path, folder: Path, card: str, *, overwrite: bool = False, convert: Callable[[Path], None] = lambda _: None
 ) -> list[Path]:
-    """Write the run's best model and its card to `folder`, replacing it as a whole; return the files.
+    """Write a run's model or adapter and its card to `folder`, replacing it as a whole; return the files.
 
     `convert` may add files to the folder before it takes its place. Raises as `check_destination` does.
     """
     check_destination(folder, overwrite=overwrite)
     with checkpoint.saving(folder) as staged:
-        shutil.copytree(run.model_path, staged, dirs_exist_ok=True)
+        shutil.copytree(model, staged, dirs_exist_ok=True)
         (staged / CARD).write_text(card, encoding="utf-8")
         convert(staged)
     return sorted(path for path in folder.iterdir() if path.is_file())

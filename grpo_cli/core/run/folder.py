@@ -2,7 +2,7 @@
 
 runs/<name>/  config.json  origin.json  environment.json  summary.json  metrics.jsonl  evaluations.jsonl
               tracker.json  tensorboard/  wandb/  samples.jsonl  training_curve.png  kl_divergence.png  report.html
-              model/  checkpoints/step-50/  bad_steps/  .lock
+              model/  adapter/  checkpoints/step-50/  bad_steps/  .lock
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Run:
                     f"`{path}` is a symbolic link, and a run writes to its own files alone",
                     "put the file or folder itself there; `--runs` may name any folder",
                 )
-            if path.name in ("model", "checkpoints") and not path.is_dir():
+            if path.name in ("model", "adapter", "checkpoints") and not path.is_dir():
                 raise CountdownError(f"`{path}` is not a folder", "put the folder back, or start a new run")
         return run
 
@@ -121,6 +121,11 @@ class Run:
     def model_path(self) -> Path:
         """Folder of the best model so far, in Hugging Face format."""
         return self.path / "model"
+
+    @property
+    def adapter_path(self) -> Path:
+        """Folder of the best model's adapter, in peft's format; a training of all weights has none."""
+        return self.path / "adapter"
 
     @property
     def shards_path(self) -> Path:

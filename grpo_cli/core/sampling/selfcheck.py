@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.model.load import load
+from grpo_cli.core.model import lora
+from grpo_cli.core.model.load import detect_device, load
 from grpo_cli.core.model.policy import PROBE, Policy, Sequences, set_attention, token_logprobs
 from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import sample, uniforms
@@ -78,16 +79,24 @@ def load_checked(
     precision: str,
     gradient_checkpointing: bool = False,
     logit_chunk: int = 0,
+    adapter: lora.Lora | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> Policy:
     """Load a model, called `name`, on a path that computes what the model does; `note` gets the outcome in one line.
 
     Raises CountdownError as `load` and `checked` do.
     """
-    loaded = load(source, device=device, precision=precision, gradient_checkpointing=gradient_checkpointing)
-    loaded = replace(loaded, name=name, logit_chunk=logit_chunk)
+    on_host = adapter is not None  # 4-bit weights are made there
+    loaded = load(
+        source, device=device, precision=precision, gradient_checkpointing=gradient_checkpointing, on_host=on_host
+    )
+    if adapter:
+        lora.adapt(loaded.model, adapter, name=source)
+        loaded.model.to(detect_device(device))
+    loaded = replace(loaded, name=name, logit_chunk=logit_chunk, adapter=adapter)
     cache = Path.home() / ".cache" / "countdown" / "selfcheck.json"
-    policy, outcome = checked(loaded, checkpointing=gradient_checkpointing, cache=cache)
+    with lora.perturbed(loaded.model):
+        policy, outcome = checked(loaded, checkpointing=gradient_checkpointing, cache=cache)
     if policy.plain or policy.whole or not outcome.from_cache:
         note(outcome.sentence(policy))
     return policy
@@ -215,7 +224,7 @@ def _gap(policy: Policy, prompts: Sequence[list[int]], *, checkpointing: bool) -
 
 def _compare_gradients(policy: Policy, sequences: Sequences) -> None:
     """Raise Disagreement if the gradient, as training computes it, is not that of the plain forward."""
-    weight = policy.model.get_input_embeddings().weight
+    weight = next(weight for weight in policy.model.parameters() if weight.requires_grad)  # behind all layers
 
     def gradient(logprobs: Callable[[], Tensor]) -> Tensor:
         with torch.enable_grad():
