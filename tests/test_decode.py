@@ -187,4 +187,5 @@ def test_longer_prompts_replace_the_sampler_of_their_own_kind(tiny_policy: Polic
     (training,) = tiny_policy.samplers
     for prompt in (short, longer):
         rolled(tiny_policy, [prompt], static=True, temperature=0.0)
+    rolled(tiny_policy, [short], static=True, temperature=0.0, tokens=9)  # an evaluation of another kind
     assert len(tiny_policy.samplers) == KEPT and training in tiny_policy.samplers

@@ -165,6 +165,7 @@ def test_a_cpu_is_planned_by_what_the_process_takes(tmp_path: Path, monkeypatch:
     assert room(settings, work) == pytest.approx(7 * GB + resident(), rel=0.01)
     assert room(settings, replace(work, ranks=2)) == pytest.approx(3.5 * GB + resident(), rel=0.01)
     assert room(settings, replace(work, device="cuda")) == int(9.5 * GB) - 500_000_000
+    assert room(settings, replace(work, device="cuda", ranks=2)) == int(9.5 * GB) - 1_500_000_000  # NCCL's buffers
 
 
 def test_moments_take_what_the_optimizers_keep() -> None:
@@ -194,6 +195,9 @@ def test_static_parts_of_qwen_are_those_worked_out_by_hand(planner: Planner) -> 
     # 28 layers, keys and values, 2 heads of 128, 2 bytes; prompts padded to 320 tokens.
     token = 28 * 2 * 2 * 128 * 2
     assert stays["KV cache"] == token * (4 * 320 + 64 * 160 + 64 * 320 + 64 * 160)
+    # Logits in 16 bits, float32 and float64; of two recorded steps the activations, scores and cuBLAS's workspaces.
+    of_row = 151936 * 18 + 2 * (4 * 1536 + 3 * 8960 + 2 * 1536) + 12 * 12 * (320 + 160)
+    assert stays["sampling"] == 2 * 64 * of_row + 2 * 2**25
     assert stays["working room"] == 4 * 151936 * 1536  # the embedding's gradient in float32
     norms_and_biases = 28 * (1536 + 256 + 256 + 2 * 1536) + 1536
     blocked = WEIGHTS - norms_and_biases
@@ -210,7 +214,7 @@ def test_logits_of_the_whole_step_are_there_twice_in_float32_and_once_in_bfloat1
         (141, Choices()),
         (40, Choices(rows=16)),
         (26, Choices(rows=16, checkpointing=True)),
-        (24, Choices(logit_chunk=1024, checkpointing=True)),
+        (24, Choices(logit_chunk=1024, rows=32, checkpointing=True)),
         (22, Choices(rows=16, checkpointing=True, on_host=True)),
     ],
 )

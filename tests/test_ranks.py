@@ -402,3 +402,13 @@ def wait_for(found: Callable[[], bool], seconds: float = 60) -> None:
     while not found():
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def test_nccl_is_bound_to_the_device_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **options: given.update(options))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    Ranks(None, 1, 2, device=torch.device("cuda"), timeout=5.0)
+    assert given["device_id"] == torch.device("cuda", 3)
+    Ranks(None, 1, 2, device=torch.device("cpu"), timeout=5.0)
+    assert given["device_id"] is None

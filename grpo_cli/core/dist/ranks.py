@@ -125,9 +125,15 @@ class Ranks(Solo):
         self._dist, self._store, self._timeout = dist, store, timeout
         self._waited = self._reduced = 0.0
         # Python objects travel by the CPU, so that a rank that fails is known before NCCL waits for it.
-        backend = f"cpu:gloo,cuda:{dist.Backend.NCCL}" if device.type == "cuda" else "gloo"
+        on_cuda = device.type == "cuda"
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=max(1.0, timeout))
+            f"cpu:gloo,cuda:{dist.Backend.NCCL}" if on_cuda else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=max(1.0, timeout)),
+            # With a device NCCL connects at once: a rank that cannot is known here, not at its first sum.
+            device_id=torch.device("cuda", torch.cuda.current_device()) if on_cuda else None,
         )
 
     def each(self, work: Callable[[], T]) -> list[T]:

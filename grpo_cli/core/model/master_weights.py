@@ -46,8 +46,8 @@ class MasterWeights(torch.optim.Optimizer):
             for weight, master in part:
                 master.grad = None if weight.grad is None else weight.grad.float()
             self.inner.step()  # passes over what has no gradient
-            for weight, master in part:
-                weight.copy_(master)
+            torch._foreach_copy_([weight for weight, _ in part], [master for _, master in part])
+            for _, master in part:
                 master.grad = None
 
     def _parts(self) -> Iterator[list[tuple[torch.nn.Parameter, Tensor]]]:

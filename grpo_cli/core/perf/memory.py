@@ -35,6 +35,8 @@ CPU_SHARE = 0.7  # share of a machine's free memory to plan for: there running o
 CPU_SLACK = 0.25  # of what comes and goes: fragmentation, and what kernels allocate for themselves
 CPU_KERNELS = 100_000_000  # bytes of their code and buffers, which no process holds before its first pass
 LIBRARIES = 500_000_000  # bytes of CUDA's own libraries
+NCCL = 1_000_000_000  # bytes of its buffers, where several processes share the work; not measured
+WORKSPACE = 2**25  # bytes that cuBLAS keeps for each of two streams: that of training and that of recorded steps
 LOGIT_CHUNKS = (0, 4096, 1024)  # tokens whose logits are computed at once; 0 is all
 
 # Costs of choices, in tokens passed forward through the model.
@@ -244,7 +246,11 @@ class Planner:
         caches = [(prompts * longest + rows * work.new_tokens) * token for prompts, rows in batches]
         chosen = [rows * self._vocabulary * (self.dtype.itemsize + 16) for _, rows in batches]
         together = sum if static else max
-        return {"KV cache": together(caches), "sampling": together(chosen)}
+        # A recorded step owns the tensors that it makes: a layer's activations, and scores with their softmax.
+        layer = (4 * self._width + 3 * self._inner + 2 * self._queries) * self.dtype.itemsize
+        scores = 12 * self._heads * (longest + work.new_tokens)
+        recorded = 2 * WORKSPACE + sum(rows * (layer + scores) for _, rows in batches) if static else 0
+        return {"KV cache": together(caches), "sampling": together(chosen) + recorded}
 
     def _rollout(self) -> Amounts:
         """The prefill: keys of all layers, and one layer's values. `qwen2` decodes with merged copies of its layers."""
@@ -366,7 +372,8 @@ def room(settings: Settings, work: Work, *, free: int = 0) -> int:
     free = given or free or free_memory(torch.device(work.device))
     if work.device == "cpu":
         return given or int(CPU_SHARE * free / work.ranks) + resident()
-    return int(free * (1 - GPU_MARGIN)) - (LIBRARIES if work.device == "cuda" else 0)
+    libraries = LIBRARIES + (NCCL if work.ranks > 1 else 0) if work.device == "cuda" else 0
+    return int(free * (1 - GPU_MARGIN)) - libraries
 
 
 def plan_for(

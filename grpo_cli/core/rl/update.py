@@ -232,17 +232,22 @@ def _trained(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [local(tensor.detach()) for group in optimizer.param_groups for tensor in group["params"]]
 
 
-def _probe(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """A copy of evenly spaced weights of every tensor."""
+def _probed(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Evenly spaced weights of every tensor."""
     flattened = (tensor.flatten() for tensor in _trained(optimizer))
-    return [flat[:: max(1, flat.numel() // PROBED_WEIGHTS)].clone() for flat in flattened]
+    return [flat[:: max(1, flat.numel() // PROBED_WEIGHTS)] for flat in flattened]
 
 
-def _changed(optimizer: torch.optim.Optimizer, before: list[Tensor]) -> float:
-    """Share of weights that differ from the probe, each tensor weighted by its size."""
+def _probe(optimizer: torch.optim.Optimizer) -> Tensor:
+    """A copy of evenly spaced weights of every tensor, in one."""
+    return torch.cat(_probed(optimizer))
+
+
+def _changed(optimizer: torch.optim.Optimizer, before: Tensor) -> float:
+    """Share of weights that differ from the probe, each tensor weighted by its size; one synchronization."""
     sizes: list[int] = [tensor.numel() for tensor in _trained(optimizer)]
-    shares = [
-        float((old != new).float().mean()) if len(old) else 0.0
-        for old, new in zip(before, _probe(optimizer), strict=True)
-    ]
+    lengths = torch.tensor([len(part) for part in _probed(optimizer)], device=before.device)
+    counts = torch.cat([lengths.new_zeros(1), (before != _probe(optimizer)).cumsum(dim=0)])
+    ends = lengths.cumsum(dim=0)
+    shares = ((counts[ends] - counts[ends - lengths]) / lengths.clamp(min=1)).tolist()
     return sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)

@@ -248,7 +248,7 @@ def record(work: Callable[[], None], device: torch.device) -> Callable[[], None]
             work()
     torch.cuda.current_stream(device).wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=aside):
         work()
     return graph.replay
 
@@ -259,15 +259,20 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def _group(sampler: object) -> int:
+    return sampler.form.num_generations if isinstance(sampler, StaticSampler) else 0
+
+
 def static_sampler(policy: Policy, prompts: Sequence[list[int]], form: Form, uniform: Tensor | None) -> StaticSampler:
     """A static sampler of the policy with a batch taken in: one that is kept if it covers the form, else a new one."""
     kept = policy.samplers
     found = next((one for one in kept if isinstance(one, StaticSampler) and one.form.covers(form)), None)
     if found is None:
         wider = replace(form, longest=-(-form.longest // ROUNDED) * ROUNDED)
-        # First, so that their memory is free. Longer prompts of an evaluation never evict the training's sampler.
+        # First, so that their memory is free. The training's sampler has the largest groups and outlasts evaluations.
         kept[:] = [one for one in kept if not (isinstance(one, StaticSampler) and wider.covers(one.form))]
-        del kept[KEPT - 1 :]
+        while len(kept) >= KEPT:
+            kept.remove(min(reversed(kept), key=_group))
         found = StaticSampler(policy, wider)
         kept.insert(0, found)
     found.start(prompts, uniform)
