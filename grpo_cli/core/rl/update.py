@@ -249,5 +249,5 @@ def _changed(optimizer: torch.optim.Optimizer, before: Tensor) -> float:
     lengths = torch.tensor([len(part) for part in _probed(optimizer)], device=before.device)
     counts = torch.cat([lengths.new_zeros(1), (before != _probe(optimizer)).cumsum(dim=0)])
     ends = lengths.cumsum(dim=0)
-    shares = ((counts[ends] - counts[ends - lengths]) / lengths.clamp(min=1)).tolist()
+    shares: list[float] = ((counts[ends] - counts[ends - lengths]) / lengths.clamp(min=1)).tolist()
     return sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)

@@ -260,7 +260,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _group(sampler: object) -> int:
-    return sampler.form.num_generations if isinstance(sampler, StaticSampler) else 0
+    return sampler.form.params.num_generations if isinstance(sampler, StaticSampler) else 0
 
 
 def static_sampler(policy: Policy, prompts: Sequence[list[int]], form: Form, uniform: Tensor | None) -> StaticSampler:
