@@ -258,6 +258,7 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "weights elsewhere": (an_index_that_leads_elsewhere, "names '../outside.safetensors'"),
     "config nested deeply": (containing("config.json", b"[" * 100_000), "cannot load"),
     "a list for a config": (containing("config.json", b"[]"), "cannot load"),
+    "two text models": (lambda f: configure(f, model_type="musicgen"), "Multiple valid text configs"),
     "unknown architecture": (lambda f: configure(f, model_type="zork"), "model type `zork`"),
     "no tokenizer": (without("tokenizer.json"), "has no vocabulary"),
     "tokenizer of noise": (containing("tokenizer.json", b"[]"), "cannot load"),

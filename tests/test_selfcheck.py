@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import SHORT, WINDOW, loaded, tiny_model
 from conftest import save_tiny_model
 from transformers import (
     BertConfig,
@@ -34,30 +35,25 @@ from transformers import (
 
 from grpo_cli.core import model as model_package
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.model.load import attends_in_full, load
-from grpo_cli.core.model.policy import Policy, Sequences, checkpoint_layers, set_attention
+from grpo_cli.core.model.load import load
+from grpo_cli.core.model.policy import Policy, Sequences, checkpoint_layers
 from grpo_cli.core.sampling import selfcheck
 from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import sample, uniforms
 from grpo_cli.core.sampling.selfcheck import checked, plain_logprobs
 
-PROMPTS = [[5, 9, 11, 44, 7], [8, 7, 60, 61, 3, 4, 9, 20, 21, 22, 13]]
 SHAPE = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 DECODER = {**SHAPE, "intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": 0}
 GPT = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
 
 def as_loaded(model: PreTrainedModel) -> Policy:
-    """A policy as `load` makes it, of weights so large that the distributions are far from uniform."""
+    """A policy of weights so large that its distributions are far from uniform."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.25 * torch.randn(weight.shape, generator=generator))
-    model.eval()
-    plain = not (attends_in_full(model.config.get_text_config()) and set_attention(model, plain=False))
-    if plain:
-        set_attention(model, plain=True)
-    return Policy(model, None, "a model", "float32", (2,), plain=plain)
+    return loaded(model.eval())
 
 
 def windowed() -> PreTrainedModel:
@@ -81,11 +77,11 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_every_path_computes_what_the_model_computes(name: str) -> None:
     build, path = MODELS[name]
-    policy, outcome = checked(as_loaded(build()), PROMPTS)
+    policy, outcome = checked(as_loaded(build()), SHORT)
     assert outcome.path == path and outcome.gap < 1e-4
     uniform = uniforms(1, 1, [0, 1], 3, 10)
-    rollout = sample(policy, PROMPTS, SamplingParams(10, 1.3, 3), uniform=uniform)
-    sequences = Sequences(PROMPTS, rollout.completions, [0, 0, 0, 1, 1, 1])
+    rollout = sample(policy, SHORT, SamplingParams(10, 1.3, 3), uniform=uniform)
+    sequences = Sequences(SHORT, rollout.completions, [0, 0, 0, 1, 1, 1])
     expected = torch.cat(plain_logprobs(policy, sequences, temperature=1.3))
     sampled = torch.tensor([value for row in rollout.logprobs for value in row])
     torch.testing.assert_close(sampled, expected, atol=1e-4, rtol=0)
@@ -106,7 +102,7 @@ def test_gradient_checkpointing_keeps_dropout_off(kind: str, dropout: float) -> 
         model = OPTForCausalLM(OPTConfig(**shape, dropout=dropout, attention_dropout=dropout, layerdrop=dropout))
     policy = as_loaded(model)
     checkpoint_layers(model)
-    _, outcome = checked(policy, PROMPTS, checkpointing=True)
+    _, outcome = checked(policy, SHORT, checkpointing=True)
     assert outcome.path == "packed" and outcome.gap < 1e-4
 
 
@@ -114,13 +110,13 @@ def test_a_layer_that_draws_random_numbers_is_refused() -> None:
     policy = as_loaded(GPT2LMHeadModel(GPT2Config(**GPT)))
     policy.model.transformer.drop.train()
     with pytest.raises(CountdownError, match="a layer draws random numbers"):
-        checked(policy, PROMPTS)
+        checked(policy, SHORT)
 
 
 def test_an_encoder_is_refused() -> None:
     policy = as_loaded(BertLMHeadModel(BertConfig(**SHAPE, intermediate_size=48)))
     with pytest.raises(CountdownError, match="later tokens") as caught:
-        checked(policy, PROMPTS)
+        checked(policy, SHORT)
     assert "BertLMHeadModel" in caught.value.message and caught.value.exit_code == 2
 
 
@@ -128,7 +124,7 @@ def test_weights_that_give_no_numbers_are_refused() -> None:
     policy = as_loaded(GPT2LMHeadModel(GPT2Config(**GPT)))
     policy.model.transformer.ln_f.weight.data.fill_(float("inf"))
     with pytest.raises(CountdownError, match="not finite"):
-        checked(policy, PROMPTS)
+        checked(policy, SHORT)
 
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
@@ -139,21 +135,30 @@ LONG = {"rope_type": "longrope", "factor": 2.0, "rope_theta": 10000.0, "original
 def test_positions_that_depend_on_length_are_refused_beyond_the_original_context(rope: dict[str, object]) -> None:
     context = 32 if rope["rope_type"] == "dynamic" else 64
     model = LlamaForCausalLM(LlamaConfig(**DECODER, max_position_embeddings=context, rope_parameters=dict(rope)))
-    policy, _ = checked(as_loaded(model), PROMPTS)
-    do = partial(sample, policy, PROMPTS)
+    policy, _ = checked(as_loaded(model), SHORT)
+    do = partial(sample, policy, SHORT)
     assert len(do(SamplingParams(21, num_generations=2), uniform=uniforms(0, 0, [0, 1], 2, 21)).completions) == 4
     with pytest.raises(CountdownError, match="the context of `a model` is 32: only rows of one length"):
         do(SamplingParams(22, num_generations=2), uniform=uniforms(0, 0, [0, 1], 2, 22))
 
 
+@pytest.mark.parametrize("kind", ["doge", "moshi"])
+def test_lengths_at_which_an_architecture_computes_otherwise_are_refused(kind: str) -> None:
+    (policy, _), most = checked(loaded(tiny_model(kind)), SHORT), WINDOW - len(SHORT[1])
+    do = partial(sample, policy, SHORT)
+    assert len(do(SamplingParams(most), uniform=None).completions) == 2
+    with pytest.raises(CountdownError, match=f"context of `a model` is {WINDOW}: only rows of one length"):
+        do(SamplingParams(most + 1), uniform=None)
+
+
 def test_positions_that_end_are_refused_beyond_their_end() -> None:
     policy = as_loaded(GPT2LMHeadModel(GPT2Config(**GPT)))
     with pytest.raises(CountdownError, match="up to 65 tokens, and the context of `a model` is 64: it has no"):
-        sample(policy, PROMPTS, SamplingParams(54), uniform=None)
+        sample(policy, SHORT, SamplingParams(54), uniform=None)
 
 
 def test_a_reference_stays_on_its_path() -> None:
-    policy, _ = checked(as_loaded(windowed()), PROMPTS)
+    policy, _ = checked(as_loaded(windowed()), SHORT)
     assert policy.frozen_copy().plain
 
 

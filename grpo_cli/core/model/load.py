@@ -145,6 +145,7 @@ def _config(name: str) -> transformers.PreTrainedConfig:
         config = transformers.AutoConfig.from_pretrained(
             source, trust_remote_code=False, local_files_only=local, **chosen
         )
+        config.get_text_config()  # raises where a model has several
     return cast("transformers.PreTrainedConfig", config)
 
 
@@ -249,18 +250,24 @@ def attends_in_full(config: transformers.PreTrainedConfig) -> bool:
 
 
 def require_context(name: str, config: transformers.PreTrainedConfig, tokens: int) -> None:
-    """Raise CountdownError for sequences of `tokens` where positions end, or rotate by the longest row of a batch."""
+    """Raise CountdownError for sequences of `tokens` beyond the positions, or where a row's length changes them all."""
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None)
-    limit: int = getattr(text, "max_position_embeddings", None) or 0
-    if rope is not None:
+    keys = ["keep_window_size", "index_topk"]  # Doge and sparse attention by an indexer, not causal beyond
+    keys += ["sliding_window"] if text.model_type == "moshi" else []  # its cache is wrong beyond
+    limits = [getattr(text, key, None) for key in keys]
+    context: int = getattr(text, "max_position_embeddings", None) or 0
+    if rope is None:
+        limits.append(context)
+    else:
         nested = [rope, *(part for part in rope.values() if isinstance(part, dict))]
         scaled = [part for part in nested if part.get("rope_type") in ("dynamic", "longrope")]
-        limit = min((part.get("original_max_position_embeddings") or limit for part in scaled), default=0)
-    if limit and tokens > limit:
-        what = "only rows of one length agree beyond it" if rope is not None else "it has no positions beyond it"
+        limits += [part.get("original_max_position_embeddings") or context for part in scaled]
+    limit = min((limit for limit in limits if limit), default=tokens)
+    if tokens > limit:
+        reason = "it has no positions beyond it" if rope is None else "only rows of one length agree beyond it"
         raise CountdownError(
-            f"prompt and completion take up to {tokens:,} tokens, and the context of `{name}` is {limit:,}: {what}",
+            f"prompt and completion take up to {tokens:,} tokens, and the context of `{name}` is {limit:,}: {reason}",
             "give a smaller `--max-new-tokens`",
         )
 
