@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.model.load import attends_in_full
+from grpo_cli.core.model.load import attends_in_full, caches_right
 from grpo_cli.core.model.policy import Policy, Sequences, set_attention
 from grpo_cli.core.sampling.rollout import sample, uniforms
 from grpo_cli.core.sampling.selfcheck import PATHS, checked
@@ -146,7 +146,8 @@ def loaded(model: PreTrainedModel) -> Policy:
     plain = not (attends_in_full(model.config.get_text_config()) and set_attention(model, plain=False))
     if plain:
         set_attention(model, plain=True)
-    return Policy(model, None, "a model", "float32", (2,), plain=plain)
+    cached = caches_right(model.config)
+    return Policy(model, None, "a model", "float32", (2,), plain=plain, cached=cached)
 
 
 def run(kind: str) -> Result:

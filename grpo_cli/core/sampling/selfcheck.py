@@ -130,6 +130,8 @@ def checked(
                 continue
             if path == "packed, unfused" and not policy.fused:
                 continue  # as "packed"
+            if path == "plain" and not policy.cached:
+                continue
             candidate = _on(policy, path)
             try:
                 gap = _gap(candidate, prompts, checkpointing=checkpointing)
