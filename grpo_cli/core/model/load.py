@@ -124,7 +124,9 @@ def load(
     if plain:
         set_attention(model, plain=True)
     fused = place.type == "cuda" and not plain
-    return Policy(model if on_host else model.to(place), tokenizer, name, chosen, end_ids, plain=plain, fused=fused)
+    cached = caches_right(model.config)
+    model = model if on_host else model.to(place)
+    return Policy(model, tokenizer, name, chosen, end_ids, plain=plain, cached=cached, fused=fused)
 
 
 def number_of_layers(name: str) -> int:
