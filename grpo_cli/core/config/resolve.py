@@ -283,9 +283,8 @@ def _refused(layer: _Layer, problem: ErrorDetails) -> CountdownError:
     if words and key not in layer:  # two settings that do not fit together
         named = [name if name in layer else f"{table}.{name}" for name in re.findall(r"`([\w.]+)`", words)]
         items = [layer[name] for name in named if name in layer]
-        return CountdownError(
-            ": ".join([words, " and ".join(f"{item.place} = {_shown(item.value)}" for item in items)])
-        )
+        places = " and ".join(f"{item.place} = {_shown(item.value)}" for item in items)
+        return CountdownError(": ".join(filter(None, [words, places])))
     item = layer[key]
     if table == "suite":
         found = words or (f"the weight of `{rest[1]}` must be a number of at least 0" if rest[1:] else "it is no table")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.task.countdown import task_of
@@ -12,6 +13,7 @@ from grpo_cli.core.task.prompts import STYLES
 from grpo_cli.core.task.suite import SIZES
 
 PLANNED_STEPS = 4  # steps whose prompts are encoded to plan memory
+PLANNED_PROMPTS = 1000
 
 
 def learning_rate_at(step: int, *, peak: float, schedule: str, warmup_steps: int, num_iterations: int) -> float:
@@ -37,8 +39,8 @@ def _or_task(text: str, of_task: str) -> str:
 
 
 def longest_prompt(settings: Settings, encode: Callable[[Sequence[dict[str, str]]], list[int]]) -> int:
-    """Tokens of the longest prompt of the first few steps."""
+    """Tokens of the longest prompt of the first few steps, of at most PLANNED_PROMPTS."""
     task, prompts = task_of(settings), curriculum(settings)
     steps = range(1, min(PLANNED_STEPS, settings.train.num_iterations) + 1)
     drawn = (item for step in steps for item in prompts.prompts(step))
-    return max(len(encode(task.prompt(problem, style))) for problem, style in drawn)
+    return max(len(encode(task.prompt(problem, style))) for problem, style in islice(drawn, PLANNED_PROMPTS))
