@@ -95,7 +95,10 @@ GOOD = "def problems(split): return [1]\ndef prompt(x): return 'q'\ndef score(te
         (GOOD.replace("'q'", "5"), "`prompt` of `mine.py` must return a text, or messages"),
         (GOOD.replace("0.5", "'high'"), "`mine.py` must score by a finite number or a dict of them, not 'high'"),
         (GOOD.replace("0.5", "float('nan')"), "`mine.py` must score by a finite number"),
+        (GOOD.replace("0.5", "10**400"), "`mine.py` must score by a finite number"),
         (GOOD.replace("0.5", "text[5]"), "`score` of `mine.py` failed in"),
+        (GOOD.replace("0.5", "exit(0)"), "SystemExit: 0"),
+        ("import sys\nsys.exit(0)\n", "mine.py` cannot be run: line 2: SystemExit: 0"),
     ],
 )
 def test_a_wrong_task_is_one_sentence(tmp_path: Path, text: str, message: str) -> None:
@@ -132,6 +135,13 @@ def test_a_reward_pays_and_the_strict_score_decides_what_is_correct(tmp_path: Pa
     assert score.reward == pytest.approx(10 - len(RIGHT) / 100)
     assert not task.score("no", P13, style="one-shot").correct
     assert task.problems("val", 3) == Countdown().problems("val", 3) and task.name == "countdown"
+
+
+def test_what_a_task_prints_leaves_json_alone(countdown: Command, tmp_path: Path) -> None:
+    name = written(tmp_path, "print('loaded')\n" + GOOD.replace("return 0.5", "print('scored'); return 0.5"))
+    done = countdown("eval", "--task", name, "--json", "--max-new-tokens", 4)
+    assert json.loads(done.out)["count"] == 1
+    assert "loaded" in done.err and "scored" in done.err
 
 
 @pytest.mark.faults

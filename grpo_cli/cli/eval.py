@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from functools import partial, reduce
 from pathlib import Path
 
@@ -50,7 +52,8 @@ def run(
     chosen = [choose(ctx, config, name) for name in models] if models else [choose(ctx, config, None)]
     _require_sampling(chosen[0].settings.eval)
     ranks = join_ranks(chosen[0].settings)
-    results = _evaluate(chosen, weights, quiet=as_json or ranks.rank > 0, ranks=ranks)
+    with redirect_stdout(sys.stderr):  # a task may print: stdout is data
+        results = _evaluate(chosen, weights, quiet=as_json or ranks.rank > 0, ranks=ranks)
     ranks.leave()
     if ranks.rank > 0:
         return

@@ -119,7 +119,9 @@ def call(function: Function, what: str, *arguments: object) -> Any:
     """Call a user's function; an exception becomes a CountdownError with the file, the line and the arguments."""
     try:
         return function(*arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if _interrupted(error):
+            raise
         place = traceback.extract_tb(error.__traceback__)[-1]
         shown = ", ".join(repr(argument)[:200] for argument in arguments)
         raise CountdownError(
@@ -128,11 +130,24 @@ def call(function: Function, what: str, *arguments: object) -> Any:
         ) from error
 
 
+def _interrupted(error: BaseException) -> bool:
+    """Whether this is Ctrl-C and not the user's own `sys.exit`."""
+    return isinstance(error, SystemExit) and error.code == 130
+
+
+def _finite(value: object) -> bool:
+    """Whether this is a number that a float can hold."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def _score(result: object, name: str, *, truncated: bool) -> Score:
     """A score from a number, or from a dict of named numbers that add up."""
     parts = dict(result) if isinstance(result, Mapping) else {}
     numbers = list(parts.values()) if parts else [result]
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
+    if not all(map(_finite, numbers)):
         raise CountdownError(f"`{name}` must score by a finite number or a dict of them, not {result!r:.100}")
     reward = float(sum(numbers))  # type: ignore[arg-type]
     correct = reward >= 1.0
@@ -165,7 +180,9 @@ def _functions(path: Path) -> dict[str, Function]:
         raise CountdownError(f"no Python file `{path}`", "name a file that ends in .py")
     try:
         return {name: value for name, value in runpy.run_path(str(path)).items() if callable(value)}
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if _interrupted(error):
+            raise
         line = error.lineno if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1].lineno
         raise CountdownError(f"`{path}` cannot be run: line {line}: {type(error).__name__}: {error}") from error
 
