@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 
 from grpo_cli.cli.checks import require_package
+from grpo_cli.cli.export import card_of
 from grpo_cli.cli.launch import Place, Signals, place
 from grpo_cli.cli.models import Chosen, join_ranks, load, resolve_for_model
 from grpo_cli.cli.options import flags, give
@@ -22,6 +23,7 @@ from grpo_cli.core.rl.schedule import curriculum
 from grpo_cli.core.rl.session import Session, demonstrated, for_ranks, plan_memory, start
 from grpo_cli.core.rl.state import choose_optimizer
 from grpo_cli.core.rl.train import Interrupted
+from grpo_cli.core.run.export import CARD
 from grpo_cli.core.run.folder import Run, run_name
 from grpo_cli.core.run.models import model_source
 from grpo_cli.core.sampling.params import SamplingParams
@@ -115,6 +117,8 @@ def _train(session: Session) -> None:
             view.message(f"stopped after step {training.step}; resume with: countdown train --run {run.name} --resume")
             sys.exit(128 + (signals.stop or signal.SIGTERM))
     if run.writes:
+        if run.model_path.is_dir():
+            (run.model_path / CARD).write_text(card_of(run), encoding="utf-8")
         tables.training_summary(result.summary, run.path, overlap=result.overlap)
 
 
