@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.task.countdown import Countdown
+from grpo_cli.core.task.countdown import Countdown, PuzzlePaths
 from grpo_cli.core.task.data import enumerate_puzzles, generate, write_puzzles
-from grpo_cli.core.task.files import load_puzzles
+from grpo_cli.core.task.files import SPLITS, load_puzzles
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.rules import Rules
+from grpo_cli.core.task.task import require_apart
 
 ALL = Rules("+-*/", 1, 99, 10, 99)
 
@@ -29,19 +30,53 @@ def test_puzzles_come_back_from_their_file(tmp_path: Path, name: str) -> None:
         pytest.importorskip("pyarrow")
     path = tmp_path / name
     write_puzzles(path, enumerate_puzzles(3))
-    task = Countdown(path=path)
-    for split in ("train", "val"):
+    task = Countdown(paths=PuzzlePaths(path))
+    for split in SPLITS:
         assert task.problems(split, 3) == Countdown().problems(split, 3)
     assert load_puzzles(path).duplicates == 0
     assert task.files == {"puzzles": hashlib.sha256(path.read_bytes()).hexdigest()} and Countdown().files == {}
-    assert task.notes([3])[0].startswith(f"{path}: 2,179 train and 327 val puzzles, 0 duplicates left out, SHA-256")
+    assert task.notes([3])[0].startswith(
+        f"{path}: 2,051 train, 128 dev, 327 val puzzles, 0 duplicates left out, SHA-256"
+    )
+
+
+def test_files_of_their_own_are_all_dev_or_all_val(tmp_path: Path) -> None:
+    """A dev file's puzzles leave the train pool; with a val file, all unmarked rows of the first are train."""
+    odd, even, other, new = ({"nums": numbers, "target": 6} for numbers in ([1, 2, 3], [2, 2, 2], [1, 1, 4], [3, 1, 2]))
+
+    def written(name: str, *rows: dict[str, object]) -> Path:
+        (tmp_path / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        return tmp_path / name
+
+    def keys(task: Countdown) -> list[set[str]]:
+        return [{puzzle.key for puzzle in task.problems(split, 3)} for split in SPLITS]
+
+    main, dev, val = written("main.jsonl", odd, even, other), written("dev.jsonl", new), written("val.jsonl", other)
+    assert keys(Countdown(paths=PuzzlePaths(main, dev))) == [{"1 1 4 -> 6"}, {"1 2 3 -> 6"}, {"2 2 2 -> 6"}]
+    task = Countdown(paths=PuzzlePaths(main, dev, val))
+    assert keys(task) == [{"2 2 2 -> 6", "1 1 4 -> 6"}, {"1 2 3 -> 6"}, {"1 1 4 -> 6"}]
+    assert list(task.files) == ["puzzles", "dev_puzzles", "val_puzzles"] and len(task.notes([3])) == 3
+    with pytest.raises(CountdownError, match=r"^1 of 1 val problems are also train problems, first `1 1 4 -> 6`$"):
+        require_apart({split: task.problems(split, 3) for split in SPLITS})
+    generated = Countdown(paths=PuzzlePaths(dev=dev))
+    assert len(generated.problems("train", 3)) == 2178 and len(generated.problems("val", 3)) == 327
+
+
+def test_rows_may_say_dev(tmp_path: Path) -> None:
+    path = tmp_path / "puzzles.jsonl"
+    rows = [
+        {"nums": [1, 2, number], "target": 3 + number, "split": "dev" if number < 3 else None} for number in (1, 2, 3)
+    ]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    task = Countdown(paths=PuzzlePaths(path))
+    assert [len(task.problems(split, 3)) for split in ("train", "dev")] == [1, 2]
 
 
 def test_files_written_with_rules_are_read_with_them(tmp_path: Path) -> None:
     path, puzzles = tmp_path / "public.jsonl", generate(50, numbers=4, seed=1, rules=ALL)
     write_puzzles(path, puzzles, rules=ALL)
     loaded = load_puzzles(path, ALL)
-    assert {*loaded.train, *loaded.val} == set(puzzles)
+    assert {*loaded.rows["train"], *loaded.rows["val"]} == set(puzzles)
     with pytest.raises(CountdownError, match=r"`solution` does not make|have no solution"):
         load_puzzles(path)
 
@@ -65,7 +100,7 @@ def test_the_public_data_sets_columns_are_read(tmp_path: Path, name: str) -> Non
     else:
         path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     loaded = load_puzzles(path, ALL)
-    assert loaded.train == (Puzzle((44, 19, 35), 98), Puzzle((63, 95, 96), 64), Puzzle((95, 11, 56), 28))
+    assert loaded.rows["train"] == (Puzzle((44, 19, 35), 98), Puzzle((63, 95, 96), 64), Puzzle((95, 11, 56), 28))
     with pytest.raises(CountdownError, match="has no val puzzles"):
         loaded.puzzles("val")
 
@@ -128,7 +163,7 @@ GOOD = {"numbers": [3, 5, 2], "target": 13, "split": "train", "solution": "2 * 5
         ),
         (json.dumps({**GOOD, "numbers": [3]}), "a puzzle has 2 to 6 numbers, not 1"),
         (json.dumps({**GOOD, "target": -13}), "the target of a puzzle lies between 1 and 1000"),
-        (json.dumps({**GOOD, "split": "test"}), "`split` is `train` or `val`"),
+        (json.dumps({**GOOD, "split": "test"}), "`split` is `train`, `dev` or `val`"),
         (json.dumps({**GOOD, "numbers": [2, 3, 5], "split": "val"}), "[2, 3, 5] -> 13 is a train and a val puzzle"),
         (json.dumps({**GOOD, "target": 14}), "`solution` does not make 14 from [3, 5, 2]"),
         (json.dumps({**GOOD, "solution": "13"}), "`solution` does not make 13 from [3, 5, 2]"),
@@ -147,7 +182,7 @@ def test_files_of_other_systems_are_read(tmp_path: Path) -> None:
     path = tmp_path / "puzzles.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + f"{json.dumps(GOOD)}\r\n{json.dumps(GOOD)}".encode())
     loaded = load_puzzles(path)
-    assert (loaded.train, loaded.val, loaded.duplicates) == ((Puzzle((3, 5, 2), 13),), (), 1)
+    assert (loaded.rows["train"], loaded.rows["val"], loaded.duplicates) == ((Puzzle((3, 5, 2), 13),), (), 1)
 
 
 @pytest.mark.faults

@@ -180,7 +180,7 @@ def test_a_broken_file_of_puzzles_is_named_with_its_line(tmp_path: Path, case: s
 def test_windows_line_ends_are_fine(tmp_path: Path) -> None:
     path = tmp_path / "puzzles.jsonl"
     path.write_bytes("\r\n".join(lines()).encode())
-    assert set(load_puzzles(path).train) <= set(generate(10, seed=1))
+    assert set(load_puzzles(path).rows["train"]) <= set(generate(10, seed=1))
 
 
 # Missing packages, odd terminals

@@ -20,7 +20,7 @@ from grpo_cli.core.task.data import (
     write_puzzles,
 )
 from grpo_cli.core.task.expression import parse
-from grpo_cli.core.task.puzzle import Puzzle, Split, checked, judge, split_of
+from grpo_cli.core.task.puzzle import Puzzle, Side, checked, judge, split_of
 from grpo_cli.core.task.solver import needs_parentheses, solve
 
 PRIME = 2**61 - 1
@@ -57,7 +57,7 @@ def brute_force(numbers: tuple[int, ...]) -> dict[int, set[int]]:
     ("numbers", "split"),
     [((2, 4, 6), "val"), ((10, 10), "val"), ((2, 4, 5), "train"), ((1, 4, 6), "train"), ((9, 7, 3, 1), "train")],
 )
-def test_all_even_numbers_are_val(numbers: tuple[int, ...], split: Split) -> None:
+def test_all_even_numbers_are_val(numbers: tuple[int, ...], split: Side) -> None:
     assert split_of(numbers) == Puzzle(numbers, 10).split == split
 
 
@@ -188,7 +188,7 @@ def test_a_seed_names_the_puzzles() -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_one_split_is_generated_on_request(split: Split) -> None:
+def test_one_split_is_generated_on_request(split: Side) -> None:
     assert {puzzle.split for puzzle in generate(50, split=split)} == {split}
 
 
@@ -204,7 +204,7 @@ def test_the_seeds_puzzles_are_those_of_random_choice() -> None:
 
 
 @pytest.mark.parametrize(("numbers", "split"), [(5, "val"), (6, "train")])
-def test_a_sample_has_no_puzzle_twice(numbers: int, split: Split) -> None:
+def test_a_sample_has_no_puzzle_twice(numbers: int, split: Side) -> None:
     puzzles = puzzle_set(numbers, split)
     assert len({puzzle.canonical for puzzle in puzzles}) == len(puzzles) == 2000
 

@@ -183,10 +183,10 @@ def test_the_best_step_is_the_one_that_was_kept() -> None:
     assert account(*lines).stations == [("start", 0), ("best", 2), ("last", 4)]
     assert account(*lines[:2]).stations == [("start", 0), ("best and last", 2)]
     assert account(lines[0]).stations == [("start", 0)]
-    rows = [{**row, "suite_mean": float(row["step"])} for row in metrics(4) if row["step"] in (2, 4)]
-    by_suite = Account(plot.from_metrics("first", rows), rows, by_cell(*lines), settings=SETTINGS)
-    assert by_suite.best == 4
-    kept = Account(by_suite.curves, rows, by_suite.evaluations, settings=SETTINGS, summary={"best_step": 2})
+    rows = [{**row, "dev_accuracy": float(row["step"])} for row in metrics(4) if row["step"] in (2, 4)]
+    on_dev = Account(plot.from_metrics("first", rows), rows, by_cell(*lines), settings=SETTINGS)
+    assert on_dev.best == 4 and on_dev.looks == 1 and account(*lines).looks == 2
+    kept = Account(on_dev.curves, rows, on_dev.evaluations, settings=SETTINGS, summary={"best_step": 2})
     assert kept.best == 2
 
 

@@ -8,7 +8,7 @@ from grpo_cli.core.task.suite import CELLS, Cell, cell, weighted_mean
 def test_a_cell_is_known_by_its_name() -> None:
     assert cell("  val  4 zero-shot ") == Cell("val", 4, "zero-shot")
     assert all(cell(name) == one and one.name == name for name, one in CELLS.items())
-    assert len(CELLS) == 2 * 5 * 3
+    assert len(CELLS) == 3 * 5 * 3
 
 
 @pytest.mark.parametrize(

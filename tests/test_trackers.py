@@ -49,6 +49,7 @@ def test_tensorboard_reads_back_every_logged_number_also_after_a_resume(
         ("completion_length", "train/completions/mean_length"),
         ("time/rollout", "time/rollout"),
         ("val_accuracy", "eval/accuracy"),
+        ("dev_accuracy", "eval/dev_accuracy"),
     ]:
         expected = [(int(line["step"]), line[ours]) for line in lines if ours in line]
         assert dict(scalars[theirs]) == pytest.approx(dict(expected))
@@ -75,10 +76,10 @@ sample = {"numbers": [3, 5, 2], "target": 13, "completion": "5|2\\n", "reward": 
 run = Run.create(Path("runs"), "first")
 for start in (0, 2):
     with tracked(Silent(), run, settings, start=start) as observer:
-        observer.evaluated(0, 0.25, 4, (0.0, 0.5), None)
+        observer.evaluated(0, 0.25, 4, (0.0, 0.5), None, 0.125)
         for step in (start + 1, start + 2):
             observer.step({"step": step, "reward": step / 8, "time/total": 2.0}, {"step": step, **sample})
-        observer.evaluated(start + 2, 0.5, 4, (0.0, 0.5), 0.75)
+        observer.evaluated(start + 2, 0.5, 4, (0.0, 0.5), 0.75, 0.25)
 """
 STEPS = {step: step / 8 for step in (1, 2, 3, 4)}
 

@@ -33,6 +33,7 @@ from grpo_cli.core.rl.summary import summary
 from grpo_cli.core.rl.train import Interrupted, train
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task import countdown, scoring
+from grpo_cli.core.task.countdown import Countdown
 from grpo_cli.core.task.curriculum import problems_of_step
 from grpo_cli.core.task.data import enumerate_puzzles
 from grpo_cli.core.task.prompts import Style, prompt
@@ -67,7 +68,13 @@ class Watcher:
         self.tokens += phase.startswith("sampling")
 
     def evaluated(
-        self, step: int, accuracy: float, count: int, interval: tuple[float, float], suite_mean: float | None
+        self,
+        step: int,
+        accuracy: float,
+        count: int,
+        interval: tuple[float, float],
+        suite_mean: float | None,
+        dev_accuracy: float | None,
     ) -> None:
         self.evaluations.append(step)
 
@@ -212,7 +219,7 @@ def test_going_on_from_a_checkpoint_equals_never_having_stopped(
         assert torch.equal(left, right)
     timeless = [
         [
-            {k: v for k, v in line.items() if not k.startswith(MEASURED) and k != "val_accuracy"}
+            {k: v for k, v in line.items() if not k.startswith(MEASURED) and k not in ("val_accuracy", "dev_accuracy")}
             for line in found.metrics()
         ]
         for found in (expected, run)
@@ -257,8 +264,8 @@ def test_eight_bit_adamw_learns_on_the_cpu(tiny_policy: object, tiny_folder: Pat
 
 
 def is_trained_on(puzzle: Puzzle) -> bool:
-    """Whether a puzzle is in the train split, not in the val split."""
-    return any(number % 2 for number in puzzle.numbers)
+    """Whether a puzzle is in the train split, not in dev or val."""
+    return puzzle in Countdown().problems("train", 3)
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, what: str, value: float, bad: set[int]) -> None:
@@ -483,7 +490,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Puzzle]:
 def test_groups_of_equal_rewards_are_sampled_anew_from_other_puzzles(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[Puzzle]
 ) -> None:
-    plain = list(enumerate_puzzles(3, "train"))
+    plain = Countdown().problems("train", 3)
     drawn = [set(problems_of_step(plain, step, batch_size=2, seed=0)) for step in range(1, 5)]
     hopeless = drawn[0] | drawn[2]  # nobody is paid for the puzzles of steps 1 and 3
     shared = iter(range(10**6))
@@ -522,7 +529,8 @@ def test_a_suite_is_evaluated_cell_by_cell_whatever_the_training_is_shown(tiny_f
     training, run, _ = trained(settings, tmp_path)
     assert {metric(name).name for line in run.metrics() for name in line} == {one.name for one in METRICS} - UNUSED
     found = run.evaluations()
-    assert list(found) == list(SUITE) and all(list(history) == [0, 2, 4] for history in found.values())
+    dev = ["dev 3 one-shot", "dev 4 natural"]  # of the cells that have a weight
+    assert set(found) == {*SUITE, *dev} and all(list(history) == [0, 2, 4] for history in found.values())
     assert all(one.count == 6 == len(one.solved) for history in found.values() for one in history.values())
     for line in run.metrics():
         if line["step"] in (0, 2, 4):
@@ -530,6 +538,8 @@ def test_a_suite_is_evaluated_cell_by_cell_whatever_the_training_is_shown(tiny_f
             assert {name: line[f"suite/{name}"] for name in SUITE} == values
             assert line["suite_mean"] == pytest.approx((values["val 3 one-shot"] + 3 * values["val 4 natural"]) / 4)
             assert line["val_accuracy"] == values["val 3 one-shot"]
+            on_dev = [found[name][int(line["step"])].accuracy for name in dev]
+            assert line["dev_accuracy"] == pytest.approx((on_dev[0] + 3 * on_dev[1]) / 4)
             assert line["time/suite"] <= line["time/eval"]
         else:
             assert not [key for key in line if key.startswith("suite")]
@@ -549,6 +559,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
 
     def scripted(*arguments: Any, **given: Any) -> Any:
         found = evaluate(*arguments, **given)
+        if found.cell not in script:
+            return found
         solved = script[found.cell].pop(0)
         rows = [
             [replace(one, score=replace(one.score, correct=mark == "1")) for one in row]
@@ -560,7 +572,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     return script
 
 
-def test_the_best_model_is_that_of_the_suite_and_the_summary_says_what_going_on_cost(
+def test_the_best_model_is_that_of_the_suite_on_dev_and_the_summary_says_what_going_on_cost(
     tiny_folder: Path, tmp_path: Path, scripted: dict[str, list[str]]
 ) -> None:
     scripted |= {
@@ -568,6 +580,7 @@ def test_the_best_model_is_that_of_the_suite_and_the_summary_says_what_going_on_
         "val 4 natural": ["000000", "111111", "111111", "000000", "000000"],
         "train 3 zero-shot": ["111111"] * 5,
     }
+    scripted |= {f"dev {cell[4:]}": list(scripted[cell]) for cell in ("val 3 one-shot", "val 4 natural")}
     settings = with_suite(tiny_folder, **{"train.eval_every": 1})
     training, run, watcher = start(settings), Run.create(tmp_path, "first"), Watcher()
     found = train(training, training.policy.frozen_copy(), run, settings, watcher)
@@ -589,7 +602,8 @@ def test_the_best_model_is_that_of_the_suite_and_the_summary_says_what_going_on_
 def test_patience_counts_evaluations_without_a_better_one(
     tiny_folder: Path, tmp_path: Path, scripted: dict[str, list[str]], patience: int, steps: int
 ) -> None:
-    scripted["val 3 one-shot"] = ["000000", "110000", "110000", "100000", "111000", "000000", "000000"]
+    scripted["dev 3 one-shot"] = ["000000", "110000", "110000", "100000", "111000", "000000", "000000"]
+    scripted["val 3 one-shot"] = ["000000", "100000", *["111111"] * 5]  # is reported and chooses nothing
     settings = small(
         tiny_folder,
         **{"train.eval_every": 1, "train.num_iterations": 6, "train.patience": patience, "train.save_every": 100},
@@ -599,6 +613,9 @@ def test_patience_counts_evaluations_without_a_better_one(
     assert training.step == steps == run.metrics()[-1]["step"]
     assert run.checkpoints()[-1][0] == steps
     assert (len(watcher.messages) == 1) == (steps < 6)
+    best_step, val = (1, 1 / 6) if steps < 6 else (4, 1.0)
+    assert (training.best_step, training.best_accuracy) == (best_step, val)
+    assert [line["dev_accuracy"] for line in run.metrics()[:3]] == [0.0, 2 / 6, 2 / 6]
     if steps < 6:
         assert watcher.messages == [
             f"stopping after step {steps}: {patience} evaluations no better; the best is that of step 1"

@@ -100,7 +100,9 @@ def test_what_cannot_be_demonstrated_is_refused_before_the_model_loads(
 ) -> None:
     shutil.copytree(tiny_folder, tmp_path / "unloadable")
     (tmp_path / "unloadable" / "model.safetensors").write_bytes(b"no weights")
-    (tmp_path / "puzzles.jsonl").write_text('{"numbers": [1, 2, 3], "target": 6}\n')
+    (tmp_path / "puzzles.jsonl").write_text(
+        "".join(f'{{"numbers": [{number}, 2, 4], "target": {number + 6}}}\n' for number in (1, 2, 3))
+    )
     result = countdown("train", "--model", "unloadable", *WARM, *flags, *dry)
     assert (result.code, refusal in result.err) == (2, True), result.err
     assert not (tmp_path / "runs").exists()

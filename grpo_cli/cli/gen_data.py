@@ -9,7 +9,7 @@ import typer
 from grpo_cli.cli.checks import resolve
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.task.data import enumerate_puzzles, generate, is_enumerable, json_line, summarize, write_puzzles
-from grpo_cli.core.task.puzzle import Split
+from grpo_cli.core.task.puzzle import Side
 from grpo_cli.ui import tables
 
 COMPRESSED = (".bz2", ".gz", ".xz", ".zip", ".zst")
@@ -18,7 +18,7 @@ COMPRESSED = (".bz2", ".gz", ".xz", ".zip", ".zst")
 def run(
     ctx: typer.Context,
     *,
-    split: Split | None,
+    split: Side | None,
     count: int,
     seed: int,
     out: Path | None,

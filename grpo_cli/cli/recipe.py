@@ -18,7 +18,7 @@ from grpo_cli.core.evals.evaluate import Evaluation, evaluate
 from grpo_cli.core.model.load import BUILTIN, load
 from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.task.data import puzzle_set
-from grpo_cli.core.task.puzzle import Puzzle, Split
+from grpo_cli.core.task.puzzle import Puzzle, Side
 from grpo_cli.ui import text as show
 
 MAX_NEW_TOKENS = 400
@@ -46,7 +46,7 @@ def write(recipe: Recipe, folder: Path) -> None:
     show.note(f"wrote {model.num_parameters():,} parameters to {folder}")
 
 
-def measure(folder: Path, split: Split, temperature: float) -> Evaluation:
+def measure(folder: Path, split: Side, temperature: float) -> Evaluation:
     """Accuracy on all val puzzles, or on every seventh train puzzle."""
     puzzles = puzzle_set(3, split)[:: 1 if split == "val" else 7]
     policy = load(str(folder))

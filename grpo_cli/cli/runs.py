@@ -41,22 +41,28 @@ def _describe(found: Run) -> dict[str, object]:
         metrics = found.metrics()
     except CountdownError as problem:
         return {"run": found.name, "error": problem.message}
-    evaluated = [(int(line["step"]), line["val_accuracy"]) for line in metrics if "val_accuracy" in line]
-    trained = [(accuracy, step) for step, accuracy in evaluated if step]
-    best = max(trained, key=lambda pair: (pair[0], -pair[1]), default=None)
+    evaluated = {int(line["step"]): line for line in metrics if "val_accuracy" in line}
+    trained = [step for step in evaluated if step]
+    best_step = max(trained, key=lambda step: (_chosen_by(evaluated[step]), -step), default=0)
+    best = evaluated[best_step]["val_accuracy"] if best_step else None
     count = _puzzles(found)
     return {
         "run": found.name,
         "model": settings["model.model"],
         "step": int(metrics[-1]["step"]) if metrics else 0,
         "num_iterations": settings["train.num_iterations"],
-        "base_accuracy": dict(evaluated).get(0),
-        "best_accuracy": best[0] if best else None,
-        "interval": list(wilson(best[0], count)) if best and count else None,
-        "best_step": best[1] if best else None,
+        "base_accuracy": evaluated.get(0, {}).get("val_accuracy"),
+        "best_accuracy": best,
+        "interval": list(wilson(best, count)) if best is not None and count else None,
+        "best_step": best_step or None,
         "seconds": sum(line.get("time/total", 0.0) + line.get("time/eval", 0.0) for line in metrics),
         "settings": _changed(settings),
     }
+
+
+def _chosen_by(line: Mapping[str, float]) -> float:
+    """The accuracy that chooses the best model: on dev, or in runs without dev on val."""
+    return line.get("dev_accuracy", line["val_accuracy"])
 
 
 def _puzzles(found: Run) -> int:

@@ -19,7 +19,7 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import detect_device, prompt_tokens
 from grpo_cli.core.rl import probe as probing
-from grpo_cli.core.rl.schedule import curriculum
+from grpo_cli.core.rl.schedule import curriculum, splits
 from grpo_cli.core.rl.session import Session, demonstrated, for_ranks, plan_memory, start
 from grpo_cli.core.rl.state import choose_optimizer
 from grpo_cli.core.rl.train import Interrupted
@@ -92,9 +92,15 @@ class _View(TrainingView):
         self._run, self._style = session.run, session.settings.plot
 
     def evaluated(
-        self, step: int, accuracy: float, count: int, interval: tuple[float, float], suite_mean: float | None = None
+        self,
+        step: int,
+        accuracy: float,
+        count: int,
+        interval: tuple[float, float],
+        suite_mean: float | None = None,
+        dev_accuracy: float | None = None,
     ) -> None:
-        super().evaluated(step, accuracy, count, interval, suite_mean)
+        super().evaluated(step, accuracy, count, interval, suite_mean, dev_accuracy)
         if step:
             try:
                 draw([run_curves(self._run)], self._run.path, self._style)
@@ -148,6 +154,9 @@ def _show_plan(resolved: Resolved, chosen: Chosen, process: Place) -> None:
     demonstrated(settings, process.size)
     tables.config_table(resolved)
     task = task_of(settings)
+    splits(settings)
+    for sentence in task.notes(list(curriculum(settings).problems)):
+        show.note(sentence)
     if settings.task.task != "countdown":
         for check in audit(task, settings.task.numbers):
             show.note(f"{'passed' if check.passed else 'FAILED'}: {check.name} {check.found}")

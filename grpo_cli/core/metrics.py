@@ -89,7 +89,8 @@ METRICS = (
     Metric("time/reference", "log-probs of the reference", "s", PHASE, "reference", 6, 17, line_only=True),
     Metric("time/update", "forward and backward passes", "s", PHASE, "update", 6, 18, line_only=True),
     Metric("time/", "prefill, decode, optimizer, reduce, wait, eval, suite", "s", SECONDS),
-    Metric("val_accuracy", "greedy accuracy on the val puzzles", "share", SHARE),
+    Metric("val_accuracy", "greedy accuracy on the val puzzles, only reported", "share", SHARE),
+    Metric("dev_accuracy", "greedy accuracy on dev puzzles, chooses the best", "share", SHARE),
     Metric(SUITE, "greedy accuracy on a cell of the suite", "share", SHARE),
     Metric("suite_mean", "weighted mean over the suite", "share", SHARE),
 )

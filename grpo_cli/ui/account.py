@@ -70,14 +70,22 @@ class Account:
         chosen = (self.summary or {}).get("best_step")
         if chosen in self.own:
             return int(str(chosen))
-        means = {int(line["step"]): line["suite_mean"] for line in self.metrics if "suite_mean" in line}
-        shares = means or {step: found.accuracy for step, found in self.own.items()}
+        shares = self._dev or {step: found.accuracy for step, found in self.own.items()}
         return max((step for step in shares if step), key=shares.__getitem__, default=None)
 
     @property
+    def _dev(self) -> dict[int, float]:
+        """Dev accuracy by step, which chose the best; none of runs that have no dev."""
+        return {int(line["step"]): line["dev_accuracy"] for line in self.metrics if "dev_accuracy" in line}
+
+    @property
+    def chosen_on_dev(self) -> bool:
+        return bool(self._dev)
+
+    @property
     def looks(self) -> int:
-        """Evaluations that the best was chosen from."""
-        return len([step for step in self.own if step])
+        """Evaluations on these puzzles that the best was chosen from: 1 if it was chosen on dev."""
+        return 1 if self._dev else len([step for step in self.own if step])
 
     def corrected(self, found: Change) -> float:
         """The p value of a change from the start to the best step, given that it was chosen on the same puzzles."""

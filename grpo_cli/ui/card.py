@@ -114,7 +114,12 @@ def _results(facts: CardFacts) -> str:
                 rows.append((_text(cell), word, str(step), *_measured(steps[step])))
     if not rows:
         return "Not evaluated."
-    note = "Greedy decoding, 95 % Wilson intervals. The trained model is the best of its evaluations on these puzzles."
+    on = (
+        "dev puzzles, which are not the val puzzles"
+        if any(cell.startswith("dev") for cell in facts.evaluations)
+        else ""
+    )
+    note = f"Greedy decoding, 95 % Wilson intervals. The trained model is the best on {on or 'these puzzles'}."
     return f"{_table(('puzzles', 'model', 'step', 'accuracy', '95 % interval', 'count'), rows)}\n\n{note}"
 
 

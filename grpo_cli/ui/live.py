@@ -48,6 +48,7 @@ class Evaluated:
     accuracy: float
     interval: tuple[float, float]
     suite_mean: float | None
+    dev_accuracy: float | None
 
 
 class Unseen:
@@ -59,7 +60,13 @@ class Unseen:
     def __exit__(self, *_: object) -> None: ...
     def progress(self, phase: str, done: int, total: int) -> None: ...
     def evaluated(
-        self, step: int, accuracy: float, count: int, interval: tuple[float, float], suite_mean: float | None = None
+        self,
+        step: int,
+        accuracy: float,
+        count: int,
+        interval: tuple[float, float],
+        suite_mean: float | None = None,
+        dev_accuracy: float | None = None,
     ) -> None: ...
     def step(self, metrics: Mapping[str, float], sample: Mapping[str, object]) -> None: ...
     def message(self, text: str) -> None: ...
@@ -117,15 +124,22 @@ class TrainingView:
         self._phase = f"{phase} {done:,} of {total:,}"
 
     def evaluated(
-        self, step: int, accuracy: float, count: int, interval: tuple[float, float], suite_mean: float | None = None
+        self,
+        step: int,
+        accuracy: float,
+        count: int,
+        interval: tuple[float, float],
+        suite_mean: float | None = None,
+        dev_accuracy: float | None = None,
     ) -> None:
-        """Show accuracy on `count` val puzzles with its 95 % interval, and the weighted mean of the suite."""
+        """Show accuracy on `count` val puzzles with its 95 % interval, on dev, and the weighted mean of the suite."""
         self._phase = ""
-        self._evaluations = (*self._evaluations, Evaluated(step, accuracy, interval, suite_mean))
+        self._evaluations = (*self._evaluations, Evaluated(step, accuracy, interval, suite_mean, dev_accuracy))
         if not self._live:
             shown = f"{show.percent(accuracy)} of {show.counted(count, 'puzzle')} ({show.interval(interval)})"
             suite = "" if suite_mean is None else f", mean of the suite {show.percent(suite_mean)}"
-            self.message(f"step {step}: val accuracy {shown}{suite}")
+            dev = "" if dev_accuracy is None else f", dev {show.percent(dev_accuracy)}"
+            self.message(f"step {step}: val accuracy {shown}{dev}{suite}")
 
     def step(self, metrics: Mapping[str, float], sample: Mapping[str, object]) -> None:
         """Show the metrics of a finished step and one of its completions, a record of samples.jsonl."""
@@ -222,9 +236,14 @@ def _accuracies(evaluations: tuple[Evaluated, ...]) -> str:
     accuracy, interval = show.percent(latest.accuracy), show.interval(latest.interval)
     if latest is start:
         return f"start {accuracy} ({interval})"
-    best = show.percent(max(evaluated.accuracy for evaluated in evaluations))
+    best = show.percent(_best(evaluations[1:]).accuracy)
     suite = "" if latest.suite_mean is None else f", suite {show.percent(latest.suite_mean)}"
     return f"start {show.percent(start.accuracy)}, step {latest.step} {accuracy} ({interval}), best {best}{suite}"
+
+
+def _best(evaluations: tuple[Evaluated, ...]) -> Evaluated:
+    """The first evaluation with the highest dev accuracy, or without dev the highest val accuracy."""
+    return max(evaluations, key=lambda one: one.accuracy if one.dev_accuracy is None else one.dev_accuracy)
 
 
 def _phases(metrics: Mapping[str, float]) -> str:

@@ -228,9 +228,12 @@ def _matrix(account: Account) -> Html:
         rows.append([_all([name, _small(_about(account, steps))]), *marks, changed])
     titles = [_all([word, _small(f"step {step:,}")]) for word, step in stations]
     table = _table(["cell", *titles, "start to best"], rows, kind="numbers")
+    looks = (
+        f", multiplied by {account.looks}: the evaluations that the best was chosen from." if account.looks > 1 else "."
+    )
     note = (
         "Bands are 95 % intervals. Puzzles gained and lost from the start to the best step, with the p value of the "
-        f"exact McNemar test, multiplied by {account.looks}: the evaluations that the best was chosen from."
+        f"exact McNemar test{looks}{' The best step was chosen on dev.' if account.chosen_on_dev else ''}"
     )
     return _all([table, element("p", note if tested else UNTESTED, class_="soft")])
 
@@ -289,10 +292,12 @@ def _compared(first: Account, second: Account) -> Html:
         ]
         for (word, one, other, tested), p_value in zip(found, adjusted, strict=True)
     ]
+    honest = first.chosen_on_dev and second.chosen_on_dev
+    chosen = "on dev." if honest else "on these puzzles, last ones were not: theirs is the fairer test."
     note = (
         f"Puzzles that {second.name} solves and {first.name} does not, and the reverse, with the p value of the exact "
-        f"McNemar test, adjusted by Holm's method for the {len(found)} tests read together. Best models were chosen on "
-        "these puzzles, last ones were not: theirs is the fairer test."
+        f"McNemar test, adjusted by Holm's method for the {len(found)} tests read together. Best models were chosen "
+        f"{chosen}"
     )
     table = _table(["cell", first.name, second.name, "change", "verdict"], rows, kind="numbers")
     return _all([title, table, element("p", note, class_="soft")])

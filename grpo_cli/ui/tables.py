@@ -585,13 +585,14 @@ def progress(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]
 def training_summary(summary: Mapping[str, Any], folder: Path, *, overlap: str) -> None:
     """What a training came to, on stdout; `overlap` says which of the val puzzles it was trained on."""
     base, final, best = (percent(summary[f"{name}_accuracy"]) for name in ("base", "final", "best"))
-    spent = summary["seconds"]
+    spent, on_dev = summary["seconds"], summary.get("best_dev_accuracy")
+    dev = "" if on_dev is None else f", the best on dev ({percent(on_dev)})"
     whole = spent["training"] + spent["evaluation"]
     out.print(Text(f"val accuracy on {counted(summary['puzzles'], 'puzzle')}, greedy", style="bold"))
     rows = [
         ("base", f"{base}, after the warm start" if summary.get("warm_start") else base),
         ("final", f"{final}  (95% interval {interval(summary['final_interval'])})"),
-        ("best", f"{best}, after step {summary['best_step']}, saved as the run's model"),
+        ("best", f"{best}, after step {summary['best_step']}{dev}, saved as the run's model"),
         ("time", f"{whole:,.0f} s, {percent(spent['evaluation'] / whole if whole else 0.0)} of it in evaluations"),
         ("overlap", printable(overlap)),
         ("run", printable(str(folder))),

@@ -77,6 +77,12 @@ class Task(Table):
     puzzles: PathText = setting(
         "file of puzzles to train or evaluate on: JSON Lines, CSV or Parquet; or `none`", "Sampling", min_length=1
     )
+    dev_puzzles: PathText = setting(
+        "file whose puzzles choose the best model; `none`: part of train", "Sampling", min_length=1
+    )
+    val_puzzles: PathText = setting(
+        "file whose puzzles are reported on, all as val; or `none`", "Sampling", min_length=1
+    )
     numbers: int = setting("numbers in a puzzle", "Sampling", ge=2, le=6)
     style: Literal["one-shot", "zero-shot", "natural"] = setting("how the prompt asks", "Sampling")
     operations: Annotated[str, AfterValidator(operations_in)] = setting(
@@ -224,7 +230,7 @@ class Reward(Table):
 
 
 class Eval(Table):
-    split: Literal["train", "val"] = setting("where the puzzles come from", "Sampling", resumable=True)
+    split: Literal["train", "dev", "val"] = setting("where the puzzles come from", "Sampling", resumable=True)
     limit: int = setting("puzzles to evaluate on, in each cell; 0 is all", "Sampling", ge=0, le=10**12, resumable=True)
     samples: int = setting("completions per puzzle, for pass@k", "Sampling", ge=1, le=10**6, resumable=True)
     temperature: float = setting("sampling temperature; 0 is greedy", "Sampling", ge=0, le=1000, resumable=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import islice
+from itertools import chain, islice
 
 from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.task.countdown import task_of
 from grpo_cli.core.task.curriculum import Curriculum, schedule
 from grpo_cli.core.task.prompts import STYLES
 from grpo_cli.core.task.suite import SIZES
+from grpo_cli.core.task.task import Problem, require_apart
 
 PLANNED_STEPS = 4  # steps whose prompts are encoded to plan memory
 PLANNED_PROMPTS = 1000
@@ -36,6 +37,18 @@ def curriculum(settings: Settings) -> Curriculum:
 
 def _or_task(text: str, of_task: str) -> str:
     return of_task if text == "task" else text
+
+
+def splits(settings: Settings) -> dict[str, list[Problem]]:
+    """The problems that a training draws from, chooses its best model on, and reports on.
+
+    Raises CountdownError if one of them is empty or shares problems with another.
+    """
+    task, size = task_of(settings), settings.task.numbers
+    problems = {"train": list(chain.from_iterable(curriculum(settings).problems.values()))}
+    problems |= {"dev": list(task.problems("dev", size)), "val": list(task.problems("val", size))}
+    require_apart(problems)
+    return problems
 
 
 def longest_prompt(settings: Settings, encode: Callable[[Sequence[dict[str, str]]], list[int]]) -> int:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ from grpo_cli.core.model.policy import Policy, encode
 from grpo_cli.core.perf import memory
 from grpo_cli.core.perf.memory import Choices, MemoryPlan
 from grpo_cli.core.rl import train as loop
-from grpo_cli.core.rl.schedule import curriculum, longest_prompt
+from grpo_cli.core.rl.schedule import curriculum, longest_prompt, splits
 from grpo_cli.core.rl.state import (
     Training,
     build_optimizer,
@@ -38,6 +37,7 @@ from grpo_cli.core.rl.state import (
     choose_optimizer,
     environment,
     origin,
+    problem_hashes,
     require_origin,
     settled,
 )
@@ -48,7 +48,7 @@ from grpo_cli.core.rl.warm_start import Lesson, lessons, warm_start
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.run.models import model_source
 from grpo_cli.core.sampling.selfcheck import load_checked
-from grpo_cli.core.task.task import Problem
+from grpo_cli.core.task.countdown import task_of
 
 Note = Callable[[str], None]
 
@@ -134,6 +134,10 @@ def start(
     require_tracker(settings.train.tracker)
     ranks, root = ranks or Solo(), Path(settings.runs)
     settings = for_ranks(settings, ranks.size)
+    task = task_of(settings)
+    hashes = problem_hashes(splits(settings), task)
+    for sentence in task.notes(list(curriculum(settings).problems)):
+        note(sentence)
     device = detect_device(settings.model.device)
     if settings.train.deterministic:
         fix_order()
@@ -160,8 +164,7 @@ def start(
             learner or policy, name=settings.train.optimizer, weight_decay=settings.train.weight_decay
         )
         training = Training(policy, optimizer, learner)
-        problems = list(chain.from_iterable(curriculum(settings).problems.values()))
-        reference = ranks.own(lambda: _restore(training, settings, plan.choices, old, checkpoint, warmed, problems))
+        reference = ranks.own(lambda: _restore(training, settings, plan.choices, old, checkpoint, warmed, hashes))
 
         def begin() -> Run:
             run = old or Run.create(root, name, overwrite=overwrite)
@@ -175,7 +178,7 @@ def start(
                     with run.saving(run.warm_start_path) as folder:
                         policy.save(folder)
                 if checkpoint is None:
-                    run.write_origin(origin(policy, reference, problems))
+                    run.write_origin(origin(policy, reference, hashes))
             if old:
                 for moved in run.go_back_to(at if checkpoint else -1, pending=training.pending is not None):
                     note(moved)
@@ -280,7 +283,7 @@ def _restore(
     old: Run | None,
     checkpoint: Path | None,
     warmed: Path | None,
-    problems: Sequence[Problem],
+    hashes: Mapping[str, str],
 ) -> Policy | None:
     """Restore a checkpoint, if there is one, and return the frozen reference, if the loss needs one."""
     has_reference = settings.loss.beta > 0
@@ -288,7 +291,7 @@ def _restore(
     original = training.policy if unchanged else _load(settings, choices, warmed) if has_reference else None
     reference = _reference(settings, original, choices) if original and has_reference else None
     if old and checkpoint:
-        require_origin(old, original, reference, problems)
+        require_origin(old, original, reference, hashes)
         training.restore(checkpoint)
     return reference
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -29,7 +29,7 @@ from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.perf.meter import hardware_of
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task.puzzle import Puzzle
-from grpo_cli.core.task.task import Problem
+from grpo_cli.core.task.task import Problem, Task
 
 _PROGRESS = ["step", "pending", "base_accuracy", "best_score", "best_accuracy", "best_step", "waited"]
 _PROGRESS += ["bad_steps", "bad_in_a_row"]
@@ -46,8 +46,8 @@ class Training:
     # Metrics of `step` that are not logged yet, because an evaluation that belongs to them has not ended.
     pending: dict[str, float] | None = field(default_factory=lambda: dict[str, float](step=0))
     base_accuracy: float | None = None  # of the starting model, greedy on the val puzzles
-    best_score: float | None = None  # weighted mean over the suite of the model that is kept, or its val accuracy
-    best_accuracy: float | None = None  # its val accuracy
+    best_score: float | None = None  # dev accuracy of the model that is kept
+    best_accuracy: float | None = None  # its val accuracy, which is only reported
     best_step: int = 0
     waited: int = 0  # evaluations since then
     bad_steps: int = 0  # steps without a finite loss and gradient, which were skipped
@@ -231,21 +231,20 @@ def choose_checkpoint(
     return 0, None
 
 
-def origin(policy: Policy | None, reference: Policy | None, puzzles: Sequence[Problem]) -> dict[str, object]:
-    """What a run starts from: hashes of the model's weights and tokenizer, of the reference's weights, of the puzzles.
+def origin(policy: Policy | None, reference: Policy | None, hashes: Mapping[str, str]) -> dict[str, object]:
+    """What a run starts from: hashes of the model's weights and tokenizer, of the reference's weights, of the problems.
 
     There is none of a model that is not needed.
     """
-    listed = "\n".join(_stated(puzzle) for puzzle in puzzles)
     found: dict[str, object] = {**policy.fingerprint()} if policy else {}
     if reference:
         found["reference"] = reference.fingerprint()["weights"]
-    return {**found, "puzzles": hashlib.sha256(listed.encode()).hexdigest()}
+    return {**found, **hashes}
 
 
-def require_origin(run: Run, policy: Policy | None, reference: Policy | None, puzzles: Sequence[Problem]) -> None:
-    """Raise CountdownError unless the run started from `policy` and `reference`, where needed, and `puzzles`."""
-    saved, found = run.read_origin(), origin(policy, reference, puzzles)
+def require_origin(run: Run, policy: Policy | None, reference: Policy | None, hashes: Mapping[str, str]) -> None:
+    """Raise CountdownError unless the run started from `policy` and `reference`, where needed, and these problems."""
+    saved, found = run.read_origin(), origin(policy, reference, hashes)
     changed = [name for name in found if saved.get(name) != found[name]]
     if changed:
         start = f"this `{policy.name}`" if policy else "these puzzles"
@@ -271,6 +270,13 @@ def environment(policy: Policy) -> dict[str, object]:
         "parameters": sum(parameter.numel() for parameter in policy.model.parameters()),
         "hardware": hardware_of(policy).record(),
     }
+
+
+def problem_hashes(splits: Mapping[str, Sequence[Problem]], task: Task) -> dict[str, str]:
+    """SHA-256 of the problems of each split, and of each file that defines the task."""
+    listed = {split: "\n".join(map(_stated, problems)) for split, problems in splits.items()}
+    hashes = {f"{split} problems": hashlib.sha256(text.encode()).hexdigest() for split, text in listed.items()}
+    return hashes | {f"{name} file": sha for name, sha in task.files.items()}
 
 
 def _stated(problem: Problem) -> str:

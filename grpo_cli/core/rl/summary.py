@@ -24,6 +24,7 @@ def summary(training: Training, evaluation: Evaluation, run: Run) -> dict[str, o
         "final_accuracy": evaluation.accuracy,
         "final_interval": list(evaluation.interval),
         "best_accuracy": training.best_accuracy,
+        "best_dev_accuracy": training.best_score,
         "best_step": training.best_step,
         "bad_steps": training.bad_steps,
         "seconds": {"training": spent["total"], "evaluation": spent["eval"], "suite": spent["suite"]},

@@ -177,12 +177,18 @@ class Tracked:
                 self.tracker.scalars(step, {_named(key): value for key, value in metrics.items() if key != "step"})
 
     def evaluated(
-        self, step: int, accuracy: float, count: int, interval: tuple[float, float], suite_mean: float | None
+        self,
+        step: int,
+        accuracy: float,
+        count: int,
+        interval: tuple[float, float],
+        suite_mean: float | None,
+        dev_accuracy: float | None,
     ) -> None:
-        self.observer.evaluated(step, accuracy, count, interval, suite_mean)
+        self.observer.evaluated(step, accuracy, count, interval, suite_mean, dev_accuracy)
         with self._tolerated():
             if self.tracker and step >= self.start:  # a resumed run reports its base again
-                self.tracker.scalars(step, self._evaluation(step, accuracy, suite_mean))
+                self.tracker.scalars(step, self._evaluation(step, accuracy, suite_mean, dev_accuracy))
                 self._send_samples(step)
 
     def close(self) -> None:
@@ -191,9 +197,12 @@ class Tracked:
                 self._send_samples(self.rows[-1][0] if self.rows else 0)
                 self.tracker.close()
 
-    def _evaluation(self, step: int, accuracy: float, suite_mean: float | None) -> dict[str, float]:
-        """Accuracy on the val puzzles, and that of each cell that the run logged at this step."""
-        found = {"eval/accuracy": accuracy} | ({"eval/suite_mean": suite_mean} if suite_mean is not None else {})
+    def _evaluation(
+        self, step: int, accuracy: float, suite_mean: float | None, dev_accuracy: float | None
+    ) -> dict[str, float]:
+        """Accuracy on the val and dev puzzles, and that of each cell that the run logged at this step."""
+        means = {"eval/suite_mean": suite_mean, "eval/dev_accuracy": dev_accuracy}
+        found = {"eval/accuracy": accuracy, **{name: mean for name, mean in means.items() if mean is not None}}
         for cell, steps in self.run.evaluations().items():
             if step in steps:
                 measured = steps[step]

@@ -2,8 +2,7 @@
 
 Everything a checkpoint must hold lives in `state.Training`; the prompts and samples of a step are functions of (seed,
 step) alone. Unlike the original system, the end-of-sequence token is trained on, evaluation is greedy over all val
-problems, and the model kept is the best on them or on a suite, not the last. Knows neither tags nor terminals nor file
-names.
+problems, and the model kept is the best on dev problems, not the last. Knows neither tags nor terminals nor file names.
 """
 
 from __future__ import annotations
@@ -45,7 +44,13 @@ class Observer(Protocol):
 
     def progress(self, phase: str, done: int, total: int) -> None: ...
     def evaluated(
-        self, step: int, accuracy: float, count: int, interval: tuple[float, float], suite_mean: float | None
+        self,
+        step: int,
+        accuracy: float,
+        count: int,
+        interval: tuple[float, float],
+        suite_mean: float | None,
+        dev_accuracy: float | None,
     ) -> None: ...
     def step(self, metrics: Mapping[str, float], sample: Mapping[str, object]) -> None: ...
     def message(self, text: str) -> None: ...
@@ -142,7 +147,7 @@ class _Loop:
         training = self.training
         if training.base_accuracy is not None:
             base, count = training.base_accuracy, self.validation.count
-            self.observer.evaluated(0, base, count, wilson(base, count), None)
+            self.observer.evaluated(0, base, count, wilson(base, count), None, None)
         self.history = [line for line in self.ranks.first(self.run_folder.metrics) if line["step"] > 0]
         evaluation = self._finish_step()
         for step in range(training.step + 1, self.settings.train.num_iterations + 1):
@@ -257,10 +262,11 @@ class _Loop:
             training.pending |= metrics | {name: slowest[name] for name in clock.seconds}
             self.run_folder.log_evaluations([{"step": step, **result.record()} for result in results.values()])
         self.run_folder.log(training.pending)
-        suite_mean, training.pending = training.pending.get("suite_mean"), None
+        suite_mean, dev_accuracy = training.pending.get("suite_mean"), training.pending.get("dev_accuracy")
+        training.pending = None
         val = results.get(self.validation.val.name)
         if val is not None:
-            self.observer.evaluated(step, val.accuracy, val.count, val.interval, suite_mean)
+            self.observer.evaluated(step, val.accuracy, val.count, val.interval, suite_mean, dev_accuracy)
         if self.ranks.first(self._is_due) or (step and step % settings.save_every == 0) or last:
             self.save()
         return val
@@ -272,9 +278,8 @@ class _Loop:
         return self.should_save() or old
 
     def _keep_best(self, metrics: Mapping[str, float]) -> None:
-        """Save the model if it is the best so far: by the suite's mean if there is one, else by val accuracy."""
-        training, accuracy = self.training, metrics["val_accuracy"]
-        score = metrics.get("suite_mean", accuracy)
+        """Save the model if it is the best on dev so far."""
+        training, accuracy, score = self.training, metrics["val_accuracy"], metrics["dev_accuracy"]
         if training.step == 0:
             training.base_accuracy = accuracy
         elif training.best_score is None or score > training.best_score:

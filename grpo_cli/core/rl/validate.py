@@ -1,8 +1,12 @@
-"""Evaluation during training: the val cell and the suite's cells, always on the same problems."""
+"""Evaluation during training, always on the same problems: dev chooses the best model, val and a suite are reported.
+
+With a suite, dev has each size and style that the suite weighs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 from grpo_cli.core.config.settings import Settings
@@ -34,8 +38,11 @@ class Validation:
         self.task, self.progress, self.poll = task, progress, poll
         self.val = Cell("val", settings.task.numbers, settings.task.style)
         self.weights: Mapping[str, float] = settings.suite.get(settings.train.eval_suite, {})
-        cells = {self.val.name: self.val, **{name: cell(name) for name in self.weights}}
-        self.puzzles = {one: puzzles_of(one, settings.train.eval_puzzles, task) for one in cells.values()}
+        self.dev = {Cell("dev", self.val.numbers, self.val.style): 1.0}
+        if self.weights:
+            self.dev = _on_dev(self.weights)
+        cells = dict.fromkeys([self.val, *self.dev, *map(cell, self.weights)])
+        self.puzzles = {one: puzzles_of(one, settings.train.eval_puzzles, task) for one in cells}
 
     @property
     def count(self) -> int:
@@ -44,16 +51,17 @@ class Validation:
 
     def run(self, clock: Clock) -> dict[str, Evaluation]:
         """Evaluate every cell, the val cell first."""
-        results: dict[str, Evaluation] = {}
         with clock.phase("eval"):
-            results[self.val.name] = self.evaluate(self.val)
+            results = {one.name: self.evaluate(one) for one in (self.val, *self.dev)}
             with clock.phase("suite"):
-                results |= {one.name: self.evaluate(one) for one in self.puzzles if one != self.val}
+                results |= {one.name: self.evaluate(one) for one in self.puzzles if one.name not in results}
         return results
 
     def metrics(self, results: Mapping[str, Evaluation]) -> dict[str, float]:
-        """Metrics of an evaluation: val_accuracy, and with a suite the accuracy of each cell and their mean."""
+        """Metrics of an evaluation: val and dev accuracy; with a suite, each cell's accuracy and their mean."""
+        dev = {one.name: weight for one, weight in self.dev.items()}
         metrics = {"val_accuracy": results[self.val.name].accuracy}
+        metrics["dev_accuracy"] = weighted_mean({name: results[name].accuracy for name in dev}, dev)
         if self.weights:
             accuracies = {name: results[name].accuracy for name in self.weights}
             metrics |= {f"suite/{name}": value for name, value in accuracies.items()}
@@ -79,3 +87,13 @@ class Validation:
     def _sampled(self, _: int) -> None:
         self.fit.check()
         self.poll()
+
+
+def _on_dev(weights: Mapping[str, float]) -> dict[Cell, float]:
+    """The dev cells of the sizes and styles that a suite weighs."""
+    dev: dict[Cell, float] = {}
+    for name, weight in weights.items():
+        one = replace(cell(name), split="dev")
+        if weight:
+            dev[one] = dev.get(one, 0.0) + weight
+    return dev

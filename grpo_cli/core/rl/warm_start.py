@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +21,6 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.rl.schedule import curriculum
 from grpo_cli.core.rl.state import build_optimizer
-from grpo_cli.core.task.data import puzzle_set
 from grpo_cli.core.task.prompts import Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.task import Message
@@ -96,7 +96,8 @@ def lessons(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, ranks: in
     def fits(text: str) -> bool:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"]) < train.max_new_tokens
 
-    puzzles = [puzzle for size in curriculum(settings).problems for puzzle in puzzle_set(size, "train", task.rules)]
+    drawn = chain.from_iterable(curriculum(settings).problems.values())
+    puzzles = [puzzle for puzzle in drawn if isinstance(puzzle, Puzzle)]
     examples = demonstrations(puzzles, train.warm_start, style=task.style, seed=train.seed, fits=fits)
     return [(prompt(puzzle, task.style, task.rules), text) for puzzle, text in examples]
 

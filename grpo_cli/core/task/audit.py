@@ -28,7 +28,8 @@ def audit(task: Task, size: int) -> list[Check]:
     problems, style = list(islice(task.problems("train", size), PROBLEMS)), task.styles[0]
     again = list(islice(task.problems("train", size), PROBLEMS))
     val = {problem.key for problem in task.problems("val", size)}
-    shared = sum(problem.key in val for problem in task.problems("train", size))
+    side = [*task.problems("train", size), *task.problems("dev", size)]
+    shared = sum(problem.key in val for problem in side)
     checks = [
         Check("same problems at every call", problems == again, f"{len(problems)} compared"),
         Check("val problems are not in train", not shared, f"{shared:,} shared"),

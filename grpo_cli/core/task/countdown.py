@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from grpo_cli.core.metrics import CHEATS
 from grpo_cli.core.task.data import puzzle_set, sampling_note
-from grpo_cli.core.task.files import load_puzzles
+from grpo_cli.core.task.files import PuzzleFile, load_puzzles
 from grpo_cli.core.task.plugin import load_task, rewarded
 from grpo_cli.core.task.prompts import STYLES, Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.rules import ORIGINAL, Rules
 from grpo_cli.core.task.scoring import ORIGINAL_REWARDS, Rewards, score
 from grpo_cli.core.task.solver import needs_parentheses, solution, solve
-from grpo_cli.core.task.task import Message, Problem, Score, Split, Task
+from grpo_cli.core.task.task import Message, Problem, Score, Split, Task, divided
 
 if TYPE_CHECKING:
     from grpo_cli.core.config.settings import Settings
@@ -27,10 +28,20 @@ def task_of(settings: Settings) -> Task:
     task, reward = settings.task, settings.reward
     chosen: Task
     if task.task == "countdown":
-        chosen = Countdown(task.rules, reward.weights, None if task.puzzles == "none" else Path(task.puzzles))
+        paths = (None if name == "none" else Path(name) for name in (task.puzzles, task.dev_puzzles, task.val_puzzles))
+        chosen = Countdown(task.rules, reward.weights, PuzzlePaths(*paths))
     else:
         chosen = load_task(task.task)
     return chosen if reward.reward == "none" else rewarded(chosen, reward.reward, reward.reward_errors)
+
+
+@dataclass(frozen=True)
+class PuzzlePaths:
+    """Puzzle files: one that replaces the puzzles of the rules, and files that are all dev or all val."""
+
+    puzzles: Path | None = None
+    dev: Path | None = None
+    val: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -39,23 +50,44 @@ class Countdown:
 
     rules: Rules = ORIGINAL
     rewards: Rewards = ORIGINAL_REWARDS
-    path: Path | None = None  # of a puzzle file that replaces the puzzles of the rules
+    paths: PuzzlePaths = PuzzlePaths()
     name: str = "countdown"
     styles: Sequence[str] = STYLES
     cheats: Sequence[str] = tuple(CHEATS)
 
     @property
     def files(self) -> dict[str, str]:
-        return {"puzzles": load_puzzles(self.path, self.rules).sha256} if self.path else {}
+        return {name: file.sha256 for name, file in self._loaded.items()}
 
     def notes(self, sizes: Sequence[int]) -> list[str]:
-        """The counts of the puzzle file, or the sizes that are sampled."""
-        if self.path:
-            return [str(load_puzzles(self.path, self.rules))]
-        return [note for size in sizes if (note := sampling_note(size, self.rules))]
+        """The counts of the puzzle files, or else the sizes that are sampled."""
+        sampled = [] if self.paths.puzzles else [note for size in sizes if (note := sampling_note(size, self.rules))]
+        return [*sampled, *map(str, self._loaded.values())]
+
+    @property
+    def _loaded(self) -> dict[str, PuzzleFile]:
+        """The puzzle files by the setting that names them."""
+        paths, loaded = self.paths, {}
+        if paths.puzzles:
+            loaded["puzzles"] = load_puzzles(paths.puzzles, self.rules, unmarked="train" if paths.val else None)
+        if paths.dev:
+            loaded["dev_puzzles"] = load_puzzles(paths.dev, self.rules, every="dev")
+        if paths.val:
+            loaded["val_puzzles"] = load_puzzles(paths.val, self.rules, every="val")
+        return loaded
 
     def problems(self, split: Split, size: int) -> list[Puzzle]:
-        return load_puzzles(self.path, self.rules).puzzles(split) if self.path else puzzle_set(size, split, self.rules)
+        loaded = self._loaded
+        if own := loaded.get(f"{split}_puzzles"):
+            return own.puzzles(split)
+        main = loaded.get("puzzles")
+        if split == "train" and "dev_puzzles" in loaded:
+            dev = {puzzle.key for puzzle in loaded["dev_puzzles"].puzzles("dev")}
+            side = main.rows["train"] if main else puzzle_set(size, "train", self.rules)
+            return [puzzle for puzzle in side if puzzle.key not in dev]
+        if main:
+            return main.puzzles(split)
+        return puzzle_set(size, "val", self.rules) if split == "val" else list(_generated(split, size, self.rules))
 
     def read(self, record: Mapping[str, object]) -> Puzzle:
         numbers, target = record.get("numbers"), record.get("target")
@@ -79,6 +111,13 @@ class Countdown:
         puzzle = _puzzle(problem)
         parentheses = "needs parentheses" if needs_parentheses(puzzle, self.rules) else "no parentheses needed"
         return parentheses, "one solution" if len(solve(puzzle, self.rules)) == 1 else "several solutions"
+
+
+@cache
+def _generated(split: Split, size: int, rules: Rules) -> list[Puzzle]:
+    """The train or dev puzzles of the rules."""
+    train, dev = divided(puzzle_set(size, "train", rules))
+    return dev if split == "dev" else train
 
 
 def _puzzle(problem: Problem) -> Puzzle:

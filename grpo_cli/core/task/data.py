@@ -15,7 +15,7 @@ from pathlib import Path
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import check_writable, write
 from grpo_cli.core.task.files import in_format
-from grpo_cli.core.task.puzzle import Puzzle, Split, check_size, split_of
+from grpo_cli.core.task.puzzle import Puzzle, Side, check_size, split_of
 from grpo_cli.core.task.rules import ORIGINAL, Rules
 from grpo_cli.core.task.solver import needs_parentheses, solution, solve, targets
 
@@ -31,7 +31,7 @@ def is_enumerable(size: int, rules: Rules = ORIGINAL) -> bool:
     return size <= ENUMERABLE[0] and rules.choices(size) <= ENUMERABLE[1]
 
 
-def enumerate_puzzles(numbers: int = 3, split: Split | None = None, rules: Rules = ORIGINAL) -> Iterator[Puzzle]:
+def enumerate_puzzles(numbers: int = 3, split: Side | None = None, rules: Rules = ORIGINAL) -> Iterator[Puzzle]:
     """Every solvable puzzle of that many numbers, once.
 
     Numbers are sorted; puzzles are ordered by (numbers, target).
@@ -43,7 +43,7 @@ def enumerate_puzzles(numbers: int = 3, split: Split | None = None, rules: Rules
 
 
 def generate(
-    count: int, *, numbers: int = 3, split: Split | None = None, seed: int = 0, rules: Rules = ORIGINAL
+    count: int, *, numbers: int = 3, split: Side | None = None, seed: int = 0, rules: Rules = ORIGINAL
 ) -> list[Puzzle]:
     """`count` puzzles as the original draws them: `((a op b) op c) ...` at random, kept if the target is allowed."""
     check_size(numbers)
@@ -53,7 +53,7 @@ def generate(
     return puzzles
 
 
-def puzzle_set(numbers: int, split: Split, rules: Rules = ORIGINAL) -> list[Puzzle]:
+def puzzle_set(numbers: int, split: Side, rules: Rules = ORIGINAL) -> list[Puzzle]:
     """All puzzles of a split, or where they are too many a fixed sample, each puzzle once."""
     if is_enumerable(numbers, rules):
         return list(enumerate_puzzles(numbers, split, rules))
@@ -73,7 +73,7 @@ def sampling_note(size: int, rules: Rules = ORIGINAL) -> str | None:
     return f"{space}: too many puzzles to enumerate, each split is a fixed sample of up to {SAMPLED:,}"
 
 
-def _draws(size: int, split: Split | None, seed: int, rules: Rules) -> Iterator[Puzzle]:
+def _draws(size: int, split: Side | None, seed: int, rules: Rules) -> Iterator[Puzzle]:
     """Puzzles at random, until MOST_DRAWS in a row make none."""
     below, numbers, operations = _below(random.Random(seed)), rules.numbers, [_APPLY[name] for name in rules.operations]
     missed = 0

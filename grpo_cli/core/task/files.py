@@ -6,49 +6,63 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.task.expression import parse
 from grpo_cli.core.task.puzzle import Puzzle, checked, judge
 from grpo_cli.core.task.rules import ORIGINAL, Rules
 from grpo_cli.core.task.solver import solution
-from grpo_cli.core.task.task import Split
+from grpo_cli.core.task.task import Split, divided
 
+SPLITS: tuple[Split, ...] = get_args(Split)
 FIELDS = ("numbers", "target", "split", "solution")
 TRIED = 1_000  # puzzles of a file that are solved to find out whether its puzzles can be
 
 
 @dataclass(frozen=True)
 class PuzzleFile:
-    """The puzzles of a file by split, each once; `duplicates` counts those left out."""
+    """The puzzles of a file, each once, by the split of their rows; `duplicates` counts those left out."""
 
     path: Path
-    train: tuple[Puzzle, ...]
-    val: tuple[Puzzle, ...]
+    rows: Mapping[Split, Sequence[Puzzle]]
     duplicates: int
     sha256: str
 
+    @cached_property
+    def splits(self) -> Mapping[Split, Sequence[Puzzle]]:
+        """The puzzles by split; dev is a fixed part of train, unless rows say `dev`."""
+        if self.rows["dev"]:
+            return self.rows
+        train, dev = divided(self.rows["train"])
+        return {**self.rows, "train": train, "dev": dev}
+
     def puzzles(self, split: Split) -> list[Puzzle]:
         """The puzzles of a split; CountdownError if there are none."""
-        chosen = list(self.val if split == "val" else self.train)
-        if not chosen:
+        if not self.splits[split]:
             hint = "puzzles with an odd number are train, all others val, unless a column `split` says so"
+            if split == "dev":
+                hint = "dev is part of train: give at least 2 train puzzles, or a file with `--dev-puzzles`"
             raise CountdownError(f"`{self.path}` has no {split} puzzles", hint)
-        return chosen
+        return list(self.splits[split])
 
     def __str__(self) -> str:
-        counts = f"{len(self.train):,} train and {len(self.val):,} val puzzles, {self.duplicates:,} duplicates left out"
-        return f"{self.path}: {counts}, SHA-256 {self.sha256[:12]}"
+        counts = ", ".join(f"{len(own):,} {split}" for split, own in self.splits.items() if own)
+        return f"{self.path}: {counts} puzzles, {self.duplicates:,} duplicates left out, SHA-256 {self.sha256[:12]}"
 
 
 @cache
-def load_puzzles(path: Path, rules: Rules = ORIGINAL) -> PuzzleFile:
-    """Read a puzzle file; CountdownError names the line of whatever is wrong, and puzzles without a solution."""
+def load_puzzles(
+    path: Path, rules: Rules = ORIGINAL, *, every: Split | None = None, unmarked: Split | None = None
+) -> PuzzleFile:
+    """Read a puzzle file; CountdownError names the line of whatever is wrong, and puzzles without a solution.
+
+    `every` is the split of all rows, `unmarked` that of rows that name none; by default it follows from the numbers.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -59,16 +73,18 @@ def load_puzzles(path: Path, rules: Rules = ORIGINAL) -> PuzzleFile:
     for place, row in _rows(path, data):
         count += 1
         puzzle, split = _read(row, place, rules)
+        split = every or split or unmarked or puzzle.split
         if splits.setdefault(puzzle.canonical, split) != split:
-            raise CountdownError(f"{place}: {puzzle} is a train and a val puzzle", "keep it in one split")
+            other = splits[puzzle.canonical]
+            raise CountdownError(f"{place}: {puzzle} is a {other} and a {split} puzzle", "keep it in one split")
         chosen.setdefault(puzzle.canonical, (puzzle, place))
     if not count:
         raise CountdownError(f"`{path}` has no puzzles", "write some with `countdown gen-data --out FILE`")
     _require_solvable(list(chosen.values()), rules)
-    train, val = (
-        tuple(puzzle for key, (puzzle, _) in chosen.items() if splits[key] == split) for split in ("train", "val")
-    )
-    return PuzzleFile(path, train, val, count - len(chosen), hashlib.sha256(data).hexdigest())
+    by_split: dict[Split, Sequence[Puzzle]] = {
+        split: tuple(puzzle for key, (puzzle, _) in chosen.items() if splits[key] == split) for split in SPLITS
+    }
+    return PuzzleFile(path, by_split, count - len(chosen), hashlib.sha256(data).hexdigest())
 
 
 def _require_solvable(puzzles: Sequence[tuple[Puzzle, str]], rules: Rules) -> None:
@@ -82,8 +98,8 @@ def _require_solvable(puzzles: Sequence[tuple[Puzzle, str]], rules: Rules) -> No
         )
 
 
-def _read(row: dict[str, Any], place: str, rules: Rules) -> tuple[Puzzle, Split]:
-    """The puzzle of a row and its split."""
+def _read(row: dict[str, Any], place: str, rules: Rules) -> tuple[Puzzle, Split | None]:
+    """The puzzle of a row, and its split if it names one."""
     numbers, target = row.get("numbers", row.get("nums")), row.get("target")
     if not isinstance(numbers, list) or type(target) is not int or any(type(number) is not int for number in numbers):
         raise CountdownError(f"{place}: `numbers` (or `nums`) is a list of whole numbers, `target` a whole number")
@@ -91,9 +107,9 @@ def _read(row: dict[str, Any], place: str, rules: Rules) -> tuple[Puzzle, Split]
         puzzle = checked(numbers, target, rules)
     except CountdownError as error:
         raise CountdownError(f"{place}: {error.message}") from error
-    split = row.get("split") or puzzle.split
-    if split not in ("train", "val"):
-        raise CountdownError(f"{place}: `split` is `train` or `val`")
+    split = row.get("split") or None
+    if split not in (None, *SPLITS):
+        raise CountdownError(f"{place}: `split` is `train`, `dev` or `val`")
     answer = row.get("solution")
     if answer is not None and (
         not isinstance(answer, str) or judge(puzzle, parse(answer, rules.operations), rules) != "correct"

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.task.task import Message, Problem, Score, Split, Task
+from grpo_cli.core.task.task import Message, Problem, Score, Side, Split, Task, divided
 
 Function = Callable[..., Any]
 GYM_SIZE = {"train": 1_000, "val": 200}
@@ -71,9 +71,15 @@ class FileTask:
         return []
 
     def problems(self, split: Split, size: int) -> list[Item]:
-        values = self._call("problems", split)
+        if split == "val":
+            return self._items("val")
+        train, dev = divided(self._items("train"))
+        return dev if split == "dev" else train
+
+    def _items(self, side: Side) -> list[Item]:
+        values = self._call("problems", side)
         if not isinstance(values, list | tuple) or not values:
-            raise CountdownError(f"`problems` of `{self.name}` must return a list that is not empty for `{split}`")
+            raise CountdownError(f"`problems` of `{self.name}` must return a list that is not empty for `{side}`")
         try:
             return [Item(json.dumps(value, sort_keys=True)) for value in values]
         except (TypeError, ValueError) as error:

@@ -8,7 +8,7 @@ from typing import Literal
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.task.expression import Expression
 from grpo_cli.core.task.rules import ORIGINAL, Rules
-from grpo_cli.core.task.task import Split as Split
+from grpo_cli.core.task.task import Side as Side
 
 Verdict = Literal["correct", "not_an_expression", "wrong_numbers", "wrong_value"]
 
@@ -17,7 +17,7 @@ NUMBERS = range(1, 101)  # that a person may ask for, and targets, whatever the 
 TARGETS = range(1, 1001)
 
 
-def split_of(numbers: Iterable[int]) -> Split:
+def split_of(numbers: Iterable[int]) -> Side:
     """`val` if every number is even, else `train`."""
     return "train" if any(number % 2 for number in numbers) else "val"
 
@@ -30,8 +30,8 @@ class Puzzle:
     target: int
 
     @property
-    def split(self) -> Split:
-        """The split that the numbers belong to."""
+    def split(self) -> Side:
+        """The side that the numbers belong to."""
         return split_of(self.numbers)
 
     @property

@@ -13,7 +13,7 @@ from itertools import product
 from typing import get_args
 
 from grpo_cli.core.task.prompts import STYLES, Style
-from grpo_cli.core.task.puzzle import Split
+from grpo_cli.core.task.task import Split
 
 SIZES = range(2, 7)  # numbers that a puzzle may have
 

@@ -1,16 +1,47 @@
 """The interface of a task: problems by split, the prompt of each, the score of a completion.
 
-Training, sampling and evaluation know a task by this interface alone; `countdown` is the task that ships.
+Training, sampling and evaluation know a task by this interface alone; `countdown` is the task that ships. A model is
+trained on `train`, the best one is chosen on `dev`, a fixed part of the train side, and `val` is only ever reported.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from heapq import nsmallest
+from itertools import combinations
+from typing import Literal, Protocol, TypeVar
 
-Split = Literal["train", "val"]
+from grpo_cli.core.errors import CountdownError
+
+P = TypeVar("P", bound="Problem")
+
+Side = Literal["train", "val"]
+Split = Literal["train", "dev", "val"]
 Message = dict[str, str]  # role, content
+
+DEV = 128  # problems that choose the best model
+
+
+def divided(problems: Sequence[P]) -> tuple[list[P], list[P]]:
+    """(train, dev) of the train side: dev has the tenth of the problems, at most DEV, whose keys hash lowest."""
+    keys = {problem.key for problem in problems}
+    count = min(DEV, max(len(keys) // 10, len(keys) > 1))
+    dev = set(nsmallest(count, keys, key=lambda key: hashlib.sha256(key.encode()).digest()))
+    return [one for one in problems if one.key not in dev], [one for one in problems if one.key in dev]
+
+
+def require_apart(problems: Mapping[str, Sequence[Problem]]) -> None:
+    """Raise CountdownError if a split is empty, or if problems of two splits are the same."""
+    keys = {split: {problem.key for problem in own} for split, own in problems.items()}
+    for split, own in keys.items():
+        if not own:
+            raise CountdownError(f"there are no {split} problems", "a training needs a train problem, and one for dev")
+    for one, other in combinations(keys, 2):
+        if shared := keys[one] & keys[other]:
+            count = f"{len(shared):,} of {len(keys[other]):,} {other} problems are also {one} problems"
+            raise CountdownError(f"{count}, first `{min(shared)}`", f"the {other} accuracy would be false: remove them")
 
 
 @dataclass(frozen=True, slots=True)
