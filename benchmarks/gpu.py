@@ -118,7 +118,7 @@ VARIANTS = (
 class Padded(Policy):
     """Log-probabilities as one writes them first: every row has its prompt, padded to one length."""
 
-    def logprobs(self, sequences: Sequences, *, temperature: float) -> tuple[Tensor, Tensor]:
+    def logprobs(self, sequences: Sequences, *, temperature: float, entropy: bool = True) -> tuple[Tensor, Tensor]:
         completions = sequences.completions
         rows = [sequences.prompts[owner] + row for owner, row in zip(sequences.prompt_index, completions, strict=True)]
         assert len(set(map(len, rows))) == 1 == len(set(map(len, completions)))
@@ -128,8 +128,8 @@ class Padded(Policy):
         logits = self.model(input_ids=tokens, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
         self.model.set_attn_implementation(attention)
         everything = (logits.float() / temperature).log_softmax(dim=-1)  # (B, T, V)
-        entropy = -(everything.detach().exp() * everything.detach()).sum(dim=-1)
-        return everything.gather(-1, tokens[:, -length:, None])[..., 0], entropy
+        spread = -(everything.detach().exp() * everything.detach()).sum(dim=-1)
+        return everything.gather(-1, tokens[:, -length:, None])[..., 0], spread
 
 
 def model_folder(scratch: Path, shape: str) -> str:

@@ -232,14 +232,14 @@ NAN_BACKWARD = NAN.replace(
 )
 RAISES = """
 if rank == 1:
-    from grpo_cli.core.rl import train
-    plain, calls = train.score, []
+    from grpo_cli.core.rl.collect import Collector
+    plain, calls = Collector._score, []
     def broken(*args, **given):
         calls.append(1)
         if len(calls) > 2:
             raise RuntimeError("out of luck")
         return plain(*args, **given)
-    train.score = broken
+    Collector._score = broken
 """
 DIES = RAISES.replace('raise RuntimeError("out of luck")', "os.kill(os.getpid(), 9)")
 HANGS = RAISES.replace('raise RuntimeError("out of luck")', "import time; time.sleep(100)")
@@ -258,13 +258,13 @@ if rank == 1:
 """
 SLOW = """
 import time
-from grpo_cli.core.rl import train
-plain = train.score
+from grpo_cli.core.rl.collect import Collector
+plain = Collector._score
 def slow(*args, **given):
     print("scoring", flush=True)
     time.sleep(0.3)
     return plain(*args, **given)
-train.score = slow
+Collector._score = slow
 """
 LONG = [*TRAIN, "--batch-size", "2", "--num-iterations", "30", "--eval-every", "30"]
 
