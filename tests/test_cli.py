@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import SMALL, Command
 
-from grpo_cli.core.task.data import enumerate_puzzles
+from grpo_cli.core.task.countdown import Countdown
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.scoring import score
 
@@ -177,7 +177,7 @@ def test_every_evaluation_says_how_many_puzzles_its_model_was_trained_on(trained
     row = json.loads(samples.read_text().splitlines()[0])
     known = [([1, 2], 3), ([2, 1], 3), ([5, 4], 9)]  # the order of the numbers does not matter
     samples.write_text("".join(json.dumps({**row, "numbers": n, "target": t}) + "\n" for n, t in known))
-    count = len(list(enumerate_puzzles(2, "train")))
+    count = len(list(Countdown().problems("train", 2)))
     asked = ("eval", "first", "--numbers", 2, "--max-new-tokens", 1)
     assert json.loads(trained(*asked, "--json").out)["overlap"] == 0
     result = trained(*asked, "--split", "train")

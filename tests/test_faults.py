@@ -29,7 +29,7 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.rl.state import Training, build_optimizer, choose_checkpoint
 from grpo_cli.core.run.folder import Run
-from grpo_cli.core.task.puzzle import Puzzle
+from grpo_cli.core.task.data import puzzle_set
 
 pytestmark = pytest.mark.faults
 
@@ -517,10 +517,10 @@ def test_other_puzzles_are_not_taken_for_those_of_the_run(
     countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, beta: str
 ) -> None:
     assert countdown("train", "--model", tiny_folder, "--run", "first", "--beta", beta, *SHORT).code == 0
-    monkeypatch.setattr("grpo_cli.core.task.countdown.puzzle_set", lambda *_: [Puzzle((3, 5, 2), 13)])
+    monkeypatch.setattr("grpo_cli.core.task.countdown.puzzle_set", lambda *asked: puzzle_set(*asked)[1:])
     found = countdown("train", "--run", "first", "--resume", "--num-iterations", "5")
     assert found.code == 2
-    assert "other puzzles" in found.err
+    assert "other val problems" in found.err
 
 
 @pytest.mark.parametrize("key", ["learning_rate", "optimizer", "seed"])
@@ -633,9 +633,9 @@ MOMENTS: dict[str, tuple[str, Callable[[Function, Function], Function], int]] = 
     "first evaluation": ("grpo_cli.core.evals.evaluate.sample", at_token(1), 0),
     "rollout of step 1": ("grpo_cli.core.rl.collect.sample", at_token(1), 0),
     "rollout of step 2": ("grpo_cli.core.rl.collect.sample", at_token(2), 1),
-    "evaluation after step 2": ("grpo_cli.core.evals.evaluate.sample", at_token(3), 2),
-    "last evaluation": ("grpo_cli.core.evals.evaluate.sample", at_token(4), 3),
-    "scoring of step 2": ("grpo_cli.core.task.countdown.score", before_call(4 + 4 + 4 + 1), 1),  # evaluations have 4
+    "evaluation after step 2": ("grpo_cli.core.evals.evaluate.sample", at_token(5), 2),
+    "last evaluation": ("grpo_cli.core.evals.evaluate.sample", at_token(7), 3),
+    "scoring of step 2": ("grpo_cli.core.task.countdown.score", before_call(8 + 4 + 8 + 1), 1),  # evaluations have 8
     "reference pass of step 2": ("grpo_cli.core.model.policy.Policy.logprobs", before_call(6 + 1), 1),
     "update of step 2": ("grpo_cli.core.model.policy.Policy.logprobs", before_call(6 + 3), 1),
     "second inner update of step 2": ("grpo_cli.core.model.policy.Policy.logprobs", before_call(6 + 5), 2),

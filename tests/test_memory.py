@@ -332,7 +332,7 @@ def test_a_training_does_as_planned_and_says_so(countdown: Command, tiny_folder:
     changed = ["--gradient-checkpointing", "on", "--reference", "host", "--micro-batch-size", "1"]
     found = countdown("train", "--model", tiny_folder, "--run", "lean", *SMALL, *changed)
     assert found.code == 0
-    assert "micro-batches of 1 completions, gradient checkpointing on, reference on the host" in found.err
+    assert "micro-batches of 1 completion, gradient checkpointing on, reference on the host" in found.err
     plain, lean = (
         [json.loads(line) for line in Path("runs", name, "metrics.jsonl").read_text().splitlines()]
         for name in ("plain", "lean")
