@@ -536,3 +536,8 @@ def test_settings_that_do_not_fit_together_are_one_sentence(
 def test_only_schedules_have_the_hint_of_schedules(tmp_path: Path) -> None:
     assert refused(tmp_path, flags={"task.operations": "+^"}).hint is None
     assert "a schedule is" in str(refused(tmp_path, flags={"train.prompt_style": "x"}).hint)
+
+
+def test_settings_of_a_library_need_no_arguments(tmp_path: Path) -> None:
+    resolved = resolve(flags={"train.num_iterations": 20}, directory=tmp_path)
+    assert (resolved.settings.train.num_iterations, resolved.settings.model.model) == (20, "builtin")

@@ -66,13 +66,13 @@ def resolve(
     environ: Mapping[str, str] = MappingProxyType({}),
     config_file: Path | None = None,
     directory: Path = Path("."),
-    has_cuda: Callable[[], bool],
+    has_cuda: Callable[[], bool] = lambda: False,
 ) -> Resolved:
     """Settings from all layers; what a user writes beats what ships.
 
     The user's file is `config_file`, or else `config.toml` in `directory` if there is one. `flags` is keyed
     `train.batch_size`; a text value is read as the setting's type. Raises CountdownError, naming the place, for a wrong
-    value or name in any layer, even one that a stronger layer hides.
+    value or name in any layer, even one that a stronger layer hides. `has_cuda` chooses among the presets for `auto`.
     """
     shipped, user = _shipped(), _user(config_file, directory)
     for preset in (*shipped.presets.values(), *user.presets.values()):
