@@ -137,6 +137,13 @@ def test_a_reward_pays_and_the_strict_score_decides_what_is_correct(tmp_path: Pa
     assert task.problems("val", 3) == Countdown().problems("val", 3) and task.name == "countdown"
 
 
+def test_a_probe_asks_and_scores_as_the_task_does(countdown: Command, tmp_path: Path) -> None:
+    name = written(tmp_path, GOOD.replace("[1]", "[1, 2, 3]").replace("0.5", "1.0"))
+    small = ["--batch-size", 2, "--num-generations", 2, "--max-new-tokens", 4]
+    shown = " ".join(countdown("train", "--task", name, "--probe", *small).out.split())
+    assert "zero-shot 2 100.0%" in shown and "natural" not in shown
+
+
 def test_what_a_task_prints_leaves_json_alone(countdown: Command, tmp_path: Path) -> None:
     name = written(tmp_path, "print('loaded')\n" + GOOD.replace("return 0.5", "print('scored'); return 0.5"))
     done = countdown("eval", "--task", name, "--json", "--max-new-tokens", 4)

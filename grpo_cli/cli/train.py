@@ -167,14 +167,15 @@ def _show_plan(resolved: Resolved, chosen: Chosen, process: Place) -> None:
 
 def _probe(chosen: Chosen) -> None:
     """Sample the starting model in every style as training would, and show how much there is to learn from."""
-    task, settings = chosen.settings.task, chosen.settings.train
+    asked, settings, task = chosen.settings.task, chosen.settings.train, task_of(chosen.settings)
     policy = load(chosen)
     with tables.progress(f"probing {chosen.name}", quiet=False) as advance:
         result = probing.probe(
             policy,
-            probing.chosen_puzzles(task_of(chosen.settings).problems("train", task.numbers), settings.seed),
+            probing.chosen_puzzles(task.problems("train", asked.numbers), settings.seed),
             SamplingParams.training(settings),
-            chosen=task.style,
+            chosen=asked.style,
+            task=task,
             batch_size=settings.batch_size * settings.num_generations,
             seed=settings.seed,
             fit=MicroBatch(report=show.note),

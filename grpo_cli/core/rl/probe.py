@@ -16,15 +16,14 @@ from statistics import fmean
 
 import torch
 
-from grpo_cli.core.evals.evaluate import Completion, evaluate
+from grpo_cli.core.evals.evaluate import COUNTDOWN, Completion, evaluate
 from grpo_cli.core.evals.statistics import mcnemar, significant, wilson
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.rl.grpo import zero_variance
 from grpo_cli.core.rl.health import CUT_LIMIT, LEARNED
 from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.task.prompts import STYLES, Style
-from grpo_cli.core.task.task import Problem
+from grpo_cli.core.task.task import Problem, Task
 
 PUZZLES = 32
 SECONDS = 110.0  # that a probe may take, the loading of the model left aside
@@ -40,7 +39,7 @@ WEIGHTS = [0.1 * 1.3**index for index in range(30)]
 class Sampled:
     """The groups of one style: shares are from 0 to 1, `right` and `mixed` have an entry for each puzzle."""
 
-    style: Style
+    style: str
     num_generations: int
     right: list[int]  # correct completions of each group
     mixed: list[bool]  # whether the rewards of a group differ, so that it teaches something
@@ -68,9 +67,9 @@ class Sampled:
 class Probe:
     """A model's groups in every style, of the same puzzles; `chosen` is the style that training would use."""
 
-    chosen: Style
+    chosen: str
     numbers: int
-    styles: dict[Style, Sampled]
+    styles: dict[str, Sampled]
 
     @property
     def expected_mixed(self) -> dict[int, float]:
@@ -145,9 +144,10 @@ def probe(
     puzzles: Sequence[Problem],
     params: SamplingParams,
     *,
-    chosen: Style,
+    chosen: str,
     batch_size: int,
     seed: int,
+    task: Task = COUNTDOWN,
     fit: MicroBatch | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     clock: Callable[[], float] = time.perf_counter,
@@ -158,8 +158,9 @@ def probe(
     mixed groups is no wider than TIGHT: a model that never differs needs half the puzzles. The chosen style comes
     first; the others may have fewer groups, or none. `progress` receives the groups done and their number.
     """
-    order: list[Style] = [chosen, *(style for style in STYLES if style != chosen)]
-    groups: dict[Style, list[list[Completion]]] = {style: [] for style in order}
+    chosen = chosen if chosen in task.styles else task.styles[0]
+    order = sorted(task.styles, key=lambda style: style != chosen)
+    groups: dict[str, list[list[Completion]]] = {style: [] for style in order}
     seconds = dict.fromkeys(order, 0.0)
     begin = clock()
     for first, last in _chunks(len(puzzles), max(1, batch_size // params.num_generations)):
@@ -167,12 +168,13 @@ def probe(
             slowest = max(seconds[style] / max(1, len(groups[style])) for style in order)  # per group
             start = clock()
             if groups[chosen] and start - begin + slowest * (last - first) > SECONDS:
-                return _probe(chosen, puzzles, groups, seconds)
+                return _probe(chosen, task, puzzles, groups, seconds)
             groups[style] += evaluate(
                 policy,
                 puzzles[first:last],
                 params,
                 style=style,
+                task=task,
                 batch_size=batch_size,
                 seed=seed + first,
                 fit=fit,
@@ -182,7 +184,7 @@ def probe(
         low, high = wilson(measure(chosen, groups[chosen], 0.0).mixed_share, last)
         if high - low <= TIGHT:
             break
-    return _probe(chosen, puzzles, groups, seconds)
+    return _probe(chosen, task, puzzles, groups, seconds)
 
 
 def _chunks(count: int, size: int) -> list[tuple[int, int]]:
@@ -192,17 +194,18 @@ def _chunks(count: int, size: int) -> list[tuple[int, int]]:
 
 
 def _probe(
-    chosen: Style,
+    chosen: str,
+    task: Task,
     puzzles: Sequence[Problem],
-    groups: Mapping[Style, Sequence[Sequence[Completion]]],
-    seconds: Mapping[Style, float],
+    groups: Mapping[str, Sequence[Sequence[Completion]]],
+    seconds: Mapping[str, float],
 ) -> Probe:
-    """The probe of the groups that were sampled, its styles in the order of STYLES."""
-    styles = {style: measure(style, groups[style], seconds[style]) for style in STYLES if groups[style]}
+    """The probe of the groups that were sampled, its styles in the task's order."""
+    styles = {style: measure(style, groups[style], seconds[style]) for style in task.styles if groups[style]}
     return Probe(chosen, puzzles[0].size, styles)
 
 
-def measure(style: Style, groups: Sequence[Sequence[Completion]], seconds: float) -> Sampled:
+def measure(style: str, groups: Sequence[Sequence[Completion]], seconds: float) -> Sampled:
     """What the groups of a style were like; all have the same size."""
     everything = [completion for group in groups for completion in group]
     rewards = torch.tensor([[completion.score.reward for completion in group] for group in groups])  # (P, G)
