@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -118,7 +119,10 @@ def test_puzzles_without_a_solution_are_counted_and_refused(tmp_path: Path) -> N
     [
         ("nums,target\n3 5 x,13\n", "line 2: `numbers` (or `nums`) is a list"),
         ("nums,target\n3 5 2,\n", "line 2: `numbers` (or `nums`) is a list"),
-        ("a,b\n1,2\n", "line 2: `numbers` (or `nums`) is a list"),
+        ("a,b\n1,2\n", "has no columns `numbers` (or `nums`) and `target`"),
+        ("Numbers,Target\n3 5 2,13\n", "has no columns `numbers` (or `nums`) and `target`"),
+        ("numbers;target\n3 5 2;13\n", "has no columns `numbers` (or `nums`) and `target`"),
+        ("numbers\n3 5 2\n", "has no columns `numbers` (or `nums`) and `target`"),
         ("nums,target\n", "has no puzzles"),
     ],
 )
@@ -198,3 +202,11 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     path.write_bytes(json.dumps(GOOD).encode() + b"\n\xff")
     with pytest.raises(CountdownError, match="line 2: not UTF-8"):
         load_puzzles(path)
+
+
+@pytest.mark.faults
+def test_a_device_or_a_fifo_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (Path("/dev/zero"), tmp_path / "fifo", tmp_path):
+        with pytest.raises(CountdownError, match="is not a regular file"):
+            load_puzzles(path)

@@ -112,7 +112,7 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 def read_json(path: Path) -> dict[str, object]:
     """The object in a JSON file; raises CountdownError if there is none."""
     try:
-        _require_regular(path)
+        require_regular(path)
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise CountdownError(f"cannot read `{path}`: {error.strerror}") from None
@@ -162,7 +162,7 @@ def read_lines(path: Path) -> Iterator[Line]:
     """The lines of a JSON Lines file, without a last one that was cut off; none if there is no file."""
     if not os.path.lexists(path):
         return
-    _require_regular(path)
+    require_regular(path)
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             line = Line(path, number, raw.rstrip() + b"\n")
@@ -170,6 +170,7 @@ def read_lines(path: Path) -> Iterator[Line]:
                 yield line
 
 
-def _require_regular(path: Path) -> None:
+def require_regular(path: Path) -> None:
+    """Refuse devices, FIFOs and folders, which may never end or never begin; what is missing is left to the reader."""
     if path.exists() and not path.is_file():
         raise CountdownError(f"`{path}` is not a regular file")

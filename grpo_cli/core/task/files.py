@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.files import require_regular
 from grpo_cli.core.task.expression import parse
 from grpo_cli.core.task.puzzle import Puzzle, checked, judge
 from grpo_cli.core.task.rules import ORIGINAL, Rules
@@ -63,6 +64,7 @@ def load_puzzles(
 
     `every` is the split of all rows, `unmarked` that of rows that name none; by default it follows from the numbers.
     """
+    require_regular(path)
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -147,6 +149,9 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a CSV file; lists are written as `[3, 5, 2]` or `3 5 2`."""
     reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
+        columns = reader.fieldnames or []
+        if columns and not ({"numbers", "nums"} & {*columns} and "target" in columns):
+            raise CountdownError(f"`{path}` has no columns `numbers` (or `nums`) and `target`", "name them in line 1")
         for row in reader:
             place = f"`{path}`, line {reader.line_num}"
             parsed: dict[str, Any] = {key: value or None for key, value in row.items() if key}
