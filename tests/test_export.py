@@ -129,6 +129,14 @@ def test_export_refuses_to_replace_what_it_did_not_write(
     assert message in result.err
 
 
+def test_a_model_without_weights_is_not_exported(trained: Command, tmp_path: Path) -> None:
+    for weights in (tmp_path / "runs" / "first" / "model").glob("*.safetensors"):
+        weights.unlink()
+    done = trained("export", "first", "out")
+    assert done.code == 2 and "has no weights" in done.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_export_again_needs_overwrite_and_pushes_only_when_asked(trained: Command, hub: Hub, tmp_path: Path) -> None:
     assert trained("export", "first", "shared").code == 0
     again = trained("export", "first", "shared")

@@ -34,9 +34,12 @@ def export(
 ) -> list[Path]:
     """Write a run's model or adapter and its card to `folder`, replacing it as a whole; return the files.
 
-    `convert` may add files to the folder before it takes its place. Raises as `check_destination` does.
+    `convert` may add files to the folder before it takes its place. Raises as `check_destination` does,
+    and if the model has no weights.
     """
     check_destination(folder, overwrite=overwrite)
+    if not any(model.glob("*.safetensors")):
+        raise CountdownError(f"`{model}` has no weights", "export another run")
     with checkpoint.saving(folder) as staged:
         shutil.copytree(model, staged, dirs_exist_ok=True)
         (staged / CARD).write_text(card, encoding="utf-8")
