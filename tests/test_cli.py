@@ -1,6 +1,7 @@
 """The commands as a user meets them: output, one-sentence errors, exit codes."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -27,6 +28,47 @@ def test_gen_data_loads_neither_torch_nor_matplotlib() -> None:
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stderr.rstrip().endswith("set()")
     assert len(found.stdout.splitlines()) == 327
+
+
+COMPLETE = """
+import os, sys
+from grpo_cli.cli.app import main
+sys.argv = ["countdown"]
+os.environ |= {"COMP_WORDS": sys.argv[0] + " " + LINE, "COMP_CWORD": str(len(LINE.split(" ")))}
+try: main()
+finally: print({"torch", "transformers", "matplotlib"} & set(sys.modules), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("train --preset ", "auto builtin mine qwen2.5-0.5b qwen2.5-1.5b qwen2.5-1.5b-original smollm2-135m"),
+        ("train --preset smol", "smollm2-135m"),
+        ("train --run fi", "first"),
+        ("train --model ", "builtin first"),
+        ("eval ", "builtin first"),
+        ("eval --suite ", "transfer hard"),
+        ("train --eval-suite h", "hard"),
+        ("plot --runs others ", "second"),
+        ("runs --delete ", "first"),
+        ("export ", "first"),
+        ("train --loss-type d", "dapo dr_grpo"),
+        ("train --config nowhere.toml --preset ", ""),
+        ("train --batch-size four --model f", "first"),
+    ],
+)
+def test_names_that_exist_are_completed_without_torch(line: str, expected: str, tmp_path: Path) -> None:
+    for run in ("runs/first", "others/second"):
+        (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / "config.json").write_text("{}")
+    settings = '[preset.mine.model]\nmodel = "builtin"\n[suite]\nhard = {"val 4 one-shot" = 1.0}\n'
+    (tmp_path / "config.toml").write_text(settings)
+    environ = {**os.environ, "_COUNTDOWN_COMPLETE": "complete_bash"}
+    command = [sys.executable, "-c", f"LINE = {line!r}{COMPLETE}"]
+    found = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == expected.split()
+    assert found.stderr == "set()\n"
 
 
 @pytest.mark.parametrize("command", ["gen-data", "train", "eval", "solve", "plot"])
@@ -264,7 +306,11 @@ def test_plot_draws_a_run_and_the_original_systems_file(trained: Command, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["train", "--batch-sise", "4"], "No such option"),
+        (["train", "--batchsize", "4"], "did you mean `--batch-size`?"),
+        (["eval", "--suit", "transfer"], "did you mean `--suite`?"),
+        (["train", "--zzz"], "see `countdown train --help`"),
+        (["trian"], "Did you mean 'train'?"),
+        (["export", "first"], "missing argument 'DIR'"),
         (["train", "--batch-size", "0"], "--batch-size"),
         (["train", "--learning-rate", "nan"], "--learning-rate"),
         (["train", "--keep-last", "0"], "`--keep-last` must be a whole number of at least 2, not `0`"),

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from difflib import get_close_matches
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +21,7 @@ import typer
 
 from grpo_cli import __version__
 from grpo_cli.cli.launch import place
-from grpo_cli.cli.options import Commands, settings_command
+from grpo_cli.cli.options import Commands, completion, settings_command
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.task.rules import Rules
 from grpo_cli.ui import text as show
@@ -34,6 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+USAGE_ERROR: Any = typer.BadParameter.__base__  # Typer does not export it
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="settings file; default: ./config.toml", metavar="<file>")
@@ -54,9 +57,15 @@ def main() -> None:
     try:
         show.silence(place().rank > 0)
         try:
-            app()
+            sys.exit(app(prog_name="countdown", standalone_mode=False))
         finally:
             sys.stdout.flush()  # here, and not at the end of the interpreter, it may fail
+    except USAGE_ERROR as problem:
+        if problem.format_message():  # or the help was shown
+            show.error(_usage(problem))
+        sys.exit(2)
+    except typer.Abort:  # Ctrl-C or no answer at a question
+        sys.exit(1)
     except CountdownError as problem:
         if getattr(problem, "tells", False):
             show.silence(False)
@@ -72,6 +81,18 @@ def main() -> None:
         what = problem.strerror or str(problem)
         show.error(CountdownError(f"{what}: `{problem.filename}`" if problem.filename else what))
         sys.exit(1)
+
+
+def _usage(problem: Any) -> CountdownError:
+    """A line that could not be parsed, with the nearest option where an unknown one was given."""
+    command = problem.ctx.command_path if problem.ctx else "countdown"
+    message, hint = problem.format_message().rstrip("."), f"see `{command} --help`"
+    if hasattr(problem, "possibilities"):
+        known = [name for parameter in problem.ctx.command.params for name in parameter.opts]
+        nearest = get_close_matches(problem.option_name, known, n=1)
+        message = f"`{command}` has no option `{problem.option_name}`"
+        hint = f"did you mean `{nearest[0]}`?" if nearest else hint
+    return CountdownError(message[:1].lower() + message[1:], hint)
 
 
 def _show_version(asked: bool) -> None:
@@ -135,7 +156,10 @@ def gen_data(
 def train(
     ctx: typer.Context,
     run: Annotated[
-        str | None, typer.Option(help="name of the run; default: run-1, run-2, ...", metavar="<name>")
+        str | None,
+        typer.Option(
+            help="name of the run; default: run-1, run-2, ...", metavar="<name>", autocompletion=completion("run")
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with --run from its last whole checkpoint")] = False,
     step: Annotated[
@@ -163,10 +187,18 @@ def train(
 def eval(
     ctx: typer.Context,
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="MODEL", help="runs, folders, hub ids, or `builtin`")
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL", help="runs, folders, hub ids, or `builtin`", autocompletion=completion("model")
+        ),
     ] = None,
     suite: Annotated[
-        str | None, typer.Option(help="evaluate on the cells of this suite of the settings", metavar="<name>")
+        str | None,
+        typer.Option(
+            help="evaluate on the cells of this suite of the settings",
+            metavar="<name>",
+            autocompletion=completion("suite"),
+        ),
     ] = None,
     as_json: Json = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="print Markdown tables, for a report")] = False,
@@ -187,7 +219,10 @@ def eval(
 def solve(
     ctx: typer.Context,
     question: Annotated[list[str], typer.Argument(metavar="PUZZLE", help='"4 7 3 = 25", "4,7,3 -> 25", or a sentence')],
-    model: Annotated[str | None, typer.Option(help="run, folder, hub id, or `builtin`", metavar="<name>")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="run, folder, hub id, or `builtin`", metavar="<name>", autocompletion=completion("model")),
+    ] = None,
     attempts: Annotated[int, typer.Option(min=1, help="completions to sample until one is right", metavar="<int>")] = 1,
     show_solution: Annotated[bool, typer.Option("--show-solution", help="show the solver's own solutions too")] = False,
     as_json: Json = False,
@@ -203,7 +238,10 @@ def solve(
 def plot(
     ctx: typer.Context,
     runs: Annotated[
-        list[str] | None, typer.Argument(metavar="RUN", help="runs, or metrics files; default: the newest run")
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN", help="runs, or metrics files; default: the newest run", autocompletion=completion("run")
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -223,7 +261,10 @@ def plot(
 def runs(
     ctx: typer.Context,
     delete: Annotated[
-        list[str] | None, typer.Option("--delete", help="run to delete; may be repeated", metavar="<name>")
+        list[str] | None,
+        typer.Option(
+            "--delete", help="run to delete; may be repeated", metavar="<name>", autocompletion=completion("run")
+        ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="delete without asking")] = False,
     as_json: Json = False,
@@ -238,7 +279,9 @@ def runs(
 @_command("runs")
 def export(
     ctx: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="RUN", help="run whose best model to export")],
+    name: Annotated[
+        str, typer.Argument(metavar="RUN", help="run whose best model to export", autocompletion=completion("run"))
+    ],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder to write", show_default=False)],
     merge: Annotated[bool, typer.Option("--merge", help="merge a LoRA adapter into its base model")] = False,
     gguf: Annotated[

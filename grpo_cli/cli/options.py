@@ -11,13 +11,19 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 PANELS = ("Model", "Sampling", "Loss", "Optimization", "Schedule", "Output", "Ranks")
 _METAVARS: dict[object, str] = {int: "<int>", float: "<float>"}
+_COMPLETED: dict[str, Any] = {
+    "preset": "preset",
+    "train.eval_suite": "suite",
+    "model.model": "model",
+    "model.ref_model": "model",
+}
 _HELP = {"-h", "--help"}
 _NEGATIVE = re.compile(r"-[0-9].*[\s=]")  # a question that begins with a negative number, not an option
 
@@ -38,6 +44,30 @@ def flags(ctx: typer.Context) -> dict[str, object]:
 def give(ctx: typer.Context, key: str, value: int) -> None:
     """Set a setting as if its option had been given."""
     ctx.meta.setdefault(__name__, {})[key] = str(value)
+
+
+def completion(kind: Literal["run", "model", "preset", "suite"]) -> Callable[[typer.Context], list[str]]:
+    """An `autocompletion` of the names that exist, by the settings file and `--runs` of the line typed so far."""
+
+    def names(ctx: typer.Context) -> list[str]:
+        from grpo_cli.core.config.resolve import presets, resolve
+        from grpo_cli.core.errors import CountdownError
+        from grpo_cli.core.run.folder import list_runs
+
+        place = {key: value for key, value in flags(ctx).items() if key == "runs"}
+        file = Path(os.path.expanduser(given)) if (given := ctx.params.get("config")) else None
+        try:
+            if kind == "preset":
+                return ["auto", *sorted(presets(file))]
+            settings = resolve(flags=place, environ=os.environ, config_file=file).settings
+        except CountdownError:  # a line typed in part may be wrong
+            return []
+        if kind == "suite":
+            return [*settings.suite]
+        runs = [run.name for run in list_runs(Path(os.path.expanduser(settings.runs)))]
+        return ["builtin", *runs] if kind == "model" else runs
+
+    return names
 
 
 class _SettingsCommand(TyperCommand):
@@ -143,7 +173,7 @@ def _parameters(key: str, panel: str, default: object) -> Iterator[inspect.Param
         metavar=_METAVARS.get(kind, "<name>"),
         show_default=str(default),
         rich_help_panel=panel,
-        autocompletion=_completion(choices(key)),
+        autocompletion=completion(_COMPLETED[key]) if key in _COMPLETED else lambda: [*choices(key)],
     )
 
 
@@ -161,7 +191,3 @@ def _parameter(key: str, name: str, *, value: bool | None = None, **shown: Any) 
         default=None,
         annotation=Annotated[kind, typer.Option(name, callback=store, expose_value=False, **shown)],
     )
-
-
-def _completion(listed: tuple[str, ...]) -> Callable[[str], list[str]]:
-    return lambda incomplete: [choice for choice in listed if choice.startswith(incomplete)]

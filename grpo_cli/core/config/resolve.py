@@ -60,6 +60,11 @@ def shipped_presets() -> frozenset[str]:
     return frozenset(_shipped().presets)
 
 
+def presets(config_file: Path | None = None, directory: Path = Path(".")) -> frozenset[str]:
+    """The names of the presets that ship, and of those in the user's file (see `resolve`)."""
+    return shipped_presets() | _user(config_file, directory).presets.keys()
+
+
 def resolve(
     *,
     flags: Mapping[str, object] = MappingProxyType({}),
