@@ -42,7 +42,7 @@ ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="settings file; default: ./config.toml", metavar="<file>")
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what is there")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace existing output")]
 
 
 def main() -> None:
@@ -139,9 +139,11 @@ def _at_home(value: Any) -> Any:
 @_command("task.numbers", *RULES, name="gen-data")
 def gen_data(
     ctx: typer.Context,
-    split: Annotated[Literal["train", "val"] | None, typer.Option(help="one split alone; default: both")] = None,
-    count: Annotated[int, typer.Option(min=0, help="puzzles to draw at random; 0 enumerates all", metavar="<int>")] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="seed of the puzzles drawn", metavar="<int>")] = 0,
+    split: Annotated[Literal["train", "val"] | None, typer.Option(help="write only this split; default: both")] = None,
+    count: Annotated[
+        int, typer.Option(min=0, help="number of puzzles to sample; 0 enumerates all", metavar="<int>")
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="random seed", metavar="<int>")] = 0,
     out: Annotated[Path | None, typer.Option(help="file to write; default: stdout", metavar="<file>")] = None,
     overwrite: Overwrite = False,
     config: ConfigFile = None,
@@ -161,25 +163,28 @@ def train(
             help="name of the run; default: run-1, run-2, ...", metavar="<name>", autocompletion=completion("run")
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with --run from its last whole checkpoint")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue --run from its last checkpoint")] = False,
     step: Annotated[
-        int | None, typer.Option(min=1, help="with --resume: the checkpoint to go on from", metavar="<int>")
+        int | None, typer.Option(min=1, help="with --resume: continue from this checkpoint", metavar="<int>")
     ] = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="show every setting, one prompt and the memory needed, train nothing")
+        bool, typer.Option("--dry-run", help="show all settings, a prompt and the memory plan; do not train")
     ] = False,
     batch_size_per_rank: Annotated[
-        int | None, typer.Option(min=1, help="--batch-size by the process, under torchrun", metavar="<int>")
+        int | None,
+        typer.Option(min=1, help="prompts per step and process under torchrun; replaces --batch-size", metavar="<int>"),
     ] = None,
     probe: Annotated[
-        bool, typer.Option("--probe", help="sample the starting model, say what there is to learn, train nothing")
+        bool, typer.Option("--probe", help="sample the starting model and estimate what it can learn; do not train")
     ] = False,
     config: ConfigFile = None,
 ) -> None:
-    """Train a model by reinforcement.
+    """Train a model with GRPO.
 
-    Ctrl-C saves and stops; SIGUSR1 saves after the step. Example: countdown train --run first --num-iterations 100
+    Ctrl-C saves a checkpoint and stops; SIGUSR1 saves one and goes on.
+
+    Example: countdown train --run first --num-iterations 100
     """
 
 
@@ -195,21 +200,23 @@ def eval(
     suite: Annotated[
         str | None,
         typer.Option(
-            help="evaluate on the cells of this suite of the settings",
+            help="evaluate on every cell of this suite, a table [suite.NAME] of the settings",
             metavar="<name>",
             autocompletion=completion("suite"),
         ),
     ] = None,
     as_json: Json = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="print Markdown tables, for a report")] = False,
-    out: Annotated[Path | None, typer.Option(help="file for every completion, JSON Lines", metavar="<file>")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="write every completion to this file, as JSON Lines", metavar="<file>")
+    ] = None,
     overwrite: Overwrite = False,
     config: ConfigFile = None,
 ) -> None:
     """Measure accuracy on all val puzzles; by default of the newest run's best model.
 
-    Several models are evaluated as the first would be, and compared with it puzzle by puzzle. With --suite, --limit is
-    puzzles per cell. Example: countdown eval builtin first --suite transfer
+    Several models are evaluated with the settings of the first, and compared with it puzzle by puzzle. With --suite,
+    --limit counts puzzles per cell. Example: countdown eval builtin first --suite transfer
     """
 
 
@@ -223,7 +230,9 @@ def solve(
         str | None,
         typer.Option(help="run, folder, hub id, or `builtin`", metavar="<name>", autocompletion=completion("model")),
     ] = None,
-    attempts: Annotated[int, typer.Option(min=1, help="completions to sample until one is right", metavar="<int>")] = 1,
+    attempts: Annotated[
+        int, typer.Option(min=1, help="completions to sample until one is correct", metavar="<int>")
+    ] = 1,
     show_solution: Annotated[bool, typer.Option("--show-solution", help="show the solver's own solutions too")] = False,
     as_json: Json = False,
     config: ConfigFile = None,
@@ -245,9 +254,9 @@ def plot(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="folder; default: the run's, or plots/ for several", metavar="<folder>"),
+        typer.Option(help="output folder; default: the run's, or plots/ for several runs", metavar="<folder>"),
     ] = None,
-    report: Annotated[bool, typer.Option("--report", help="write report.html too: one page for people")] = False,
+    report: Annotated[bool, typer.Option("--report", help="write report.html too, one page about the run")] = False,
     overwrite: Overwrite = False,
     config: ConfigFile = None,
 ) -> None:

@@ -78,13 +78,11 @@ class Task(Table):
         "file of puzzles to train or evaluate on: JSON Lines, CSV or Parquet; or `none`", "Sampling", min_length=1
     )
     dev_puzzles: PathText = setting(
-        "file whose puzzles choose the best model; `none`: part of train", "Sampling", min_length=1
+        "file of puzzles that choose the best model; `none`: a part of train", "Sampling", min_length=1
     )
-    val_puzzles: PathText = setting(
-        "file whose puzzles are reported on, all as val; or `none`", "Sampling", min_length=1
-    )
+    val_puzzles: PathText = setting("file of val puzzles to report accuracy on; or `none`", "Sampling", min_length=1)
     numbers: int = setting("numbers in a puzzle", "Sampling", ge=2, le=6)
-    style: Literal["one-shot", "zero-shot", "natural"] = setting("how the prompt asks", "Sampling")
+    style: Literal["one-shot", "zero-shot", "natural"] = setting("prompt style", "Sampling")
     operations: Annotated[str, AfterValidator(operations_in)] = setting(
         "operations allowed: some of + - * /", "Sampling"
     )
@@ -116,20 +114,20 @@ class Model(Table):
     )
     device: Literal["auto", "cuda", "mps", "cpu"] = setting("where the model runs", "Model", resumable=True)
     precision: Literal["auto", "float32", "bf16-master", "bf16"] = setting(
-        "weights in training; `bf16-master` adds float32", "Model"
+        "weight dtype; `bf16-master` adds float32 masters", "Model"
     )
     gradient_checkpointing: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switched)] = setting(
         "trade time for memory in the backward pass; `auto`: if needed", "Model", resumable=True
     )
     reference: Literal["auto", "device", "host"] = setting(
-        "where the reference lives; `host`: copied to the GPU to run", "Model", resumable=True
+        "where the reference model is kept; `host`: in RAM", "Model", resumable=True
     )
-    lora_rank: int = setting("rank of a LoRA adapter to train alone; 0 trains all weights", "Model", ge=0, le=4096)
-    lora_alpha: float = setting("the adapter is scaled by alpha / rank", "Model", gt=0, le=10**6)
-    lora_targets: str = setting("linear layers with an adapter, as q_proj, v_proj; or `all`", "Model", min_length=1)
-    quantize: Literal["none", "nf4"] = setting("keep the base model of an adapter in 4 bits", "Model")
+    lora_rank: int = setting("rank of the LoRA adapter; 0 trains all weights instead", "Model", ge=0, le=4096)
+    lora_alpha: float = setting("LoRA alpha: the adapter is scaled by alpha / rank", "Model", gt=0, le=10**6)
+    lora_targets: str = setting("linear layers to adapt, such as q_proj, v_proj; or `all`", "Model", min_length=1)
+    quantize: Literal["none", "nf4"] = setting("quantize the base model under a LoRA adapter to 4 bits", "Model")
     memory: float = setting(
-        "GB that a training may use; 0 is 95% of a free GPU, 70% of free RAM",
+        "memory budget in GB; 0 is 95% of free GPU memory, or 70% of free RAM",
         "Model",
         ge=0,
         le=10**9,
@@ -138,27 +136,25 @@ class Model(Table):
 
 
 class Train(Table):
-    learning_rate: float = setting("step size of the optimizer", "Optimization", gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = setting("learning rate after the warm-up", "Optimization")
-    warmup_steps: int = setting("steps over which the learning rate rises from 0", "Optimization", ge=0, le=10**12)
+    learning_rate: float = setting("peak learning rate", "Optimization", gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = setting("learning rate schedule after warm-up", "Optimization")
+    warmup_steps: int = setting("steps of linear learning rate warm-up", "Optimization", ge=0, le=10**12)
     batch_size: int = setting("prompts per step", "Sampling", ge=1, le=10_000)
     num_generations: int = setting("completions per prompt: the size of a group", "Sampling", ge=2, le=10_000)
     max_new_tokens: int = setting("longest completion, in tokens", "Sampling", ge=1, le=100_000)
     temperature: float = setting("sampling temperature", "Sampling", gt=0, le=10**6)
     num_iterations: int = setting("training steps", "Schedule", ge=1, le=10**12, resumable=True)
     num_inner_updates: int = setting("updates of the policy per sampled batch", "Optimization", ge=1, le=10**6)
-    clip_grad_norm: float = setting("largest gradient norm that is not scaled down", "Optimization", gt=0)
+    clip_grad_norm: float = setting("maximum gradient norm", "Optimization", gt=0)
     optimizer: Literal["auto", "adamw", "adamw8bit"] = setting(
-        "AdamW of torch, or in 8 bits of bitsandbytes", "Optimization"
+        "AdamW of torch, or 8-bit AdamW of bitsandbytes", "Optimization"
     )
     weight_decay: float = setting("decoupled weight decay", "Optimization", ge=0)
     prompt_style: StyleSchedule = setting("schedule of prompt styles; `task` is the style above", "Sampling")
     prompt_numbers: SizeSchedule = setting("schedule of puzzle sizes; `task` is the number above", "Sampling")
-    warm_start: int = setting(
-        "worked searches to imitate before reinforcement; 0 is none", "Optimization", ge=0, le=10**6
-    )
+    warm_start: int = setting("worked solutions to fine-tune on before GRPO; 0 is none", "Optimization", ge=0, le=10**6)
     dynamic_sampling: int = setting(
-        "times to replace groups of equal rewards by other puzzles", "Sampling", ge=0, le=1000
+        "rounds of replacing groups with equal rewards by new puzzles", "Sampling", ge=0, le=1000
     )
     micro_batch_size: int = setting(
         "completions per forward and backward pass; 0 is as many as fit",
@@ -171,33 +167,31 @@ class Train(Table):
     eval_every: int = setting("steps between evaluations", "Schedule", ge=1, resumable=True)
     eval_puzzles: int = setting("val puzzles per evaluation; 0 is all of them", "Schedule", ge=0, le=10**12)
     eval_suite: str = setting(
-        "suite to evaluate too and to choose the best model by; or `none`", "Schedule", min_length=1
+        "suite to evaluate too; its mean on dev chooses the best model; or `none`", "Schedule", min_length=1
     )
     patience: int = setting(
-        "stop after so many evaluations without a better one; 0 is never",
+        "stop after this many evaluations without improvement; 0 is never",
         "Schedule",
         ge=0,
         resumable=True,
     )
     save_every: int = setting("steps between checkpoints", "Schedule", ge=1, resumable=True)
     save_minutes: float = setting(
-        "minutes after which the next step is saved too; 0 is never", "Schedule", ge=0, le=10**12, resumable=True
+        "minutes between checkpoints, besides save_every; 0 is never", "Schedule", ge=0, le=10**12, resumable=True
     )
     keep_last: int = setting("checkpoints to keep", "Schedule", ge=2, resumable=True)
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = setting(
-        "where metrics are logged too", "Output", resumable=True
+        "experiment tracker to log to", "Output", resumable=True
     )
-    deterministic: bool = setting(
-        "on a GPU, add up in a fixed order: the same run again bit for bit, but slower", "Schedule"
-    )
+    deterministic: bool = setting("on a GPU: runs repeat bit for bit, but are slower", "Schedule")
     max_bad_steps: int = setting(
-        "end the run after so many steps in a row without finite gradient",
+        "stop after this many consecutive steps with a non-finite loss or gradient",
         "Schedule",
         ge=1,
         resumable=True,
     )
     stop_on_collapse: bool = setting(
-        "end a run when KL or length explodes, or only format is learned", "Schedule", resumable=True
+        "stop when KL or length explodes, or only the format is learned", "Schedule", resumable=True
     )
 
 
@@ -206,22 +200,28 @@ class Loss(Table):
     beta: float = setting("weight of the KL penalty", "Loss", ge=0, le=10**6)
     epsilon: float = setting("clip range below 1", "Loss", gt=0, lt=1)
     epsilon_high: float = setting("clip range above 1", "Loss", gt=0, le=10**9)
-    kl_estimator: Literal["k3", "original"] = setting("estimate of the KL; `original` has the other sign", "Loss")
-    scale_rewards: Literal["group", "batch", "none"] = setting("standard deviation that divides advantages", "Loss")
+    kl_estimator: Literal["k3", "original"] = setting(
+        "KL estimator; `original` flips the sign of the log-ratio", "Loss"
+    )
+    scale_rewards: Literal["group", "batch", "none"] = setting(
+        "divide advantages by the standard deviation of rewards in", "Loss"
+    )
 
 
 class Reward(Table):
     format_reward: float = setting("reward of each well-formed tag pair of a wrong answer", "Loss", ge=0)
     numbers_reward: float = setting(
-        "reward of a wrong answer that uses the numbers as it must, added to its format reward", "Loss", ge=0
+        "reward added to format_reward if a wrong answer uses the right numbers", "Loss", ge=0
     )
-    correct_reward: float = setting("reward of a right answer, in place of all others", "Loss", gt=0)
+    correct_reward: float = setting("reward of a correct answer, instead of all others", "Loss", gt=0)
     length_penalty: float = setting(
-        "largest penalty of a long completion, at max_new_tokens; DAPO's is 1, 0 is none", "Loss", ge=0, le=10**6
+        "penalty at max_new_tokens (DAPO's soft overlong punishment: 1); 0 is none", "Loss", ge=0, le=10**6
     )
-    soft_limit: int = setting("tokens up to which length costs nothing; then the penalty grows", "Loss", ge=0)
-    reward: PathText = setting("FILE.py:function that rewards completions instead; or `none`", "Loss", min_length=1)
-    reward_errors: Literal["stop", "skip"] = setting("what an exception in it does: end the run, or reward 0", "Loss")
+    soft_limit: int = setting("length in tokens at which length_penalty sets in", "Loss", ge=0)
+    reward: PathText = setting("FILE.py:function, a reward function of your own; or `none`", "Loss", min_length=1)
+    reward_errors: Literal["stop", "skip"] = setting(
+        "exception in your reward function: end the run, or reward 0", "Loss"
+    )
 
     @property
     def weights(self) -> Rewards:
@@ -230,7 +230,7 @@ class Reward(Table):
 
 
 class Eval(Table):
-    split: Literal["train", "dev", "val"] = setting("where the puzzles come from", "Sampling", resumable=True)
+    split: Literal["train", "dev", "val"] = setting("split to evaluate on", "Sampling", resumable=True)
     limit: int = setting("puzzles to evaluate on, in each cell; 0 is all", "Sampling", ge=0, le=10**12, resumable=True)
     samples: int = setting("completions per puzzle, for pass@k", "Sampling", ge=1, le=10**6, resumable=True)
     temperature: float = setting("sampling temperature; 0 is greedy", "Sampling", ge=0, le=1000, resumable=True)
@@ -246,9 +246,9 @@ class Plot(Table):
 
 class Ranks(Table):
     timeout: float = setting(
-        "seconds that processes under torchrun wait for each other", "Ranks", gt=0, le=10**9, resumable=True
+        "seconds that processes under torchrun wait for one another", "Ranks", gt=0, le=10**9, resumable=True
     )
-    shard: bool = setting("shard weights, gradients and moments over the processes", "Ranks", resumable=True)
+    shard: bool = setting("shard weights, gradients and optimizer state over processes (FSDP)", "Ranks", resumable=True)
 
 
 class Settings(Table):
