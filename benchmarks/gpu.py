@@ -103,12 +103,14 @@ class Variant:
     static: bool = True
     padded: bool = False
     gradient_checkpointing: bool = False
+    fused: bool = True  # where there is a GPU
     at_once: int = 0  # completions in a micro-batch
 
 
 VARIANTS = (
     Variant("graph, shared prefix, bf16"),
     Variant("the same, bf16-master", precision="bf16-master"),
+    Variant("without fused kernels", fused=False),
     Variant("eager decoding", static=False),
     Variant("rows padded, each with its prompt", padded=True, at_once=16),
     Variant("gradient checkpointing", gradient_checkpointing=True),
@@ -132,12 +134,12 @@ class Padded(Policy):
         return everything.gather(-1, tokens[:, -length:, None])[..., 0], spread
 
 
-def model_folder(scratch: Path, shape: str) -> str:
+def model_folder(scratch: Path, shape: str, **changes: int) -> str:
     """A model folder of a shape, with random weights."""
     texts = [message["content"] for style in STYLES for message in prompt(Puzzle((3, 5, 2), 13), style)]
     tokenizer = train_tokenizer(texts, vocabulary=400)
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = Qwen2Config(tie_word_embeddings=True, max_position_embeddings=32_768, **SHAPES[shape], **ends)
+    config = Qwen2Config(tie_word_embeddings=True, max_position_embeddings=32_768, **SHAPES[shape] | changes, **ends)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = Qwen2ForCausalLM(config).bfloat16()
     model.save_pretrained(scratch)
@@ -151,6 +153,7 @@ def model_folder(scratch: Path, shape: str) -> str:
 def steps(asked: Load, variant: Variant) -> dict[str, Any]:
     """Medians by phase, peak memory, and what the floor of the hardware is."""
     policy = asked.policy(variant.precision)
+    policy = replace(policy, fused=policy.fused and variant.fused)
     if variant.gradient_checkpointing:
         policy.model.activation_checkpointing_enable()
         policy.model.train()

@@ -40,7 +40,7 @@ def plain(tiny_folder: Path) -> PreTrainedModel:
 
 def run(script: str, out: Path, *arguments: object) -> tuple[str, Any]:
     """What a script prints and writes."""
-    command = [sys.executable, ROOT / "benchmarks" / script, "--rounds", "1", "--out", out, *arguments]
+    command = [sys.executable, ROOT / "benchmarks" / script, "--out", out, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -81,7 +81,9 @@ def test_what_generate_samples_is_cut_after_its_first_end_of_sequence_id(
 @pytest.mark.parametrize("ends", ["natural", "none"])
 def test_a_step_is_measured_by_phase(tiny_folder: Path, tmp_path: Path, ends: str) -> None:
     shape = ["--prompts", 2, "--completions", 3, "--tokens", 5, "--ends", ends, "--precision", "float32"]
-    shown, written = run("step.py", tmp_path / "step.json", "--model", tiny_folder, "--without", "TRL", *shape)
+    shown, written = run(
+        "step.py", tmp_path / "step.json", "--rounds", 1, "--model", tiny_folder, "--without", "TRL", *shape
+    )
     rounds = written["results"][0]["rounds"]
     assert rounds.keys() == {"plain", "countdown"}
     for (taken,) in rounds.values():
@@ -94,7 +96,7 @@ def test_a_step_is_measured_by_phase(tiny_folder: Path, tmp_path: Path, ends: st
 @pytest.mark.slow
 def test_growth_is_measured_one_quantity_at_a_time(tiny_folder: Path, tmp_path: Path) -> None:
     wanted = ["--only", "prompts", "--up-to", 2, "--precision", "float32"]
-    _, written = run("growth.py", tmp_path / "growth.json", "--model", tiny_folder, *wanted)
+    _, written = run("growth.py", tmp_path / "growth.json", "--rounds", 1, "--model", tiny_folder, *wanted)
     first, second = written["results"]
     assert [case["value"] for case in (first, second)] == [1, 2]
     assert [case["rounds"][0]["tokens"] for case in (first, second)] == [1 * 16 * 160, 2 * 16 * 160]
@@ -126,7 +128,15 @@ def test_a_row_that_fails_or_hangs_is_named_and_ends_nothing_else(gpu: Any) -> N
 @pytest.mark.slow
 def test_the_benchmark_of_a_gpu_runs_without_one(tmp_path: Path) -> None:
     small = ["--shape", "tiny", "--prompts", 2, "--prompt-tokens", 8, "--completions", 2, "--tokens", 4]
-    shown, written = run("gpu.py", tmp_path / "gpu.json", *small)
+    shown, written = run("gpu.py", tmp_path / "gpu.json", "--rounds", 1, *small)
     assert "failed" not in shown
     shared = written["results"]["graph, shared prefix, bf16"]
     assert all(0 < floor < shared["seconds"][phase] for phase, floor in shared["floors"].items())
+
+
+@pytest.mark.slow
+def test_fused_kernels_are_fewer_operators(tmp_path: Path) -> None:
+    _, written = run("operators.py", tmp_path / "operators.json")
+    layer = {name: found["layer"] for name, found in written["results"].items()}
+    assert layer["decode, fused"] < layer["decode, static cache"] < layer["decode, transformers"]
+    assert layer["update, fused"] < layer["update, packed"]

@@ -1,0 +1,139 @@
+"""Operators of a decode step and of a micro-batch of the update: transformers', plain, and with fused kernels.
+
+    python benchmarks/operators.py --out operators.json
+
+Counts what torch dispatches on a CPU for Qwen2 models of one and of two layers, and extrapolates to 28. Each operator
+but views and allocations is about one kernel on a GPU. A Triton kernel counts as one; it computes nothing here, since
+counting needs no GPU. `gpu.py` measures real kernels and their times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from gpu import model_folder
+from measured import table, write
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
+
+from grpo_cli.core.model import kernels, qwen2
+from grpo_cli.core.model.load import load, set_attention
+from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.sampling.decode import Form, StaticSampler
+from grpo_cli.core.sampling.params import SamplingParams
+
+LAYERS, VOCABULARY = 28, 9000  # a vocabulary as large as those that are sampled from by sums of blocks
+LAUNCHED = ("_decode_attention", "_logprobs", "_logprobs_backward", "_swiglu", "_swiglu_backward")
+PROMPTS, NEW_TOKENS, GENERATIONS, TEMPERATURE = [[5, 9, 200, 31], [7, 8]], 4, 2, 1.2
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators under it that are neither views nor allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        self.count += not (func.is_view or "empty" in name or name in ("detach", "alias", "_unsafe_view"))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def launches(operators: Operators) -> Iterator[None]:
+    """Count Triton's kernels instead of running them."""
+
+    def launch(*_: object) -> None:
+        operators.count += 1
+
+    with mock.patch.multiple(
+        kernels, **{name: mock.MagicMock(**{"__getitem__.return_value": launch}) for name in LAUNCHED}
+    ):
+        yield
+
+
+def counted(work: Callable[[], object]) -> int:
+    """Operators of `work`, done once before."""
+    with launches(Operators()):
+        work()
+    operators = Operators()
+    with launches(operators), operators:
+        work()
+    return operators.count
+
+
+def decode(policy: Policy) -> Callable[[], object]:
+    """A token of each row, from the tokens before to the tokens sampled, as a CUDA graph would hold it."""
+    form = Form(len(PROMPTS), 32, SamplingParams(NEW_TOKENS, TEMPERATURE, GENERATIONS))
+    sampler = StaticSampler(policy, form)
+    sampler.start(PROMPTS, torch.rand(len(PROMPTS) * GENERATIONS, NEW_TOKENS, dtype=torch.float64))
+    sampler.time.fill_(1)
+    return torch.inference_mode()(sampler._turn)
+
+
+def decode_of_transformers(policy: Policy) -> Callable[[], object]:
+    """The same by the model itself, its cache and a plain draw."""
+    cache, token = DynamicCache(config=policy.model.config), torch.tensor([[5]] * 4)
+
+    def step() -> None:
+        logits = policy.model(input_ids=token, cache=cache, use_cache=True).logits[:, -1]
+        torch.multinomial((logits.float() / TEMPERATURE).softmax(dim=-1), 1)
+
+    return torch.no_grad()(step)
+
+
+def update(policy: Policy) -> Callable[[], object]:
+    """Log-probabilities with entropy, and their gradient."""
+    completions = [[11, 12, 13, 14]] * len(PROMPTS) * GENERATIONS
+    sequences = Sequences(PROMPTS, completions, [row // GENERATIONS for row in range(len(completions))])
+
+    def step() -> None:
+        policy.logprobs(sequences, temperature=TEMPERATURE)[0].sum().backward()
+        policy.model.zero_grad()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the counts as JSON")
+    given = parser.parse_args()
+    counts: dict[str, list[int]] = {}
+    for layers in (1, 2):
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = model_folder(Path(scratch), "tiny", num_hidden_layers=layers, vocab_size=VOCABULARY)
+            policy, theirs = (load(folder, device="cpu", precision="bf16") for _ in range(2))
+        set_attention(theirs.model, plain=True)
+        fused, theirs = replace(policy, fused=True), replace(theirs, plain=True)
+        with mock.patch.object(qwen2, "fits", return_value=False):  # without kernels, a GPU's update is the model's own
+            found = {"update, packed": counted(update(policy))}
+        found |= {
+            "decode, transformers": counted(decode_of_transformers(theirs)),
+            "decode, static cache": counted(decode(policy)),
+            "decode, fused": counted(decode(fused)),
+            "update, transformers": counted(update(theirs)),
+            "update, fused": counted(update(fused)),
+        }
+        for name, count in found.items():
+            counts.setdefault(name, []).append(count)
+    results = {
+        name: {"layer": two - one, "step": one + (LAYERS - 1) * (two - one)} for name, (one, two) in counts.items()
+    }
+    rows = [[name, str(found["layer"]), f"{found['step']:,}"] for name, found in sorted(results.items())]
+    print(table(["operators", "a layer", f"{LAYERS} layers"], rows))
+    write(given.out, results)
+
+
+if __name__ == "__main__":
+    main()
