@@ -18,7 +18,7 @@ import os
 import statistics
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -236,9 +236,14 @@ def slowest_kernel(work: Callable[[], None], *, cuda: bool) -> str:
         work()
         if cuda:
             torch.cuda.synchronize()
+    return slowest_of(profiler.key_averages(), cuda=cuda)
+
+
+def slowest_of(events: Iterable[Any], *, cuda: bool) -> str:
+    """The name of the profiler's event with most time of its own, among those of the device."""
     device = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
-    events = [event for event in profiler.key_averages() if event.device_type == device]
-    slowest = max(events, key=lambda event: event.self_device_time_total if cuda else event.self_cpu_time_total)
+    there = [event for event in events if event.device_type == device]
+    slowest = max(there, key=lambda event: event.self_device_time_total if cuda else event.self_cpu_time_total)
     return str(slowest.key)[:60]
 
 

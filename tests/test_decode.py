@@ -189,3 +189,12 @@ def test_longer_prompts_replace_the_sampler_of_their_own_kind(tiny_policy: Polic
         rolled(tiny_policy, [prompt], static=True, temperature=0.0)
     rolled(tiny_policy, [short], static=True, temperature=0.0, tokens=9)  # an evaluation of another kind
     assert len(tiny_policy.samplers) == KEPT and training in tiny_policy.samplers
+
+
+def test_all_recordings_share_a_side_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS keeps a workspace for each stream."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    sampler_module._side_stream.cache_clear()
+    device = torch.device("cuda", 0)
+    assert sampler_module._side_stream(device) is sampler_module._side_stream(device)
+    sampler_module._side_stream.cache_clear()
