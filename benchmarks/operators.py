@@ -24,7 +24,7 @@ from measured import table, write
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from grpo_cli.core.model import kernels, qwen2
+from grpo_cli.core.model import kernels, llama
 from grpo_cli.core.model.load import load, set_attention
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.sampling.decode import Form, StaticSampler
@@ -116,7 +116,7 @@ def main() -> None:
             policy, theirs = (load(folder, device="cpu", precision="bf16") for _ in range(2))
         set_attention(theirs.model, plain=True)
         fused, theirs = replace(policy, fused=True), replace(theirs, plain=True)
-        with mock.patch.object(qwen2, "fits", return_value=False):  # without kernels, a GPU's update is the model's own
+        with mock.patch.object(llama, "fits", return_value=False):  # without kernels, a GPU's update is the model's own
             found = {"update, packed": counted(update(policy))}
         found |= {
             "decode, transformers": counted(decode_of_transformers(theirs)),

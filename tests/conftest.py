@@ -13,7 +13,7 @@ import torch
 
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"  # before anything imports Triton
 
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
 
 from grpo_cli.cli import app as cli
 from grpo_cli.core.builtin.tokenizer import train_tokenizer
@@ -35,7 +35,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of subprocesses: several tests 
 MEASURED = ("time", "tokens", "floor", "arithmetic", "mfu", "peak_memory")
 
 
-def save_tiny_model(folder: Path, **changes: object) -> Path:
+def save_tiny_model(folder: Path, kind: type[PretrainedConfig] = Qwen2Config, **changes: object) -> Path:
     """A random model of two layers, with weights large enough for distributions far from uniform."""
     texts = [message["content"] for style in STYLES for message in prompt(Puzzle((3, 5, 2), 13), style)]
     tokenizer = train_tokenizer(texts, vocabulary=400)
@@ -54,7 +54,7 @@ def save_tiny_model(folder: Path, **changes: object) -> Path:
         "pad_token_id": tokenizer.pad_token_id,
     }
     torch.manual_seed(7)
-    model = Qwen2ForCausalLM(Qwen2Config(**{**settings, **changes}))
+    model = AutoModelForCausalLM.from_config(kind(**{**settings, **changes}))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from grpo_cli.core.model.attention import Prefill, StaticDecode
+from grpo_cli.core.model.llama import _turn
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Sequences, token_logprobs
-from grpo_cli.core.model.qwen2 import _turn
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes
 import pytest
@@ -14,10 +15,10 @@ from transformers import (
     BloomConfig,
     BloomForCausalLM,
     LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    Qwen3Config,
 )
 
 from grpo_cli.core.config.resolve import resolve
@@ -28,6 +29,15 @@ from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.perf import memory
 from grpo_cli.core.perf.memory import GB, Choices, Planner, Work, find, moment_bytes, room
 from grpo_cli.core.rl.update import reference_logprobs
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 512}
+KINDS: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "llama": {"kind": LlamaConfig},
+    "llama by its own forward": {"kind": LlamaConfig, "rope_parameters": YARN},
+    "normed heads": {"kind": Qwen3Config, "head_dim": 8},
+    "normed heads wider than the model": {"kind": Qwen3Config, "head_dim": 24},
+}
 
 WORK = Work("cuda", "bf16-master", "adamw8bit", 4, 16, 290, 160, 64, has_reference=True)  # the original's
 QWEN = {
@@ -77,19 +87,13 @@ def planner(qwen: Path) -> Planner:
 
 @pytest.mark.parametrize("precision", ["float32", "bf16-master"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+@pytest.mark.parametrize("architecture", KINDS)
 @pytest.mark.parametrize(("shape", "width"), [((2, 4, 20, 60), 48), ((1, 8, 60, 40), 256), ((4, 2, 12, 30), 128)])
 def test_activations_are_about_what_a_real_pass_saves(
     tmp_path: Path, precision: str, checkpointing: bool, architecture: str, shape: tuple[int, int, int, int], width: int
 ) -> None:
     prompts, generations, prompt_tokens, new_tokens = shape
-    folder = save_tiny_model(tmp_path / "model", num_hidden_layers=4, intermediate_size=width)
-    if architecture == "llama":
-        config = json.loads((folder / "config.json").read_text())
-        config = {key: value for key, value in config.items() if key not in ("layer_types", "rope_parameters")}
-        config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False}
-        llama = LlamaForCausalLM(LlamaConfig(**config))
-        llama.save_pretrained(folder)
+    folder = save_tiny_model(tmp_path / "model", num_hidden_layers=4, intermediate_size=width, **KINDS[architecture])
     work = Work("cpu", precision, "adamw", prompts, generations, prompt_tokens, new_tokens, 8, has_reference=False)
     planned = Planner(str(folder), work).plan(Choices(checkpointing=checkpointing)).phases["update"]
     policy = load(str(folder), device="cpu", precision=precision, gradient_checkpointing=checkpointing)

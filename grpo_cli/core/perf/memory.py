@@ -6,6 +6,7 @@ layer saves for the backward pass. The planner takes the fastest choices that fi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -15,7 +16,7 @@ import torch
 from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.microbatch import resident
-from grpo_cli.core.model import qwen2
+from grpo_cli.core.model import llama
 from grpo_cli.core.model.load import (
     detect_precision,
     free_memory,
@@ -147,6 +148,8 @@ class Planner:
         self.plain = plain or model.config._attn_implementation != ATTENTION
         self.can_chunk = not (self.plain or whole or work.shards > 1)  # as `Policy.logprobs`
         self._has_scores = self.plain and not model._supports_sdpa  # (H, T, T) of each row
+        # Queries and keys, normed in float32 and rotated after that.
+        self._norms_heads = any(re.search(r"\b(q|query)_(layer)?norm\b", name) for name, _ in layer.named_modules())
         self._width, self._vocabulary = config.hidden_size, config.vocab_size
         self._inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         heads = getattr(config, "num_attention_heads", None) or 1  # none in a state-space model
@@ -161,7 +164,7 @@ class Planner:
         )
         # Bytes of a value in matrix multiplications. Autocast on a CPU keeps it in float32 beside bfloat16.
         self._computed = 4 if work.precision == "float32" or work.device == "cpu" else 2
-        self._merges = work.device == "cpu" and work.shards == 1 and qwen2.fits(model) and not self._nf4
+        self._merges = work.device == "cpu" and work.shards == 1 and llama.fits(model) and not self._nf4
 
     def plan(self, choices: Choices, *, room: int = 0, reasons: Sequence[str] = ()) -> MemoryPlan:
         """What the work takes with these choices."""
@@ -253,7 +256,7 @@ class Planner:
         return {"KV cache": together(caches), "sampling": together(chosen) + recorded}
 
     def _rollout(self) -> Amounts:
-        """The prefill: keys of all layers, and one layer's values. `qwen2` decodes with merged copies of its layers."""
+        """The prefill: keys of all layers, and one layer's values. `llama` decodes with merged copies of its layers."""
         work, size = self.work, self.dtype.itemsize
         tokens = max(work.rows if self.plain else work.prompts, work.eval_rows) * work.prompt_tokens
         kept = self.layers * 2 * self._keys + 4 * self._width + 3 * self._inner
@@ -271,6 +274,7 @@ class Planner:
         # Norms and residuals stay in float32; the rest is in the type of the multiplications.
         values = 4 * self._inner + 3 * self._width + 2 * self._queries + 2 * self._keys
         layer = tokens * (self._computed * values + 16 * self._width)
+        layer += tokens * 12 * (self._queries + self._keys) * self._norms_heads
         layer += rows * work.prompt_tokens * 2 * self._keys * self._computed  # the prompt's keys beside each completion
         if self._has_scores:  # in float32 too
             layer += rows * self._heads * (work.prompt_tokens + work.new_tokens) ** 2 * (self._computed + 4)
@@ -281,7 +285,7 @@ class Planner:
         if self.plain:
             amounts["logits"] += tokens * self._vocabulary * self._computed
         copies = self._gathered(learn=learn)
-        if work.device == "cpu":  # copies in the type of the multiplications, and `qwen2`'s of its merged layers
+        if work.device == "cpu":  # copies in the type of the multiplications, and `llama`'s of its merged layers
             copies += 2 * self.count * (work.precision != "float32") + self._rollout()["working room"]
         return amounts | {"working room": copies} | ({"gradients": self._gradients} if learn else {})
 

@@ -1,4 +1,4 @@
-"""The forward pass of a Qwen2 model, written out in as few operations as it takes.
+"""The forward pass of Llama, Mistral and Qwen2 models, written out in as few operations as it takes.
 
 The arithmetic is that of transformers' own forward pass, which serves every other architecture; there, a small
 model's step spends most of its time between and around the multiplications. Knows neither sampling nor what a plan
@@ -7,7 +7,7 @@ attends to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -17,21 +17,29 @@ from torch.autograd import Function
 from torch.linalg import vector_norm
 from torch.nn.functional import linear, rms_norm
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel, Qwen2ForCausalLM
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
 from grpo_cli.core.model.attention import Plan, StaticDecode, attention_dtype, no_autocast
 
 
 def fits(model: PreTrainedModel) -> bool:
     """Whether `Pass` computes what this model does."""
-    return type(model) is Qwen2ForCausalLM and model.config.rope_parameters["rope_type"] == "default"
+    config = model.config
+    if type(model) not in (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM):
+        return False
+    has_other_biases = type(model) is LlamaForCausalLM and (config.attention_bias or config.mlp_bias)
+    return config.rope_parameters["rope_type"] in ("default", "linear", "llama3") and not has_other_biases
+
+
+def _biases(projections: Iterable[torch.nn.Module]) -> list[Tensor]:
+    """Those of q, k and v, which Qwen2 alone has."""
+    return [cast("Tensor", part.bias) for part in projections if part.bias is not None]
 
 
 class _Merged:
     """A layer's weights copied for few and small multiplications: (in, out), joined, its norms multiplied into them."""
 
-    def __init__(self, layer: Qwen2DecoderLayer, dtype: torch.dtype, epsilon: Tensor) -> None:
+    def __init__(self, layer: Any, dtype: torch.dtype, epsilon: Tensor) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.dtype, self.epsilon = dtype, epsilon
         self.activation: Callable[[Tensor], Tensor] = mlp.act_fn
@@ -43,13 +51,17 @@ class _Merged:
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         merged = torch.cat([projection.weight for projection in projections]) * layer.input_layernorm.weight
         gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * layer.post_attention_layernorm.weight
-        self.bias = torch.cat([projection.bias for projection in projections]).to(dtype)
+        biases = _biases(projections)
+        self.bias = torch.cat(biases).to(dtype) if biases else None
         self.query_key_value, self.gate_up = columns(merged), columns(gate_up)
         self.output, self.down = columns(attention.o_proj.weight), columns(mlp.down_proj.weight)
 
     def projected(self, hidden: Tensor) -> Tensor:
         """Queries, keys and values (M, (H + 2 * K) * d) of hidden states (M, D)."""
-        return torch.addmm(self.bias, self._normed(hidden), self.query_key_value)
+        normed = self._normed(hidden)
+        if self.bias is None:
+            return normed @ self.query_key_value
+        return torch.addmm(self.bias, normed, self.query_key_value)
 
     def mixed(self, attended: Tensor) -> Tensor:
         """What attention (M, H * d) adds to the hidden states (M, D)."""
@@ -67,14 +79,14 @@ class _Merged:
 class _Direct:
     """A layer's own weights where they lie, read anew at every use; the same arithmetic as `_Merged`."""
 
-    def __init__(self, layer: Qwen2DecoderLayer, epsilon: float, *, fused: bool) -> None:
+    def __init__(self, layer: Any, epsilon: float, *, fused: bool) -> None:
         self.layer, self.epsilon, self.fused = layer, epsilon, fused
 
     def projected(self, hidden: Tensor) -> Tensor:
         attention, weight = self.layer.self_attn, self.layer.input_layernorm.weight
         parts = (attention.q_proj, attention.k_proj, attention.v_proj)
         normed = rms_norm(hidden, weight.shape, weight, self.epsilon)
-        return _product(normed, [part.weight for part in parts], [part.bias for part in parts])
+        return _product(normed, [part.weight for part in parts], _biases(parts))
 
     def mixed(self, attended: Tensor) -> Tensor:
         return linear(attended, self.layer.self_attn.o_proj.weight)
@@ -99,8 +111,8 @@ def adjoin(model: PreTrainedModel) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         heads = (attention.q_proj, attention.k_proj, attention.v_proj)
         gate_up = [mlp.gate_proj.weight, mlp.up_proj.weight]
-        groups = ([part.weight for part in heads], [part.bias for part in heads], gate_up)
-        for parts in groups:
+        groups = ([part.weight for part in heads], _biases(heads), gate_up)
+        for parts in filter(None, groups):
             # Not as inference tensors, which no backward pass may use.
             with torch.inference_mode(False), torch.no_grad():
                 if _as_one(parts) is None:

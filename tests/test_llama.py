@@ -1,20 +1,42 @@
 """The written-out forward pass against transformers' own."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import save_tiny_model
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config
-from transformers import Qwen2ForCausalLM as Qwen2
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
+from grpo_cli.core.model import llama
 from grpo_cli.core.model.attention import Decode, Packed, Prefill
-from grpo_cli.core.model.load import load, load_tokenizer
-from grpo_cli.core.model.policy import Policy, Sequences
-from grpo_cli.core.model.qwen2 import Pass, _as_one, adjoin, fits
+from grpo_cli.core.model.llama import Pass, _as_one, adjoin, fits
+from grpo_cli.core.model.load import load
+from grpo_cli.core.model.policy import WIDE, Policy, Sequences
 from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import sample
 
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 4,
+}  # fmt: skip
+CHANGES: list[dict[str, Any]] = [
+    {},
+    {"tie_word_embeddings": False},
+    {"num_key_value_heads": 1},
+    {"kind": LlamaConfig},
+    {"kind": LlamaConfig, "num_key_value_heads": 4, "head_dim": 12, "tie_word_embeddings": False},
+    {"kind": LlamaConfig, "rope_parameters": LLAMA3},
+    {"kind": MistralConfig, "sliding_window": None, "head_dim": 16},
+]
 TOKENS = torch.arange(3, 33).view(6, 5)  # of 6 prompts, the last token of which is decoded
 
 
@@ -33,8 +55,8 @@ def both(policy: Policy, dtype: torch.dtype, *, in_place: bool = False) -> tuple
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": 1}])
-def test_the_step_gives_the_logits_of_transformers(tmp_path: Path, changes: dict[str, object], in_place: bool) -> None:
+@pytest.mark.parametrize("changes", CHANGES)
+def test_the_step_gives_the_logits_of_transformers(tmp_path: Path, changes: dict[str, Any], in_place: bool) -> None:
     policy = load(str(save_tiny_model(tmp_path, **changes)), device="cpu", precision="float32")
     with torch.no_grad():
         for parameter in policy.model.parameters():
@@ -44,8 +66,8 @@ def test_the_step_gives_the_logits_of_transformers(tmp_path: Path, changes: dict
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"num_key_value_heads": 1}])
-def test_a_packed_row_gives_the_gradients_of_transformers(tmp_path: Path, changes: dict[str, object]) -> None:
+@pytest.mark.parametrize("changes", CHANGES)
+def test_a_packed_row_gives_the_gradients_of_transformers(tmp_path: Path, changes: dict[str, Any]) -> None:
     policy = load(str(save_tiny_model(tmp_path, **changes)), device="cpu", precision="float32")
     rng = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -83,22 +105,21 @@ def test_the_step_computes_in_bfloat16(tiny_folder: Path, in_place: bool) -> Non
 
 
 def test_models_that_the_step_does_not_fit() -> None:
-    shape = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 8}
+    shape: dict[str, Any] = {"vocab_size": 8, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 8}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
-    assert fits(Qwen2(Qwen2Config(vocab_size=8, **shape)))
-    assert not fits(Qwen2(Qwen2Config(vocab_size=8, rope_parameters=yarn, **shape)))
-    assert not fits(LlamaForCausalLM(LlamaConfig(vocab_size=8, **shape)))
+
+    def fit(config: PretrainedConfig) -> bool:
+        return fits(AutoModelForCausalLM.from_config(config))
+
+    assert fit(Qwen2Config(**shape)) and fit(LlamaConfig(**shape)) and fit(MistralConfig(**shape))
+    assert not fit(Qwen2Config(rope_parameters=yarn, **shape)) and not fit(Qwen3Config(**shape))
+    assert not fit(LlamaConfig(attention_bias=True, **shape)) and not fit(LlamaConfig(mlp_bias=True, **shape))
 
 
-def test_other_architectures_are_sampled_by_their_own_forward_pass(tiny_folder: Path, tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=832, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
-        intermediate_size=48, initializer_range=0.25, bos_token_id=None, eos_token_id=5, pad_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
-    load_tokenizer(str(tiny_folder)).save_pretrained(tmp_path)
-    policy = load(str(tmp_path), device="cpu", precision="float32")
+def test_other_architectures_are_sampled_by_their_own_forward_pass(tmp_path: Path) -> None:
+    policy = load(str(save_tiny_model(tmp_path, Qwen3Config)), device="cpu", precision="float32")
+    assert not fits(policy.model)
     prompts = [list(range(10, 30)), list(range(40, 50))]
     found = sample(policy, prompts, SamplingParams(24), uniform=None)
     peer = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -107,6 +128,17 @@ def test_other_architectures_are_sampled_by_their_own_forward_pass(tiny_folder: 
         assert (
             peer.generate(torch.tensor([tokens]), generation_config=settings)[0, len(tokens) :].tolist() == completion
         )
+
+
+@pytest.mark.parametrize("width", [32, WIDE])
+def test_a_wide_model_is_decoded_in_bfloat16_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    policy = load(str(save_tiny_model(tmp_path, hidden_size=width)), device="cpu", precision="bf16-master")
+    made: list[torch.dtype] = []
+    monkeypatch.setattr(llama, "Pass", lambda model, *, dtype, **_: made.append(dtype))
+    policy.step(8)
+    assert made == [torch.bfloat16 if width == WIDE else torch.float32]
 
 
 def test_weights_that_lie_beside_each_other_are_multiplied_at_once_learn_and_are_saved_as_before(
