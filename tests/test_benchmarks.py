@@ -113,11 +113,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_probe_counts_kernels_of_the_device_alone(gpu: Any) -> None:
     left, right = torch.randn(2, 300, 300)
     assert gpu.slowest_kernel(lambda: left @ right, cuda=False) == "aten::mm"
-    host, device = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+    kinds = torch.autograd.DeviceType  # type: ignore[attr-defined]
     events = [
-        SimpleNamespace(key="cudaLaunchKernel", device_type=host, self_device_time_total=9, self_cpu_time_total=9),
-        SimpleNamespace(key="flash_fwd_kernel", device_type=device, self_device_time_total=5, self_cpu_time_total=0),
-        SimpleNamespace(key="memset", device_type=device, self_device_time_total=1, self_cpu_time_total=0),
+        SimpleNamespace(key="cudaLaunchKernel", device_type=kinds.CPU, self_device_time_total=9, self_cpu_time_total=9),
+        SimpleNamespace(
+            key="flash_fwd_kernel", device_type=kinds.CUDA, self_device_time_total=5, self_cpu_time_total=0
+        ),
+        SimpleNamespace(key="memset", device_type=kinds.CUDA, self_device_time_total=1, self_cpu_time_total=0),
     ]
     assert gpu.slowest_of(events, cuda=True) == "flash_fwd_kernel"
 
