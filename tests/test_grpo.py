@@ -351,7 +351,7 @@ def test_reference_logprobs_are_the_policys_at_the_start(tiny_policy: Policy) ->
         torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=0)
 
 
-def test_logprob_gap_compares_each_trained_token_with_its_sample(tiny_policy: Policy) -> None:
+def test_logprob_gap_is_the_distance_of_two_rows_from_the_models_own_forward(tiny_policy: Policy) -> None:
     batch = Batch(tiny_policy)
     exact, _ = tiny_policy.logprobs(batch.sequences, temperature=TEMPERATURE)
     sampled = [
@@ -368,8 +368,32 @@ def test_logprob_gap_compares_each_trained_token_with_its_sample(tiny_policy: Po
         fit=MicroBatch(3),
         sampled_logprobs=sampled,
     )
-    # Rows 2 and 7 are skipped: (0*5 + 1*1 + 3*9 + 4*9 + 5*3 + 6*20 + 8*2 + 9*6) / (5 + 1 + 9 + 9 + 3 + 20 + 2 + 6)
-    assert metrics["logprob_gap"] == pytest.approx(269 / 55, abs=1e-5)
+    assert metrics["logprob_gap"] == pytest.approx((0 * 5 + 9 * 6) / (5 + 6), abs=1e-5)  # rows 0 and 9
+
+
+@pytest.mark.parametrize("samples_so_too", [False, True])
+def test_logprob_gap_shows_a_packed_pass_that_is_wrong(
+    tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch, samples_so_too: bool
+) -> None:
+    batch = Batch(tiny_policy)
+    exact, _ = tiny_policy.logprobs(batch.sequences, temperature=TEMPERATURE)
+    right = Policy.logits
+    monkeypatch.setattr(Policy, "logits", lambda policy, hidden: right(policy, hidden) / 4)  # drops a scale
+    wrong, _ = tiny_policy.logprobs(batch.sequences, temperature=TEMPERATURE)
+    sampled = (wrong if samples_so_too else exact).detach()
+    metrics = update(
+        tiny_policy,
+        Recorder(tiny_policy),
+        batch.sequences,
+        batch.advantage,
+        loss=a_loss(),
+        temperature=TEMPERATURE,
+        max_new_tokens=MAX_NEW_TOKENS,
+        sampled_logprobs=[row[:length].tolist() for row, length in zip(sampled, batch.lengths.tolist(), strict=True)],
+    )
+    distance = (wrong - exact).detach().abs()
+    assert metrics["logprob_gap"] == pytest.approx(float(distance[[0, 9]].sum()) / (5 + 6), rel=1e-3)
+    assert metrics["logprob_gap"] > 0.1
 
 
 def test_the_second_inner_update_measures_its_ratio_from_before_the_first(tiny_policy: Policy) -> None:

@@ -65,7 +65,9 @@ METRICS = (
     Metric("clip_fraction", "tokens whose ratio was clipped", "share", SHARE, "clip", 5, 14),
     Metric("grad_norm", "norm of the gradient before clipping", "", "{:.3f}", "grad norm", 9, 10),
     Metric("weights_changed", "weights that the step changed", "share", SHARE, "changed", 7, 13, in_report=True),
-    Metric("logprob_gap", "log-probs of sampler and trainer: mean distance", "nats/token", "{:.1e}", in_report=True),
+    Metric(
+        "logprob_gap", "sampled and trained log-probs: distance from plain ones", "nats/token", "{:.1e}", in_report=True
+    ),
     Metric("learning_rate", "learning rate of the step", "", "{:.2g}"),
     Metric("bad_steps", "steps skipped so far: loss or gradient not finite", "", COUNT, in_report=True),
     Metric("lenient_accuracy", "correct answers in any notation", "share", SHARE, in_report=True),

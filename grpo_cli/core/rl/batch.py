@@ -101,6 +101,7 @@ class Examples:
     """What an update learns from: B completions in groups, their advantages (B,), and log-probabilities.
 
     `step` counts the completions of all ranks, by default those given. `ref_logprobs` (B, T) are the reference's.
+    `sampled_logprobs` are the sampler's, in updates that compare some with the model's own forward.
     """
 
     sequences: Sequences
@@ -140,10 +141,13 @@ class Batch:
         for group in self.groups:
             group.advantages = advantages[group.prompt_index]
 
-    def examples(self, ref_logprobs: Tensor | None, *, teaches: bool) -> Examples:
-        """What to learn from; `teaches` says whether any rank has a gradient other than zero."""
+    def examples(self, ref_logprobs: Tensor | None, *, teaches: bool, compare: bool) -> Examples:
+        """What to learn from.
+
+        `teaches` says whether any rank has a gradient other than zero, `compare` whether to measure `logprob_gap`.
+        """
         step = Step(self.tally.rewards.numel(), self.tally.tokens, teaches)
-        logprobs = [row for group in self.groups for row in group.logprobs]
+        logprobs = [row for group in self.groups for row in group.logprobs] if compare else None
         return Examples(self.sequences, self.advantages, logprobs, ref_logprobs, step)
 
     def replace(self, groups: Sequence[Group]) -> None:

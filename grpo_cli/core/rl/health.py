@@ -10,8 +10,8 @@ from grpo_cli.core.metrics import CHEATS
 WINDOW = 20  # steps that are judged together
 KL_LIMIT = 1.0  # nats a token; trainings that learn stay far below
 TRUNCATED_LIMIT = 0.9  # share of completions
-# Nats a token between sampler and trainer; rounding gives 1e-6 in float32 and up to 1e-2 in bfloat16. The gradient
-# takes both for one policy; this is five times that rounding, and a quarter of how far ratios may go before the clip.
+# Nats a token between sampler or trainer and the model's own forward; rounding gives 1e-6 in float32 and up to 1e-2 in
+# bfloat16. This is five times that rounding, and a quarter of how far ratios may go before the clip.
 GAP_LIMIT = 0.05
 EQUAL_LIMIT = 0.9  # share of groups whose rewards are all equal
 LEARNED = 0.9  # accuracy from which equal rewards and certainty are what was wanted
@@ -57,7 +57,7 @@ def collapses(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
 def warnings(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
     """What is not healthy in the metrics of all steps so far: a word for it -> what is seen and what to do.
 
-    gap: the sampler is not the policy that is trained. right (good news), wrong, settled: nearly all groups have equal
+    gap: what samples or is trained is not the model. right (good news), wrong, settled: nearly all groups have equal
     rewards. truncated: many completions run out of tokens. entropy: completions hardly differ. moved: rounding swallows
     the steps. notation: right answers are not accepted. cheat/...: a kind of cheating spreads.
     """
@@ -69,8 +69,8 @@ def warnings(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
     gap = median(_values(late, "logprob_gap") or [0.0])
     if gap > GAP_LIMIT:
         found["gap"] = (
-            f"sampling and training disagree by {gap:.2g} nats a token, where rounding explains 0.01: completions are"
-            " not judged by the policy that wrote them; try `--precision float32`"
+            f"sampling or training differs from the model's own forward by {gap:.2g} nats a token, where rounding"
+            " explains 0.01: another policy is trained than the model; try `--precision float32`"
         )
     truncated = _mean(late, "truncated")
     if truncated > CUT_LIMIT and "length" not in gone:

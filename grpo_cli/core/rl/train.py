@@ -38,6 +38,8 @@ from grpo_cli.core.rl.validate import Validation
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task.countdown import task_of
 
+COMPARE_EVERY = 10  # steps between comparisons of log-probabilities with the model's own forward
+
 
 class Observer(Protocol):
     """Watches a training."""
@@ -185,7 +187,11 @@ class _Loop:
                 updated = update(
                     self.parallel,
                     training.optimizer,
-                    batch.examples(ref_logprobs, teaches=loss.beta > 0 or bool(everyone.any())),
+                    batch.examples(
+                        ref_logprobs,
+                        teaches=loss.beta > 0 or bool(everyone.any()),
+                        compare=step % COMPARE_EVERY == 1,
+                    ),
                     self.objective,
                     fit=self.fit,
                     poll=self._poll,

@@ -22,6 +22,7 @@ from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.rl.batch import Examples
 from grpo_cli.core.rl.grpo import Step, batch_loss, normalizer
+from grpo_cli.core.sampling.selfcheck import plain_logprobs
 
 PROBED_WEIGHTS = 4096  # weights of each tensor that are compared before and after a step
 
@@ -84,7 +85,8 @@ def update(
     `fit` sets the micro-batch size. `poll` is called before each micro-batch until the weights change; an exception it
     raises leaves them as they were. `stepping` is entered around each optimizer step. Without a KL term, rows of zero
     advantage are skipped: their gradient is exactly zero. Raises NotFinite, before the weights change, if the loss or
-    the gradient is not finite, and Diverged if the weights are not after it.
+    the gradient is not finite, and Diverged if the weights are not after it. With `sampled_logprobs`, two rows of each
+    rank are compared with the model's own forward.
     """
     fit = fit or MicroBatch()
     passes = _Passes(parallel, examples, objective, fit, poll)
@@ -106,8 +108,8 @@ def update(
                 raise Diverged("the weights after the step are not finite")
             # 3. Describe the step.
             history.append(sums.means(norm, has_kl=examples.ref_logprobs is not None))
-            if passes.is_first and examples.sampled_logprobs is not None:
-                gap = {"logprob_gap": sums.gap / sums.tokens}
+            if sums.compared:
+                gap = {"logprob_gap": sums.gap / sums.compared}
     finally:
         optimizer.zero_grad(set_to_none=True)
     means = {key: sum(entry[key] for entry in history) / len(history) for key in history[0]} if history else {}
@@ -139,9 +141,11 @@ class _Passes:
         ).to(device)  # (B,)
         self.old_logprobs = torch.zeros(examples.sequences.mask().shape, device=device)  # (B, T)
         self.is_first = True  # the first inner update, whose log-probabilities are the old ones of the others
+        self.plain: dict[int, Tensor] = {}  # rows' log-probs (C,) by the model's own forward, in the first inner update
 
     def accumulate(self, gradients: Gradients, size: int) -> _Sums:
         """Leave the gradient of this rank's rows in the weights, `size` rows at a time."""
+        self.plain = self._plain_logprobs() if self.is_first and self.examples.sampled_logprobs is not None else {}
         gradients.begin()
         sums, batches = _Sums(), micro_batches(self.rows, size)
         for number, rows in enumerate(batches, start=1):
@@ -154,6 +158,14 @@ class _Passes:
             self.fit.end()
         return sums
 
+    @torch.no_grad()
+    def _plain_logprobs(self) -> dict[int, Tensor]:
+        """Log-probabilities of this rank's first and last row by the model's own forward."""
+        rows = sorted({*self.rows[:1], *self.rows[-1:]})
+        compared = self.examples.sequences.subset(rows)
+        found = plain_logprobs(self.parallel.policy, compared, temperature=self.objective.temperature)
+        return dict(zip(rows, found, strict=True))
+
     def _loss(self, rows: list[int], sums: _Sums) -> Tensor:
         """What some rows add to the loss of the step."""
         examples, objective = self.examples, self.objective
@@ -164,12 +176,13 @@ class _Passes:
         length = mask.shape[1]
         if self.is_first:
             self.old_logprobs[rows, :length] = logprobs.detach()
-            if examples.sampled_logprobs is not None:
-                sums.gap += _gap(logprobs.detach(), mask, [examples.sampled_logprobs[row] for row in rows])
         reference = None if examples.ref_logprobs is None else examples.ref_logprobs[rows, :length]
         old, advantages, weight = self.old_logprobs[rows, :length], self.advantages[rows], self.weight[rows]
         total, clipped, kl = batch_loss(logprobs, old, reference, advantages, mask, weight, objective.loss)
         self.parallel.require_finite_loss(total)
+        for row in self.plain.keys() & rows:
+            assert examples.sampled_logprobs is not None
+            sums.compare(self.plain[row], logprobs[rows.index(row)].detach(), examples.sampled_logprobs[row])
         sums.add(total, kl, entropy, clipped, mask)
         return total
 
@@ -183,6 +196,7 @@ class _Sums:
     entropy: float = 0.0
     clipped: float = 0.0
     gap: float = 0.0
+    compared: int = 0  # tokens whose gap is summed
     tokens: int = 0
 
     def add(self, loss: Tensor, kl: Tensor | None, entropy: Tensor, clipped: Tensor, mask: Tensor) -> None:
@@ -191,6 +205,12 @@ class _Sums:
         self.entropy += float((entropy * mask).sum())
         self.clipped += float((clipped & mask).sum())
         self.tokens += int(mask.sum())
+
+    def compare(self, plain: Tensor, trained: Tensor, sampled: Sequence[float]) -> None:
+        """Add the distance of a row's log-probs (C,) from the plain ones: of each token the larger, of two."""
+        ours = torch.stack([trained[: len(plain)], torch.tensor(sampled, device=plain.device)])  # (2, C)
+        self.gap += float((ours - plain).abs().amax(dim=0).sum())
+        self.compared += len(plain)
 
     def __add__(self, other: _Sums) -> _Sums:
         return _Sums(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
@@ -214,12 +234,6 @@ def clip_gradients(weights: Sequence[torch.nn.Parameter], most: float) -> Tensor
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     torch.nn.utils.clip_grads_with_norm_(weights, most, norm)
     return norm
-
-
-def _gap(logprobs: Tensor, mask: Tensor, sampled: Sequence[Sequence[float]]) -> float:
-    """Sum of |l - l_sampler| over the completion tokens of (B, T); `sampled` has no padding."""
-    values = torch.tensor([value for row in sampled for value in row], device=logprobs.device)
-    return float((logprobs[mask] - values).abs().sum())
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
