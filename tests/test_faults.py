@@ -381,12 +381,16 @@ def test_a_run_is_named_as_it_is_printed_and_a_mistyped_one_is_suggested(trained
     assert found.code == 2 and "did you mean `first`?" in found.err
 
 
-def test_a_mistyped_model_is_refused_before_torch_is_loaded() -> None:
+def test_a_mistyped_model_or_run_is_refused_before_torch_is_loaded() -> None:
     code = "import sys; from grpo_cli.cli import app\ntry: app.main()\nfinally: print('torch' in sys.modules)"
     for arguments in (
         ["eval", "./nowhere"],
         ["solve", "4 7 3 = 25", "--model", "./nowhere"],
         ["train", "--model", "x"],
+        ["train", "--run", "builtin"],
+        ["train", "--run", "nowhere", "--resume"],
+        ["eval", "--out", "nowhere/file"],
+        ["solve", "5 = 5"],
     ):
         found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=ONE_THREAD)
         assert (found.returncode, found.stdout) == (2, "False\n"), found.stderr

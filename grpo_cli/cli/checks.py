@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from grpo_cli.cli.launch import place
 from grpo_cli.cli.options import flags
 from grpo_cli.core.config import resolve as config
 from grpo_cli.core.config.resolve import Resolved
+from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.files import check_writable
+from grpo_cli.core.run.folder import Run, find_run
 from grpo_cli.core.run.models import model_source
-from grpo_cli.core.task.question import parse
+from grpo_cli.core.task.question import parse, read_question
+from grpo_cli.core.task.solver import solution
 from grpo_cli.ui import text as show
 
 
@@ -24,17 +30,50 @@ def resolve(ctx: typer.Context, config_file: Path | None, *, has_cuda: Callable[
     return config.resolve(flags=flags(ctx), environ=os.environ, config_file=config_file, has_cuda=has_cuda)
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """A model by its name, the folder or hub id to load it from, and the settings to run it with."""
+
+    name: str
+    source: str
+    settings: Settings
+
+
+def choose(ctx: typer.Context, config_file: Path | None, name: str | None) -> Chosen:
+    """A run's best model with the run's settings, or a model with a preset's; None means the newest run, or builtin."""
+    root = Path(resolve(ctx, config_file).settings.runs)
+    if name is None:
+        newest = Run.newest(root)
+        name = newest.name if newest is not None else "builtin"
+    run = find_run(root, name)
+    if run is not None:
+        given = {key: value for key, value in flags(ctx).items() if key not in ("preset", "runs")}
+        resolved = config.restore(run.read_config(), run.config_path, flags=given)
+    elif name == "builtin" and "preset" not in flags(ctx):
+        given = {**flags(ctx), "preset": "builtin"}
+        resolved = config.resolve(flags=given, environ=os.environ, config_file=config_file)
+    else:
+        resolved = resolve_for_model(ctx, config_file)
+    return Chosen(name, model_source(root, name), resolved.settings)
+
+
+def resolve_for_model(ctx: typer.Context, config_file: Path | None) -> Resolved:
+    """The settings of a command that runs a model; the preset may depend on whether there is a GPU."""
+
+    def has_cuda() -> bool:
+        import torch
+
+        return torch.cuda.is_available()
+
+    return resolve(ctx, config_file, has_cuda=has_cuda)
+
+
 def require_package(package: str) -> None:
     """Raise CountdownError if a package is missing that is only imported later."""
     if find_spec(package) is None:
         raise CountdownError(
             f"the package `{package}` is not installed", "install `countdown-grpo` again, with all it needs"
         )
-
-
-def require_puzzle(options: Mapping[str, Any]) -> None:
-    """Raise CountdownError if `solve` is asked no puzzle, before anything imports torch."""
-    parse(" ".join(options["question"]))
 
 
 def require_models(options: Mapping[str, Any]) -> None:
@@ -48,3 +87,51 @@ def require_models(options: Mapping[str, Any]) -> None:
             model_source(root, name)
         if name == "builtin" and (root / name).is_dir():
             show.warning(f"`{name}` is the built-in model, not the folder `{root / name}`")
+
+
+def check_solve(options: Mapping[str, Any]) -> None:
+    """Raise CountdownError for a question without a puzzle, or a puzzle without a solution."""
+    question = " ".join(options["question"])
+    parse(question)
+    rules = choose(options["ctx"], options["config"], options["model"]).settings.task.rules
+    puzzle = read_question(question, rules)
+    if solution(puzzle, rules) is None:
+        raise CountdownError(
+            f"{show.question(puzzle.numbers, puzzle.target)} has no solution", "change a number", exit_code=1
+        )
+
+
+def check_eval(options: Mapping[str, Any]) -> None:
+    """Raise CountdownError for flags that exclude each other, and an output file that cannot be written."""
+    if options["as_json"] and options["as_markdown"]:
+        raise CountdownError("`--json` and `--markdown` exclude each other", "leave one of them out")
+    if options["out"] is not None:
+        check_writable(options["out"], overwrite=options["overwrite"])
+
+
+def check_train(options: Mapping[str, Any]) -> None:
+    """Raise CountdownError for flags that exclude each other, and a run that cannot be started or resumed."""
+    run, resume, overwrite, process = options["run"], options["resume"], options["overwrite"], place()
+    if resume and (run is None or overwrite):
+        raise CountdownError("`--resume` needs the name of a run, and no `--overwrite`", "say `--run NAME --resume`")
+    if options["step"] is not None and not resume:
+        raise CountdownError("`--step` names a checkpoint to resume from", "say `--run NAME --resume --step STEP`")
+    if options["probe"] and resume:
+        raise CountdownError(
+            "`--probe` looks at the model that a training starts from", "leave out `--resume`, and name it by `--model`"
+        )
+    if process.max_restarts and run is None:
+        raise CountdownError("a training that may be restarted must know its run", "name it with `--run`")
+    root = Path(resolve(options["ctx"], options["config"]).settings.runs)
+    if resume:
+        resumed(options["ctx"], root, run)
+    elif not process.restarts:
+        Run.check(root, run, overwrite=overwrite)
+
+
+def resumed(ctx: typer.Context, root: Path, name: str) -> Resolved:
+    """The settings of a run to resume, as the flags change them."""
+    run = Run.open(root, name)
+    return config.go_on(
+        run.read_config(), run.config_path, flags={key: value for key, value in flags(ctx).items() if key != "runs"}
+    )

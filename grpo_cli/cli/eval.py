@@ -11,7 +11,8 @@ from pathlib import Path
 
 import typer
 
-from grpo_cli.cli.models import Chosen, choose, join_ranks, load, resolve_for_model
+from grpo_cli.cli.checks import Chosen, choose, resolve_for_model
+from grpo_cli.cli.models import join_ranks, load
 from grpo_cli.cli.options import flags
 from grpo_cli.core.config.resolve import flag, require_suite
 from grpo_cli.core.config.settings import Eval
@@ -20,7 +21,7 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evals import contamination
 from grpo_cli.core.evals.compare import SuitePaired, suite_paired
 from grpo_cli.core.evals.evaluate import SuiteResult, evaluate_suite, puzzles_of
-from grpo_cli.core.files import check_writable, write_lines
+from grpo_cli.core.files import write_lines
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.task.countdown import task_of
@@ -44,10 +45,6 @@ def run(
     config: Path | None,
 ) -> None:
     """Evaluate every model as the settings of the first say, and show, compare and write the results."""
-    if as_json and as_markdown:
-        raise CountdownError("`--json` and `--markdown` exclude each other", "leave one of them out")
-    if out is not None:
-        check_writable(out, overwrite=overwrite)
     weights = None if suite is None else _weights(ctx, config, suite)
     chosen = [choose(ctx, config, name) for name in models] if models else [choose(ctx, config, None)]
     _require_sampling(chosen[0].settings.eval)

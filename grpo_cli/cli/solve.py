@@ -6,16 +6,16 @@ from pathlib import Path
 
 import typer
 
-from grpo_cli.cli.models import choose, load
+from grpo_cli.cli.checks import choose
+from grpo_cli.cli.models import load
 from grpo_cli.core.config.settings import Settings
-from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import stream, uniforms
 from grpo_cli.core.task.countdown import task_of
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.question import read_question
-from grpo_cli.core.task.solver import solution, solve
+from grpo_cli.core.task.solver import solve
 from grpo_cli.core.task.task import Score
 from grpo_cli.ui import tables
 from grpo_cli.ui import text as show
@@ -35,10 +35,6 @@ def run(
     chosen = choose(ctx, config, model)
     rules = chosen.settings.task.rules
     puzzle = read_question(" ".join(question), rules)
-    if solution(puzzle, rules) is None:
-        raise CountdownError(
-            f"{show.question(puzzle.numbers, puzzle.target)} has no solution", "change a number", exit_code=1
-        )
     solutions = solve(puzzle, rules)
     result, tried = _attempt(load(chosen), puzzle, chosen.settings, attempts=attempts, quiet=as_json)
     if as_json:
@@ -56,6 +52,10 @@ def run(
 
 def _attempt(policy: Policy, puzzle: Puzzle, settings: Settings, *, attempts: int, quiet: bool) -> tuple[Score, int]:
     """Ask up to `attempts` times, the first greedily by default: (last score, number of attempts)."""
+    import torch
+
+    if policy.model.num_parameters() < 10_000_000:
+        torch.set_num_threads(1)  # several wait for each other longer than so small a model computes
     task, style, limit = task_of(settings), settings.task.style, settings.eval.max_new_tokens
     tokens = policy.encode(task.prompt(puzzle, style))
     for attempt in range(attempts):

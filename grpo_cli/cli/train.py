@@ -8,13 +8,13 @@ from pathlib import Path
 
 import typer
 
-from grpo_cli.cli.checks import require_package
+from grpo_cli.cli.checks import Chosen, require_package, resolve_for_model, resumed
 from grpo_cli.cli.export import card_of
 from grpo_cli.cli.launch import Place, Signals, place
-from grpo_cli.cli.models import Chosen, join_ranks, load, resolve_for_model
+from grpo_cli.cli.models import join_ranks, load
 from grpo_cli.cli.options import flags, give
 from grpo_cli.cli.plot import draw, run_curves
-from grpo_cli.core.config.resolve import Resolved, go_on
+from grpo_cli.core.config.resolve import Resolved
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import detect_device, prompt_tokens
@@ -46,11 +46,8 @@ def run(
     probe: bool,
     config: Path | None,
 ) -> None:
-    """Check the request, then train, or only show or probe what would be trained."""
+    """Train, or only show or probe what would be trained."""
     process = place()
-    _check_flags(run, resume=resume, step=step, overwrite=overwrite, probe=probe)
-    if process.max_restarts and run is None:
-        raise CountdownError("a training that may be restarted must know its run", "name it with `--run`")
     _set_batch_size(ctx, batch_size_per_rank, process)
     resolved = resolve_for_model(ctx, config)
     root = Path(resolved.settings.runs)
@@ -58,16 +55,13 @@ def run(
     if process.restarts and run is not None:
         overwrite, resume = True, Run(root / run).config_path.is_file()
     if resume and run is not None:
-        old = Run.open(root, run)
-        given = {key: value for key, value in flags(ctx).items() if key != "runs"}
-        resolved = go_on(old.read_config(), old.config_path, flags=given)
-    show.note(f"preset {resolved.settings.preset}: {resolved.preset_reason}")
+        resolved = resumed(ctx, root, run)
+    if not dry_run:  # which shows it above the settings
+        show.note(f"preset {resolved.settings.preset}: {resolved.preset_reason}")
     model = resolved.settings.model
     chosen = Chosen(model.model, model_source(root, model.model), resolved.settings)
     if model.ref_model != "same":
         model_source(root, model.ref_model)
-    if not resume:
-        Run.check(root, run, overwrite=overwrite)
     if dry_run:
         _show_plan(resolved, chosen, process)
     if probe and process.rank == 0:
@@ -126,17 +120,6 @@ def _train(session: Session) -> None:
         if run.model_path.is_dir():
             (run.model_path / CARD).write_text(card_of(run), encoding="utf-8")
         tables.training_summary(result.summary, run.path, overlap=result.overlap)
-
-
-def _check_flags(run: str | None, *, resume: bool, step: int | None, overwrite: bool, probe: bool) -> None:
-    if resume and (run is None or overwrite):
-        raise CountdownError("`--resume` needs the name of a run, and no `--overwrite`", "say `--run NAME --resume`")
-    if step is not None and not resume:
-        raise CountdownError("`--step` names a checkpoint to resume from", "say `--run NAME --resume --step STEP`")
-    if probe and resume:
-        raise CountdownError(
-            "`--probe` looks at the model that a training starts from", "leave out `--resume`, and name it by `--model`"
-        )
 
 
 def _set_batch_size(ctx: typer.Context, per_rank: int | None, process: Place) -> None:

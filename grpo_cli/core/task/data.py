@@ -75,7 +75,8 @@ def sampling_note(size: int, rules: Rules = ORIGINAL) -> str | None:
 
 def _draws(size: int, split: Side | None, seed: int, rules: Rules) -> Iterator[Puzzle]:
     """Puzzles at random, until MOST_DRAWS in a row make none."""
-    below, numbers, operations = _below(random.Random(seed)), rules.numbers, [_APPLY[name] for name in rules.operations]
+    below, numbers, allowed = _below(random.Random(seed)), rules.numbers, rules.targets
+    operations = [_APPLY[name] for name in rules.operations]
     missed = 0
     while missed < MOST_DRAWS:
         drawn = tuple([numbers[below(len(numbers))] for _ in range(size)])
@@ -83,7 +84,7 @@ def _draws(size: int, split: Side | None, seed: int, rules: Rules) -> Iterator[P
         for number in drawn[1:]:
             target = operations[below(len(operations))](target, number)
         missed += 1
-        if target in rules.targets and split in (None, split_of(drawn)):
+        if target in allowed and (split is None or split == split_of(drawn)):
             yield Puzzle(drawn, int(target))
             missed = 0
 
