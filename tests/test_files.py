@@ -124,6 +124,7 @@ def test_puzzles_without_a_solution_are_counted_and_refused(tmp_path: Path) -> N
         ("numbers;target\n3 5 2;13\n", "has no columns `numbers` (or `nums`) and `target`"),
         ("numbers\n3 5 2\n", "has no columns `numbers` (or `nums`) and `target`"),
         ("nums,target\n", "has no puzzles"),
+        ("nums,target,target\n3 5 2,13,14\n", "has two columns of the same name"),
     ],
 )
 def test_wrong_lines_of_a_csv_file_are_named(tmp_path: Path, text: str, message: str) -> None:

@@ -162,6 +162,11 @@ DATA: dict[str, tuple[Callable[[], bytes], str]] = {
     "utf-16": (lambda: "\n".join(lines()).encode("utf-16"), "line 1: not UTF-8"),
     "nested": (lambda: b"[" * 100_000, "line 1: not JSON"),
     "a megabyte without a newline": (lambda: b"7" * 1_000_000, "line 1: not JSON"),
+    "a key given twice": (
+        lambda: b'{"numbers": [3, 5, 2], "target": 13, "target": 14}\n',
+        "line 1: a field is given twice",
+    ),
+    "only blank lines": (lambda: b"\n \n", "has no puzzles"),
     "blank line": (lambda: "\n".join([*lines(2), "", *lines(1)]).encode(), "line 3: not JSON"),
 }
 
@@ -177,9 +182,10 @@ def test_a_broken_file_of_puzzles_is_named_with_its_line(tmp_path: Path, case: s
     assert len(caught.value.message) < 500
 
 
-def test_windows_line_ends_are_fine(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["", "\r\n\r\n"])
+def test_windows_line_ends_and_blank_lines_at_the_end_are_fine(tmp_path: Path, end: str) -> None:
     path = tmp_path / "puzzles.jsonl"
-    path.write_bytes("\r\n".join(lines()).encode())
+    path.write_bytes(("\r\n".join(lines()) + end).encode())
     assert set(load_puzzles(path).rows["train"]) <= set(generate(10, seed=1))
 
 

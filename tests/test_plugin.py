@@ -144,6 +144,13 @@ def test_a_probe_asks_and_scores_as_the_task_does(countdown: Command, tmp_path: 
     assert "zero-shot 2 100.0%" in shown and "natural" not in shown
 
 
+def test_a_file_of_code_is_named_before_it_runs(countdown: Command, tmp_path: Path) -> None:
+    name = written(tmp_path, "raise ValueError('still here')\n")
+    for option in (["--task", name], ["--reward", f"{name}:mine"]):
+        found = countdown("train", *option)
+        assert found.code == 2 and found.err.startswith(f"running `{name}`\nerror: `{name}` cannot be run: line 1")
+
+
 def test_what_a_task_prints_leaves_json_alone(countdown: Command, tmp_path: Path) -> None:
     name = written(tmp_path, "print('loaded')\n" + GOOD.replace("return 0.5", "print('scored'); return 0.5"))
     done = countdown("eval", "--task", name, "--json", "--max-new-tokens", 4)

@@ -77,6 +77,7 @@ TWO = "the question can be read in two ways: "
         ("4 7 = 0", "the target of a puzzle lies between 1 and 1000, and 0 does not"),
         ("4 7 3 = 2 5", NONE),
         ("4 7 3 = 2,5", NONE),
+        ("4 7 3 make 25 or 26", NONE),
         ("1/2 3 = 4", NONE),
         ("make 1 million from 4 7 8", NONE),
         ("make 10% of 4 7 8", NONE),

@@ -10,13 +10,13 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import typer
@@ -120,11 +120,13 @@ def _command(*settings: str, name: str | None = None) -> Callable[[Callable[...,
         @wraps(declared)
         def call(*args: Any, **given: Any) -> None:
             options = {name: _at_home(value) if name in PLACES else value for name, value in given.items()}
-            if declared.__name__ in ("train", "eval", "solve"):
-                checks = import_module("grpo_cli.cli.checks")
-                checks.require_models(options)
-                getattr(checks, f"check_{declared.__name__}")(options)
-            _import(f"grpo_cli.cli.{declared.__name__}").run(*args, **options)
+            with _uncollected():
+                if declared.__name__ in ("train", "eval", "solve"):
+                    checks = import_module("grpo_cli.cli.checks")
+                    checks.require_models(options)
+                    getattr(checks, f"check_{declared.__name__}")(options)
+                command = import_module(f"grpo_cli.cli.{declared.__name__}")
+            command.run(*args, **options)
 
         app.command(name, cls=settings_command(*settings))(call)
         return declared
@@ -132,11 +134,12 @@ def _command(*settings: str, name: str | None = None) -> Callable[[Callable[...,
     return register
 
 
-def _import(name: str) -> ModuleType:
-    """Import a module without garbage collection, which takes a third of the time of importing torch."""
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Pause garbage collection, which takes a third of the time of importing torch and transformers."""
     gc.disable()
     try:
-        return import_module(name)
+        yield
     finally:
         gc.enable()
 
@@ -160,7 +163,7 @@ def gen_data(
     overwrite: Overwrite = False,
     config: ConfigFile = None,
 ) -> None:
-    """Write puzzles as JSON Lines, each with a solution.
+    """Write puzzles, each with a solution: as JSON Lines, or as CSV or Parquet by the file's name.
 
     Example: countdown gen-data --split val --out val.jsonl
     """

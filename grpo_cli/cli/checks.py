@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +22,7 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import check_writable
 from grpo_cli.core.run.folder import Run, find_run
 from grpo_cli.core.run.models import model_source
+from grpo_cli.core.task.countdown import task_of
 from grpo_cli.core.task.question import parse, read_question
 from grpo_cli.core.task.solver import solution
 from grpo_cli.ui import text as show
@@ -102,15 +105,22 @@ def check_solve(options: Mapping[str, Any]) -> None:
 
 
 def check_eval(options: Mapping[str, Any]) -> None:
-    """Raise CountdownError for flags that exclude each other, and an output file that cannot be written."""
+    """Raise CountdownError for flags that exclude each other, and for files that cannot be read or written."""
     if options["as_json"] and options["as_markdown"]:
         raise CountdownError("`--json` and `--markdown` exclude each other", "leave one of them out")
     if options["out"] is not None:
         check_writable(options["out"], overwrite=options["overwrite"])
+    settings = choose(options["ctx"], options["config"], next(iter(options["models"] or []), None)).settings
+    if settings.eval.samples > 1 and settings.eval.temperature == 0:
+        raise CountdownError(
+            f"`--samples {settings.eval.samples}` asks for equal completions: greedy decoding has one for each puzzle",
+            "set `--temperature 1` too",
+        )
+    _read_files(settings)
 
 
 def check_train(options: Mapping[str, Any]) -> None:
-    """Raise CountdownError for flags that exclude each other, and a run that cannot be started or resumed."""
+    """Raise CountdownError for flags that exclude each other, wrong files, and a run that cannot start or resume."""
     run, resume, overwrite, process = options["run"], options["resume"], options["overwrite"], place()
     if resume and (run is None or overwrite):
         raise CountdownError("`--resume` needs the name of a run, and no `--overwrite`", "say `--run NAME --resume`")
@@ -122,11 +132,25 @@ def check_train(options: Mapping[str, Any]) -> None:
         )
     if process.max_restarts and run is None:
         raise CountdownError("a training that may be restarted must know its run", "name it with `--run`")
-    root = Path(resolve(options["ctx"], options["config"]).settings.runs)
+    without = resolve(options["ctx"], options["config"]).settings
+    with_gpu = resolve(options["ctx"], options["config"], has_cuda=lambda: True).settings
+    root = Path(without.runs)
     if resume:
-        resumed(options["ctx"], root, run)
-    elif not process.restarts:
+        _read_files(resumed(options["ctx"], root, run).settings)
+        return
+    if not process.restarts:
         Run.check(root, run, overwrite=overwrite)
+    if (without.task, without.reward) == (with_gpu.task, with_gpu.reward):  # torch alone knows which of them will run
+        _read_files(without)
+
+
+def _read_files(settings: Settings) -> None:
+    """Read the files of puzzles and run those of code that the settings name; later uses take what was read."""
+    for path in (settings.task.task, settings.reward.reward.rpartition(":")[0]):
+        if path.endswith(".py"):
+            show.note(f"running `{path}`")
+    with redirect_stdout(sys.stderr):  # a task may print: stdout is data
+        _ = task_of(settings).files
 
 
 def resumed(ctx: typer.Context, root: Path, name: str) -> Resolved:

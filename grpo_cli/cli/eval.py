@@ -15,7 +15,6 @@ from grpo_cli.cli.checks import Chosen, choose, resolve_for_model
 from grpo_cli.cli.models import join_ranks, load
 from grpo_cli.cli.options import flags
 from grpo_cli.core.config.resolve import flag, require_suite
-from grpo_cli.core.config.settings import Eval
 from grpo_cli.core.dist.ranks import Solo
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evals import contamination
@@ -47,7 +46,6 @@ def run(
     """Evaluate every model as the settings of the first say, and show, compare and write the results."""
     weights = None if suite is None else _weights(ctx, config, suite)
     chosen = [choose(ctx, config, name) for name in models] if models else [choose(ctx, config, None)]
-    _require_sampling(chosen[0].settings.eval)
     ranks = join_ranks(chosen[0].settings)
     with redirect_stdout(sys.stderr):  # a task may print: stdout is data
         results = _evaluate(chosen, weights, quiet=as_json or ranks.rank > 0, ranks=ranks)
@@ -81,14 +79,6 @@ def _show(suite: str | None, results: Sequence[SuiteResult], pairs: Sequence[Sui
         for pair in pairs:
             for paired in pair.cells.values():
                 tables.paired(paired)
-
-
-def _require_sampling(settings: Eval) -> None:
-    if settings.samples > 1 and settings.temperature == 0:
-        raise CountdownError(
-            f"`--samples {settings.samples}` asks for equal completions: greedy decoding has one for each puzzle",
-            "set `--temperature 1` too",
-        )
 
 
 def _weights(ctx: typer.Context, config: Path | None, suite: str) -> Mapping[str, float]:

@@ -14,6 +14,7 @@ from grpo_cli.cli.checks import resolve
 from grpo_cli.core.config.resolve import restore
 from grpo_cli.core.config.settings import values
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.model.names import HUB_ID
 from grpo_cli.core.run.export import check_destination, export, license_of
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.run.models import model_source
@@ -36,7 +37,10 @@ def run(
     root = Path(resolve(ctx, config).settings.runs)
     chosen = Run.open(root, name)
     model_source(root, chosen.name)
+    chosen.read_origin()
     check_destination(folder, overwrite=overwrite)
+    if push is not None and not HUB_ID.fullmatch(push):
+        raise CountdownError(f"`{push}` cannot name a repository", "use `owner/name`")
     is_adapter = chosen.adapter_path.is_dir()
     if merge and not is_adapter:
         raise CountdownError(f"run `{chosen.name}` has no adapter to merge", "leave out `--merge`")

@@ -1,4 +1,4 @@
-"""`countdown gen-data`: write puzzles as JSON Lines."""
+"""`countdown gen-data`: write puzzles as JSON Lines, CSV or Parquet."""
 
 from __future__ import annotations
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.folder_checks import refuse_adapter
 
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
 
 def require_model(name: str, *, suggestion: str | None = None) -> None:
     """Raise CountdownError unless `name` is builtin, a model folder, a GGUF file, or looks like a hub id.
@@ -21,6 +23,6 @@ def require_model(name: str, *, suggestion: str | None = None) -> None:
         if not os.path.isfile(Path(name) / "config.json"):
             refuse_adapter(name, os.listdir(name))
             raise CountdownError(f"`{name}` is not a model folder: it has no config.json", "name the folder itself")
-    elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or os.path.exists(Path(name).parent):
+    elif not HUB_ID.fullmatch(name) or os.path.exists(Path(name).parent):
         hint = "use `builtin`, a run's name, a model folder, a GGUF file, or a hub id `owner/name`"
         raise CountdownError(f"no model at `{name}`", suggestion or hint)

@@ -85,7 +85,7 @@ class Run:
         """The run `name` of `root`, to be written to; raises CountdownError where there is none."""
         run = cls(root / run_name(root, name))
         if not run.config_path.is_file():
-            others = suggestion(root, run.name) or f"list runs with `ls {root}`"
+            others = suggestion(root, run.name) or f"list runs with `countdown runs --runs {root}`"
             hint = f"{others}, or train one with `countdown train --run {run.name}`"
             raise CountdownError(f"no run `{run.name}` in `{root}`", hint)
         for path in (run.path, *sorted(run.path.iterdir())):

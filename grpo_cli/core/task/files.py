@@ -134,15 +134,25 @@ def _rows(path: Path, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix == ".csv":
         yield from _csv_rows(path, text)
         return
-    for index, line in enumerate(text.removesuffix("\n").split("\n") if text else [], 1):
+    for index, line in enumerate(text.rstrip().split("\n") if text.strip() else [], 1):
         place = f"`{path}`, line {index}"
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_distinct)
+        except KeyError as error:
+            raise CountdownError(f"{place}: a field is given twice") from error
         except (ValueError, RecursionError) as error:
             raise CountdownError(f"{place}: not JSON") from error
         if not isinstance(row, dict):
             raise CountdownError(f"{place}: a puzzle is an object with the fields {', '.join(FIELDS)}")
         yield place, row
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; KeyError for a key that it has twice."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise KeyError
+    return row
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -152,6 +162,8 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         columns = reader.fieldnames or []
         if columns and not ({"numbers", "nums"} & {*columns} and "target" in columns):
             raise CountdownError(f"`{path}` has no columns `numbers` (or `nums`) and `target`", "name them in line 1")
+        if len(set(columns)) < len(columns):
+            raise CountdownError(f"`{path}` has two columns of the same name", "rename or remove one")
         for row in reader:
             place = f"`{path}`, line {reader.line_num}"
             parsed: dict[str, Any] = {key: value or None for key, value in row.items() if key}

@@ -256,6 +256,7 @@ class Rewarded:
         return replace(score, reward=given.reward, parts=given.parts)
 
 
+@cache
 def load_reward(name: str) -> Function:
     """The function that `FILE.py:function` names."""
     path, _, function = name.rpartition(":")

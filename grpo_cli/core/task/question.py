@@ -12,7 +12,7 @@ LONGEST = 1_000  # characters
 _NUMBER = r"(?:(?<![\w.)\]])[-−])?(?<![\w.])[0-9]+(?:\.[0-9]+)?(?!\w)"
 _TARGET = re.compile(
     r"(?:\b(?:make[sd]?|making|equals?|reach(?:es)?|gets?|gives?|target)\b|[=-]>|→|=)"
-    rf"[\s:*`]*(?:(?:is|of|to|the|a|total|number|target|value)\b[\s:]*)*({_NUMBER})(?![\s,;]+{_NUMBER})"
+    rf"[\s:*`]*(?:(?:is|of|to|the|a|total|number|target|value)\b[\s:]*)*({_NUMBER})(?![\s,;]+(?:(?:or|and)\s+)?{_NUMBER})"
 )
 _BRACKETS = re.compile(rf"\[((?:[\s,;]|{_NUMBER})*)\]")
 _RUN = re.compile(rf"{_NUMBER}(?:(?:\s*[,;]\s*(?:and\s+)?|\s+(?:and\s+|&\s*)?){_NUMBER})*")
