@@ -6,6 +6,7 @@ function `run` of the same parameters, is imported when the command is called.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import signal
@@ -50,6 +51,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace existing o
 def main() -> None:
     """Run the command line; what a user can mend is shown as one sentence, never as a traceback."""
     show.prepare_streams()
+    atexit.register(gc.disable)  # torch is large to search for cycles once more at the end of the interpreter
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on Linux then keeps large tensors in huge pages
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which `--deterministic` needs
@@ -62,7 +64,6 @@ def main() -> None:
             sys.exit(app(prog_name="countdown", standalone_mode=False))
         finally:
             sys.stdout.flush()  # here, and not at the end of the interpreter, it may fail
-            gc.disable()  # torch is large to search for cycles once more at the end of the interpreter
     except USAGE_ERROR as problem:
         if problem.format_message():  # or the help was shown
             show.error(_usage(problem))
