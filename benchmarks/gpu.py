@@ -38,8 +38,7 @@ from grpo_cli.core.dist.parallel import Replicated
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
-from grpo_cli.core.perf.cost import Work, costs, shape_of
-from grpo_cli.core.perf.meter import hardware_of, widths
+from grpo_cli.core.perf.roofline import Work, costs, hardware_of, shape_of, widths
 from grpo_cli.core.rl.batch import Examples
 from grpo_cli.core.rl.grpo import advantages
 from grpo_cli.core.rl.state import build_optimizer

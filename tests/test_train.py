@@ -21,7 +21,7 @@ from grpo_cli.core.evals.evaluate import evaluate
 from grpo_cli.core.metrics import METRICS, metric
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.perf.meter import Meter
+from grpo_cli.core.perf.roofline import Meter
 from grpo_cli.core.rl import grpo, validate
 from grpo_cli.core.rl import update as update_module
 from grpo_cli.core.rl.batch import Batch

@@ -26,7 +26,7 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model import lora
 from grpo_cli.core.model.master_weights import MasterWeights
 from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.perf.meter import hardware_of
+from grpo_cli.core.perf.roofline import hardware_of
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.task import Problem, Task

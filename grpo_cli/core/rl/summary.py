@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from grpo_cli.core.evals.evaluate import Evaluation
 from grpo_cli.core.evals.statistics import changes, mcnemar
-from grpo_cli.core.perf.cost import COMPUTED
+from grpo_cli.core.perf.roofline import COMPUTED
 from grpo_cli.core.rl.state import Training
 from grpo_cli.core.run.folder import Run
 

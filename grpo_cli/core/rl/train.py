@@ -24,8 +24,7 @@ from grpo_cli.core.evals.evaluate import Evaluation
 from grpo_cli.core.evals.statistics import wilson
 from grpo_cli.core.microbatch import MicroBatch, ran_out
 from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.perf.cost import Work
-from grpo_cli.core.perf.meter import Meter
+from grpo_cli.core.perf.roofline import Meter, Work
 from grpo_cli.core.rl.batch import Batch
 from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.collect import Collector

@@ -1,11 +1,27 @@
-"""The formulas of a step's floor: every term by hand, the original's workload, and operations as torch counts them."""
+"""A step's floor: every term by hand, the original's workload, operations as torch counts them; peaks of devices."""
+
+import math
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from grpo_cli.core.perf.cost import Cost, Peak, Shape, Widths, Work, costs, describe, packed, prefill, shape_of
+from grpo_cli.core.perf.roofline import (
+    Cost,
+    Peak,
+    Shape,
+    Widths,
+    Work,
+    costs,
+    describe,
+    hardware,
+    known,
+    measure,
+    packed,
+    prefill,
+    shape_of,
+)
 
 # W = 2 * 4 * (2 * 3 * 2 + 3 * 5) = 216, V = 4 * 10 = 40, A = 4 * 2 * 2 * 2 = 32, keys and values 2 * 2 * 1 * 2 = 8
 TINY = Shape(layers=2, width=4, heads=2, key_value_heads=1, head_width=2, intermediate=5, vocabulary=10, parameters=300)
@@ -95,3 +111,54 @@ def test_operations_are_those_that_torch_counts() -> None:
     assert 0 <= rotary <= 0.001 * half
     row = packed(shape, Work([10], [30], 1), [0])
     assert counted(model, 40) - half - 2 * shape.head * 10 == pytest.approx(row, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops", "gigabytes"),
+    [
+        ("NVIDIA H200", 989, 4800),
+        ("NVIDIA H100 80GB HBM3", 989, 3350),
+        ("NVIDIA H100 PCIe", 756, 2000),
+        ("NVIDIA H100 NVL", 836, 3900),
+        ("NVIDIA A100-SXM4-40GB", 312, 1555),
+        ("NVIDIA A100-SXM4-80GB", 312, 2039),
+        ("NVIDIA A100 80GB PCIe", 312, 1935),
+        ("NVIDIA L40S", 362, 864),
+        ("NVIDIA L4", 121, 300),
+        ("NVIDIA A10G", 70, 600),
+        ("NVIDIA A10", 125, 600),
+        ("NVIDIA GeForce RTX 4090", 165.2, 1008),
+        ("NVIDIA RTX 6000 Ada Generation", 364, 960),
+        ("NVIDIA B200", 2250, 8000),
+        ("AMD Instinct MI300X", 1307, 5300),
+    ],
+)
+def test_known_devices(name: str, tflops: float, gigabytes: float) -> None:
+    peak = known(name, torch.bfloat16)
+    assert peak is not None
+    assert (peak.flops, peak.bandwidth) == (tflops * 1e12, gigabytes * 1e9)
+
+
+@pytest.mark.parametrize("name", ["Tesla T4", "Tesla V100-SXM2-16GB", "NVIDIA L40", "NVIDIA GeForce RTX 4090 D", "?"])
+def test_other_devices_are_not_mistaken_for_them(name: str) -> None:
+    assert known(name, torch.bfloat16) is None
+
+
+def test_the_table_says_nothing_of_float32() -> None:
+    assert known("NVIDIA H200", torch.float32) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_measured_rates_are_finite_and_positive(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo_cli.core.perf.roofline.MATRIX", 128)
+    peak = measure(torch.device("cpu"), dtype)
+    assert all(math.isfinite(rate) and rate > 1e6 for rate in (peak.flops, peak.bandwidth))
+
+
+def test_a_cpu_is_measured_once_and_says_so() -> None:
+    cpu = torch.device("cpu")
+    found = hardware(cpu, torch.float32)
+    assert found.source == "measured"
+    assert hardware(cpu, torch.float32) is found
+    record = found.record()
+    assert record["tflops"] == pytest.approx(found.peak.flops / 1e12)

@@ -1,10 +1,10 @@
-"""What a training step must cost at least: operations and bytes of each phase, and the seconds that hardware needs.
+"""What a training step must cost at least on its hardware, and how near it came.
 
-All formulas are here, in plain Python; nothing is measured. A floor counts what cannot be left out, not what an
-implementation does: each prompt is computed once for its group, rows that have ended cost nothing, nothing is
-recomputed, no activation leaves the chip. A phase takes at least max(operations / rate, bytes / bandwidth), a step the
-sum over its phases. With G completions c of n[c] tokens for each prompt of L tokens, W weights of the layers' matrices,
-V those of the head, and A = 4 * layers * heads * head width operations for each pair of tokens that attend:
+A floor counts what cannot be left out, not what an implementation does: each prompt is computed once for its group,
+rows that have ended cost nothing, nothing is recomputed, no activation leaves the chip. A phase takes at least
+max(operations / rate, bytes / bandwidth), a step the sum over its phases. With G completions c of n[c] tokens for each
+prompt of L tokens, W weights of the layers' matrices, V those of the head, and A = 4 * layers * heads * head width
+operations for each pair of tokens that attend:
 
     prefill    2 W L + 2 V + A L (L + 1) / 2 for each prompt; the weights are read once
     decode     2 (W + V) (n - 1) + A sum over t < n of (L + t) for each c; the weights are read max(n) - 1 times, and
@@ -21,9 +21,19 @@ completion instead of each group would make it 0.33 s.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
+
+import torch
+
+from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.sampling.rollout import Rollout
 
 COMPUTED = ("prefill", "decode", "reference", "update", "optimizer")  # phases that have a floor
 
@@ -199,3 +209,167 @@ def describe(found: Mapping[str, Cost], peak: Peak, seconds: float) -> dict[str,
         "floor_share": sum(floors.values()) / seconds,
         "mfu": sum(arithmetic.values()) / seconds,
     }
+
+
+# Hardware
+
+# A table holds what data sheets state for dense matrices, accumulated in float32 where they tell it apart; no program
+# reaches it quite. Other devices are measured in a fraction of a second: one large matrix product and one copy larger
+# than the caches. A model that fits in a cache can go below the floor that follows from such a bandwidth.
+
+# NVIDIA's and AMD's data sheets: (pattern of the device's name, dense bfloat16 TFLOP/s, memory GB/s), the first match.
+KNOWN: tuple[tuple[str, float, float], ...] = (
+    (r"B200", 2250, 8000),
+    (r"H200 NVL", 836, 4800),
+    (r"H200", 989, 4800),
+    (r"H100 NVL", 836, 3900),
+    (r"H100 PCIe", 756, 2000),
+    (r"H100", 989, 3350),
+    (r"A100 80GB PCIe", 312, 1935),
+    (r"A100.*80GB", 312, 2039),
+    (r"A100", 312, 1555),
+    (r"L40S", 362, 864),
+    (r"L4$", 121, 300),
+    (r"A10G", 70, 600),
+    (r"A10$", 125, 600),
+    (r"RTX 6000 Ada", 364, 960),
+    (r"RTX 5090$", 209.5, 1792),
+    (r"RTX 4090$", 165.2, 1008),
+    (r"RTX 3090 Ti", 80, 1008),
+    (r"RTX 3090$", 71, 936),
+    (r"MI300X", 1307, 5300),
+)
+# These have no bfloat16 matrix units, so that what they do in bfloat16 is measured: T4, V100.
+MATRIX, COPY, REPEATS = 1024, 2**27, 8  # rows and columns; bytes, and twice that are moved
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A device's peak rates, and where they are from: `table` or `measured`."""
+
+    name: str
+    peak: Peak
+    source: str
+
+    def record(self) -> dict[str, object]:
+        """For environment.json; in TFLOP/s and GB/s."""
+        rates = {"tflops": self.peak.flops / 1e12, "gigabytes_per_second": self.peak.bandwidth / 1e9}
+        return {"name": self.name, "source": self.source, **rates}
+
+
+def known(name: str, dtype: torch.dtype) -> Peak | None:
+    """The peaks of a GPU by its device name, or None; rates in float32 are not in the table."""
+    if dtype != torch.bfloat16:
+        return None
+    found = ((rate, bandwidth) for pattern, rate, bandwidth in KNOWN if re.search(rf"\b{pattern}", name))
+    return next((Peak(rate * 1e12, bandwidth * 1e9) for rate, bandwidth in found), None)
+
+
+@cache
+def hardware(device: torch.device, dtype: torch.dtype) -> Hardware:
+    """What a device can do in `dtype`; measured once in a process if the table does not have it."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
+    peak = known(name, dtype) if device.type == "cuda" else None
+    return Hardware(name, peak or measure(device, dtype), "table" if peak else "measured")
+
+
+def measure(device: torch.device, dtype: torch.dtype) -> Peak:
+    """The best of a few matrix products in `dtype` and copies: with the threads that torch uses now."""
+    with torch.inference_mode():
+        left, right = (torch.ones(MATRIX, MATRIX, device=device, dtype=dtype) for _ in range(2))
+        product = torch.empty_like(left)
+        source = torch.ones(COPY, device=device, dtype=torch.uint8)
+        target = torch.empty_like(source)
+        multiplied = _fastest(lambda: torch.mm(left, right, out=product), device)
+        copied = _fastest(lambda: target.copy_(source), device)
+    return Peak(2 * MATRIX**3 / multiplied, 2 * COPY / copied)
+
+
+def _fastest(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of a few runs, after one that does not count."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
+        return time.perf_counter() - start
+
+    once()
+    return min(once() for _ in range(REPEATS))
+
+
+# A step
+
+
+def hardware_of(policy: Policy) -> Hardware:
+    """The peaks of the policy's device in the precision that it computes in."""
+    return hardware(policy.device, torch.bfloat16 if policy.precision.startswith("bf16") else torch.float32)
+
+
+def widths(policy: Policy, optimizer: torch.optim.Optimizer) -> Widths:
+    """Bytes of each weight in each place where this policy and this optimizer keep it."""
+    stored = next(policy.model.parameters()).element_size()
+    master = 4 if getattr(optimizer, "masters", None) else 0
+    inner = getattr(optimizer, "inner", optimizer)
+    moments = 2 if type(inner).__name__ == "AdamW8bit" else 2 * (master or stored)
+    return Widths(2 if policy.precision.startswith("bf16") else 4, stored, master, moments)
+
+
+@dataclass
+class Meter:
+    """Measures one step: told each rollout and what was learned from, it has the step's metrics."""
+
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    rollouts: list[tuple[Work, int]] = field(default_factory=list)  # each with the token places it computed
+
+    def __post_init__(self) -> None:
+        self.shape = shape_of(
+            self.policy.model.config.get_text_config(), sum(weight.numel() for weight in self.policy.model.parameters())
+        )
+        if self.policy.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.policy.device)
+
+    def sampled(self, prompts: Sequence[Sequence[int]], rollout: Rollout) -> None:
+        """Count a rollout, of token ids."""
+        if not prompts:
+            return
+        lengths = list(map(len, rollout.completions))
+        work = Work(list(map(len, prompts)), lengths, len(lengths) // len(prompts))
+        self.rollouts.append((work, rollout.computed))
+
+    def metrics(self, work: Work, *, seconds: float) -> dict[str, float]:
+        """Metrics of a step that learned `work` and took `seconds`.
+
+        `padding`: share of the token places computed in the rollout that are of no token, ended rows that are still
+        computed among them; the packed row of the update has none. `peak_memory`: GB, of the step on CUDA, else of the
+        process so far.
+        """
+        bytes_of = widths(self.policy, self.optimizer)
+        found = costs(self.shape, work, bytes_of)
+        for phase, price in (("prefill", prefill), ("decode", decode)):
+            parts = [price(self.shape, one, bytes_of) for one, _ in self.rollouts]
+            found[phase] = Cost(sum(part.flops for part in parts), sum(part.bytes for part in parts))
+        real = computed = 0
+        for one, places in self.rollouts:
+            real += sum(one.prompts) + sum(length - 1 for length in one.completions)
+            computed += places
+        return {
+            **describe(found, hardware_of(self.policy).peak, seconds),
+            "padding": 1 - real / computed,
+            "peak_memory": _peak_bytes(self.policy.device) / 1e9,
+        }
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0  # it has no such count
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
