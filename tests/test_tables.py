@@ -18,6 +18,7 @@ from grpo_cli.core.rl.probe import Probe, Sampled
 from grpo_cli.core.task.data import Summary
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.scoring import score
+from grpo_cli.ui import eval_tables
 from grpo_cli.ui import tables as display
 from grpo_cli.ui import text as terminal
 from grpo_cli.ui.figures import Curves
@@ -189,12 +190,12 @@ def test_a_narrow_encoding_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch)
         lambda text: display.reasoning([text]),
         lambda text: terminal.error(CountdownError(text, text)),
         lambda text: display.prompt_tokens([(1, text)]),
-        lambda text: display.evaluation(evaluation(text, model=text)),
-        lambda text: display.comparison([suite_result("", model=text)]),
-        lambda text: display.suite("s", [suite_result("", model=text)]),
-        lambda text: display.suite_paired(SuitePaired(text, text, {"c": Paired(text, text, [pair(text)], [])})),
-        lambda text: display.leaks([suite_result("", model=text, seen=True)]),
-        lambda text: display.paired(Paired(text, text, [pair(text)], [])),
+        lambda text: eval_tables.evaluation(evaluation(text, model=text)),
+        lambda text: eval_tables.comparison([suite_result("", model=text)]),
+        lambda text: eval_tables.suite("s", [suite_result("", model=text)]),
+        lambda text: eval_tables.suite_paired(SuitePaired(text, text, {"c": Paired(text, text, [pair(text)], [])})),
+        lambda text: eval_tables.leaks([suite_result("", model=text, seen=True)]),
+        lambda text: eval_tables.paired(Paired(text, text, [pair(text)], [])),
         lambda text: display.sparklines([Curves(text, [(1, 0.5)], [], [], {text: [(1, 0.5)]})]),
         lambda text: TrainingView(9).message(text),
     ],
@@ -258,7 +259,7 @@ def test_a_prompt_shows_its_tokens_apart_and_their_ids(capsys: pytest.CaptureFix
 def test_an_evaluation_shows_rates_outcomes_slices_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
     right, wrong = "<think>a</think><answer>4 * 7 - 3</answer>", "<think>b</think><answer>4 + 7 + 3</answer>"
     result = evaluation(right, wrong, wrong, "<think>c")
-    display.evaluation(result)
+    eval_tables.evaluation(result)
     shown = STYLE_CODES.sub("", capsys.readouterr().out)
     rows = [" ".join(line.split()) for line in shown.splitlines()]
     assert rows[:7] == [
@@ -291,10 +292,10 @@ def test_tables_fit_the_terminal(
     monkeypatch.setattr(terminal.out, "width", width)
     result = evaluation("<answer>4 * 7 - 3</answer>", "A" * 1_000_000 + "<answer>four</answer>")
     results = [suite_result("<answer>4 * 7 - 3</answer>", "A", model=name * 30) for name in "abc"]
-    display.comparison(results)
-    display.suite("s", results)
-    display.suite_paired(SuitePaired("a" * 30, "b" * 30, {"train 4 zero-shot": Paired("a", "b", [pair("A")], [])}))
-    display.evaluation(result)
+    eval_tables.comparison(results)
+    eval_tables.suite("s", results)
+    eval_tables.suite_paired(SuitePaired("a" * 30, "b" * 30, {"train 4 zero-shot": Paired("a", "b", [pair("A")], [])}))
+    eval_tables.evaluation(result)
     display.config_table(resolve(has_cuda=lambda: False))
     shown = STYLE_CODES.sub("", capsys.readouterr().out)
     assert max(map(cell_len, shown.splitlines())) <= width
@@ -369,8 +370,8 @@ def test_the_summary_of_a_suite_says_when_each_cell_peaked_and_what_going_on_cos
 
 
 def test_a_comparison_never_calls_a_difference_that_chance_makes(capsys: pytest.CaptureFixture[str]) -> None:
-    display.paired(Paired("a", "b", [pair("4 + 7")] * 6, []))
-    display.paired(Paired("a", "b", [pair("4 + 7")] * 5, []))
+    eval_tables.paired(Paired("a", "b", [pair("4 + 7")] * 6, []))
+    eval_tables.paired(Paired("a", "b", [pair("4 + 7")] * 5, []))
     sure, unsure = capsys.readouterr().out.strip().split("\n\n")
     assert [line.rstrip() for line in sure.splitlines()] == [
         "a -> b  6 puzzles gained, 0 lost, exact McNemar p = 0.031",
@@ -392,7 +393,7 @@ def test_a_suite_is_a_matrix_in_as_many_blocks_as_the_terminal_needs(
         suite_result(RIGHT, WRONG, model="builtin"),
         *(suite_result(RIGHT, RIGHT, model=name) for name in ("x", "y")),
     ]
-    display.suite("mine", results)
+    eval_tables.suite("mine", results)
     rows = [" ".join(line.split()) for line in STYLE_CODES.sub("", capsys.readouterr().out).splitlines()]
     assert rows[0] == "suite mine 2 cells, 1 of them in the weighted mean"
     assert len([row for row in rows if row.startswith("weighted mean")]) == blocks
@@ -405,7 +406,7 @@ def test_a_suite_is_a_matrix_in_as_many_blocks_as_the_terminal_needs(
     assert f"decoded alike: greedy, up to 160 tokens, protocol {results[0].protocol}" in rows
     assert "x: 12.3 s; what x was trained on is not known" in rows
     one = replace(results[1], cells=results[1].cells[:1], weights={"val 3 one-shot": 1.0})
-    display.suite("mine", [one])
+    eval_tables.suite("mine", [one])
     assert "1 cell, 1 of them" in capsys.readouterr().out
 
 
@@ -414,7 +415,7 @@ def test_a_suites_comparison_calls_no_difference_that_does_not_hold_for_all_its_
 ) -> None:
     gained = {"val 3 one-shot": 8, "val 3 natural": 6, "train 3 natural": 0}
     cells = {name: Paired("a", "b", [pair("4 + 7")] * count, []) for name, count in gained.items()}
-    display.suite_paired(SuitePaired("a", "b", cells))
+    eval_tables.suite_paired(SuitePaired("a", "b", cells))
     rows = [" ".join(line.split()) for line in STYLE_CODES.sub("", capsys.readouterr().out).splitlines()]
     assert "val 3 one-shot 8 0 0.023" in rows  # 3 * 2 / 2**8
     assert "val 3 natural 6 0 0.062 not significant" in rows  # 2 * 2 / 2**6
@@ -424,7 +425,7 @@ def test_a_suites_comparison_calls_no_difference_that_does_not_hold_for_all_its_
 
 def test_markdown_is_escaped_and_never_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
     results = [suite_result(RIGHT, WRONG, model="a"), suite_result(RIGHT, model="b_|" * 40)]
-    display.markdown("mine", results, [SuitePaired("a", "b", {"val 3 one-shot": Paired("a", "b", [], [])})])
+    eval_tables.markdown("mine", results, [SuitePaired("a", "b", {"val 3 one-shot": Paired("a", "b", [], [])})])
     lines = capsys.readouterr().out.splitlines()
     assert lines[2:7] == [
         "| cell | weight | puzzles | a | " + r"b\_\|" * 40 + " |",
@@ -437,7 +438,7 @@ def test_markdown_is_escaped_and_never_wrapped(capsys: pytest.CaptureFixture[str
 
 
 def test_a_model_that_was_trained_on_what_it_is_asked_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
-    display.leaks([suite_result(RIGHT, model="new"), suite_result(RIGHT, model="old", seen=True)])
+    eval_tables.leaks([suite_result(RIGHT, model="new"), suite_result(RIGHT, model="old", seen=True)])
     out, err = capsys.readouterr()
     assert out == ""
     assert err == "warning: old was trained on puzzles that it was asked: 1 of 1 val 3, 1 of 1 val 4\n"
@@ -463,9 +464,9 @@ def test_sparklines_show_first_and_last_value_of_each_curve(capsys: pytest.Captu
 
 def test_cheats_are_shown_where_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
     honest, cheat = ("<think>x</think><answer>" + answer + "</answer>" for answer in ("4 * 7 - 3", "20 + 5"))
-    display.evaluation(evaluation(honest, honest, honest, cheat))
+    eval_tables.evaluation(evaluation(honest, honest, honest, cheat))
     assert re.search("cheats +25.0%  reach the target with numbers reused", capsys.readouterr().out)
-    display.evaluation(evaluation(honest))
+    eval_tables.evaluation(evaluation(honest))
     assert "cheats" not in capsys.readouterr().out
 
 

@@ -25,7 +25,7 @@ from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.task.countdown import task_of
 from grpo_cli.core.task.suite import Cell, cell
-from grpo_cli.ui import tables
+from grpo_cli.ui import eval_tables, tables
 from grpo_cli.ui import text as show
 
 _CELL = ("task.style", "task.numbers", "eval.split")
@@ -55,11 +55,11 @@ def run(
     pairs = [pair for result in results[1:] if (pair := suite_paired(results[0], result))]
     if len(results) > 1 and not pairs:
         show.note("models with several completions per puzzle are not compared in pairs")
-    tables.leaks(results)
+    eval_tables.leaks(results)
     if as_json:
         show.json_object(_json(suite, results, pairs))
     elif as_markdown:
-        tables.markdown(suite, results, pairs)
+        eval_tables.markdown(suite, results, pairs)
     else:
         _show(suite, results, pairs)
     if out is not None:
@@ -69,16 +69,16 @@ def run(
 
 def _show(suite: str | None, results: Sequence[SuiteResult], pairs: Sequence[SuitePaired]) -> None:
     if suite is not None:
-        tables.suite(suite, results)
+        eval_tables.suite(suite, results)
         for pair in pairs:
-            tables.suite_paired(pair)
+            eval_tables.suite_paired(pair)
     elif len(results) == 1:
-        tables.evaluation(results[0].cells[0])
+        eval_tables.evaluation(results[0].cells[0])
     else:
-        tables.comparison(results)
+        eval_tables.comparison(results)
         for pair in pairs:
             for paired in pair.cells.values():
-                tables.paired(paired)
+                eval_tables.paired(paired)
 
 
 def _weights(ctx: typer.Context, config: Path | None, suite: str) -> Mapping[str, float]:

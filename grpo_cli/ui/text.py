@@ -125,18 +125,18 @@ def note(text: str) -> None:
 
 def warning(text: str) -> None:
     """One line about what may mislead, on stderr."""
-    _headed("warning", "bold yellow", text)
+    headed("warning", "bold yellow", text)
 
 
 def error(problem: CountdownError) -> None:
     """An error on stderr: what and where, then what to do."""
-    _headed("error", "bold red", problem.message)
+    headed("error", "bold red", problem.message)
     if problem.hint:
         err.print()
-        _headed("hint", "bold cyan", problem.hint)
+        headed("hint", "bold cyan", problem.hint)
 
 
-def _headed(word: str, style: str, text: str) -> None:
+def headed(word: str, style: str, text: str) -> None:
     err.print(Text.assemble((word, style), (":", "bold"), " ", printable(text, keep_newlines=True)), soft_wrap=True)
 
 
