@@ -1,4 +1,4 @@
-"""What the commands share without loading torch: resolved settings, and checks before any work begins."""
+"""Shared by commands, without loading torch: settings, and checks before any work begins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands that run a model share: loading it, and joining the ranks."""
+"""Shared by commands that run a model: loading it, and joining the ranks."""
 
 from __future__ import annotations
 

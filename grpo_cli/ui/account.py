@@ -1,4 +1,4 @@
-"""What there is to tell of a run: what was solved at its start, its best and its last step, and what has changed.
+"""The facts of a run that the report shows: evaluations at its start, best and last step, and their differences.
 
 It is handed plain data, and knows neither where a run keeps it nor how it is shown.
 """
@@ -16,7 +16,7 @@ from grpo_cli.ui.figures import Curves
 
 @dataclass(frozen=True)
 class Change:
-    """What a second evaluation solves that a first does not, and the reverse."""
+    """Puzzles that one evaluation solves and the other does not."""
 
     gained: int
     lost: int
@@ -28,7 +28,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Account:
-    """What there is to tell of one run; of a file of metrics there are curves alone. `settings` are by key."""
+    """The facts of one run; a metrics file alone has only curves. `settings` are by key."""
 
     curves: Curves
     metrics: Sequence[Mapping[str, float]] = ()
@@ -102,7 +102,7 @@ class Account:
 
 
 def change(first: Evaluated | None, second: Evaluated | None) -> Change | None:
-    """What changed from one evaluation to another, or None unless both are known to be of the same puzzles."""
+    """The difference between two evaluations; None unless both are known to be on the same puzzles."""
     if not (first and second and first.solved and second.solved):
         return None
     if first.cell != second.cell or first.count != second.count or puzzles(first) != puzzles(second):
@@ -116,6 +116,6 @@ def puzzles(found: Evaluated) -> list[tuple[list[int], int]]:
 
 
 def _drawn(step: int, cell: str, count: int, share: float) -> Evaluated:
-    """What a point of a curve tells of an evaluation; `count` is 0 where it is not known."""
+    """One evaluation as a point of a curve; `count` is 0 if unknown."""
     interval = wilson(share, count) if count else None
     return Evaluated(step, cell, count, share, interval, None, None, None, reasons={}, solved="", examples=[])

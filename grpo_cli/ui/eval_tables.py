@@ -203,7 +203,7 @@ def _origin(result: SuiteResult) -> str:
 
 
 def paired(found: Paired) -> None:
-    """What a second model solves that a first does not, and the reverse, with an example of both."""
+    """Puzzles that only one of two models solves, with an example of each."""
     gained, lost = len(found.gained), len(found.lost)
     verdict = "" if significant(found.p_value) else f": {NOT_SIGNIFICANT}"
     out.print()
@@ -218,7 +218,7 @@ def paired(found: Paired) -> None:
 
 
 def suite_paired(found: SuitePaired) -> None:
-    """What a second model gains and loses in each cell, with an example of both."""
+    """Puzzles gained and lost in each cell, with an example of each."""
     headers, rows = _gains(found, raw=out.width >= WIDE)
     table = grid(*headers, numeric=headers[1:-1])
     for row in rows:

@@ -117,7 +117,7 @@ def _heading(name: str) -> Html:
 
 
 def _each(accounts: Sequence[Account], tell: Callable[[Account], Html]) -> Html:
-    """What `tell` says of each run that it has something to say of, under the run's name if there are several."""
+    """The output of `tell` for each run that has some, under the run's name if there are several."""
     told = [(account.name, found) for account in accounts if (found := tell(account))]
     return _all(part for name, found in told for part in ([element("h3", name)] * (len(accounts) > 1) + [found]))
 
@@ -137,7 +137,7 @@ def _headline(account: Account, *, titled: bool) -> Html:
 
 
 def _story(account: Account) -> str:
-    """What was trained, and for how long."""
+    """Model, settings and duration of the training."""
     values = account.settings
     if not values:
         return f"The curves of a file of metrics, to step {account.steps:,}."
@@ -418,7 +418,7 @@ def _sparkline(points: Series) -> Html:
 
 
 def _configuration(accounts: Sequence[Account], defaults: Mapping[str, object]) -> Html:
-    """What differs from the shipped defaults, then every setting."""
+    """Settings that differ from the shipped defaults, then all settings."""
     if not accounts:
         return Html("")
     changed = [key for key in defaults if any(account.settings.get(key) != defaults[key] for account in accounts)]

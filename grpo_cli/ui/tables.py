@@ -79,7 +79,7 @@ def grid(*columns: str, numeric: Iterable[str] = ()) -> Table:
 
 
 def gen_data_summary(summary: Summary, path: Path | None) -> None:
-    """What a set of puzzles is made of, on stdout; on stderr if the puzzles went to stdout (`path` is None)."""
+    """Summary of a set of puzzles on stdout; on stderr if the puzzles went to stdout (`path` is None)."""
     console = err if path is None else out
     if path is not None:
         console.print(Text(f"{counted(summary.count, 'puzzle')} written to {printable(str(path))}", style="bold"))
@@ -156,7 +156,7 @@ def prompt_tokens(tokens: Sequence[tuple[int, str]]) -> None:
 
 
 def memory_plan(plan: MemoryPlan) -> None:
-    """What a training takes up, by component and phase in GB, what was chosen to make it fit, and why."""
+    """Planned memory by component and phase in GB, and the choices that make it fit, with reasons."""
     table = grid("memory in GB", *plan.phases, "of", numeric=plan.phases)
     for name, origin in plan.origins.items():
         sizes = [amounts.get(name, 0) for amounts in plan.phases.values()]
@@ -191,7 +191,7 @@ def _gigabytes(size: int) -> str:
 
 
 def probe(found: Probe) -> None:
-    """What a model could learn from in each style, the chosen one in bold, with a line for each finding."""
+    """Results of `train --probe` by style, the chosen one in bold, and its findings."""
     chosen = found.styles[found.chosen]
     size = (
         f"{counted(len(chosen.right), 'train puzzle')} of {found.numbers} numbers, groups of {chosen.num_generations}"
@@ -264,7 +264,7 @@ def answer(text: str) -> None:
 
 
 def verdict(puzzle: Puzzle, score: Score) -> None:
-    """What the scorer says of an answer, on stderr."""
+    """The scorer's verdict on an answer, on stderr."""
     if score.correct:
         headed("correct", "bold green", f"{score.answer} = {puzzle.target}")
     else:
@@ -300,7 +300,7 @@ def progress(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]
 
 
 def training_summary(summary: Mapping[str, Any], folder: Path, *, overlap: str) -> None:
-    """What a training came to, on stdout; `overlap` says which of the val puzzles it was trained on."""
+    """Summary of a finished training on stdout; `overlap` says how many val puzzles it was trained on."""
     base, final, best = (percent(summary[f"{name}_accuracy"]) for name in ("base", "final", "best"))
     spent, on_dev = summary["seconds"], summary.get("best_dev_accuracy")
     dev = "" if on_dev is None else f", the best on dev ({percent(on_dev)})"
@@ -329,7 +329,7 @@ def training_summary(summary: Mapping[str, Any], folder: Path, *, overlap: str) 
 
 
 def _phases(phases: Mapping[str, Mapping[str, float]]) -> Table:
-    """Where the time went, and how near each phase came to the least that the hardware needs for it."""
+    """Time by phase, beside the least time that the hardware needs for it."""
     table = grid("phase", "seconds", "share", "floor", "of floor", numeric=("seconds", "share", "floor", "of floor"))
     for name, phase in phases.items():
         floor = phase.get("floor")

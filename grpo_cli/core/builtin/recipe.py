@@ -190,7 +190,7 @@ class RowMaker:
         return Row(start + completion, [IGNORED] * len(start) + completion)
 
     def _drill_row(self) -> Row:
-        """Drills of which only work and verdicts are learned, not what they are asked about."""
+        """Drills whose work and verdicts are learned, not their questions."""
         row = Row([], [])
         for _ in range(DRILL_LINES):
             line = drill(self.rng, self.numbers() if self.rng.random() < 0.5 else None) + "\n"
@@ -224,7 +224,7 @@ def batches(maker: RowMaker, stage: Stage, tokens_per_step: int) -> Iterator[tup
 
 
 def stages(recipe: Recipe) -> tuple[Stage, ...]:
-    """What the model goes through."""
+    """The stages of the recipe."""
     return (
         Stage("search", recipe.search_steps, recipe.search_learning_rate, DRILLS, patient),
         Stage("give up", recipe.give_up_steps, recipe.give_up_learning_rate, 0.0, impatient),

@@ -27,7 +27,7 @@ CHAT_TEMPLATE = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
-"""What Qwen2.5's own template writes for messages without tools."""
+"""Qwen2.5's own template, for messages without tools."""
 
 
 def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> Qwen2Tokenizer:

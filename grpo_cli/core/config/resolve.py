@@ -281,7 +281,7 @@ def require_suite(settings: Settings, name: str, place: str) -> None:
 
 
 def _refused(layer: _Layer, problem: ErrorDetails) -> CountdownError:
-    """What is wrong with a value, and where it stands."""
+    """The error for a value, with its place."""
     words = str(problem["ctx"]["error"]) if problem["type"] == "value_error" else None
     table, *rest = (str(part) for part in problem["loc"] or [""])
     key = ".".join([table, *rest[:1]])

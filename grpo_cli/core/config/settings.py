@@ -319,7 +319,7 @@ def describe(key: str) -> str:
 
 
 def expected(key: str) -> str:
-    """What a setting must be: the end of the sentence `x must be ...`."""
+    """The end of the sentence `x must be ...`."""
     listed = choices(key)
     if listed:
         return "one of " + ", ".join(f"`{choice}`" for choice in listed)

@@ -1,4 +1,4 @@
-"""The processes that share a training or an evaluation: what each one works on, and how they come to agree.
+"""The processes that share a training or an evaluation: each one's part of the work, and how they agree.
 
 The one module that knows torch.distributed. Every rank runs the same code on the same data, and differs in its share
 alone; where one fails all of them do, with one message. `Solo` is the one process that there is without a launcher, and
@@ -22,12 +22,12 @@ from grpo_cli.core.errors import CountdownError
 
 T = TypeVar("T")
 BUCKET = 25 * 2**20  # bytes of gradients that are added up at once, as in torch's own DistributedDataParallel
-ALIGNED = 64  # numbers, at multiples of which each gradient of a bucket begins, as kernels like it
+ALIGNED = 64  # each gradient of a bucket begins at a multiple of so many numbers, as kernels prefer
 ROLL_CALL = 5.0  # seconds in which a rank that is alive says so, once another has gone
 
 
 class Passing(Exception):
-    """What is no failure but ends the work of all ranks alike: the one that raised it need not be named."""
+    """Ends the work of all ranks without being a failure, so that messages do not name the rank."""
 
 
 class Failed(CountdownError):
@@ -53,7 +53,7 @@ class Gradients:
         """The backward pass to come is this process's last of the attempt: what it leaves is whole."""
 
     def completed(self, work: Callable[[], T]) -> T:
-        """What `work` returns, which makes the passes; whether or not it fails, this process's part is done then."""
+        """Run `work`, which makes the passes, and return its result; afterwards this process's part is done, even if it failed."""
         return work()
 
     def add_up(self) -> list[int]:
@@ -77,25 +77,25 @@ class Solo:
         return range(-(-count * self.rank // self.size), -(-count * (self.rank + 1) // self.size))
 
     def each(self, work: Callable[[], T]) -> list[T]:
-        """What `work` returns on each rank, by rank, once all have ended it.
+        """Run `work` on every rank; returns all results in the order of ranks.
 
         Where it raises on one, all raise: what it raised if that is a `Passing`, else a CountdownError that names it.
         """
         return [work()]
 
     def first(self, work: Callable[[], T]) -> T:
-        """What `work` returns on the first rank, which alone does it; raises as `each` does."""
+        """Run `work` on rank 0 alone; returns its result everywhere. Raises as `each` does."""
         return self.each(lambda: work() if self.rank == 0 else cast(T, None))[0]
 
     def own(self, work: Callable[[], T]) -> T:
-        """What `work` returns on this rank, once all have ended theirs; raises as `each` does."""
+        """Run `work` on every rank; returns this rank's result. Raises as `each` does."""
         kept: list[T] = []
         self.each(lambda: kept.append(work()))
         return kept[0]
 
     @contextmanager
     def gradients(self, weights: Iterable[Tensor]) -> Iterator[Gradients]:
-        """What takes up the gradients of `weights` over a step, and adds up those of the ranks."""
+        """An object that sums the gradients of `weights` over a step and over ranks."""
         yield Gradients(weights)
 
     def report(self, seconds: Mapping[str, float], part: list[T]) -> tuple[dict[str, float], list[T]]:
@@ -107,7 +107,7 @@ class Solo:
         return dict(seconds), part
 
     def named(self, ranks: Sequence[int]) -> str:
-        """What these ranks are called in messages."""
+        """Name of these ranks in messages."""
         return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} of {self.size}"
 
     def leave(self) -> None:
@@ -115,7 +115,7 @@ class Solo:
 
 
 class Ranks(Solo):
-    """Several processes, of which this is `rank` of `size`, that meet in `store`."""
+    """Process `rank` of `size`, connected through `store`."""
 
     def __init__(self, store: Any, rank: int, size: int, *, device: torch.device, timeout: float) -> None:
         import torch.distributed as dist
@@ -240,7 +240,7 @@ class _Summed(Gradients):
         super().begin()
         self._last = False
         for bucket in self._buckets[self._sent :]:
-            bucket.wanting = len(bucket.weights)
+            bucket.missing = len(bucket.weights)
             bucket.flat.zero_()
             bucket.give()
 
@@ -249,8 +249,8 @@ class _Summed(Gradients):
 
     def _left(self, weight: Tensor) -> None:
         if self._last:
-            self._of[id(weight)].wanting -= 1
-            while self._sent < len(self._buckets) and self._buckets[self._sent].wanting <= 0:
+            self._of[id(weight)].missing -= 1
+            while self._sent < len(self._buckets) and self._buckets[self._sent].missing <= 0:
                 self._send()
 
     def _send(self) -> None:
@@ -295,7 +295,7 @@ class _Bucket:
     flat: Tensor
     views: list[Tensor]
     broken: Tensor  # (ranks,) the end of `flat`: whether the gradients of each were not finite
-    wanting: int = 0  # gradients that the last backward pass has yet to leave
+    missing: int = 0  # gradients that the last backward pass has yet to leave
 
     @classmethod
     def of(cls, weights: list[Tensor], ranks: int) -> _Bucket:

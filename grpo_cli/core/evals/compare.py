@@ -29,7 +29,7 @@ class SuitePaired:
 
 @dataclass(frozen=True)
 class Paired:
-    """Two models on the same puzzles, one completion each: the pairs (first's, second's) of which one is right."""
+    """Two models on the same puzzles, one completion each: the pairs (first's, second's) where only one is right."""
 
     first: str
     second: str
@@ -48,7 +48,7 @@ class Paired:
 
 
 def paired(first: Evaluation, second: Evaluation) -> Paired | None:
-    """What the second model gains and loses; None unless both have one completion of each of the same puzzles."""
+    """Puzzles gained and lost by the second model; None unless both have one completion of each of the same puzzles."""
     if first.samples > 1 or second.samples > 1:
         return None
     pairs = list(zip(first._all, second._all, strict=False))
@@ -60,6 +60,6 @@ def paired(first: Evaluation, second: Evaluation) -> Paired | None:
 
 
 def suite_paired(first: SuiteResult, second: SuiteResult) -> SuitePaired | None:
-    """What the second model gains and loses in each cell; None where `paired` is."""
+    """Puzzles gained and lost in each cell; None if `paired` is."""
     found = {one.cell: pair for one, two in zip(first.cells, second.cells, strict=True) if (pair := paired(one, two))}
     return SuitePaired(first.model, second.model, found) if len(found) == len(first.cells) else None

@@ -22,7 +22,7 @@ RECIPE = "all train puzzles of 3 and 4 numbers by the recipe of builtin"
 
 @dataclass(frozen=True)
 class Known:
-    """What a model was trained on: the problems of each run that led to it, by key, and whether the recipe's."""
+    """Problems that a model was trained on: by key, of each run that led to it, and whether the recipe's too."""
 
     runs: Mapping[str, frozenset[str]] = field(default_factory=dict)
     recipe: bool = False  # it began as the built-in model
@@ -52,7 +52,7 @@ def overlap(problems: Iterable[Problem], known: Known) -> int | None:
 
 
 def known(model: str, root: Path) -> Known:
-    """What a model was trained on: a run of `root` by name, a run's model folder, or `builtin`.
+    """Problems that a model was trained on: a run of `root` by name, a run's model folder, or `builtin`.
 
     With a run goes all that its starting model was trained on. Raises CountdownError where a run's settings cannot be
     read; damaged lines of samples are counted.

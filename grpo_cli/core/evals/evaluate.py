@@ -65,7 +65,7 @@ class Evaluation:
 
     @property
     def cell(self) -> str:
-        """What was evaluated, as suites name it: `val 3 one-shot`."""
+        """The cell as suites name it: `val 3 one-shot`."""
         return f"{self.split} {self.numbers} {self.style}"
 
     @property
@@ -176,7 +176,7 @@ class Evaluation:
         }
 
     def record(self) -> dict[str, object]:
-        """What a run keeps of it: figures, who was solved, in the order of the puzzles, and a few examples."""
+        """The record that a run keeps: figures, which puzzles were solved, in order, and a few examples."""
         rows = self.completions
         few = [rows[index * (len(rows) - 1) // max(1, EXAMPLES - 1)][0] for index in range(min(EXAMPLES, len(rows)))]
         return {

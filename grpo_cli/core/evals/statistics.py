@@ -1,4 +1,4 @@
-"""What puzzles solved and not solved say: the interval of a share, and exact tests of a difference.
+"""Statistics of solved puzzles: the interval of a share, and exact tests of a difference.
 
 Standard library only, so that a report needs no torch.
 """

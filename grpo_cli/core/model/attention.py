@@ -32,7 +32,7 @@ class Plan(Protocol):
 
 
 def attention_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """What to attend in where the rest computes in `dtype`.
+    """The dtype of attention where the rest computes in `dtype`.
 
     On a CPU that is float32: its bfloat16 kernels are two to three times slower backward.
     """

@@ -51,7 +51,7 @@ def _indexed(name: str) -> list[str]:
 
 @cache
 def _info(name: str) -> ModelInfo | None:
-    """What the hub knows of a model; nothing if it refuses, which loading reports; None if it is out of reach."""
+    """The hub's facts about a model; empty if it refuses, which loading reports; None without a connection."""
     try:
         return HfApi().model_info(name, files_metadata=True, timeout=10)
     except HfHubHTTPError:

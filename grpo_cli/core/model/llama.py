@@ -64,11 +64,11 @@ class _Merged:
         return torch.addmm(self.bias, normed, self.query_key_value)
 
     def mixed(self, attended: Tensor) -> Tensor:
-        """What attention (M, H * d) adds to the hidden states (M, D)."""
+        """Attention's output (M, H * d) projected to the hidden size (M, D)."""
         return attended @ self.output
 
     def fed_forward(self, hidden: Tensor) -> Tensor:
-        """What the feed-forward part adds to hidden states (M, D)."""
+        """Output (M, D) of the feed-forward block for hidden states (M, D)."""
         gate, up = (self._normed(hidden) @ self.gate_up).chunk(2, dim=-1)
         return (self.activation(gate) * up) @ self.down
 
@@ -291,7 +291,7 @@ class _Rotate(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """What was turned one way is turned back."""
+        """The inverse rotation."""
         cosines, sines = ctx.saved_tensors
         return _turn(gradients[0], cosines, -sines), None, None
 

@@ -99,7 +99,7 @@ def load(
     """
     source, local = find(name)
     place = detect_device(device)
-    # A CPU takes a hundred times as long for numbers below 1e-38, of which sharp attention makes many.
+    # A CPU takes a hundred times as long for numbers below 1e-38, and sharp attention makes many.
     torch.set_flush_denormal(True)
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans anew for every shape of a batch
     chosen = detect_precision(precision, place)

@@ -1,4 +1,4 @@
-"""What may name a model, checked without loading torch."""
+"""Checks of a model's name that need no torch."""
 
 from __future__ import annotations
 

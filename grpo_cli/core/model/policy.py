@@ -123,7 +123,7 @@ class Policy:
         return self.model.get_output_embeddings()(hidden)  # type: ignore[no-any-return]
 
     def prefill(self, tokens: Tensor, lengths: Tensor, plan: Prefill) -> Tensor:
-        """Logits (P, V) of what follows prompts (P, L) of which the first `lengths` (P,) tokens are real."""
+        """Logits (P, V) of the token after each of the prompts (P, L), whose first `lengths` (P,) tokens are real."""
         rows = torch.arange(len(tokens), device=self.device)
         positions = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
         if self.whole:
@@ -147,7 +147,7 @@ class Policy:
         return self.adapter is None or (not self.adapter.nf4 and self.model.dtype == torch.float32)
 
     def step(self, longest: int, *, in_place: bool = False) -> Callable[[Tensor, Tensor, Plan], Tensor]:
-        """What decodes one token a row: tokens (B,), positions (B,) below `longest` and a plan -> logits (B, V).
+        """Returns a function that decodes a token a row: tokens (B,), positions (B,) < `longest`, a plan -> logits (B, V).
 
         With `in_place` it reads the weights where they lie whenever it is called, else those of now.
         """
@@ -259,7 +259,7 @@ class Policy:
 
     @contextmanager
     def brought(self) -> Iterator[None]:
-        """Copies of the weights where they are to work, while this lasts; what they are copies of stays at home."""
+        """Within this context the weights are copied to `works_on`; afterwards the originals are back in place."""
         home = [(weight, weight.data) for weight in _tensors(self.model)] if self.works_on is not None else []
         try:
             for weight, data in home:

@@ -167,7 +167,7 @@ class Planner:
         self._merges = work.device == "cpu" and work.shards == 1 and llama.fits(model) and not self._nf4
 
     def plan(self, choices: Choices, *, room: int = 0, reasons: Sequence[str] = ()) -> MemoryPlan:
-        """What the work takes with these choices."""
+        """The plan with these choices."""
         stays = self._stays(choices)
         phases = {"rollout": self._rollout()}
         if self.work.has_reference:
@@ -227,7 +227,7 @@ class Planner:
         return int((self.count - quantized) * self.dtype.itemsize + quantized * (0.5 + 1 / 64 + 4 / 2**14))
 
     def _stays(self, choices: Choices) -> Amounts:
-        """What is there from the first step to the last. A GPU keeps the samplers of training and of evaluation."""
+        """Allocated from the first step to the last. A GPU keeps the samplers of training and of evaluation."""
         work = self.work
         shapes = [torch.Size([self._adapter])] if work.adapter else self.shapes
         moments = moment_bytes(shapes, torch.float32 if self.has_masters else self._learned, work.optimizer)

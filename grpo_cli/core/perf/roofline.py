@@ -1,4 +1,4 @@
-"""What a training step must cost at least on its hardware, and how near it came.
+"""The least time that a training step needs on its hardware, and how near it came.
 
 A floor counts what cannot be left out, not what an implementation does: each prompt is computed once for its group,
 rows that have ended cost nothing, nothing is recomputed, no activation leaves the chip. A phase takes at least
@@ -11,7 +11,7 @@ operations for each pair of tokens that attend:
                at each of these the keys and values of the prompts (once for the group) and completions that go on
     reference  one row [prompts | completions]: 2 W for each token, 2 V for each of a completion, A for each pair
     update     three times that forward pass (backward is twice forward) for the rows that matter
-    optimizer  no operations to speak of; reads and writes of weights, masters, gradients (twice: the norm comes before
+    optimizer  hardly any operations; reads and writes of weights, masters, gradients (twice: the norm comes before
                the step) and moments
 
 The first token of a completion comes from the prefill. Of the original's workload on an H200 (4 x 16 completions, 290
@@ -103,7 +103,7 @@ class Widths:
 
 @dataclass(frozen=True)
 class Work:
-    """What a step computes: prompts by G completions, row p * G + g being completion g of prompt p."""
+    """The work of a step: prompts by G completions, row p * G + g being completion g of prompt p."""
 
     prompts: Sequence[int]  # tokens of each
     completions: Sequence[int]  # tokens of each
@@ -115,7 +115,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a phase must at least do."""
+    """Least operations and bytes of a phase."""
 
     flops: int
     bytes: int
@@ -123,7 +123,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Peak:
-    """What hardware can do in a second."""
+    """Peak rates of hardware, in a second."""
 
     flops: float
     bandwidth: float
@@ -267,7 +267,7 @@ def known(name: str, dtype: torch.dtype) -> Peak | None:
 
 @cache
 def hardware(device: torch.device, dtype: torch.dtype) -> Hardware:
-    """What a device can do in `dtype`; measured once in a process if the table does not have it."""
+    """The hardware of a device in `dtype`; measured once in a process if the table does not have it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
     peak = known(name, dtype) if device.type == "cuda" else None
     return Hardware(name, peak or measure(device, dtype), "table" if peak else "measured")

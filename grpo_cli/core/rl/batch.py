@@ -98,7 +98,7 @@ def _parts(scores: Sequence[Score]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Examples:
-    """What an update learns from: B completions in groups, their advantages (B,), and log-probabilities.
+    """Input of an update: B completions in groups, their advantages (B,), and log-probabilities.
 
     `step` counts the completions of all ranks, by default those given. `ref_logprobs` (B, T) are the reference's.
     `sampled_logprobs` are the sampler's, in updates that compare some with the model's own forward.
@@ -142,7 +142,7 @@ class Batch:
             group.advantages = advantages[group.prompt_index]
 
     def examples(self, ref_logprobs: Tensor | None, *, teaches: bool, compare: bool) -> Examples:
-        """What to learn from.
+        """The examples of an update.
 
         `teaches` says whether any rank has a gradient other than zero, `compare` whether to measure `logprob_gap`.
         """

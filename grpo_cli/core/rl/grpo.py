@@ -89,7 +89,7 @@ def policy_loss(
 
 @dataclass(frozen=True)
 class Step:
-    """The completions of a whole step, of which a rank may have a part."""
+    """Counts over a whole step, across ranks."""
 
     rows: int
     tokens: int
@@ -119,7 +119,7 @@ def batch_loss(
     weight: Tensor,
     loss: Loss,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What rows of a step add to its loss; which tokens were clipped (B, T); and their KL (B, T), given a reference.
+    """The rows' part of the step's loss, clipped tokens (B, T), and KL (B, T) if there is a reference.
 
     Log-probabilities and `mask` are (B, T), advantages and the normaliser's `weight` (B,).
     """

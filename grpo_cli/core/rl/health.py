@@ -24,7 +24,7 @@ CHEAT_LIMIT = 0.1  # share of completions, and twice as many as in the first win
 
 
 def collapses(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """What has gone wrong by the metrics of all steps so far: a word for it -> a sentence that says what to do.
+    """Failures in the metrics of all steps so far, by name, each with a sentence that says what to do.
 
     kl: the policy has run away from the reference. length: nearly every completion runs out of tokens, which they did
     not at first. format: every completion is well formed and none is right.
@@ -55,7 +55,7 @@ def collapses(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
 
 
 def warnings(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """What is not healthy in the metrics of all steps so far: a word for it -> what is seen and what to do.
+    """Warnings about the metrics of all steps so far, by name, each with what was seen and what to do.
 
     gap: what samples or is trained is not the model. right (good news), wrong, settled: nearly all groups have equal
     rewards. truncated: many completions run out of tokens. entropy: completions hardly differ. moved: rounding swallows

@@ -1,4 +1,4 @@
-"""What a model could learn from, before a training is paid for: a few dozen train puzzles, sampled as training would.
+"""`train --probe`: samples a few dozen train puzzles as training would, and says whether a model could learn from them.
 
 A group teaches where its rewards differ. Knows neither the training loop nor terminals.
 """
@@ -206,7 +206,7 @@ def _probe(
 
 
 def measure(style: str, groups: Sequence[Sequence[Completion]], seconds: float) -> Sampled:
-    """What the groups of a style were like; all have the same size."""
+    """The groups sampled in one style; all have the same size."""
     everything = [completion for group in groups for completion in group]
     rewards = torch.tensor([[completion.score.reward for completion in group] for group in groups])  # (P, G)
     tokens = sum(completion.length for completion in everything)

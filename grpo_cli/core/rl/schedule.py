@@ -1,4 +1,4 @@
-"""What changes over a training: the learning rate, and the prompts of each step."""
+"""Learning rate and prompts of each step of a training."""
 
 from __future__ import annotations
 

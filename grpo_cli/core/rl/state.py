@@ -232,7 +232,7 @@ def choose_checkpoint(
 
 
 def origin(policy: Policy | None, reference: Policy | None, hashes: Mapping[str, str]) -> dict[str, object]:
-    """What a run starts from: hashes of the model's weights and tokenizer, of the reference's weights, of the problems.
+    """Hashes of everything a run starts from: the model's weights and tokenizer, the reference's weights, the problems.
 
     There is none of a model that is not needed.
     """
@@ -257,7 +257,7 @@ def require_origin(run: Run, policy: Policy | None, reference: Policy | None, ha
 
 
 def environment(policy: Policy) -> dict[str, object]:
-    """What the numbers of a run may depend on beside its settings."""
+    """Versions and hardware that a run's numbers may depend on."""
     device = policy.device
     return {
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""What a finished training came to: its accuracies, when each cell peaked, what going on cost, where the time went."""
+"""Summary of a finished training: accuracies, the peak of each cell, time after the best step, time by phase."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grpo_cli.core.run.folder import Run
 
 
 def summary(training: Training, evaluation: Evaluation, run: Run) -> dict[str, object]:
-    """What a finished training came to."""
+    """The summary of a finished training."""
     metrics = run.metrics()
     spent = {name: sum(line.get(f"time/{name}", 0.0) for line in metrics) for name in ("total", "eval", "suite")}
     return {

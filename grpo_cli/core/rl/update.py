@@ -167,7 +167,7 @@ class _Passes:
         return dict(zip(rows, found, strict=True))
 
     def _loss(self, rows: list[int], sums: _Sums) -> Tensor:
-        """What some rows add to the loss of the step."""
+        """These rows' part of the step's loss."""
         examples, objective = self.examples, self.objective
         sequences = examples.sequences.subset(rows)
         self.fit.begin(tokens=sequences.tokens, rows=len(rows))

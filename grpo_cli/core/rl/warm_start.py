@@ -77,7 +77,7 @@ def demonstrations(
 
 
 def lessons(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, ranks: int = 1) -> list[Lesson]:
-    """What the warm start of a training imitates.
+    """The examples that the warm start imitates.
 
     CountdownError if its task cannot be demonstrated, or if there are several ranks.
     """

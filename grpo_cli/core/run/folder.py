@@ -280,7 +280,7 @@ class Run:
         write_json(self._environment, {**earlier, f"from step {step}": environment})
 
     def read_environment(self) -> dict[str, object]:
-        """What `write_environment` wrote, by the step that it holds from."""
+        """The environments written by `write_environment`, by the step from which each holds."""
         return read_json(self._environment) if self._environment.exists() else {}
 
     def write_summary(self, summary: Mapping[str, object]) -> None:

@@ -68,7 +68,7 @@ def _inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
 
 
 class Sampler:
-    """Rows of completions as they come about, row p * G + g being completion g of prompt p."""
+    """Completions being sampled; row p * G + g is completion g of prompt p."""
 
     def __init__(self, policy: Policy, rows: int, params: SamplingParams, uniform: Tensor | None) -> None:
         device, max_new_tokens = policy.device, params.max_new_tokens
@@ -190,9 +190,9 @@ class StaticSampler(Sampler):
         self.replay: Callable[[], None] | None = None
 
     def start(self, prompts: Sequence[list[int]], uniform: Tensor | None) -> None:
-        """Prefill a batch that the form covers; prompts that are wanting are made up and count as ended."""
-        wanting = self.form.prompts - len(prompts)
-        prefill, lengths, logits = self._prefilled([*prompts, *[prompts[0][:1]] * wanting])
+        """Prefill a batch that the form covers; missing prompts are filled in and count as ended."""
+        missing = self.form.prompts - len(prompts)
+        prefill, lengths, logits = self._prefilled([*prompts, *[prompts[0][:1]] * missing])
         self.cache.fill(prefill, lengths)
         self.lengths.copy_(lengths.repeat_interleave(self.params.num_generations))
         self.logits.copy_(logits.repeat_interleave(self.params.num_generations, dim=0))

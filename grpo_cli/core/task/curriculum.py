@@ -1,4 +1,4 @@
-"""What a training is shown: which puzzles a step sees, and in which style each of them is put.
+"""The prompts of a training: which puzzles a step draws, and in which style each is asked.
 
 A schedule is written in one line:
 

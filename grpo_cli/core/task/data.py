@@ -124,7 +124,7 @@ def write_puzzles(path: Path, puzzles: Iterable[Puzzle], *, overwrite: bool = Fa
 
 @dataclass(frozen=True)
 class Summary:
-    """What a set of puzzles is like; `needs_parentheses` is a share, `solutions` a mean per puzzle."""
+    """Statistics of a set of puzzles; `needs_parentheses` is a share, `solutions` a mean per puzzle."""
 
     count: int
     train: int

@@ -18,7 +18,7 @@ Cheat = Literal["numbers", "not_arithmetic", "no_thought"]
 
 @dataclass(frozen=True, slots=True)
 class Rewards:
-    """What a completion earns: `correct` for a right answer, which replaces all others; else the sum of the others."""
+    """Rewards: `correct` for a right answer, in place of all others; else the sum of the others."""
 
     format: float = 0.1  # each well-formed tag pair
     numbers: float = 0.0  # an answer that uses the numbers as it must and misses the target
@@ -78,7 +78,7 @@ def _in_prose(completion: str, puzzle: Puzzle, rules: Rules) -> str | None:
 
 
 def _tagged_answer(completion: str) -> tuple[str, str | None]:
-    """What stands before the last complete answer pair, and its text, stripped; of nested pairs the inner one."""
+    """The text before the last complete answer pair, and the pair's text, stripped; of nested pairs the inner one."""
     until, _, _ = completion.rpartition("</answer>")
     before, opening, answer = until.rpartition("<answer>")
     return before, answer.partition("</answer>")[0].strip(SPACE) if opening else None

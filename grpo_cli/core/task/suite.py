@@ -45,7 +45,7 @@ def cell(text: str) -> Cell:
 
 
 def weighted_mean(values: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """Mean of the cells' values by their weights, of which at least one is above 0; no weight is too large."""
+    """Weighted mean of the cells' values. At least one weight is above 0; none is too large."""
     largest = max(weights.values())
     shares = {name: weight / largest for name, weight in weights.items()}
     return sum(share * values[name] for name, share in shares.items()) / sum(shares.values())
