@@ -147,7 +147,7 @@ class Policy:
         return self.adapter is None or (not self.adapter.nf4 and self.model.dtype == torch.float32)
 
     def step(self, longest: int, *, in_place: bool = False) -> Callable[[Tensor, Tensor, Plan], Tensor]:
-        """Returns a function that decodes a token a row: tokens (B,), positions (B,) < `longest`, a plan -> logits (B, V).
+        """A function that decodes a token a row: tokens (B,), positions (B,) below `longest`, plan -> logits (B, V).
 
         With `in_place` it reads the weights where they lie whenever it is called, else those of now.
         """
