@@ -374,7 +374,12 @@ def test_a_lock_that_links_elsewhere_is_refused(trained: Command, tmp_path: Path
 def test_a_run_is_named_as_it_is_printed_and_a_mistyped_one_is_suggested(trained: Command) -> None:
     for arguments in (["eval", "runs/first", "--limit", "2"], ["plot", "runs/first"], ["plot", "./runs/first/"]):
         assert trained(*arguments).code == 0
-    for arguments in (["eval", "frist"], ["solve", "4 7 3 = 25", "--model", "frist"], ["train", "--model", "frist"]):
+    for arguments in (
+        ["eval", "frist"],
+        ["plot", "frist"],
+        ["solve", "4 7 3 = 25", "--model", "frist"],
+        ["train", "--model", "frist"],
+    ):
         found = trained(*arguments)
         assert found.code == 2 and "did you mean `first`?" in found.err
     found = trained("train", "--run", "frist", "--resume")

@@ -69,6 +69,7 @@ def main() -> None:
             show.error(_usage(problem))
         sys.exit(2)
     except typer.Abort:  # Ctrl-C or no answer at a question
+        show.note("\nnothing was changed")
         sys.exit(1)
     except CountdownError as problem:
         if getattr(problem, "tells", False):
@@ -90,7 +91,7 @@ def main() -> None:
 def _usage(problem: Any) -> CountdownError:
     """A line that could not be parsed, with the nearest option where an unknown one was given."""
     command = problem.ctx.command_path if problem.ctx else "countdown"
-    message, hint = problem.format_message().rstrip("."), f"see `{command} --help`"
+    message, hint = problem.format_message().replace("Value error, ", "").rstrip("."), f"see `{command} --help`"
     if hasattr(problem, "possibilities"):
         known = [name for parameter in problem.ctx.command.params for name in parameter.opts]
         nearest = get_close_matches(problem.option_name, known, n=1)

@@ -20,6 +20,7 @@ from grpo_cli.core.config.resolve import Resolved
 from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import check_writable
+from grpo_cli.core.rl.schedule import splits
 from grpo_cli.core.run.folder import Run, find_run
 from grpo_cli.core.run.models import model_source
 from grpo_cli.core.task.countdown import task_of
@@ -142,6 +143,8 @@ def check_train(options: Mapping[str, Any]) -> None:
         Run.check(root, run, overwrite=overwrite)
     if (without.task, without.reward) == (with_gpu.task, with_gpu.reward):  # torch alone knows which of them will run
         _read_files(without)
+        if {without.task.puzzles, without.task.dev_puzzles, without.task.val_puzzles} != {"none"}:
+            splits(without)
 
 
 def _read_files(settings: Settings) -> None:

@@ -40,6 +40,8 @@ def run(
         puzzles = generate(count, numbers=numbers, split=split, seed=seed, rules=rules)
     else:
         puzzles = list(enumerate_puzzles(numbers, split, rules))
+    if not puzzles:
+        raise CountdownError("these rules allow no puzzle", "allow more numbers, targets or operations")
     if out is None:
         for puzzle in puzzles:
             print(json_line(puzzle, rules))

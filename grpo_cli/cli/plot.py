@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from grpo_cli.core.config.resolve import defaults, restore
 from grpo_cli.core.config.settings import Plot, values
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import check_writable
-from grpo_cli.core.run.folder import Run, find_run
+from grpo_cli.core.run.folder import Run, find_run, suggestion
 from grpo_cli.ui import figures, report, tables
 from grpo_cli.ui.account import Account
 from grpo_cli.ui.figures import Curves
@@ -81,7 +82,10 @@ def _images(folder: Path, style: Plot) -> list[Path]:
 
 def _source(root: Path, name: str) -> Run | Path:
     """The run of this name, or the metrics file at this path."""
-    return find_run(root, name) or Path(name)
+    if (run := find_run(root, name)) is None and not os.path.exists(name):
+        hint = suggestion(root, name) or "list runs with `countdown runs`, or name a file of metrics"
+        raise CountdownError(f"no run `{name}` in `{root}`, and no such file", hint)
+    return run or Path(name)
 
 
 def _account(source: Run | Path, curves: Curves) -> Account:

@@ -53,6 +53,7 @@ def generate(
     return puzzles
 
 
+@cache
 def puzzle_set(numbers: int, split: Side, rules: Rules = ORIGINAL) -> list[Puzzle]:
     """All puzzles of a split, or where they are too many a fixed sample, each puzzle once."""
     if is_enumerable(numbers, rules):
