@@ -395,6 +395,7 @@ def test_a_mistyped_model_or_run_is_refused_before_torch_is_loaded() -> None:
         ["train", "--run", "builtin"],
         ["train", "--run", "nowhere", "--resume"],
         ["eval", "--out", "nowhere/file"],
+        ["eval", "--suite", "nothing"],
         ["solve", "5 = 5"],
     ):
         found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=ONE_THREAD)

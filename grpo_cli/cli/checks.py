@@ -16,7 +16,7 @@ import typer
 from grpo_cli.cli.launch import place
 from grpo_cli.cli.options import flags
 from grpo_cli.core.config import resolve as config
-from grpo_cli.core.config.resolve import Resolved
+from grpo_cli.core.config.resolve import Resolved, flag, require_suite
 from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import check_writable
@@ -32,6 +32,9 @@ from grpo_cli.ui import text as show
 def resolve(ctx: typer.Context, config_file: Path | None, *, has_cuda: Callable[[], bool] = lambda: False) -> Resolved:
     """The settings of this invocation. `has_cuda` helps to choose a preset, where the command loads a model."""
     return config.resolve(flags=flags(ctx), environ=os.environ, config_file=config_file, has_cuda=has_cuda)
+
+
+SUITE_CELL = ("task.style", "task.numbers", "eval.split")  # settings that a cell of a suite gives
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,15 @@ def check_eval(options: Mapping[str, Any]) -> None:
         raise CountdownError("`--json` and `--markdown` exclude each other", "leave one of them out")
     if options["out"] is not None:
         check_writable(options["out"], overwrite=options["overwrite"])
+    if (suite := options["suite"]) is not None:
+        for key in SUITE_CELL:
+            if key in flags(options["ctx"]):
+                raise CountdownError(
+                    f"`{flag(key)}` is given by the cells of a suite", "leave it out, or leave `--suite`"
+                )
+        without, with_gpu = _either(options)
+        if suite not in with_gpu.suite:
+            require_suite(without, suite, "`--suite`")
     settings = choose(options["ctx"], options["config"], next(iter(options["models"] or []), None)).settings
     if settings.eval.samples > 1 and settings.eval.temperature == 0:
         raise CountdownError(
@@ -133,18 +145,23 @@ def check_train(options: Mapping[str, Any]) -> None:
         )
     if process.max_restarts and run is None:
         raise CountdownError("a training that may be restarted must know its run", "name it with `--run`")
-    without = resolve(options["ctx"], options["config"]).settings
-    with_gpu = resolve(options["ctx"], options["config"], has_cuda=lambda: True).settings
+    without, with_gpu = _either(options)
     root = Path(without.runs)
     if resume:
         _read_files(resumed(options["ctx"], root, run).settings)
         return
     if not process.restarts:
         Run.check(root, run, overwrite=overwrite)
-    if (without.task, without.reward) == (with_gpu.task, with_gpu.reward):  # torch alone knows which of them will run
+    if (without.task, without.reward) == (with_gpu.task, with_gpu.reward):
         _read_files(without)
         if {without.task.puzzles, without.task.dev_puzzles, without.task.val_puzzles} != {"none"}:
             splits(without)
+
+
+def _either(options: Mapping[str, Any]) -> tuple[Settings, Settings]:
+    """The settings without a GPU and with one: which of them will run, torch alone knows."""
+    ctx, file = options["ctx"], options["config"]
+    return resolve(ctx, file).settings, resolve(ctx, file, has_cuda=lambda: True).settings
 
 
 def _read_files(settings: Settings) -> None:

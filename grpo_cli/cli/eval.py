@@ -11,12 +11,10 @@ from pathlib import Path
 
 import typer
 
-from grpo_cli.cli.checks import Chosen, choose, resolve_for_model
+from grpo_cli.cli.checks import SUITE_CELL, Chosen, choose, resolve_for_model
 from grpo_cli.cli.models import join_ranks, load
-from grpo_cli.cli.options import flags
-from grpo_cli.core.config.resolve import flag, require_suite
+from grpo_cli.core.config.resolve import require_suite
 from grpo_cli.core.dist.ranks import Solo
-from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evals import contamination
 from grpo_cli.core.evals.compare import SuitePaired, suite_paired
 from grpo_cli.core.evals.evaluate import SuiteResult, evaluate_suite, puzzles_of
@@ -28,7 +26,6 @@ from grpo_cli.core.task.suite import Cell, cell
 from grpo_cli.ui import eval_tables, tables
 from grpo_cli.ui import text as show
 
-_CELL = ("task.style", "task.numbers", "eval.split")
 _DECODING = ("eval.limit", "eval.samples", "eval.temperature", "eval.max_new_tokens")
 
 
@@ -44,7 +41,11 @@ def run(
     config: Path | None,
 ) -> None:
     """Evaluate every model as the settings of the first say, and show, compare and write the results."""
-    weights = None if suite is None else _weights(ctx, config, suite)
+    weights = None
+    if suite is not None:
+        settings = resolve_for_model(ctx, config).settings
+        require_suite(settings, suite, "`--suite`")
+        weights = settings.suite[suite]
     chosen = [choose(ctx, config, name) for name in models] if models else [choose(ctx, config, None)]
     ranks = join_ranks(chosen[0].settings)
     with redirect_stdout(sys.stderr):  # a task may print: stdout is data
@@ -81,16 +82,6 @@ def _show(suite: str | None, results: Sequence[SuiteResult], pairs: Sequence[Sui
                 eval_tables.paired(paired)
 
 
-def _weights(ctx: typer.Context, config: Path | None, suite: str) -> Mapping[str, float]:
-    """The cells of a suite, with their weights."""
-    for key in _CELL:
-        if key in flags(ctx):
-            raise CountdownError(f"`{flag(key)}` is given by the cells of a suite", "leave it out, or leave `--suite`")
-    settings = resolve_for_model(ctx, config).settings
-    require_suite(settings, suite, "`--suite`")
-    return settings.suite[suite]
-
-
 def _evaluate(
     chosen: Sequence[Chosen], weights: Mapping[str, float] | None, *, quiet: bool, ranks: Solo
 ) -> list[SuiteResult]:
@@ -98,7 +89,7 @@ def _evaluate(
     task, settings = chosen[0].settings.task, chosen[0].settings.eval
     if weights is None:
         weights = {Cell(settings.split, task.numbers, task.style).name: 1.0}
-        _note_differences(chosen, _CELL + _DECODING)
+        _note_differences(chosen, SUITE_CELL + _DECODING)
     else:
         _note_differences(chosen, _DECODING)
     known = [contamination.known(model.source, Path(model.settings.runs)) for model in chosen]
