@@ -551,6 +551,11 @@ def test_a_flag_that_would_change_the_run_is_refused(trained: Command, flag: lis
     assert "a resumed run cannot change" in found.err and flag[1].replace("1e-3", "0.001") in found.err
 
 
+def test_a_run_does_not_get_shorter(trained: Command) -> None:
+    found = trained("train", "--run", "first", "--resume", "--num-iterations", 1)
+    assert found.code == 2 and "step 2 of run `first` is beyond `--num-iterations 1`" in found.err
+
+
 def test_what_auto_stood_for_is_kept(trained: Command, tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "runs" / "first" / "config.json").read_text())
     assert (saved["train"]["optimizer"], saved["model"]["precision"]) == ("adamw", "float32")

@@ -2,6 +2,7 @@
 
 import random
 import re
+import time
 from collections.abc import Callable, Iterator
 from itertools import permutations, product
 from operator import add, mul, sub
@@ -21,6 +22,7 @@ from grpo_cli.core.task.data import (
 )
 from grpo_cli.core.task.expression import parse
 from grpo_cli.core.task.puzzle import Puzzle, Side, checked, judge, split_of
+from grpo_cli.core.task.rules import Rules
 from grpo_cli.core.task.solver import needs_parentheses, solve
 
 PRIME = 2**61 - 1
@@ -201,6 +203,12 @@ def test_the_seeds_puzzles_are_those_of_random_choice() -> None:
         target = second(first(a, b), c)
         expected += [Puzzle((a, b, c), target)] * (1 <= target <= 100)
     assert generate(200, seed=7) == expected
+
+
+def test_targets_are_not_searched_one_by_one_for_a_fraction() -> None:
+    started = time.process_time()
+    assert len(generate(300, numbers=4, rules=Rules("+-*/", 1, 100, 1, 100_000))) == 300
+    assert time.process_time() - started < 2
 
 
 @pytest.mark.parametrize(("numbers", "split"), [(5, "val"), (6, "train")])

@@ -108,6 +108,8 @@ def test_a_launcher_is_known_by_its_environment() -> None:
     assert place(slurm | {"MASTER_ADDR": "node1"}) == Place(5, 16, 1)
     with pytest.raises(CountdownError, match="RANK=x"):
         place(torchrun | {"RANK": "x"})
+    with pytest.raises(CountdownError, match="a rank 3 among 3 processes"):
+        place(torchrun | {"WORLD_SIZE": "3"})
 
 
 def test_buckets_hold_gradients_of_one_kind_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

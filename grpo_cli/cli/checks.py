@@ -167,7 +167,7 @@ def _either(options: Mapping[str, Any]) -> tuple[Settings, Settings]:
 def _read_files(settings: Settings) -> None:
     """Read the files of puzzles and run those of code that the settings name; later uses take what was read."""
     for path in (settings.task.task, settings.reward.reward.rpartition(":")[0]):
-        if path.endswith(".py"):
+        if path.endswith(".py") and Path(path).is_file():
             show.note(f"running `{path}`")
     with redirect_stdout(sys.stderr):  # a task may print: stdout is data
         _ = task_of(settings).files

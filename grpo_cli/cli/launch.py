@@ -42,7 +42,10 @@ def place(environ: Mapping[str, str] = os.environ) -> Place:
     bad = [f"{name}={text}" for name, text in zip(wanted, found, strict=True) if not text.isdecimal()]
     if bad:
         raise CountdownError(f"the launcher's environment is not one of whole numbers: {', '.join(bad)}")
-    return Place(*map(int, found))
+    rank, size, *rest = map(int, found)
+    if rank >= size:
+        raise CountdownError(f"the launcher's environment has a rank {rank} among {size} processes")
+    return Place(rank, size, *rest)
 
 
 class Signals:

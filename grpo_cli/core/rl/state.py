@@ -206,7 +206,8 @@ def choose_checkpoint(
     """The step and folder of the checkpoint of `step`, or of the newest one that is whole; `skipped` is told of others.
 
     (0, None) if the run was stopped before its first. Raises CountdownError if all are damaged, or that of `step` is:
-    there is no falling back from a step that was asked for. Also if the run's settings are not those it was saved with.
+    there is no falling back from a step that was asked for. Also if the run's settings are not those it was saved with,
+    and for a step beyond their last.
     """
     found = dict(run.checkpoints())
     if step is not None and step not in found:
@@ -220,6 +221,9 @@ def choose_checkpoint(
                     f"`{run.config_path}` is not what it was when step {candidate} was saved",
                     "put it back, or start a new run to train with other settings",
                 )
+            if candidate > (last := settings.train.num_iterations):
+                hint = f"give a larger one, or `--step` with one of: {run.saved_steps}"
+                raise CountdownError(f"step {candidate} of run `{run.name}` is beyond `--num-iterations {last}`", hint)
             return candidate, found[candidate]
         if step is not None:
             hint = "leave out `--step` to go on from the newest that is whole"

@@ -81,12 +81,16 @@ def _draws(size: int, split: Side | None, seed: int, rules: Rules) -> Iterator[P
     missed = 0
     while missed < MOST_DRAWS:
         drawn = tuple([numbers[below(len(numbers))] for _ in range(size)])
-        target: int | Fraction = drawn[0]
-        for number in drawn[1:]:
-            target = operations[below(len(operations))](target, number)
+        chosen = [operations[below(len(operations))] for _ in drawn[1:]]
         missed += 1
-        if target in allowed and (split is None or split == split_of(drawn)):
-            yield Puzzle(drawn, int(target))
+        if split is not None and split != split_of(drawn):
+            continue
+        target: int | Fraction = drawn[0]
+        for operation, number in zip(chosen, drawn[1:], strict=True):
+            target = operation(target, number)
+        whole = int(target)  # a range is searched number by number for a Fraction
+        if whole == target and whole in allowed:
+            yield Puzzle(drawn, whole)
             missed = 0
 
 
