@@ -12,9 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import Command
+from conftest import SMALL, Command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from grpo_cli.cli import train
 from grpo_cli.core.run.export import license_of
 
 
@@ -84,6 +85,18 @@ def push(hub: Hub, repository: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "grpo_cli", "export", "first", "shared", "--push", repository, "--overwrite"]
     environ = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_test", "NO_PROXY": "127.0.0.1"}
     return subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
+
+
+def test_a_new_best_model_has_its_card_before_the_training_ends(
+    countdown: Command, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards: list[str] = []
+    card = tmp_path / "runs" / "first" / "model" / "README.md"
+    monkeypatch.setattr(train, "draw", lambda *_: cards.append(card.read_text("utf-8")))
+    assert countdown("train", "--run", "first", *SMALL, "--model", tiny_folder, "--eval-every", "1").code == 0
+    assert len(cards) == 2
+    assert "| val 3 one-shot | trained | 1 |" in cards[0] and "counted when the training ends" in cards[0]
+    assert "puzzles are known to have been trained on" in card.read_text("utf-8")
 
 
 def test_an_exported_folder_holds_the_model_and_a_card_with_its_results(trained: Command, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from grpo_cli.core.metrics import PHASES, TABLE
+from grpo_cli.core.rl.observer import Validated
 from grpo_cli.ui import text as show
 from grpo_cli.ui.live import TrainingView, fitting
 
@@ -86,7 +87,7 @@ def test_a_pipe_gets_one_plain_line_for_each_step() -> None:
     with TrainingView(200, console=console) as view:
         view.message("preset builtin: no CUDA device was found")
         view.progress("rollout", 3, 128)
-        view.evaluated(0, 0.355, 327, (0.305, 0.408))
+        view.evaluated(Validated(0, 0.355, 327, (0.305, 0.408)))
         view.step(metrics(1), sample(HOSTILE))
     assert written(console) == (
         "preset builtin: no CUDA device was found\n"
@@ -146,10 +147,10 @@ def test_every_metric_of_the_table_has_a_rank_of_its_own() -> None:
 @pytest.mark.parametrize(("width", "height"), [(20, 10), (40, 24), (80, 24), (80, 40), (140, 50)])
 def test_the_picture_fits_the_terminal(width: int, height: int) -> None:
     view = TrainingView(1200, console=pipe())
-    view.evaluated(0, 0.0, 327, (0.0, 0.01))
+    view.evaluated(Validated(0, 0.0, 327, (0.0, 0.01)))
     for step in range(1181, 1201):
         view.step(metrics(step), sample("日本" * 500_000 + "\n<answer>4 * 7 - 3</answer>"))
-    view.evaluated(1200, 1.0, 327, (0.988, 1.0))
+    view.evaluated(Validated(1200, 1.0, 327, (0.988, 1.0)))
     view.progress("evaluating", 327, 327)
     lines = picture(view, width, height)
     assert len(lines) < height
@@ -160,13 +161,13 @@ def test_the_picture_fits_the_terminal(width: int, height: int) -> None:
 def test_the_picture_shows_progress_steps_curves_and_a_sample() -> None:
     clock = Clock()
     view = TrainingView(200, console=pipe(), clock=clock)
-    view.evaluated(0, 0.355, 327, (0.305, 0.408))
+    view.evaluated(Validated(0, 0.355, 327, (0.305, 0.408)))
     clock.now = 12
     view.step(metrics(99, reward=0.2), sample())
     clock.now = 16
     view.step(metrics(100, reward=0.6), sample())
     clock.now = 18
-    view.evaluated(100, 0.61, 327, (0.556, 0.661))
+    view.evaluated(Validated(100, 0.61, 327, (0.556, 0.661)))
     view.progress("rollout", 96, 128)
     lines = picture(view)
     assert re.fullmatch(r"step 100 of 200 .*━ +50%  0:00:18 elapsed, 0:06:38 left", lines[0])
@@ -187,7 +188,7 @@ def test_the_picture_shows_progress_steps_curves_and_a_sample() -> None:
 def test_the_best_accuracy_is_kept_when_a_later_one_is_worse() -> None:
     view = TrainingView(200, console=pipe())
     for step, accuracy in [(0, 0.3), (20, 0.6), (40, 0.5)]:
-        view.evaluated(step, accuracy, 327, (0.45, 0.55))
+        view.evaluated(Validated(step, accuracy, 327, (0.45, 0.55)))
     assert "start 30.0%, step 40 50.0% (45.0 to 55.0%), best 60.0%" in "\n".join(picture(view))
 
 

@@ -27,6 +27,7 @@ from grpo_cli.core.rl import update as update_module
 from grpo_cli.core.rl.batch import Batch
 from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.collect import Collector
+from grpo_cli.core.rl.observer import Observer, Validated
 from grpo_cli.core.rl.schedule import learning_rate_at
 from grpo_cli.core.rl.state import Training, build_optimizer, choose_checkpoint
 from grpo_cli.core.rl.summary import summary
@@ -55,7 +56,7 @@ def reward_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(countdown, "score", score)
 
 
-class Watcher:
+class Watcher(Observer):
     """An observer that remembers."""
 
     def __init__(self) -> None:
@@ -67,16 +68,8 @@ class Watcher:
     def progress(self, phase: str, done: int, total: int) -> None:
         self.tokens += phase.startswith("sampling")
 
-    def evaluated(
-        self,
-        step: int,
-        accuracy: float,
-        count: int,
-        interval: tuple[float, float],
-        suite_mean: float | None,
-        dev_accuracy: float | None,
-    ) -> None:
-        self.evaluations.append(step)
+    def evaluated(self, result: Validated) -> None:
+        self.evaluations.append(result.step)
 
     def step(self, metrics: Mapping[str, float], sample: Mapping[str, object]) -> None:
         self.metrics.append(metrics)

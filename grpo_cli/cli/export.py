@@ -11,11 +11,12 @@ from typing import Literal
 import typer
 
 from grpo_cli.cli.checks import resolve
+from grpo_cli.cli.runs import best_step_of
 from grpo_cli.core.config.resolve import restore
 from grpo_cli.core.config.settings import values
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.names import HUB_ID
-from grpo_cli.core.run.export import check_destination, export, license_of
+from grpo_cli.core.run.export import CARD, check_destination, export, license_of
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.run.models import model_source
 from grpo_cli.ui import text
@@ -66,10 +67,18 @@ def run(
 
 
 def _contamination(summary: Mapping[str, object]) -> str:
+    if not summary:
+        return "evaluation puzzles that were trained on are counted when the training ends"
     overlap, count = summary.get("overlap"), summary.get("puzzles")
     if not isinstance(overlap, int):
         return "which evaluation puzzles the base model was trained on is not known"
     return f"{overlap} of the {count} evaluation puzzles are known to have been trained on"
+
+
+def write_card(chosen: Run) -> None:
+    """Write the model card beside a run's best model, if it has one."""
+    if chosen.model_path.is_dir():
+        (chosen.model_path / CARD).write_text(card_of(chosen), encoding="utf-8")
 
 
 def card_of(chosen: Run, *, is_adapter: bool = False) -> str:
@@ -81,14 +90,13 @@ def _facts(chosen: Run) -> CardFacts:
     settings = values(restore(chosen.read_config(), chosen.config_path).settings)
     base = str(settings["model.model"])
     summary = chosen.read_summary() or {}
-    best = summary.get("best_step")
     return CardFacts(
         name=chosen.name,
         base_model=base,
         license=license_of(base),
         settings=settings,
         evaluations=chosen.evaluations(),
-        best_step=best if isinstance(best, int) else 0,
+        best_step=best_step_of(chosen.metrics()),
         contamination=_contamination(summary),
         environment=chosen.read_environment(),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import typer
@@ -41,9 +41,7 @@ def _describe(found: Run) -> dict[str, object]:
         metrics = found.metrics()
     except CountdownError as problem:
         return {"run": found.name, "error": problem.message}
-    evaluated = {int(line["step"]): line for line in metrics if "val_accuracy" in line}
-    trained = [step for step in evaluated if step]
-    best_step = max(trained, key=lambda step: (_chosen_by(evaluated[step]), -step), default=0)
+    evaluated, best_step = _evaluated(metrics), best_step_of(metrics)
     best = evaluated[best_step]["val_accuracy"] if best_step else None
     count = _puzzles(found)
     return {
@@ -58,6 +56,16 @@ def _describe(found: Run) -> dict[str, object]:
         "seconds": sum(line.get("time/total", 0.0) + line.get("time/eval", 0.0) for line in metrics),
         "settings": _changed(settings),
     }
+
+
+def best_step_of(metrics: Iterable[Mapping[str, float]]) -> int:
+    """The step of a run's best model, by its metrics; 0 before the first evaluation of a trained model."""
+    evaluated = _evaluated(metrics)
+    return max(filter(None, evaluated), key=lambda step: (_chosen_by(evaluated[step]), -step), default=0)
+
+
+def _evaluated(metrics: Iterable[Mapping[str, float]]) -> dict[int, Mapping[str, float]]:
+    return {int(line["step"]): line for line in metrics if "val_accuracy" in line}
 
 
 def _chosen_by(line: Mapping[str, float]) -> float:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import typer
 
 from grpo_cli.cli.checks import Chosen, require_package, resolve_for_model, resumed
-from grpo_cli.cli.export import card_of
+from grpo_cli.cli.export import write_card
 from grpo_cli.cli.launch import Place, Signals, place
 from grpo_cli.cli.models import join_ranks, load
 from grpo_cli.cli.options import flags, give
@@ -19,11 +20,11 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import detect_device, prompt_tokens
 from grpo_cli.core.rl import probe as probing
+from grpo_cli.core.rl.observer import Validated
 from grpo_cli.core.rl.schedule import curriculum, splits
 from grpo_cli.core.rl.session import Session, demonstrated, for_ranks, plan_memory, start
 from grpo_cli.core.rl.state import choose_optimizer
 from grpo_cli.core.rl.train import Interrupted
-from grpo_cli.core.run.export import CARD
 from grpo_cli.core.run.folder import Run, run_name
 from grpo_cli.core.run.models import model_source
 from grpo_cli.core.sampling.params import SamplingParams
@@ -79,27 +80,25 @@ def run(
 
 
 class _View(TrainingView):
-    """The live view, which also redraws the run's curves after each evaluation."""
+    """The live view, which also rewrites the run's curves and model card after each evaluation."""
 
     def __init__(self, session: Session) -> None:
         super().__init__(session.settings.train.num_iterations, start=session.training.step)
         self._run, self._style = session.run, session.settings.plot
 
-    def evaluated(
-        self,
-        step: int,
-        accuracy: float,
-        count: int,
-        interval: tuple[float, float],
-        suite_mean: float | None = None,
-        dev_accuracy: float | None = None,
-    ) -> None:
-        super().evaluated(step, accuracy, count, interval, suite_mean, dev_accuracy)
-        if step:
-            try:
-                draw([run_curves(self._run)], self._run.path, self._style)
-            except (CountdownError, OSError) as problem:
-                self.message(f"the curves were not drawn: {problem}")
+    def evaluated(self, result: Validated) -> None:
+        super().evaluated(result)
+        if result.step:
+            self._attempt(lambda: write_card(self._run), "the model card was not written")
+            self._attempt(
+                lambda: draw([run_curves(self._run)], self._run.path, self._style), "the curves were not drawn"
+            )
+
+    def _attempt(self, write: Callable[[], object], failure: str) -> None:
+        try:
+            write()
+        except (CountdownError, OSError) as problem:
+            self.message(f"{failure}: {problem}")
 
 
 def _train(session: Session) -> None:
@@ -117,8 +116,7 @@ def _train(session: Session) -> None:
             view.message(f"stopped after step {training.step}; resume with: countdown train --run {run.name} --resume")
             sys.exit(128 + (signals.stop or signal.SIGTERM))
     if run.writes:
-        if run.model_path.is_dir():
-            (run.model_path / CARD).write_text(card_of(run), encoding="utf-8")
+        write_card(run)
         tables.training_summary(result.summary, run.path, overlap=result.overlap)
 
 

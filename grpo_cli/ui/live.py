@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from types import TracebackType
 from typing import Self
@@ -22,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo_cli.core.metrics import PHASES, TABLE, Metric, metric
+from grpo_cli.core.rl.observer import Observer, Validated
 from grpo_cli.ui import text as show
 
 ROWS = 12
@@ -40,39 +40,16 @@ def fitting(widths: Mapping[Metric, int], width: int) -> list[Metric]:
     return [column for column in widths if column in chosen]
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """Accuracy on the val puzzles after a step."""
-
-    step: int
-    accuracy: float
-    interval: tuple[float, float]
-    suite_mean: float | None
-    dev_accuracy: float | None
-
-
-class Unseen:
+class Unseen(Observer):
     """Shows nothing: the first rank has the view."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None: ...
-    def progress(self, phase: str, done: int, total: int) -> None: ...
-    def evaluated(
-        self,
-        step: int,
-        accuracy: float,
-        count: int,
-        interval: tuple[float, float],
-        suite_mean: float | None = None,
-        dev_accuracy: float | None = None,
-    ) -> None: ...
-    def step(self, metrics: Mapping[str, float], sample: Mapping[str, object]) -> None: ...
-    def message(self, text: str) -> None: ...
 
 
-class TrainingView:
+class TrainingView(Observer):
     """Shows a training: a context manager and an observer of the loop.
 
     The drawing thread reads what the methods set, so each of them replaces whole tuples and never changes one in place.
@@ -94,7 +71,7 @@ class TrainingView:
         self._last = (start, self._opened)
         self._rows: tuple[Mapping[str, float], ...] = ()
         self._rewards: tuple[float, ...] = ()
-        self._evaluations: tuple[Evaluated, ...] = ()
+        self._evaluations: tuple[Validated, ...] = ()
         self._sample: Mapping[str, object] | None = None
         self._phase = ""
         self._live: Live | None = None
@@ -123,23 +100,16 @@ class TrainingView:
         """Update the phase of the current step; shown on a terminal only."""
         self._phase = f"{phase} {done:,} of {total:,}"
 
-    def evaluated(
-        self,
-        step: int,
-        accuracy: float,
-        count: int,
-        interval: tuple[float, float],
-        suite_mean: float | None = None,
-        dev_accuracy: float | None = None,
-    ) -> None:
-        """Show accuracy on `count` val puzzles with its 95 % interval, on dev, and the weighted mean of the suite."""
+    def evaluated(self, result: Validated) -> None:
+        """Show accuracy on the val puzzles with its 95 % interval, on dev, and the weighted mean of the suite."""
         self._phase = ""
-        self._evaluations = (*self._evaluations, Evaluated(step, accuracy, interval, suite_mean, dev_accuracy))
+        self._evaluations = (*self._evaluations, result)
         if not self._live:
-            shown = f"{show.percent(accuracy)} of {show.counted(count, 'puzzle')} ({show.interval(interval)})"
-            suite = "" if suite_mean is None else f", mean of the suite {show.percent(suite_mean)}"
-            dev = "" if dev_accuracy is None else f", dev {show.percent(dev_accuracy)}"
-            self.message(f"step {step}: val accuracy {shown}{dev}{suite}")
+            counted, interval = show.counted(result.count, "puzzle"), show.interval(result.interval)
+            shown = f"{show.percent(result.accuracy)} of {counted} ({interval})"
+            suite = "" if result.suite_mean is None else f", mean of the suite {show.percent(result.suite_mean)}"
+            dev = "" if result.dev_accuracy is None else f", dev {show.percent(result.dev_accuracy)}"
+            self.message(f"step {result.step}: val accuracy {shown}{dev}{suite}")
 
     def step(self, metrics: Mapping[str, float], sample: Mapping[str, object]) -> None:
         """Show the metrics of a finished step and one of its completions, a record of samples.jsonl."""
@@ -231,7 +201,7 @@ class TrainingView:
         return shown
 
 
-def _accuracies(evaluations: tuple[Evaluated, ...]) -> str:
+def _accuracies(evaluations: tuple[Validated, ...]) -> str:
     start, latest = evaluations[0], evaluations[-1]
     accuracy, interval = show.percent(latest.accuracy), show.interval(latest.interval)
     if latest is start:
@@ -241,7 +211,7 @@ def _accuracies(evaluations: tuple[Evaluated, ...]) -> str:
     return f"start {show.percent(start.accuracy)}, step {latest.step} {accuracy} ({interval}), best {best}{suite}"
 
 
-def _best(evaluations: tuple[Evaluated, ...]) -> Evaluated:
+def _best(evaluations: tuple[Validated, ...]) -> Validated:
     """The first evaluation with the highest dev accuracy, or without dev the highest val accuracy."""
     return max(evaluations, key=lambda one: one.accuracy if one.dev_accuracy is None else one.dev_accuracy)
 

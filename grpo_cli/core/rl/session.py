@@ -29,6 +29,7 @@ from grpo_cli.core.model.policy import Policy, encode
 from grpo_cli.core.perf import memory
 from grpo_cli.core.perf.memory import Choices, MemoryPlan
 from grpo_cli.core.rl import train as loop
+from grpo_cli.core.rl.observer import Observer
 from grpo_cli.core.rl.schedule import curriculum, longest_prompt, splits
 from grpo_cli.core.rl.state import (
     Training,
@@ -43,7 +44,6 @@ from grpo_cli.core.rl.state import (
 )
 from grpo_cli.core.rl.summary import summary
 from grpo_cli.core.rl.trackers import require_tracker, tracked
-from grpo_cli.core.rl.train import Observer
 from grpo_cli.core.rl.warm_start import Lesson, lessons, warm_start
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.run.models import model_source

@@ -14,14 +14,12 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from grpo_cli.core.config.settings import Settings, values
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.rl.observer import Observer, Validated
 from grpo_cli.core.run.folder import Run
-
-if TYPE_CHECKING:
-    from grpo_cli.core.rl.train import Observer
 
 PROJECT = "countdown"
 GROUPS = ("time/", "suite/", "eval/")  # metrics that keep their group; all others are `train/...`
@@ -146,7 +144,7 @@ def tracked(observer: Observer, run: Run, settings: Settings, *, start: int) -> 
 
 
 @dataclass
-class Tracked:
+class Tracked(Observer):
     """Forwards to `observer`, and logs metrics, and samples as a table at each evaluation, to a tracker."""
 
     observer: Observer
@@ -176,20 +174,12 @@ class Tracked:
             if self.tracker:
                 self.tracker.scalars(step, {_named(key): value for key, value in metrics.items() if key != "step"})
 
-    def evaluated(
-        self,
-        step: int,
-        accuracy: float,
-        count: int,
-        interval: tuple[float, float],
-        suite_mean: float | None,
-        dev_accuracy: float | None,
-    ) -> None:
-        self.observer.evaluated(step, accuracy, count, interval, suite_mean, dev_accuracy)
+    def evaluated(self, result: Validated) -> None:
+        self.observer.evaluated(result)
         with self._tolerated():
-            if self.tracker and step >= self.start:  # a resumed run reports its base again
-                self.tracker.scalars(step, self._evaluation(step, accuracy, suite_mean, dev_accuracy))
-                self._send_samples(step)
+            if self.tracker and result.step >= self.start:  # a resumed run reports its base again
+                self.tracker.scalars(result.step, self._evaluation(result))
+                self._send_samples(result.step)
 
     def close(self) -> None:
         with self._tolerated():
@@ -197,15 +187,12 @@ class Tracked:
                 self._send_samples(self.rows[-1][0] if self.rows else 0)
                 self.tracker.close()
 
-    def _evaluation(
-        self, step: int, accuracy: float, suite_mean: float | None, dev_accuracy: float | None
-    ) -> dict[str, float]:
+    def _evaluation(self, result: Validated) -> dict[str, float]:
         """Accuracy on the val and dev puzzles, and that of each cell that the run logged at this step."""
-        means = {"eval/suite_mean": suite_mean, "eval/dev_accuracy": dev_accuracy}
-        found = {"eval/accuracy": accuracy, **{name: mean for name, mean in means.items() if mean is not None}}
+        means = {"eval/suite_mean": result.suite_mean, "eval/dev_accuracy": result.dev_accuracy}
+        found = {"eval/accuracy": result.accuracy, **{name: mean for name, mean in means.items() if mean is not None}}
         for cell, steps in self.run.evaluations().items():
-            if step in steps:
-                measured = steps[step]
+            if measured := steps.get(result.step):
                 found[f"eval/{cell}/accuracy"] = measured.accuracy
                 if measured.mean_length is not None:
                     found[f"eval/{cell}/mean_length"] = measured.mean_length

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
-from typing import Protocol
 
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.collect import Collector
 from grpo_cli.core.rl.grpo import advantages
 from grpo_cli.core.rl.health import collapses, warnings
+from grpo_cli.core.rl.observer import Observer, Validated
 from grpo_cli.core.rl.schedule import curriculum, learning_rate_at
 from grpo_cli.core.rl.state import Training
 from grpo_cli.core.rl.update import Diverged, Objective, reference_logprobs, update
@@ -38,23 +38,6 @@ from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task.countdown import task_of
 
 COMPARE_EVERY = 10  # steps between comparisons of log-probabilities with the model's own forward
-
-
-class Observer(Protocol):
-    """Watches a training."""
-
-    def progress(self, phase: str, done: int, total: int) -> None: ...
-    def evaluated(
-        self,
-        step: int,
-        accuracy: float,
-        count: int,
-        interval: tuple[float, float],
-        suite_mean: float | None,
-        dev_accuracy: float | None,
-    ) -> None: ...
-    def step(self, metrics: Mapping[str, float], sample: Mapping[str, object]) -> None: ...
-    def message(self, text: str) -> None: ...
 
 
 class Interrupted(Passing):
@@ -148,7 +131,7 @@ class _Loop:
         training = self.training
         if training.base_accuracy is not None:
             base, count = training.base_accuracy, self.validation.count
-            self.observer.evaluated(0, base, count, wilson(base, count), None, None)
+            self.observer.evaluated(Validated(0, base, count, wilson(base, count)))
         self.history = [line for line in self.ranks.first(self.run_folder.metrics) if line["step"] > 0]
         evaluation = self._finish_step()
         for step in range(training.step + 1, self.settings.train.num_iterations + 1):
@@ -271,7 +254,8 @@ class _Loop:
         training.pending = None
         val = results.get(self.validation.val.name)
         if val is not None:
-            self.observer.evaluated(step, val.accuracy, val.count, val.interval, suite_mean, dev_accuracy)
+            result = Validated(step, val.accuracy, val.count, val.interval, suite_mean, dev_accuracy)
+            self.observer.evaluated(result)
         if self.ranks.first(self._is_due) or (step and step % settings.save_every == 0) or last:
             self.save()
         return val

@@ -1,0 +1,34 @@
+"""What a training reports while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Validated:
+    """Accuracy after a step, on `count` val puzzles with its 95 % interval, and on dev; None where not evaluated."""
+
+    step: int
+    accuracy: float
+    count: int
+    interval: tuple[float, float]
+    suite_mean: float | None = None
+    dev_accuracy: float | None = None
+
+
+class Observer:
+    """Watches a training and ignores all it reports; override what to show."""
+
+    def message(self, text: str) -> None:
+        """A sentence for the user."""
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """How far a phase of the current step is."""
+
+    def step(self, metrics: Mapping[str, float], sample: Mapping[str, object]) -> None:
+        """The metrics of a finished step and one of its completions, a record of samples.jsonl."""
+
+    def evaluated(self, result: Validated) -> None:
+        """An evaluation, after its best model is saved and its log written."""
