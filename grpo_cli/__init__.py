@@ -1,4 +1,7 @@
-"""countdown: teach a language model to solve countdown puzzles with GRPO."""
+"""countdown: teach a language model to solve countdown puzzles with GRPO.
+
+What is public is listed in docs/api.md; this module has `__version__` alone.
+"""
 
 from importlib.metadata import PackageNotFoundError, version
 

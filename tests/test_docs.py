@@ -1,6 +1,7 @@
 """Documentation that can be checked: links, the file tree, the README's size."""
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,30 @@ def test_every_test_of_the_fault_matrix_exists() -> None:
         if not text or (test and f"def {test}(" not in text):
             missing.append(f"{file}::{test}")
     assert missing == []
+
+
+def test_every_public_name_can_be_imported() -> None:
+    rows = re.findall(
+        r"^\| `(grpo_cli[\w.]+)` \| (.+?) \|$", (ROOT / "docs" / "api.md").read_text("utf-8"), re.MULTILINE
+    )
+    named = [(module, name) for module, cell in rows for name in re.findall(r"`(\w+)`", cell.partition(":")[0])]
+    assert len(named) > 30
+    assert [pair for pair in named if not hasattr(import_module(pair[0]), pair[1])] == []
+
+
+def test_the_examples_of_the_api_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / "api.md").read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, {"__name__": "example"})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines[:3]] == ["step 1", "step 2", "step 3"]
+    assert (tmp_path / "runs" / "from-python" / "model" / "model.safetensors").is_file()
 
 
 def test_the_readme_is_for_newcomers() -> None:

@@ -122,6 +122,7 @@ def _quantize(model: Any, names: set[str]) -> None:
         )
         layer.weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
         layer.bias = module.bias
+        layer.support_avx512bf16_for_cpu = False  # its kernel for inference has no backward pass
         setattr(model.get_submodule(parent), name, layer.to(module.weight.device))
 
 

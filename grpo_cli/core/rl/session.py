@@ -109,8 +109,11 @@ class Session:
         return Result(self.run, evaluation, facts, seen.statement(evaluation.puzzles))
 
 
-def train(settings: Settings, name: str | None, observer: Observer, *, overwrite: bool = False) -> Result:
+def train(
+    settings: Settings, name: str | None = None, observer: Observer | None = None, *, overwrite: bool = False
+) -> Result:
     """Train a new run; `name` None picks run-1, run-2, ..."""
+    observer = observer or Observer()
     with start(settings, name, overwrite=overwrite, note=observer.message) as session:
         return session.train(observer)
 
