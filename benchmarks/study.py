@@ -25,7 +25,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from measured import table
 
-from grpo_cli.core.evals.statistics import changes, mcnemar
+from grpo_cli.core.evals.statistics import NOT_SIGNIFICANT, changes, mcnemar, significant
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.run.logs import Evaluated
 from grpo_cli.ui.figures import COLOURS
@@ -133,7 +133,7 @@ def compared(values: Sequence[float], others: Sequence[float], *, p_value: float
         return "the same"
     pairs = [one - other for one, other in zip(values, others, strict=True)]
     mean, half = fmean(pairs), T_QUANTILE[len(pairs)] * stdev(pairs) / len(pairs) ** 0.5
-    verdict = "can't be told" if abs(mean) <= half or p_value >= 0.05 else "more" if mean > 0 else "less"
+    verdict = NOT_SIGNIFICANT if abs(mean) <= half or not significant(p_value) else "more" if mean > 0 else "less"
     return f"{100 * mean:+.1f} ± {100 * half:.1f}, {verdict}"
 
 
