@@ -37,12 +37,12 @@ def place(environ: Mapping[str, str] = os.environ) -> Place:
     names = next((names for names in _NAMES if all(name in environ for name in names)), None)
     if names is None or "MASTER_ADDR" not in environ:
         return Place()
-    wanted = [*names, "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"]
-    found = [environ.get(name, "0") for name in wanted]
-    bad = [f"{name}={text}" for name, text in zip(wanted, found, strict=True) if not text.isdecimal()]
+    variables = [*names, "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"]
+    values = [environ.get(name, "0") for name in variables]
+    bad = [f"{name}={text}" for name, text in zip(variables, values, strict=True) if not text.isdecimal()]
     if bad:
         raise CountdownError(f"the launcher's environment is not one of whole numbers: {', '.join(bad)}")
-    rank, size, *rest = map(int, found)
+    rank, size, *rest = map(int, values)
     if rank >= size:
         raise CountdownError(f"the launcher's environment has a rank {rank} among {size} processes")
     return Place(rank, size, *rest)

@@ -70,7 +70,7 @@ class Account:
         chosen = (self.summary or {}).get("best_step")
         if chosen in self.own:
             return int(str(chosen))
-        shares = self._dev or {step: found.accuracy for step, found in self.own.items()}
+        shares = self._dev or {step: evaluation.accuracy for step, evaluation in self.own.items()}
         return max((step for step in shares if step), key=shares.__getitem__, default=None)
 
     @property
@@ -87,17 +87,17 @@ class Account:
         """Evaluations on these puzzles that the best was chosen from: 1 if it was chosen on dev."""
         return 1 if self._dev else len([step for step in self.own if step])
 
-    def corrected(self, found: Change) -> float:
+    def corrected(self, difference: Change) -> float:
         """The p value of a change from the start to the best step, given that it was chosen on the same puzzles."""
-        return min(1.0, found.p_value * self.looks)
+        return min(1.0, difference.p_value * self.looks)
 
     @property
     def stations(self) -> list[tuple[str, int]]:
         """(what it is, step) of the evaluations worth telling: the start, the best and the last."""
         last = max((step for step in self.own if step), default=None)
         best = "best and last" if self.best == last else "best"
-        found = [("start", 0 if 0 in self.own else None), (best, self.best), ("last", last)]
-        kept = [(word, step) for word, step in found if step is not None]
+        stations = [("start", 0 if 0 in self.own else None), (best, self.best), ("last", last)]
+        kept = [(word, step) for word, step in stations if step is not None]
         return kept[:-1] if best != "best" and last is not None else kept
 
 
@@ -110,9 +110,9 @@ def change(first: Evaluated | None, second: Evaluated | None) -> Change | None:
     return Change(*changes(first.solved, second.solved))
 
 
-def puzzles(found: Evaluated) -> list[tuple[list[int], int]]:
+def puzzles(evaluation: Evaluated) -> list[tuple[list[int], int]]:
     """Those of an evaluation's examples."""
-    return [(example.numbers, example.target) for example in found.examples]
+    return [(example.numbers, example.target) for example in evaluation.examples]
 
 
 def _drawn(step: int, cell: str, count: int, share: float) -> Evaluated:

@@ -79,9 +79,9 @@ def leaks(results: Sequence[SuiteResult]) -> None:
     """Warn of every model that was trained on puzzles that it was asked."""
     for result in results:
         asked = {f"{cell.split} {cell.numbers}": (cell.overlap, cell.count) for cell in result.cells}
-        found = [f"{seen:,} of {count:,} {name}" for name, (seen, count) in asked.items() if seen]
-        if found:
-            warning(f"{result.model} was trained on puzzles that it was asked: {', '.join(found)}")
+        shared = [f"{seen:,} of {count:,} {name}" for name, (seen, count) in asked.items() if seen]
+        if shared:
+            warning(f"{result.model} was trained on puzzles that it was asked: {', '.join(shared)}")
 
 
 def _reasons(reasons: Mapping[str, int]) -> Table:
@@ -202,39 +202,39 @@ def _origin(result: SuiteResult) -> str:
     return printable(f"{result.model}: {result.seconds:.1f} s{statement}")
 
 
-def paired(found: Paired) -> None:
+def paired(pair: Paired) -> None:
     """Puzzles that only one of two models solves, with an example of each."""
-    gained, lost = len(found.gained), len(found.lost)
-    verdict = "" if significant(found.p_value) else f": {NOT_SIGNIFICANT}"
+    gained, lost = len(pair.gained), len(pair.lost)
+    verdict = "" if significant(pair.p_value) else f": {NOT_SIGNIFICANT}"
     out.print()
     out.print(
         Text.assemble(
-            (_models(found), "bold"),
+            (_models(pair), "bold"),
             f"  {counted(gained, 'puzzle')} gained, {lost:,} lost,"
-            f" exact McNemar p {probability(found.p_value)}{verdict}",
+            f" exact McNemar p {probability(pair.p_value)}{verdict}",
         )
     )
-    _pair_examples(found.gained, found.lost)
+    _pair_examples(pair.gained, pair.lost)
 
 
-def suite_paired(found: SuitePaired) -> None:
+def suite_paired(pair: SuitePaired) -> None:
     """Puzzles gained and lost in each cell, with an example of each."""
-    headers, rows = _gains(found, raw=out.width >= WIDE)
+    headers, rows = _gains(pair, raw=out.width >= WIDE)
     table = grid(*headers, numeric=headers[1:-1])
     for row in rows:
         table.add_row(*map(Text, row))
     out.print()
-    out.print(Text.assemble((_models(found), "bold"), "  exact McNemar, p corrected by Holm for the cells"))
+    out.print(Text.assemble((_models(pair), "bold"), "  exact McNemar, p corrected by Holm for the cells"))
     out.print()
     out.print(table)
-    compared = found.cells.values()
+    compared = pair.cells.values()
     _pair_examples(
         list(chain.from_iterable(cell.gained for cell in compared)),
         list(chain.from_iterable(cell.lost for cell in compared)),
     )
 
 
-def _gains(found: SuitePaired, *, raw: bool) -> tuple[list[str], list[list[str]]]:
+def _gains(pair: SuitePaired, *, raw: bool) -> tuple[list[str], list[list[str]]]:
     """Puzzles gained and lost by cell, p (if `raw`, uncorrected too), and what it does not show."""
     rows = [
         [
@@ -245,13 +245,13 @@ def _gains(found: SuitePaired, *, raw: bool) -> tuple[list[str], list[list[str]]
             probability(corrected).removeprefix("= "),
             "" if significant(corrected) else NOT_SIGNIFICANT,
         ]
-        for (name, cell), corrected in zip(found.cells.items(), found.p_holm.values(), strict=True)
+        for (name, cell), corrected in zip(pair.cells.items(), pair.p_holm.values(), strict=True)
     ]
     return ["cell", "gained", "lost", *(["p"] if raw else []), "Holm p", ""], rows
 
 
-def _models(found: Paired | SuitePaired) -> str:
-    return f"{printable(found.first)} -> {printable(found.second)}"
+def _models(pair: Paired | SuitePaired) -> str:
+    return f"{printable(pair.first)} -> {printable(pair.second)}"
 
 
 def _pair_examples(

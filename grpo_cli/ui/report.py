@@ -118,8 +118,8 @@ def _heading(name: str) -> Html:
 
 def _each(accounts: Sequence[Account], tell: Callable[[Account], Html]) -> Html:
     """The output of `tell` for each run that has some, under the run's name if there are several."""
-    told = [(account.name, found) for account in accounts if (found := tell(account))]
-    return _all(part for name, found in told for part in ([element("h3", name)] * (len(accounts) > 1) + [found]))
+    parts = [(account.name, part_of) for account in accounts if (part_of := tell(account))]
+    return _all(part for name, part_of in parts for part in ([element("h3", name)] * (len(accounts) > 1) + [part_of]))
 
 
 # Headline
@@ -155,22 +155,26 @@ def _story(account: Account) -> str:
     )
 
 
-def _score(word: str, found: Evaluated) -> Html:
-    bounds = f"95 % interval {interval(found.interval)}" if found.interval else "how many puzzles is not known"
+def _score(word: str, evaluation: Evaluated) -> Html:
+    bounds = (
+        f"95 % interval {interval(evaluation.interval)}" if evaluation.interval else "how many puzzles is not known"
+    )
     return element(
         "div",
-        element("p", word if found.step == 0 else f"{word}, step {found.step:,}", class_="over"),
-        element("p", percent(found.accuracy), class_="number"),
-        _strip(found),
-        element("p", f"{bounds}" + (f", {found.count:,} puzzles" if found.count else ""), class_="soft"),
+        element("p", word if evaluation.step == 0 else f"{word}, step {evaluation.step:,}", class_="over"),
+        element("p", percent(evaluation.accuracy), class_="number"),
+        _strip(evaluation),
+        element("p", f"{bounds}" + (f", {evaluation.count:,} puzzles" if evaluation.count else ""), class_="soft"),
     )
 
 
-def _strip(found: Evaluated) -> Html:
+def _strip(evaluation: Evaluated) -> Html:
     """An accuracy and its interval as a mark on a line from 0 to 1."""
-    low, high = found.interval or (found.accuracy, found.accuracy)
+    low, high = evaluation.interval or (evaluation.accuracy, evaluation.accuracy)
     band = element("i", style=f"left:{low:.2%};right:{1 - high:.2%}")
-    return element("span", band, element("b", style=f"left:{found.accuracy:.2%}"), class_="strip", aria_hidden="true")
+    return element(
+        "span", band, element("b", style=f"left:{evaluation.accuracy:.2%}"), class_="strip", aria_hidden="true"
+    )
 
 
 def _verdict(account: Account) -> str:
@@ -178,16 +182,16 @@ def _verdict(account: Account) -> str:
     best = account.own.get(account.best or 0)
     if best is None or best.step == 0:
         return "Nothing has been evaluated after training yet."
-    found = change(account.own.get(0), best)
-    if found is None:
+    difference = change(account.own.get(0), best)
+    if difference is None:
         return UNTESTED if 0 in account.own else "The start was not evaluated, so there is nothing to compare with."
-    p_value = account.corrected(found)
+    p_value = account.corrected(difference)
     chosen = f", corrected for choosing the best of {account.looks} evaluations" if account.looks > 1 else ""
-    counts = f"{found.gained:,} of {best.count:,} puzzles gained and {found.lost:,} lost"
+    counts = f"{difference.gained:,} of {best.count:,} puzzles gained and {difference.lost:,} lost"
     test = f"{counts} (exact McNemar p {probability(p_value)}{chosen})"
     if not significant(p_value):
         return f"Not significant: {test}."
-    return f"The model {'improved' if found.gained > found.lost else 'got worse'}: {test}."
+    return f"The model {'improved' if difference.gained > difference.lost else 'got worse'}: {test}."
 
 
 def _duration(seconds: float) -> str:
@@ -221,10 +225,10 @@ def _matrix(account: Account) -> Html:
         return Html("")
     rows, tested = [], False
     for name, steps in account.cells.items():
-        found = change(steps.get(0), steps.get(account.best or 0)) if account.best else None
-        tested = tested or found is not None
+        difference = change(steps.get(0), steps.get(account.best or 0)) if account.best else None
+        tested = tested or difference is not None
         marks = [_accuracy(steps.get(step)) for _, step in stations]
-        changed = _changed(found, account.corrected(found)) if found else "-"
+        changed = _changed(difference, account.corrected(difference)) if difference else "-"
         rows.append([_all([name, _small(_about(account, steps))]), *marks, changed])
     titles = [_all([word, _small(f"step {step:,}")]) for word, step in stations]
     table = _table(["cell", *titles, "start to best"], rows, kind="numbers")
@@ -240,7 +244,7 @@ def _matrix(account: Account) -> Html:
 
 def _about(account: Account, steps: Mapping[int, Evaluated]) -> str:
     """How many puzzles a cell has, and where it peaked if that is not the best step."""
-    count = max(found.count for found in steps.values())
+    count = max(evaluation.count for evaluation in steps.values())
     peak = max(steps.values(), key=lambda one: one.accuracy)
     best = steps.get(account.best or 0)
     beaten = best is not None and peak.accuracy > best.accuracy
@@ -248,16 +252,16 @@ def _about(account: Account, steps: Mapping[int, Evaluated]) -> str:
     return ", ".join(words)
 
 
-def _accuracy(found: Evaluated | None) -> Html | str:
-    if found is None:
+def _accuracy(evaluation: Evaluated | None) -> Html | str:
+    if evaluation is None:
         return "-"
-    bounds = _small(interval(found.interval)) if found.interval else Html("")
-    return _all([element("span", percent(found.accuracy)), bounds, _strip(found)])
+    bounds = _small(interval(evaluation.interval)) if evaluation.interval else Html("")
+    return _all([element("span", percent(evaluation.accuracy)), bounds, _strip(evaluation)])
 
 
-def _changed(found: Change, p_value: float) -> Html:
+def _changed(difference: Change, p_value: float) -> Html:
     test = element("small", f"p {probability(p_value)}", class_="whole")
-    return _all([f"+{found.gained:,} −{found.lost:,}", test])
+    return _all([f"+{difference.gained:,} −{difference.lost:,}", test])
 
 
 # Comparison
@@ -275,13 +279,13 @@ def _compared(first: Account, second: Account) -> Html:
         best = (one.get(first.best or -1), other.get(second.best or -1))
         last = (one[max(one)], other[max(other)])
         pairs += [("best and last", *best)] if best == last else [("best", *best), ("last", *last)]
-    found = [
+    differences = [
         (word, one, other, tested) for word, one, other in pairs if (tested := change(one, other)) and one and other
     ]
     title = element("h3", f"{first.name} → {second.name}")
-    if not found:
+    if not differences:
         return _all([title, element("p", "No cell of both whose puzzles are known to be the same.", class_="soft")])
-    adjusted = holm([tested.p_value for *_, tested in found])
+    adjusted = holm([tested.p_value for *_, tested in differences])
     rows = [
         [
             _all([one.cell, _small(f"{word} models, {one.count:,} puzzles")]),
@@ -290,23 +294,23 @@ def _compared(first: Account, second: Account) -> Html:
             _changed(tested, p_value),
             _winner(tested, p_value, first.name, second.name),
         ]
-        for (word, one, other, tested), p_value in zip(found, adjusted, strict=True)
+        for (word, one, other, tested), p_value in zip(differences, adjusted, strict=True)
     ]
     honest = first.chosen_on_dev and second.chosen_on_dev
     chosen = "on dev." if honest else "on these puzzles, last ones were not: theirs is the fairer test."
     note = (
         f"Puzzles that {second.name} solves and {first.name} does not, and the reverse, with the p value of the exact "
-        f"McNemar test, adjusted by Holm's method for the {len(found)} tests read together. Best models were chosen "
+        f"McNemar test, adjusted by Holm's method for {len(differences)} tests. Best models were chosen "
         f"{chosen}"
     )
     table = _table(["cell", first.name, second.name, "change", "verdict"], rows, kind="numbers")
     return _all([title, table, element("p", note, class_="soft")])
 
 
-def _winner(found: Change, p_value: float, first: str, second: str) -> str:
+def _winner(difference: Change, p_value: float, first: str, second: str) -> str:
     if not significant(p_value):
         return NOT_SIGNIFICANT
-    return f"{second if found.gained > found.lost else first} is better"
+    return f"{second if difference.gained > difference.lost else first} is better"
 
 
 # Samples
@@ -320,9 +324,11 @@ def _samples(account: Account) -> Html:
         one, other = steps.get(before), steps.get(after or 0)
         if one and other and puzzles(one) == puzzles(other) != []:
             pairs = zip(one.examples, other.examples, strict=True)
-            told = [_pair(_side(before, first), _side(other.step, second)) for first, second in pairs]
+            samples = [_pair(_side(before, first), _side(other.step, second)) for first, second in pairs]
             parts.append(
-                _all([element("h4", cell), *told]) if steps is account.own else _folded(cell, *told, kind="screen")
+                _all([element("h4", cell), *samples])
+                if steps is account.own
+                else _folded(cell, *samples, kind="screen")
             )
     return _all(parts) if parts else _drawn(account.samples)
 
@@ -355,29 +361,29 @@ def _side(step: int, example: Example) -> Html:
 def _failures(account: Account) -> Html:
     parts = []
     for cell, steps in account.cells.items():
-        found = [(word, steps[step]) for word, step in account.stations if step in steps and steps[step].reasons]
-        if found:
-            table = _reasons(found)
+        evaluations = [(word, steps[step]) for word, step in account.stations if step in steps and steps[step].reasons]
+        if evaluations:
+            table = _reasons(evaluations)
             parts.append(_all([element("h4", cell), table]) if steps is account.own else _folded(cell, table))
     return _all(parts)
 
 
-def _reasons(found: Sequence[tuple[str, Evaluated]]) -> Html:
+def _reasons(evaluations: Sequence[tuple[str, Evaluated]]) -> Html:
     """Completions by the reason of their score, what is right first, then by how often it happens at the start."""
-    totals = {reason: one.reasons[reason] for _, one in reversed(found) for reason in one.reasons}
+    totals = {reason: one.reasons[reason] for _, one in reversed(evaluations) for reason in one.reasons}
     order = sorted(totals, key=lambda reason: (reason != "correct", -totals[reason], reason))
-    rows: list[list[object]] = [[reason, *(_bar(reason, one) for _, one in found)] for reason in order]
+    rows: list[list[object]] = [[reason, *(_bar(reason, one) for _, one in evaluations)] for reason in order]
     for name, label in (("lenient_accuracy", "right if read leniently"), ("format_rate", "both tag pairs")):
-        shares = [getattr(one, name) for _, one in found]
+        shares = [getattr(one, name) for _, one in evaluations]
         rows.append([_small(label), *(_small("-" if share is None else percent(share)) for share in shares)])
-    lengths = [one.mean_length for _, one in found]
+    lengths = [one.mean_length for _, one in evaluations]
     rows.append([_small("mean tokens"), *(_small("-" if length is None else f"{length:.1f}") for length in lengths)])
-    head = ["outcome", *(_all([word, _small(f"step {one.step:,}")]) for word, one in found)]
+    head = ["outcome", *(_all([word, _small(f"step {one.step:,}")]) for word, one in evaluations)]
     return _table(head, rows, kind="bars")
 
 
-def _bar(reason: str, found: Evaluated) -> Html:
-    count, total = found.reasons.get(reason, 0), sum(found.reasons.values())
+def _bar(reason: str, evaluation: Evaluated) -> Html:
+    count, total = evaluation.reasons.get(reason, 0), sum(evaluation.reasons.values())
     kind = "bar good" if reason == "correct" else "bar bad"
     bar = element("i", style=f"width:{count / max(total, 1):.2%}")
     return _all([element("span", f"{count:,}"), element("span", bar, class_=kind, aria_hidden="true")])

@@ -190,17 +190,17 @@ def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.2f}"
 
 
-def probe(found: Probe) -> None:
+def probe(probed: Probe) -> None:
     """Results of `train --probe` by style, the chosen one in bold, and its findings."""
-    chosen = found.styles[found.chosen]
+    chosen = probed.styles[probed.chosen]
     size = (
-        f"{counted(len(chosen.right), 'train puzzle')} of {found.numbers} numbers, groups of {chosen.num_generations}"
+        f"{counted(len(chosen.right), 'train puzzle')} of {probed.numbers} numbers, groups of {chosen.num_generations}"
     )
     out.print(Text(size, style="bold"))
     out.print()
     numeric = ("groups", "accuracy (95%)", "format", "mixed", "cut off", "length")
     table = grid("style", *numeric, numeric=numeric)
-    for style, sampled in found.styles.items():
+    for style, sampled in probed.styles.items():
         table.add_row(
             style,
             str(len(sampled.right)),
@@ -209,12 +209,12 @@ def probe(found: Probe) -> None:
             percent(sampled.mixed_share),
             percent(sampled.truncated),
             f"{sampled.mean_length:.1f}",
-            style="bold" if style == found.chosen else "",
+            style="bold" if style == probed.chosen else "",
         )
     out.print(table)
     out.print()
-    shares = [f"{size} {percent(share)}" for size, share in found.expected_mixed.items()]
-    seconds, tokens = (sum(getattr(one, what) for one in found.styles.values()) for what in ("seconds", "tokens"))
+    shares = [f"{size} {percent(share)}" for size, share in probed.expected_mixed.items()]
+    seconds, tokens = (sum(getattr(one, what) for one in probed.styles.values()) for what in ("seconds", "tokens"))
     rows = [
         ("mixed", "groups whose rewards differ: what a step learns from"),
         ("estimate", f"groups with right and wrong completions, by size: {', '.join(shares)}"),
@@ -222,7 +222,7 @@ def probe(found: Probe) -> None:
     ]
     out.print(facts(rows))
     out.print()
-    for sentence in found.findings.values():
+    for sentence in probed.findings.values():
         out.print(Text(sentence), soft_wrap=True)
 
 
@@ -271,13 +271,13 @@ def verdict(puzzle: Puzzle, score: Score) -> None:
         headed("wrong", "bold red", EXPLANATIONS[score.reason])
 
 
-def solutions(puzzle: Puzzle, found: Sequence[str]) -> None:
+def solutions(puzzle: Puzzle, solutions_found: Sequence[str]) -> None:
     """The solver's own solutions of a puzzle, on stderr: the first ten, and how many more."""
     err.print(Text(f"solutions of {question(puzzle.numbers, puzzle.target)}:", style="bold"))
-    for solution in found[:SOLUTIONS]:
+    for solution in solutions_found[:SOLUTIONS]:
         err.print(Text(f"  {solution}"))
-    if len(found) > SOLUTIONS:
-        err.print(Text(f"  ... and {len(found) - SOLUTIONS:,} more"))
+    if len(solutions_found) > SOLUTIONS:
+        err.print(Text(f"  ... and {len(solutions_found) - SOLUTIONS:,} more"))
 
 
 @contextmanager

@@ -258,15 +258,15 @@ def imitate(
 
 def _next_token_loss(model: Qwen2ForCausalLM, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of the labels that are not ignored."""
-    wanted = labels[:, 1:]
-    learned = wanted != IGNORED
+    targets = labels[:, 1:]
+    learned = targets != IGNORED
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     with torch.autocast("cpu", torch.bfloat16):
         decoder = model.get_decoder()
         output = decoder(input_ids=tokens, position_ids=positions, use_cache=False, plan=Prefill())
         hidden = output.last_hidden_state[:, :-1]
         logits = model.lm_head(hidden[learned])
-    return torch.nn.functional.cross_entropy(logits.float(), wanted[learned])
+    return torch.nn.functional.cross_entropy(logits.float(), targets[learned])
 
 
 def make(recipe: Recipe, report: Callable[[str, int, float], None]) -> tuple[Qwen2ForCausalLM, Qwen2Tokenizer]:

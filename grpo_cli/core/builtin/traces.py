@@ -175,8 +175,8 @@ def failure(text: str, puzzle: Puzzle, *, truncated: bool) -> str:
     """
     if truncated:
         return "truncated"
-    worked = [found for found in map(_LINE.fullmatch, text.splitlines()) if found]
-    tried = [(parse(found["expression"]), found) for found in worked]
+    worked = [line for line in map(_LINE.fullmatch, text.splitlines()) if line]
+    tried = [(parse(line["expression"]), line) for line in worked]
     if "I give up." in text:
         hits = (_hits(expression, puzzle) for expression, _ in tried)
         return "slip" if any(hits) else "gave up"

@@ -265,9 +265,9 @@ def _validate(layer: _Layer) -> Settings:
         settings = Settings.model_validate(top | tables | {"suite": suites})
     except ValidationError as error:
         raise _refused(layer, error.errors()[0]) from None
-    wanted = layer["train.eval_suite"]
-    if wanted.value != "none":
-        require_suite(settings, str(wanted.value), wanted.place)
+    suite = layer["train.eval_suite"]
+    if suite.value != "none":
+        require_suite(settings, str(suite.value), suite.place)
     return settings
 
 
@@ -292,8 +292,8 @@ def _refused(layer: _Layer, problem: ErrorDetails) -> CountdownError:
         return CountdownError(": ".join(filter(None, [words, places])))
     item = layer[key]
     if table == "suite":
-        found = words or (f"the weight of `{rest[1]}` must be a number of at least 0" if rest[1:] else "it is no table")
-        return CountdownError(f"{item.place}: {found}", 'a cell and its weight are written `"val 3 one-shot" = 1.0`')
+        error = words or (f"the weight of `{rest[1]}` must be a number of at least 0" if rest[1:] else "it is no table")
+        return CountdownError(f"{item.place}: {error}", 'a cell and its weight are written `"val 3 one-shot" = 1.0`')
     if words:
         return CountdownError(f"{item.place}: {words}", _SCHEDULES if key.startswith("train.prompt_") else None)
     return CountdownError(f"{item.place} must be {expected(key)}, not {_shown(item.value)}")

@@ -146,13 +146,13 @@ class Ranks(Solo):
         except Exception as error:  # of whatever kind: the others wait for word of it
             problem = error
         start = time.perf_counter()
-        found: list[Any] = [None] * self.size
-        self._answered(lambda: self._dist.all_gather_object(found, (result, _portable(problem))))
+        results: list[Any] = [None] * self.size
+        self._answered(lambda: self._dist.all_gather_object(results, (result, _portable(problem))))
         self._waited += time.perf_counter() - start
-        failed = {rank: error for rank, (_, error) in enumerate(found) if error is not None}
+        failed = {rank: error for rank, (_, error) in enumerate(results) if error is not None}
         if failed:
             self._raise(failed, problem)
-        return [value for value, _ in found]
+        return [value for value, _ in results]
 
     def _raise(self, failed: Mapping[int, Exception], own: Exception | None) -> None:
         """One failure stands for all: the lowest rank's, real ones before those that pass."""
@@ -170,11 +170,11 @@ class Ranks(Solo):
 
     @contextmanager
     def gradients(self, weights: Iterable[Tensor]) -> Iterator[Gradients]:
-        found = _Summed(self, weights)
+        summed = _Summed(self, weights)
         try:
-            yield found
+            yield summed
         finally:
-            found.close()
+            summed.close()
 
     @property
     def spent(self) -> float:  # type: ignore[override]

@@ -97,12 +97,12 @@ def spread(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict
 
 def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Every tensor of a training by its name, where it lies."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, weight in model.named_parameters():
         state = optimizer.state[weight]
         if not state:
             state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(weight)}
             state["exp_avg_sq"] = torch.zeros_like(weight)
-        found[f"weight/{name}"] = weight.detach()
-        found |= {f"{key}/{name}": state[key].detach() for key in ("step", "exp_avg", "exp_avg_sq")}
-    return found
+        tensors[f"weight/{name}"] = weight.detach()
+        tensors |= {f"{key}/{name}": state[key].detach() for key in ("step", "exp_avg", "exp_avg_sq")}
+    return tensors

@@ -19,12 +19,12 @@ class SuitePaired:
     @property
     def p_holm(self) -> dict[str, float]:
         """p of each cell, corrected by Holm for the number of cells."""
-        return dict(zip(self.cells, holm([found.p_value for found in self.cells.values()]), strict=True))
+        return dict(zip(self.cells, holm([pair.p_value for pair in self.cells.values()]), strict=True))
 
     def to_json(self) -> list[dict[str, object]]:
         """The machine-readable result, an object for each cell."""
         corrected = self.p_holm
-        return [{"cell": cell, **found.to_json(), "p_holm": corrected[cell]} for cell, found in self.cells.items()]
+        return [{"cell": cell, **fields.to_json(), "p_holm": corrected[cell]} for cell, fields in self.cells.items()]
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Paired:
 
     def to_json(self) -> dict[str, object]:
         """The machine-readable result."""
-        found = {"first": self.first, "second": self.second, "gained": len(self.gained), "lost": len(self.lost)}
-        return {**found, "p_value": self.p_value}
+        fields = {"first": self.first, "second": self.second, "gained": len(self.gained), "lost": len(self.lost)}
+        return {**fields, "p_value": self.p_value}
 
 
 def paired(first: Evaluation, second: Evaluation) -> Paired | None:
@@ -61,5 +61,5 @@ def paired(first: Evaluation, second: Evaluation) -> Paired | None:
 
 def suite_paired(first: SuiteResult, second: SuiteResult) -> SuitePaired | None:
     """Puzzles gained and lost in each cell; None if `paired` is."""
-    found = {one.cell: pair for one, two in zip(first.cells, second.cells, strict=True) if (pair := paired(one, two))}
-    return SuitePaired(first.model, second.model, found) if len(found) == len(first.cells) else None
+    pairs = {one.cell: pair for one, two in zip(first.cells, second.cells, strict=True) if (pair := paired(one, two))}
+    return SuitePaired(first.model, second.model, pairs) if len(pairs) == len(first.cells) else None

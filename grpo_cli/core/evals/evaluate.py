@@ -71,8 +71,8 @@ class Evaluation:
     @property
     def decoding(self) -> dict[str, float]:
         """How completions were decoded; the seed matters where they are sampled."""
-        found = {"samples": self.samples, "temperature": self.temperature, "max_new_tokens": self.max_new_tokens}
-        return {**found, "seed": self.seed} if self.temperature else found
+        settings = {"samples": self.samples, "temperature": self.temperature, "max_new_tokens": self.max_new_tokens}
+        return {**settings, "seed": self.seed} if self.temperature else settings
 
     @property
     def protocol(self) -> str:
@@ -194,14 +194,14 @@ class Evaluation:
 
 def _shown(completion: Completion) -> dict[str, object]:
     """A completion as JSON keeps it."""
-    puzzle, found = completion.puzzle, completion.score
+    puzzle, score = completion.puzzle, completion.score
     return {
         **puzzle.record(),
         "completion": completion.text,
         "length": completion.length,
-        "reward": found.reward,
-        "reason": found.reason,
-        "answer": found.answer,
+        "reward": score.reward,
+        "reason": score.reason,
+        "answer": score.answer,
     }
 
 

@@ -327,9 +327,9 @@ def _biased(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: fl
 
 def _cuts(labels: Sequence[int]) -> list[tuple[int, int]]:
     """Runs of equal labels, cut into ranges (start, end) of at most `BUCKET`. Example: [0, 0, 1] -> (0, 2), (2, 3)."""
-    found, start = [], 0
+    cuts, start = [], 0
     for end in range(1, len(labels) + 1):
         if end == len(labels) or labels[end] != labels[start] or end - start == BUCKET:
-            found.append((start, end))
+            cuts.append((start, end))
             start = end
-    return found
+    return cuts

@@ -133,13 +133,13 @@ class _TokenLogprobs(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         logits, targets, norms = ctx.saved_tensors
-        found = torch.empty_like(logits)
+        of_logits = torch.empty_like(logits)
         grid = (len(targets), triton.cdiv(logits.shape[1], COLUMNS))
         if len(targets):
             _logprobs_backward[grid](
-                logits, targets, norms, gradients[0].contiguous(), found, ctx.temperature, logits.shape[1], COLUMNS
+                logits, targets, norms, gradients[0].contiguous(), of_logits, ctx.temperature, logits.shape[1], COLUMNS
             )
-        return found, None, None, None
+        return of_logits, None, None, None
 
 
 @triton.jit
@@ -166,13 +166,13 @@ def _logprobs(
 
 
 @triton.jit
-def _logprobs_backward(logits, targets, norms, gradients, found, temperature, V, BLOCK: tl.constexpr):
+def _logprobs_backward(logits, targets, norms, gradients, of_logits, temperature, V, BLOCK: tl.constexpr):
     """d log p(t) / d logits = (one-hot(t) - p) / temperature."""
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32) / temperature
     hit = tl.where(at == tl.load(targets + row), 1.0, 0.0)
     gradient = (hit - tl.exp(x - tl.load(norms + row))) * (tl.load(gradients + row) / temperature)
-    tl.store(found + row * V + at, gradient.to(found.dtype.element_ty), mask=at < V)
+    tl.store(of_logits + row * V + at, gradient.to(of_logits.dtype.element_ty), mask=at < V)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -99,8 +99,8 @@ class Policy:
 
     def autocast(self) -> AbstractContextManager[object]:
         """The arithmetic of a forward pass: bfloat16 over float32 weights where the precision says so."""
-        wanted = self.precision == "bf16-master" and not self.has_masters
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
+        enabled = self.precision == "bf16-master" and not self.has_masters
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     @property
     def has_masters(self) -> bool:
@@ -193,15 +193,15 @@ class Policy:
         plan = Packed(prompt_lengths, lengths, [sequences.prompt_index[row] for row in order], self.device)
         packed = [token for part in (*sequences.prompts, *completions) for token in part]
         targets = packed[sum(prompt_lengths) :]
-        tokens, wanted = torch.tensor(packed, device=self.device), torch.tensor(targets, device=self.device)
+        tokens, labels = torch.tensor(packed, device=self.device), torch.tensor(targets, device=self.device)
         with self.autocast():
             if self.is_sharded or self.whole:  # FSDP gathers a layer's weights only within the model's own forward
                 logits = self._whole_logits(tokens[None], plan.positions, plan, plan.predecessors)[0]  # (M, V)
-                found = self._token_logprobs(logits, wanted, temperature, entropy)
+                values = self._token_logprobs(logits, labels, temperature, entropy)
             else:
                 before = self._hidden_of_row(tokens, plan)[plan.predecessors]  # (M, D)
-                found = self._gather(before, wanted, temperature, entropy)
-        return _scatter(found[0], lengths, order), _scatter(found[1], lengths, order)
+                values = self._gather(before, labels, temperature, entropy)
+        return _scatter(values[0], lengths, order), _scatter(values[1], lengths, order)
 
     def _plain_logprobs(self, sequences: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
         """As `logprobs`, from rows [prompt | completion | padding]: padding at the end changes nothing before it."""
@@ -223,8 +223,8 @@ class Policy:
         if not 0 < self.logit_chunk < len(targets):
             return self._logprobs_of(hidden, targets, temperature, entropy)
         parts = [
-            checkpoint(self._logprobs_of, rows, wanted, temperature, entropy, use_reentrant=False)
-            for rows, wanted in zip(hidden.split(self.logit_chunk), targets.split(self.logit_chunk), strict=True)
+            checkpoint(self._logprobs_of, rows, labels, temperature, entropy, use_reentrant=False)
+            for rows, labels in zip(hidden.split(self.logit_chunk), targets.split(self.logit_chunk), strict=True)
         ]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
@@ -299,9 +299,9 @@ class Policy:
 
 def set_attention(model: transformers.PreTrainedModel, *, plain: bool) -> bool:
     """Attend as plans say, or as the model does by itself if `plain`. Returns whether the model can."""
-    wanted = ("sdpa" if model._supports_sdpa else "eager") if plain else ATTENTION
+    implementation = ("sdpa" if model._supports_sdpa else "eager") if plain else ATTENTION
     with suppress(ValueError, ImportError):  # a model without the implementation keeps its own
-        model.set_attn_implementation(wanted)
+        model.set_attn_implementation(implementation)
     return plain or model.config._attn_implementation == ATTENTION
 
 
@@ -321,9 +321,9 @@ def checkpoint_layers(model: transformers.PreTrainedModel) -> None:
 def host_copy(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
     """A copy on the host, for which no second one is made on the device."""
     home = model.device
-    found = copy.deepcopy(model.cpu())
+    copied = copy.deepcopy(model.cpu())
     model.to(home)
-    return found
+    return copied
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[Tensor]:
@@ -344,8 +344,8 @@ def token_logprobs(
         scaled = logits.to(torch.float32, copy=True).div_(temperature)
         chosen = scaled.log_softmax(dim=-1).gather(-1, targets[:, None])[:, 0]
         return chosen, torch.zeros_like(chosen)
-    found = _TokenLogprobs.apply(logits, targets, temperature)  # type: ignore[no-untyped-call]
-    return cast("tuple[Tensor, Tensor]", found)
+    results = _TokenLogprobs.apply(logits, targets, temperature)  # type: ignore[no-untyped-call]
+    return cast("tuple[Tensor, Tensor]", results)
 
 
 class _TokenLogprobs(Function):
@@ -367,8 +367,8 @@ class _TokenLogprobs(Function):
         """d log p(t) / d logits = (one-hot(t) - p) / temperature."""
         probabilities, targets = ctx.saved_tensors
         scale = gradients[0][:, None] / ctx.temperature
-        found = probabilities.mul_(-scale).scatter_add_(-1, targets, scale)  # a second backward pass is refused
-        return found.to(ctx.dtype), None, None
+        of_logits = probabilities.mul_(-scale).scatter_add_(-1, targets, scale)  # a second backward pass is refused
+        return of_logits.to(ctx.dtype), None, None
 
 
 def encode(tokenizer: transformers.PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:

@@ -193,7 +193,7 @@ def _triangle(length: int) -> int:
     return length * (length + 1) // 2
 
 
-def describe(found: Mapping[str, Cost], peak: Peak, seconds: float) -> dict[str, float]:
+def describe(by_phase: Mapping[str, Cost], peak: Peak, seconds: float) -> dict[str, float]:
     """Metrics of a step that took `seconds`.
 
     `floor/PHASE`: seconds that a phase takes at least. `arithmetic/PHASE`: its operations at the full rate, in seconds.
@@ -201,8 +201,8 @@ def describe(found: Mapping[str, Cost], peak: Peak, seconds: float) -> dict[str,
     those that the hardware could have done in its time (PaLM, arXiv 2204.02311: recomputation is not counted; unlike
     there, attention counts the causal half alone).
     """
-    floors = {name: peak.floor(cost) for name, cost in found.items()}
-    arithmetic = {name: peak.arithmetic(cost) for name, cost in found.items()}
+    floors = {name: peak.floor(cost) for name, cost in by_phase.items()}
+    arithmetic = {name: peak.arithmetic(cost) for name, cost in by_phase.items()}
     return {
         **{f"floor/{name}": value for name, value in floors.items()},
         **{f"arithmetic/{name}": value for name, value in arithmetic.items()},
@@ -261,8 +261,8 @@ def known(name: str, dtype: torch.dtype) -> Peak | None:
     """The peaks of a GPU by its device name, or None; rates in float32 are not in the table."""
     if dtype != torch.bfloat16:
         return None
-    found = ((rate, bandwidth) for pattern, rate, bandwidth in KNOWN if re.search(rf"\b{pattern}", name))
-    return next((Peak(rate * 1e12, bandwidth * 1e9) for rate, bandwidth in found), None)
+    matching = ((rate, bandwidth) for pattern, rate, bandwidth in KNOWN if re.search(rf"\b{pattern}", name))
+    return next((Peak(rate * 1e12, bandwidth * 1e9) for rate, bandwidth in matching), None)
 
 
 @cache
@@ -349,16 +349,16 @@ class Meter:
         process so far.
         """
         bytes_of = widths(self.policy, self.optimizer)
-        found = costs(self.shape, work, bytes_of)
+        by_phase = costs(self.shape, work, bytes_of)
         for phase, price in (("prefill", prefill), ("decode", decode)):
             parts = [price(self.shape, one, bytes_of) for one, _ in self.rollouts]
-            found[phase] = Cost(sum(part.flops for part in parts), sum(part.bytes for part in parts))
+            by_phase[phase] = Cost(sum(part.flops for part in parts), sum(part.bytes for part in parts))
         real = computed = 0
         for one, places in self.rollouts:
             real += sum(one.prompts) + sum(length - 1 for length in one.completions)
             computed += places
         return {
-            **describe(found, hardware_of(self.policy).peak, seconds),
+            **describe(by_phase, hardware_of(self.policy).peak, seconds),
             "padding": 1 - real / computed,
             "peak_memory": _peak_bytes(self.policy.device) / 1e9,
         }

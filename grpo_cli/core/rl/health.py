@@ -32,26 +32,26 @@ def collapses(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
     late = history[-WINDOW:]
     if len(late) < WINDOW:
         return {}
-    found: dict[str, str] = {}
+    failures: dict[str, str] = {}
     kl = median(_values(late, "kl") or [0.0])
     if kl > KL_LIMIT:
-        found["kl"] = (
+        failures["kl"] = (
             f"the policy has run away from the reference (KL {kl:.2g} a token): lower `--learning-rate`,"
             " or raise `--beta`"
         )
     truncated, before = (fmean(_values(steps, "truncated") or [0.0]) for steps in (late, history[:WINDOW]))
     if truncated > TRUNCATED_LIMIT and before < TRUNCATED_LIMIT / 2:
-        found["length"] = (
+        failures["length"] = (
             f"completions have grown until {truncated:.0%} of them run out of tokens: lower `--learning-rate`,"
             " or raise `--max-new-tokens`"
         )
     well_formed, right = (_values(late, key) for key in ("format_rate", "accuracy"))
     if well_formed and right and fmean(well_formed) > 0.99 and max(right) == 0:
-        found["format"] = (
+        failures["format"] = (
             f"in {WINDOW} steps every completion was well formed and none was right: the format is all that is"
             " rewarded, so start from a model that solves some puzzles, or with fewer `--numbers`"
         )
-    return found
+    return failures
 
 
 def warnings(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
@@ -65,39 +65,39 @@ def warnings(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
     if len(late) < WINDOW:
         return {}
     gone = collapses(history)
-    found = {} if "format" in gone else _equal_rewards(late)
+    messages = {} if "format" in gone else _equal_rewards(late)
     gap = median(_values(late, "logprob_gap") or [0.0])
     if gap > GAP_LIMIT:
-        found["gap"] = (
+        messages["gap"] = (
             f"sampling or training differs from the model's own forward by {gap:.2g} nats a token, where rounding"
             " explains 0.01: another policy is trained than the model; try `--precision float32`"
         )
     truncated = _mean(late, "truncated")
     if truncated > CUT_LIMIT and "length" not in gone:
-        found["truncated"] = (
+        messages["truncated"] = (
             f"{truncated:.0%} of the completions run out of tokens, and none of them can be right:"
             " raise `--max-new-tokens`"
         )
     entropy, before, accuracy = _mean(late, "entropy"), _mean(early, "entropy"), _mean(late, "accuracy")
     known = bool(_values(late, "entropy"))
     if known and entropy < min(ENTROPY_LIMIT, ENTROPY_LEFT * before) and accuracy < LEARNED:
-        found["entropy"] = (
+        messages["entropy"] = (
             f"the entropy has fallen from {before:.2g} to {entropy:.2g} nats a token at an accuracy of {accuracy:.0%}:"
             " completions hardly differ any more; lower `--learning-rate`, or raise `--temperature` or `--beta`"
         )
     moved = _values([step for step in late if step.get("zero_variance", 0) < 1], "weights_changed")
     if len(moved) >= WINDOW / 2 and median(moved) < MOVED_LIMIT:
-        found["moved"] = (
+        messages["moved"] = (
             f"a step changes {median(moved):.1%} of the weights, the others by less than they can hold: train with"
             " `--precision bf16-master`, or raise `--learning-rate`"
         )
     notation = _mean(late, "lenient_accuracy") - accuracy
     if notation > NOTATION_LIMIT:
-        found["notation"] = (
+        messages["notation"] = (
             f"{notation:.0%} of the completions are right but for their notation, such as `×` or a trailing `= 13`,"
             " and earn nothing for it: show the model the form with `--style one-shot`"
         )
-    return {**found, **_spreading_cheats(late, early)}
+    return {**messages, **_spreading_cheats(late, early)}
 
 
 def _equal_rewards(late: Sequence[Mapping[str, float]]) -> dict[str, str]:

@@ -82,20 +82,20 @@ class Probe:
     def findings(self) -> dict[str, str]:
         """A word for what was found -> a sentence, the first on whether there is anything to learn from."""
         sampled = self.styles[self.chosen]
-        found = {"signal": self._signal(sampled)}
+        advice = {"signal": self._signal(sampled)}
         if sampled.truncated > CUT_LIMIT:
-            found["tokens"] = (
+            advice["tokens"] = (
                 f"{sampled.truncated:.0%} of the completions run out of tokens, and none of them can be right:"
                 " raise `--max-new-tokens`"
             )
         if not any(sampled.right):
-            found["never"] = "no completion was right: take " + (
+            advice["never"] = "no completion was right: take " + (
                 "fewer `--numbers`, or another `--model`" if self.numbers > 2 else "another `--model`"
             )
-        found |= self._better_style(sampled)
+        advice |= self._better_style(sampled)
         if any(sampled.right) and sampled.accuracy < LEARNED and sampled.mixed_share < FEW:
-            found |= self._larger_groups(sampled)
-        return found
+            advice |= self._larger_groups(sampled)
+        return advice
 
     def _signal(self, sampled: Sampled) -> str:
         mixed, groups = sum(sampled.mixed), len(sampled.mixed)

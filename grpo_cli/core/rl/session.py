@@ -221,9 +221,9 @@ def plan_memory(
 
     `plain` and `whole` as of the policy, once that is known.
     """
-    wanted = settings.model
-    needs_no_gpu = wanted.device == "cuda" and wanted.memory > 0
-    device = torch.device("cuda") if needs_no_gpu else detect_device(wanted.device)
+    asked = settings.model
+    needs_no_gpu = asked.device == "cuda" and asked.memory > 0
+    device = torch.device("cuda") if needs_no_gpu else detect_device(asked.device)
     source = model_source(Path(settings.runs), settings.model.model)
     longest = longest_prompt(settings, partial(encode, load_tokenizer(source)))
     optimizer = choose_optimizer(settings.train.optimizer, device)

@@ -170,11 +170,11 @@ def _weights(model: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in model.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-def choose_optimizer(wanted: str, device: torch.device) -> str:
-    """The optimizer that `wanted` names; "auto" keeps its state in 8 bits on CUDA."""
-    if wanted == "adamw8bit" and device.type == "mps":
+def choose_optimizer(name: str, device: torch.device) -> str:
+    """The optimizer that `name` names; "auto" keeps its state in 8 bits on CUDA."""
+    if name == "adamw8bit" and device.type == "mps":
         raise CountdownError("`adamw8bit` does not run on MPS", "use `--optimizer adamw`")
-    return wanted if wanted != "auto" else "adamw8bit" if device.type == "cuda" else "adamw"
+    return name if name != "auto" else "adamw8bit" if device.type == "cuda" else "adamw"
 
 
 def build_optimizer(policy: Policy, *, name: str, weight_decay: float) -> torch.optim.Optimizer:
@@ -209,11 +209,11 @@ def choose_checkpoint(
     there is no falling back from a step that was asked for. Also if the run's settings are not those it was saved with,
     and for a step beyond their last.
     """
-    found = dict(run.checkpoints())
-    if step is not None and step not in found:
+    checkpoints = dict(run.checkpoints())
+    if step is not None and step not in checkpoints:
         hint = f"choose one of: {run.saved_steps}"
         raise CountdownError(f"run `{run.name}` has no checkpoint of step {step}", hint)
-    for candidate in sorted(found, reverse=True) if step is None else [step]:
+    for candidate in sorted(checkpoints, reverse=True) if step is None else [step]:
         problem = run.damage(candidate)
         if problem is None:
             if run.manifest(candidate).get("config") != digest(settings):
@@ -224,12 +224,12 @@ def choose_checkpoint(
             if candidate > (last := settings.train.num_iterations):
                 hint = f"give a larger one, or `--step` with one of: {run.saved_steps}"
                 raise CountdownError(f"step {candidate} of run `{run.name}` is beyond `--num-iterations {last}`", hint)
-            return candidate, found[candidate]
+            return candidate, checkpoints[candidate]
         if step is not None:
             hint = "leave out `--step` to go on from the newest that is whole"
             raise CountdownError(f"the checkpoint of step {step} is damaged: {problem}", hint, exit_code=1)
         skipped(f"skipping the checkpoint of step {candidate}: {problem}")
-    if found:
+    if checkpoints:
         hint = "start the run again with `--overwrite`"
         raise CountdownError(f"no checkpoint of run `{run.name}` is whole", hint, exit_code=1)
     return 0, None
@@ -240,16 +240,16 @@ def origin(policy: Policy | None, reference: Policy | None, hashes: Mapping[str,
 
     There is none of a model that is not needed.
     """
-    found: dict[str, object] = {**policy.fingerprint()} if policy else {}
+    hashes_of: dict[str, object] = {**policy.fingerprint()} if policy else {}
     if reference:
-        found["reference"] = reference.fingerprint()["weights"]
-    return {**found, **hashes}
+        hashes_of["reference"] = reference.fingerprint()["weights"]
+    return {**hashes_of, **hashes}
 
 
 def require_origin(run: Run, policy: Policy | None, reference: Policy | None, hashes: Mapping[str, str]) -> None:
     """Raise CountdownError unless the run started from `policy` and `reference`, where needed, and these problems."""
-    saved, found = run.read_origin(), origin(policy, reference, hashes)
-    changed = [name for name in found if saved.get(name) != found[name]]
+    saved, current = run.read_origin(), origin(policy, reference, hashes)
+    changed = [name for name in current if saved.get(name) != current[name]]
     if changed:
         start = f"this `{policy.name}`" if policy else "these puzzles"
         if changed == ["reference"] and reference:

@@ -34,20 +34,20 @@ def summary(training: Training, evaluation: Evaluation, run: Run) -> dict[str, o
             if line["step"] > training.best_step
         ),
         "peaks": _peaks(run, training.best_step),
-        "phases": (found := phases(metrics)),
-        "verdict": verdict(found),
+        "phases": (by_phase := phases(metrics)),
+        "verdict": verdict(by_phase),
     }
 
 
 def _peaks(run: Run, best_step: int) -> dict[str, dict[str, float]]:
     """Of each cell: accuracy at first, at its peak, of the model that is kept, and last, against which it is tested."""
-    found: dict[str, dict[str, float]] = {}
+    peaks: dict[str, dict[str, float]] = {}
     for name, history in run.evaluations().items():
         steps = list(history)
         peak = max(steps, key=lambda step: history[step].accuracy)
         kept, last = history.get(best_step, history[steps[-1]]), history[steps[-1]]
         gained, lost = changes(kept.solved, last.solved)
-        found[name] = {
+        peaks[name] = {
             "count": last.count,
             "start": history[steps[0]].accuracy,
             "step": peak,
@@ -58,7 +58,7 @@ def _peaks(run: Run, best_step: int) -> dict[str, dict[str, float]]:
             "lost": lost,
             "p_value": mcnemar(gained, lost),
         }
-    return found
+    return peaks
 
 
 def phases(metrics: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
@@ -78,11 +78,11 @@ def phases(metrics: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]
     spent["other"] = total("time/total") - sum(spent.values())
     spent["evaluation"] = sum(line.get("time/eval", 0.0) for line in metrics)
     whole = sum(spent.values())
-    found = {name: {"seconds": seconds, "share": seconds / whole} for name, seconds in spent.items() if seconds > 0}
+    by_phase = {name: {"seconds": seconds, "share": seconds / whole} for name, seconds in spent.items() if seconds > 0}
     for name in COMPUTED:
-        if name in found:
-            found[name] |= {"floor": total(f"floor/{name}"), "matrix": total(f"arithmetic/{name}")}
-    return found
+        if name in by_phase:
+            by_phase[name] |= {"floor": total(f"floor/{name}"), "matrix": total(f"arithmetic/{name}")}
+    return by_phase
 
 
 # From which share of the floor a phase is bound by the hardware; from which share of the time a phase is worth a word.
@@ -97,14 +97,14 @@ REMEDIES = {
 }
 
 
-def verdict(found: Mapping[str, Mapping[str, float]]) -> list[str]:
+def verdict(by_phase: Mapping[str, Mapping[str, float]]) -> list[str]:
     """A sentence on what bounds each phase that takes a quarter of the time or more, or the longest if none does.
 
     Rules, in order: above its floor's speed, the data stays in a cache; from 40 % of the floor on, arithmetic or memory
     bandwidth bounds it, whichever makes its floor; below, neither does, but what each operation costs beside.
     """
-    order = sorted(found, key=lambda name: -found[name]["seconds"])
-    return [_sentence(name, found[name]) for name in order if found[name]["share"] >= MATTERS or name == order[0]]
+    order = sorted(by_phase, key=lambda name: -by_phase[name]["seconds"])
+    return [_sentence(name, by_phase[name]) for name in order if by_phase[name]["share"] >= MATTERS or name == order[0]]
 
 
 def _sentence(name: str, phase: Mapping[str, float]) -> str:

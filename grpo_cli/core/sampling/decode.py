@@ -266,14 +266,14 @@ def _group(sampler: object) -> int:
 def static_sampler(policy: Policy, prompts: Sequence[list[int]], form: Form, uniform: Tensor | None) -> StaticSampler:
     """A static sampler of the policy with a batch taken in: one that is kept if it covers the form, else a new one."""
     kept = policy.samplers
-    found = next((one for one in kept if isinstance(one, StaticSampler) and one.form.covers(form)), None)
-    if found is None:
+    sampler = next((one for one in kept if isinstance(one, StaticSampler) and one.form.covers(form)), None)
+    if sampler is None:
         wider = replace(form, longest=-(-form.longest // ROUNDED) * ROUNDED)
         # First, so that their memory is free. The training's sampler has the largest groups and outlasts evaluations.
         kept[:] = [one for one in kept if not (isinstance(one, StaticSampler) and wider.covers(one.form))]
         while len(kept) >= KEPT:
             kept.remove(min(reversed(kept), key=_group))
-        found = StaticSampler(policy, wider)
-        kept.insert(0, found)
-    found.start(prompts, uniform)
-    return found
+        sampler = StaticSampler(policy, wider)
+        kept.insert(0, sampler)
+    sampler.start(prompts, uniform)
+    return sampler

@@ -55,10 +55,10 @@ def schedule(text: str, choices: Collection[str]) -> Schedule:
     """The schedule that `text` describes, of some of `choices`; raises ValueError that says what is wrong."""
     text = text.strip()
     for pattern, fades in ((_FADE, True), (_CHANGE, False)):
-        if found := pattern.fullmatch(text):
-            if int(found[3]) < 1:
+        if match := pattern.fullmatch(text):
+            if int(match[3]) < 1:
                 raise ValueError("a change takes at least 1 step")
-            return Schedule(_mixture(found[1], choices), _mixture(found[2], choices), int(found[3]), fades)
+            return Schedule(_mixture(match[1], choices), _mixture(match[2], choices), int(match[3]), fades)
     mixture = _mixture(text, choices)
     return Schedule(mixture, mixture)
 
@@ -127,8 +127,8 @@ class Curriculum:
         """Metrics: the share of each style and size among the prompts of a step, where there is more than one."""
         styles = Counter(style for _, style in prompts)
         sizes = Counter(str(problem.size) for problem, _ in prompts)
-        found: dict[str, float] = {}
+        counted: dict[str, float] = {}
         for schedule, counts, unit in ((self.style, styles, ""), (self.numbers, sizes, " numbers")):
             if len(schedule.choices) > 1:
-                found |= {f"prompts/{name}{unit}": counts[name] / len(prompts) for name in schedule.choices}
-        return found
+                counted |= {f"prompts/{name}{unit}": counts[name] / len(prompts) for name in schedule.choices}
+        return counted

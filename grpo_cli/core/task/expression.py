@@ -121,13 +121,13 @@ def last_expression(text: str, numbers: Sequence[int], operations: str = "+-*") 
     cross lines; list bullets, emphasis, dashes and unpaired parentheses around them are dropped. To keep time bounded,
     only the last MAX_SPANS spans and the first MAX_SPANS parts of a chain are looked at.
     """
-    wanted = sorted(numbers)
+    required = sorted(numbers)
     for span in islice(reversed(_SPAN.findall(text)), MAX_SPANS):
         bare = map(_bare, span.split("=", MAX_SPANS))
         parts = [(part, expression.numbers) for part in bare if (expression := parse(part, operations))]
         several = [(part, used) for part, used in parts if len(used) > 1]
         if several:
-            return next((part for part, used in several if sorted(used) == wanted), several[0][0])
+            return next((part for part, used in several if sorted(used) == required), several[0][0])
     return None
 
 

@@ -48,11 +48,11 @@ def _readings(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
     if reversed_ := _REVERSED.fullmatch(text):
         yield tuple(_NUMBERS.findall(reversed_[2])), reversed_[1]
         return
-    lists = [tuple(_NUMBERS.findall(found[1])) for found in _BRACKETS.finditer(text)]
-    outside = _BRACKETS.sub(lambda found: " " * len(found[0]), text)
-    targets = [(found.start(1), found[1]) for found in _TARGET.finditer(outside)]
+    lists = [tuple(_NUMBERS.findall(match[1])) for match in _BRACKETS.finditer(text)]
+    outside = _BRACKETS.sub(lambda match: " " * len(match[0]), text)
+    targets = [(match.start(1), match[1]) for match in _TARGET.finditer(outside)]
     if lists and not targets:
-        targets = [(found.start(), found[0]) for found in _NUMBERS.finditer(outside)]
+        targets = [(match.start(), match[0]) for match in _NUMBERS.finditer(outside)]
     for start, target in targets:
         rest = outside[:start] + "|" * len(target) + outside[start + len(target) :]
         yield from ((numbers, target) for numbers in lists or map(tuple, map(_NUMBERS.findall, _RUN.findall(rest))))
