@@ -105,6 +105,8 @@ def test_an_exported_folder_holds_the_model_and_a_card_with_its_results(trained:
     assert str(Path("shared") / "README.md") in result.out.splitlines()
     saved = (tmp_path / "runs" / "first" / "model" / "README.md").read_bytes()
     assert saved == (tmp_path / "shared" / "README.md").read_bytes()
+    modes = {(tmp_path / "shared" / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1  # whoever may read one may read both
     card = (tmp_path / "shared" / "README.md").read_text("utf-8")
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n")
     lines = (tmp_path / "runs" / "first" / "evaluations.jsonl").read_text("utf-8").splitlines()

@@ -247,6 +247,27 @@ def test_what_cannot_be_written_is_told_before_any_work(
 
 
 @pytest.mark.parametrize(
+    ("closed", "arguments", "code", "said"),
+    [
+        ("runs", ["train", "--run", "builtin-2"], 2, "`runs` cannot be written"),
+        ("runs/first/metrics.jsonl", ["runs"], 0, "cannot read `runs/first/metrics.jsonl`: Permission denied"),
+        ("model/config.json", ["train", "--model", "./model", "--dry-run", "--runs", "/tmp"], 2, "cannot be read"),
+        ("task.py", ["train", "--task", "task.py", "--runs", "/tmp"], 2, "`task.py` cannot be run: PermissionError"),
+    ],
+)
+def test_what_cannot_be_read_is_named(
+    countdown: Command, read_only: Path, closed: str, arguments: list[str], code: int, said: str
+) -> None:
+    user = os.geteuid()
+    os.seteuid(os.getuid())
+    (read_only / "task.py").touch()
+    (read_only / closed).chmod(0)
+    os.seteuid(user)
+    found = countdown(*arguments)
+    assert found.code == code and said in " ".join((found.out + found.err).split()), found.err
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["train", "--runs", "file"], "cannot create a run in `file`: `file` is not a folder"),

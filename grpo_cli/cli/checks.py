@@ -92,7 +92,7 @@ def require_models(options: Mapping[str, Any]) -> None:
     for name in names:
         if name not in (None, "same"):
             model_source(root, name)
-        if name == "builtin" and (root / name).is_dir():
+        if name == "builtin" and os.path.isdir(root / name):
             show.warning(f"`{name}` is the built-in model, not the folder `{root / name}`")
 
 

@@ -41,6 +41,8 @@ def _describe(found: Run) -> dict[str, object]:
         metrics = found.metrics()
     except CountdownError as problem:
         return {"run": found.name, "error": problem.message}
+    except OSError as problem:
+        return {"run": found.name, "error": f"cannot read `{problem.filename}`: {problem.strerror}"}
     evaluated, best_step = _evaluated(metrics), best_step_of(metrics)
     best = evaluated[best_step]["val_accuracy"] if best_step else None
     count = _puzzles(found)

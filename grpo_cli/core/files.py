@@ -39,7 +39,16 @@ def check_writable(path: Path, *, overwrite: bool) -> None:
 
 def can_write(path: Path) -> bool:
     """Whether this process may write to an existing file or folder."""
-    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+    return _may(path, os.W_OK)
+
+
+def can_read(path: Path) -> bool:
+    """Whether this process may read an existing file or folder."""
+    return _may(path, os.R_OK)
+
+
+def _may(path: Path, mode: int) -> bool:
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
 def write(path: Path, content: bytes) -> None:

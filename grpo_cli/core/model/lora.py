@@ -7,6 +7,7 @@ the reference, and no second copy is held. Knows neither training nor runs.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -212,6 +213,7 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
     }
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     model.adapter_config.save_pretrained(str(folder))  # type: ignore[operator, union-attr]
+    shutil.copymode(folder / "adapter_config.json", folder / "adapter_model.safetensors")  # others may read it too
 
 
 @torch.no_grad()

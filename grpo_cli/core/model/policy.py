@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -295,6 +296,8 @@ class Policy:
         state = lora.merged_state(self.model) if self.adapter else None
         self.model.save_pretrained(path, safe_serialization=True, state_dict=state)
         self.tokenizer.save_pretrained(path)
+        for weights in path.glob("*.safetensors"):
+            shutil.copymode(path / "config.json", weights)  # safetensors lets nobody else read them
 
 
 def set_attention(model: transformers.PreTrainedModel, *, plain: bool) -> bool:

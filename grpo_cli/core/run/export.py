@@ -41,7 +41,11 @@ def export(
     if not any(model.glob("*.safetensors")):
         raise CountdownError(f"`{model}` has no weights", "export another run")
     with checkpoint.saving(folder) as staged:
-        shutil.copytree(model, staged, dirs_exist_ok=True)
+        try:
+            shutil.copytree(model, staged, dirs_exist_ok=True)
+        except shutil.Error as error:
+            file, _, reason = error.args[0][0]
+            raise CountdownError(f"cannot copy `{file}`: {reason}", "change its permissions", exit_code=1) from error
         (staged / CARD).write_text(card, encoding="utf-8")
         convert(staged)
     return sorted(path for path in folder.iterdir() if path.is_file())

@@ -189,8 +189,10 @@ def _functions(path: Path) -> dict[str, Function]:
     except (Exception, SystemExit) as error:
         if _interrupted(error):
             raise
-        line = error.lineno if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1].lineno
-        raise CountdownError(f"`{path}` cannot be run: line {line}: {type(error).__name__}: {error}") from error
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        where = f"line {line}: " if line else ""
+        raise CountdownError(f"`{path}` cannot be run: {where}{type(error).__name__}: {error}") from error
 
 
 def _gym_task(name: str) -> FileTask:
