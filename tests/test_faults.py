@@ -36,6 +36,7 @@ pytestmark = pytest.mark.faults
 # Commands are imported when they are called; here before a test patches what they import.
 for _command in ("train", "eval", "solve", "plot"):
     import_module(f"grpo_cli.cli.{_command}")
+import_module("multiprocessing.popen_fork")  # `read_only` is another user, who may have no right to import
 
 Damage = Callable[[Path], None]
 
