@@ -113,3 +113,6 @@ def test_the_help_of_settings_has_no_markup() -> None:
     for key in FIELDS:
         if key.partition(".")[0] in EVERYTHING:
             assert describe(key) in text, key
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        texts = [command.help, *(parameter.help for parameter in command.params if hasattr(parameter, "help"))]
+        assert "[" not in "".join(text.replace("\\[", "") for text in texts if text), name

@@ -217,7 +217,7 @@ def eval(
     suite: Annotated[
         str | None,
         typer.Option(
-            help="evaluate on every cell of this suite, a table [suite.NAME] of the settings",
+            help="evaluate on every cell of this suite, a table `suite.NAME` of the settings",
             metavar="<name>",
             autocompletion=completion("suite"),
         ),
