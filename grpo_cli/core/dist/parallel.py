@@ -18,8 +18,8 @@ from torch import Tensor
 from grpo_cli.core.dist.ranks import Gradients, Passing, Solo
 from grpo_cli.core.dist.shards import gather
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.microbatch import MicroBatch
+from grpo_cli.core.model.policy import Policy, Sequences
 
 T = TypeVar("T")
 DUMMY = Sequences([[0]], [[0]], [0])  # input of a forward pass whose result nobody needs

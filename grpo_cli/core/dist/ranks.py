@@ -53,7 +53,7 @@ class Gradients:
         """The backward pass to come is this process's last of the attempt: what it leaves is whole."""
 
     def completed(self, work: Callable[[], T]) -> T:
-        """Run `work`, which makes the passes, and return its result; afterwards this process's part is done, even if it failed."""
+        """Run `work`, which makes the passes, and return its result; this process is then done, even on failure."""
         return work()
 
     def add_up(self) -> list[int]:

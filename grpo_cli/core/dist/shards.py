@@ -15,9 +15,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from grpo_cli.core.dist.ranks import Solo
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.policy import Policy, host_copy
-from grpo_cli.core.dist.ranks import Solo
 
 
 def sharded(policy: Policy, ranks: Solo, device: torch.device) -> Policy:
