@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMALL
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from grpo_cli.cli.launch import Place, place
@@ -205,6 +206,21 @@ def test_several_processes_follow_the_curve_of_one(ranks: int, tiny_folder: Path
     assert all(line["time/wait"] > 0 and line["time/reduce"] > 0 for line in lines)
     assert err.count("step 2 of 3") == 1  # one of them has the view
     assert not (tmp_path / "runs" / "two" / "bad_steps").exists()
+
+
+@pytest.mark.slow
+def test_several_processes_train_the_adapter_that_one_trains(tiny_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    (tmp_path / "own.py").write_text("def length(completion, puzzle):\n    return len(completion) % 7")
+    arguments = ["train", "--model", tiny_folder, *TRAIN, "--lora-rank", "4", "--learning-rate", "0.01"]
+    arguments += ["--reward", "own.py:length", "--run"]
+    by_one(tmp_path, *arguments, "one")
+    code, _, err = ended(launched(tmp_path, 2, *arguments, "two"))
+    assert code == 0, err
+    same_experiment(tmp_path / "runs" / "one", tmp_path / "runs" / "two")
+    one, two = (load_file(tmp_path / "runs" / run / "adapter/adapter_model.safetensors") for run in ("one", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -22,7 +22,13 @@ from grpo_cli.core.rl.observer import Observer, Validated
 from grpo_cli.core.run.folder import Run
 
 PROJECT = "countdown"
-GROUPS = ("time/", "suite/", "eval/")  # metrics that keep their group; all others are `train/...`
+GROUPS = (
+    "time/",
+    "floor/",
+    "arithmetic/",
+    "suite/",
+    "eval/",
+)  # metrics that keep their group; all others are `train/...`
 NAMES = {  # ours -> TRL's
     "completion_length": "train/completions/mean_length",
     "truncated": "train/completions/clipped_ratio",
@@ -50,7 +56,8 @@ class TensorBoard:
         self.writer = module.SummaryWriter(str(folder), purge_step=start + 1 if start else None)
         if not start:
             summary = import_module("torch.utils.tensorboard.summary")
-            for part in summary.hparams(config, {"eval/accuracy": 0.0}):
+            chosen = {key: value for key, value in config.items() if not key.startswith(("eval.", "plot.", "ranks."))}
+            for part in summary.hparams(chosen, {"eval/accuracy": 0.0}):
                 self.writer.file_writer.add_summary(part)
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -59,8 +66,10 @@ class TensorBoard:
         self.writer.flush()
 
     def samples(self, step: int, rows: Sequence[Row]) -> None:
-        lines = [COLUMNS, ("---",) * len(COLUMNS), *([_cell(value) for value in row] for row in rows)]
-        self.writer.add_text("samples", "\n".join(f"| {' | '.join(line)} |" for line in lines), step)
+        lines = ["| sample | completion |", "| --- | --- |"]  # two columns: TensorBoard breaks words in narrow ones
+        for number, problem, completion, reward, reason in rows:
+            lines.append(f"| step {number}: {_cell(problem)}, reward {reward}, {_cell(reason)} | {_cell(completion)} |")
+        self.writer.add_text("samples", "\n".join(lines), step)
 
     def close(self) -> None:
         self.writer.close()
