@@ -6,6 +6,7 @@ the reference, and no second copy is held. Knows neither training nor runs.
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -89,6 +90,7 @@ def adapter_sizes(model: Any, lora: Lora) -> tuple[int, int, int]:
 
 def adapt(model: Any, lora: Lora, *, name: str) -> None:
     """Quantize the layers if asked for, and add adapters to them, which alone learn. B starts at 0, A from the seed."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel for inference alone
     names = target_names(model, lora)
     if lora.nf4:
         _quantize(model, set(names))
