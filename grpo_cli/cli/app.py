@@ -1,7 +1,7 @@
-"""The command line: declares every command and its flags, and turns errors into one sentence.
+"""The command line: declares every command and its flags, and reports errors in one sentence.
 
-A command is declared here so that help and completion load no model; the module of its name in this package, with a
-function `run` of the same parameters, is imported when the command is called.
+Declarations live here so that help and completion load no model. Calling a command imports the module of its name in
+this package and calls its `run` with the same parameters.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from grpo_cli.core.task.rules import Rules
 from grpo_cli.ui import text as show
 
 RULES = [f"task.{rule.name}" for rule in fields(Rules)]
-PLACES = ("config", "out", "folder", "model", "models", "run", "runs", "name")  # options that may begin with `~`
+PLACES = ("config", "out", "folder", "model", "models", "run", "runs", "name")  # options whose `~` is expanded
 
 app = typer.Typer(
     cls=Commands,
@@ -49,26 +49,26 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace existing o
 
 
 def main() -> None:
-    """Run the command line; what a user can mend is shown as one sentence, never as a traceback."""
+    """Run the command line. A CountdownError is printed as one sentence, without a traceback."""
     show.prepare_streams()
-    atexit.register(gc.disable)  # torch is large to search for cycles once more at the end of the interpreter
+    atexit.register(gc.disable)  # skip a slow last collection at interpreter exit
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on Linux then keeps large tensors in huge pages
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which `--deterministic` needs
-    os.environ.setdefault("WANDB_MODE", "offline")  # nothing is sent unless asked for
-    if "PYTORCH_ALLOC_CONF" not in os.environ:  # its newer name
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # less is lost between blocks
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors in torch on Linux
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by `--deterministic`
+    os.environ.setdefault("WANDB_MODE", "offline")  # upload nothing by default
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # the newer name
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # less fragmentation
     try:
         show.silence(place().rank > 0)
         try:
             sys.exit(app(prog_name="countdown", standalone_mode=False))
         finally:
-            sys.stdout.flush()  # here, and not at the end of the interpreter, it may fail
+            sys.stdout.flush()  # flush before exit so that a closed pipe is handled
     except USAGE_ERROR as problem:
-        if problem.format_message():  # or the help was shown
+        if problem.format_message():  # empty if the help was shown
             show.error(_usage(problem))
         sys.exit(2)
-    except typer.Abort:  # Ctrl-C or no answer at a question
+    except typer.Abort:  # Ctrl-C or end of input at a prompt
         show.note("\nnothing was changed")
         sys.exit(1)
     except CountdownError as problem:
@@ -77,7 +77,7 @@ def main() -> None:
         show.error(problem)
         sys.exit(problem.exit_code)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: leave without a word
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has closed the pipe: exit silently
         sys.exit(1)
     except ImportError as problem:
         show.error(CountdownError(f"a package cannot be loaded: {problem}", "install `countdown-grpo` again"))
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def _usage(problem: Any) -> CountdownError:
-    """A line that could not be parsed, with the nearest option where an unknown one was given."""
+    """The error for a line that cannot be parsed, with a suggestion for an unknown option."""
     command = problem.ctx.command_path if problem.ctx else "countdown"
     message, hint = problem.format_message().replace("Value error, ", "").rstrip("."), f"see `{command} --help`"
     if hasattr(problem, "possibilities"):
@@ -138,7 +138,7 @@ def _command(*settings: str, name: str | None = None) -> Callable[[Callable[...,
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Pause garbage collection, which takes a third of the time of importing torch and transformers."""
+    """Pause garbage collection: it takes a third of the time of importing torch and transformers."""
     gc.disable()
     try:
         yield
@@ -147,7 +147,7 @@ def _uncollected() -> Iterator[None]:
 
 
 def _at_home(value: Any) -> Any:
-    """A path or name, or a list of them, with `~` expanded: no shell does so in `--out=~/x` or in quotes."""
+    """Expand `~` in a path or a list of paths: shells do not expand it in `--out=~/x` or in quotes."""
     if isinstance(value, list):
         return [_at_home(item) for item in value]
     return type(value)(os.path.expanduser(value)) if isinstance(value, str | Path) else value
@@ -165,7 +165,7 @@ def gen_data(
     overwrite: Overwrite = False,
     config: ConfigFile = None,
 ) -> None:
-    """Write puzzles, each with a solution: as JSON Lines, or as CSV or Parquet by the file's name.
+    """Write puzzles with solutions as JSON Lines, CSV or Parquet, by the file's extension.
 
     Example: countdown gen-data --split val --out val.jsonl
     """
@@ -199,7 +199,7 @@ def train(
 ) -> None:
     """Train a model with GRPO.
 
-    Ctrl-C saves a checkpoint and stops; SIGUSR1 saves one and goes on.
+    Ctrl-C saves a checkpoint and stops; SIGUSR1 saves one and continues.
 
     Example: countdown train --run first --num-iterations 100
     """

@@ -1,4 +1,4 @@
-"""Shared by commands, without loading torch: settings, and checks before any work begins."""
+"""Settings and early checks shared by commands. Does not import torch."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from grpo_cli.ui import text as show
 
 
 def resolve(ctx: typer.Context, config_file: Path | None, *, has_cuda: Callable[[], bool] = lambda: False) -> Resolved:
-    """The settings of this invocation. `has_cuda` helps to choose a preset, where the command loads a model."""
+    """The settings of this invocation. `has_cuda` selects the preset if the command loads a model."""
     return config.resolve(flags=flags(ctx), environ=os.environ, config_file=config_file, has_cuda=has_cuda)
 
 
-SUITE_CELL = ("task.style", "task.numbers", "eval.split")  # settings that a cell of a suite gives
+SUITE_CELL = ("task.style", "task.numbers", "eval.split")  # settings that a suite's cells determine
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A model by its name, the folder or hub id to load it from, and the settings to run it with."""
+    """A model's name, the folder or hub id to load it from, and its settings."""
 
     name: str
     source: str
@@ -47,7 +47,7 @@ class Chosen:
 
 
 def choose(ctx: typer.Context, config_file: Path | None, name: str | None) -> Chosen:
-    """A run's best model with the run's settings, or a model with a preset's; None means the newest run, or builtin."""
+    """A run's best model with the run's settings, or a model with a preset's; None is the newest run, else builtin."""
     root = Path(resolve(ctx, config_file).settings.runs)
     if name is None:
         newest = Run.newest(root)
@@ -76,7 +76,7 @@ def resolve_for_model(ctx: typer.Context, config_file: Path | None) -> Resolved:
 
 
 def require_package(package: str) -> None:
-    """Raise CountdownError if a package is missing that is only imported later."""
+    """Raise CountdownError if a package that is imported later is missing."""
     if find_spec(package) is None:
         raise CountdownError(
             f"the package `{package}` is not installed", "install `countdown-grpo` again, with all it needs"
@@ -84,7 +84,7 @@ def require_package(package: str) -> None:
 
 
 def require_models(options: Mapping[str, Any]) -> None:
-    """Raise CountdownError if a command names a model that does not exist, before anything imports torch."""
+    """Raise CountdownError if a named model does not exist, before torch is imported."""
     settings = resolve(options["ctx"], options["config"]).settings
     root, names = Path(settings.runs), list(options.get("models") or [options.get("model")])
     if options.get("resume") is False:
@@ -97,7 +97,7 @@ def require_models(options: Mapping[str, Any]) -> None:
 
 
 def check_solve(options: Mapping[str, Any]) -> None:
-    """Raise CountdownError for a question without a puzzle, or a puzzle without a solution."""
+    """Raise CountdownError if the question contains no puzzle, or the puzzle has no solution."""
     question = " ".join(options["question"])
     parse(question)
     rules = choose(options["ctx"], options["config"], options["model"]).settings.task.rules
@@ -109,7 +109,7 @@ def check_solve(options: Mapping[str, Any]) -> None:
 
 
 def check_eval(options: Mapping[str, Any]) -> None:
-    """Raise CountdownError for flags that exclude each other, and for files that cannot be read or written."""
+    """Raise CountdownError for conflicting flags and for files that cannot be read or written."""
     if options["as_json"] and options["as_markdown"]:
         raise CountdownError("`--json` and `--markdown` exclude each other", "leave one of them out")
     if options["out"] is not None:
@@ -133,7 +133,7 @@ def check_eval(options: Mapping[str, Any]) -> None:
 
 
 def check_train(options: Mapping[str, Any]) -> None:
-    """Raise CountdownError for flags that exclude each other, wrong files, and a run that cannot start or resume."""
+    """Raise CountdownError for conflicting flags, wrong files, and a run that cannot start or resume."""
     run, resume, overwrite, process = options["run"], options["resume"], options["overwrite"], place()
     if resume and (run is None or overwrite):
         raise CountdownError("`--resume` needs the name of a run, and no `--overwrite`", "say `--run NAME --resume`")
@@ -159,13 +159,13 @@ def check_train(options: Mapping[str, Any]) -> None:
 
 
 def _either(options: Mapping[str, Any]) -> tuple[Settings, Settings]:
-    """The settings without a GPU and with one: which of them will run, torch alone knows."""
+    """The settings without and with a GPU: only torch knows which will run."""
     ctx, file = options["ctx"], options["config"]
     return resolve(ctx, file).settings, resolve(ctx, file, has_cuda=lambda: True).settings
 
 
 def _read_files(settings: Settings) -> None:
-    """Read the files of puzzles and run those of code that the settings name; later uses take what was read."""
+    """Read the puzzle files and run the code files of the settings; later uses reuse the result."""
     for path in (settings.task.task, settings.reward.reward.rpartition(":")[0]):
         if path.endswith(".py") and Path(path).is_file():
             show.note(f"running `{path}`")
@@ -174,7 +174,7 @@ def _read_files(settings: Settings) -> None:
 
 
 def resumed(ctx: typer.Context, root: Path, name: str) -> Resolved:
-    """The settings of a run to resume, as the flags change them."""
+    """The settings of a run to resume, with the changes that the flags make."""
     run = Run.open(root, name)
     return config.go_on(
         run.read_config(), run.config_path, flags={key: value for key, value in flags(ctx).items() if key != "runs"}

@@ -40,7 +40,7 @@ def run(
     overwrite: bool,
     config: Path | None,
 ) -> None:
-    """Evaluate every model as the settings of the first say, and show, compare and write the results."""
+    """Evaluate every model with the settings of the first; show, compare and write the results."""
     weights = None
     if suite is not None:
         settings = resolve_for_model(ctx, config).settings
@@ -85,7 +85,7 @@ def _show(suite: str | None, results: Sequence[SuiteResult], pairs: Sequence[Sui
 def _evaluate(
     chosen: Sequence[Chosen], weights: Mapping[str, float] | None, *, quiet: bool, ranks: Solo
 ) -> list[SuiteResult]:
-    """Evaluate all models on the same puzzles; without weights, on the one cell that the settings name."""
+    """Evaluate all models on the same puzzles: a suite's cells, or without `weights` the one cell of the settings."""
     task, settings = chosen[0].settings.task, chosen[0].settings.eval
     if weights is None:
         weights = {Cell(settings.split, task.numbers, task.style).name: 1.0}
@@ -121,7 +121,7 @@ def _evaluate(
 
 
 def _note_differences(chosen: Sequence[Chosen], keys: Sequence[str]) -> None:
-    """Say where a model's own settings differ from those of the first, which all are evaluated with."""
+    """Report where a model's own settings differ from those of the first, which apply to all."""
     first, *others = [{key: reduce(getattr, key.split("."), model.settings) for key in keys} for model in chosen]
     differing = [
         f"{model.name} by itself with {key} {own[key]}, not {first[key]}"
@@ -134,7 +134,7 @@ def _note_differences(chosen: Sequence[Chosen], keys: Sequence[str]) -> None:
 
 
 def _json(suite: str | None, results: Sequence[SuiteResult], pairs: Sequence[SuitePaired]) -> dict[str, object]:
-    """One model's evaluation; several with their comparisons; or a suite's."""
+    """One model's evaluation; several models with their comparisons; or a suite."""
     if suite is not None:
         first = results[0]
         protocol = {"suite": suite, "decoding": first.decoding, "protocol": first.protocol}

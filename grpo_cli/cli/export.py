@@ -1,4 +1,4 @@
-"""`countdown export`: a run's best model with its model card, as a folder to share or on a model hub."""
+"""`countdown export`: write a run's best model and model card to a folder, or upload them to a model hub."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(
     overwrite: bool,
     config: Path | None,
 ) -> None:
-    """Write the folder, print the path of each file, and upload them if `push` names a repository."""
+    """Write the folder, print the path of each file, and upload it if `push` names a repository."""
     root = Path(resolve(ctx, config).settings.runs)
     chosen = Run.open(root, name)
     model_source(root, chosen.name)
@@ -61,7 +61,7 @@ def run(
     for path in export(source, folder, card, overwrite=overwrite, convert=convert):
         print(path)
     if push is not None:
-        from grpo_cli.core.run.hub import push as upload  # loads huggingface_hub, and is the only thing that sends
+        from grpo_cli.core.run.hub import push as upload  # imports huggingface_hub; the only network access
 
         text.note(f"pushed to {upload(folder, push)}")
 
@@ -76,7 +76,7 @@ def _contamination(summary: Mapping[str, object]) -> str:
 
 
 def write_card(chosen: Run) -> None:
-    """Write the model card beside a run's best model, if it has one."""
+    """Write the model card beside a run's best model, if there is one."""
     if chosen.model_path.is_dir():
         (chosen.model_path / CARD).write_text(card_of(chosen), encoding="utf-8")
 

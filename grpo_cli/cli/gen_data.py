@@ -25,7 +25,7 @@ def run(
     overwrite: bool,
     config: Path | None,
 ) -> None:
-    """Enumerate all puzzles, or draw `count` of them."""
+    """Enumerate all puzzles, or sample `count` of them."""
     out = None if out == Path("-") else out
     if out is not None and out.suffix in COMPRESSED:
         raise CountdownError(f"`{out}` would not be compressed", "end its name in `.jsonl`, `.csv` or `.parquet`")

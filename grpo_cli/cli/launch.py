@@ -1,4 +1,4 @@
-"""The process around a command: its rank under torchrun or SLURM, and the signals that stop or save a training."""
+"""The process of a command: its rank under torchrun or SLURM, and the signals that stop or save a training."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from grpo_cli.ui import text as show
 
 @dataclass(frozen=True)
 class Place:
-    """This process among `size`; `local_rank` is its number on its machine."""
+    """The rank of this process among `size`, and its `local_rank` on its machine."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    restarts: int = 0  # how often the launcher has started all of them again
+    restarts: int = 0  # restarts by the launcher
     max_restarts: int = 0
 
 
-# What sets the rank, the number of processes and the rank on the machine, under each launcher.
+# Variables for rank, size and local rank, by launcher.
 _NAMES = [("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")]
 
 
 def place(environ: Mapping[str, str] = os.environ) -> Place:
-    """Where this process stands; alone where no launcher says otherwise.
+    """This process's rank; rank 0 of 1 without a launcher.
 
-    A SLURM job counts where it says how to meet, by MASTER_ADDR and MASTER_PORT.
+    A SLURM job counts as a launcher if MASTER_ADDR and MASTER_PORT are set.
     """
     names = next((names for names in _NAMES if all(name in environ for name in names)), None)
     if names is None or "MASTER_ADDR" not in environ:
@@ -49,11 +49,10 @@ def place(environ: Mapping[str, str] = os.environ) -> Place:
 
 
 class Signals:
-    """While entered, ask a training to stop or save instead of ending the process.
+    """Context in which signals ask a training to stop or save instead of ending the process.
 
-    SIGINT, SIGTERM and SIGHUP stop it, as does a stderr that nobody reads any more; SIGUSR1 saves. A second SIGINT or
-    SIGTERM ends the process, unless a launcher, which may pass the same signal on twice, `launched` it. Under nohup
-    SIGHUP stays ignored.
+    SIGINT, SIGTERM, SIGHUP and a closed stderr stop it; SIGUSR1 saves. A second SIGINT or SIGTERM ends the process,
+    except under a launcher (`launched`), which may forward a signal twice. Under nohup, SIGHUP stays ignored.
     """
 
     def __init__(self, *, launched: bool = False) -> None:
@@ -102,7 +101,7 @@ class Signals:
 
 
 class _Tolerant:
-    """A text stream whose failed writes are reported to `lost` instead of raised: a closed pipe or terminal."""
+    """A text stream that reports failed writes (closed pipe or terminal) to `lost` instead of raising."""
 
     def __init__(self, stream: TextIO, lost: Callable[[], None]) -> None:
         self._stream, self._lost = stream, lost
@@ -121,5 +120,5 @@ class _Tolerant:
             return action() or 0
         except OSError:
             self._lost()
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # what is buffered must go somewhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # discard buffered output
             return 0

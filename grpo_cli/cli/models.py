@@ -1,4 +1,4 @@
-"""Shared by commands that run a model: loading it, and joining the ranks."""
+"""Load models and join the ranks, for commands that run a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load(chosen: Chosen) -> Policy:
 
 
 def join_ranks(settings: Settings) -> Solo:
-    """Join the processes that a launcher started, each on a GPU of its own; Solo without a launcher."""
+    """Join the processes that a launcher started, one GPU each; Solo without a launcher."""
     process = place()
     if process.size == 1:
         return Solo()

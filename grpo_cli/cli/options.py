@@ -1,7 +1,7 @@
-"""One command-line option for every setting, made from its declaration.
+"""Make one command-line option for every setting, from its declaration.
 
-The options of a command are built when it parses its line or shows its help, so `countdown --help` imports no pydantic.
-`config.resolve` checks values, for every layer alike.
+Options are built when a command parses its line or shows its help, so `countdown --help` does not import pydantic.
+`config.resolve` validates the values of all layers.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ _COMPLETED: dict[str, Any] = {
     "model.ref_model": "model",
 }
 _HELP = {"-h", "--help"}
-_NEGATIVE = re.compile(r"-[0-9].*[\s=]")  # a question that begins with a negative number, not an option
+_NEGATIVE = re.compile(r"-[0-9].*[\s=]")  # a puzzle that begins with a negative number is not an option
 
 
 def settings_command(*names: str) -> type[TyperCommand]:
     """A command class, for `@app.command(cls=...)`, with an option per setting in `names`: tables or single settings.
 
-    The command reads what was given with `flags(ctx)`. Example: `settings_command("task", "model.device")`.
+    The command reads the options with `flags(ctx)`. Example: `settings_command("task", "model.device")`.
     """
     return type("SettingsCommand", (_SettingsCommand,), {"names": names})
 
 
 def flags(ctx: typer.Context) -> dict[str, object]:
-    """The setting options given on the command line, keyed `train.batch_size`, as `config.resolve` takes them."""
+    """The setting options of the command line, keyed `train.batch_size`, for `config.resolve`."""
     return dict(ctx.meta.get(__name__, {}))
 
 
@@ -47,7 +47,7 @@ def give(ctx: typer.Context, key: str, value: int) -> None:
 
 
 def completion(kind: Literal["run", "model", "preset", "suite"]) -> Callable[[typer.Context], list[str]]:
-    """An `autocompletion` of the names that exist, by the settings file and `--runs` of the line typed so far."""
+    """An `autocompletion` of existing names, using the settings file and `--runs` of the line typed so far."""
 
     def names(ctx: typer.Context) -> list[str]:
         from grpo_cli.core.config.resolve import presets, resolve
@@ -60,7 +60,7 @@ def completion(kind: Literal["run", "model", "preset", "suite"]) -> Callable[[ty
             if kind == "preset":
                 return ["auto", *sorted(presets(file))]
             settings = resolve(flags=place, environ=os.environ, config_file=file).settings
-        except CountdownError:  # a line typed in part may be wrong
+        except CountdownError:  # an incomplete line may be invalid
             return []
         if kind == "suite":
             return [*settings.suite]
@@ -83,7 +83,7 @@ class _SettingsCommand(TyperCommand):
         return super().make_context(info_name, args, *rest, **extra)
 
     def get_params(self, ctx: Any) -> list[Any]:
-        return [_without_type(parameter) for parameter in super().get_params(ctx)]  # that of --help among them
+        return [_without_type(parameter) for parameter in super().get_params(ctx)]  # including --help
 
 
 class Commands(TyperGroup):
@@ -101,7 +101,7 @@ def _without_type(parameter: Any) -> Any:
 
 
 def _options(names: tuple[str, ...], args: Sequence[str]) -> list[Any]:
-    """The options of `names`, which Typer makes from a function that has them as parameters."""
+    """The options of `names`, made by Typer from a function with these parameters."""
     from grpo_cli.core.config.resolve import defaults
     from grpo_cli.core.config.settings import FIELDS, panel
 
@@ -118,9 +118,10 @@ def _options(names: tuple[str, ...], args: Sequence[str]) -> list[Any]:
 
 
 def _values(args: Sequence[str], environ: Mapping[str, str] = os.environ) -> dict[str, object]:
-    """Every setting with the value that would run: of the chosen preset, the user's file and the environment.
+    """Every setting with its value from the chosen preset, the user's file and the environment.
 
-    Help imports no torch, so the driver's device file stands for CUDA. A wrong file is reported when it is used.
+    Help does not import torch, so the driver's device file indicates CUDA. Errors in a file are reported when it is
+    used.
     """
     from grpo_cli.core.config.resolve import defaults, resolve
     from grpo_cli.core.config.settings import values
@@ -155,7 +156,7 @@ def _named(key: str, names: tuple[str, ...]) -> bool:
 
 
 def _parameters(key: str, panel: str, default: object) -> Iterator[inspect.Parameter]:
-    """The option of a setting; a switch has a second, hidden one that turns it off, which its help names."""
+    """The option of a setting; a switch has a second, hidden option that turns it off, named in its help."""
     from grpo_cli.core.config.resolve import flag
     from grpo_cli.core.config.settings import FIELDS, choices, describe
 
@@ -178,7 +179,7 @@ def _parameters(key: str, panel: str, default: object) -> Iterator[inspect.Param
 
 
 def _parameter(key: str, name: str, *, value: bool | None = None, **shown: Any) -> inspect.Parameter:
-    """An option that stores its text, or `value` if it takes none, under `key` where `flags` finds it."""
+    """An option that stores its text, or `value` if it takes none, under `key` for `flags`."""
 
     def store(ctx: typer.Context, given: str | bool | None) -> None:
         if given is not None:
@@ -186,7 +187,7 @@ def _parameter(key: str, name: str, *, value: bool | None = None, **shown: Any) 
 
     kind = str | None if value is None else bool | None
     return inspect.Parameter(
-        f"setting{name.replace('-', '_')}",  # never the name of one of the command's own parameters
+        f"setting{name.replace('-', '_')}",  # differs from the command's own parameters
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
         annotation=Annotated[kind, typer.Option(name, callback=store, expose_value=False, **shown)],

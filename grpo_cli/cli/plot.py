@@ -18,13 +18,13 @@ from grpo_cli.ui import figures, report, tables
 from grpo_cli.ui.account import Account
 from grpo_cli.ui.figures import Curves
 
-MOST_CHARACTERS = 64  # of a folder's name made of runs' names
+MOST_CHARACTERS = 64  # in a folder name joined from runs' names
 
 
 def run(
     ctx: typer.Context, *, runs: list[str] | None, out: Path | None, report: bool, overwrite: bool, config: Path | None
 ) -> None:
-    """Draw both figures of the runs, and with `report` write report.html beside them."""
+    """Draw both figures of the runs and, with `report`, write report.html beside them."""
     settings = resolve(ctx, config).settings
     root, style = Path(settings.runs), settings.plot
     newest = Run.newest(root)
@@ -41,7 +41,7 @@ def run(
     folder = out or own or _folder_for(sources)
     page = folder / "report.html"
     for path in [*_images(folder, style), *([page] * report)]:
-        check_writable(path, overwrite=overwrite or folder == own)  # a run's own images are ours to replace
+        check_writable(path, overwrite=overwrite or folder == own)  # a run's own images may be replaced
     if report:
         _write_report([_account(source, drawn) for source, drawn in zip(sources, curves, strict=True)], page, style)
     for path in [*draw(curves, folder, style), *([page] * report)]:
@@ -89,7 +89,7 @@ def _source(root: Path, name: str) -> Run | Path:
 
 
 def _account(source: Run | Path, curves: Curves) -> Account:
-    """Collect what a report shows of a run, or of a metrics file."""
+    """Collect the report data of a run or a metrics file."""
     if isinstance(source, Path):
         return Account(curves)
     return Account(

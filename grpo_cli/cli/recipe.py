@@ -1,6 +1,6 @@
-"""Make the built-in model: `python -m grpo_cli.cli.recipe`. What it learns from is `core/builtin/recipe`'s to say.
+"""Rebuild the built-in model: `python -m grpo_cli.cli.recipe`. `core/builtin/recipe` defines its training data.
 
-Writes the model where `builtin` is loaded from, then measures it, which takes a minute more.
+Writes the model where `builtin` is loaded from, then measures its accuracy, which takes another minute.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_NEW_TOKENS = 400
 
 
 def main() -> None:
-    """Run the recipe from nothing, save the model, and print how well it searches and why it fails."""
+    """Run the recipe from scratch, save the model, and print its accuracy and the reasons of its failures."""
     arguments = argparse.ArgumentParser(prog="python -m grpo_cli.cli.recipe", description=main.__doc__)
     arguments.add_argument("--out", type=Path, default=BUILTIN, help="folder to write (default: the package's own)")
     arguments.add_argument("--seed", type=int, default=Recipe.seed)
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def write(recipe: Recipe, folder: Path) -> None:
-    """Run the recipe with progress bars; save the model in float16, which rounds its weights less than bfloat16."""
+    """Run the recipe with progress bars and save the model in float16, which rounds its weights less than bfloat16."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}"), console=show.err) as bars:
         tasks = {stage.name: bars.add_task(stage.name, total=stage.steps, loss=0.0) for stage in stages(recipe)}
@@ -54,7 +54,7 @@ def measure(folder: Path, split: Side, temperature: float) -> Evaluation:
 
 
 def report(result: Evaluation) -> None:
-    """One line of accuracy and one of why the rest failed."""
+    """Print one line of accuracy and one of the reasons of failures."""
     wrong = [completion for row in result.completions for completion in row if not completion.score.correct]
     kinds = Counter(failure(item.text, cast(Puzzle, item.puzzle), truncated=item.truncated) for item in wrong)
     decoding = f"temperature {result.temperature:g}" if result.temperature else "greedy"

@@ -31,7 +31,7 @@ def run(
     as_json: bool,
     config: Path | None,
 ) -> None:
-    """Sample until an answer is right; exit with 1 if none is."""
+    """Sample until an answer is correct; exit with 1 if none is."""
     chosen = choose(ctx, config, model)
     rules = chosen.settings.task.rules
     puzzle = read_question(" ".join(question), rules)
@@ -51,11 +51,11 @@ def run(
 
 
 def _attempt(policy: Policy, puzzle: Puzzle, settings: Settings, *, attempts: int, quiet: bool) -> tuple[Score, int]:
-    """Ask up to `attempts` times, the first greedily by default: (last score, number of attempts)."""
+    """Make up to `attempts` attempts, the first greedy by default: (last score, number of attempts)."""
     import torch
 
     if policy.model.num_parameters() < 10_000_000:
-        torch.set_num_threads(1)  # several wait for each other longer than so small a model computes
+        torch.set_num_threads(1)  # a small model loses more to thread synchronisation than it gains
     task, style, limit = task_of(settings), settings.task.style, settings.eval.max_new_tokens
     tokens = policy.encode(task.prompt(puzzle, style))
     for attempt in range(attempts):

@@ -1,4 +1,4 @@
-"""`countdown train`: start or resume a training, show it live, and keep its curves up to date."""
+"""`countdown train`: start or resume a training, show its progress, and update its curves."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run(
     probe: bool,
     config: Path | None,
 ) -> None:
-    """Train, or only show or probe what would be trained."""
+    """Train, print the plan (`dry_run`), or probe the starting model (`probe`)."""
     process = place()
     _set_batch_size(ctx, batch_size_per_rank, process)
     resolved = resolve_for_model(ctx, config)
@@ -57,7 +57,7 @@ def run(
         overwrite, resume = True, Run(root / run).config_path.is_file()
     if resume and run is not None:
         resolved = resumed(ctx, root, run)
-    if not dry_run:  # which shows it above the settings
+    if not dry_run:  # a dry run shows it above the settings
         show.note(f"preset {resolved.settings.preset}: {resolved.preset_reason}")
     model = resolved.settings.model
     chosen = Chosen(model.model, model_source(root, model.model), resolved.settings)
@@ -70,7 +70,7 @@ def run(
     if dry_run or probe:
         return
     require_package("matplotlib")
-    settings = resolved.settings.model_copy(update={"runs": str(root)})  # where a resumed run is now
+    settings = resolved.settings.model_copy(update={"runs": str(root)})  # the run may have moved
     if choose_optimizer(settings.train.optimizer, detect_device(model.device)) == "adamw8bit":
         require_package("bitsandbytes")
     ranks = join_ranks(settings)
@@ -80,7 +80,7 @@ def run(
 
 
 class _View(TrainingView):
-    """The live view, which also rewrites the run's curves and model card after each evaluation."""
+    """The live view; also rewrites the run's curves and model card after each evaluation."""
 
     def __init__(self, session: Session) -> None:
         super().__init__(session.settings.train.num_iterations, start=session.training.step)
@@ -121,7 +121,7 @@ def _train(session: Session) -> None:
 
 
 def _set_batch_size(ctx: typer.Context, per_rank: int | None, process: Place) -> None:
-    """Turn a batch size per rank into the total, which is kept across restarts."""
+    """Set the total batch size from a batch size per rank; it stays the same across restarts."""
     if per_rank is None or process.restarts:
         return
     if "train.batch_size" in flags(ctx):
@@ -130,7 +130,7 @@ def _set_batch_size(ctx: typer.Context, per_rank: int | None, process: Place) ->
 
 
 def _show_plan(resolved: Resolved, chosen: Chosen, process: Place) -> None:
-    """Show every setting with its source, the first prompt as token ids, and the memory plan."""
+    """Print every setting with its source, the first prompt as token ids, and the memory plan."""
     settings = for_ranks(chosen.settings, process.size)
     demonstrated(settings, process.size)
     tables.config_table(resolved)
@@ -147,7 +147,7 @@ def _show_plan(resolved: Resolved, chosen: Chosen, process: Place) -> None:
 
 
 def _probe(chosen: Chosen) -> None:
-    """Sample the starting model in every style as training would, and show how much there is to learn from."""
+    """Sample the starting model in every style as training would, and show how much it can learn."""
     asked, settings, task = chosen.settings.task, chosen.settings.train, task_of(chosen.settings)
     policy = load(chosen)
     with tables.progress(f"probing {chosen.name}", quiet=False) as advance:

@@ -1,7 +1,7 @@
-"""Find the value of every setting, and where it comes from. Layers, weakest first:
+"""Resolve the value of every setting and its source. Layers, weakest first:
 
-shipped file, chosen preset as shipped, user's file, user's tables for that preset, environment, flags. Environment and
-flags are passed in, never read here; `settings` declares what a value may be.
+shipped file, chosen preset as shipped, user's file, user's tables for that preset, environment, flags. The caller
+passes environment and flags; `settings` declares which values are valid.
 """
 
 import os
@@ -32,7 +32,7 @@ _SCHEDULES = (
 
 @dataclass(frozen=True)
 class Resolved:
-    """Settings, the origin of each (`train.batch_size` -> `flag --batch-size`), and why this preset."""
+    """Settings, the source of each (`train.batch_size` -> `flag --batch-size`), and why this preset was chosen."""
 
     settings: Settings
     sources: Mapping[str, str]
@@ -61,7 +61,7 @@ def shipped_presets() -> frozenset[str]:
 
 
 def presets(config_file: Path | None = None, directory: Path = Path(".")) -> frozenset[str]:
-    """The names of the presets that ship, and of those in the user's file (see `resolve`)."""
+    """The names of the shipped presets and of those in the user's file (see `resolve`)."""
     return shipped_presets() | _user(config_file, directory).presets.keys()
 
 
@@ -73,11 +73,11 @@ def resolve(
     directory: Path = Path("."),
     has_cuda: Callable[[], bool] = lambda: False,
 ) -> Resolved:
-    """Settings from all layers; what a user writes beats what ships.
+    """Settings from all layers; the user's files override the shipped one.
 
-    The user's file is `config_file`, or else `config.toml` in `directory` if there is one. `flags` is keyed
-    `train.batch_size`; a text value is read as the setting's type. Raises CountdownError, naming the place, for a wrong
-    value or name in any layer, even one that a stronger layer hides. `has_cuda` chooses among the presets for `auto`.
+    The user's file is `config_file`, or `config.toml` in `directory` if it exists. `flags` is keyed `train.batch_size`;
+    text values are converted to the setting's type. `has_cuda` selects the preset for `auto`. Raises CountdownError
+    with the place of a wrong value or name in any layer, even if a stronger layer overrides it.
     """
     shipped, user = _shipped(), _user(config_file, directory)
     for preset in (*shipped.presets.values(), *user.presets.values()):
@@ -94,19 +94,19 @@ def resolve(
 
 
 def _require_used(user: "_File", chosen: str, shipped: Collection[str]) -> None:
-    """Refuse a preset of the user's that is neither chosen nor shipped nor names a model: a misspelled one."""
+    """Refuse a user's preset that is not chosen, not shipped, and names no model: a misspelled name."""
     for name, layer in user.presets.items():
         if name != chosen and name not in shipped and "model.model" not in layer:
             nearest = get_close_matches(name, shipped, n=1)
             place = next(iter(layer.values())).place if layer else f"`preset.{name}`"
             raise CountdownError(
-                f"{place} changes nothing: `{name}` is no shipped preset and names no model",
+                f"{place} changes nothing: `{name}` is not a shipped preset and names no model",
                 f"did you mean `{nearest[0]}`?" if nearest else f"choose it with `--preset {name}`",
             )
 
 
 def restore(saved: Mapping[str, object], path: Path, *, flags: Mapping[str, object] = MappingProxyType({})) -> Resolved:
-    """A run's settings, as `Settings.model_dump` gave them and `path` keeps them, under `flags`.
+    """A run's settings, as `Settings.model_dump` wrote them to `path`, overridden by `flags`.
 
     The preset is saved too, so a flag cannot change it.
     """
@@ -118,9 +118,9 @@ def restore(saved: Mapping[str, object], path: Path, *, flags: Mapping[str, obje
 
 
 def go_on(saved: Mapping[str, object], path: Path, *, flags: Mapping[str, object]) -> Resolved:
-    """The settings of a resumed run; `flags` may change those that leave its curve comparable.
+    """The settings of a resumed run; `flags` may change only those that keep its curve comparable.
 
-    Raises CountdownError that shows what else would change.
+    Raises CountdownError with the other changes.
     """
     before, resolved = fixed(restore(saved, path).settings), restore(saved, path, flags=flags)
     after = fixed(resolved.settings)
@@ -135,8 +135,8 @@ def go_on(saved: Mapping[str, object], path: Path, *, flags: Mapping[str, object
 @dataclass(frozen=True)
 class _Value:
     value: object
-    source: str  # as a table of settings names it
-    place: str  # as an error message names it
+    source: str  # as shown in the table of settings
+    place: str  # as shown in error messages
 
 
 _Layer = dict[str, _Value]
@@ -152,7 +152,9 @@ def _shipped() -> _File:
     file = _sections(_parse(SHIPPED), SHIPPED.name)
     missing = FIELDS.keys() - file.settings.keys()
     if missing:
-        raise CountdownError(f"`{SHIPPED}` has no `{min(missing)}`", "put the line back: every default stands there")
+        raise CountdownError(
+            f"`{SHIPPED}` has no `{min(missing)}`", "restore the line: the file must have every default"
+        )
     return file
 
 
@@ -165,7 +167,7 @@ def _user(config_file: Path | None, directory: Path) -> _File:
 
 def _parse(path: Path) -> dict[str, object]:
     try:
-        if stat.S_ISFIFO(path.stat().st_mode):  # reading it would wait for a writer
+        if stat.S_ISFIFO(path.stat().st_mode):  # reading would block until a writer opens it
             raise CountdownError(f"`{path}` is not a regular file", "name a settings file")
         with path.open("rb") as file:
             content = file.read(_LARGEST + 1)
@@ -234,7 +236,7 @@ def _flags(flags: Mapping[str, object]) -> _Layer:
 
 
 def _typed(key: str, value: object) -> object:
-    """Text read as the setting's type; text that cannot be is left for validation to refuse."""
+    """Text converted to the setting's type; text that cannot be converted is left for validation to refuse."""
     kind = FIELDS[key].annotation
     if not isinstance(value, str):
         return value
@@ -281,11 +283,11 @@ def require_suite(settings: Settings, name: str, place: str) -> None:
 
 
 def _refused(layer: _Layer, problem: ErrorDetails) -> CountdownError:
-    """The error for a value, with its place."""
+    """The error for an invalid value, with its place."""
     words = str(problem["ctx"]["error"]) if problem["type"] == "value_error" else None
     table, *rest = (str(part) for part in problem["loc"] or [""])
     key = ".".join([table, *rest[:1]])
-    if words and key not in layer:  # two settings that do not fit together
+    if words and key not in layer:  # two settings that conflict
         named = [name if name in layer else f"{table}.{name}" for name in re.findall(r"`([\w.]+)`", words)]
         items = [layer[name] for name in named if name in layer]
         places = " and ".join(f"{item.place} = {_shown(item.value)}" for item in items)

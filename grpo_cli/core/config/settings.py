@@ -1,6 +1,6 @@
 """Declare every setting once: name, type, bounds, help, panel, and whether a resumed run may change it.
 
-Flag, TOML key and environment variable share the name; `config.toml` holds the default.
+Flag, TOML key and environment variable share the name; `config.toml` has the default.
 """
 
 import hashlib
@@ -28,19 +28,19 @@ _BOUNDS = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 class Table(BaseModel):
-    """One table of `config.toml`. Strict: `true` is not a number, 1.0 not a whole number; infinities are refused."""
+    """One table of `config.toml`. Strict: `true` is not a number, 1.0 not a whole number, infinities are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def setting(description: str, panel: str, *, resumable: bool = False, **bounds: float) -> Any:
-    """A setting: its help, the panel of the help that lists it, its bounds, and whether a resumed run may change it."""
+    """A setting: its help text, its panel in the help, its bounds, and whether a resumed run may change it."""
     extra: dict[str, Any] = {"panel": panel, "resumable": resumable}
     return Field(description=description, json_schema_extra=extra, **cast("Any", bounds))
 
 
 def _in_one_line(value: object) -> object:
-    """A table of weights, or a single number, as the text of a schedule."""
+    """Convert a table of weights, or a single number, to the text of a schedule."""
     if isinstance(value, dict):
         return ", ".join(f"{name} = {weight}" for name, weight in value.items())
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
@@ -59,7 +59,7 @@ def _some_weight(cells: dict[str, float]) -> dict[str, float]:
 
 
 def _switched(value: object) -> object:
-    """Switches of older files as words."""
+    """Convert booleans of older files to `on` and `off`."""
     return {"true": "on", "false": "off"}.get(str(value).lower(), value)
 
 
@@ -101,7 +101,7 @@ class Task(Table):
 
     @property
     def rules(self) -> Rules:
-        """The rules of countdown that these settings make."""
+        """The rules of countdown as set here."""
         return Rules(self.operations, self.min_number, self.max_number, self.min_target, self.max_target, self.use_all)
 
 
@@ -225,7 +225,7 @@ class Reward(Table):
 
     @property
     def weights(self) -> Rewards:
-        """The same as plain data, for the task."""
+        """The amounts as plain data, for the task."""
         return Rewards(self.format_reward, self.numbers_reward, self.correct_reward)
 
 
@@ -252,7 +252,7 @@ class Ranks(Table):
 
 
 class Settings(Table):
-    """Every setting of one invocation; once resolved, `preset` is never `auto`."""
+    """All settings of one invocation; after `resolve`, `preset` is never `auto`."""
 
     preset: str = setting("settings for one model: `auto`, a shipped one, or your own", "Model", min_length=1)
     runs: PathText = setting("folder of the runs", "Output", min_length=1, resumable=True)
@@ -284,7 +284,7 @@ FIELDS: dict[str, FieldInfo] = {
 
 
 def values(settings: Settings) -> dict[str, object]:
-    """Every setting, by key."""
+    """All settings by key."""
     return {key: reduce(getattr, key.split("."), settings) for key in FIELDS}
 
 
@@ -304,17 +304,17 @@ def _declared(key: str) -> dict[str, Any]:
 
 
 def panel(key: str) -> str:
-    """The panel of the help that lists a setting."""
+    """The panel of a setting in the help."""
     return str(_declared(key)["panel"])
 
 
 def choices(key: str) -> tuple[str, ...]:
-    """The values that a setting may take, or () where they cannot be listed."""
+    """The valid values of a setting, or () if they cannot be listed."""
     return get_args(FIELDS[key].annotation)
 
 
 def describe(key: str) -> str:
-    """A setting's description and choices: its help, and its comment in `config.toml`."""
+    """A setting's description and choices, for its help and its comment in `config.toml`."""
     return ": ".join(filter(None, [FIELDS[key].description, ", ".join(choices(key))]))
 
 
