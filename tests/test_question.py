@@ -77,12 +77,12 @@ TWO = "the question can be read in two ways: "
         ("4 7 = 0", "the target of a puzzle lies between 1 and 1000, and 0 does not"),
         ("4 7 3 = 2 5", NONE),
         ("4 7 3 = 2,5", NONE),
-        ("4 7 3 make 25 or 26", NONE),
         ("1/2 3 = 4", NONE),
         ("make 1 million from 4 7 8", NONE),
         ("make 10% of 4 7 8", NONE),
         ("4 7 3 = 25 = 30", TWO + "`4 7 3 = 25` or `4 7 3 = 30`"),
         ("[4, 7] or [3, 9] make 12", TWO + "`4 7 = 12` or `3 9 = 12`"),
+        ("4 7 3 make 25 or 26", TWO + "`4 7 3 = 25` or `4 7 3 = 26`"),
         ("[4, 7, 3] 25 or 30", TWO + "`4 7 3 = 25` or `4 7 3 = 30`"),
     ],
 )

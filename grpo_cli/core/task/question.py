@@ -12,7 +12,7 @@ LONGEST = 1_000  # characters
 _NUMBER = r"(?:(?<![\w.)\]])[-−])?(?<![\w.])[0-9]+(?:\.[0-9]+)?(?!\w)"
 _TARGET = re.compile(
     r"(?:\b(?:make[sd]?|making|equals?|reach(?:es)?|gets?|gives?|target)\b|[=-]>|→|=)"
-    rf"[\s:*`]*(?:(?:is|of|to|the|a|total|number|target|value)\b[\s:]*)*({_NUMBER})(?![\s,;]+(?:(?:or|and)\s+)?{_NUMBER})"
+    rf"[\s:*`]*(?:(?:is|of|to|the|a|total|number|target|value)\b[\s:]*)*({_NUMBER})(?![\s,;]+{_NUMBER})(?:\s+(?:or|and)\s+({_NUMBER}))?"
 )
 _BRACKETS = re.compile(rf"\[((?:[\s,;]|{_NUMBER})*)\]")
 _RUN = re.compile(rf"{_NUMBER}(?:(?:\s*[,;]\s*(?:and\s+)?|\s+(?:and\s+|&\s*)?){_NUMBER})*")
@@ -50,7 +50,7 @@ def _readings(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
         return
     lists = [tuple(_NUMBERS.findall(match[1])) for match in _BRACKETS.finditer(text)]
     outside = _BRACKETS.sub(lambda match: " " * len(match[0]), text)
-    targets = [(match.start(1), match[1]) for match in _TARGET.finditer(outside)]
+    targets = [(match.start(n), match[n]) for match in _TARGET.finditer(outside) for n in (1, 2) if match[n]]
     if lists and not targets:
         targets = [(match.start(), match[0]) for match in _NUMBERS.finditer(outside)]
     for start, target in targets:
