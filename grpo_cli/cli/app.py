@@ -72,7 +72,7 @@ def main() -> None:
         show.note("\nnothing was changed")
         sys.exit(1)
     except CountdownError as problem:
-        if getattr(problem, "tells", False):
+        if getattr(problem, "reports", False):
             show.silence(False)
         show.error(problem)
         sys.exit(problem.exit_code)

@@ -1,14 +1,14 @@
-"""The one exception that a user is meant to see; it does not know how it is shown.
+"""The one exception that users are meant to see.
 
 Exception
-  CountdownError    what a user can mend: exit code 2, or 1 when the job ran and failed
+  CountdownError    a problem that the user can fix: exit code 2, or 1 if the job ran and failed
 """
 
 
 class CountdownError(Exception):
-    """Something a user can mend, with a `hint` that says how.
+    """A problem that the user can fix, with a `hint` on how.
 
-    `exit_code` is 2 when the invocation, the configuration or the data is wrong, 1 when the job ran and failed.
+    `exit_code` is 2 if the invocation, the configuration or the data is wrong, 1 if the job ran and failed.
     """
 
     def __init__(self, message: str, hint: str | None = None, *, exit_code: int = 2) -> None:

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and JSON Lines. Knows no file by its name."""
+"""Atomic file writes, and JSON Lines."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from grpo_cli.core.errors import CountdownError
 
 
 def check_writable(path: Path, *, overwrite: bool) -> None:
-    """Raise CountdownError where `write` would fail, or would replace a file without `overwrite`.
+    """Raise CountdownError if `write` would fail, or would replace a file without `overwrite`.
 
-    Devices and FIFOs lose nothing when written to, so they need no `overwrite`.
+    Writing to devices and FIFOs replaces nothing, so they need no `overwrite`.
     """
     try:
         os.lstat(path)
@@ -52,7 +52,7 @@ def _may(path: Path, mode: int) -> bool:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Replace a file as a whole: a reader sees the old content or the new, on disk even if the machine stops.
+    """Replace a file atomically: a reader sees the old or the new content, even after a crash.
 
     Devices, FIFOs and symbolic links are written through, never replaced. Raises CountdownError, exit code 1.
     """
@@ -75,7 +75,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def write_lines(path: Path, lines: Sequence[str]) -> None:
-    """Write lines as `write` does; where they do not fit, keep the first ones in `<path>.part`."""
+    """Write lines as `write` does; if they do not fit, keep the first ones in `<path>.part`."""
     content = "".join(f"{line}\n" for line in lines).encode()
     try:
         write(path, content)
@@ -89,7 +89,7 @@ def write_lines(path: Path, lines: Sequence[str]) -> None:
 
 
 def _fill(path: Path, content: bytes) -> int:
-    """Write as many whole lines as fit, and return their number."""
+    """Write as many whole lines as fit; returns their number."""
     with path.open("wb", buffering=0) as file:
         written = 0
         with suppress(OSError):
@@ -114,12 +114,12 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write an object of finite numbers, as `write` does."""
+    """Write an object of finite numbers as `write` does."""
     write(path, json.dumps(dict(content), indent=2, allow_nan=False).encode() + b"\n")
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """The object in a JSON file; raises CountdownError if there is none."""
+    """The object in a JSON file; raises CountdownError if it has none."""
     try:
         require_regular(path)
         content = json.loads(path.read_bytes())
@@ -133,14 +133,14 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def append_lines(path: Path, records: Iterable[Mapping[str, object]]) -> None:
-    """Append one line for each record."""
+    """Append one line per record."""
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(f"{json.dumps(dict(record), allow_nan=False)}\n" for record in records))
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a JSON Lines file, not yet parsed."""
+    """An unparsed line of a JSON Lines file."""
 
     path: Path
     number: int
@@ -151,7 +151,7 @@ class Line:
         return f"line {self.number} of `{self.path}`"
 
     def record(self) -> dict[str, object]:
-        """The object in this line; raises CountdownError if there is none."""
+        """The object in this line; raises CountdownError if it has none."""
         try:
             record = json.loads(self.raw)
         except (ValueError, RecursionError):
@@ -168,7 +168,7 @@ class Line:
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """The lines of a JSON Lines file, without a last one that was cut off; none if there is no file."""
+    """The lines of a JSON Lines file, except a last one that was cut off; none if the file does not exist."""
     if not os.path.lexists(path):
         return
     require_regular(path)
@@ -180,6 +180,6 @@ def read_lines(path: Path) -> Iterator[Line]:
 
 
 def require_regular(path: Path) -> None:
-    """Refuse devices, FIFOs and folders, which may never end or never begin; what is missing is left to the reader."""
+    """Refuse devices, FIFOs and folders; a missing file is left to the reader."""
     if path.exists() and not path.is_file():
         raise CountdownError(f"`{path}` is not a regular file")

@@ -1,6 +1,6 @@
 """Every metric of a training, declared once: meaning, unit, format, and where it is shown.
 
-`metrics.jsonl` holds metrics by name. The live table, figures, reports and docs/training.md read this list. A metric
+`metrics.jsonl` holds metrics by name. The live table, figures, reports and docs/training.md use this list. A metric
 with a `title`, `width` and `rank` is a column of the live table; `in_report` adds it to a report's health table.
 """
 
@@ -22,13 +22,13 @@ SUITE = "suite/"  # prefix of a suite's cells
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of a step. A name that ends in `/` stands for a family, such as `suite/` for `suite/val 3 one-shot`."""
+    """A number of a step. A name that ends in `/` is a family: `suite/val 3 one-shot` belongs to `suite/`."""
 
     name: str
     meaning: str
     unit: str
     form: str
-    title: str = ""  # of its column in the live table
+    title: str = ""  # column title in the live table
     width: int = 0
     rank: int = 0  # narrow terminals drop the highest first
     line_only: bool = False  # shown in the line of a step, not in the table
@@ -47,7 +47,7 @@ class Metric:
         return self.form.format(value)
 
     def cell(self, metrics: Mapping[str, float]) -> str:
-        """Its value in a step's metrics, or `-`."""
+        """Its value in a step's metrics, formatted, or `-`."""
         return self.show(metrics[self.name]) if self.name in metrics else "-"
 
 
@@ -103,5 +103,5 @@ PHASES = tuple(one for one in METRICS if one.line_only)
 
 
 def metric(name: str) -> Metric:
-    """The declaration of a metric or of its family; KeyError if there is none."""
+    """The declaration of a metric or of its family; raises KeyError if there is none."""
     return _BY_NAME[name] if name in _BY_NAME else _BY_NAME[f"{name.partition('/')[0]}/"]

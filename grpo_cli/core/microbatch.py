@@ -1,7 +1,6 @@
-"""How many completions to compute at once: half as many each time that memory runs out, or is about to.
+"""Micro-batch size: halved each time memory runs out, or is about to.
 
-On a CPU the kernel ends a process that takes too much, so resident memory is watched there. Knows neither the rows nor
-what is computed from them.
+On a CPU, the kernel kills a process that uses too much memory, so resident memory is watched there.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ import torch
 from grpo_cli.core.errors import CountdownError
 
 T = TypeVar("T")
-# torch's words where it has no exception of its own.
+# torch's messages for cases without an exception class.
 SENTENCES = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _PROCESS = Path("/proc/self")
 
 
 class NearLimit(MemoryError):
-    """The process is about to hold more memory than it may."""
+    """The process is about to exceed its memory limit."""
 
 
 class MicroBatch:
@@ -34,13 +33,13 @@ class MicroBatch:
     def __init__(self, rows: int = 0, *, limit: int = 0, report: Callable[[str], None] = lambda _: None) -> None:
         self.rows, self.limit = rows, limit
         self._report = report
-        self._per_token = 0.0  # most bytes that a pass took for each of its tokens
-        self._measured: tuple[int, int] | None = None  # tokens of the pass that goes on, and bytes before it
+        self._per_token = 0.0  # highest bytes per token of a pass
+        self._measured: tuple[int, int] | None = None  # tokens of the current pass, and bytes before it
 
     def attempt(self, work: Callable[[int], T], *, total: int, doing: str) -> T:
-        """`work` on `total` rows, called with the micro-batch size; repeated with half of it if memory runs out.
+        """Call `work` with the micro-batch size for `total` rows; if memory runs out, repeat it with half the size.
 
-        A failed attempt must leave nothing behind that matters. Raises CountdownError if one row does not fit.
+        A failed attempt must have no lasting effect. Raises CountdownError if one row does not fit.
         """
         while True:
             try:
@@ -52,16 +51,16 @@ class MicroBatch:
             self._halve(total, doing, why)
 
     def check(self) -> None:
-        """Raise NearLimit if the process holds more than the limit, also after giving back freed memory."""
+        """Raise NearLimit if the process exceeds the limit even after returning freed memory."""
         if self.limit and resident() > self.limit:
             give_back()
             if resident() > self.limit:
                 raise NearLimit
 
     def begin(self, *, tokens: int, rows: int) -> None:
-        """Before a pass over `tokens` of `rows` completions: NearLimit if its peak would pass the limit.
+        """Before a pass over `tokens` of `rows` completions: raise NearLimit if its predicted peak exceeds the limit.
 
-        The peak is predicted from earlier passes. A single completion is always tried.
+        The prediction uses earlier passes. A single completion is always tried.
         """
         if not self.limit:
             return
@@ -73,7 +72,7 @@ class MicroBatch:
         self._measured = (tokens, start) if _reset_peak() else None
 
     def end(self) -> None:
-        """After the pass, its backward included: remember the memory that it took."""
+        """After the pass, including its backward: record the memory that it took."""
         if self._measured is not None:
             tokens, start = self._measured
             self._per_token, self._measured = max(self._per_token, (_peak() - start) / tokens), None
@@ -93,14 +92,14 @@ class MicroBatch:
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether an exception means that there was too little memory."""
+    """Whether an exception means out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sentence in str(error) for sentence in SENTENCES)
 
 
 def resident() -> int:
-    """Bytes of physical memory that this process holds; 0 where the system does not say."""
+    """Bytes of physical memory of this process; 0 if the system does not report them."""
     try:
         pages = int((_PROCESS / "statm").read_text().split()[1])
     except OSError:
@@ -109,22 +108,22 @@ def resident() -> int:
 
 
 def give_back() -> None:
-    """Return freed memory to the system: the C library and CUDA's allocator keep it otherwise."""
+    """Return freed memory to the system; the C library and CUDA's allocator keep it otherwise."""
     if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # a C library without it
+        with suppress(OSError, AttributeError):  # not available in every C library
             ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def _peak() -> int:
-    """Most bytes of physical memory that this process held since `_reset_peak`."""
+    """Peak bytes of physical memory of this process since `_reset_peak`."""
     lines = (_PROCESS / "status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def _reset_peak() -> bool:
-    """Start measuring the peak of resident memory anew; False where that is not possible."""
+    """Reset the peak of resident memory; False if that is not possible."""
     try:
         (_PROCESS / "clear_refs").write_text("5")
     except OSError:

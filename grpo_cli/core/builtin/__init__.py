@@ -1,1 +1,1 @@
-"""The built-in model: the recipe that makes it, and what the recipe made."""
+"""The built-in model, and the recipe that trained it."""

@@ -1,8 +1,8 @@
-"""The recipe that made the built-in model: a small Qwen2 that learns by imitation to search, but not to persist.
+"""The recipe of the built-in model: a small Qwen2 that learns by imitation to search, but not to persist.
 
-First patient searches and drills of arithmetic, mostly on numbers from 1 to `WIDEST`; then, shortly, the same searches
-given up early, most after `PATIENT_TRIES` failures. What is left is a model that can search, and stops too soon; the
-rest is for reinforcement. Puzzles come from the train split alone. Knows neither terminals nor reinforcement.
+First, patient searches and arithmetic drills, mostly on numbers from 1 to `WIDEST`; then, briefly, the same searches
+given up early, most after `PATIENT_TRIES` failures. The result can search but stops too soon, which is left to
+reinforcement. Puzzles come only from the train split.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from grpo_cli.core.task.puzzle import Puzzle, split_of
 PATIENT_TRIES = 5  # most impatient searches are given up after this many failures
 PERIODS = (2, 5, 10, 20, 50, 100, 200, 400)
 MUON_FACTOR = 8  # Muon's learning rate over AdamW's
-WIDE, WIDEST = 0.6, 16  # share of puzzles drawn from more than 1 to 10, and the largest number of those
+WIDE, WIDEST = 0.6, 16  # share of puzzles with numbers beyond 10, and their largest number
 FOURS = 0.25  # share of puzzles of four numbers
-UNREACHED = 0.1  # share of puzzles whose target no search need reach
-DRILLS, DRILL_LINES = 0.35, 20  # share of rows that are drills, and their lines
+UNREACHED = 0.1  # share of puzzles whose target may be unreachable
+DRILLS, DRILL_LINES = 0.35, 20  # share of drill rows, and lines per drill row
 STYLE_WEIGHTS = (0.4, 0.3, 0.3)  # one-shot, zero-shot, natural
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Seed, shape, length and rates; what the rows are made of stands above."""
+    """Seed, shape, length and learning rates; constants above define the rows."""
 
     seed: int = 0
     width: int = 192
@@ -57,19 +57,19 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Row:
-    """Token ids of one text and the id to be learned at each position (`IGNORED` where there is none)."""
+    """Token ids of one text and the label at each position (`IGNORED` for none)."""
 
     tokens: list[int]
     labels: list[int]
 
 
 def patient(failures: int) -> float:
-    """Never gives up before the space is exhausted."""
+    """Never gives up."""
     return 0.0
 
 
 def impatient(failures: int) -> float:
-    """Probability of giving up after so many failed tries."""
+    """Probability of giving up after this many failed tries."""
     return 0.1 if failures < PATIENT_TRIES else 0.75
 
 
@@ -108,9 +108,10 @@ def build_model(recipe: Recipe, tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
 
 @torch.no_grad()
 def _place_numbers(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer) -> None:
-    """Start the embeddings of numbers on circles of several periods, so that nearby and congruent numbers look alike.
+    """Initialise the embeddings of numbers on circles of several periods: nearby and congruent numbers are similar.
 
-    Trained language models add numbers so, and those that start from such embeddings learn better (arXiv 2406.03445).
+    Trained language models represent numbers this way, and training from such embeddings works better (arXiv
+    2406.03445).
     """
     embedding = model.get_input_embeddings().weight
     spread = model.config.initializer_range
@@ -126,7 +127,7 @@ def _place_numbers(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer) -> None:
 
 @dataclass(frozen=True)
 class Stage:
-    """Some steps of imitation, at a learning rate that falls to 0."""
+    """A number of imitation steps with a learning rate that falls to 0."""
 
     name: str
     steps: int
@@ -136,10 +137,9 @@ class Stage:
 
 
 def may_imitate(puzzle: Puzzle) -> bool:
-    """Whether the recipe draws from puzzles like this one: train puzzles of three or four numbers, solvable or not.
+    """Whether the recipe may have drawn this puzzle: a train puzzle of three or four numbers, solvable or not.
 
-    Which of them it drew is not kept. Its drills are no puzzles: they are worked out for two operands, or for numbers
-    of the train split.
+    The drawn puzzles are not recorded. Drills are not puzzles: they use two operands, or numbers of the train split.
     """
     numbers = puzzle.numbers
     return puzzle.split == "train" and len(numbers) in FORMS and max(numbers) <= WIDEST and 1 <= puzzle.target <= 100
@@ -155,8 +155,7 @@ class RowMaker:
     def numbers(self) -> list[int]:
         """Three or four sorted numbers of the train split.
 
-        Those beyond 10 make too many puzzles to memorize, so that what is learned here holds for numbers never seen
-        together.
+        Numbers beyond 10 make too many puzzles to memorize, so the model generalises to unseen combinations.
         """
         rng = self.rng
         largest = WIDEST if rng.random() < WIDE else 10
@@ -190,7 +189,7 @@ class RowMaker:
         return Row(start + completion, [IGNORED] * len(start) + completion)
 
     def _drill_row(self) -> Row:
-        """Drills whose work and verdicts are learned, not their questions."""
+        """A row of drills; only results and verdicts are labels, not the questions."""
         row = Row([], [])
         for _ in range(DRILL_LINES):
             line = drill(self.rng, self.numbers() if self.rng.random() < 0.5 else None) + "\n"
@@ -204,7 +203,7 @@ class RowMaker:
 
 
 def batches(maker: RowMaker, stage: Stage, tokens_per_step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of rows of like length, right-padded: tokens and labels (B, T), about `tokens_per_step` of them real."""
+    """Batches of rows of similar length, right-padded: tokens and labels (B, T), about `tokens_per_step` real ones."""
     while True:
         pool = sorted(
             (maker.row(stage.patience, drills=stage.drills) for _ in range(512)), key=lambda row: len(row.tokens)

@@ -1,9 +1,8 @@
-"""The built-in model's tokenizer: a real Qwen2Tokenizer, trained on the task's own prompts and traces.
+"""The built-in model's tokenizer: a real Qwen2Tokenizer, trained on the task's prompts and traces.
 
-Qwen's pre-tokenizer splits numbers into digits. Here every whole number up to 200 is an added token, with and without
-a leading space, so that a line of arithmetic is a third shorter and "is this the target?" is the equality of two
-tokens. Added tokens are matched before the pre-tokenizer runs and are part of the file format, so AutoTokenizer reads
-them back.
+Qwen's pre-tokenizer splits numbers into digits. Here every whole number up to 200 is an added token, with and without a
+leading space, so a line of arithmetic is a third shorter and comparing with the target means comparing two tokens.
+Added tokens are matched before the pre-tokenizer runs and are part of the file format, so AutoTokenizer loads them.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 LARGEST_NUMBER = 200
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-VERDICTS = (", need", ". No.\n", ". Yes!\n")  # one token each: the verdict follows the target at once
+VERDICTS = (", need", ". No.\n", ". Yes!\n")  # one token each, so the verdict directly follows the target
 CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' %}"
     "{{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}"
@@ -31,7 +30,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> Qwen2Tokenizer:
-    """A Qwen2Tokenizer whose merges come from `texts`, with about `vocabulary` tokens beside the added ones."""
+    """A Qwen2Tokenizer with merges learned from `texts`, and about `vocabulary` tokens besides the added ones."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [

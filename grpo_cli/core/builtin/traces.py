@@ -1,13 +1,12 @@
-"""Worked search traces, the text that the built-in model imitates before any reinforcement.
+"""Worked search traces, which the built-in model imitates before any reinforcement.
 
-A trace tries one expression a line, in a fixed and naive order (sums, then products, then parentheses), works each
-out one binary step at a time, states the target beside the value, and stops at the first hit or when patience runs
-out:
+A trace tries one expression per line, in a fixed order (sums, then products, then parentheses), computes it one binary
+step at a time, compares the value with the target, and stops at the first solution or when patience runs out:
 
     2 + 6 + 10 = 8 + 10 = 18, need 22. No.
     2 * 6 + 10 = 12 + 10 = 22, need 22. Yes!
 
-Honest by construction: a verdict is always true, and the search does not look ahead. Knows nothing of torch.
+Verdicts are always true, and the search does not look ahead.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def _bound(node: ast.expr, numbers: Sequence[int]) -> Tree:
 
 
 def write(tree: Tree) -> str:
-    """The expression with the parentheses it needs and no others: `("*", ("+", 2, 6), 10)` -> `"(2 + 6) * 10"`."""
+    """The expression with only the necessary parentheses: `("*", ("+", 2, 6), 10)` -> `"(2 + 6) * 10"`."""
     if isinstance(tree, int):
         return str(tree)
     operation, left, right = tree
@@ -97,7 +96,7 @@ def evaluated(tree: Tree) -> int:
 
 
 def line(tree: Tree, target: int) -> tuple[str, bool]:
-    """One try worked out: `2 * 6 + 10 = 12 + 10 = 22, need 24. No.`, and whether it hits."""
+    """One try: `2 * 6 + 10 = 12 + 10 = 22, need 24. No.`, and whether it reaches the target."""
     steps = [write(tree)]
     while not isinstance(tree, int):
         tree = reduce(tree)
@@ -107,7 +106,7 @@ def line(tree: Tree, target: int) -> tuple[str, bool]:
 
 
 def tries(numbers: Sequence[int]) -> Iterator[Tree]:
-    """The trees that a search goes through: the FORMS of three or four numbers in order, none twice."""
+    """The trees of a search in order: the FORMS of three or four numbers, none twice."""
     ordered = sorted(numbers)
     seen: set[str] = set()
     for form in FORMS[len(ordered)]:
@@ -119,7 +118,7 @@ def tries(numbers: Sequence[int]) -> Iterator[Tree]:
 
 
 def search(puzzle: Puzzle, rng: random.Random, patience: Patience) -> tuple[list[str], str]:
-    """The lines of a search and the expression it ends on: the first hit, or the last try before giving up."""
+    """The lines of a search and its last expression: the first solution, or the last try before giving up."""
     lines: list[str] = []
     answer = ""
     for failures, tree in enumerate(tries(puzzle.numbers)):
@@ -134,7 +133,7 @@ def search(puzzle: Puzzle, rng: random.Random, patience: Patience) -> tuple[list
 
 
 def trace(puzzle: Puzzle, rng: random.Random, *, style: Style, patience: Patience) -> str:
-    """The whole completion that imitates a search, in the form that the prompt style asks for."""
+    """A completion that imitates a search, in the format of the prompt style."""
     lines, answer = search(puzzle, rng, patience)
     thought = "\n".join(lines)
     if style == "natural":
@@ -143,10 +142,10 @@ def trace(puzzle: Puzzle, rng: random.Random, *, style: Style, patience: Patienc
 
 
 def drill(rng: random.Random, numbers: Sequence[int] | None) -> str:
-    """One line of arithmetic and comparison outside of any search: `60 * 2 = 120, need 35. No.`
+    """One line of arithmetic and comparison: `60 * 2 = 120, need 35. No.`
 
-    Of two operands or, given `numbers`, a random form of theirs. Half of the values are the target, and a quarter
-    miss it narrowly: to compare is the harder half of the lesson.
+    Of two operands or, given `numbers`, a random form of them. Half of the values equal the target and a quarter are
+    close to it, because comparing is harder than computing.
     """
     tree = form_tree(rng.choice(FORMS[len(numbers)]), numbers) if numbers else _operands(rng)
     value = evaluated(tree)
@@ -155,7 +154,7 @@ def drill(rng: random.Random, numbers: Sequence[int] | None) -> str:
 
 
 def _operands(rng: random.Random) -> Tree:
-    """An operation as often as the steps of a search need it, most on small numbers."""
+    """An operation, as frequent as in the steps of a search, mostly on small numbers."""
     kind = rng.random()
     if kind < 0.45:
         return rng.choice("+-*"), rng.randint(1, 20), rng.randint(1, 10)
@@ -167,10 +166,10 @@ def _operands(rng: random.Random) -> Tree:
 
 
 def failure(text: str, puzzle: Puzzle, *, truncated: bool) -> str:
-    """Why a completion that is wrong went wrong, as far as its trace tells.
+    """Why a completion is wrong, as far as its trace shows.
 
-    `gave up`: before a try that would have hit. `slip`: wrong arithmetic hid a hit or faked one. `false claim`:
-    "Yes!" to a value that is not the target. `wrong numbers`: the claimed expression is not made of the puzzle's
+    `gave up`: before a try that would have been correct. `slip`: wrong arithmetic hid a solution or faked one. `false
+    claim`: "Yes!" to a value that is not the target. `wrong numbers`: the claimed expression does not use the puzzle's
     numbers.
     """
     if truncated:

@@ -1,7 +1,7 @@
-"""How a training is spread over ranks: every rank holds all weights, or a shard of them.
+"""How a training is spread over ranks: replicated weights or sharded weights.
 
-The only place where the two differ for a training step: passes in step with other ranks, sums of gradients, and copies
-of the weights to sample from. Knows neither the algorithm nor files.
+Encapsulates the differences within a training step: matching passes across ranks, summing gradients, and publishing
+weights to the sampler. Independent of the algorithm and of files.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.policy import Policy, Sequences
 
 T = TypeVar("T")
-DUMMY = Sequences([[0]], [[0]], [0])  # input of a forward pass whose result nobody needs
+DUMMY = Sequences([[0]], [[0]], [0])  # input of a dummy forward pass
 
 
 class NotFinite(Passing):
-    """The loss or the gradient is not finite; the weights are what they were before the update."""
+    """The loss or the gradient is not finite; the weights have not changed since before the update."""
 
 
 def micro_batches(rows: Sequence[int], size: int) -> list[list[int]]:
-    """Rows in lists of `size`; 0 puts all of them in one."""
+    """Split rows into lists of `size`; 0 puts all of them in one."""
     size = size or max(1, len(rows))
     return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
 class Replicated:
-    """Every rank holds all weights, and they sum their gradients. One process is the simplest case."""
+    """Every rank holds all weights and gradients are summed over ranks. Also used for a single process."""
 
     def __init__(self, policy: Policy, ranks: Solo | None = None) -> None:
         self.policy = policy  # samples
@@ -44,7 +44,7 @@ class Replicated:
         self.ranks = ranks or Solo()
 
     def interruptible(self, poll: Callable[[], None]) -> Callable[[], None]:
-        """`poll` if one rank may leave between two passes."""
+        """`poll`, if a rank may leave between two passes; else a no-op."""
         return poll
 
     def forward(self, model: Policy, compute: Callable[[int], T], rows: Sequence[int], fit: MicroBatch) -> T:
@@ -52,9 +52,9 @@ class Replicated:
         return self.ranks.own(lambda: fit.attempt(compute, total=len(rows), doing="reference pass"))
 
     def backward(self, compute: Callable[[Gradients, int], T], rows: Sequence[int], fit: MicroBatch) -> list[T]:
-        """Every rank's result of `compute`, which makes backward passes; gradients are summed over the ranks.
+        """Every rank's result of `compute`, which makes backward passes; gradients are summed over ranks.
 
-        Raises NotFinite, before they are summed into any weight, where a rank's gradients are not finite.
+        Raises NotFinite if a rank's gradients are not finite, before they are summed into any weight.
         """
         with self.ranks.gradients(self.learner.trainable) as gradients:
             attempt = partial(fit.attempt, partial(compute, gradients), total=len(rows), doing="update")
@@ -65,7 +65,7 @@ class Replicated:
         return results
 
     def require_finite_loss(self, loss: Tensor) -> None:
-        """Raise NotFinite, which names this rank, before a backward pass."""
+        """Raise NotFinite, naming this rank, before a backward pass."""
         if not bool(torch.isfinite(loss)):
             raise NotFinite(f"the loss{self.ranks.of_rank} is not finite")
 
@@ -74,7 +74,7 @@ class Replicated:
         return value
 
     def every(self, holds: Callable[[], bool]) -> bool:
-        """Whether a condition holds for all shards of the model."""
+        """Whether a condition holds on all shards of the model."""
         return holds()
 
     def publish(self) -> None:
@@ -87,9 +87,9 @@ class Replicated:
 
 
 class Sharded(Replicated):
-    """Every rank trains its shard with FSDP, and samples from a whole copy of the weights.
+    """Every rank trains its shard with FSDP and samples from a full copy of the weights.
 
-    All ranks make the same number of passes: one with fewer micro-batches makes dummy passes.
+    All ranks make the same number of passes: a rank with fewer micro-batches makes dummy passes.
     """
 
     def __init__(self, policy: Policy, learner: Policy, ranks: Solo) -> None:
@@ -123,7 +123,7 @@ class Sharded(Replicated):
         return self.ranks.each(in_step)
 
     def require_finite_loss(self, loss: Tensor) -> None:
-        """A rank cannot leave the others within a pass: the norm of the gradients is checked instead."""
+        """A no-op: a rank cannot leave the others within a pass, so the gradient norm is checked instead."""
 
     def mean(self, value: float) -> float:
         return fmean(self.ranks.each(lambda: value))
@@ -140,5 +140,5 @@ class Sharded(Replicated):
 
 
 def parallel(policy: Policy, learner: Policy | None, ranks: Solo) -> Replicated:
-    """The way a training is spread: sharded if `learner` is a sharded version of `policy`."""
+    """Sharded if `learner` is a sharded version of `policy`, else Replicated."""
     return Sharded(policy, learner, ranks) if learner else Replicated(policy, ranks)

@@ -1,8 +1,8 @@
-"""The processes that share a training or an evaluation: each one's part of the work, and how they agree.
+"""Processes (ranks) that share a training or an evaluation: work shares, collectives and failures.
 
-The one module that knows torch.distributed. Every rank runs the same code on the same data, and differs in its share
-alone; where one fails all of them do, with one message. `Solo` is the one process that there is without a launcher, and
-loads nothing. Neither knows what is shared.
+The only module that uses torch.distributed. All ranks run the same code on the same data; only their share of the work
+differs. A failure on one rank stops all of them with one message. `Solo` is the single process without a launcher: it
+imports nothing.
 """
 
 from __future__ import annotations
@@ -21,70 +21,71 @@ from torch import Tensor
 from grpo_cli.core.errors import CountdownError
 
 T = TypeVar("T")
-BUCKET = 25 * 2**20  # bytes of gradients that are added up at once, as in torch's own DistributedDataParallel
-ALIGNED = 64  # each gradient of a bucket begins at a multiple of so many numbers, as kernels prefer
-ROLL_CALL = 5.0  # seconds in which a rank that is alive says so, once another has gone
+BUCKET = 25 * 2**20  # bytes of gradients per all-reduce, as in torch's DistributedDataParallel
+ALIGNED = 64  # alignment of gradients in a bucket, in numbers
+ROLL_CALL = 5.0  # seconds to wait for answers of live ranks after a failure
 
 
 class Passing(Exception):
-    """Ends the work of all ranks without being a failure, so that messages do not name the rank."""
+    """Stops every rank without reporting an error."""
 
 
 class Failed(CountdownError):
-    """Ranks failed, or no longer answer; `tells` says whether it is this process that says so."""
+    """Ranks failed or no longer answer; `reports` is true on the one rank that prints the message."""
 
-    def __init__(self, message: str, hint: str | None, *, exit_code: int, tells: bool) -> None:
+    def __init__(self, message: str, hint: str | None, *, exit_code: int, reports: bool) -> None:
         super().__init__(message, hint, exit_code=exit_code)
-        self.tells = tells
+        self.reports = reports
 
 
 class Gradients:
-    """The gradients that passes over a step leave in the weights: those of one process, as they are."""
+    """Accumulated gradients of a step; in a single process, the gradients as they are."""
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
         self.weights = [weight for weight in weights if weight.requires_grad]
 
     def begin(self) -> None:
-        """Forget what an attempt at the step has left."""
+        """Discard the gradients of an earlier attempt at the step."""
         for weight in self.weights:
             weight.grad = None
 
     def ending(self) -> None:
-        """The backward pass to come is this process's last of the attempt: what it leaves is whole."""
+        """Mark the next backward pass as the last of this attempt."""
 
     def completed(self, work: Callable[[], T]) -> T:
-        """Run `work`, which makes the passes, and return its result; this process is then done, even on failure."""
+        """Run `work`, which makes the passes, and return its result; marks this rank as done even if it raises."""
         return work()
 
     def add_up(self) -> list[int]:
-        """Put the sum over all ranks in the weights; where a rank has left none it counts as zero.
+        """Replace the gradients by their sum over all ranks; a missing gradient counts as zero.
 
-        Returns the ranks whose gradients were not finite, where there are several.
+        Returns the ranks whose gradients were not finite, if there are several ranks.
         """
         return []
 
 
 class Solo:
-    """One process by itself; what several would have to agree on is what it says."""
+    """Single process: collectives are no-ops."""
 
     rank, size = 0, 1
-    of_rank = ""  # what sets this rank apart in messages, where there are several
-    doing = "the preparation"  # what all ranks are at, for messages
-    spent = 0.0  # seconds spent on other ranks: waiting for them, and adding up gradients
+    of_rank = ""  # suffix of messages that names this rank
+    doing = "the preparation"  # current work, for messages
+    spent = 0.0  # seconds spent on waiting for other ranks and on gradient sums
 
     def share(self, count: int) -> range:
-        """Which of `count` pieces of work are this rank's. No rank has two more than another; the first has most."""
+        """The indices of `count` work items that are this rank's. Shares differ by at most one, the first is largest."""
         return range(-(-count * self.rank // self.size), -(-count * (self.rank + 1) // self.size))
 
     def each(self, work: Callable[[], T]) -> list[T]:
-        """Run `work` on every rank; returns all results in the order of ranks.
+        """Run `work` on every rank; returns all results in rank order.
 
-        Where it raises on one, all raise: what it raised if that is a `Passing`, else a CountdownError that names it.
+        If it raises on one rank, all raise: the same exception for a `Passing`, else a CountdownError that names the
+        rank.
         """
         return [work()]
 
     def first(self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0 alone; returns its result everywhere. Raises as `each` does."""
+        """Run `work` on rank 0 only; returns its result on all ranks. Raises as `each` does."""
         return self.each(lambda: work() if self.rank == 0 else cast(T, None))[0]
 
     def own(self, work: Callable[[], T]) -> T:
@@ -95,23 +96,23 @@ class Solo:
 
     @contextmanager
     def gradients(self, weights: Iterable[Tensor]) -> Iterator[Gradients]:
-        """An object that sums the gradients of `weights` over a step and over ranks."""
+        """A context that sums the gradients of `weights` over a step and over ranks."""
         yield Gradients(weights)
 
     def report(self, seconds: Mapping[str, float], part: list[T]) -> tuple[dict[str, float], list[T]]:
-        """Times of the slowest rank in each phase, and the parts of all ranks, in order.
+        """The slowest rank's time in each phase, and all ranks' parts in rank order.
 
-        Of several ranks also the mean seconds of a rank since this was last asked: `time/wait` for the others, and
-        `time/reduce` for sums of gradients that its own passes had not hidden.
+        With several ranks, also the mean seconds per rank since the last report: `time/wait` for other ranks, and
+        `time/reduce` for gradient sums that no backward pass hid.
         """
         return dict(seconds), part
 
     def named(self, ranks: Sequence[int]) -> str:
-        """Name of these ranks in messages."""
+        """These ranks as messages name them."""
         return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} of {self.size}"
 
     def leave(self) -> None:
-        """Part from the others."""
+        """Disconnect from the other ranks."""
 
 
 class Ranks(Solo):
@@ -124,7 +125,7 @@ class Ranks(Solo):
         self.of_rank = f" of {self.named([rank])}"
         self._dist, self._store, self._timeout = dist, store, timeout
         self._waited = self._reduced = 0.0
-        # Python objects travel by the CPU, so that a rank that fails is known before NCCL waits for it.
+        # Python objects are exchanged by gloo, so a failed rank is noticed before NCCL waits for it.
         on_cuda = device.type == "cuda"
         dist.init_process_group(
             f"cpu:gloo,cuda:{dist.Backend.NCCL}" if on_cuda else "gloo",
@@ -132,18 +133,18 @@ class Ranks(Solo):
             rank=rank,
             world_size=size,
             timeout=timedelta(seconds=max(1.0, timeout)),
-            # With a device NCCL connects at once: a rank that cannot is known here, not at its first sum.
+            # With a device, NCCL connects at once, so a connection failure shows up before the first all-reduce.
             device_id=torch.device("cuda", torch.cuda.current_device()) if on_cuda else None,
         )
 
     def each(self, work: Callable[[], T]) -> list[T]:
-        """As `Solo.each`; by one collective."""
+        """As `Solo.each`, with one collective."""
         result, problem = cast(T, None), None
         try:
             result = work()
         except Failed:
             raise
-        except Exception as error:  # of whatever kind: the others wait for word of it
+        except Exception as error:  # any kind: the other ranks are waiting for the result
             problem = error
         start = time.perf_counter()
         results: list[Any] = [None] * self.size
@@ -155,18 +156,20 @@ class Ranks(Solo):
         return [value for value, _ in results]
 
     def _raise(self, failed: Mapping[int, Exception], own: Exception | None) -> None:
-        """One failure stands for all: the lowest rank's, real ones before those that pass."""
+        """Raise the failure of the lowest rank; real failures come before `Passing`."""
         rank = min(failed, key=lambda rank: (isinstance(failed[rank], Passing), rank))
         error = failed[rank]
         if isinstance(error, Passing):
             raise error
-        hint = error.hint if isinstance(error, CountdownError) else "the last checkpoint is whole: go on with --resume"
+        hint = (
+            error.hint if isinstance(error, CountdownError) else "the last checkpoint is intact: continue with --resume"
+        )
         code = error.exit_code if isinstance(error, CountdownError) else 1
         if len(failed) == self.size and isinstance(error, CountdownError):
-            message = error.message  # all of them say so: it is of no rank
+            message = error.message  # raised by all ranks: name none
         else:
             message = f"{self.named([rank])} failed in {self.doing}: {error}"
-        raise Failed(message, hint, exit_code=code, tells=self.rank == 0) from own
+        raise Failed(message, hint, exit_code=code, reports=self.rank == 0) from own
 
     @contextmanager
     def gradients(self, weights: Iterable[Tensor]) -> Iterator[Gradients]:
@@ -192,7 +195,7 @@ class Ranks(Solo):
         self._dist.destroy_process_group()
 
     def _answered(self, collective: Callable[[], object]) -> None:
-        """Take part in a collective; a CountdownError that names the ranks that have gone if it fails."""
+        """Run a collective; if it fails, raise a CountdownError that names the missing ranks."""
         try:
             collective()
         except RuntimeError as error:
@@ -202,11 +205,13 @@ class Ranks(Solo):
                 message = f"{self.named(gone)} no longer answer{'s' * (len(gone) == 1)} in {self.doing}"
             else:
                 message = f"the {self.size} ranks lost each other in {self.doing}: {_sentence(error)}"
-            hint = f"the last checkpoint is whole: go on with --resume (a rank may be silent for {self._timeout:g} s)"
-            raise Failed(message, hint, exit_code=1, tells=self.rank == min(present)) from error
+            hint = (
+                f"the last checkpoint is intact: continue with --resume (a rank may be silent for {self._timeout:g} s)"
+            )
+            raise Failed(message, hint, exit_code=1, reports=self.rank == min(present)) from error
 
     def _roll_call(self) -> list[int]:
-        """The ranks that say within a few seconds that they are alive."""
+        """The ranks that answer within a few seconds."""
         until = time.monotonic() + ROLL_CALL
         present = {self.rank}
         try:
@@ -215,23 +220,23 @@ class Ranks(Solo):
                 present |= {rank for rank in range(self.size) if self._store.check([f"alive/{rank}"])}
                 time.sleep(0.1)
         except RuntimeError:
-            pass  # whoever kept the store has gone too
+            pass  # the process with the store is gone too
         return sorted(present)
 
 
 class _Summed(Gradients):
-    """Gradients that lie in buckets, each added up over the ranks while the last backward pass goes on to others.
+    """Gradients in buckets, each summed over ranks while the last backward pass continues.
 
-    A bucket is sent once it is whole, all ranks in one order. Where memory runs out and a rank makes its passes again,
-    those that it has sent stay as they are.
+    A bucket is sent once it is complete, in the same order on all ranks. If a rank runs out of memory and repeats its
+    passes, buckets that it already sent are kept.
     """
 
     def __init__(self, ranks: Ranks, weights: Iterable[Tensor]) -> None:
         super().__init__(weights)
-        super().begin()  # first, so that the memory of the gradients before is free
+        super().begin()  # first, to free the earlier gradients
         self._ranks, self._sent, self._last = ranks, 0, False
         self._under_way: list[Any] = []
-        reached = _buckets(self.weights[::-1])  # by backward passes, in about this order
+        reached = _buckets(self.weights[::-1])  # about the order of a backward pass
         self._buckets = [_Bucket.of(bucket, ranks.size) for bucket in reached]
         self._of = {id(weight): bucket for bucket in self._buckets for weight in bucket.weights}
         self._hooks = [weight.register_post_accumulate_grad_hook(self._left) for weight in self.weights]
@@ -280,22 +285,22 @@ class _Summed(Gradients):
             self._under_way.pop(0).wait()
 
     def close(self) -> None:
-        """Let go of the weights, once nothing is under way."""
+        """Release the weights after all sums have finished."""
         for hook in self._hooks:
             hook.remove()
-        with suppress(RuntimeError):  # the ranks have lost each other, which is known by then
+        with suppress(RuntimeError):  # ranks are disconnected, which was already reported
             self._wait()
 
 
 @dataclass
 class _Bucket:
-    """Weights of one kind, and one tensor with room for their gradients."""
+    """Weights of one dtype and device, and one tensor for their gradients."""
 
     weights: list[Tensor]
     flat: Tensor
     views: list[Tensor]
-    broken: Tensor  # (ranks,) the end of `flat`: whether the gradients of each were not finite
-    missing: int = 0  # gradients that the last backward pass has yet to leave
+    broken: Tensor  # (ranks,) end of `flat`: 1 if a rank's gradients were not finite
+    missing: int = 0  # gradients that the last backward pass has not yet produced
 
     @classmethod
     def of(cls, weights: list[Tensor], ranks: int) -> _Bucket:
@@ -311,10 +316,10 @@ class _Bucket:
 
 
 def join(rank: int, size: int, *, device: torch.device, timeout: float, attempt: int = 0) -> Ranks:
-    """Meet the other ranks where the environment's MASTER_ADDR and MASTER_PORT say, as torchrun sets them.
+    """Connect to the other ranks at the environment's MASTER_ADDR and MASTER_PORT, which torchrun sets.
 
-    `timeout`: the seconds that a rank may keep the others waiting. `attempt`: how often they have met before, for what
-    ranks that are no more have left there is not to be found.
+    `timeout`: seconds that a rank may keep the others waiting. `attempt`: number of earlier connections, which keeps
+    keys of earlier processes in the store apart.
     """
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
@@ -326,18 +331,18 @@ def join(rank: int, size: int, *, device: torch.device, timeout: float, attempt:
     except (RuntimeError, ValueError) as error:
         raise CountdownError(
             f"rank {rank} of {size} did not find the others: {_sentence(error)}",
-            "look at MASTER_ADDR and MASTER_PORT, and whether all processes were started",
+            "check MASTER_ADDR and MASTER_PORT, and that all processes have started",
             exit_code=1,
         ) from error
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """The error, or one that says the same and can be sent."""
+    """The error, or one with the same message that can be pickled."""
     if isinstance(error, CountdownError):
         return _rebuilt(error.message, error.hint, error.exit_code)
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever a foreign class raises
+    except Exception:  # third-party classes may raise anything
         return RuntimeError(_sentence(cast(Exception, error)))
     return error
 
@@ -356,7 +361,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Tensors in lists of one kind, each of at most BUCKET bytes if there are several in it."""
+    """Split tensors into lists of one dtype and device, each of at most BUCKET bytes unless it is a single tensor."""
     buckets: list[list[Tensor]] = []
     for tensor in tensors:
         fits = buckets and buckets[-1][0].dtype == tensor.dtype

@@ -1,9 +1,8 @@
-"""A model whose weights are spread over the ranks, for what does not fit on one: FSDP2, and its checkpoints.
+"""A model whose weights are sharded over ranks (FSDP2), and its checkpoints.
 
-Each rank keeps its shard of every weight, of its gradient and of its moments; a layer's weights are whole only while it
-computes. The optimizer is torch's AdamW, since it works on DTensors element by element: the 8-bit state of bitsandbytes
-is quantised in blocks of a whole tensor, by kernels that know no DTensor. Completions are sampled by a copy with all
-weights, gathered once per step. Knows neither the algorithm nor where a run keeps anything.
+Each rank keeps its shard of every weight, gradient and moment; a layer's full weights exist only while it computes. The
+optimizer is torch's AdamW, which works element by element on DTensors; 8-bit AdamW quantises blocks of whole tensors
+and does not support them. Sampling uses a full copy of the weights, gathered once per step.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from grpo_cli.core.model.policy import Policy, host_copy
 
 
 def sharded(policy: Policy, ranks: Solo, device: torch.device) -> Policy:
-    """The policy with every rank holding its part of the weights on its device, by layers.
+    """The policy with its weights sharded by layers over the ranks' devices.
 
-    They are in float32, unless the precision is bfloat16 alone, and come from the host unit by unit, so that the device
-    never holds all of them. Ranks add up their gradients, as `Gradients` of whole weights do; they take no mean.
+    Weights are float32, unless the precision is pure bfloat16. They are copied from the host unit by unit, so the
+    device never holds all of them. Gradients are summed over ranks, not averaged, as for replicated weights.
     """
     if policy.plain:
         raise CountdownError(
@@ -40,41 +39,41 @@ def sharded(policy: Policy, ranks: Solo, device: torch.device) -> Policy:
     for layer in cast(Any, model.get_decoder()).layers:
         fully_shard(layer, mesh=mesh, mp_policy=mixed)
     learns = any(weight.requires_grad for weight in model.parameters())
-    # By default the ends stay whole until a backward pass, which a reference never makes.
+    # By default, the last unit stays gathered until the backward pass, which a reference never makes.
     fully_shard(model, mesh=mesh, mp_policy=mixed, reshard_after_forward=None if learns else True)
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
-            part.set_force_sum_reduction_for_comms(True)  # gloo has no other sum that is scaled
+            part.set_force_sum_reduction_for_comms(True)  # gloo supports no other scaled sum
     return replace(policy, model=model, is_sharded=True, samplers=[], works_on=None)
 
 
 @torch.no_grad()
 def gather(source: Policy, target: Policy) -> None:
-    """Put the whole weights of a sharded policy into those of a plain one, tensor by tensor; all ranks take part."""
+    """Copy the full weights of a sharded policy into a plain one, tensor by tensor; all ranks take part."""
     for mine, whole in zip(source.model.parameters(), target.model.parameters(), strict=True):
         whole.copy_(cast(Any, mine).full_tensor())
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, which is all of one that is not sharded."""
+    """This rank's part of a tensor; all of it if it is not sharded."""
     return cast(Any, tensor).to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; the ranks of a sharded one take part."""
+    """The full tensor; all ranks of a sharded one take part."""
     return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def save_shards(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write weights and moments, each rank its own; whatever number of ranks can `load_shards` them."""
+    """Write this rank's weights and moments; any number of ranks can `load_shards` them."""
     from torch.distributed.checkpoint.state_dict_saver import save
 
     save(_tensors(model, optimizer), checkpoint_id=folder)
 
 
 def load_shards(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Take up the weights and moments that `save_shards` wrote, whether or not the model is sharded."""
+    """Load the weights and moments that `save_shards` wrote, into a sharded or a plain model."""
     from torch.distributed.checkpoint.state_dict_loader import load
 
     tensors = _tensors(model, optimizer)
@@ -82,7 +81,7 @@ def load_shards(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opt
 
 
 def spread(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take up the state of the optimizer of a whole model, by the order of its weights."""
+    """Load the optimizer state of a full model, in the order of its weights."""
     from torch.distributed.tensor import distribute_tensor
 
     tensors = _tensors(model, optimizer)
@@ -96,7 +95,7 @@ def spread(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict
 
 
 def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every tensor of a training by its name, where it lies."""
+    """Every tensor of a training by name, where it is stored."""
     tensors: dict[str, Tensor] = {}
     for name, weight in model.named_parameters():
         state = optimizer.state[weight]

@@ -10,7 +10,7 @@ from grpo_cli.core.evals.statistics import holm, mcnemar
 
 @dataclass(frozen=True)
 class SuitePaired:
-    """Two models on a suite, cell by cell."""
+    """Two models compared on a suite, cell by cell."""
 
     first: str
     second: str
@@ -18,27 +18,27 @@ class SuitePaired:
 
     @property
     def p_holm(self) -> dict[str, float]:
-        """p of each cell, corrected by Holm for the number of cells."""
+        """p-value of each cell, Holm-corrected for the number of cells."""
         return dict(zip(self.cells, holm([pair.p_value for pair in self.cells.values()]), strict=True))
 
     def to_json(self) -> list[dict[str, object]]:
-        """The machine-readable result, an object for each cell."""
+        """The machine-readable result."""
         corrected = self.p_holm
         return [{"cell": cell, **fields.to_json(), "p_holm": corrected[cell]} for cell, fields in self.cells.items()]
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Two models on the same puzzles, one completion each: the pairs (first's, second's) where only one is right."""
+    """Two models on the same puzzles, one completion each: the pairs (first, second) of which only one is correct."""
 
     first: str
     second: str
-    gained: list[tuple[Completion, Completion]]  # right only in the second
+    gained: list[tuple[Completion, Completion]]  # correct only in the second
     lost: list[tuple[Completion, Completion]]
 
     @property
     def p_value(self) -> float:
-        """How likely so uneven a split would be by chance."""
+        """p-value of the exact McNemar test."""
         return mcnemar(len(self.gained), len(self.lost))
 
     def to_json(self) -> dict[str, object]:
@@ -60,6 +60,6 @@ def paired(first: Evaluation, second: Evaluation) -> Paired | None:
 
 
 def suite_paired(first: SuiteResult, second: SuiteResult) -> SuitePaired | None:
-    """Puzzles gained and lost in each cell; None if `paired` is."""
+    """Puzzles gained and lost in each cell; None if `paired` is None for one."""
     pairs = {one.cell: pair for one, two in zip(first.cells, second.cells, strict=True) if (pair := paired(one, two))}
     return SuitePaired(first.model, second.model, pairs) if len(pairs) == len(first.cells) else None

@@ -1,7 +1,7 @@
-"""Leaks: which puzzles a model was trained on, as far as that is known, and which of them an evaluation asks again.
+"""Contamination: which evaluation puzzles a model was trained on, as far as known.
 
-A run keeps every problem that it trained on, and the built-in model's recipe says which puzzles it imitated; nothing is
-known about other models. A puzzle is the same whatever the order of its numbers. Knows neither weights nor prompts.
+A run records every problem that it trained on; the built-in model's recipe defines which puzzles it may have imitated;
+nothing is known about other models. The order of a puzzle's numbers does not matter.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ RECIPE = "all train puzzles of 3 and 4 numbers by the recipe of builtin"
 
 @dataclass(frozen=True)
 class Known:
-    """Problems that a model was trained on: by key, of each run that led to it, and whether the recipe's too."""
+    """Keys of problems that a model was trained on, by run, and whether the built-in recipe's count too."""
 
     runs: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    recipe: bool = False  # it began as the built-in model
-    unknown: str | None = None  # the model that it began as, if nothing is known about that
-    damaged: int = 0  # lines of the runs' samples that cannot be read
+    recipe: bool = False  # it started from the built-in model
+    unknown: str | None = None  # name of its starting model, if nothing is known about that
+    damaged: int = 0  # unreadable lines of the runs' samples
 
     def __contains__(self, problem: Problem) -> bool:
         imitated = self.recipe and isinstance(problem, Puzzle) and may_imitate(problem)
         return imitated or any(problem.key in seen for seen in self.runs.values())
 
     def statement(self, problems: Sequence[Problem]) -> str:
-        """How many of `problems` it was trained on, and how that is known."""
+        """A sentence on how many of `problems` were trained on, and how that is known."""
         count = overlap(problems, self)
         if count is None:
             return f"what {self.unknown} was trained on is not known"
@@ -54,14 +54,14 @@ def overlap(problems: Iterable[Problem], known: Known) -> int | None:
 def known(model: str, root: Path) -> Known:
     """Problems that a model was trained on: a run of `root` by name, a run's model folder, or `builtin`.
 
-    With a run goes all that its starting model was trained on. Raises CountdownError where a run's settings cannot be
-    read; damaged lines of samples are counted.
+    Includes the problems of its starting model. Raises CountdownError if a run's settings cannot be read; damaged lines
+    of samples are counted.
     """
     return _known(model, root, frozenset())
 
 
 def _known(model: str, root: Path, later: frozenset[Path]) -> Known:
-    """`later` are the folders of the runs that it led to: a run that bears its own starting model's name is not it."""
+    """As `known`, without the runs in `later`: a run may have the name of its own starting model."""
     runs = [find_run(root, model), run_of(Path(model))]
     run = next((candidate for candidate in runs if candidate and candidate.path.resolve() not in later), None)
     if run is None:
@@ -77,7 +77,7 @@ def _known(model: str, root: Path, later: frozenset[Path]) -> Known:
 
 
 def _is_shipped(run: Run) -> bool:
-    """Whether a run that names the built-in model started from its weights, as far as the run recorded them."""
+    """Whether a run of the built-in model started from the shipped weights, as far as recorded."""
     if not run.has_origin:
         return True
     shipped = (load("builtin", device="cpu", precision=precision) for precision in ("float32", "bf16"))

@@ -1,7 +1,7 @@
-"""Accuracy of a policy on a set of puzzles, with everything needed to see why it fails.
+"""Accuracy of a policy on a set of puzzles, with the data to see why it fails.
 
-By default the set is *all* val puzzles and decoding is greedy, so two models are compared on the same puzzles without
-sampling error. Knows neither training nor terminals.
+By default the set is *all* val puzzles and decoding is greedy, so models are compared on the same puzzles without
+sampling error.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from grpo_cli.core.task.suite import Cell, weighted_mean
 from grpo_cli.core.task.task import Problem, Score, Split, Task
 
 COUNTDOWN = Countdown()
-EXAMPLES = 4  # completions, of the same puzzles every time, that an evaluation's record shows
+EXAMPLES = 4  # completions in an evaluation's record, of the same puzzles every time
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A scored completion. `length` is in tokens; `truncated` says that it ran out of them."""
+    """A scored completion. `length` is in tokens; `truncated` means that it reached the token limit."""
 
     puzzle: Problem
     text: str
@@ -45,7 +45,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All completions of one model on one set of puzzles, a list of `samples` for each puzzle."""
+    """All completions of one model on one set of puzzles, a list of `samples` per puzzle."""
 
     model: str
     split: Split
@@ -65,20 +65,20 @@ class Evaluation:
 
     @property
     def cell(self) -> str:
-        """The cell as suites name it: `val 3 one-shot`."""
+        """Name of the cell, as in suites: `val 3 one-shot`."""
         return f"{self.split} {self.numbers} {self.style}"
 
     @property
     def decoding(self) -> dict[str, float]:
-        """How completions were decoded; the seed matters where they are sampled."""
+        """Decoding settings; the seed is included if completions are sampled."""
         settings = {"samples": self.samples, "temperature": self.temperature, "max_new_tokens": self.max_new_tokens}
         return {**settings, "seed": self.seed} if self.temperature else settings
 
     @property
     def protocol(self) -> str:
-        """Hash of problems, prompts and decoding: two results are comparable where it is the same.
+        """Hash of problems, prompts and decoding: results are comparable if it is equal.
 
-        The prompt states a puzzle whole, but may leave out parts of another task's problem, such as its answer.
+        A countdown prompt contains the whole puzzle; another task's prompt may leave out parts, such as the answer.
         """
         asked: list[object] = [self.task.prompt(puzzle, self.style) for puzzle in self.puzzles]
         asked += [problem.record() for problem in self.puzzles if not isinstance(problem, Puzzle)]
@@ -87,7 +87,7 @@ class Evaluation:
 
     @property
     def count(self) -> int:
-        """Puzzles."""
+        """Number of puzzles."""
         return len(self.completions)
 
     @property
@@ -96,7 +96,7 @@ class Evaluation:
 
     @property
     def overlap(self) -> int | None:
-        """Puzzles that the model was trained on; None if that is not known."""
+        """Puzzles that the model was trained on; None if unknown."""
         return None if self.known is None else overlap(self.puzzles, self.known)
 
     @property
@@ -106,12 +106,12 @@ class Evaluation:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of the accuracy, counting puzzles: completions of one puzzle are not independent."""
+        """95 % Wilson interval of the accuracy, by puzzles: completions of one puzzle are not independent."""
         return wilson(self.accuracy, self.count)
 
     @property
     def lenient_accuracy(self) -> float:
-        """Share that is correct when the notation is read leniently; never a reward."""
+        """Share that is correct in any notation; never a reward."""
         return _mean([completion.score.lenient for completion in self._all])
 
     @property
@@ -126,12 +126,12 @@ class Evaluation:
 
     @property
     def reasons(self) -> dict[str, int]:
-        """Completions by the reason of their score."""
+        """Number of completions by the reason of their score."""
         return dict(Counter(completion.score.reason for completion in self._all))
 
     @property
     def cheats(self) -> dict[str, int]:
-        """Completions by the kind of cheat that they tried, of those that did."""
+        """Number of cheating completions by kind."""
         return dict(Counter(completion.score.cheat for completion in self._all if completion.score.cheat))
 
     @property
@@ -143,7 +143,7 @@ class Evaluation:
 
     @property
     def slices(self) -> dict[str, tuple[int, int]]:
-        """(correct, all) completions of the puzzles of each kind."""
+        """(correct, all) completions of each kind of puzzle."""
         kinds = [self.task.kinds(problem) for problem in self.puzzles]
         return {kind: _slice(self.completions, [kind in own for own in kinds]) for kind in sorted(set(chain(*kinds)))}
 
@@ -176,7 +176,7 @@ class Evaluation:
         }
 
     def record(self) -> dict[str, object]:
-        """The record that a run keeps: figures, which puzzles were solved, in order, and a few examples."""
+        """The record in a run's log: figures, which puzzles were solved, in order, and a few examples."""
         rows = self.completions
         few = [rows[index * (len(rows) - 1) // max(1, EXAMPLES - 1)][0] for index in range(min(EXAMPLES, len(rows)))]
         return {
@@ -193,7 +193,7 @@ class Evaluation:
 
 
 def _shown(completion: Completion) -> dict[str, object]:
-    """A completion as JSON keeps it."""
+    """A completion as a JSON object."""
     puzzle, score = completion.puzzle, completion.score
     return {
         **puzzle.record(),
@@ -207,7 +207,7 @@ def _shown(completion: Completion) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """One model on the cells of a suite, `weights` by their names, and the seconds that it took."""
+    """One model on the cells of a suite, `weights` by cell name, and the seconds it took."""
 
     model: str
     cells: list[Evaluation]
@@ -221,18 +221,18 @@ class SuiteResult:
 
     @property
     def decoding(self) -> dict[str, float]:
-        """How completions were decoded, in every cell."""
+        """Decoding settings, the same in every cell."""
         return self.cells[0].decoding
 
     @property
     def protocol(self) -> str:
-        """Hash of what was asked in all cells and how it was decoded; that of a single cell is the cell's own."""
+        """Hash of the protocols of all cells; a single cell's own."""
         hashes = [result.protocol for result in self.cells]
         return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
     @property
     def puzzles(self) -> list[Problem]:
-        """All puzzles, each once, however many styles it is put in."""
+        """All puzzles, each once, whatever the number of styles."""
         return list(dict.fromkeys(puzzle for result in self.cells for puzzle in result.puzzles))
 
     def to_json(self) -> dict[str, object]:
@@ -242,7 +242,7 @@ class SuiteResult:
 
 
 def puzzles_of(cell: Cell, limit: int = 0, task: Task = COUNTDOWN) -> list[Problem]:
-    """The problems of a cell, or a sample of `limit` of them, the same every time; 0 is all."""
+    """The problems of a cell, or a fixed sample of `limit` of them; 0 is all."""
     puzzles = list(task.problems(cell.split, cell.numbers))
     if not 0 < limit < len(puzzles):
         return puzzles
@@ -265,11 +265,11 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Complete and score every puzzle; greedily or with several samples as `params` says. All have the same size.
+    """Complete and score every puzzle, greedily or with several samples, as `params` says. All have the same size.
 
-    `batch_size` is how many completions are decoded at once, fewer if `fit` finds that too many. `known` is what the
-    model was trained on. `progress` is told how many puzzles of how many are done. Several `ranks` share the puzzles,
-    and each of them returns the whole.
+    `batch_size` completions are decoded at once, fewer if `fit` finds that too many. `known`: what the model was
+    trained on. `progress` receives the number of puzzles done and their total. Several `ranks` share the puzzles; each
+    returns the full result.
     """
     ranks, chosen, samples = ranks or Solo(), fit or MicroBatch(), params.num_generations
     mine, size = ranks.share(len(puzzles)), max(1, batch_size // samples)
@@ -317,7 +317,7 @@ def evaluate_suite(
     progress: Callable[[int, int], None] = lambda done, total: None,
     on_token: Callable[[int], None] | None = None,
 ) -> SuiteResult:
-    """Evaluate on the puzzles of every cell as `evaluate` does; `progress` counts the puzzles of all cells."""
+    """Evaluate every cell as `evaluate` does; `progress` counts the puzzles of all cells."""
     start, total, cells = time.perf_counter(), sum(map(len, puzzles.values())), list[Evaluation]()
 
     def advance(done: int, _: int) -> None:

@@ -1,6 +1,6 @@
 """Statistics of solved puzzles: the interval of a share, and exact tests of a difference.
 
-Standard library only, so that a report needs no torch.
+Standard library only, so a report does not need torch.
 """
 
 import math
@@ -14,7 +14,7 @@ NOT_SIGNIFICANT = "not significant"
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a share seen in `count` trials (Wilson 1927)."""
+    """95 % Wilson score interval of a share of `count` trials (Wilson 1927)."""
     spread = Z**2 / count
     centre = (share + spread / 2) / (1 + spread)
     half = Z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
@@ -22,20 +22,20 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """How likely so uneven a split is if gains and losses are: the exact, two-sided test of McNemar (1947)."""
+    """p-value of McNemar's exact, two-sided test (1947) for these numbers of gains and losses."""
     changed = gained + lost
     tail = sum(math.comb(changed, count) for count in range(min(gained, lost) + 1))
     return min(1.0, float(Fraction(2 * tail, 1 << changed)))
 
 
 def changes(first: str, second: str) -> tuple[int, int]:
-    """Puzzles gained and lost between two records of who was solved, a character for each puzzle, "1" if it was."""
+    """Puzzles gained and lost between two records of solved puzzles, one character per puzzle, "1" if solved."""
     pairs = Counter(zip(first, second, strict=True))
     return pairs["0", "1"], pairs["1", "0"]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p values of tests that are read together, raised so that a false claim among all stays rare (Holm 1979)."""
+    """p-values corrected for multiple tests (Holm 1979)."""
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
@@ -44,5 +44,5 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def significant(p_value: float) -> bool:
-    """Whether a test rejects at the level that the whole project uses."""
+    """Whether p is below the significance level of the project."""
     return p_value < SIGNIFICANT

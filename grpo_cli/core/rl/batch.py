@@ -1,7 +1,7 @@
 """Groups of completions, from sampling to the loss.
 
-A group is one object: its tokens, the sampler's log-probabilities, texts, scores, rewards and advantages. Ranks
-exchange a `Tally`: rewards and sums, never completions.
+A group holds its tokens, the sampler's log-probabilities, texts, scores, rewards and advantages. Ranks exchange a
+`Tally` of rewards and sums, not completions.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from grpo_cli.core.task.task import Problem, Score
 class Group:
     """The G completions of one prompt."""
 
-    prompt_index: int  # of the prompt in the step
+    prompt_index: int  # index of the prompt in the step
     problem: Problem
     style: str
     prompt: list[int]
     completions: list[list[int]]
-    logprobs: list[list[float]]  # of each token, as the sampler computed them
+    logprobs: list[list[float]]  # per token, as computed by the sampler
     truncated: list[bool]
     texts: list[str]
     scores: list[Score]
     rewards: Tensor  # (G,)
-    advantages: Tensor = field(default_factory=lambda: torch.zeros(0))  # (G,), once the whole step is scored
+    advantages: Tensor = field(default_factory=lambda: torch.zeros(0))  # (G,), set after the whole step is scored
 
     def record(self, step: int, sample: int) -> dict[str, object]:
         """One completion as a line of samples.jsonl."""
@@ -52,7 +52,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Tally:
-    """Rewards (P, G) of some groups, and sums over their completions."""
+    """Rewards (P, G) of groups, and sums over their completions."""
 
     rewards: Tensor
     sums: dict[str, float]
@@ -60,7 +60,7 @@ class Tally:
 
     @classmethod
     def of(cls, groups: Sequence[Group], *, size: int, cheats: Sequence[str]) -> Tally:
-        """The tally of groups of `size` completions, perhaps of none."""
+        """The tally of groups of `size` completions; `groups` may be empty."""
         scores = [score for group in groups for score in group.scores]
         tokens = sum(len(completion) for group in groups for completion in group.completions)
         sums = {
@@ -82,7 +82,7 @@ class Tally:
         return Tally(torch.cat([self.rewards, other.rewards]), sums, self.tokens + other.tokens)
 
     def means(self) -> dict[str, float]:
-        """Metrics: the mean of each sum, and the share of groups whose rewards are all equal."""
+        """Metrics: the mean of each sum, and the share of groups with equal rewards."""
         means = {name: value / self.rewards.numel() for name, value in self.sums.items()}
         return {**means, "zero_variance": float(zero_variance(self.rewards).float().mean())}
 
@@ -100,8 +100,8 @@ def _parts(scores: Sequence[Score]) -> dict[str, float]:
 class Examples:
     """Input of an update: B completions in groups, their advantages (B,), and log-probabilities.
 
-    `step` counts the completions of all ranks, by default those given. `ref_logprobs` (B, T) are the reference's.
-    `sampled_logprobs` are the sampler's, in updates that compare some with the model's own forward.
+    `step` counts the completions of all ranks, by default only these. `ref_logprobs` (B, T) are the reference's.
+    `sampled_logprobs` are the sampler's, in updates that compare log-probabilities with the model's own forward.
     """
 
     sequences: Sequences
@@ -113,13 +113,13 @@ class Examples:
 
 @dataclass
 class Batch:
-    """This rank's groups of a step, and what is known of those of all ranks."""
+    """This rank's groups of a step, and the metrics of all ranks' groups."""
 
     number: int  # of the step
     groups: list[Group]
     tally: Tally  # of all ranks
-    metrics: dict[str, float]  # of the groups as first drawn
-    tokens: int  # sampled by all ranks, those of replaced groups included
+    metrics: dict[str, float]  # of the groups before dynamic sampling
+    tokens: int  # sampled by all ranks, including replaced groups
 
     @property
     def completions(self) -> list[list[int]]:
@@ -144,17 +144,17 @@ class Batch:
     def examples(self, ref_logprobs: Tensor | None, *, teaches: bool, compare: bool) -> Examples:
         """The examples of an update.
 
-        `teaches` says whether any rank has a gradient other than zero, `compare` whether to measure `logprob_gap`.
+        `teaches`: whether any rank has a nonzero gradient; `compare`: whether to measure `logprob_gap`.
         """
         step = Step(self.tally.rewards.numel(), self.tally.tokens, teaches)
         logprobs = [row for group in self.groups for row in group.logprobs] if compare else None
         return Examples(self.sequences, self.advantages, logprobs, ref_logprobs, step)
 
     def replace(self, groups: Sequence[Group]) -> None:
-        """Replace groups of the same prompt index by those of `groups` whose rewards differ."""
+        """Replace groups by those of `groups` with the same prompt index whose rewards differ."""
         useful = {group.prompt_index: group for group in groups if not bool(zero_variance(group.rewards[None]))}
         self.groups = [useful.get(group.prompt_index, group) for group in self.groups]
 
     def shown(self) -> list[dict[str, object]]:
-        """A completion of each prompt, another one of the group every step."""
+        """One completion per prompt, another one of the group each step."""
         return [group.record(self.number, self.number % len(group.completions)) for group in self.groups]

@@ -14,14 +14,14 @@ from grpo_cli.core.dist.ranks import Solo
 
 @dataclass
 class Clock:
-    """Adds up `seconds` by metric key: `time/PHASE`."""
+    """Accumulates `seconds` by metric key: `time/PHASE`."""
 
     ranks: Solo = field(default_factory=Solo)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a block, without the time spent on other ranks; only `total` includes that."""
+        """Time a block, excluding time spent on other ranks; only `total` includes that."""
         start, spent = time.perf_counter(), self.ranks.spent
         yield
         if torch.cuda.is_available():

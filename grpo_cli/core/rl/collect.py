@@ -1,6 +1,6 @@
 """Collect the groups of a step: draw prompts, sample completions, score them.
 
-What is sampled is a function of (seed, step, prompt index) alone, whatever the number of ranks.
+The samples are a function of (seed, step, prompt index), whatever the number of ranks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from grpo_cli.core.task.task import Problem, Score, Task
 
 @dataclass
 class Collector:
-    """Collects each step's groups; this rank samples its share of the prompts. `on_token` may raise to stop."""
+    """Collects each step's groups; each rank samples its share of the prompts. `on_token` may raise to stop."""
 
     policy: Policy
     task: Task
@@ -40,7 +40,7 @@ class Collector:
     on_token: Callable[[int], None]
 
     def collect(self, step: int, clock: Clock, meter: Meter) -> Batch:
-        """Sample and score a step; then, with dynamic sampling, replace groups that teach nothing."""
+        """Sample and score a step; with dynamic sampling, replace groups of equal rewards."""
         groups, tally = self._draw(step, range(self.settings.batch_size), 0, clock, meter)
         metrics = tally.means() | self.curriculum.shares(self.curriculum.prompts(step))
         batch = Batch(step, groups, tally, metrics, tally.tokens)
@@ -51,8 +51,8 @@ class Collector:
     def _replace(self, batch: Batch, clock: Clock, meter: Meter) -> None:
         """Replace groups of equal rewards, as DAPO does (arXiv 2503.14476).
 
-        At most `dynamic_sampling` times, with other puzzles in an order of their own, so later steps stay what they
-        are; groups that are still equal then stay. Metrics describe the first draw: the others are not a fair sample.
+        At most `dynamic_sampling` times, with puzzles of a separate order, so later steps do not change; groups that
+        are still equal then stay. Metrics describe the first draw, because the replaced groups are a biased sample.
         """
         first = flat = zero_variance(batch.tally.rewards)
         for turn in range(1, self.settings.dynamic_sampling + 1):
@@ -69,7 +69,7 @@ class Collector:
     def _draw(
         self, step: int, places: Sequence[int], turn: int, clock: Clock, meter: Meter
     ) -> tuple[list[Group], Tally]:
-        """This rank's groups of the prompts at `places`, and the tally of all ranks. Later turns have other prompts."""
+        """This rank's groups of the prompts at `places`, and the tally of all ranks. Later turns use other prompts."""
         mine = [place for place in self.ranks.share(self.settings.batch_size) if place in places]
         groups: list[Group] = []
 
@@ -83,7 +83,7 @@ class Collector:
         return Tally.of(groups, size=self.settings.num_generations, cheats=self.task.cheats)
 
     def _score(self, text: str, problem: Problem, style: str, truncated: bool, length: int) -> Score:
-        """The task's score, less the length penalty of `length` tokens."""
+        """The task's score minus the length penalty of `length` tokens."""
         score, reward = self.task.score(text, problem, style=style, truncated=truncated), self.reward
         if not reward.length_penalty:
             return score

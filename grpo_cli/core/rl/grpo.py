@@ -8,13 +8,12 @@ P prompts, G completions each, B = P * G rows of at most T tokens; m the complet
     kl     = exp(d) - d - 1,  d = l_ref - l
     loss   = sum over rows and tokens of w * m * (policy + beta * kl)
 
-`w` is the normaliser of the loss type, taken over the whole step, so micro-batches never change the gradient.
+`w` is the normaliser of the loss type over the whole step, so micro-batches do not change the gradient.
 
 Unlike the paper (DeepSeekMath, arXiv 2402.03300) l_old is the detached l of the first inner update, exactly what a
 separate pass would return, and a group of equal rewards has exactly zero advantage. Unlike the original system the KL
 is k3 as Schulman defines it (its README turns d around, `kl_estimator = "original"`), and log-probabilities are those
-of the sampling distribution, temperature included. Knows neither puzzles nor files: rewards arrive as a (P, G)
-tensor.
+of the sampling distribution, temperature included.
 """
 
 from __future__ import annotations
@@ -30,9 +29,10 @@ STD_EPSILON = 1e-4
 
 
 def advantages(rewards: Tensor, *, scale: str = "group") -> Tensor:
-    """Advantages (P, G) of rewards (P, G): each reward less its group's mean, over the standard deviation (ddof = 1).
+    """Advantages (P, G) of rewards (P, G): reward minus its group's mean, over the standard deviation (ddof = 1).
 
-    `scale` says whose: of the group, of the whole batch, or none. Groups of equal rewards give exactly zero.
+    `scale` selects the standard deviation: of the group, of the whole batch, or none. Groups of equal rewards give
+    exactly zero.
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     centred = centred.masked_fill(zero_variance(rewards)[:, None], 0.0)
@@ -43,7 +43,7 @@ def advantages(rewards: Tensor, *, scale: str = "group") -> Tensor:
 
 
 def zero_variance(rewards: Tensor) -> Tensor:
-    """(P,) boolean: the groups of rewards (P, G) that are all equal and teach nothing."""
+    """(P,) boolean: groups of rewards (P, G) that are all equal and so have no gradient."""
     return rewards.amax(dim=1) == rewards.amin(dim=1)
 
 
@@ -60,7 +60,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k3"
     """Per-token estimate (B, T) of KL(policy || reference) from samples of the policy.
 
     "k3" is Schulman's exp(d) - d - 1 with d = l_ref - l (joschu.net/blog/kl-approx.html): unbiased, never negative.
-    "original" has the sign of d turned around, as the original system wrote it; it does not estimate this KL.
+    "original" flips the sign of d, as in the original system; it does not estimate this KL.
     """
     difference = ref_logprobs - logprobs if estimator == "k3" else logprobs - ref_logprobs
     return difference.exp() - difference - 1
@@ -89,18 +89,18 @@ def policy_loss(
 
 @dataclass(frozen=True)
 class Step:
-    """Counts over a whole step, across ranks."""
+    """Counts over the whole step, across ranks."""
 
     rows: int
     tokens: int
-    teaches: bool  # whether the gradient of any of them may be other than zero
+    teaches: bool  # whether any gradient may be nonzero
 
 
 def normalizer(lengths: Tensor, *, loss_type: str, max_new_tokens: int, step: Step | None = None) -> Tensor:
-    """Weight (B,) of each token of each row in the loss, from row lengths (B,): of the whole step, or of part of one.
+    """Weight (B,) of each token of each row in the loss, from row lengths (B,) of the whole step or of part of one.
 
-    `grpo` and `gspo`: mean over rows of the mean over tokens. `dapo` and `cispo`: mean over all tokens. `dr_grpo`:
-    sum over tokens divided by rows times `max_new_tokens`, which favours no length.
+    `grpo` and `gspo`: mean over rows of the mean over tokens. `dapo` and `cispo`: mean over all tokens. `dr_grpo`: sum
+    over tokens divided by rows times `max_new_tokens`, independent of length.
     """
     rows, tokens = (step.rows, step.tokens) if step else (len(lengths), int(lengths.sum()))
     if loss_type in ("grpo", "gspo"):

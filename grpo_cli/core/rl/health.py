@@ -1,4 +1,4 @@
-"""Signs in the metrics that a training has gone wrong for good, or is not healthy. Knows numbers alone."""
+"""Warnings from metrics: a training has collapsed, or is unhealthy."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from statistics import fmean, median
 
 from grpo_cli.core.metrics import CHEATS
 
-WINDOW = 20  # steps that are judged together
-KL_LIMIT = 1.0  # nats a token; trainings that learn stay far below
+WINDOW = 20  # steps per judgement
+KL_LIMIT = 1.0  # nats per token; healthy trainings stay far below
 TRUNCATED_LIMIT = 0.9  # share of completions
-# Nats a token between sampler or trainer and the model's own forward; rounding gives 1e-6 in float32 and up to 1e-2 in
-# bfloat16. This is five times that rounding, and a quarter of how far ratios may go before the clip.
+# Nats per token between sampler or trainer and the model's own forward; rounding gives 1e-6 in float32 and up to 1e-2
+# in bfloat16. The limit is five times that rounding, and a quarter of the clip range.
 GAP_LIMIT = 0.05
 EQUAL_LIMIT = 0.9  # share of groups whose rewards are all equal
-LEARNED = 0.9  # accuracy from which equal rewards and certainty are what was wanted
-CUT_LIMIT = 0.3  # share of completions; what is cut off can't be right, so that accuracy stays below 1 less this
+LEARNED = 0.9  # accuracy above which equal rewards and low entropy are fine
+CUT_LIMIT = 0.3  # share of completions; truncated ones cannot be correct
 ENTROPY_LIMIT = 0.01  # nats a token
-ENTROPY_LEFT = 0.1  # of the entropy in the first window
-MOVED_LIMIT = 0.1  # share of weights; float32 moves nearly all, and bf16 a few in a hundred where steps are small
-NOTATION_LIMIT = 0.1  # share of completions that are right but for their notation
+ENTROPY_LEFT = 0.1  # share of the entropy in the first window
+MOVED_LIMIT = 0.1  # share of weights; float32 changes nearly all, bf16 a few percent if steps are small
+NOTATION_LIMIT = 0.1  # share of completions that are correct except for their notation
 CHEAT_LIMIT = 0.1  # share of completions, and twice as many as in the first window
 
 
 def collapses(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """Failures in the metrics of all steps so far, by name, each with a sentence that says what to do.
+    """Failures in the metrics of all steps so far, by name, each with a sentence of advice.
 
-    kl: the policy has run away from the reference. length: nearly every completion runs out of tokens, which they did
-    not at first. format: every completion is well formed and none is right.
+    kl: the policy is far from the reference. length: nearly every completion reaches the token limit, unlike at first.
+    format: every completion is well formed and none is correct.
     """
     late = history[-WINDOW:]
     if len(late) < WINDOW:
@@ -55,11 +55,12 @@ def collapses(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
 
 
 def warnings(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """Warnings about the metrics of all steps so far, by name, each with what was seen and what to do.
+    """Warnings about the metrics of all steps so far, by name, each with the symptom and advice.
 
-    gap: what samples or is trained is not the model. right (good news), wrong, settled: nearly all groups have equal
-    rewards. truncated: many completions run out of tokens. entropy: completions hardly differ. moved: rounding swallows
-    the steps. notation: right answers are not accepted. cheat/...: a kind of cheating spreads.
+    gap: sampling or training disagrees with the model's own forward. right (good news), wrong, settled: nearly all
+    groups have equal rewards. truncated: many completions reach the token limit. entropy: completions hardly differ.
+    moved: weight updates are rounded away. notation: correct answers in a wrong notation. cheat/...: a kind of cheating
+    spreads.
     """
     late, early = history[-WINDOW:], history[:WINDOW]
     if len(late) < WINDOW:

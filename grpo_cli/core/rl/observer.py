@@ -1,4 +1,4 @@
-"""What a training reports while it runs."""
+"""Callbacks of a training."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Validated:
 
 
 class Observer:
-    """Watches a training and ignores all it reports; override what to show."""
+    """Receives the events of a training and ignores them; override what you need."""
 
     def message(self, text: str) -> None:
         """A sentence for the user."""
 
     def progress(self, phase: str, done: int, total: int) -> None:
-        """How far a phase of the current step is."""
+        """Progress of a phase of the current step."""
 
     def step(self, metrics: Mapping[str, float], sample: Mapping[str, object]) -> None:
         """The metrics of a finished step and one of its completions, a record of samples.jsonl."""

@@ -1,6 +1,7 @@
-"""`train --probe`: samples a few dozen train puzzles as training would, and says whether a model could learn from them.
+"""`train --probe`: sample a few dozen train puzzles as training would, and estimate whether a model could learn from
+them.
 
-A group teaches where its rewards differ. Knows neither the training loop nor terminals.
+A group has a gradient only if its rewards differ: it is called mixed.
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.task.task import Problem, Task
 
 PUZZLES = 32
-SECONDS = 110.0  # that a probe may take, the loading of the model left aside
-TIGHT = 0.2  # width of the interval of the share of mixed groups that is narrow enough: 16 puzzles, none of them mixed
-FEW = 0.25  # share of mixed groups below which most of a step is spent for nothing
-WORTH = 0.15  # what larger groups must add to that share to be worth what they cost
-# Beta distributions of the puzzles' chances of success: means, and a + b from "always or never" to "all alike".
+SECONDS = 110.0  # limit for a probe, without loading the model
+TIGHT = 0.2  # sufficient width of the interval of the mixed share: 16 puzzles without a mixed group
+FEW = 0.25  # mixed share below which most of a step is wasted
+WORTH = 0.15  # increase of the mixed share that justifies larger groups
+# Grid of Beta distributions of success: means, and a + b, from "always or never" to "all equal".
 MEANS = [0.001, 0.003, *[index / 100 for index in range(1, 100)], 0.997, 0.999]
 WEIGHTS = [0.1 * 1.3**index for index in range(30)]
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """The groups of one style: shares are from 0 to 1, `right` and `mixed` have an entry for each puzzle."""
+    """The groups of one style: shares are from 0 to 1; `right` and `mixed` have one entry per puzzle."""
 
     style: str
     num_generations: int
     right: list[int]  # correct completions of each group
-    mixed: list[bool]  # whether the rewards of a group differ, so that it teaches something
+    mixed: list[bool]  # whether the rewards of a group differ
     format_rate: float
     truncated: float
     mean_length: float  # tokens
@@ -55,7 +56,7 @@ class Sampled:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of the accuracy, counting puzzles: completions of one puzzle are not independent."""
+        """95 % Wilson interval of the accuracy, by puzzles: completions of one puzzle are not independent."""
         return wilson(self.accuracy, len(self.right))
 
     @property
@@ -65,7 +66,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Probe:
-    """A model's groups in every style, of the same puzzles; `chosen` is the style that training would use."""
+    """A model's groups in every style, of the same puzzles; `chosen` is the style of the training."""
 
     chosen: str
     numbers: int
@@ -73,14 +74,14 @@ class Probe:
 
     @property
     def expected_mixed(self) -> dict[int, float]:
-        """Estimated share of groups of the chosen style with right and wrong completions, by size of the group."""
+        """Estimated share of groups of the chosen style with right and wrong completions, by group size."""
         sampled = self.styles[self.chosen]
         sizes = [sampled.num_generations * factor for factor in (1, 2, 4)]
         return expected_mixed(sampled.right, sampled.num_generations, sizes)
 
     @property
     def findings(self) -> dict[str, str]:
-        """A word for what was found -> a sentence, the first on whether there is anything to learn from."""
+        """Findings by name, each a sentence; the first says whether there is anything to learn."""
         sampled = self.styles[self.chosen]
         advice = {"signal": self._signal(sampled)}
         if sampled.truncated > CUT_LIMIT:
@@ -110,10 +111,10 @@ class Probe:
         return f"there is something to learn from: {seen}"
 
     def _better_style(self, sampled: Sampled) -> dict[str, str]:
-        """The style with most mixed groups if it has more of them than chance explains, given how many are tried."""
+        """The style with most mixed groups, if significantly more than the chosen one (corrected for the styles tried)."""
         others = [other for other in self.styles.values() if other is not sampled]
         best = max(others, key=lambda other: other.mixed_share, default=sampled)
-        pairs = list(zip(sampled.mixed, best.mixed, strict=False))  # as many as both have
+        pairs = list(zip(sampled.mixed, best.mixed, strict=False))  # the puzzles that both have
         p_value = min(1.0, len(others) * mcnemar(pairs.count((False, True)), pairs.count((True, False))))
         if best.mixed_share <= sampled.mixed_share or not significant(p_value):
             return {}
@@ -135,7 +136,7 @@ class Probe:
 
 
 def chosen_puzzles(puzzles: Sequence[Problem], seed: int) -> list[Problem]:
-    """The puzzles of a probe: a sample of at most PUZZLES, the same for the same seed."""
+    """The puzzles of a probe: a sample of at most PUZZLES, fixed by the seed."""
     return random.Random(f"probe/{seed}").sample(puzzles, min(PUZZLES, len(puzzles)))
 
 
@@ -154,9 +155,9 @@ def probe(
 ) -> Probe:
     """Sample a group of completions of each puzzle in every style, `batch_size` completions at once.
 
-    Stops before SECONDS have passed if the next groups would take longer, and once the 95 % interval of the share of
-    mixed groups is no wider than TIGHT: a model that never differs needs half the puzzles. The chosen style comes
-    first; the others may have fewer groups, or none. `progress` receives the groups done and their number.
+    Stops if the next groups would exceed SECONDS, or once the 95 % interval of the share of mixed groups is no wider
+    than TIGHT: without any mixed group, half the puzzles suffice. The chosen style comes first; the others may have
+    fewer groups, or none. `progress` receives the groups done and their number.
     """
     chosen = chosen if chosen in task.styles else task.styles[0]
     order = sorted(task.styles, key=lambda style: style != chosen)
@@ -188,7 +189,7 @@ def probe(
 
 
 def _chunks(count: int, size: int) -> list[tuple[int, int]]:
-    """Ranges of puzzles: one at first, whose time tells how many fit, then `size` at once."""
+    """Ranges of puzzles: first a single one, to estimate the time, then `size` at once."""
     edges = [0, *range(1, count, size), count]
     return list(itertools.pairwise(edges))
 
@@ -200,7 +201,7 @@ def _probe(
     groups: Mapping[str, Sequence[Sequence[Completion]]],
     seconds: Mapping[str, float],
 ) -> Probe:
-    """The probe of the groups that were sampled, its styles in the task's order."""
+    """The probe of the sampled groups, its styles in the task's order."""
     styles = {style: measure(style, groups[style], seconds[style]) for style in task.styles if groups[style]}
     return Probe(chosen, puzzles[0].size, styles)
 
@@ -226,9 +227,9 @@ def measure(style: str, groups: Sequence[Sequence[Completion]], seconds: float) 
 def expected_mixed(right: Sequence[int], of: int, sizes: Sequence[int]) -> dict[int, float]:
     """Estimated share of groups with right and wrong completions, by size, from a group of `of` for each puzzle.
 
-    The chances of success p are taken to be drawn from one Beta(a, b), the most likely of a grid; then a puzzle's own
-    is Beta(a + right, b + of - right): one that is never solved in 8 tries may be solved in 32. The estimate is the
-    mean over puzzles of 1 - E[p^n] - E[(1 - p)^n].
+    The chances of success p are modelled by one Beta(a, b), the most likely of a grid. A puzzle's posterior is then
+    Beta(a + right, b + of - right): a puzzle never solved in 8 tries may be solved in 32. The estimate is the mean over
+    puzzles of 1 - E[p^n] - E[(1 - p)^n].
     """
     counts = {hits: list(right).count(hits) for hits in set(right)}
 
@@ -245,7 +246,7 @@ def expected_mixed(right: Sequence[int], of: int, sizes: Sequence[int]) -> dict[
 
 
 def _mixed(a: float, b: float, size: int) -> float:
-    """Chance that a group is neither all right nor all wrong if its p is drawn from Beta(a, b)."""
+    """Probability that a group has right and wrong completions if p is drawn from Beta(a, b)."""
     all_right, all_wrong = _log_beta(a + size, b), _log_beta(a, b + size)
     return 1 - math.exp(all_right - _log_beta(a, b)) - math.exp(all_wrong - _log_beta(a, b))
 

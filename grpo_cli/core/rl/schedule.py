@@ -18,7 +18,7 @@ PLANNED_PROMPTS = 1000
 
 
 def learning_rate_at(step: int, *, peak: float, schedule: str, warmup_steps: int, num_iterations: int) -> float:
-    """Learning rate of a step, from 1: a linear warm-up to `peak`, then constant or falling to 0 at the end."""
+    """Learning rate of a step, from 1: linear warm-up to `peak`, then constant or falling to 0 at the end."""
     if step <= warmup_steps:
         return peak * step / warmup_steps
     done = (step - 1 - warmup_steps) / max(1, num_iterations - warmup_steps)
@@ -40,7 +40,7 @@ def _or_task(text: str, of_task: str) -> str:
 
 
 def splits(settings: Settings) -> dict[str, list[Problem]]:
-    """The problems that a training draws from, chooses its best model on, and reports on.
+    """The problems to train on, to select the best model on, and to report on.
 
     Raises CountdownError if one of them is empty or shares problems with another.
     """

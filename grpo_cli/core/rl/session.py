@@ -1,10 +1,9 @@
-"""Build, start or resume a training. The command line, notebooks and benchmarks all train through this module.
+"""Build, start or resume a training. The command line, notebooks and benchmarks all use this module.
 
     settings = resolve(flags={"train.num_iterations": 20}).settings
     result = train(settings, "first", observer)
 
-`start` loads the model, opens the run and locks it; `Session.train` runs the loop and writes the summary. Knows neither
-terminals nor signals.
+`start` loads the model, opens the run and locks it; `Session.train` runs the loop and writes the summary.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def _ignore(_: str) -> None: ...
 
 @dataclass(frozen=True)
 class Result:
-    """A finished training. `overlap` says in a sentence how many evaluation puzzles were trained on."""
+    """A finished training. `overlap` is a sentence on how many evaluation puzzles were trained on."""
 
     run: Run
     evaluation: Evaluation
@@ -84,7 +83,7 @@ class Session:
         should_stop: Callable[[], bool] = lambda: False,
         should_save: Callable[[], bool] = lambda: False,
     ) -> Result:
-        """Train to the end and write the summary. Raises Interrupted after saving if `should_stop` says so."""
+        """Train to the end and write the summary. If `should_stop` returns true, save and raise Interrupted."""
         with tracked(observer, self.run, self.settings, start=self.training.step) as watching:
             evaluation = loop.train(
                 self.training,
@@ -131,7 +130,7 @@ def start(
 ) -> Iterator[Session]:
     """Load everything and open the run, which stays locked until the block ends.
 
-    A new run is created only after its model has loaded. `resume` continues run `name` from its newest whole
+    A new run is created only after its model has loaded. `resume` continues run `name` from its newest intact
     checkpoint, or from that of `step`. `note` receives sentences for the user.
     """
     require_tracker(settings.train.tracker)
@@ -144,7 +143,7 @@ def start(
     device = detect_device(settings.model.device)
     if settings.train.deterministic:
         fix_order()
-    free = min(ranks.each(lambda: free_memory(device)))  # the ranks must choose alike
+    free = min(ranks.each(lambda: free_memory(device)))  # all ranks must choose the same plan
     plan = ranks.own(lambda: plan_memory(settings, ranks=ranks.size, free=free))
     memory.limit(settings, device)
     with ExitStack() as locks:
@@ -208,7 +207,7 @@ def for_ranks(settings: Settings, ranks: int) -> Settings:
 
 
 def demonstrated(settings: Settings, ranks: int) -> list[Lesson]:
-    """The searches that a warm start imitates, or none; raises CountdownError if there cannot be any."""
+    """The searches that a warm start imitates, or none; raises CountdownError if there can be none."""
     if not settings.train.warm_start:
         return []
     return lessons(settings, load_tokenizer(model_source(Path(settings.runs), settings.model.model)), ranks=ranks)
@@ -217,9 +216,9 @@ def demonstrated(settings: Settings, ranks: int) -> list[Lesson]:
 def plan_memory(
     settings: Settings, *, ranks: int = 1, free: int = 0, plain: bool = False, whole: bool = False
 ) -> MemoryPlan:
-    """Plan each rank's memory from the model's config and tokenizer alone. `free` is in bytes; settings override it.
+    """Plan each rank's memory from the model's config and tokenizer. `free` is in bytes; settings override it.
 
-    `plain` and `whole` as of the policy, once that is known.
+    `plain` and `whole`: the policy's path, once known.
     """
     asked = settings.model
     needs_no_gpu = asked.device == "cuda" and asked.memory > 0
@@ -270,7 +269,7 @@ def _warm_up(policy: Policy, shown: Sequence[Lesson], choices: Choices, note: No
 def _load_planned(
     load: Callable[[Choices], Policy], plan: MemoryPlan, replan: Callable[..., MemoryPlan]
 ) -> tuple[Policy, MemoryPlan]:
-    """The policy with its plan: another one if the self-check put it on a path that needs more memory."""
+    """The policy and its plan; replans if the self-check chose a path that needs more memory."""
     policy, first = load(plan.choices), plan.choices
     if policy.plain or policy.whole:
         plan = replan(plain=policy.plain, whole=policy.whole)
@@ -290,7 +289,7 @@ def _restore(
 ) -> Policy | None:
     """Restore a checkpoint, if there is one, and return the frozen reference, if the loss needs one."""
     has_reference = settings.loss.beta > 0
-    unchanged = checkpoint is None or training.policy.adapter  # the base model of an adapter always is
+    unchanged = checkpoint is None or training.policy.adapter  # an adapter's base model never changes
     original = training.policy if unchanged else _load(settings, choices, warmed) if has_reference else None
     reference = _reference(settings, original, choices) if original and has_reference else None
     if old and checkpoint:

@@ -1,7 +1,6 @@
-"""The state of a training: what a checkpoint holds, how a run is taken up again, and what it started from.
+"""The state of a training: the contents of a checkpoint, how it is restored, and the hashes of a run's origin.
 
-Puzzles and random numbers are functions of (seed, step), so with a run's settings nothing else is needed. Knows the
-files within a checkpoint, but neither the algorithm nor where a run keeps anything.
+Puzzles and random numbers are functions of (seed, step), so a checkpoint and the settings are all that resuming needs.
 """
 
 from __future__ import annotations
@@ -37,37 +36,37 @@ _PROGRESS += ["bad_steps", "bad_in_a_row"]
 
 @dataclass
 class Training:
-    """All that going on from a checkpoint needs besides the run's settings."""
+    """State needed to resume, besides the run's settings."""
 
     policy: Policy
     optimizer: torch.optim.Optimizer
-    learner: Policy | None = None  # the sharded policy that learns, where `policy` is a copy of all its weights
+    learner: Policy | None = None  # the sharded policy that is trained; `policy` is then its full copy
     step: int = 0
-    # Metrics of `step` that are not logged yet, because an evaluation that belongs to them has not ended.
+    # Metrics of `step` that wait for its evaluation to finish.
     pending: dict[str, float] | None = field(default_factory=lambda: dict[str, float](step=0))
-    base_accuracy: float | None = None  # of the starting model, greedy on the val puzzles
-    best_score: float | None = None  # dev accuracy of the model that is kept
-    best_accuracy: float | None = None  # its val accuracy, which is only reported
+    base_accuracy: float | None = None  # of the starting model, greedy on val
+    best_score: float | None = None  # dev accuracy of the best model
+    best_accuracy: float | None = None  # its val accuracy
     best_step: int = 0
-    waited: int = 0  # evaluations since then
-    bad_steps: int = 0  # steps without a finite loss and gradient, which were skipped
+    waited: int = 0  # evaluations since the best
+    bad_steps: int = 0  # skipped steps: loss or gradient not finite
     bad_in_a_row: int = 0
     resumed_from: int | None = None
 
     @property
     def learns(self) -> Policy:
-        """The policy whose weights the optimizer moves."""
+        """The policy that the optimizer updates."""
         return self.learner or self.policy
 
     def save_shards(self, run: Run) -> None:
-        """Write this rank's part of weights and moments, if they are sharded, where `save` takes them up."""
+        """Write this rank's sharded weights and moments to the folder that `save` collects."""
         if self.learner:
             shards.save_shards(run.shards_path, self.learner.model, self.optimizer)
 
     def save(self, run: Run, settings: Settings) -> None:
-        """Write a checkpoint of this step, whole or not at all, and drop old ones.
+        """Write a checkpoint of this step atomically, and remove old ones.
 
-        Raises CountdownError, with what was there before intact, if it cannot be written.
+        Raises CountdownError if it cannot be written; earlier checkpoints stay intact.
         """
         run.require_space(self.checkpoint_bytes())
         facts = {
@@ -95,7 +94,7 @@ class Training:
         run.prune_checkpoints(settings.train.keep_last, also=self.resumed_from)
 
     def save_best(self, run: Run) -> None:
-        """Keep the model of this step as the run's; raises as `save` does."""
+        """Save the current model as the run's best; raises as `save` does."""
         with self._reported(run), run.saving(run.model_path) as folder:
             self.policy.save(folder)
         if self.policy.adapter:
@@ -105,7 +104,7 @@ class Training:
 
     @contextmanager
     def _reported(self, run: Run) -> Iterator[None]:
-        """One sentence for whatever the libraries raise when a disk is full."""
+        """Turn the libraries' errors on a full disk into one sentence."""
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -116,13 +115,13 @@ class Training:
             ) from error
 
     def checkpoint_bytes(self) -> int:
-        """About how large a checkpoint is: the weights, two moments of each, and the masters if there are some."""
+        """Approximate size of a checkpoint: weights, two moments each, and masters if there are any."""
         weights: int = sum(3 * weight.numel() * weight.element_size() for weight in self.policy.trainable)
         masters = self.optimizer.masters if isinstance(self.optimizer, MasterWeights) else []
         return weights + sum(master.numel() * master.element_size() for master in masters)
 
     def restore(self, folder: Path) -> None:
-        """Take up the state of a checkpoint whose model is already loaded."""
+        """Load the state of a checkpoint whose model is already loaded."""
         if self.policy.adapter:
             lora.load_adapter(self.policy.model, folder / "model")
         progress = self._restore_moments(folder)
@@ -132,7 +131,7 @@ class Training:
 
     @torch.no_grad()
     def fall_back(self, folder: Path) -> None:
-        """Restore weights and optimizer of a checkpoint, and keep the progress. Not for sharded weights."""
+        """Restore weights and optimizer of a checkpoint, but keep the progress. Not for sharded weights."""
         if self.policy.adapter:
             lora.load_adapter(self.policy.model, folder / "model")
         else:
@@ -142,7 +141,7 @@ class Training:
         self._restore_moments(folder)
 
     def _restore_moments(self, folder: Path) -> dict[str, Any]:
-        # On the host: the optimizer moves what it keeps, and a GPU never holds the state twice.
+        # Load to the host: the optimizer moves its state, so a GPU never holds it twice.
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         if "optimizer" not in state:
             shards.load_shards(folder / "shards", self.learns.model, self.optimizer)
@@ -155,7 +154,7 @@ class Training:
 
     @torch.no_grad()
     def _restore_optimizer(self, state: dict[str, Any], model: Path) -> None:
-        """Weights of float32 and masters of others are the same thing, so that a run may go on on another device."""
+        """Float32 weights and float32 masters are interchangeable, so a run can resume on another device."""
         if isinstance(self.optimizer, MasterWeights) and "masters" not in state:
             saved = _weights(model)
             state = {"masters": [saved[name] for name, _ in self.policy.model.named_parameters()], "inner": state}
@@ -171,19 +170,19 @@ def _weights(model: Path) -> dict[str, torch.Tensor]:
 
 
 def choose_optimizer(name: str, device: torch.device) -> str:
-    """The optimizer that `name` names; "auto" keeps its state in 8 bits on CUDA."""
+    """The optimizer for `name`; "auto" is 8-bit on CUDA."""
     if name == "adamw8bit" and device.type == "mps":
         raise CountdownError("`adamw8bit` does not run on MPS", "use `--optimizer adamw`")
     return name if name != "auto" else "adamw8bit" if device.type == "cuda" else "adamw"
 
 
 def build_optimizer(policy: Policy, *, name: str, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW, of torch or with 8-bit state of bitsandbytes. The learning rate is set per step."""
+    """AdamW of torch, or of bitsandbytes with 8-bit state. The learning rate is set per step."""
 
     def build(weights: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
         if choose_optimizer(name, policy.device) == "adamw8bit":
-            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of 4-bit kernels that are not used
-            import bitsandbytes  # imported late: it looks for native kernels
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # silences warnings about unused 4-bit kernels
+            import bitsandbytes  # imported late: searches for native kernels
 
             return bitsandbytes.optim.AdamW8bit(weights, weight_decay=weight_decay)  # type: ignore[no-any-return]
         return torch.optim.AdamW(weights, weight_decay=weight_decay)
@@ -193,7 +192,7 @@ def build_optimizer(policy: Policy, *, name: str, weight_decay: float) -> torch.
 
 
 def settled(settings: Settings, policy: Policy) -> Settings:
-    """The settings with what `auto` stood for, so that a run goes on alike on another machine."""
+    """The settings with `auto` resolved, so a run resumes the same way on another machine."""
     optimizer = choose_optimizer(settings.train.optimizer, policy.device)
     model = settings.model.model_copy(update={"precision": policy.precision})
     train = settings.train.model_copy(update={"optimizer": optimizer})
@@ -203,11 +202,11 @@ def settled(settings: Settings, policy: Policy) -> Settings:
 def choose_checkpoint(
     run: Run, settings: Settings, step: int | None, skipped: Callable[[str], None]
 ) -> tuple[int, Path | None]:
-    """The step and folder of the checkpoint of `step`, or of the newest one that is whole; `skipped` is told of others.
+    """The step and folder of the checkpoint of `step`, or of the newest intact one; `skipped` receives a sentence on
+    others.
 
-    (0, None) if the run was stopped before its first. Raises CountdownError if all are damaged, or that of `step` is:
-    there is no falling back from a step that was asked for. Also if the run's settings are not those it was saved with,
-    and for a step beyond their last.
+    (0, None) if the run stopped before its first checkpoint. Raises CountdownError if all are damaged, if that of
+    `step` is damaged, if the run's settings have changed since it was saved, or if the step is beyond the run's last.
     """
     checkpoints = dict(run.checkpoints())
     if step is not None and step not in checkpoints:
@@ -236,9 +235,9 @@ def choose_checkpoint(
 
 
 def origin(policy: Policy | None, reference: Policy | None, hashes: Mapping[str, str]) -> dict[str, object]:
-    """Hashes of everything a run starts from: the model's weights and tokenizer, the reference's weights, the problems.
+    """Hashes of a run's origin: weights and tokenizer of the model, weights of the reference, the problems.
 
-    There is none of a model that is not needed.
+    Models that are None are left out.
     """
     hashes_of: dict[str, object] = {**policy.fingerprint()} if policy else {}
     if reference:
@@ -247,7 +246,7 @@ def origin(policy: Policy | None, reference: Policy | None, hashes: Mapping[str,
 
 
 def require_origin(run: Run, policy: Policy | None, reference: Policy | None, hashes: Mapping[str, str]) -> None:
-    """Raise CountdownError unless the run started from `policy` and `reference`, where needed, and these problems."""
+    """Raise CountdownError unless the run started from `policy`, `reference` and these problems."""
     saved, current = run.read_origin(), origin(policy, reference, hashes)
     changed = [name for name in current if saved.get(name) != current[name]]
     if changed:

@@ -40,7 +40,7 @@ def summary(training: Training, evaluation: Evaluation, run: Run) -> dict[str, o
 
 
 def _peaks(run: Run, best_step: int) -> dict[str, dict[str, float]]:
-    """Of each cell: accuracy at first, at its peak, of the model that is kept, and last, against which it is tested."""
+    """Per cell: accuracy at first, at its peak, of the best model, and last, with a test of peak against last."""
     peaks: dict[str, dict[str, float]] = {}
     for name, history in run.evaluations().items():
         steps = list(history)
@@ -62,10 +62,9 @@ def _peaks(run: Run, best_step: int) -> dict[str, dict[str, float]]:
 
 
 def phases(metrics: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Where the time went: by phase its `seconds` and `share` of all, and where it has a floor, `floor` in seconds.
+    """Time by phase: `seconds`, `share` of all, and `floor` in seconds if the phase has one.
 
-    `matrix` is what its operations would take at the hardware's full rate. Empty if the steps did not log their phases,
-    as those of old runs.
+    `matrix`: seconds of its operations at the hardware's full rate. Empty for old runs that did not log phases.
     """
 
     def total(key: str) -> float:
@@ -85,7 +84,7 @@ def phases(metrics: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]
     return by_phase
 
 
-# From which share of the floor a phase is bound by the hardware; from which share of the time a phase is worth a word.
+# Share of the floor above which a phase is hardware-bound; share of the time above which a phase is mentioned.
 AT_THE_FLOOR, MATTERS = 0.4, 0.25
 REMEDIES = {
     "prefill": "shorter prompts cost less",
@@ -98,10 +97,10 @@ REMEDIES = {
 
 
 def verdict(by_phase: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """A sentence on what bounds each phase that takes a quarter of the time or more, or the longest if none does.
+    """A sentence on the bottleneck of each phase that takes a quarter of the time, or of the longest if none does.
 
-    Rules, in order: above its floor's speed, the data stays in a cache; from 40 % of the floor on, arithmetic or memory
-    bandwidth bounds it, whichever makes its floor; below, neither does, but what each operation costs beside.
+    Rules, in order: faster than its floor, the data stays in a cache; at 40 % of the floor or more, it is bound by
+    arithmetic or memory bandwidth, whichever determines its floor; below, by the overhead of each operation.
     """
     order = sorted(by_phase, key=lambda name: -by_phase[name]["seconds"])
     return [_sentence(name, by_phase[name]) for name in order if by_phase[name]["share"] >= MATTERS or name == order[0]]

@@ -1,8 +1,8 @@
 """The training loop: draw, sample, score, advantages, update, log.
 
-Everything a checkpoint must hold lives in `state.Training`; the prompts and samples of a step are functions of (seed,
-step) alone. Unlike the original system, the end-of-sequence token is trained on, evaluation is greedy over all val
-problems, and the model kept is the best on dev problems, not the last. Knows neither tags nor terminals nor file names.
+`state.Training` holds the state of a checkpoint; prompts and samples of a step are functions of (seed, step). Unlike
+the original system, the end-of-sequence token is trained on, evaluation is greedy over all val problems, and the saved
+model is the best on dev, not the last.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from grpo_cli.core.rl.validate import Validation
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task.countdown import task_of
 
-COMPARE_EVERY = 10  # steps between comparisons of log-probabilities with the model's own forward
+COMPARE_EVERY = 10  # steps between measurements of `logprob_gap`
 
 
 class Interrupted(Passing):
@@ -59,14 +59,13 @@ def train(
 ) -> Evaluation:
     """Train from `training.step` to the end and return the last evaluation.
 
-    Logs every step to the run, keeps its best model and its last checkpoints. `rows` is the micro-batch size where the
-    settings leave it open; 0 is the whole step. A process that would hold more than `memory_limit` bytes, if not 0,
-    halves it. `should_stop` is asked between tokens, micro-batches and phases: the
-    last completed step is then saved and Interrupted raised. `should_save` is asked after each step. Raises
-    CountdownError, with the last good step saved, where training on makes no sense.
+    Logs every step to the run and saves its best model and last checkpoints. `rows` is the micro-batch size if the
+    settings leave it open; 0 is the whole step. A process about to exceed `memory_limit` bytes, if not 0, halves it.
+    `should_stop` is polled between tokens, micro-batches and phases; if true, the last completed step is saved and
+    Interrupted raised. `should_save` is polled after each step. Raises CountdownError, with the last good step saved,
+    if training cannot continue.
 
-    Of several `ranks` each samples and learns from its share of a step's prompts; the run of all but the first does not
-    write.
+    With several `ranks`, each samples and learns from its share of a step's prompts; only the first writes the run.
     """
     fit = partial(MicroBatch, limit=memory_limit, report=observer.message)
     loop = _Loop(training, reference, run, settings, observer, rows, should_stop, should_save, ranks or Solo(), fit)
@@ -148,7 +147,7 @@ class _Loop:
         return evaluation or self.validation.evaluate(self.validation.val)
 
     def _step(self, step: int, clock: Clock, meter: Meter) -> tuple[Batch, dict[str, float]]:
-        """One step of GRPO: its groups, and its metrics."""
+        """One step of GRPO: its groups and metrics."""
         training, loss = self.training, self.settings.loss
 
         # 1. Draw prompts, sample a group of completions of each, score them.
@@ -211,12 +210,12 @@ class _Loop:
         return rate
 
     def _log(self, batch: Batch, metrics: dict[str, float], clock: Clock, meter: Meter) -> None:
-        """Add times and floors to a step's metrics, and hand them to the observer and the run's samples."""
+        """Add times and floors to a step's metrics; pass them to the observer and the run's samples."""
         clock.seconds["time/update"] -= clock.seconds.get("time/optimizer", 0.0)
         times, records = self.ranks.report(clock.seconds, batch.shown())
         total = times["time/total"]
         metrics = {"step": batch.number, **metrics, **times, "tokens_per_second": batch.tokens / total}
-        if self.ranks.rank == 0:  # floors are those of the first rank's share
+        if self.ranks.rank == 0:  # floors describe the first rank's share
             metrics |= meter.metrics(self._work(batch), seconds=total)
         pending = {key: value for key, value in metrics.items() if math.isfinite(value)}
         self.training.pending = pending
@@ -236,7 +235,7 @@ class _Loop:
         )
 
     def _finish_step(self) -> Evaluation | None:
-        """Evaluate, log and save as the last step demands, unless that is done; returns the val evaluation."""
+        """Evaluate, log and save the last step, as far as due and not done yet; returns the val evaluation."""
         training, settings, step = self.training, self.settings.train, self.training.step
         if training.pending is None:
             return None
@@ -286,7 +285,7 @@ class _Loop:
         self.saved_at = time.monotonic()
 
     def _out_of_patience(self) -> bool:
-        """Whether the last `patience` evaluations found no better model; the last step is then saved."""
+        """Whether the last `patience` evaluations brought no improvement; the last step is then saved."""
         training, patience = self.training, self.settings.train.patience
         if not 0 < patience <= training.waited:
             return False
@@ -298,7 +297,7 @@ class _Loop:
         return True
 
     def _fall_back(self, problem: Diverged) -> str:
-        """Restore the newest whole checkpoint, and say so; raises CountdownError if there is none."""
+        """Restore the newest intact checkpoint and describe it; raises CountdownError if there is none."""
         folder, training = self.run_folder, self.training
         saved = self.ranks.first(lambda: [step for step, _ in folder.checkpoints() if folder.damage(step) is None])
         if not saved or training.learner:
@@ -311,7 +310,7 @@ class _Loop:
         return f"are those of step {saved[-1]} again"
 
     def _skip(self, batch: Batch, problem: NotFinite, weights: str) -> None:
-        """Keep a batch whose update failed for a report; raise CountdownError after too many in a row."""
+        """Save the batch of a failed update for a report; raises CountdownError after too many in a row."""
         training, limit, step = self.training, self.settings.train.max_bad_steps, batch.number
         training.bad_steps += 1
         training.bad_in_a_row += 1
@@ -338,7 +337,7 @@ class _Loop:
             )
 
     def _check_health(self) -> None:
-        """Report each problem in the metrics once; end a collapsed training if that is asked for."""
+        """Report each problem in the metrics once; end a collapsed training if `stop_on_collapse`."""
         collapsed = collapses(self.history)
         for sign, sentence in {**collapsed, **warnings(self.history)}.items():
             if sign in collapsed and self.settings.train.stop_on_collapse:

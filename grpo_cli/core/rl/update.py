@@ -1,7 +1,4 @@
-"""One optimizer step: gradients over micro-batches, clipping, the step, and metrics of it.
-
-How weights and gradients are spread over ranks is `dist.parallel`'s to know.
-"""
+"""One optimizer step: gradients over micro-batches, clipping, the step, and its metrics."""
 
 from __future__ import annotations
 
@@ -24,16 +21,16 @@ from grpo_cli.core.rl.batch import Examples
 from grpo_cli.core.rl.grpo import Step, batch_loss, normalizer
 from grpo_cli.core.sampling.selfcheck import plain_logprobs
 
-PROBED_WEIGHTS = 4096  # weights of each tensor that are compared before and after a step
+PROBED_WEIGHTS = 4096  # weights per tensor to compare before and after a step
 
 
 class Diverged(NotFinite):
-    """The weights are not finite after a step of the optimizer."""
+    """The weights are not finite after an optimizer step."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss and how often to step on it. `max_new_tokens` is the normaliser of `dr_grpo`."""
+    """The loss and the number of updates. `max_new_tokens` is the normaliser of `dr_grpo`."""
 
     loss: Loss
     temperature: float
@@ -83,10 +80,10 @@ def update(
     """Update the weights `num_inner_updates` times; returns metrics, means over the inner updates.
 
     `fit` sets the micro-batch size. `poll` is called before each micro-batch until the weights change; an exception it
-    raises leaves them as they were. `stepping` is entered around each optimizer step. Without a KL term, rows of zero
-    advantage are skipped: their gradient is exactly zero. Raises NotFinite, before the weights change, if the loss or
-    the gradient is not finite, and Diverged if the weights are not after it. With `sampled_logprobs`, two rows of each
-    rank are compared with the model's own forward.
+    raises leaves them unchanged. `stepping` wraps each optimizer step. Without a KL term, rows of zero advantage are
+    skipped: their gradient is exactly zero. Raises NotFinite, before the weights change, if the loss or the gradient is
+    not finite, and Diverged if the weights are not finite afterwards. With `sampled_logprobs`, two rows of each rank
+    are compared with the model's own forward.
     """
     fit = fit or MicroBatch()
     passes = _Passes(parallel, examples, objective, fit, poll)
@@ -140,11 +137,11 @@ class _Passes:
             lengths, loss_type=loss.loss_type, max_new_tokens=objective.max_new_tokens, step=self.step
         ).to(device)  # (B,)
         self.old_logprobs = torch.zeros(examples.sequences.mask().shape, device=device)  # (B, T)
-        self.is_first = True  # the first inner update, whose log-probabilities are the old ones of the others
+        self.is_first = True  # the first inner update provides the old log-probs of later ones
         self.plain: dict[int, Tensor] = {}  # rows' log-probs (C,) by the model's own forward, in the first inner update
 
     def accumulate(self, gradients: Gradients, size: int) -> _Sums:
-        """Leave the gradient of this rank's rows in the weights, `size` rows at a time."""
+        """Accumulate the gradient of this rank's rows, `size` rows at a time."""
         self.plain = self._plain_logprobs() if self.is_first and self.examples.sampled_logprobs is not None else {}
         gradients.begin()
         sums, batches = _Sums(), micro_batches(self.rows, size)
@@ -163,8 +160,8 @@ class _Passes:
         """Log-probabilities of this rank's first and last row by the model's own forward."""
         rows = sorted({*self.rows[:1], *self.rows[-1:]})
         compared = self.examples.sequences.subset(rows)
-        found = plain_logprobs(self.parallel.policy, compared, temperature=self.objective.temperature)
-        return dict(zip(rows, found, strict=True))
+        logprobs = plain_logprobs(self.parallel.policy, compared, temperature=self.objective.temperature)
+        return dict(zip(rows, logprobs, strict=True))
 
     def _loss(self, rows: list[int], sums: _Sums) -> Tensor:
         """These rows' part of the step's loss."""
@@ -189,14 +186,14 @@ class _Passes:
 
 @dataclass
 class _Sums:
-    """Sums over the tokens of a pass, from which its metrics are made."""
+    """Sums over the tokens of a pass, for its metrics."""
 
     loss: float = 0.0
     kl: float = 0.0
     entropy: float = 0.0
     clipped: float = 0.0
     gap: float = 0.0
-    compared: int = 0  # tokens whose gap is summed
+    compared: int = 0  # number of tokens in the gap
     tokens: int = 0
 
     def add(self, loss: Tensor, kl: Tensor | None, entropy: Tensor, clipped: Tensor, mask: Tensor) -> None:
@@ -207,7 +204,7 @@ class _Sums:
         self.tokens += int(mask.sum())
 
     def compare(self, plain: Tensor, trained: Tensor, sampled: Sequence[float]) -> None:
-        """Add the distance of a row's log-probs (C,) from the plain ones: of each token the larger, of two."""
+        """Add the distances of a row's log-probs (C,) from the plain ones, per token the larger of trained and sampled."""
         ours = torch.stack([trained[: len(plain)], torch.tensor(sampled, device=plain.device)])  # (2, C)
         self.gap += float((ours - plain).abs().amax(dim=0).sum())
         self.compared += len(plain)
@@ -226,7 +223,7 @@ class _Sums:
 
 
 def clip_gradients(weights: Sequence[torch.nn.Parameter], most: float) -> Tensor:
-    """Scale gradients in place to a norm of at most `most`; returns their norm before, summed in float32."""
+    """Scale gradients in place to a norm of at most `most`; returns the norm before, summed in float32."""
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     if all(gradient.dtype == torch.float32 for gradient in gradients):
         return torch.nn.utils.clip_grad_norm_(weights, most)
@@ -237,12 +234,12 @@ def clip_gradients(weights: Sequence[torch.nn.Parameter], most: float) -> Tensor
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether every element is a finite number, with one synchronization of the device."""
+    """Whether all elements are finite, with one device synchronization."""
     return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
 
 
 def _trained(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The tensors that the optimizer updates, weights or masters; a shard's local part."""
+    """The tensors that the optimizer updates: weights or masters; the local part of a shard."""
     return [local(tensor.detach()) for group in optimizer.param_groups for tensor in group["params"]]
 
 
@@ -253,7 +250,7 @@ def _probed(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def _probe(optimizer: torch.optim.Optimizer) -> Tensor:
-    """A copy of evenly spaced weights of every tensor, in one."""
+    """A copy of evenly spaced weights of every tensor, concatenated."""
     return torch.cat(_probed(optimizer))
 
 

@@ -1,6 +1,6 @@
-"""Evaluation during training, always on the same problems: dev chooses the best model, val and a suite are reported.
+"""Evaluation during training, on fixed problems: dev selects the best model; val and a suite are reported.
 
-With a suite, dev has each size and style that the suite weighs.
+With a suite, dev has each size and style that has a weight in the suite.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Validation:
 
 
 def _on_dev(weights: Mapping[str, float]) -> dict[Cell, float]:
-    """The dev cells of the sizes and styles that a suite weighs."""
+    """The dev cells of the sizes and styles that have a weight in the suite."""
     dev: dict[Cell, float] = {}
     for name, weight in weights.items():
         one = replace(cell(name), split="dev")

@@ -1,7 +1,7 @@
 """A short supervised warm start before reinforcement: imitate worked searches of train puzzles.
 
-For a pretrained model that never answers correctly, so that no group of completions has anything to compare. What
-reinforcement adds is measured against the warm-started model. Does not know where checkpoints are kept.
+For a pretrained model that never answers correctly, so all its groups have equal rewards. The gain of reinforcement is
+measured against the warm-started model.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ WARMUP = 0.1  # share of the steps over which the learning rate rises; then it f
 
 
 def demonstration(puzzle: Puzzle, *, style: Style) -> str | None:
-    """A completion that tries one form after another, in a fixed order and none twice, until one hits.
+    """A completion that tries expressions in a fixed order, none twice, until one is correct.
 
-    Without spaces, `2*6+10=12+10=22 no`, it takes half the tokens of the built-in model's traces. Parentheses come
-    early enough to be learned: no search gives up. None if no form solves the puzzle.
+    Without spaces (`2*6+10=12+10=22 no`), it takes half the tokens of the built-in model's traces. Parentheses come
+    early enough to be learned; no search gives up. None if no form solves the puzzle.
     """
     lines = []
     for tree in tries(puzzle.numbers):
@@ -60,7 +60,7 @@ def demonstrations(
 ) -> list[tuple[Puzzle, str]]:
     """`count` puzzles with their demonstrations, short and long searches equally often.
 
-    Puzzles that the forms do not solve, and demonstrations that do not fit, are left out; CountdownError if all are.
+    Leaves out puzzles that the forms do not solve and demonstrations that do not fit; CountdownError if none remain.
     """
     rng, by_length = random.Random(seed), defaultdict(list)
     for puzzle in puzzles:
@@ -79,7 +79,7 @@ def demonstrations(
 def lessons(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, ranks: int = 1) -> list[Lesson]:
     """The examples that the warm start imitates.
 
-    CountdownError if its task cannot be demonstrated, or if there are several ranks.
+    CountdownError if the task has no demonstrations, or if there are several ranks.
     """
     task, train = settings.task, settings.train
     if ranks > 1:
@@ -110,7 +110,7 @@ def warm_start(
     rows: int = 0,
     report: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> None:
-    """Train `policy` in place on the tokens of each completion once, with AdamW, `rows` at a time, or all if 0.
+    """Train `policy` in place on the tokens of each completion once, with AdamW, `rows` at a time; 0 is all at once.
 
     `report` receives step, steps and loss.
     """
@@ -135,7 +135,7 @@ def warm_start(
 
 
 def _sequences(policy: Policy, batch: Sequence[Lesson]) -> Sequences:
-    """Prompts with their completions, each ended by the first end-of-sequence token of the turn."""
+    """Prompts with their completions, each followed by the first end-of-sequence token."""
     end = policy.tokenizer.eos_token_id
     completions = [[*policy.tokenizer(text, add_special_tokens=False)["input_ids"], end] for _, text in batch]
     return Sequences([policy.encode(messages) for messages, _ in batch], completions, list(range(len(batch))))

@@ -1,7 +1,4 @@
-"""Folders saved whole or not at all, and the manifest by which later damage to one is noticed.
-
-Does not know what the files in a checkpoint mean, nor where a run keeps it.
-"""
+"""Folders saved atomically, with a manifest that reveals later damage."""
 
 from __future__ import annotations
 
@@ -21,10 +18,10 @@ _FORMAT = 4  # checkpoints of other formats are not resumed
 
 @contextmanager
 def saving(path: Path, facts: Mapping[str, object] | None = None) -> Iterator[Path]:
-    """Yield a folder to fill, which replaces `path` once the block ends without an exception.
+    """Yield a folder to fill, which replaces `path` when the block ends without an exception.
 
-    The folder at `path` is whole and on disk at all times, whenever the process or the machine stops. With `facts`,
-    the folder gets a manifest of them and of the size and hash of every file.
+    The folder at `path` stays intact on disk at all times, even if the process or the machine stops. With `facts`, the
+    folder gets a manifest with them and the size and hash of every file.
     """
     staged, old = _hidden(path, "tmp"), _hidden(path, "old")
     settle(path)
@@ -46,12 +43,12 @@ def saving(path: Path, facts: Mapping[str, object] | None = None) -> Iterator[Pa
 
 
 def read_manifest(folder: Path) -> dict[str, object]:
-    """The facts that `saving` recorded, and the files; raises CountdownError where they cannot be read."""
+    """The facts that `saving` recorded, and the files; raises CountdownError if they cannot be read."""
     return read_json(folder / _MANIFEST)
 
 
 def damage(folder: Path, step: int, *, contents: bool = True) -> str | None:
-    """How the checkpoint differs from its manifest, or None if it is whole; without `contents` compare sizes alone."""
+    """How the checkpoint differs from its manifest, or None if it is intact; without `contents`, compare only sizes."""
     try:
         manifest = read_manifest(folder)
     except CountdownError as problem:
@@ -73,7 +70,7 @@ def damage(folder: Path, step: int, *, contents: bool = True) -> str | None:
 
 
 def discard(path: Path) -> None:
-    """Remove a folder, or a link to one, without ever leaving a part of it under its name."""
+    """Remove a folder, or a link to one; a partly removed folder never keeps its name."""
     old = _hidden(path, "old")
     _remove(old)
     path.rename(old)
@@ -81,7 +78,7 @@ def discard(path: Path) -> None:
 
 
 def settle(path: Path) -> None:
-    """Undo a `saving` that was interrupted, or clean up after one that was not."""
+    """Undo an interrupted `saving`, or clean up after a finished one."""
     old = _hidden(path, "old")
     if old.exists() and not path.exists():
         old.rename(path)
@@ -102,7 +99,7 @@ def _hidden(path: Path, suffix: str) -> Path:
 
 
 def _describe(folder: Path, *, contents: bool = True) -> dict[str, dict[str, object]]:
-    """Size of every file in a folder but the manifest, with `contents` its SHA-256 too."""
+    """Size of every file in a folder except the manifest; with `contents` also its SHA-256."""
     described: dict[str, dict[str, object]] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != _MANIFEST:

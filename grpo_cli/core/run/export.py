@@ -1,4 +1,4 @@
-"""A run's best model as a folder to share: weights, tokenizer and card, and its upload to a model hub."""
+"""Export a run's best model to a folder: weights, tokenizer and card."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def check_destination(folder: Path, *, overwrite: bool) -> None:
 def export(
     model: Path, folder: Path, card: str, *, overwrite: bool = False, convert: Callable[[Path], None] = lambda _: None
 ) -> list[Path]:
-    """Write a run's model or adapter and its card to `folder`, replacing it as a whole; return the files.
+    """Write a run's model or adapter and its card to `folder`, replacing it atomically; return the files.
 
-    `convert` may add files to the folder before it takes its place. Raises as `check_destination` does,
-    and if the model has no weights.
+    `convert` may add files to the folder before it is moved into place. Raises as `check_destination` does, and if the
+    model has no weights.
     """
     check_destination(folder, overwrite=overwrite)
     if not any(model.glob("*.safetensors")):
@@ -52,9 +52,9 @@ def export(
 
 
 def license_of(model: str) -> str | None:
-    """The license that a model's own card names, or None; the built-in model has this package's."""
+    """The license in a model's own card, or None; the built-in model has this package's."""
     if model == "builtin":
         return "apache-2.0"
     card = Path(model) / CARD
-    found = _LICENSE.search(card.read_text(encoding="utf-8", errors="replace")[:4096]) if card.is_file() else None
-    return found[1] if found else None
+    match = _LICENSE.search(card.read_text(encoding="utf-8", errors="replace")[:4096]) if card.is_file() else None
+    return match[1] if match else None

@@ -1,4 +1,4 @@
-"""Upload a folder to a model hub by huggingface_hub. Nothing else of the package sends anything."""
+"""Upload a folder to a model hub with huggingface_hub. Nothing else in the package uploads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grpo_cli.core.errors import CountdownError
 def push(folder: Path, repository: str) -> str:
     """Create the model repository `owner/name` if it does not exist, upload `folder`, and return its address.
 
-    Raises CountdownError for a name that cannot be one, without a login, and where the hub refuses or is out of reach.
+    Raises CountdownError for an invalid name, without a login, and if the hub refuses or is out of reach.
     """
     api = HfApi()
     try:

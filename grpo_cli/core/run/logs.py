@@ -1,4 +1,4 @@
-"""The logs of a run: what a line of each holds, how it is read back, and how a log is cut back to a step."""
+"""The logs of a run: format and validation of each line, and truncation to a step."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class Example:
-    """A completion that a run keeps, and its score. An example of an evaluation leaves `step` to the evaluation."""
+    """A logged completion and its score. An example of an evaluation has no `step` of its own."""
 
     completion: str
     reward: float | str
     reason: str
     answer: str | None = None
     step: int = 0
-    numbers: list[int] = field(default_factory=list)  # of a puzzle, with its target
+    numbers: list[int] = field(default_factory=list)  # of a countdown puzzle
     target: int = 0
-    problem: str = ""  # of another task
+    problem: str = ""  # of any other task
 
     @property
     def title(self) -> str:
@@ -58,13 +58,13 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Log(Generic[Record]):
-    """A JSON Lines file whose lines all have a `step`; `parse` raises CountdownError for a line it cannot use."""
+    """A JSON Lines file whose lines all have a `step`; `parse` raises CountdownError for an invalid line."""
 
     path: Path
     parse: Callable[[Line], Record]
 
     def read(self) -> Iterator[Record]:
-        """Every record in order, none before the first; raises CountdownError naming a damaged line."""
+        """Every record in order; raises CountdownError naming a damaged line."""
         for line in read_lines(self.path):
             step_of(line)
             yield self.parse(line)
@@ -74,11 +74,11 @@ class Log(Generic[Record]):
         return (self.parse(line) for line in read_lines(self.path) if self._step(line) is not None)
 
     def damaged(self) -> int:
-        """The number of lines that cannot be read."""
+        """Number of unreadable lines."""
         return sum(self._step(line) is None for line in read_lines(self.path))
 
     def cut(self, last: int) -> int:
-        """Keep the records up to the step `last`, move damaged lines to `<log>.damaged`, and return their number."""
+        """Keep the records up to step `last`, move damaged lines to `<log>.damaged`, and return their number."""
         if not self.path.exists():
             return 0
         lines = [(self._step(line), line.raw) for line in read_lines(self.path)]
@@ -135,7 +135,7 @@ def example(line: Line) -> Example:
 
 
 def evaluated(line: Line) -> Evaluated:
-    """The evaluation of a cell, with a character of `solved` for each puzzle."""
+    """The evaluation of a cell, with one character of `solved` per puzzle."""
     record = _validated(_EVALUATED, line)
     if len(record.solved) != record.count:
         raise CountdownError(f"`solved` in {line.place} does not have a character for each of `count` puzzles")

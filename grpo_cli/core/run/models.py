@@ -1,4 +1,4 @@
-"""Resolve a model's name to a folder or hub id: a run's name means that run's best model. Loads no torch."""
+"""Resolve a model's name to a folder or hub id: a run's name is that run's best model. Does not import torch."""
 
 from __future__ import annotations
 

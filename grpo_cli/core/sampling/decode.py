@@ -1,9 +1,8 @@
-"""Decoding, token by token, the rows of a batch in flight.
+"""Decode a batch token by token.
 
-Two samplers of one interface: `ShrinkingSampler` drops rows that have ended, which is what a CPU's time goes with;
-`StaticSampler` keeps every tensor in its place, so that a GPU can replay a recorded step, since launching the thousand
-kernels of a step one by one takes about twenty times as long as what they compute. Knows neither the groups' meaning
-nor what becomes of the tokens.
+Two samplers with one interface: `ShrinkingSampler` drops finished rows, which saves most time on a CPU; `StaticSampler`
+keeps every tensor in place, so a GPU can replay a captured step: launching its thousand kernels one by one takes about
+twenty times as long as computing them.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from grpo_cli.core.model.attention import Decode, Prefill, StaticDecode, attenti
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.sampling.params import SamplingParams
 
-DROP_BELOW = 0.8  # finished rows are dropped once the live ones fit in this share of the batch
-CHECK_EVERY = 8  # steps between two looks at whether all rows have ended, where looking makes a GPU wait
-ROUNDED = 32  # static prompts are made for multiples of so many tokens, so that few shapes are needed
-BLOCK = 128  # tokens that are summed together in sampling from a vocabulary of at least LARGE; divides Qwen's
+DROP_BELOW = 0.8  # finished rows are dropped once live ones fit in this share of the batch
+CHECK_EVERY = 8  # steps between checks whether all rows have finished; each check synchronizes a GPU
+ROUNDED = 32  # static prompt lengths are multiples of this, to need few shapes
+BLOCK = 128  # block size for sampling from a vocabulary of at least LARGE; divides Qwen's
 LARGE = 8192
-KEPT = 2  # static samplers kept for a model: that of training and that of evaluation
+KEPT = 2  # static samplers cached per model: training and evaluation
 
 
 def choose(logits: Tensor, uniform: Tensor | None, params: SamplingParams) -> tuple[Tensor, Tensor]:
     """Next tokens (B,) and their log-probabilities (B,) from logits (B, V): inverse-CDF sampling, or greedy choice.
 
-    With `uniform` u the token is the first whose cumulative probability exceeds u. Without, the most
-    likely token is taken, and temperature plays no part.
+    With `uniform` u, the token is the first whose cumulative probability exceeds u. Without, it is the most likely
+    token, at any temperature.
     """
     if uniform is None:
         logprobs = logits.float().log_softmax(dim=-1)
@@ -46,7 +45,7 @@ def choose(logits: Tensor, uniform: Tensor | None, params: SamplingParams) -> tu
 def _inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """The first tokens (B,) whose cumulative probabilities, of (B, V), exceed `uniform` (B,) times the row's sum.
 
-    A large vocabulary is searched by sums of blocks, then within one block: a scan of 152,000 float64 numbers in a row
+    A large vocabulary is searched by sums of blocks, then within one block: a scan of 152,000 float64 numbers per row
     is slow on a GPU.
     """
     rows, vocabulary = probabilities.shape
@@ -77,16 +76,16 @@ class Sampler:
         self.ends = torch.tensor(policy.end_ids, device=device)
         self.tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(rows, max_new_tokens, device=device)
-        self.ended = torch.zeros(rows, dtype=torch.long, device=device)  # length at which a row ended, 0 until then
+        self.ended = torch.zeros(rows, dtype=torch.long, device=device)  # length of a finished row, else 0
         self.rows = rows
-        self.computed = 0  # token places of the passes through the model
+        self.computed = 0  # token positions computed by the model
 
     def run(self) -> Iterator[int]:
-        """Sample until every row has ended or is full; yields how many tokens the rows still going on have."""
+        """Sample until every row has finished; yields the number of tokens of the unfinished rows."""
         raise NotImplementedError
 
     def _prefilled(self, prompts: Sequence[list[int]]) -> tuple[Prefill, Tensor, Tensor]:
-        """Keys and values of the prompts, their lengths (P,), and the logits (P, V) of their first new tokens."""
+        """Prefill of the prompts, their lengths (P,), and the logits (P, V) of their first new tokens."""
         device = self.policy.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         longest = max(map(len, prompts))
@@ -97,7 +96,7 @@ class Sampler:
 
 
 class ShrinkingSampler(Sampler):
-    """A rectangle of P' prompts by G' slots of rows still going on; `ids` says which row each slot is, -1 for none."""
+    """A rectangle of P' prompts by G' slots of unfinished rows; `ids` maps slots to rows, -1 for none."""
 
     def __init__(
         self, policy: Policy, prompts: Sequence[list[int]], params: SamplingParams, uniform: Tensor | None
@@ -127,7 +126,7 @@ class ShrinkingSampler(Sampler):
             self._advance(self._drop(chosen.view_as(self.ids)))
 
     def _drop(self, chosen: Tensor) -> Tensor:
-        """Shrink the rectangle once enough rows have ended; returns the tokens (P', G') of the rows that stay."""
+        """Shrink the rectangle once enough rows have finished; returns the tokens (P', G') of the remaining rows."""
         live = self.ids >= 0
         prompts = live.any(dim=1).nonzero()[:, 0]
         width = int(live.sum(dim=1).max())
@@ -148,22 +147,22 @@ class ShrinkingSampler(Sampler):
 
 @dataclass(frozen=True)
 class Form:
-    """The shape of a static sampler: P prompts of L tokens, and how their completions are sampled."""
+    """The shape of a static sampler: P prompts of L tokens, and sampling parameters."""
 
     prompts: int
     longest: int
     params: SamplingParams
 
     def covers(self, other: Form) -> bool:
-        """Whether a batch of the other form fits in."""
+        """Whether a batch of the other form fits."""
         alike = replace(other, prompts=self.prompts, longest=self.longest) == self
         return alike and other.prompts <= self.prompts and other.longest <= self.longest
 
 
 class StaticSampler(Sampler):
-    """Tensors made once for batches of one form, which `start` takes in, and a step that can be recorded.
+    """Preallocated tensors for batches of one form, loaded by `start`, and a step that can be captured.
 
-    Stays valid while the model's weights are updated where they lie.
+    Stays valid while the model's weights are updated in place.
     """
 
     def __init__(self, policy: Policy, form: Form) -> None:
@@ -173,8 +172,8 @@ class StaticSampler(Sampler):
         super().__init__(policy, rows, form.params, uniform)
         self.form = form
         self.step = policy.step(longest + max_new_tokens, in_place=True)
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # of each row's prompt
-        self.time = torch.zeros(1, dtype=torch.long, device=device)  # the number of the token to be sampled
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # prompt length of each row
+        self.time = torch.zeros(1, dtype=torch.long, device=device)  # index of the token to sample
         self.logits = torch.zeros(rows, model.config.vocab_size, dtype=model.dtype, device=device)
         self.cache = StaticDecode(
             layers=model.config.num_hidden_layers,
@@ -190,7 +189,7 @@ class StaticSampler(Sampler):
         self.replay: Callable[[], None] | None = None
 
     def start(self, prompts: Sequence[list[int]], uniform: Tensor | None) -> None:
-        """Prefill a batch that the form covers; missing prompts are filled in and count as ended."""
+        """Prefill a batch that the form covers; missing prompts are padded and count as finished."""
         missing = self.form.prompts - len(prompts)
         prefill, lengths, logits = self._prefilled([*prompts, *[prompts[0][:1]] * missing])
         self.cache.fill(prefill, lengths)
@@ -217,7 +216,7 @@ class StaticSampler(Sampler):
             yield time + 1
 
     def _turn(self) -> None:
-        """Sample token number `time` of every row after feeding in the one before. Done twice it is as if done once."""
+        """Feed in the previous token and sample token number `time` of every row. Idempotent."""
         before = self.time - 1
         self.cache.open(before)
         tokens = self.tokens.index_select(1, before)[:, 0]
@@ -234,16 +233,16 @@ class StaticSampler(Sampler):
 
 
 def record(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """A function that does `work` again on the same tensors: on CUDA a graph of its kernels, which is replayed.
+    """A function that repeats `work` on the same tensors: on CUDA, a captured graph that is replayed.
 
-    `work` is done a few times while it is recorded. It may neither look at what a tensor holds nor make a tensor that
-    is to last.
+    `work` runs a few times during capture. It must not read tensor values on the host, nor create tensors that outlive
+    it.
     """
     if device.type != "cuda":
         return work
     aside = _side_stream(device)
     aside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(aside):  # libraries set themselves up, which can't be recorded
+    with torch.cuda.stream(aside):  # warm-up: library initialization cannot be captured
         for _ in range(3):
             work()
     torch.cuda.current_stream(device).wait_stream(aside)
@@ -255,7 +254,7 @@ def record(work: Callable[[], None], device: torch.device) -> Callable[[], None]
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all recordings: cuBLAS keeps a workspace for each stream."""
+    """One stream for all captures: cuBLAS keeps a workspace per stream."""
     return torch.cuda.Stream(device)
 
 
@@ -264,12 +263,12 @@ def _group(sampler: object) -> int:
 
 
 def static_sampler(policy: Policy, prompts: Sequence[list[int]], form: Form, uniform: Tensor | None) -> StaticSampler:
-    """A static sampler of the policy with a batch taken in: one that is kept if it covers the form, else a new one."""
+    """A static sampler of the policy with a batch loaded: a cached one that covers the form, else a new one."""
     kept = policy.samplers
     sampler = next((one for one in kept if isinstance(one, StaticSampler) and one.form.covers(form)), None)
     if sampler is None:
         wider = replace(form, longest=-(-form.longest // ROUNDED) * ROUNDED)
-        # First, so that their memory is free. The training's sampler has the largest groups and outlasts evaluations.
+        # Evict first, to free memory. Training's sampler has the largest groups and is kept during evaluations.
         kept[:] = [one for one in kept if not (isinstance(one, StaticSampler) and wider.covers(one.form))]
         while len(kept) >= KEPT:
             kept.remove(min(reversed(kept), key=_group))

@@ -1,4 +1,4 @@
-"""How completions are sampled: one object from the settings to the sampler."""
+"""Sampling parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """`num_generations` completions of each prompt, of at most `max_new_tokens`; greedy at temperature 0."""
+    """`num_generations` completions per prompt, of at most `max_new_tokens`; greedy at temperature 0."""
 
     max_new_tokens: int
     temperature: float = 1.0

@@ -1,7 +1,7 @@
-"""Decoding by the model's own forward and its own cache: slower, and right for any causal model.
+"""Decoding with the model's own forward and cache: slower, and correct for any causal model.
 
-Every completion is a row of its own. Only prompts of one length share a batch, so that nothing is padded and no model
-needs a mask or positions. Knows neither plans nor how a model attends.
+Every completion is a row of its own. Only prompts of equal length share a batch, so there is no padding and no model
+needs a mask or positions.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.sampling.decode import Sampler, choose
 from grpo_cli.core.sampling.params import SamplingParams
 
-CACHES = ("cache", "past_key_values", "cache_params", "state")  # what architectures call their cache
+CACHES = ("cache", "past_key_values", "cache_params", "state")  # argument names of the cache by architecture
 
 
 class PlainSampler(Sampler):
-    """Rows in groups of prompts of one length."""
+    """Rows in groups of prompts of equal length."""
 
     def __init__(
         self, policy: Policy, prompts: Sequence[list[int]], params: SamplingParams, uniform: Tensor | None
@@ -54,7 +54,7 @@ class PlainSampler(Sampler):
             fed = chosen[:, None] if cache else tokens
 
     def _cache_of(self, output: Mapping[str, object]) -> dict[str, object]:
-        """The model's cache under the name that its forward takes; later versions of transformers say `cache`."""
+        """The model's cache under the argument name of its forward; later versions of transformers use `cache`."""
         name = next((name for name in CACHES if output.get(name) is not None), None)
         takes = signature(self.policy.model.forward).parameters
         return {} if name is None else {"cache" if "cache" in takes else name: output[name]}

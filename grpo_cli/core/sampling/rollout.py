@@ -1,8 +1,8 @@
-"""Sampling a group of completions per prompt.
+"""Sample a group of completions per prompt.
 
 Each prompt is prefilled once and its keys are shared by its G completions. Every random number is a function of (seed,
-step, prompt, sample) and the position alone, so a split into batches never changes what is sampled. It does not know
-puzzles, rewards, or any decoding trick: no top-k, no top-p, no penalties, for any model.
+step, prompt, sample) and the position, so the split into batches does not change the samples. No top-k, top-p or
+penalties, for any model.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from grpo_cli.core.sampling.plain import PlainSampler
 
 @dataclass(frozen=True)
 class Rollout:
-    """Completions of a batch, row p * G + g being completion g of prompt p."""
+    """Completions of a batch; row p * G + g is completion g of prompt p."""
 
-    completions: list[list[int]]  # token ids, the end-of-sequence token included where there is one
-    logprobs: list[list[float]]  # of each token, under the distribution that it was sampled from
-    truncated: list[bool]  # ran out of tokens before its end-of-sequence token
+    completions: list[list[int]]  # token ids, including the end-of-sequence token if there is one
+    logprobs: list[list[float]]  # per token, under the sampling distribution
+    truncated: list[bool]  # reached the token limit
     seconds: dict[str, float] = field(compare=False)  # by phase: prefill, decode
-    computed: int = field(compare=False)  # token places of the passes through the model, padding included
+    computed: int = field(compare=False)  # token positions computed by the model, including padding
 
 
 def uniforms(seed: int, step: int, prompts: Sequence[int], num_generations: int, tokens: int) -> Tensor:
-    """Uniform numbers (P, G, T) in [0, 1), from a hash of (seed, step, prompt, sample): 53 bits for each number.
+    """Uniform numbers (P, G, T) in [0, 1) from a hash of (seed, step, prompt, sample), 53 bits each.
 
-    torch.Generator would use 32 bits of a seed, so that rows of a long training would coincide.
+    torch.Generator uses only 32 bits of a seed, so rows of a long training would coincide.
     """
     rows = []
     for prompt in prompts:
@@ -61,8 +61,8 @@ def sample(
 ) -> Rollout:
     """Sample completions of each prompt, greedily if `uniform` (P, G, T) is None.
 
-    `fit` limits how many are decoded at once. `static` chooses the sampler, by default the static one on CUDA.
-    `on_token` receives the length of the unfinished rows after each token; an exception it raises ends the rollout.
+    `fit` limits how many are decoded at once. `static` selects the sampler, by default static on CUDA. `on_token`
+    receives the length of the unfinished rows after each token; an exception it raises ends the rollout.
     """
     num_generations = params.num_generations
 
@@ -85,7 +85,7 @@ def sample(
             with policy.autocast():
                 return _joined([part(*slices) for slices in _parts(len(prompts), num_generations, at_once)])
         except BaseException:
-            policy.samplers.clear()  # what they hold is needed if memory ran out
+            policy.samplers.clear()  # free their memory
             raise
 
     fit = fit or MicroBatch()
@@ -102,7 +102,7 @@ def stream(policy: Policy, prompt: list[int], params: SamplingParams, *, uniform
         for time in sampler.run():
             tokens = sampler.tokens[0, : int(sampler.ended[0]) or time].tolist()
             text = policy.decode(tokens)
-            if not text.endswith("\ufffd"):  # a character whose bytes are not complete yet
+            if not text.endswith("\ufffd"):  # incomplete character
                 yield text[len(shown) :]
                 shown = text
     yield policy.decode(tokens)[len(shown) :]
@@ -115,7 +115,7 @@ def _sampler(
     uniform: Tensor | None,
     static: bool | None = None,
 ) -> Sampler:
-    """A sampler that has prefilled the prompts. Raises CountdownError beyond the model's context."""
+    """A sampler with the prompts prefilled. Raises CountdownError beyond the model's context."""
     longest = max(map(len, prompts))
     require_context(policy.name, policy.model.config, longest + params.max_new_tokens)
     if policy.plain:
@@ -129,14 +129,14 @@ def _sampler(
 
 
 def _now(policy: Policy) -> float:
-    """Seconds, once the device has done what it was given."""
+    """Time in seconds, after the device has finished its work."""
     if policy.device.type == "cuda":
         torch.cuda.synchronize(policy.device)
     return perf_counter()
 
 
 def _parts(prompts: int, generations: int, rows: int) -> list[tuple[slice, slice]]:
-    """P prompts by G generations cut into rectangles of at most `rows` completions, in order; one if `rows` is 0."""
+    """Cut P prompts by G generations into rectangles of at most `rows` completions, in order; one if `rows` is 0."""
     rows = rows or prompts * generations
     tall, wide = max(1, rows // generations), min(rows, generations)
     return [
