@@ -73,7 +73,7 @@ class Solo:
     spent = 0.0  # seconds spent on waiting for other ranks and on gradient sums
 
     def share(self, count: int) -> range:
-        """The indices of `count` work items that are this rank's. Shares differ by at most one, the first is largest."""
+        """The indices of `count` work items for this rank. Shares differ by at most one, the first is largest."""
         return range(-(-count * self.rank // self.size), -(-count * (self.rank + 1) // self.size))
 
     def each(self, work: Callable[[], T]) -> list[T]:

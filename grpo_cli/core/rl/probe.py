@@ -111,7 +111,7 @@ class Probe:
         return f"there is something to learn from: {seen}"
 
     def _better_style(self, sampled: Sampled) -> dict[str, str]:
-        """The style with most mixed groups, if significantly more than the chosen one (corrected for the styles tried)."""
+        """The style with most mixed groups, if significantly more than the chosen one (corrected for styles tried)."""
         others = [other for other in self.styles.values() if other is not sampled]
         best = max(others, key=lambda other: other.mixed_share, default=sampled)
         pairs = list(zip(sampled.mixed, best.mixed, strict=False))  # the puzzles that both have

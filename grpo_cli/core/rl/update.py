@@ -204,7 +204,7 @@ class _Sums:
         self.tokens += int(mask.sum())
 
     def compare(self, plain: Tensor, trained: Tensor, sampled: Sequence[float]) -> None:
-        """Add the distances of a row's log-probs (C,) from the plain ones, per token the larger of trained and sampled."""
+        """Add a row's distances from its plain log-probs (C,), per token the larger of trained and sampled."""
         ours = torch.stack([trained[: len(plain)], torch.tensor(sampled, device=plain.device)])  # (2, C)
         self.gap += float((ours - plain).abs().amax(dim=0).sum())
         self.compared += len(plain)
