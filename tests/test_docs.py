@@ -1,10 +1,14 @@
 """Documentation that can be checked: links, the file tree, the README's size."""
 
 import re
+import shlex
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from grpo_cli.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,6 +45,17 @@ def test_every_test_of_the_fault_matrix_exists() -> None:
         if not text or (test and f"def {test}(" not in text):
             missing.append(f"{file}::{test}")
     assert missing == []
+
+
+COMMAND = re.compile(r"\bcountdown ((?:train|eval|solve|plot|runs|export|gen-data)\b[^`\n]*)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_option_of_a_documented_command_exists(page: Path) -> None:
+    """`--help` at the end of a line is reached only if all before it can be parsed."""
+    lines = [re.split(r"\s#|&&|;|\.\.\.| \| ", line)[0] for line in COMMAND.findall(page.read_text("utf-8"))]
+    failed = [line for line in lines if CliRunner().invoke(app, [*shlex.split(line), "--help"]).exit_code]
+    assert failed == []
 
 
 def test_every_public_name_can_be_imported() -> None:

@@ -30,6 +30,8 @@ def tensorboard_scalars(folder: Path) -> Mapping[str, list[tuple[int, float]]]:
     events.Reload()
     names = events.Tags()
     assert "samples/text_summary" in names["tensors"]
+    shown = str(events.summary_metadata)
+    assert "train.learning_rate" in shown and "eval.batch_size" not in shown
     found = {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names["scalars"]}
     return found | {"hparams": [(0, 0.0)] * ("hparams" in str(events.summary_metadata))}
 
