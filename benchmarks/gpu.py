@@ -1,12 +1,12 @@
-"""The original's workload in the shape of Qwen2.5-1.5B on one GPU: probes, and training steps by phase.
+"""Measure the original's workload, with Qwen2.5-1.5B's shape, on one GPU: probes, and training steps by phase.
 
     python benchmarks/gpu.py --out gpu.json
 
-4 prompts of 290 tokens by 16 completions of 160, bfloat16, AdamW in 8 bits, KL to a frozen reference. Weights are
-random: speed and memory do not depend on them. Each probe and each variant of a step has a process of its own, so that
-its peak memory is its own and its failure ends nothing else; `--out` is written after each. Times are medians. Without
-CUDA the same code takes a tiny shape on the CPU, which shows that it runs and says nothing about speed. Beside each
-probe stands what was predicted before anything was measured.
+4 prompts of 290 tokens by 16 completions of 160, bfloat16, 8-bit AdamW, KL to a frozen reference. Weights are random:
+speed and memory do not depend on them. Each probe and each variant of a step runs in its own process, which isolates
+its peak memory and its failures; `--out` is written after each. Times are medians. Without CUDA, the same code runs a
+tiny shape on the CPU, only to show that it works. Predictions made before any measurement are printed beside the
+probes.
 """
 
 from __future__ import annotations
@@ -75,17 +75,17 @@ class Load:
     device: str
     prompts: int
     prompt_tokens: int
-    completions: int  # of each prompt
+    completions: int  # per prompt
     tokens: int
     rounds: int
 
     def prompt_ids(self) -> list[list[int]]:
-        """Random tokens, other ones for each prompt."""
+        """Random tokens, different for each prompt."""
         rng = torch.Generator().manual_seed(0)
         return torch.randint(0, 400, (self.prompts, self.prompt_tokens), generator=rng).tolist()
 
     def policy(self, precision: str) -> Policy:
-        """Without end-of-sequence ids, so that every completion is full."""
+        """A policy without end-of-sequence ids, so all completions have full length."""
         return replace(load(self.folder, device=self.device, precision=precision), end_ids=(10**6,))
 
     def work(self) -> Work:
@@ -95,14 +95,14 @@ class Load:
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to take the step."""
+    """A configuration of the step."""
 
     name: str
     precision: str = "bf16"
     static: bool = True
     padded: bool = False
     gradient_checkpointing: bool = False
-    fused: bool = True  # where there is a GPU
+    fused: bool = True  # on a GPU
     at_once: int = 0  # completions in a micro-batch
 
 
@@ -117,7 +117,7 @@ VARIANTS = (
 
 
 class Padded(Policy):
-    """Log-probabilities as one writes them first: every row has its prompt, padded to one length."""
+    """Baseline log-probabilities: every row contains its prompt and is padded to one length."""
 
     def logprobs(self, sequences: Sequences, *, temperature: float, entropy: bool = True) -> tuple[Tensor, Tensor]:
         completions = sequences.completions
@@ -134,7 +134,7 @@ class Padded(Policy):
 
 
 def model_folder(scratch: Path, shape: str, **changes: int) -> str:
-    """A model folder of a shape, with random weights."""
+    """A model folder of a given shape, with random weights."""
     texts = [message["content"] for style in STYLES for message in prompt(Puzzle((3, 5, 2), 13), style)]
     tokenizer = train_tokenizer(texts, vocabulary=400)
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -150,7 +150,7 @@ def model_folder(scratch: Path, shape: str, **changes: int) -> str:
 
 
 def steps(asked: Load, variant: Variant) -> dict[str, Any]:
-    """Medians by phase, peak memory, and what the floor of the hardware is."""
+    """Medians by phase, peak memory, and the hardware's floor."""
     policy = asked.policy(variant.precision)
     policy = replace(policy, fused=policy.fused and variant.fused)
     if variant.gradient_checkpointing:
@@ -197,7 +197,7 @@ def steps(asked: Load, variant: Variant) -> dict[str, Any]:
 
 
 def floors(asked: Load, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Seconds that the hardware needs at least, by phase."""
+    """Minimum seconds of the hardware by phase."""
     shape = shape_of(policy.model.config, sum(weight.numel() for weight in policy.model.parameters()))
     found = costs(shape, asked.work(), widths(policy, optimizer))
     return {phase: hardware_of(policy).peak.floor(found[phase]) for phase in PHASES}
@@ -207,7 +207,7 @@ def floors(asked: Load, policy: Policy, optimizer: torch.optim.Optimizer) -> dic
 
 
 def kernel(asked: Load, *, masked: bool, backward: bool) -> str:
-    """The kernel in which attention of a group's completions to its prompt and themselves spends its time."""
+    """The kernel that takes most time in attention of a group's completions to their prompt and themselves."""
     heads, key_value_heads, width, longest = 12, 2, 128, asked.prompt_tokens + asked.tokens
     device, dtype = torch.device(asked.device), torch.bfloat16
     query, key, value = (
@@ -224,12 +224,12 @@ def kernel(asked: Load, *, masked: bool, backward: bool) -> str:
             attended.sum().backward()
 
     torch.backends.cuda.enable_cudnn_sdp(False)  # as `load` does
-    attend()  # what is set up once is not counted
+    attend()  # warm-up
     return slowest_kernel(attend, cuda=asked.device == "cuda")
 
 
 def slowest_kernel(work: Callable[[], None], *, cuda: bool) -> str:
-    """The kernel that takes most of the time of `work`: on CUDA of those that the device ran."""
+    """The kernel that takes most time in `work`: on CUDA, among the device's kernels."""
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if cuda else [])]) as profiler:
         work()
@@ -239,7 +239,7 @@ def slowest_kernel(work: Callable[[], None], *, cuda: bool) -> str:
 
 
 def slowest_of(events: Iterable[Any], *, cuda: bool) -> str:
-    """The name of the profiler's event with most time of its own, among those of the device."""
+    """The name of the profiler's event with most self time, among the device's."""
     device = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
     there = [event for event in events if event.device_type == device]
     slowest = max(there, key=lambda event: event.self_device_time_total if cuda else event.self_cpu_time_total)
@@ -247,10 +247,10 @@ def slowest_of(events: Iterable[Any], *, cuda: bool) -> str:
 
 
 def decode_milliseconds(asked: Load, *, static: bool) -> str:
-    """Of one token of all rows."""
+    """Milliseconds of one decode step of all rows."""
     policy, prompts = asked.policy("bf16"), asked.prompt_ids()
     uniform = uniforms(0, 0, range(asked.prompts), asked.completions, asked.tokens)
-    for _ in range(2):  # the first records
+    for _ in range(2):  # the first one captures the graph
         rollout = sample(
             policy,
             prompts,
@@ -286,7 +286,7 @@ PREDICTED = {
 
 
 class Failed(Exception):
-    """Why there is no result: the work raised, ended its process, or ran past the limit."""
+    """Why there is no result: the work raised, its process ended, or it timed out."""
 
 
 def _child(connection: Connection, work: Callable[[], object]) -> None:
@@ -298,7 +298,7 @@ def _child(connection: Connection, work: Callable[[], object]) -> None:
 
 
 def apart(work: Callable[[], Any], *, limit: float = 600) -> Any:
-    """What `work` returns in a fresh process, whose memory and settings are its own; Failed after `limit` seconds."""
+    """Run `work` in a fresh process and return its result; raises Failed after `limit` seconds."""
     processes = multiprocessing.get_context("spawn")
     connection, theirs = processes.Pipe()
     process = processes.Process(target=_child, args=(theirs, work))
@@ -319,7 +319,7 @@ def apart(work: Callable[[], Any], *, limit: float = 600) -> Any:
 
 
 def trl(asked: Load) -> dict[str, Any]:
-    """TRL's GRPOTrainer by transformers' generation: bfloat16 weights, AdamW in 8 bits, checkpointing as it likes."""
+    """TRL's GRPOTrainer with transformers' generation: bfloat16 weights, 8-bit AdamW, its default checkpointing."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -367,7 +367,7 @@ def trl(asked: Load) -> dict[str, Any]:
 
 
 def row(name: str, found: dict[str, Any], best: float) -> list[str]:
-    """Cells of a variant: seconds by phase and in all, shares of the floors, memory."""
+    """Table cells of a variant: seconds by phase and in total, shares of the floor, memory."""
     seconds, lowest = found["seconds"], found.get("floors")
     times = [f"{seconds[phase]:.3f}" if phase in seconds else "" for phase in PHASES]
     shares = ["", ""]
@@ -406,7 +406,7 @@ def main() -> None:
             results[name] = {"failed": str(problem)}
         apart(
             partial(write, given.out, {"asked": str(given), **results})
-        )  # apart: the facts of a GPU take memory on it
+        )  # in its own process: querying a GPU uses its memory
         return None if isinstance(results[name], dict) and "failed" in results[name] else results[name]
 
     with tempfile.TemporaryDirectory() as scratch:

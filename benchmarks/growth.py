@@ -1,10 +1,10 @@
-"""How the cost of a training step grows: completions of a prompt, new tokens, prompts, numbers in a puzzle.
+"""How the cost of a training step grows with completions per prompt, new tokens, prompts, and numbers in a puzzle.
 
     python benchmarks/growth.py --out growth.json
 
-One quantity at a time, from a step of 4 prompts x 16 completions of 160 tokens. Completions have exactly as many
-tokens, so that costs can be compared; only where the numbers grow do they end by themselves, since that changes what
-the model writes. Every case has a process of its own, so that its peak memory is its own. Medians over the rounds.
+Varies one quantity at a time, from a step of 4 prompts x 16 completions of 160 tokens. Completions have a fixed length,
+so costs are comparable; only with more numbers do they end by themselves, because that changes the completions. Every
+case runs in its own process, for its own peak memory. Medians over the rounds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TITLES = {
 
 
 def cases(base: Work) -> Iterator[tuple[str, int, Work]]:
-    """Each quantity with each of its values, and the step to take."""
+    """Each quantity with each of its values, and the step to time."""
     for name, values in SWEEPS.items():
         for value in values:
             natural = {"ends": "natural", "tokens": 360} if name == "numbers" else {}

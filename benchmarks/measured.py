@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing, peak memory, tables, and a JSON file with the facts of the machine."""
+"""Shared by the benchmarks: timing, peak memory, tables, and a JSON file with the machine's data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Seconds = dict[str, float]
 
 @contextmanager
 def timed(seconds: Seconds, phase: str) -> Iterator[None]:
-    """Add what passes here to a phase, work that is queued on a GPU included."""
+    """Add the block's time to a phase, including work queued on a GPU."""
     start = time.perf_counter()
     yield
     if torch.cuda.is_available():
@@ -28,20 +28,20 @@ def timed(seconds: Seconds, phase: str) -> Iterator[None]:
 
 
 def peak_bytes() -> int:
-    """The most memory in use so far: of the GPU where there is one, else of this process."""
+    """Peak memory so far: of the GPU if there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write(path: Path | None, results: Any) -> None:
-    """Results as JSON beside what they depend on; the load tells a quiet machine from a busy one."""
+    """Write results as JSON with the machine's data; the load shows whether it was idle."""
     if path is None:
         return
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None

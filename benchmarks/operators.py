@@ -1,10 +1,10 @@
-"""Operators of a decode step and of a micro-batch of the update: transformers', plain, and with fused kernels.
+"""Operators of a decode step and of an update's micro-batch: transformers, plain, and with fused kernels.
 
     python benchmarks/operators.py --out operators.json
 
-Counts what torch dispatches on a CPU for Qwen2 models of one and of two layers, and extrapolates to 28. Each operator
-but views and allocations is about one kernel on a GPU. A Triton kernel counts as one; it computes nothing here, since
-counting needs no GPU. `gpu.py` measures real kernels and their times.
+Counts the operators that torch dispatches on a CPU for Qwen2 models of one and two layers, and extrapolates to 28. On a
+GPU, each operator except views and allocations is about one kernel. A Triton kernel counts as one and is not run.
+`gpu.py` measures real kernels and their times.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.sampling.decode import Form, StaticSampler
 from grpo_cli.core.sampling.params import SamplingParams
 
-LAYERS, VOCABULARY = 28, 9000  # a vocabulary as large as those that are sampled from by sums of blocks
+LAYERS, VOCABULARY = 28, 9000  # large enough for sampling by sums of blocks
 LAUNCHED = ("_decode_attention", "_logprobs", "_logprobs_backward", "_swiglu", "_swiglu_backward")
 PROMPTS, NEW_TOKENS, GENERATIONS, TEMPERATURE = [[5, 9, 200, 31], [7, 8]], 4, 2, 1.2
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators under it that are neither views nor allocations."""
+    """Counts dispatched operators, except views and allocations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def launches(operators: Operators) -> Iterator[None]:
 
 
 def counted(work: Callable[[], object]) -> int:
-    """Operators of `work`, done once before."""
+    """Operators of `work`, after a warm-up."""
     with launches(Operators()):
         work()
     operators = Operators()
@@ -74,7 +74,7 @@ def counted(work: Callable[[], object]) -> int:
 
 
 def decode(policy: Policy) -> Callable[[], object]:
-    """A token of each row, from the tokens before to the tokens sampled, as a CUDA graph would hold it."""
+    """One decode step of all rows, from the last tokens to the sampled ones, as in a CUDA graph."""
     form = Form(len(PROMPTS), 32, SamplingParams(NEW_TOKENS, TEMPERATURE, GENERATIONS))
     sampler = StaticSampler(policy, form)
     sampler.start(PROMPTS, torch.rand(len(PROMPTS) * GENERATIONS, NEW_TOKENS, dtype=torch.float64))
@@ -83,7 +83,7 @@ def decode(policy: Policy) -> Callable[[], object]:
 
 
 def decode_of_transformers(policy: Policy) -> Callable[[], object]:
-    """The same by the model itself, its cache and a plain draw."""
+    """The same with the model's own forward, its cache and a plain draw."""
     cache, token = DynamicCache(config=policy.model.config), torch.tensor([[5]] * 4)
 
     def step() -> None:
@@ -116,7 +116,9 @@ def main() -> None:
             policy, theirs = (load(folder, device="cpu", precision="bf16") for _ in range(2))
         set_attention(theirs.model, plain=True)
         fused, theirs = replace(policy, fused=True), replace(theirs, plain=True)
-        with mock.patch.object(llama, "fits", return_value=False):  # without kernels, a GPU's update is the model's own
+        with mock.patch.object(
+            llama, "fits", return_value=False
+        ):  # without kernels, a GPU updates through the model's own forward
             found = {"update, packed": counted(update(policy))}
         found |= {
             "decode, transformers": counted(decode_of_transformers(theirs)),

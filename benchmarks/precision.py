@@ -1,10 +1,10 @@
-"""What pure bf16 weights lose against bf16 with a float32 master copy: trainings of the built-in model.
+"""What pure bf16 weights lose compared with float32 masters: trainings of the built-in model.
 
-    python benchmarks/precision.py             train what is missing, print the table, draw the curves
-    python benchmarks/precision.py --report    print and draw from the runs that are there
+    python benchmarks/precision.py             train missing runs, print the table, draw the curves
+    python benchmarks/precision.py --report    print and draw from existing runs
 
-The trainings are those of `study.py`, with 8-bit AdamW in both precisions, so that only the weights differ. A rate is
-the peak after five steps of warm-up. Differences are paired by seed, as in the study.
+The trainings are those of `study.py`, with 8-bit AdamW in both precisions, so only the weights differ. The learning
+rate is the peak after five warm-up steps. Differences are paired by seed, as in the study.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def options(precision: str, rate: str) -> str:
 
 
 def changed(runs: Runs, name: str) -> list[float]:
-    """Mean share of the weights that a step changed, after the warm-up, of each seed."""
+    """Mean share of the weights that a step changed, after the warm-up, by seed."""
     return [
         fmean(line["weights_changed"] for line in runs.metrics(name, seed) if line["step"] > WARM_UP) for seed in SEEDS
     ]
 
 
 def report(runs: Runs) -> str:
-    """The table: what a step moves, and what thirty of them taught."""
+    """The table: share of weights changed per step, and accuracy after thirty steps."""
     head = ["learning rate", "weights moved by a step: master", "bf16", "val accuracy: before", "master", "bf16"]
     rows = []
     for rate in RATES:
@@ -58,7 +58,7 @@ def report(runs: Runs) -> str:
 
 
 def draw(runs: Runs, path: Path) -> None:
-    """Val accuracy over the steps at each learning rate, by precision; a thin line for each seed."""
+    """Val accuracy by step at each learning rate and precision; a thin line per seed."""
     figure = Figure(figsize=(10, 5.6), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey=True)
     for axes, rate in zip(panels.flat, RATES, strict=True):

@@ -1,11 +1,11 @@
-"""What pretrained models gain: warm start and reinforcement told apart, by preset and seed.
+"""What pretrained models gain by warm start and by reinforcement, by preset and seed.
 
     python benchmarks/pretrained.py smollm2-135m --model SmolLM2-135M-Instruct.Q4_1.gguf --seeds 0 1 2
-    python benchmarks/pretrained.py smollm2-135m --table       print the tables of what is there, train nothing
+    python benchmarks/pretrained.py smollm2-135m --table       print the tables of existing results, train nothing
 
-Trains each seed by the preset with `countdown train`, then evaluates the base model, the warm-started one and the run's
-best on all val puzzles in three styles, greedily, and on 64 of them eight times sampled. Every command is printed.
-Runs that were stopped are resumed; results are kept as JSON beside the runs and not computed again.
+Trains each seed with `countdown train`, then evaluates the base model, the warm-started one and the run's best on all
+val puzzles in three styles, greedily, and on 64 of them with eight samples. Every command is printed. Stopped runs are
+resumed; results are saved as JSON beside the runs and reused.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def countdown(arguments: Sequence[str], **options: Any) -> str:
 
 
 def train(runs: Path, name: str, flags: Sequence[str]) -> None:
-    """Train a run to its end, from where it is."""
+    """Train a run to its end, resuming it if it exists."""
     if (runs / name / "summary.json").exists():
         return
     resumed = (runs / name / "checkpoints").is_dir()
@@ -51,7 +51,7 @@ def train(runs: Path, name: str, flags: Sequence[str]) -> None:
 
 
 def evaluate(runs: Path, name: str, decoding: str, models: Sequence[str], flags: Sequence[str]) -> dict[str, Any]:
-    """The results of `countdown eval` on the suite, kept beside the run."""
+    """The results of `countdown eval` on the suite, cached beside the run."""
     path = runs / f"{name}.{decoding}.json"
     if not path.exists():
         suite = ["--config", str(CONFIG), "--runs", str(runs), "--suite", "pretrained", "--json"]
@@ -60,7 +60,7 @@ def evaluate(runs: Path, name: str, decoding: str, models: Sequence[str], flags:
 
 
 def rows(runs: Path, name: str) -> list[list[str]]:
-    """Accuracy of each model in each style, with its 95 % interval; pass@8 where completions were sampled."""
+    """Accuracy of each model in each style, with its 95 % interval; pass@8 for sampled completions."""
     lines = []
     for path in (path for decoding in DECODINGS if (path := runs / f"{name}.{decoding}.json").exists()):
         for stage, model in zip(("base", "warm start", "trained"), json.loads(path.read_text())["models"], strict=True):
@@ -76,7 +76,7 @@ def rows(runs: Path, name: str) -> list[list[str]]:
 
 
 def draw(runs: Path, names: Sequence[str], path: Path) -> None:
-    """Curves of the trainings, a line for each run."""
+    """Training curves, one line per run."""
     figure = Figure(figsize=(10, 5.6), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(2, 2, sharex=True).flat, PANELS.items(), strict=True):
         for colour, name in zip(COLOURS, names, strict=False):

@@ -1,10 +1,10 @@
-"""One training by several processes on the CPU: is it the same as by one, and what does each process add?
+"""One training with several processes on the CPU: are the results the same, and how does it scale?
 
     python benchmarks/ranks.py same --steps 20 --processes 1 2 4     curves and completions side by side
     python benchmarks/ranks.py scaling --steps 10                    weak scaling from 1 to 2 processes, by phase
-    python benchmarks/ranks.py expected --step-seconds 0.8           what many GPUs should do: arithmetic alone
+    python benchmarks/ranks.py expected --step-seconds 0.8           prediction for many GPUs, arithmetic only
 
-The first two train the built-in model; every process has one thread. Runs and a JSON summary are left in --out.
+The first two train the built-in model with one thread per process. Runs and a JSON summary are left in --out.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("rollout", "score", "reference", "update", "optimizer", "reduce", "wait", "total")
 CURVE = ("reward", "loss", "kl", "grad_norm", "completion_length")
-# What `expected` reckons with: Qwen2.5-1.5B in bfloat16, four prompts by sixteen completions for each GPU.
+# Assumptions of `expected`: Qwen2.5-1.5B in bfloat16, four prompts by sixteen completions per GPU.
 GRADIENTS = 3.09e9  # bytes
-LAST = 151_936 * 1536 * 2  # bytes of the embedding's, which the backward pass ends with: nothing is left to hide them
-NODE, WITHIN, BETWEEN = 8, 450e9, 50e9  # GPUs of a node; bytes a second of a GPU within it and to others
-HOP = 25e-6  # seconds from one process to the next by TCP
-AGREEMENTS = 5 * 2  # rings of messages a step: two for each time that ranks agree
-MESSAGES = 2_733  # bytes that a rank sends to all others in a step, as pickled in a step of the built-in model
+LAST = 151_936 * 1536 * 2  # bytes of the embedding's gradient, the last of the backward pass, so never hidden
+NODE, WITHIN, BETWEEN = 8, 450e9, 50e9  # GPUs per node; bytes per second of a GPU within the node and to others
+HOP = 25e-6  # seconds per message between two processes over TCP
+AGREEMENTS = 5 * 2  # message rings per step: two for each of five synchronisations
+MESSAGES = 2_733  # bytes that a rank sends per step, as pickled in a step of the built-in model
 READ = 20e-6  # seconds to read them, on a CPU core
 DUMP = """
 import os, torch
@@ -46,7 +46,7 @@ main()
 
 
 def start(out: Path, name: str, processes: int, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Train under torchrun, or without it for one process; the gradient of the first step is left beside the run."""
+    """Train under torchrun, or without it for one process; saves the gradient of the first step beside the run."""
     script = out / f"{name}.py"
     gradient = out / f"{name}.pt"
     gradient.unlink(missing_ok=True)
@@ -59,7 +59,7 @@ def start(out: Path, name: str, processes: int, arguments: Sequence[str]) -> sub
 
 
 def train(out: Path, name: str, processes: int, arguments: Sequence[str]) -> Path:
-    """Train as `start` does, to the end; the folder of the run."""
+    """Train as `start` does, to the end; returns the folder of the run."""
     if start(out, name, processes, arguments).wait():
         sys.exit(f"the training {name} failed")
     return out / "runs" / name
@@ -70,7 +70,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def same(out: Path, processes: Sequence[int], arguments: Sequence[str]) -> dict[str, object]:
-    """How far the runs of several processes stay what the run of the first number of them is."""
+    """How far the runs with more processes differ from the run with the first number of processes."""
     import torch
 
     runs = {count: train(out, f"same-{count}", count, arguments) for count in processes}
@@ -100,10 +100,10 @@ def same(out: Path, processes: Sequence[int], arguments: Sequence[str]) -> dict[
 
 
 def scaling(out: Path, batch_size: int, arguments: Sequence[str]) -> dict[str, object]:
-    """Milliseconds a token by phase: one process; two that share twice the prompts; and two that know nothing of it.
+    """Milliseconds per token by phase: one process; two that share twice the prompts; two independent ones.
 
-    The last are what the machine allows. Efficiency is half of the ratio. The learning rate is too small to move a
-    weight, so that completions are of one distribution in all of them.
+    The last show the machine's limit. Efficiency is half of the ratio. The learning rate is too small to move a weight,
+    so all runs sample from one distribution.
     """
     arguments = [*arguments, "--learning-rate", "1e-12", "--batch-size"]
     one = _milliseconds([train(out, "scaling-1", 1, [*arguments, str(batch_size)])])
@@ -123,7 +123,7 @@ def scaling(out: Path, batch_size: int, arguments: Sequence[str]) -> dict[str, o
 
 
 def _milliseconds(runs: Sequence[Path]) -> dict[str, float]:
-    """Milliseconds a token of each phase, of runs that went on at the same time, once they were warmed up."""
+    """Milliseconds per token of each phase, over simultaneous runs, after a warm-up."""
     lines = [rows(run / "metrics.jsonl")[2:] for run in runs]
     tokens = sum(line["tokens_per_second"] * line["time/total"] for run in lines for line in run)
     seconds = {name: sum(line.get(f"time/{name}", 0.0) for run in lines for line in run) for name in PHASES}
@@ -131,7 +131,7 @@ def _milliseconds(runs: Sequence[Path]) -> dict[str, float]:
 
 
 def expected(step_seconds: float, backward_seconds: float) -> None:
-    """Seconds of a step by GPUs, prompts growing with them, from one GPU's step and its backward pass."""
+    """Predicted seconds of a step by number of GPUs, with prompts growing with them, from one GPU's times."""
     print(f"{'GPUs':>6} {'gradients':>10} {'not hidden':>11} {'messages':>9} {'step':>7} {'efficiency':>11}")
     for count in (1, 2, 8, 16, 64, 256, 1024):
         a_byte = 2 * (count - 1) / count / (WITHIN if count <= NODE else BETWEEN)  # a ring
@@ -147,13 +147,13 @@ def main() -> None:
     parser.add_argument("what", choices=["same", "scaling", "expected"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--batch-size", type=int, default=12, help="prompts, in scaling those of each process")
+    parser.add_argument("--batch-size", type=int, default=12, help="prompts per step; in scaling, per process")
     parser.add_argument("--num-generations", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--out", type=Path, default=Path("ranks-benchmark"))
-    parser.add_argument("--step-seconds", type=float, default=0.8, help="of one GPU, for expected")
-    parser.add_argument("--backward-seconds", type=float, default=0.18, help="of its backward pass")
+    parser.add_argument("--step-seconds", type=float, default=0.8, help="seconds of a step on one GPU, for `expected`")
+    parser.add_argument("--backward-seconds", type=float, default=0.18, help="seconds of its backward pass")
     given = parser.parse_args()
     if given.what == "expected":
         expected(given.step_seconds, given.backward_seconds)

@@ -2,7 +2,7 @@
 
     python benchmarks/solver.py
 
-CPU time per puzzle in milliseconds. `unsolvable` asks for a target that no expression of the numbers makes.
+CPU time per puzzle in milliseconds. `unsolvable` uses a target that no expression of the numbers can make.
 """
 
 import argparse

@@ -1,15 +1,14 @@
-"""Time of a training step beside TRL's GRPOTrainer and beside plain transformers code.
+"""Time of a training step compared with TRL's GRPOTrainer and with plain transformers code.
 
     python benchmarks/step.py --rounds 9 --out step.json    completions end by themselves, as in training
-    python benchmarks/step.py --ends none                   all have exactly as many tokens
-    python benchmarks/step.py --rollouts                    sampling alone, in the shapes of training and evaluation
+    python benchmarks/step.py --ends none                   all completions have the same length
+    python benchmarks/step.py --rollouts                    sampling only, in the shapes of training and evaluation
 
-Everybody has the same weights, the same one-shot prompts and the same end-of-sequence ids, samples at temperature 1,
-and takes one update by AdamW with a KL penalty. `plain` is what one writes first: `generate`, a forward pass of rows
-padded on the left, log-softmax and gather. Each contestant has a process of its own, so that none runs under another's
-settings, and they take turns, so that a change in the machine's load meets all of them. Times are medians over the
-rounds. The learning rate is too small to move a weight, so that all rounds sample from one distribution; lengths
-differ between contestants by the draw alone, and are shown. TRL's update includes its scoring.
+All implementations use the same weights, one-shot prompts and end-of-sequence ids, sample at temperature 1, and take
+one AdamW update with a KL penalty. `plain` uses `generate`, a forward pass over left-padded rows, log-softmax and
+gather. Each implementation runs in its own process, with its own settings, and they take turns, so a change in the
+machine's load affects all. Times are medians over the rounds. The learning rate is too small to move a weight, so all
+rounds sample from one distribution; lengths differ only by chance, and are shown. TRL's update includes its scoring.
 """
 
 from __future__ import annotations
@@ -45,25 +44,25 @@ from grpo_cli.core.sampling.rollout import sample, uniforms
 from grpo_cli.core.task.data import generate
 from grpo_cli.core.task.prompts import prompt
 
-IMPOSSIBLE = 10**6  # an end-of-sequence id that no model samples
+IMPOSSIBLE = 10**6  # an end-of-sequence id that is never sampled
 TEMPERATURE, BETA, LEARNING_RATE = 1.0, 0.01, 1e-12
 LOSS = Loss(loss_type="dapo", beta=BETA, epsilon=0.2, epsilon_high=0.2, kl_estimator="k3", scale_rewards="group")
 PHASES = ("rollout", "reference", "update", "total")
-SHAPES = ((4, 16, 160), (16, 8, 360), (64, 1, 360), (1, 1, 360))  # prompts, completions of each, most new tokens
+SHAPES = ((4, 16, 160), (16, 8, 360), (64, 1, 360), (1, 1, 360))  # prompts, completions per prompt, most new tokens
 Conversation = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every contestant is given."""
+    """The workload of every implementation."""
 
     folder: str
     precision: str
     prompts: int
-    completions: int  # of each prompt
-    tokens: int  # the most that a completion may have
+    completions: int  # per prompt
+    tokens: int  # limit per completion
     ends: str  # natural: by the model's own end-of-sequence ids; none: never before `tokens`
-    whole: bool  # a whole training step, or its rollout alone
+    whole: bool  # a whole training step, or only its rollout
     rounds: int
     numbers: int = 3  # in each puzzle
 
@@ -74,19 +73,19 @@ class Work:
 
 @dataclass(frozen=True)
 class Round:
-    """What one step took, and what it sampled."""
+    """Times and samples of one step."""
 
     seconds: Seconds
     tokens: int
     longest: int
-    peak: int  # bytes of its process so far
+    peak: int  # peak bytes of its process so far
 
 
 Turn = Callable[[Round], None]
 
 
 def reward(text: str) -> float:
-    """Anything that differs between completions."""
+    """A reward that differs between completions."""
     return len(set(text)) / 100
 
 
@@ -115,8 +114,8 @@ def round_of(seconds: Seconds, completions: list[list[int]]) -> Round:
 
 
 def countdown(work: Work, turn: Turn) -> None:
-    """Ours."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as its command line does
+    """A step of this package."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does
     policy = policy_of(work)
     reference = policy.frozen_copy()
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=LEARNING_RATE)
@@ -145,7 +144,7 @@ def countdown(work: Work, turn: Turn) -> None:
 
 
 def plain(work: Work, turn: Turn) -> None:
-    """What one writes first."""
+    """A step of plain transformers code."""
     policy = policy_of(work)
     model, reference = (AutoModelForCausalLM.from_pretrained(work.folder, dtype=torch.float32) for _ in range(2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
@@ -277,7 +276,7 @@ CONTESTANTS: dict[str, Callable[[Work, Turn], None]] = {"TRL": trl, "plain": pla
 
 
 def contend(connection: Connection, name: str, work: Work) -> None:
-    """Take a step for each message that comes in, and send it back."""
+    """Run a step for each incoming message and send it back."""
 
     def turn(done: Round) -> None:
         connection.send(done)
@@ -288,14 +287,14 @@ def contend(connection: Connection, name: str, work: Work) -> None:
 
 
 def measure(work: Work, names: list[str], advance: Callable[[], None] = lambda: None) -> dict[str, list[Round]]:
-    """The rounds of each contestant; the first warms up and is left out."""
+    """The rounds of each implementation, without a warm-up round."""
     processes = multiprocessing.get_context("spawn")
     started = {}
     for name in names:
         connection, theirs = processes.Pipe()
         process = processes.Process(target=contend, args=(theirs, name, work), daemon=True)
         process.start()
-        theirs.close()  # so that a process that dies ends this one too
+        theirs.close()  # so a dying child ends the parent's read
         started[name] = (process, connection)
     found: dict[str, list[Round]] = {name: [] for name in names}
     for _ in range(work.rounds + 1):
@@ -311,7 +310,7 @@ def measure(work: Work, names: list[str], advance: Callable[[], None] = lambda: 
 
 @dataclass(frozen=True)
 class Summary:
-    """Medians of the rounds of a contestant; the mean length is over all of them."""
+    """Medians over an implementation's rounds; the mean length is over all of them."""
 
     seconds: Seconds
     tokens_per_second: float  # of the rollout
@@ -331,7 +330,7 @@ def summarize(rounds: list[Round], rows: int) -> Summary:
 
 
 def rows_of(work: Work, found: dict[str, Summary]) -> Iterator[list[str]]:
-    """Cells of a table: each contestant's medians, with their ratios to ours."""
+    """Table cells: each implementation's medians, with their ratios to ours."""
     ours = found["countdown"]
     for name, summary in found.items():
         times = [

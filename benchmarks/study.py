@@ -1,12 +1,12 @@
-"""What transfers, what does not, and when to stop: trainings of the built-in model, at least three seeds a condition.
+"""What transfers, what does not, and when to stop: trainings of the built-in model, at least three seeds per condition.
 
-    python benchmarks/study.py                  train what is missing, print all tables, draw all figures
-    python benchmarks/study.py --table styles   print one of them from the runs that are there
+    python benchmarks/study.py                  train missing runs, print all tables, draw all figures
+    python benchmarks/study.py --table styles   print one table from existing runs
 
 Every run is an ordinary `countdown train` on one thread, two at a time; its command is printed, its folder is in
-`--runs`, and one that was stopped goes on. Differences between conditions are paired by seed, with Student's 95 %
-interval over the seeds. A difference is called one only where that interval does not hold 0 and the puzzles carry it
-too: exact McNemar, p < 0.05, between the puzzles that most seeds solve here and there.
+`--runs`, and stopped runs resume. Differences between conditions are paired by seed, with Student's 95 % interval over
+seeds. A difference counts only if that interval excludes 0 and the exact McNemar test gives p < 0.05 over the puzzles
+that most seeds solve.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from grpo_cli.ui.figures import COLOURS
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
-MORE_SEEDS = {"k3": (0, 1, 2, 3, 4), "original-kl": (0, 1, 2, 3, 4)}  # where three had left open what looked large
-T_QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 % of Student's t, by the number of seeds
+MORE_SEEDS = {"k3": (0, 1, 2, 3, 4), "original-kl": (0, 1, 2, 3, 4)}  # three were inconclusive for a large difference
+T_QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 % quantile of Student's t, by number of seeds
 SHORT, LONG = 20, 60  # steps
 VAL = "val 3 one-shot"
 STYLES = ("one-shot", "zero-shot", "natural")
@@ -54,7 +54,7 @@ CONDITIONS = {
 
 
 def seeds_of(*conditions: str) -> tuple[int, ...]:
-    """The seeds that all of them were trained with."""
+    """The seeds that all these conditions were trained with."""
     return min((MORE_SEEDS.get(condition, SEEDS) for condition in conditions), key=len)
 
 
@@ -62,7 +62,7 @@ def seeds_of(*conditions: str) -> tuple[int, ...]:
 
 
 def train(root: Path, condition: str, options: str, seed: int) -> None:
-    """Train the run of a condition, which has these flags, to its end, unless it has ended."""
+    """Train the run of a condition with its flags, unless it is finished."""
     name = f"{condition}-{seed}"
     if (root / name / "summary.json").exists():
         return
@@ -83,7 +83,7 @@ def train(root: Path, condition: str, options: str, seed: int) -> None:
 
 
 class Runs:
-    """The runs of the study: what each evaluated and logged."""
+    """The evaluations and metrics of the study's runs."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -96,16 +96,16 @@ class Runs:
         return self._read[name]
 
     def accuracies(self, condition: str, cell: str, step: int, seeds: Sequence[int] = SEEDS) -> list[float]:
-        """Of each seed."""
+        """Accuracy of each seed."""
         return [self.evaluations(condition, seed)[cell][step].accuracy for seed in seeds]
 
     def solved(self, condition: str, cell: str, step: int, seeds: Sequence[int]) -> str:
-        """Which puzzles most seeds solve, a character for each."""
+        """Which puzzles most seeds solve, one character per puzzle."""
         marks = zip(*(self.evaluations(condition, seed)[cell][step].solved for seed in seeds), strict=True)
         return "".join("1" if 2 * of_puzzle.count("1") > len(seeds) else "0" for of_puzzle in marks)
 
     def compared(self, cell: str, one: tuple[str, int], other: tuple[str, int]) -> str:
-        """What sets two (condition, step) apart on a cell."""
+        """The difference of two (condition, step) on a cell."""
         seeds = seeds_of(one[0], other[0])
         values = [self.accuracies(*_at(cell, which), seeds) for which in (one, other)]
         p_value = mcnemar(*changes(*(self.solved(*_at(cell, which), seeds) for which in (other, one))))
@@ -128,7 +128,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def compared(values: Sequence[float], others: Sequence[float], *, p_value: float = 0.0) -> str:
-    """Mean of values - others, paired, with half of its 95 % interval, and what may be said of it."""
+    """Mean paired difference, values - others, with half of its 95 % interval, and the verdict."""
     if list(values) == list(others):
         return "the same"
     pairs = [one - other for one, other in zip(values, others, strict=True)]
@@ -155,7 +155,7 @@ def styles(runs: Runs) -> str:
 
 
 def length(runs: Runs) -> str:
-    """Short against long, on one-shot prompts."""
+    """Short against long runs, on one-shot prompts."""
     rows = []
     for cell in SUITE:
         steps = {step: runs.accuracies("one-shot", cell, step) for step in range(0, LONG + 1, 10)}
@@ -165,7 +165,7 @@ def length(runs: Runs) -> str:
 
 
 def stopping(runs: Runs) -> str:
-    """Which step each rule keeps, chosen on every other puzzle of the suite and judged on the rest."""
+    """Which step each rule picks, chosen on every other puzzle of the suite and judged on the rest."""
     return "\n\n".join(f"**{name}**\n\n{_stopping(runs, name)}" for name in ("one-shot", "too-fast"))
 
 
@@ -232,7 +232,7 @@ def kl(runs: Runs) -> str:
 
 
 def groups(runs: Runs) -> str:
-    """Sizes of a group, at 64 completions a step; the baseline has groups of 8."""
+    """Group sizes, at 64 completions per step; the baseline has groups of 8."""
     return _against_baseline(runs, ["groups-of-4", "groups-of-16"])
 
 
@@ -243,7 +243,7 @@ TABLES = {table.__name__: table for table in (styles, length, stopping, losses, 
 
 
 def draw_styles(runs: Runs, path: Path) -> None:
-    """Accuracy of each cell over the steps, by the style trained on."""
+    """Accuracy of each cell by step and training style."""
     figure = Figure(figsize=(10, 5.6), layout="constrained")
     panels = figure.subplots(2, 3, sharex=True, sharey=True)
     for axes, cell in zip(panels.flat, SUITE, strict=True):
@@ -258,7 +258,7 @@ def draw_styles(runs: Runs, path: Path) -> None:
 
 
 def draw_length(runs: Runs, path: Path) -> None:
-    """Reward and the suite's mean over the long runs."""
+    """Reward and the suite's mean in the long runs."""
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     panels = figure.subplots(1, len(SEEDS), sharey=True, squeeze=False)
     for axes, seed in zip(panels.flat, SEEDS, strict=True):
@@ -274,7 +274,7 @@ def draw_length(runs: Runs, path: Path) -> None:
 
 
 def finish(figure: Figure, panels: Any, title: str | None, path: Path) -> None:
-    """Give panels of shares over steps their look and one legend, and write them."""
+    """Style panels of shares over steps, add one legend, and write the figure."""
     for axes in panels.flat:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e4e4e4")
@@ -298,7 +298,7 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.table is None:
         with ThreadPoolExecutor(asked.jobs) as pool:
-            # The long ones first, so that no core waits for them in the end.
+            # Long runs first, so no core idles at the end.
             jobs = [
                 pool.submit(train, asked.runs, name, options, seed)
                 for name, options in CONDITIONS.items()
@@ -308,7 +308,7 @@ def main() -> None:
                 for job in jobs:
                     job.result()
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)  # one that fails ends the study
+                pool.shutdown(wait=False, cancel_futures=True)  # a failed run ends the study
     runs = Runs(asked.runs)
     for name in [asked.table] if asked.table else TABLES:
         print(f"\n{TABLES[name].__doc__}\n\n{TABLES[name](runs)}")

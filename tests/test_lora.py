@@ -55,7 +55,7 @@ def test_adapter_separate_and_merged_weights_and_peft_itself_agree(
         )
         drawn = Sequences([[5, 17, 300], [8, 9]], rollout.completions, [0, 0, 1, 1])
         again = policy.logprobs(drawn, temperature=0.8)[0][drawn.mask()]
-        with policy.frozen_copy().brought():
+        with policy.frozen_copy().on_device():
             assert torch.equal(logprobs(policy), base)
     assert (separate - base).abs().max() > 0.1
     sampled = torch.tensor([value for row in rollout.logprobs for value in row])

@@ -295,12 +295,12 @@ def test_a_reference_on_the_host_is_brought_for_its_pass_and_no_longer(tiny_poli
     reference = tiny_policy.frozen_copy(on_host=True)
     home = [weight.data_ptr() for weight in reference.model.parameters()]
     assert reference.fingerprint() == tiny_policy.fingerprint()
-    with reference.brought():
+    with reference.on_device():
         away = [weight.data_ptr() for weight in reference.model.parameters()]
         assert not set(away) & set(home)
     assert torch.equal(reference_logprobs(reference, sequences, temperature=1.0), expected)
     assert [weight.data_ptr() for weight in reference.model.parameters()] == home
-    with pytest.raises(RuntimeError, match="halfway"), reference.brought():
+    with pytest.raises(RuntimeError, match="halfway"), reference.on_device():
         raise RuntimeError("halfway")
     assert [weight.data_ptr() for weight in reference.model.parameters()] == home
 

@@ -1,6 +1,6 @@
-"""The facts of a run that the report shows: evaluations at its start, best and last step, and their differences.
+"""The data of a run's report: evaluations at its start, best and last step, and their differences.
 
-It is handed plain data, and knows neither where a run keeps it nor how it is shown.
+Works on plain data, without files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from grpo_cli.ui.figures import Curves
 
 @dataclass(frozen=True)
 class Change:
-    """Puzzles that one evaluation solves and the other does not."""
+    """Puzzles gained and lost between two evaluations."""
 
     gained: int
     lost: int
@@ -28,7 +28,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Account:
-    """The facts of one run; a metrics file alone has only curves. `settings` are by key."""
+    """The data of one run; a metrics file alone has only curves. `settings` are by key."""
 
     curves: Curves
     metrics: Sequence[Mapping[str, float]] = ()
@@ -44,7 +44,7 @@ class Account:
 
     @cached_property
     def cells(self) -> Mapping[str, Mapping[int, Evaluated]]:
-        """Every cell's evaluations by step; from the curves alone where none was recorded."""
+        """Every cell's evaluations by step; from the curves if none was recorded."""
         puzzles = (self.summary or {}).get("puzzles")
         count = puzzles if isinstance(puzzles, int) else 0
         series = self.curves.val | self.curves.cells
@@ -53,7 +53,7 @@ class Account:
 
     @property
     def own(self) -> Mapping[int, Evaluated]:
-        """The evaluations, by step, of the cell that the run trains for."""
+        """The evaluations by step of the cell that the run trains on."""
         name = f"val {self.settings.get('task.numbers')} {self.settings.get('task.style')}"
         return self.cells.get(name) or next(iter(self.cells.values()), {})
 
@@ -66,7 +66,7 @@ class Account:
 
     @property
     def best(self) -> int | None:
-        """The step whose model was kept, or so far has done best."""
+        """The step of the best model so far."""
         chosen = (self.summary or {}).get("best_step")
         if chosen in self.own:
             return int(str(chosen))
@@ -75,7 +75,7 @@ class Account:
 
     @property
     def _dev(self) -> dict[int, float]:
-        """Dev accuracy by step, which chose the best; none of runs that have no dev."""
+        """Dev accuracy by step, which selects the best; empty for runs without dev."""
         return {int(line["step"]): line["dev_accuracy"] for line in self.metrics if "dev_accuracy" in line}
 
     @property
@@ -84,16 +84,16 @@ class Account:
 
     @property
     def looks(self) -> int:
-        """Evaluations on these puzzles that the best was chosen from: 1 if it was chosen on dev."""
+        """Number of evaluations on these puzzles that the best was selected from; 1 if it was selected on dev."""
         return 1 if self._dev else len([step for step in self.own if step])
 
     def corrected(self, difference: Change) -> float:
-        """The p value of a change from the start to the best step, given that it was chosen on the same puzzles."""
+        """The p-value of a change from the start to the best step, corrected for selecting on the same puzzles."""
         return min(1.0, difference.p_value * self.looks)
 
     @property
     def stations(self) -> list[tuple[str, int]]:
-        """(what it is, step) of the evaluations worth telling: the start, the best and the last."""
+        """(label, step) of the evaluations to report: the start, the best and the last."""
         last = max((step for step in self.own if step), default=None)
         best = "best and last" if self.best == last else "best"
         stations = [("start", 0 if 0 in self.own else None), (best, self.best), ("last", last)]
@@ -102,7 +102,7 @@ class Account:
 
 
 def change(first: Evaluated | None, second: Evaluated | None) -> Change | None:
-    """The difference between two evaluations; None unless both are known to be on the same puzzles."""
+    """The difference between two evaluations; None unless both are known to use the same puzzles."""
     if not (first and second and first.solved and second.solved):
         return None
     if first.cell != second.cell or first.count != second.count or puzzles(first) != puzzles(second):
@@ -111,11 +111,11 @@ def change(first: Evaluated | None, second: Evaluated | None) -> Change | None:
 
 
 def puzzles(evaluation: Evaluated) -> list[tuple[list[int], int]]:
-    """Those of an evaluation's examples."""
+    """The puzzles of an evaluation's examples."""
     return [(example.numbers, example.target) for example in evaluation.examples]
 
 
 def _drawn(step: int, cell: str, count: int, share: float) -> Evaluated:
-    """One evaluation as a point of a curve; `count` is 0 if unknown."""
+    """One evaluation from a point of a curve; `count` is 0 if unknown."""
     interval = wilson(share, count) if count else None
     return Evaluated(step, cell, count, share, interval, None, None, None, reasons={}, solved="", examples=[])

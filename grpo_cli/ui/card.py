@@ -1,7 +1,4 @@
-"""The model card of a run, in Markdown: base model, settings, data, results, how to use it.
-
-Knows neither files nor terminals.
-"""
+"""The model card of a run, in Markdown: base model, settings, data, results, usage."""
 
 from __future__ import annotations
 
@@ -49,7 +46,7 @@ Its own prompts are those of `countdown solve --model path/to/this/folder "4 7 3
 
 @dataclass(frozen=True)
 class CardFacts:
-    """Everything a card states; `license` is the base model's, or None where it is not known."""
+    """The contents of a card; `license` is the base model's, or None if unknown."""
 
     name: str
     base_model: str
@@ -63,7 +60,7 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts) -> str:
-    """The card as Markdown with the YAML header that model hubs read. All text of a run is escaped."""
+    """The card as Markdown with the YAML header of model hubs. All text of a run is escaped."""
     settings = facts.settings
     numbers, style = settings["task.numbers"], settings["task.style"]
     tokens = settings["train.max_new_tokens"]

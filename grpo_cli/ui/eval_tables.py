@@ -1,4 +1,4 @@
-"""What `eval` shows: a model in detail, several side by side, suites and paired tests; also as Markdown."""
+"""Output of `eval`: a model in detail, several side by side, suites and paired tests; also as Markdown."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from grpo_cli.core.evals.evaluate import Completion, Evaluation, SuiteResult
 
 COMPARISON_WIDTH = 76
-WIDE = 100  # columns from which tables show what can be left out
-CELL_WIDTH, ACCURACY_WIDTH = 28, 23  # of a matrix: its first columns, and each model's
+WIDE = 100  # terminal width from which tables show optional columns
+CELL_WIDTH, ACCURACY_WIDTH = 28, 23  # widths in a matrix: the first columns, and each model's
 
 
 def evaluation(result: Evaluation, *, examples: int = 3) -> None:
@@ -76,7 +76,7 @@ def _sampling(result: Evaluation) -> str:
 
 
 def leaks(results: Sequence[SuiteResult]) -> None:
-    """Warn of every model that was trained on puzzles that it was asked."""
+    """Warn about every model that was trained on evaluation puzzles."""
     for result in results:
         asked = {f"{cell.split} {cell.numbers}": (cell.overlap, cell.count) for cell in result.cells}
         shared = [f"{seen:,} of {count:,} {name}" for name, (seen, count) in asked.items() if seen]
@@ -116,7 +116,7 @@ def _example(completion: Completion) -> None:
 
 
 def comparison(results: Sequence[SuiteResult]) -> None:
-    """One line for each of several evaluations of one cell; several lines each where the terminal is narrow."""
+    """One line per evaluation of one cell; several lines each on a narrow terminal."""
     if out.width < COMPARISON_WIDTH:
         for result in results:
             _headline(result.cells[0])
@@ -148,7 +148,7 @@ def _comparison(results: Sequence[SuiteResult]) -> tuple[list[str], list[list[st
 
 
 def suite(name: str, results: Sequence[SuiteResult]) -> None:
-    """A matrix of accuracies, cells by models, in several blocks where the terminal is narrow."""
+    """A matrix of accuracies, cells by models, in several blocks on a narrow terminal."""
     weighted = sum(weight > 0 for weight in results[0].weights.values())
     cells = f"{counted(len(results[0].cells), 'cell')}, {weighted} of them in the weighted mean"
     out.print(Text.assemble((f"suite {printable(name)}", "bold"), f"  {cells}"))
@@ -184,7 +184,7 @@ def _matrix(results: Sequence[SuiteResult], *, weights: bool) -> tuple[list[str]
 
 
 def _provenance(results: Sequence[SuiteResult]) -> None:
-    """How completions were decoded, how long each model took, and what it was trained on."""
+    """Decoding settings, time per model, and contamination."""
     out.print()
     out.print(Text(_decoding(results[0])))
     for line in map(_origin, results):
@@ -235,7 +235,7 @@ def suite_paired(pair: SuitePaired) -> None:
 
 
 def _gains(pair: SuitePaired, *, raw: bool) -> tuple[list[str], list[list[str]]]:
-    """Puzzles gained and lost by cell, p (if `raw`, uncorrected too), and what it does not show."""
+    """Puzzles gained and lost by cell, p (if `raw`, uncorrected too), and a mark if not significant."""
     rows = [
         [
             name,

@@ -1,6 +1,6 @@
-"""Metrics to figures: reads a run's metrics or the original system's file, draws the training curve and the KL curve.
+"""Figures from metrics: read a run's metrics or the original system's file, draw the training curve and the KL curve.
 
-It does not know where a run keeps its files, and imports matplotlib only when something is drawn.
+Imports matplotlib only when drawing.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 Series = list[tuple[int, float]]
 Dashes = tuple[int, tuple[float, ...]]  # offset, then lengths of dashes and gaps: a line style of matplotlib
 
-# The original system logged at its steps 0, 10, 20, ...: means over the steps since the last line.
+# The original system logged steps 0, 10, 20, ...: means over the steps since the previous line.
 ORIGINAL_EVERY = 10
 ORIGINAL_KEYS = ("rewards_avg", "train_accuracies_avg", "val_accuracies_avg", "kl_avg")
 
-# Okabe and Ito's colours: told apart with any kind of colour vision.
+# Okabe and Ito's colours, distinguishable with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v")
 MOST_MARKERS = 30
@@ -40,7 +40,7 @@ NAME_CHARACTERS = 24
 LEGEND_CHARACTERS = 100
 FORMATS = ("png", "svg")
 SVG_METADATA = ("Creator", "Date", "Format", "Type")
-LARGEST = 1e100  # of a value that is drawn: sums and axes of larger ones overflow
+LARGEST = 1e100  # largest value to draw: sums and axes of larger ones overflow
 LARGEST_STEP = 10**15
 
 
@@ -48,8 +48,8 @@ LARGEST_STEP = 10**15
 class Curves:
     """The curves of one run, each as (step, value) points in the order of steps.
 
-    `val` holds one series for each set that was evaluated: `val`, or `val` with the name that the original gave it;
-    `cells` one for each cell of the suite that was evaluated besides, such as `val 4 zero-shot`.
+    `val` has one series per evaluated set: `val`, or `val` with the original's name of the set; `cells` has one per
+    other evaluated cell of the suite, such as `val 4 zero-shot`.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Curves:
 
 
 def load(path: Path) -> Curves:
-    """The curves in a file: lines of metrics, or the original system's JSON object. The file's stem is their name.
+    """The curves in a file: lines of metrics, or the original system's JSON object. Their name is the file's stem.
 
     Raises CountdownError, naming the file and the line or key, for anything else.
     """
@@ -91,7 +91,7 @@ def load(path: Path) -> Curves:
 
 
 def from_metrics(name: str, lines: Iterable[Mapping[str, float]]) -> Curves:
-    """The curves in a run's metrics. A line without a key, or with a value that cannot be drawn, adds no point."""
+    """The curves in a run's metrics. A missing value, or one that cannot be drawn, adds no point."""
     rows = list(lines)
 
     def series(key: str) -> Series:
@@ -133,7 +133,7 @@ def _from_original(path: Path, lists: Mapping[str, object]) -> Curves:
 
 
 def _can_be_drawn(value: float) -> bool:
-    return abs(value) <= LARGEST  # not NaN either
+    return abs(value) <= LARGEST  # also false for NaN
 
 
 def _json(text: str) -> object:
@@ -156,25 +156,25 @@ def _number(where: str, value: object) -> float:
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:
-    """The mean of each value and up to `window` - 1 before it: as many values as came in, none from the future."""
+    """The mean of each value and up to `window` - 1 values before it, one per value."""
     return [fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
 
 
 def training_curve(curves: Sequence[Curves], path: Path, *, smooth: bool = False, window: int = 10) -> None:
-    """Write train and val accuracy, the cells of a suite if there is one, and the reward below, over the steps.
+    """Write train and val accuracy, the suite's cells if there are any, and the reward below, by step.
 
-    Stars are peaks. PNG or SVG by the suffix of `path`.
+    Stars mark peaks. PNG or SVG by the extension of `path`.
     """
     _write(training_figure(curves, smooth=smooth, window=window), path)
 
 
 def kl_curve(curves: Sequence[Curves], path: Path, *, smooth: bool = False, window: int = 10) -> None:
-    """Write the KL estimate over the steps; PNG or SVG by the suffix of `path`."""
+    """Write the KL estimate by step; PNG or SVG by the extension of `path`."""
     _write(kl_figure(curves, smooth=smooth, window=window), path)
 
 
 def svg(figure: Figure, *, prefix: str) -> str:
-    """The figure as an SVG element with text in it, to stand in a page; `prefix` keeps its ids apart from others'."""
+    """The figure as an SVG element with real text, for embedding; `prefix` makes its ids unique."""
     import matplotlib
 
     drawn = StringIO()
@@ -185,7 +185,7 @@ def svg(figure: Figure, *, prefix: str) -> str:
 
 
 def training_figure(curves: Sequence[Curves], *, smooth: bool, window: int) -> Figure:
-    """The figure that `training_curve` writes: accuracies, then those of the cells, if there are, then rewards."""
+    """The figure of `training_curve`: accuracies, then the cells' if any, then rewards."""
     suites = any(run.cells for run in curves)
     figure, panels = _panels(curves, height=9.0 if suites else 6.0, ratios=(2, 2, 1) if suites else (2, 1))
     upper, lower = panels[0], panels[-1]
@@ -213,7 +213,7 @@ def training_figure(curves: Sequence[Curves], *, smooth: bool, window: int) -> F
 
 
 def kl_figure(curves: Sequence[Curves], *, smooth: bool, window: int) -> Figure:
-    """The figure that `kl_curve` writes."""
+    """The figure of `kl_curve`."""
     figure, (axes,) = _panels(curves, height=3.6, ratios=(1,))
     for index, run in enumerate(curves):
         label = _label("KL", run, curves)
@@ -243,12 +243,12 @@ def _panels(curves: Sequence[Curves], *, height: float, ratios: Sequence[float])
 
 
 def _dashes(dash: float, gap: float, *, dots: int) -> Dashes:
-    """A dash and `dots` dots, repeated: tells apart runs that share a colour."""
+    """A line style of one dash and `dots` dots, to distinguish runs of the same colour."""
     return (0, (dash, gap, *(1, 2) * dots))
 
 
 def _line(axes: Axes, points: Series, colour: str, dots: int, label: str, *, smooth: bool, window: int) -> None:
-    """Draw a curve, solid or with `dots`; when smoothed, the raw one faintly behind its moving average."""
+    """Draw a curve, solid or with `dots`; if smoothed, the raw curve faintly behind its moving average."""
     if not points:
         return
     steps, values = [step for step, _ in points], [value for _, value in points]
@@ -261,7 +261,7 @@ def _line(axes: Axes, points: Series, colour: str, dots: int, label: str, *, smo
 
 
 def _markers(axes: Axes, points: Series, colour: str, marker: str, dashes: Dashes, label: str) -> None:
-    """Draw a curve of few points, each marked; of many, some. Its first peak is a star."""
+    """Draw a curve with markers, on some of its points if there are many. Its first peak is a star."""
     if not points:
         return
     steps, values = zip(*points, strict=True)
@@ -276,7 +276,7 @@ def _label(curve: str, run: Curves, curves: Sequence[Curves]) -> str:
 
 
 def _name(text: str) -> str:
-    """A name fit for a label: cut to length, with nothing in it that matplotlib would read as mathematics."""
+    """A name as a label: shortened, with matplotlib's math characters escaped."""
     shown = "".join(character if character.isprintable() else "?" for character in text)
     return (shown if len(shown) <= NAME_CHARACTERS else shown[: NAME_CHARACTERS - 1] + "…").replace("$", r"\$")
 

@@ -1,6 +1,6 @@
-"""The view of a running training: a picture that redraws itself on a terminal, one plain line per step elsewhere.
+"""The view of a running training: a live display on a terminal, otherwise one plain line per step.
 
-Which metrics it shows, and how, is declared in core/metrics.py.
+core/metrics.py declares which metrics it shows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GAP = 2
 
 
 def fitting(widths: Mapping[Metric, int], width: int) -> list[Metric]:
-    """The most important columns that fit side by side, in the order given."""
+    """The most important columns that fit side by side, in the given order."""
     chosen = set()
     for column in sorted(widths, key=lambda column: column.rank):
         width -= widths[column] + GAP
@@ -41,7 +41,7 @@ def fitting(widths: Mapping[Metric, int], width: int) -> list[Metric]:
 
 
 class Unseen(Observer):
-    """Shows nothing: the first rank has the view."""
+    """Shows nothing, for all ranks but the first."""
 
     def __enter__(self) -> Self:
         return self
@@ -52,7 +52,7 @@ class Unseen(Observer):
 class TrainingView(Observer):
     """Shows a training: a context manager and an observer of the loop.
 
-    The drawing thread reads what the methods set, so each of them replaces whole tuples and never changes one in place.
+    The drawing thread reads the attributes that methods set, so methods replace whole tuples and never modify them.
     """
 
     def __init__(
@@ -90,18 +90,18 @@ class TrainingView(Observer):
         if self._live:
             self._live.stop()
 
-    # Called by the training
+    # Called by the training loop
 
     def message(self, text: str) -> None:
-        """Print a line above the picture."""
+        """Print a line above the display."""
         self._console.print(Text(show.printable(text, keep_newlines=True)), soft_wrap=not self._live)
 
     def progress(self, phase: str, done: int, total: int) -> None:
-        """Update the phase of the current step; shown on a terminal only."""
+        """Update the phase of the current step; only on a terminal."""
         self._phase = f"{phase} {done:,} of {total:,}"
 
     def evaluated(self, result: Validated) -> None:
-        """Show accuracy on the val puzzles with its 95 % interval, on dev, and the weighted mean of the suite."""
+        """Show val accuracy with its 95 % interval, dev accuracy, and the suite's weighted mean."""
         self._phase = ""
         self._evaluations = (*self._evaluations, result)
         if not self._live:
@@ -133,7 +133,7 @@ class TrainingView(Observer):
         return (GAP * " ").join([step, *(cells[column] for column in shown)])
 
     def _left(self) -> str:
-        """Time left at the pace so far; the first step only starts the clock."""
+        """Estimated time left; the first step only starts the clock."""
         step, now = self._last
         if step >= self._total:
             return "0:00:00"
@@ -143,7 +143,7 @@ class TrainingView(Observer):
         return _clock(pace * (self._total - step) - (self._clock() - now))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The current picture, sized to the terminal."""
+        """The current display, sized to the terminal."""
         width, height = options.max_width, options.size.height
         fixed = 9 if self._evaluations else 8
         rows = min(max((height - fixed) // 2, 1), ROWS)
@@ -154,7 +154,7 @@ class TrainingView(Observer):
         yield self._curves(width)
         if self._sample is not None and lines > 0:
             yield _panel(self._sample, width, lines)
-        yield Text()  # room for an echoed `^C`: if it wraps, the next picture starts a line too low
+        yield Text()  # room for an echoed `^C`: if it wrapped, the next redraw would start a line too low
 
     def _header(self, width: int) -> Table:
         step = self._last[0]

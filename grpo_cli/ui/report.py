@@ -1,7 +1,7 @@
-"""A page for people about one run or several: self-contained HTML that needs no network and prints on A4.
+"""An HTML report of one run or several: self-contained, works offline, prints on A4.
 
-What there is to tell is `account`'s to know; here it gets its words and its look. Every text that does not stand here
-passes `printable` and is escaped, and the page itself forbids scripts and requests.
+`account` provides the data. All external text is passed through `printable` and escaped, and the page's content
+security policy forbids scripts and requests.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from grpo_cli.ui.text import EXCERPT_CHARACTERS, interval, percent, printable, p
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 STYLE = Path(__file__).with_suffix(".css")
-SMALLER = 0.8  # than the images, so that text is as large as the page's
-TITLED = 3  # runs named in the title
-DRAWN = 2  # completions shown of a step of training
+SMALLER = 0.8  # scale of images, to match the page's text size
+TITLED = 3  # most runs named in the title
+DRAWN = 2  # completions shown per training step
 UNTESTED = "Which puzzles were solved was not recorded, so no test can tell whether this is more than chance."
 
 # Markup
 
 
 class Html(str):
-    """Markup. All other text is escaped where it enters an element."""
+    """Markup. All other text is escaped when it is put into an element."""
 
 
 def element(name: str, *content: object, **attributes: str) -> Html:
-    """An element, with `aria_hidden` for `aria-hidden` and `class_` for `class`. What is no `Html` is text."""
+    """An element; `aria_hidden` is `aria-hidden`, `class_` is `class`. Anything but `Html` is escaped text."""
     keep = name == "pre"
     inside = "".join(part if isinstance(part, Html) else _text(str(part), keep_newlines=keep) for part in content)
     named = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value}
@@ -57,7 +57,7 @@ def _all(parts: Iterable[str]) -> Html:
 
 
 def _table(head: Sequence[object], rows: Iterable[Sequence[object]], *, kind: str = "") -> Html:
-    """A table whose first column names the rows."""
+    """A table whose first column has row headers."""
     top = element("tr", *(element("th", cell, scope="col") for cell in head))
     body = [
         element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:])) for row in rows
@@ -78,7 +78,7 @@ def _folded(summary: str, *content: Html, kind: str = "") -> Html:
 
 
 def page(accounts: Sequence[Account], *, defaults: Mapping[str, object], smooth: bool = False, window: int = 10) -> str:
-    """The whole page. `defaults` are the shipped settings by key; curves are smoothed over `window` steps if asked."""
+    """The whole page. `defaults` are the shipped settings by key; `smooth` averages curves over `window` steps."""
     names = [account.name for account in accounts]
     title = ", ".join(names) if len(names) <= TITLED else f"{len(names)} runs"
     sections = [
@@ -108,7 +108,7 @@ def page(accounts: Sequence[Account], *, defaults: Mapping[str, object], smooth:
 
 
 def write(text: str, path: Path) -> None:
-    """Write a page; a reader never sees half of it."""
+    """Write a page atomically."""
     files.write(path, text.encode())
 
 
@@ -117,7 +117,7 @@ def _heading(name: str) -> Html:
 
 
 def _each(accounts: Sequence[Account], tell: Callable[[Account], Html]) -> Html:
-    """The output of `tell` for each run that has some, under the run's name if there are several."""
+    """The output of `tell` for each run, if any, under the run's name if there are several."""
     parts = [(account.name, part_of) for account in accounts if (part_of := tell(account))]
     return _all(part for name, part_of in parts for part in ([element("h3", name)] * (len(accounts) > 1) + [part_of]))
 
@@ -178,7 +178,7 @@ def _strip(evaluation: Evaluated) -> Html:
 
 
 def _verdict(account: Account) -> str:
-    """One sentence that claims no difference beyond what the exact test carries."""
+    """One sentence; claims only differences that the exact test supports."""
     best = account.own.get(account.best or 0)
     if best is None or best.step == 0:
         return "Nothing has been evaluated after training yet."
@@ -243,7 +243,7 @@ def _matrix(account: Account) -> Html:
 
 
 def _about(account: Account, steps: Mapping[int, Evaluated]) -> str:
-    """How many puzzles a cell has, and where it peaked if that is not the best step."""
+    """Number of puzzles of a cell, and where it peaked if not at the best step."""
     count = max(evaluation.count for evaluation in steps.values())
     peak = max(steps.values(), key=lambda one: one.accuracy)
     best = steps.get(account.best or 0)
@@ -272,7 +272,7 @@ def _comparison(accounts: Sequence[Account]) -> Html:
 
 
 def _compared(first: Account, second: Account) -> Html:
-    """Two runs on each cell that both know, by their best models and by their last ones."""
+    """Two runs on each common cell, by their best models and by their last ones."""
     pairs: list[tuple[str, Evaluated | None, Evaluated | None]] = []
     for cell in (name for name in first.cells if name in second.cells):
         one, other = first.cells[cell], second.cells[cell]
@@ -369,7 +369,7 @@ def _failures(account: Account) -> Html:
 
 
 def _reasons(evaluations: Sequence[tuple[str, Evaluated]]) -> Html:
-    """Completions by the reason of their score, what is right first, then by how often it happens at the start."""
+    """Completions by the reason of their score: correct ones first, then by frequency at the start."""
     totals = {reason: one.reasons[reason] for _, one in reversed(evaluations) for reason in one.reasons}
     order = sorted(totals, key=lambda reason: (reason != "correct", -totals[reason], reason))
     rows: list[list[object]] = [[reason, *(_bar(reason, one) for _, one in evaluations)] for reason in order]
@@ -393,7 +393,7 @@ def _bar(reason: str, evaluation: Evaluated) -> Html:
 
 
 def _health(account: Account) -> Html:
-    """Metrics of the first and the last step, and what the last steps warn of."""
+    """Metrics of the first and the last step, and warnings about the last steps."""
     history = [line for line in account.metrics if line["step"] > 0]
     rows = []
     for one in METRICS:
@@ -409,7 +409,7 @@ def _health(account: Account) -> Html:
 
 
 def _sparkline(points: Series) -> Html:
-    """The values from lowest to highest as a line, 100 by 20."""
+    """The values as a line from lowest to highest, 100 by 20."""
     low, high = min(value for _, value in points), max(value for _, value in points)
     start, end = points[0][0], points[-1][0]
     places = [
@@ -447,12 +447,12 @@ def _configuration(accounts: Sequence[Account], defaults: Mapping[str, object]) 
 
 
 def _breakable(key: str) -> Iterable[str]:
-    """A key that a narrow column may break behind a dot or an underscore."""
+    """A key that may wrap after a dot or an underscore in a narrow column."""
     return (Html("<wbr>") if part == "" else part for part in re.split(r"(?<=[._])()", key))
 
 
 def _environment(accounts: Sequence[Account]) -> Html:
-    """Where each run was computed, from which step on."""
+    """Where each run was computed, and from which step."""
     places = [
         (f"{account.name}, {since}" if len(accounts) > 1 else since, facts)
         for account in accounts

@@ -1,7 +1,6 @@
-"""What commands show in a terminal. Data goes to stdout, everything else to stderr.
+"""Terminal output of the commands. Data goes to stdout, everything else to stderr.
 
-All text that this program did not write itself passes `printable`. How a number was computed is not known here.
-The view of a running training is in `live`, the tables of `eval` in `eval_tables`.
+All external text passes `printable`. `live` shows a running training, `eval_tables` the results of `eval`.
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ if TYPE_CHECKING:
 
 
 ANSWER_CHARACTERS = 1_000
-PROGRESS_SECONDS = 15.0  # between lines of progress where there is no terminal
-SOLUTIONS = 10  # of a puzzle that are shown
+PROGRESS_SECONDS = 15.0  # between progress lines without a terminal
+SOLUTIONS = 10  # most solutions to show
 REASONING_CHARACTERS = 20_000
 
 EXPLANATIONS = {
@@ -121,7 +120,7 @@ def runs(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def config_table(resolved: Resolved) -> None:
-    """Every setting with its value and the source of the value; what differs from the shipped default stands out."""
+    """Every setting with its value and source; values that differ from the shipped default are highlighted."""
     table = grid("setting", "value", "source")
     settings = resolved.settings.model_dump()
     suites = {f"suite.{name}": counted(len(cells), "cell") for name, cells in settings.pop("suite").items()}
@@ -144,7 +143,7 @@ def _flatten(values: Mapping[str, object], prefix: str = "") -> Iterable[tuple[s
 
 
 def prompt_tokens(tokens: Sequence[tuple[int, str]]) -> None:
-    """A prompt cut into its tokens, each an (id, text) pair, then the ids."""
+    """A prompt split into its tokens, (id, text) pairs, then the ids."""
     text = Text()
     for _, piece in tokens:
         text.append(printable(piece))
@@ -156,7 +155,7 @@ def prompt_tokens(tokens: Sequence[tuple[int, str]]) -> None:
 
 
 def memory_plan(plan: MemoryPlan) -> None:
-    """Planned memory by component and phase in GB, and the choices that make it fit, with reasons."""
+    """Planned memory in GB by component and phase, and the planner's choices with reasons."""
     table = grid("memory in GB", *plan.phases, "of", numeric=plan.phases)
     for name, origin in plan.origins.items():
         sizes = [amounts.get(name, 0) for amounts in plan.phases.values()]
@@ -173,7 +172,7 @@ def memory_plan(plan: MemoryPlan) -> None:
 
 
 def memory_line(plan: MemoryPlan) -> str:
-    """A plan of memory in one line."""
+    """A memory plan in one line."""
     choices = plan.choices
     return ", ".join(
         [
@@ -245,7 +244,7 @@ def sparklines(curves: Sequence[Curves]) -> None:
 
 
 def reasoning(chunks: Iterable[str]) -> str:
-    """Show a completion, dimmed, as it is written, on stderr, as far as anybody reads; the whole of it comes back."""
+    """Stream a completion, dimmed, to stderr while it is readable; returns the whole text."""
     text = ""
     for chunk in chunks:
         shown = chunk[: max(0, REASONING_CHARACTERS - len(text))]
@@ -259,12 +258,12 @@ def reasoning(chunks: Iterable[str]) -> str:
 
 
 def answer(text: str) -> None:
-    """The model's answer, alone on stdout."""
+    """Print the model's answer on stdout."""
     out.print(Text(printable(text, limit=ANSWER_CHARACTERS)), soft_wrap=True)
 
 
 def verdict(puzzle: Puzzle, score: Score) -> None:
-    """The scorer's verdict on an answer, on stderr."""
+    """Print the scorer's verdict on stderr."""
     if score.correct:
         headed("correct", "bold green", f"{score.answer} = {puzzle.target}")
     else:
@@ -272,7 +271,7 @@ def verdict(puzzle: Puzzle, score: Score) -> None:
 
 
 def solutions(puzzle: Puzzle, solutions_found: Sequence[str]) -> None:
-    """The solver's own solutions of a puzzle, on stderr: the first ten, and how many more."""
+    """Print the solver's solutions on stderr: the first ten, and the number of others."""
     err.print(Text(f"solutions of {question(puzzle.numbers, puzzle.target)}:", style="bold"))
     for solution in solutions_found[:SOLUTIONS]:
         err.print(Text(f"  {solution}"))
@@ -282,7 +281,7 @@ def solutions(puzzle: Puzzle, solutions_found: Sequence[str]) -> None:
 
 @contextmanager
 def progress(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr while the block runs, fed with (done, total); without a terminal a line now and then."""
+    """A progress bar on stderr while the block runs, fed with (done, total); without a terminal, occasional lines."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(printable(title), markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -300,7 +299,7 @@ def progress(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]
 
 
 def training_summary(summary: Mapping[str, Any], folder: Path, *, overlap: str) -> None:
-    """Summary of a finished training on stdout; `overlap` says how many val puzzles it was trained on."""
+    """Summary of a finished training on stdout; `overlap` is a sentence on val puzzles that were trained on."""
     base, final, best = (percent(summary[f"{name}_accuracy"]) for name in ("base", "final", "best"))
     spent, on_dev = summary["seconds"], summary.get("best_dev_accuracy")
     dev = "" if on_dev is None else f", the best on dev ({percent(on_dev)})"
@@ -329,7 +328,7 @@ def training_summary(summary: Mapping[str, Any], folder: Path, *, overlap: str) 
 
 
 def _phases(phases: Mapping[str, Mapping[str, float]]) -> Table:
-    """Time by phase, beside the least time that the hardware needs for it."""
+    """Time by phase, with the hardware's floor."""
     table = grid("phase", "seconds", "share", "floor", "of floor", numeric=("seconds", "share", "floor", "of floor"))
     for name, phase in phases.items():
         floor = phase.get("floor")
@@ -339,7 +338,7 @@ def _phases(phases: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def _peaks(summary: Mapping[str, Any]) -> Group:
-    """When each cell of a suite was at its best, and what going on after the step that is kept has changed."""
+    """When each cell of a suite peaked, and what changed after the best step."""
     best, last = f"step {summary['best_step']}", f"step {summary['steps']}"
     columns = dict.fromkeys(["cell", "n", "start", "peak", best, last, "change", "Holm p"])
     p_values = holm([cell["p_value"] for cell in summary["peaks"].values()])

@@ -32,7 +32,7 @@ INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0") | {chr(code)
 
 
 def prepare_streams() -> None:
-    """Escape what the encoding of stdout lacks, as stderr does, and open closed streams on the null device."""
+    """Escape characters that stdout's encoding lacks, as stderr does, and open closed streams on the null device."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (open until the end)
@@ -41,15 +41,15 @@ def prepare_streams() -> None:
 
 
 def can_redraw(console: Console) -> bool:
-    """Whether a console is a terminal on which a picture can be drawn again in place."""
+    """Whether a console is a terminal that can redraw in place."""
     return console.is_interactive and console.file.isatty()
 
 
 def printable(text: str, *, keep_newlines: bool = False, limit: int | None = None) -> str:
-    """Text that cannot act on a terminal: what does not show itself appears as its code, such as `\\x1b` or `\\u202e`.
+    """Text that cannot act on a terminal: invisible characters appear as codes, such as `\\x1b` or `\\u202e`.
 
     That is C0, C1, DEL, bidirectional and zero-width characters, lone surrogates and unusual spaces. Beyond `limit`
-    characters the middle is left out and counted.
+    characters, the middle is replaced by its length.
     """
     if limit is not None and len(text) > limit:
         half = limit // 2
@@ -63,7 +63,7 @@ def printable(text: str, *, keep_newlines: bool = False, limit: int | None = Non
 
 
 def excerpt(text: str, *, width: int, lines: int) -> Text:
-    """The first and last of a completion in at most `lines` lines of `width` cells."""
+    """The beginning and end of a completion in at most `lines` lines of `width` cells."""
     shown = Text(printable(text.strip("\n"), keep_newlines=True, limit=EXCERPT_CHARACTERS))
     wrapped = list(shown.wrap(err, width, overflow="fold"))
     for line in wrapped:
@@ -76,7 +76,7 @@ def excerpt(text: str, *, width: int, lines: int) -> Text:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """The values as at most `width` blocks from lowest to highest; more values than blocks are averaged."""
+    """The values as at most `width` blocks from lowest to highest; surplus values are averaged."""
     finite = [value for value in values if math.isfinite(value)]
     size = min(width, len(finite))
     if size < 1:
@@ -89,17 +89,17 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def percent(share: float) -> str:
-    """A share of 1 as `41.6%`."""
+    """A share as `41.6%`."""
     return f"{share:.1%}"
 
 
 def accuracy(share: float, bounds: tuple[float, float]) -> str:
-    """A share of 1 with its interval as `41.6% (36.3 to 47.0%)`."""
+    """A share with its interval as `41.6% (36.3 to 47.0%)`."""
     return f"{percent(share)} ({interval(bounds)})"
 
 
 def interval(bounds: tuple[float, float]) -> str:
-    """Two shares of 1 as `36.3 to 47.0%`."""
+    """Two shares as `36.3 to 47.0%`."""
     return f"{100 * bounds[0]:.1f} to {percent(bounds[1])}"
 
 
@@ -114,22 +114,22 @@ def question(numbers: Iterable[int], target: int) -> str:
 
 
 def silence(quiet: bool = True) -> None:
-    """Show nothing from now on, or show again what is to be shown."""
+    """Turn output off, or on again."""
     out.quiet = err.quiet = quiet
 
 
 def note(text: str) -> None:
-    """One line about what is being done, on stderr."""
+    """Print one informational line on stderr."""
     err.print(Text(printable(text, keep_newlines=True)), soft_wrap=True)
 
 
 def warning(text: str) -> None:
-    """One line about what may mislead, on stderr."""
+    """Print one warning line on stderr."""
     headed("warning", "bold yellow", text)
 
 
 def error(problem: CountdownError) -> None:
-    """An error on stderr: what and where, then what to do."""
+    """Print an error on stderr: what and where, then the hint."""
     headed("error", "bold red", problem.message)
     if problem.hint:
         err.print()
@@ -141,10 +141,10 @@ def headed(word: str, style: str, text: str) -> None:
 
 
 def json_object(value: object) -> None:
-    """One line of JSON on stdout. All but ASCII is escaped, so no character of a completion can act on a terminal."""
+    """Print one line of ASCII JSON on stdout, so completions cannot affect a terminal."""
     out.file.write(json.dumps(value) + "\n")
 
 
 def probability(value: float) -> str:
-    """A p value as `= 0.031` or `< 0.001`."""
+    """A p-value as `= 0.031` or `< 0.001`."""
     return f"= {value:.3f}" if value >= 0.001 else "< 0.001"

@@ -1,12 +1,11 @@
 """Attention that computes a prompt once for its whole group of completions.
 
-The G completions of a prompt all attend to the same prompt keys, and the prompt never attends to them, so its share
-of every layer is computed once, exactly, in sampling and in training. Each pass through the model carries a plan,
-which says who attends to whom; `shared_prefix_attention` hands it each layer's queries, keys and values. Knows
-tensors alone: neither transformers nor tokens nor puzzles.
+The G completions of a prompt all attend to the same prompt keys, and the prompt never attends to them, so its part of
+every layer is computed once, exactly, in sampling and in training. Each pass through the model carries a plan of who
+attends to whom; `shared_prefix_attention` passes it each layer's queries, keys and values.
 
-Shapes: P prompts of at most L tokens, G completions each, R rows (completions) of at most C tokens, N packed tokens;
-H query heads, K key-value heads, d the head dimension.
+Shapes: P prompts of at most L tokens, G completions each, R rows (completions) of at most C tokens, N packed tokens; H
+query heads, K key-value heads, d the head dimension.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-BUCKET = 16  # completions of like length that attend together in training; bounds the work lost to padding
+BUCKET = 16  # completions of similar length that attend together in training; limits padding
 
 
 class Plan(Protocol):
@@ -32,25 +31,25 @@ class Plan(Protocol):
 
 
 def attention_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of attention where the rest computes in `dtype`.
+    """The dtype of attention if the rest computes in `dtype`.
 
-    On a CPU that is float32: its bfloat16 kernels are two to three times slower backward.
+    On a CPU it is float32: the backward pass of its bfloat16 kernels is two to three times slower.
     """
     return torch.float32 if device.type == "cpu" else dtype
 
 
 def maskless(device: torch.device) -> bool:
-    """Whether completions attend without a mask in memory, which flash attention on CUDA can't take anyway."""
+    """Whether completions attend without a mask in memory; flash attention on CUDA does not support one."""
     return device.type == "cuda"
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Run each operation in the type of its inputs."""
+    """Run each operation in the dtype of its inputs."""
     return torch.autocast(device.type, enabled=False)
 
 
 def order(lengths: Sequence[int], prompt_index: Sequence[int], device: torch.device) -> list[int]:
-    """Completions in the order in which `Packed` wants them: those of like length, or of one prompt, together."""
+    """Order of completions for `Packed`: similar lengths, or the same prompt, together."""
     apart = maskless(device)
     return sorted(range(len(lengths)), key=lambda row: (prompt_index[row] if apart else 0, lengths[row]))
 
@@ -76,7 +75,7 @@ def shared_prefix_attention(
 
 
 class Prefill:
-    """Prompts (P, L), padded on the right; their keys and values are kept for `Decode`."""
+    """Prompts (P, L), padded on the right; stores their keys and values for `Decode`."""
 
     def __init__(self) -> None:
         self.keys: list[Tensor] = []  # per layer (P, K, L, d)
@@ -89,10 +88,10 @@ class Prefill:
 
 
 class Decode:
-    """One new token for each of P * G completions, which share the keys of their prompt and own those that follow."""
+    """One new token for each of P * G completions, which share their prompt's keys and have their own after it."""
 
     def __init__(self, prefill: Prefill, lengths: Tensor, *, num_generations: int, max_new_tokens: int) -> None:
-        """`lengths` (P,): real tokens of each prompt; what lies beyond is padding and never attended to."""
+        """`lengths` (P,): real tokens of each prompt; padding beyond is never attended to."""
         self.prompt_keys = [key.mT.contiguous() for key in prefill.keys]  # per layer (P, K, d, L)
         self.prompt_values = [value.contiguous() for value in prefill.values]  # per layer (P, K, L, d)
         prompts, heads, longest, width = prefill.keys[0].shape
@@ -101,7 +100,7 @@ class Decode:
         shape = (prompts, heads, num_generations, max_new_tokens, width)
         self.own_keys = [key.new_empty(shape) for key in prefill.keys]  # per layer (P, K, G, C, d)
         self.own_values = [value.new_empty(shape) for value in prefill.values]
-        self.time = 0  # tokens that every completion has so far
+        self.time = 0  # tokens per completion so far
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         prompts, heads, _, width = self.prompt_values[layer].shape
@@ -111,7 +110,7 @@ class Decode:
         return _decoded(query, self.prompt_keys[layer], self.prompt_values[layer], keys, values, self.absent, scaling)
 
     def keep(self, prompts: Tensor, slots: Tensor) -> None:
-        """Keep only these completions: `prompts` (P',) and for each of them the `slots` (P', G') to go on with."""
+        """Keep only these completions: `prompts` (P',), and for each of them the `slots` (P', G')."""
         self.absent = None if self.absent is None else self.absent[prompts]
         for cache in (self.prompt_keys, self.prompt_values):
             cache[:] = [tensor[prompts] for tensor in cache]
@@ -120,10 +119,9 @@ class Decode:
 
 
 class StaticDecode:
-    """The same in buffers that never move or grow, and with no number on the host: what a CUDA graph can replay.
+    """Decode in preallocated buffers and without host values, so a CUDA graph can replay it.
 
-    Made for P prompts of L tokens, with G completions of C tokens each. `fill` comes first, then `open` before each
-    token.
+    For P prompts of L tokens, with G completions of C tokens each. Call `fill` first, then `open` before each token.
     """
 
     def __init__(
@@ -148,10 +146,10 @@ class StaticDecode:
         self.own_values = cache(prompts, heads, num_generations, max_new_tokens, width)
         self.absent = torch.ones(prompts, 1, longest + max_new_tokens, dtype=torch.bool, device=device)
         self.lengths = torch.ones(prompts, dtype=torch.long, device=device)  # of the prompts
-        self.slot = torch.zeros(1, dtype=torch.long, device=device)  # where the new token's key goes
+        self.slot = torch.zeros(1, dtype=torch.long, device=device)  # index of the new token's key
 
     def fill(self, prefill: Prefill, lengths: Tensor) -> None:
-        """Take in P prompts of `lengths` (P,), padded to any number of tokens up to L."""
+        """Load P prompts of `lengths` (P,), padded to any number of tokens up to L."""
         longest = prefill.keys[0].shape[2]
         for cache, key in zip(self.prompt_keys, prefill.keys, strict=True):
             cache[..., :longest].copy_(key.mT)
@@ -161,7 +159,7 @@ class StaticDecode:
         self.absent.copy_(torch.arange(self.absent.shape[2], device=lengths.device) >= lengths[:, None, None])
 
     def open(self, slot: Tensor) -> None:
-        """The next token is the one number `slot` (1,) of its completion, from 0."""
+        """Set the next token's index `slot` (1,) in its completion, from 0."""
         self.slot.copy_(slot)
         self.absent.index_fill_(2, self.prompt_values[0].shape[2] + slot, False)
 
@@ -174,7 +172,7 @@ class StaticDecode:
 
     def attend_fused(self, layer: int, heads: Tensor, cosines: Tensor, sines: Tensor, scaling: float) -> Tensor:
         """Rotate and attend in one kernel: heads (B, H + 2 K, d) before rotation -> attended values (B, H, d)."""
-        from grpo_cli.core.model import kernels  # which imports Triton
+        from grpo_cli.core.model import kernels  # imports Triton
 
         prompts = (self.prompt_keys[layer], self.prompt_values[layer])
         own = (self.own_keys[layer], self.own_values[layer])
@@ -186,8 +184,8 @@ class Packed:
 
     Completion r attends to prompt `prompt_index[r]` and to itself. Positions restart after the prompt.
     Example: prompts of 3 and 2 tokens, completions of 2 and 1 with prompt_index [0, 1]: positions [0 1 2  0 1  3 4  2].
-    At most `BUCKET` completions attend together, padded to the longest. Where there is to be no mask all of them answer
-    one prompt: then what a token attends to is all but the last keys, as causal attention aligned at the end has it.
+    At most `BUCKET` completions attend together, padded to the longest. Without a mask, they all belong to one prompt, so
+    causal attention aligned at the last key gives each token its correct keys.
     """
 
     def __init__(
@@ -206,7 +204,7 @@ class Packed:
         firsts = ends[len(prompt_lengths) - 1 : -1] + 1
         before = torch.arange(int(ends[len(prompt_lengths) - 1]), int(ends[-1]))
         before[firsts - firsts[0]] = ends[torch.tensor(prompt_index)]
-        self.predecessors = before.to(device)  # packed position before each completion token: what predicts it
+        self.predecessors = before.to(device)  # packed position that predicts each completion token
         positions = [torch.arange(length) for length in prompt_lengths]
         positions += [torch.arange(n) + prompt_lengths[owner] for n, owner in zip(lengths, prompt_index, strict=True)]
         joined = torch.cat(positions)
@@ -220,7 +218,7 @@ class Packed:
         return torch.zeros(attends.shape, device=owner.device).masked_fill(~attends, float("-inf"))
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        # Split first, or each bucket's gradient would be as large as the whole row.
+        # Split first; otherwise each bucket's gradient has the size of the whole row.
         parts = zip(*(tensor[0].transpose(0, 1).split(self.sizes) for tensor in (query, key, value)), strict=True)
         queries, prompt_keys, prompt_values = (self.prompts.pad(part).transpose(1, 2) for part in next(parts))
         attended = [self.prompts.unpad(_causal(queries, prompt_keys, prompt_values, scaling).transpose(1, 2))]
@@ -233,15 +231,15 @@ class Packed:
 
 
 class _Rows:
-    """Sequences of M tokens in all, one after another, and the same as a padded matrix (R, C)."""
+    """Sequences of M tokens in total, concatenated, and the same as a padded matrix (R, C)."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self.tokens = sum(lengths)
         self.shape = (len(lengths), max(lengths))
-        real = torch.arange(self.shape[1]) < torch.tensor(lengths)[:, None]  # on the host: a GPU would be waited for
+        real = torch.arange(self.shape[1]) < torch.tensor(lengths)[:, None]  # on the host, without a synchronization
         places = real.flatten().nonzero()[:, 0]
         self.real = real.to(device)
-        self.places = places.to(device) if self.tokens < real.numel() else None  # (M,) where each token stands
+        self.places = places.to(device) if self.tokens < real.numel() else None  # (M,) position of each token
 
     def pad(self, flat: Tensor) -> Tensor:
         """(M, ...) -> (R, C, ...), with zeros for padding."""
@@ -259,7 +257,7 @@ class _Rows:
 def _of_owners(prompts: Tensor, owner: Tensor, reach: int, first: int | None) -> Tensor:
     """The first `reach` keys or values (R, K, reach, d) of each row's prompt; of prompt `first` if all rows share it.
 
-    The gradient of a shared prompt is then one sum in a fixed order, where an index would add by atomics on a GPU.
+    The gradient of a shared prompt is then one sum in a fixed order; an index would use atomics on a GPU.
     """
     if first is None:
         return prompts.index_select(0, owner)[:, :, :reach]
@@ -283,11 +281,11 @@ def _decoded(
     absent: Tensor | None,
     scaling: float,
 ) -> Tensor:
-    """Attention of one token of each of P * G completions to the keys of its prompt and C of its own: (B, 1, H, d).
+    """Attention of one token of each of P * G completions to its prompt's keys and C of its own: (B, 1, H, d).
 
-    `query` is (B, H, 1, d), the prompt's keys (P, K, d, L) and values (P, K, L, d), its own (P, K, G, C, d).
-    `absent` (P, 1, L) or (P, 1, L + C) masks the first keys. Scores, scale and softmax are float32: Qwen's key biases
-    take scores into the hundreds, where neighbouring bfloat16 values are 1 or 2 apart.
+    `query` is (B, H, 1, d), the prompt's keys (P, K, d, L) and values (P, K, L, d), its own (P, K, G, C, d). `absent`
+    (P, 1, L) or (P, 1, L + C) masks the first keys. Scores, scale and softmax are float32: Qwen's key biases push
+    scores into the hundreds, where neighbouring bfloat16 values are 1 or 2 apart.
     """
     prompts, heads, longest, width = prompt_values.shape
     grouped = (prompts, -1, heads, query.shape[1] // heads, width)

@@ -1,6 +1,6 @@
-"""Check a model's files before any is read: kind of file, links, the weights' index, what config.json describes.
+"""Check the files of a model folder before any is read: kind of file, links, the weights' index, config.json.
 
-Knows names and formats of Hugging Face folders. Does not import torch or transformers.
+Does not import torch or transformers.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from grpo_cli.core.files import can_read
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
-MOST_LAYERS = 10_000  # transformers lists the kind of each
+MOST_LAYERS = 10_000  # transformers lists the kind of each layer
 
 
 def check_folder(name: str, folder: Path) -> None:
-    """Refuse adapters, links that leave the folder, and whatever is neither a file nor a folder, such as a FIFO."""
+    """Refuse adapters, links that leave the folder, and anything but files and folders, such as a FIFO."""
     root = Path(os.path.realpath(folder))
     inside = root.parents[1] if root.parent.name == "snapshots" else root  # Hugging Face's cache links to its blobs
     try:
@@ -41,7 +41,7 @@ def check_folder(name: str, folder: Path) -> None:
 
 
 def refuse_adapter(name: str, files: Iterable[str]) -> None:
-    """Refuse a folder or hub repository that holds an adapter."""
+    """Refuse a folder or hub repository with an adapter."""
     if ADAPTER in files:
         raise CountdownError(
             f"`{name}` is an adapter without its base model ({ADAPTER})",
@@ -50,7 +50,7 @@ def refuse_adapter(name: str, files: Iterable[str]) -> None:
 
 
 def weight_files(name: str, folder: Path) -> list[Path]:
-    """The files that hold a folder's weights, none if it has no safetensors."""
+    """The files of a folder's weights; none if it has no safetensors."""
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     names = shards(name, folder / INDEX) if (folder / INDEX).exists() else []
@@ -60,7 +60,7 @@ def weight_files(name: str, folder: Path) -> list[Path]:
 
 
 def shards(name: str, index: Path) -> list[str]:
-    """File names in an index. Refuses all but safetensors beside it: pickles, other folders."""
+    """File names in an index. Refuses anything but safetensors beside it: pickles, other folders."""
     hint = "save the model again with `save_pretrained`"
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
@@ -99,7 +99,7 @@ def check_config(name: str, config: dict[str, Any], causal: set[str]) -> None:
 
 
 def check_memory(name: str, weights: int, itemsize: int, free: int) -> None:
-    """Refuse a model whose weights alone take more than the free memory."""
+    """Refuse a model whose weights alone exceed the free memory."""
     needed = weights * itemsize
     if needed > free:
         raise CountdownError(

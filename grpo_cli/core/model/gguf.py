@@ -1,8 +1,7 @@
-"""GGUF files, as llama.cpp and Ollama keep models: unpacked once into a Hugging Face folder that all commands can read.
+"""GGUF files, the format of llama.cpp and Ollama: unpacked once to a Hugging Face folder for all commands.
 
-transformers dequantises the weights. The tokenizer is built here, because transformers' converter ignores
-`tokenizer.ggml.pre`, the key that says how text is split before merging: SmolLM2 would read `25` as one token where it
-was trained on two.
+transformers dequantises the weights. The tokenizer is built here, because transformers' converter ignores the
+pre-tokenizer in `tokenizer.ggml.pre`: SmolLM2 would read `25` as one token but was trained on two.
 """
 
 from __future__ import annotations
@@ -56,14 +55,14 @@ PRETOKENIZERS: dict[str, Callable[[], list[Any]]] = {
 
 
 def is_gguf(name: str) -> bool:
-    """Whether a model's name means a GGUF file rather than a folder or a hub id."""
+    """Whether a model's name is a GGUF file rather than a folder or a hub id."""
     return name.lower().endswith(".gguf")
 
 
 def unpacked(path: Path) -> Path:
-    """The Hugging Face folder of a GGUF file, made on first use and kept in the cache of Hugging Face's libraries.
+    """The Hugging Face folder of a GGUF file, made on first use and cached with Hugging Face's libraries.
 
-    Raises CountdownError for a file that is missing, damaged, or of a model that cannot be read.
+    Raises CountdownError for a file that is missing, damaged, or of an unsupported model.
     """
     _check(path)
     stat = path.stat()
@@ -94,7 +93,7 @@ def unpack(path: Path, folder: Path) -> None:
     model = cast("transformers.PreTrainedModel", loaded)
     config = model.config
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the weights are plain now; with it transformers refuses to save them
+        del config.quantization_config  # the weights are dequantised; transformers would refuse to save them
     ends = _end_ids(facts)
     config.bos_token_id, config.eos_token_id, config.pad_token_id = None, ends, tokenizer.pad_token_id
     plain = type(model)(config)
@@ -105,7 +104,7 @@ def unpack(path: Path, folder: Path) -> None:
 
 
 def build_tokenizer(facts: Mapping[str, Any]) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer that the keys of a GGUF file describe."""
+    """The tokenizer described by the keys of a GGUF file."""
     tokens = cast("list[str]", facts["tokenizer.ggml.tokens"])
     kinds = cast("list[int]", facts["tokenizer.ggml.token_type"])
     kind, split = facts["tokenizer.ggml.model"], str(facts.get("tokenizer.ggml.pre", "unnamed"))
@@ -120,7 +119,7 @@ def build_tokenizer(facts: Mapping[str, Any]) -> transformers.PreTrainedTokenize
     end = tokens[int(facts["tokenizer.ggml.eos_token_id"])]
     pad = tokens[int(facts.get("tokenizer.ggml.padding_token_id", facts["tokenizer.ggml.eos_token_id"]))]
     tokenizer: transformers.PreTrainedTokenizerBase
-    if split == "qwen2":  # AutoTokenizer rebuilds this class from its vocabulary and merges
+    if split == "qwen2":  # AutoTokenizer rebuilds this class from vocabulary and merges
         tokenizer = transformers.Qwen2Tokenizer(vocab=vocab, merges=merges, eos_token=end, pad_token=pad)
     else:
         bpe = Tokenizer(models.BPE(vocab=vocab, merges=merges))
@@ -138,7 +137,7 @@ def build_tokenizer(facts: Mapping[str, Any]) -> transformers.PreTrainedTokenize
 
 
 def _end_ids(facts: Mapping[str, Any]) -> list[int]:
-    """Every end-of-sequence id: the file names one, and its vocabulary holds the usual others of the same family."""
+    """Every end-of-sequence id: the file's own, and the usual ones of its family that its vocabulary has."""
     named = {int(facts[key]) for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in facts}
     kinds = zip(facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"], strict=True)
     return sorted(named | {index for index, (text, kind) in enumerate(kinds) if text in ENDS and kind == CONTROL})
@@ -157,7 +156,7 @@ def _check(path: Path) -> None:
 
 @contextmanager
 def _bar_for_terminals() -> Iterator[None]:
-    """Draw transformers' progress bar of dequantising on a terminal alone."""
+    """Show transformers' progress bar only on a terminal."""
     bar = modeling_gguf_pytorch_utils.tqdm
     modeling_gguf_pytorch_utils.tqdm = partial(bar, disable=None)
     try:
@@ -168,7 +167,7 @@ def _bar_for_terminals() -> Iterator[None]:
 
 @contextmanager
 def _errors(path: Path) -> Iterator[None]:
-    """Turn what the readers raise for a damaged file, which has no common base, into one sentence."""
+    """Turn the readers' errors for a damaged file, which have no common base, into one sentence."""
     noisy = logging.getLogger("transformers")
     level = noisy.level
     noisy.setLevel(logging.ERROR)

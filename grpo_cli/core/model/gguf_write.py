@@ -68,7 +68,7 @@ def write(folder: Path, path: Path, *, kind: Type) -> None:
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:
-    """llama.cpp rotates neighbouring rows of a Llama head where transformers rotates its halves."""
+    """Reorder a Llama head's rows: llama.cpp rotates neighbouring rows, transformers rotates halves."""
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape).contiguous()
 
 
@@ -97,7 +97,7 @@ def _merges(tokenizer: Any) -> list[list[str]]:
 
 
 def _split_of(tokenizer: Any) -> str:
-    """The `tokenizer.ggml.pre` of a tokenizer, by how it splits a text."""
+    """The `tokenizer.ggml.pre` of a tokenizer, found by how it splits a text."""
     _merges(tokenizer)
     own = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(SPLIT_PROBE)
     for name, build in PRETOKENIZERS.items():

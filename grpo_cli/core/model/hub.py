@@ -1,4 +1,4 @@
-"""Checks of a hub model before its weights are downloaded. Offline, a model of the local cache is taken unchecked."""
+"""Checks of a hub model before its weights are downloaded. Offline, cached models are used unchecked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from grpo_cli.core.model.folder_checks import INDEX, WEIGHTS, check_memory, refu
 
 
 def check_repository(name: str) -> None:
-    """Refuse adapters, models without safetensors, and, where the hub is out of reach, models that are not cached."""
+    """Refuse adapters, models without safetensors and, if the hub is out of reach, models that are not cached."""
     info = _info(name)
     if info is None and not isinstance(try_to_load_from_cache(name, "config.json", constants.HF_HUB_CACHE), str):
         raise CountdownError(
@@ -30,7 +30,7 @@ def check_repository(name: str) -> None:
 
 
 def check_download(name: str, *, itemsize: int, free: int) -> None:
-    """Refuse weights that do not fit into `free` bytes of memory, and an index that names anything but safetensors."""
+    """Refuse weights that do not fit into `free` bytes of memory, and an index with anything but safetensors."""
     info = _info(name)
     if info is None:
         return
@@ -51,7 +51,7 @@ def _indexed(name: str) -> list[str]:
 
 @cache
 def _info(name: str) -> ModelInfo | None:
-    """The hub's facts about a model; empty if it refuses, which loading reports; None without a connection."""
+    """The hub's data about a model; empty if the hub refuses, which loading reports; None without a connection."""
     try:
         return HfApi().model_info(name, files_metadata=True, timeout=10)
     except HfHubHTTPError:

@@ -1,7 +1,7 @@
-"""Triton kernels: attention of a decode step, log-probabilities and SwiGLU, each one kernel in place of several.
+"""Triton kernels: attention of a decode step, log-probabilities and SwiGLU, each in one kernel.
 
-Arithmetic is in float32, whatever the tensors hold. Used on CUDA; tests run them in Triton's interpreter and compare
-them with the plain code that they replace. Letters as in attention.py; M tokens, V vocabulary, I inner width.
+Arithmetic is float32 for any tensor dtype. Used on CUDA; tests run them in Triton's interpreter and compare them with
+the plain code they replace. Letters as in attention.py; M tokens, V vocabulary, I inner width.
 """
 
 from typing import Any, cast
@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 
-KEYS = 64  # keys that a program of `decode_attention` reads at a time
-COLUMNS = 4096  # logits or inner values that a program reads at a time
+KEYS = 64  # keys per read of `decode_attention`
+COLUMNS = 4096  # logits or inner values per read
 
 
 def decode_attention(
@@ -28,9 +28,9 @@ def decode_attention(
 ) -> Tensor:
     """Rotate one token of each of P * G completions, write its key and value at `slot` (1,), and attend: (B, H, d).
 
-    `heads` (B, H + 2 K, d) holds queries, keys and values before rotation, `cosines` (B, 1, d) and `sines`
-    (B, 1, d / 2) their positions. `prompts` are keys (P, K, d, L) and values (P, K, L, d), of which the first `lengths`
-    (P,) are real; `own` are keys and values (P, K, G, C, d), of which the first `slot` are.
+    `heads` (B, H + 2 K, d) holds queries, keys and values before rotation; `cosines` (B, 1, d) and `sines` (B, 1, d /
+    2) their positions. `prompts` are keys (P, K, d, L) and values (P, K, L, d) whose first `lengths` (P,) are real;
+    `own` are keys and values (P, K, G, C, d) whose first `slot` are real.
     """
     count, key_heads, generations, _, width = own[0].shape
     queries = heads.shape[1] - 2 * key_heads
@@ -50,10 +50,10 @@ def _decode_attention(
     G, L, C, K: tl.constexpr, SHARING: tl.constexpr, D: tl.constexpr,
     QUERIES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program for each completion and key-value head, whose SHARING query heads it pads to QUERIES, D to WIDTH."""
+    """One program per completion and key-value head; pads its SHARING query heads to QUERIES, and D to WIDTH."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dim, query = tl.arange(0, WIDTH), tl.arange(0, QUERIES)
-    real, turned = dim < D, (dim + D // 2) % D  # a dimension turns with the one half a head away
+    real, turned = dim < D, (dim + D // 2) % D  # each dimension is rotated with the one half a head away
     cos = tl.load(cosines + row * D + dim, mask=real, other=0.0).to(tl.float32)
     sin = tl.load(sines + row * (D // 2) + dim % (D // 2), mask=real, other=0.0).to(tl.float32)
     sin = tl.where(dim < D // 2, -sin, sin)
@@ -75,7 +75,7 @@ def _decode_attention(
     tl.store(own_keys + own + end * D + dim, key, mask=real)
     tl.store(own_values + own + end * D + dim, value, mask=real)
 
-    # Softmax as it goes: the largest score, the sum of exponentials, and the values weighted by them.
+    # Online softmax: largest score, sum of exponentials, weighted sum of values.
     largest = tl.sum(q.to(tl.float32) * key.to(tl.float32)[None, :], axis=1) * scaling  # (QUERIES,)
     total = tl.full((QUERIES,), 1.0, tl.float32)
     out = tl.zeros((QUERIES, WIDTH), tl.float32) + value.to(tl.float32)[None, :]
@@ -100,7 +100,7 @@ def _decode_attention(
 
 @triton.jit
 def _seen(q, k, v, there, scaling, largest, total, out):
-    """The state of a softmax after more keys k (d, N) and values v (N, d)."""
+    """The state of an online softmax after more keys k (d, N) and values v (N, d)."""
     scores = tl.where(there[None, :], tl.dot(q, k, input_precision="ieee") * scaling, float("-inf"))
     top = tl.maximum(largest, tl.max(scores, axis=1))
     weights, before = tl.exp(scores - top[:, None]), tl.exp(largest - top)
@@ -109,9 +109,9 @@ def _seen(q, k, v, there, scaling, largest, total, out):
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, temperature: float, *, entropy: bool) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (M,) and entropies (M,), zeros unless `entropy`, as `policy.token_logprobs` gives them.
+    """Log-probabilities (M,) and entropies (M,), zeros unless `entropy`; as `policy.token_logprobs`.
 
-    Reads the logits (M, V) once forward and once backward, and keeps nothing of their size beside them.
+    Reads the logits (M, V) once forward and once backward, and stores nothing else of their size.
     """
     return cast("tuple[Tensor, Tensor]", _TokenLogprobs.apply(logits, targets, temperature, entropy))
 
@@ -176,7 +176,7 @@ def _logprobs_backward(logits, targets, norms, gradients, of_logits, temperature
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, all (M, I), of which rows may lie apart; keeps the two inputs alone for the backward pass."""
+    """silu(gate) * up, all (M, I), rows may be strided; saves only the two inputs for the backward pass."""
     return cast("Tensor", _SwiGLU.apply(gate, up))
 
 

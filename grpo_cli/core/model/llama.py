@@ -1,8 +1,7 @@
-"""The forward pass of Llama, Mistral and Qwen2 models, written out in as few operations as it takes.
+"""The forward pass of Llama, Mistral and Qwen2 models in as few operations as possible.
 
-The arithmetic is that of transformers' own forward pass, which serves every other architecture; there, a small
-model's step spends most of its time between and around the multiplications. Knows neither sampling nor what a plan
-attends to.
+The arithmetic is that of transformers' own forward, which all other architectures use. For small models, transformers
+spends most of a step between and around the multiplications.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from grpo_cli.core.model.attention import Plan, StaticDecode, attention_dtype, n
 
 
 def fits(model: PreTrainedModel) -> bool:
-    """Whether `Pass` computes what this model does."""
+    """Whether `Pass` supports this model."""
     config = model.config
     if type(model) not in (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM):
         return False
@@ -32,12 +31,12 @@ def fits(model: PreTrainedModel) -> bool:
 
 
 def _biases(projections: Iterable[torch.nn.Module]) -> list[Tensor]:
-    """Those of q, k and v, which Qwen2 alone has."""
+    """The biases of q, k and v, which only Qwen2 has."""
     return [cast("Tensor", part.bias) for part in projections if part.bias is not None]
 
 
 class _Merged:
-    """A layer's weights copied for few and small multiplications: (in, out), joined, its norms multiplied into them."""
+    """A layer's weights copied for few, small multiplications: (in, out), joined, norms multiplied in."""
 
     def __init__(self, layer: Any, dtype: torch.dtype, epsilon: Tensor) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -45,7 +44,7 @@ class _Merged:
         self.activation: Callable[[Tensor], Tensor] = mlp.act_fn
 
         def columns(weight: Tensor) -> Tensor:
-            # Few rows are multiplied faster by columns that lie in a row of memory.
+            # With few rows, contiguous columns multiply faster.
             return weight.to(dtype).t().contiguous()
 
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -77,7 +76,7 @@ class _Merged:
 
 
 class _Direct:
-    """A layer's own weights where they lie, read anew at every use; the same arithmetic as `_Merged`."""
+    """A layer's own weights, read at every use; the same arithmetic as `_Merged`."""
 
     def __init__(self, layer: Any, epsilon: float, *, fused: bool) -> None:
         self.layer, self.epsilon, self.fused = layer, epsilon, fused
@@ -96,16 +95,16 @@ class _Direct:
         normed = rms_norm(hidden, weight.shape, weight, self.epsilon)
         gate, up = _product(normed, [mlp.gate_proj.weight, mlp.up_proj.weight]).chunk(2, dim=-1)
         if self.fused:
-            from grpo_cli.core.model import kernels  # which imports Triton
+            from grpo_cli.core.model import kernels  # imports Triton
 
             return linear(kernels.swiglu(gate, up), mlp.down_proj.weight)
         return linear(mlp.act_fn(gate) * up, mlp.down_proj.weight)
 
 
 def adjoin(model: PreTrainedModel) -> None:
-    """Move the weights that are multiplied by the same input beside each other, so that one product serves them all.
+    """Move weights with the same input next to each other, so one product serves them all.
 
-    The parameters, their names and their values stay. Does nothing where they already lie so.
+    The parameters keep their names and values. Does nothing if they are already adjacent.
     """
     for layer in model.get_decoder().layers:
         attention, mlp = layer.self_attn, layer.mlp
@@ -113,7 +112,7 @@ def adjoin(model: PreTrainedModel) -> None:
         gate_up = [mlp.gate_proj.weight, mlp.up_proj.weight]
         groups = ([part.weight for part in heads], _biases(heads), gate_up)
         for parts in filter(None, groups):
-            # Not as inference tensors, which no backward pass may use.
+            # Inference tensors cannot be used in a backward pass.
             with torch.inference_mode(False), torch.no_grad():
                 if _as_one(parts) is None:
                     joined = torch.cat([part.data for part in parts])
@@ -165,10 +164,10 @@ class _Product(Function):
 class Pass:
     """Forward passes at positions below `longest`, computed in `dtype`.
 
-    By default made for one rollout or one update, with the weights as they then are: it holds copies of the projections
-    that it merges, which lie in the graph if gradients are wanted, and of all weights not yet in `dtype`. With
-    `in_place` it copies nothing and reads the model's weights, which must be of `dtype`, wherever they have got to;
-    then it can be `fused`, with Triton's kernels, and recompute layers in the backward pass by `checkpointing`.
+    By default for one rollout or one update, with the weights at the time of creation: it holds merged copies of
+    projections (part of the graph, if gradients are enabled) and copies of all weights of another dtype. With
+    `in_place` it copies nothing and reads the model's current weights, which must be of `dtype`; then it can be
+    `fused`, with Triton's kernels, and recompute layers in the backward pass by `checkpointing`.
     """
 
     def __init__(
@@ -202,7 +201,7 @@ class Pass:
         positions = torch.arange(longest, device=model.device)
         cosines, sines = decoder.rotary_emb(self.norm.float(), positions[None])  # (1, longest, d)
         self.cosines, self.sines = (part[0, :, None].to(self.attend_in) for part in (cosines, sines))
-        self.sines = self.sines[..., : self.width // 2]  # the other half is the same
+        self.sines = self.sines[..., : self.width // 2]  # both halves are equal
 
     def hidden(self, tokens: Tensor, positions: Tensor, plan: Plan, *, packed: bool = False) -> Tensor:
         """Final hidden states (M, D) of tokens (M,): M rows of one token each, or one row of M if `packed`."""
@@ -244,9 +243,9 @@ class Pass:
 
 
 def _normed(hidden: Tensor, epsilon: Tensor) -> Tensor:
-    """Vectors x (M, D) over their root mean square, in float32."""
+    """Vectors x (M, D) divided by their root mean square, in float32."""
     if not torch.is_grad_enabled():
-        return hidden * _scale(hidden, epsilon)  # a Function costs more than the arithmetic of a few rows
+        return hidden * _scale(hidden, epsilon)  # for few rows, a Function costs more than the arithmetic
     return cast("Tensor", _Normed.apply(hidden, epsilon))  # type: ignore[no-untyped-call]
 
 

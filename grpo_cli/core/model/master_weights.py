@@ -1,7 +1,6 @@
-"""Float32 masters of bfloat16 weights: the optimizer moves the masters, and the weights are the masters rounded.
+"""Float32 masters of bfloat16 weights: the optimizer updates the masters; the weights are the masters rounded.
 
-A bfloat16 weight near 0.02 has neighbours 1.2e-4 away, so that most small steps would be rounded away. Knows neither
-what the weights are for nor which optimizer it is.
+Near 0.02, neighbouring bfloat16 weights are 1.2e-4 apart, so most small steps would be rounded away.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-AT_ONCE = 2**27  # weights whose gradients are in float32 at the same time: half a gigabyte
+AT_ONCE = 2**27  # weights per float32 conversion of gradients: half a gigabyte
 
 
 class MasterWeights(torch.optim.Optimizer):
-    """An optimizer of bfloat16 `weights`, made by `build` from the float32 copies that it moves in their stead.
+    """An optimizer of bfloat16 `weights`; `build` makes the inner one for their float32 copies.
 
-    Its parameter groups hold the masters. Gradients are made float32 for a few weights at a time.
+    Its parameter groups hold the masters. Gradients are converted to float32 for a few weights at a time.
     """
 
     def __init__(
@@ -31,21 +30,21 @@ class MasterWeights(torch.optim.Optimizer):
         self._follow()
 
     def _follow(self) -> None:
-        """The groups and the state are those of the optimizer within."""
+        """Share param_groups and state with the wrapped optimizer."""
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients of the weights."""
+        """Clear the gradients of the weights."""
         for weight in self.weights:
             weight.grad = None
 
     @torch.no_grad()
     def step(self, closure: object = None) -> None:  # type: ignore[override]
-        """Move the masters by the gradients of the weights, and round them to the weights, where they lie."""
+        """Update the masters with the gradients of the weights, and round them into the weights in place."""
         for part in self._parts():
             for weight, master in part:
                 master.grad = None if weight.grad is None else weight.grad.float()
-            self.inner.step()  # passes over what has no gradient
+            self.inner.step()  # skips masters without a gradient
             torch._foreach_copy_([weight for weight, _ in part], [master for _, master in part])
             for _, master in part:
                 master.grad = None
@@ -62,12 +61,12 @@ class MasterWeights(torch.optim.Optimizer):
         yield part
 
     def state_dict(self) -> dict[str, Any]:
-        """The masters, and the state of the optimizer within."""
+        """The masters, and the state of the wrapped optimizer."""
         return {"masters": self.masters, "inner": self.inner.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a state; the weights become its masters, rounded."""
+        """Load a state; the weights become its masters, rounded."""
         for weight, master, saved in zip(self.weights, self.masters, state_dict["masters"], strict=True):
             master.copy_(saved)
             weight.copy_(master)

@@ -1,4 +1,4 @@
-"""Checks of a model's name that need no torch."""
+"""Checks of a model's name, without torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 def require_model(name: str, *, suggestion: str | None = None) -> None:
     """Raise CountdownError unless `name` is builtin, a model folder, a GGUF file, or looks like a hub id.
 
-    A mistyped folder is refused here, so that it is not looked for on a hub.
+    A mistyped folder is refused, so it is not looked up on a hub.
     """
     if name == "builtin" or name.lower().endswith(".gguf"):
         return

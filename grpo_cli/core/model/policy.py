@@ -1,7 +1,6 @@
-"""A causal language model with its tokenizer: load, log-probabilities, save. The only module that knows transformers.
+"""A causal language model with its tokenizer: log-probabilities, save.
 
-What is loaded is checked (missing or misshapen weights are refused, pickles and remote code are never touched), and a
-model's own generation settings are ignored: every model is sampled alike. Knows neither puzzles nor rewards.
+A model's own generation settings are ignored: every model is sampled in the same way.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from grpo_cli.core.model.attention import Packed, Plan, Prefill, shared_prefix_a
 from grpo_cli.core.model.attention import order as packing_order
 
 ATTENTION = "countdown_shared_prefix"
-WIDE = 512  # hidden size from which a CPU decodes in bfloat16: faster by 2.5 at 576, slower at 192
+WIDE = 512  # hidden size above which a CPU decodes in bfloat16: 2.5 times faster at 576, slower at 192
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Precision = Literal["auto", "float32", "bf16-master", "bf16"]
@@ -36,13 +35,13 @@ Precision = Literal["auto", "float32", "bf16-master", "bf16"]
 PROBE = [{"role": "system", "content": "Solve it."}, {"role": "user", "content": "Make 13 of 3, 5 and 2."}]
 
 transformers.AttentionInterface.register(ATTENTION, shared_prefix_attention)
-transformers.utils.logging.set_verbosity_error()  # what loading reports is checked and raised here
+transformers.utils.logging.set_verbosity_error()  # loading errors are checked and raised by this package
 transformers.utils.logging.set_tqdm_hook(lambda make, args, options: make(*args, **{**options, "disable": True}))
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Prompts and completions, as token ids; completion r answers prompt `prompt_index[r]`."""
+    """Prompts and completions as token ids; completion r answers prompt `prompt_index[r]`."""
 
     prompts: list[list[int]]
     completions: list[list[int]]
@@ -50,16 +49,16 @@ class Sequences:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all prompts and completions."""
+        """Number of tokens of all prompts and completions."""
         return sum(map(len, (*self.prompts, *self.completions)))
 
     def mask(self) -> Tensor:
-        """(B, T) boolean: which entries of a padded matrix of completion tokens are real. Built from lengths alone."""
+        """(B, T) boolean: which entries of a padded matrix of completion tokens are real. Built from lengths."""
         lengths = torch.tensor([len(completion) for completion in self.completions])
         return torch.arange(max(lengths.tolist(), default=0)) < lengths[:, None]
 
     def subset(self, rows: Sequence[int]) -> Sequences:
-        """The completions `rows`, with the prompts that they answer and no others."""
+        """The completions `rows`, with only their prompts."""
         used = sorted({self.prompt_index[row] for row in rows})
         number = {prompt: index for index, prompt in enumerate(used)}
         completions = [self.completions[row] for row in rows]
@@ -75,23 +74,23 @@ class Policy:
     name: str
     precision: str
     end_ids: tuple[int, ...] = field(default=())
-    is_sharded: bool = False  # weights are spread over the ranks, which then call the model together
-    samplers: list[object] = field(default_factory=list, repr=False, compare=False)  # what a rollout keeps for the next
-    logit_chunk: int = 0  # tokens whose logits are computed at once, and again backward; 0 is all of them, once
-    works_on: torch.device | None = None  # where the weights are brought for a pass, if that is not where they live
-    plain: bool = False  # run by the model's own forward, one row per completion: slower, right for any causal model
+    is_sharded: bool = False  # weights are sharded; all ranks call the model together
+    samplers: list[object] = field(default_factory=list, repr=False, compare=False)  # cached for the next rollout
+    logit_chunk: int = 0  # tokens per chunk of logits, recomputed backward; 0 is all at once
+    works_on: torch.device | None = None  # compute device of offloaded weights
+    plain: bool = False  # use the model's own forward, one row per completion: slower, for any causal model
     cached: bool = True  # whether the plain path decodes with the model's own cache
-    adapter: lora.Lora | None = None  # what learns, if not all weights
-    adapter_off: bool = False  # the base model of a policy with an adapter, on the same weights
-    whole: bool = False  # packed, but logits come from the model's own forward, which may scale them
-    fused: bool = False  # with Triton kernels, and Qwen2's weights in place: on CUDA
+    adapter: lora.Lora | None = None  # the trained adapter, if any
+    adapter_off: bool = False  # run the base model without the adapter
+    whole: bool = False  # packed, with logits by the model's own forward, which may scale them
+    fused: bool = False  # Triton kernels, and weights read in place: on CUDA
 
     @property
     def device(self) -> torch.device:
         return cast("torch.device", self.model.device)
 
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Chat messages -> token ids up to where the assistant's answer begins, by the model's own chat template."""
+        """Chat messages -> token ids of the prompt, by the model's chat template."""
         return encode(self.tokenizer, messages)
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -99,22 +98,22 @@ class Policy:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The arithmetic of a forward pass: bfloat16 over float32 weights where the precision says so."""
+        """The arithmetic of a forward pass: bfloat16 over float32 weights if the precision says so."""
         enabled = self.precision == "bf16-master" and not self.has_masters
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     @property
     def has_masters(self) -> bool:
-        """Whether the weights are in bfloat16 and the optimizer is to keep float32 masters of them."""
+        """Whether the weights are bfloat16 and the optimizer keeps float32 masters."""
         return self.precision == "bf16-master" and self.model.dtype == torch.bfloat16 and self.adapter is None
 
     @property
     def trainable(self) -> list[torch.nn.Parameter]:
-        """The weights that learn: all of them, or those of the adapter."""
+        """The trained weights: all of them, or the adapter's."""
         return [weight for weight in self.model.parameters() if weight.requires_grad]
 
     def hidden(self, tokens: Tensor, positions: Tensor, plan: Plan) -> Tensor:
-        """Final hidden states (B, T, D) of `tokens` (B, T) at `positions` (B, T), attending as `plan` says."""
+        """Final hidden states (B, T, D) of `tokens` (B, T) at `positions` (B, T), attending by `plan`."""
         decoder = self.model.get_decoder()
         output = decoder(input_ids=tokens, position_ids=positions, use_cache=False, plan=plan)
         return output.last_hidden_state  # type: ignore[no-any-return]
@@ -133,27 +132,28 @@ class Policy:
         return self.logits(self.hidden(tokens, positions, plan)[rows, lengths - 1])
 
     def _whole_logits(self, tokens: Tensor, positions: Tensor, plan: Plan, kept: Tensor | int = 0) -> Tensor:
-        """Logits (B, T', V) at the places `kept` (T',), all if 0, by the model's own forward."""
+        """Logits (B, T', V) at the positions `kept` (T',), all if 0, by the model's own forward."""
         output = self.model(input_ids=tokens, position_ids=positions, use_cache=False, plan=plan, logits_to_keep=kept)
         return cast("Tensor", output.logits)
 
     @property
     def can_step_in_place(self) -> bool:
-        """Whether `step` can do without copies of the weights."""
+        """Whether `step` works without copies of the weights."""
         return llama.fits(self.model) and self.adapter is None
 
     @property
     def _can_merge(self) -> bool:
-        """Whether an adapter can be added to the weights: 16 bits would round small changes away."""
+        """Whether an adapter can be merged into the weights: 16 bits would round small changes away."""
         return self.adapter is None or (not self.adapter.nf4 and self.model.dtype == torch.float32)
 
     def step(self, longest: int, *, in_place: bool = False) -> Callable[[Tensor, Tensor, Plan], Tensor]:
-        """A function that decodes a token a row: tokens (B,), positions (B,) below `longest`, plan -> logits (B, V).
+        """A function that decodes one token per row: tokens (B,), positions (B,) below `longest`, plan -> logits (B,
+        V).
 
-        With `in_place` it reads the weights where they lie whenever it is called, else those of now.
+        With `in_place` it reads the model's weights at every call; otherwise it uses the current ones.
         """
         if llama.fits(self.model) and self._can_merge:
-            # On a CPU the activations of a narrow model cost more to convert than multiplying them in bfloat16 saves.
+            # On a CPU, a narrow model loses more to conversions than it gains from bfloat16.
             wide = self.device.type != "cpu" or self.model.config.hidden_size >= WIDE
             converted = self.precision == "bf16-master" and wide and not in_place
             dtype = torch.bfloat16 if converted else self.model.dtype
@@ -166,7 +166,7 @@ class Policy:
         return lambda tokens, positions, plan: self.logits(self.hidden(tokens[:, None], positions[:, None], plan)[:, 0])
 
     def _hidden_of_row(self, tokens: Tensor, plan: Packed) -> Tensor:
-        """Final hidden states (N, D) of one packed row (N,). peft's own layers compute those with an adapter."""
+        """Final hidden states (N, D) of one packed row (N,). With an adapter, peft's own layers compute them."""
         model, recomputed = self.model, bool(self.model.is_activation_checkpointing)
         fits = llama.fits(model) and self.adapter is None
         if self.fused and fits:
@@ -183,8 +183,8 @@ class Policy:
     def logprobs(self, sequences: Sequences, *, temperature: float, entropy: bool = True) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy, both (B, T) float32, of each completion token under the sampling distribution.
 
-        That is the softmax of logits / temperature, taken in float32. Padding is 0. Entropy carries no gradient, and is
-        0 if it is not wanted.
+        That is softmax(logits / temperature), in float32. Padding is 0. Entropy has no gradient, and is 0 unless
+        requested.
         """
         if self.plain:
             return self._plain_logprobs(sequences, temperature)
@@ -205,7 +205,7 @@ class Policy:
         return _scatter(values[0], lengths, order), _scatter(values[1], lengths, order)
 
     def _plain_logprobs(self, sequences: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
-        """As `logprobs`, from rows [prompt | completion | padding]: padding at the end changes nothing before it."""
+        """As `logprobs`, from rows [prompt | completion | padding]: padding at the end does not affect the rest."""
         answered = [sequences.prompts[owner] for owner in sequences.prompt_index]
         rows = [prompt + completion for prompt, completion in zip(answered, sequences.completions, strict=True)]
         longest = max(map(len, rows))
@@ -238,15 +238,16 @@ class Policy:
         self, logits: Tensor, targets: Tensor, temperature: float, entropy: bool
     ) -> tuple[Tensor, Tensor]:
         if self.fused:
-            from grpo_cli.core.model import kernels  # which imports Triton
+            from grpo_cli.core.model import kernels  # imports Triton
 
             return kernels.token_logprobs(logits, targets, temperature, entropy=entropy)
         return token_logprobs(logits, targets, temperature, entropy=entropy)
 
     def frozen_copy(self, *, on_host: bool = False) -> Policy:
-        """The reference: the same weights, never updated. `on_host` keeps them there, to be `brought` for each pass.
+        """The reference: the same weights, never updated. `on_host` keeps them on the host; `on_device` copies them for
+        each pass.
 
-        That of a policy with an adapter shares its weights and switches the adapter off for each pass.
+        With an adapter, the reference shares the weights and switches the adapter off for each pass.
         """
         if self.adapter:
             return replace(self, adapter_off=True, samplers=[])
@@ -255,12 +256,12 @@ class Policy:
         device = self.device if on_host else None
         if on_host:
             for weight in _tensors(model) if torch.cuda.is_available() else ():
-                weight.data = weight.data.pin_memory()  # copied several times as fast
+                weight.data = weight.data.pin_memory()  # several times faster to copy
         return replace(self, model=model, samplers=[], works_on=device)
 
     @contextmanager
-    def brought(self) -> Iterator[None]:
-        """Within this context the weights are copied to `works_on`; afterwards the originals are back in place."""
+    def on_device(self) -> Iterator[None]:
+        """Temporarily copy offloaded weights to the compute device."""
         home = [(weight, weight.data) for weight in _tensors(self.model)] if self.works_on is not None else []
         try:
             for weight, data in home:
@@ -272,13 +273,13 @@ class Policy:
                 weight.data = data
 
     def sums(self) -> list[float]:
-        """The sum of each tensor of weights: equal weights have equal ones."""
+        """The sum of each weight tensor, to compare weights."""
         return [float(weight.detach().sum(dtype=torch.float64)) for weight in self.model.parameters()]
 
     def fingerprint(self) -> dict[str, str]:
         """SHA-256 of the weights and their names, without an adapter's, and of the tokenizer.
 
-        The latter is its vocabulary, its template and a sentence.
+        The tokenizer's hash covers its vocabulary, its template and a sample sentence.
         """
         weights = hashlib.sha256()
         for name, tensor in sorted(lora.base_state(self.model).items()):
@@ -289,7 +290,7 @@ class Policy:
         return {"weights": weights.hexdigest(), "tokenizer": tokenizer.hexdigest()}
 
     def save(self, path: Path) -> None:
-        """Write the model and its tokenizer as a folder that AutoModelForCausalLM and AutoTokenizer open.
+        """Write the model and its tokenizer to a folder for AutoModelForCausalLM and AutoTokenizer.
 
         An adapter is merged into the weights.
         """
@@ -297,11 +298,11 @@ class Policy:
         self.model.save_pretrained(path, safe_serialization=True, state_dict=state)
         self.tokenizer.save_pretrained(path)
         for weights in path.glob("*.safetensors"):
-            shutil.copymode(path / "config.json", weights)  # safetensors lets nobody else read them
+            shutil.copymode(path / "config.json", weights)  # safetensors creates files that only the owner can read
 
 
 def set_attention(model: transformers.PreTrainedModel, *, plain: bool) -> bool:
-    """Attend as plans say, or as the model does by itself if `plain`. Returns whether the model can."""
+    """Attend by plans, or as the model itself does if `plain`. Returns whether the model supports it."""
     implementation = ("sdpa" if model._supports_sdpa else "eager") if plain else ATTENTION
     with suppress(ValueError, ImportError):  # a model without the implementation keeps its own
         model.set_attn_implementation(implementation)
@@ -311,7 +312,7 @@ def set_attention(model: transformers.PreTrainedModel, *, plain: bool) -> bool:
 def checkpoint_layers(model: transformers.PreTrainedModel) -> None:
     """Recompute each layer in the backward pass. Layers compute as in eval mode, without dropout.
 
-    transformers checkpoints a layer whose own flag says that it is in training; all within it stay in eval mode.
+    transformers checkpoints a layer in training mode; its submodules stay in eval mode.
     """
     model.activation_checkpointing_enable()
     for module in model.modules():
@@ -322,7 +323,7 @@ def checkpoint_layers(model: transformers.PreTrainedModel) -> None:
 
 
 def host_copy(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """A copy on the host, for which no second one is made on the device."""
+    """A copy on the host, made without a second copy on the device."""
     home = model.device
     copied = copy.deepcopy(model.cpu())
     model.to(home)
@@ -330,7 +331,7 @@ def host_copy(model: transformers.PreTrainedModel) -> transformers.PreTrainedMod
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[Tensor]:
-    """The weights of a model and all else that its passes compute with."""
+    """The weights of a model and its buffers."""
     yield from model.parameters()
     yield from model.buffers()
 
@@ -340,8 +341,8 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities (M,) of `targets` (M,) under softmax(logits (M, V) / temperature), and its entropies (M,).
 
-    In float32, as by log_softmax and gather, but with one matrix of float32 for both directions. The entropies carry
-    no gradient; without gradients they may be left out, as zeros.
+    In float32, like log_softmax and gather, but with one float32 matrix for both directions. Entropies have no
+    gradient; without gradients they may be left out, as zeros.
     """
     if not entropy and not torch.is_grad_enabled():
         scaled = logits.to(torch.float32, copy=True).div_(temperature)
@@ -358,7 +359,7 @@ class _TokenLogprobs(Function):
         scaled = logits.to(torch.float32, copy=True).div_(temperature)
         everything = scaled.log_softmax(dim=-1)
         chosen = everything.gather(-1, targets)[:, 0]
-        probabilities = torch.exp(everything, out=scaled)  # fresh memory would cost more than the arithmetic
+        probabilities = torch.exp(everything, out=scaled)  # allocating memory would cost more than the arithmetic
         entropy = -everything.mul_(probabilities).sum(dim=-1)
         ctx.save_for_backward(probabilities, targets)
         ctx.temperature, ctx.dtype = temperature, logits.dtype

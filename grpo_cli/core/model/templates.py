@@ -1,4 +1,4 @@
-"""Check a chat template, which is a program from outside, by rendering it in a child process with limits."""
+"""Check a chat template, an untrusted program, by rendering it in a child process with limits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import transformers
 from grpo_cli.core.errors import CountdownError
 
 SECONDS, CHARACTERS, BYTES = 2, 100_000, 1 << 29
-HINT = "use an instruction-tuned model whose template takes system and user messages, or mend its chat_template.jinja"
+HINT = "use an instruction-tuned model whose template takes system and user messages, or fix its chat_template.jinja"
 
 
 class TemplateError(Exception):
@@ -21,11 +21,11 @@ class TemplateError(Exception):
 
 
 class TooCostlyError(TemplateError):
-    """It takes too much time or memory, or crashes."""
+    """The template takes too much time or memory, or crashes."""
 
 
 def check_template(name: str, tokenizer: transformers.PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> None:
-    """Refuse a template that fails on `messages` (the system's first), leaves one out, or is too costly."""
+    """Refuse a template that fails on `messages` (the system's first), drops one, or is too costly."""
     try:
         text = render(tokenizer, messages)
     except TemplateError as error:
@@ -46,7 +46,7 @@ def _takes(tokenizer: transformers.PreTrainedTokenizerBase, messages: list[dict[
 
 
 def render(tokenizer: transformers.PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> str:
-    """The text of `messages`. Forks: a child has the imports already, so this takes hundredths of a second."""
+    """The text of `messages`. Forks, so imports are already loaded and it takes hundredths of a second."""
     context = multiprocessing.get_context("fork")
     reader, writer = context.Pipe(duplex=False)
     child = context.Process(target=_render, args=(tokenizer, list(messages), writer), daemon=True)
@@ -76,7 +76,7 @@ def _render(
         text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
     except MemoryError:
         error = f"it takes more than {BYTES >> 20} MB of memory"
-    except Exception as problem:  # whatever a template raises
+    except Exception as problem:  # templates may raise anything
         error = " ".join(str(problem)[:500].split()) or type(problem).__name__
     if len(text) > CHARACTERS:
         text, error = "", f"two short messages become {len(text):,} characters"
@@ -84,7 +84,7 @@ def _render(
 
 
 def _limit_resources() -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS + 1, SECONDS + 1))  # where the parent cannot end it
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS + 1, SECONDS + 1))  # if the parent cannot stop it
     statm = Path("/proc/self/statm")
     if statm.exists():
         limit = int(statm.read_text().split()[0]) * resource.getpagesize() + BYTES

@@ -1,7 +1,7 @@
-"""Plan the memory of a training before any weight is loaded, and choose what makes it fit.
+"""Plan the memory of a training before any weight is loaded, and choose a configuration that fits.
 
-Sizes follow from shapes: weights and what the optimizer keeps of each, the KV cache, logits, and the activations that a
-layer saves for the backward pass. The planner takes the fastest choices that fit. Knows neither puzzles nor files.
+Sizes follow from shapes: weights, optimizer state, KV cache, logits, and the activations saved for the backward pass.
+The planner picks the fastest configuration that fits.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from grpo_cli.core.model.policy import ATTENTION
 from grpo_cli.core.sampling.decode import ROUNDED
 
 GB = 1e9
-GPU_MARGIN = 0.05  # share of a GPU's free memory left alone: allocators lose some between their blocks
-CPU_SHARE = 0.7  # share of a machine's free memory to plan for: there running out cannot be caught
-CPU_SLACK = 0.25  # of what comes and goes: fragmentation, and what kernels allocate for themselves
-CPU_KERNELS = 100_000_000  # bytes of their code and buffers, which no process holds before its first pass
+GPU_MARGIN = 0.05  # share of a GPU's free memory reserved for fragmentation
+CPU_SHARE = 0.7  # share of the host's free memory to plan for: OOM cannot be caught there
+CPU_SLACK = 0.25  # share of temporary memory added for fragmentation and kernels' workspaces
+CPU_KERNELS = 100_000_000  # bytes of kernels' code and buffers, loaded by the first pass
 LIBRARIES = 500_000_000  # bytes of CUDA's own libraries
-NCCL = 1_000_000_000  # bytes of its buffers, where several processes share the work; not measured
-WORKSPACE = 2**25  # bytes that cuBLAS keeps for each of two streams: that of training and that of recorded steps
+NCCL = 1_000_000_000  # bytes of NCCL's buffers, with several processes; not measured
+WORKSPACE = 2**25  # bytes of cuBLAS's workspace for each of two streams: training and captured steps
 LOGIT_CHUNKS = (0, 4096, 1024)  # tokens whose logits are computed at once; 0 is all
 
-# Costs of choices, in tokens passed forward through the model.
+# Costs of choices, in tokens of a forward pass.
 OVERHEAD = 500  # one more micro-batch: launches, and rows too few to fill a GPU
-UPLOAD = 4000  # copying the reference from the host: 2 bytes a weight at 50 GB/s, against 2 FLOP at 200 TFLOP/s
+UPLOAD = 4000  # copying the reference from the host: 2 bytes per weight at 50 GB/s, versus 2 FLOP at 200 TFLOP/s
 
 MIN_8BIT = 4096  # bitsandbytes keeps the moments of smaller tensors in float32
 BLOCK_8BIT = 256  # 8-bit values that share one float32 scale
@@ -52,7 +52,7 @@ Amounts = dict[str, int]  # bytes by component
 
 @dataclass(frozen=True)
 class Work:
-    """P prompts of L tokens with G completions of C tokens a step; evaluations of `eval_rows` completions at once."""
+    """P prompts of L tokens with G completions of C tokens per step; evaluations of `eval_rows` completions at once."""
 
     device: str  # its type
     precision: str
@@ -64,8 +64,8 @@ class Work:
     eval_rows: int
     has_reference: bool
     ranks: int = 1  # processes that share the prompts
-    shards: int = 1  # parts into which weights, gradients, moments and reference are cut
-    adapter: Lora | None = None  # alone learns, and has no reference of its own
+    shards: int = 1  # shards of weights, gradients, moments and reference
+    adapter: Lora | None = None  # trained instead of the weights; needs no separate reference
 
     @property
     def rows(self) -> int:
@@ -95,24 +95,24 @@ class Work:
 
 @dataclass(frozen=True)
 class Choices:
-    """Where and how to compute; the results stay the same."""
+    """Where and how to compute; the results do not depend on it."""
 
     logit_chunk: int = 0  # tokens whose logits are computed at once; 0 is all
     rows: int = 0  # completions per forward and backward pass; 0 is the whole step
     checkpointing: bool = False
-    on_host: bool = False  # the reference's weights live on the host
+    on_host: bool = False  # the reference's weights are on the host
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes at the peak of each phase of a step, and the bytes that may be used."""
+    """Peak bytes of each phase of a step, and the memory budget."""
 
     phases: dict[str, Amounts]
     origins: dict[str, str]  # by component: how its bytes are computed
     choices: Choices
     room: int
     reasons: list[str]
-    limit: int = 0  # bytes that the process must not pass, or 0 where running out of memory can be caught
+    limit: int = 0  # hard limit of the process in bytes, or 0 if OOM can be caught
 
     @property
     def peak(self) -> int:
@@ -120,7 +120,7 @@ class MemoryPlan:
 
 
 def moment_bytes(shapes: Iterable[torch.Size], dtype: torch.dtype, optimizer: str) -> int:
-    """Bytes of the moments of weights of these shapes and this type."""
+    """Bytes of the moments of weights with these shapes and dtype."""
     counts = [shape.numel() for shape in shapes]
     if optimizer == "adamw":
         return int(2 * dtype.itemsize * sum(counts))
@@ -128,14 +128,14 @@ def moment_bytes(shapes: Iterable[torch.Size], dtype: torch.dtype, optimizer: st
 
 
 class Planner:
-    """Memory and time of one model doing one kind of work."""
+    """Memory and time of one model for one kind of work."""
 
     def __init__(self, name: str, work: Work, *, plain: bool = False, whole: bool = False) -> None:
-        """`plain` and `whole` as a self-check chose for the model's policy; a plain path may follow from its config."""
+        """`plain` and `whole`: the path that the self-check chose; a plain path may also follow from the config."""
         self.work, self.layers = work, number_of_layers(name)
         self.dtype = weights_dtype(work.precision, torch.device(work.device))
         model = skeleton(name, dtype=self.dtype, layers=1)
-        # Architectures name their layers differently: they are the first list of modules.
+        # Architectures name their layers differently; they are the first ModuleList.
         layer = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module))[0]
         within = {id(weight) for weight in layer.parameters()}
         ends = [weight.shape for weight in model.parameters() if id(weight) not in within]
@@ -152,7 +152,7 @@ class Planner:
         self._norms_heads = any(re.search(r"\b(q|query)_(layer)?norm\b", name) for name, _ in layer.named_modules())
         self._width, self._vocabulary = config.hidden_size, config.vocab_size
         self._inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        heads = getattr(config, "num_attention_heads", None) or 1  # none in a state-space model
+        heads = getattr(config, "num_attention_heads", None) or 1  # absent in state-space models
         head = getattr(config, "head_dim", None) or config.hidden_size // heads
         self._heads, self._queries = heads, heads * head
         self._keys = (getattr(config, "num_key_value_heads", None) or heads) * head
@@ -162,7 +162,7 @@ class Planner:
         self.has_masters = (
             not work.adapter and work.precision == "bf16-master" and self.dtype == torch.bfloat16 and work.shards == 1
         )
-        # Bytes of a value in matrix multiplications. Autocast on a CPU keeps it in float32 beside bfloat16.
+        # Bytes per value in matrix multiplications. Autocast on a CPU keeps a float32 copy beside bfloat16.
         self._computed = 4 if work.precision == "float32" or work.device == "cpu" else 2
         self._merges = work.device == "cpu" and work.shards == 1 and llama.fits(model) and not self._nf4
 
@@ -175,29 +175,29 @@ class Planner:
         phases["update"] = self._pass(choices, learn=True)
         phases["optimizer"] = {"gradients": self._gradients, "working room": self._optimizer_room()}
         whole = {phase: self._with_slack(stays | amounts, stays) for phase, amounts in phases.items()}
-        alone = self.work.device == "cpu" and self.work.shards == 1  # one of several shards cannot repeat a pass
+        alone = self.work.device == "cpu" and self.work.shards == 1  # a shard cannot repeat a pass
         return MemoryPlan(whole, self._origins(choices), choices, room, list(reasons), room if alone else 0)
 
     def cost(self, choices: Choices) -> float:
-        """Time of reference pass and update, in tokens passed forward through the model."""
+        """Time of reference pass and update, in tokens of a forward pass."""
         work, rows = self.work, choices.rows or self.work.rows
         passes = -(-work.rows // rows)
         completions = work.rows * work.new_tokens
         tokens = completions + passes * self._prompts_of(rows) * work.prompt_tokens
-        forward = 3 + choices.checkpointing + work.has_reference  # a backward pass is two forward
+        forward = 3 + choices.checkpointing + work.has_reference  # a backward pass costs two forward passes
         chunked = 0 < choices.logit_chunk < rows * work.new_tokens
         recomputed = self.shapes[0].numel() / self.count * completions + rows / choices.logit_chunk if chunked else 0
         return tokens * forward + passes * OVERHEAD + recomputed + UPLOAD * choices.on_host
 
     def _prompts_of(self, rows: int) -> int:
-        """Prompts that `rows` completions in a row answer, at most."""
+        """The most prompts that `rows` consecutive completions belong to."""
         each = self.work.generations
         if self.plain:
             return rows
         return min(self.work.prompts, rows // each if rows % each == 0 else (rows - 2) // each + 2 if rows > 1 else 1)
 
     def _with_slack(self, amounts: Amounts, stays: Amounts) -> Amounts:
-        """On a CPU also what the process holds beside tensors, and fragments of what comes and goes."""
+        """On a CPU, also memory of the process outside tensors, and fragmentation of temporary memory."""
         if self.work.device != "cpu":
             return amounts
         passing = sum(amounts.values()) - sum(stays.values())
@@ -205,14 +205,14 @@ class Planner:
 
     @property
     def _learned(self) -> torch.dtype:
-        """The type of the weights that learn; sharded ones are their own masters."""
+        """The dtype of the trained weights; sharded ones are their own masters."""
         if self.work.adapter:
             return torch.float32
         return torch.float32 if self.work.shards > 1 and self.work.precision != "bf16" else self.dtype
 
     @property
     def _gradients(self) -> int:
-        """Bytes on this device of one value per weight, in the type that learns."""
+        """Bytes on this device of one value per weight, in the trained dtype."""
         count = self._adapter if self.work.adapter else self.count
         return int(-(-count * self._learned.itemsize // self.work.shards))
 
@@ -227,7 +227,7 @@ class Planner:
         return int((self.count - quantized) * self.dtype.itemsize + quantized * (0.5 + 1 / 64 + 4 / 2**14))
 
     def _stays(self, choices: Choices) -> Amounts:
-        """Allocated from the first step to the last. A GPU keeps the samplers of training and of evaluation."""
+        """Persistent memory. A GPU keeps the samplers of training and of evaluation."""
         work = self.work
         shapes = [torch.Size([self._adapter])] if work.adapter else self.shapes
         moments = moment_bytes(shapes, torch.float32 if self.has_masters else self._learned, work.optimizer)
@@ -241,7 +241,7 @@ class Planner:
         return stays | self._sampling() if work.device == "cuda" else stays
 
     def _sampling(self) -> Amounts:
-        """Keys and values, and per logit of a next token its float32 probabilities and float64 sum."""
+        """Persistent sampling memory: KV cache, and per logit float32 probabilities and a float64 sum."""
         work, static = self.work, self.work.device == "cuda"
         longest = -(-work.prompt_tokens // ROUNDED) * ROUNDED if static else work.prompt_tokens
         token = self.layers * 2 * self._keys * self.dtype.itemsize
@@ -249,14 +249,14 @@ class Planner:
         caches = [(prompts * longest + rows * work.new_tokens) * token for prompts, rows in batches]
         chosen = [rows * self._vocabulary * (self.dtype.itemsize + 16) for _, rows in batches]
         together = sum if static else max
-        # A recorded step owns the tensors that it makes: a layer's activations, and scores with their softmax.
+        # A captured step owns its temporaries: a layer's activations, and scores with their softmax.
         layer = (4 * self._width + 3 * self._inner + 2 * self._queries) * self.dtype.itemsize
         scores = 12 * self._heads * (longest + work.new_tokens)
         recorded = 2 * WORKSPACE + sum(rows * (layer + scores) for _, rows in batches) if static else 0
         return {"KV cache": together(caches), "sampling": together(chosen) + recorded}
 
     def _rollout(self) -> Amounts:
-        """The prefill: keys of all layers, and one layer's values. `llama` decodes with merged copies of its layers."""
+        """Prefill: keys of all layers, and one layer's values. `llama` decodes with merged copies of its layers."""
         work, size = self.work, self.dtype.itemsize
         tokens = max(work.rows if self.plain else work.prompts, work.eval_rows) * work.prompt_tokens
         kept = self.layers * 2 * self._keys + 4 * self._width + 3 * self._inner
@@ -268,10 +268,10 @@ class Planner:
         return amounts if work.device == "cuda" else amounts | self._sampling()
 
     def _pass(self, choices: Choices, *, learn: bool) -> Amounts:
-        """The peak of a reference pass, or of an update, whose gradients are all counted from the start."""
+        """The peak of a reference pass, or of an update with all gradients counted from the start."""
         work, rows = self.work, choices.rows or self.work.rows
         tokens = rows * work.new_tokens + self._prompts_of(rows) * work.prompt_tokens
-        # Norms and residuals stay in float32; the rest is in the type of the multiplications.
+        # Norms and residuals are float32; the rest has the dtype of the multiplications.
         values = 4 * self._inner + 3 * self._width + 2 * self._queries + 2 * self._keys
         layer = tokens * (self._computed * values + 16 * self._width)
         layer += tokens * 12 * (self._queries + self._keys) * self._norms_heads
@@ -285,12 +285,12 @@ class Planner:
         if self.plain:
             amounts["logits"] += tokens * self._vocabulary * self._computed
         copies = self._gathered(learn=learn)
-        if work.device == "cpu":  # copies in the type of the multiplications, and `llama`'s of its merged layers
+        if work.device == "cpu":  # copies in the dtype of the multiplications, and `llama`'s merged layers
             copies += 2 * self.count * (work.precision != "float32") + self._rollout()["working room"]
         return amounts | {"working room": copies} | ({"gradients": self._gradients} if learn else {})
 
     def _gathered(self, *, learn: bool) -> int:
-        """Bytes that FSDP gathers at a time: embeddings and two layers; with gradients, in both types, to reduce."""
+        """Bytes that FSDP gathers at a time: embeddings and two layers; with gradients, in both dtypes, to reduce."""
         if self.work.shards == 1:
             return 0
         computed = 2 if self.work.device == "cuda" and self.work.precision != "float32" else self._learned.itemsize
@@ -298,9 +298,9 @@ class Planner:
         return int(computed * (self._ends + 2 * self._layer) + gradients)
 
     def _optimizer_room(self) -> int:
-        """Bytes that the optimizer makes for a while: gradients in float32, and torch's AdamW on a GPU a copy of them.
+        """Temporary bytes of the optimizer: float32 gradients, and for torch's AdamW on a GPU a copy of them.
 
-        Sharded weights are gathered one after the other, to copy them to the sampler.
+        Sharded weights are gathered one at a time to copy them to the sampler.
         """
         largest = max(shape.numel() for shape in self.shapes)
         at_once = min(self.count, max(AT_ONCE, largest)) if self.has_masters else 0
@@ -314,7 +314,7 @@ class Planner:
         share = f", 1/{work.shards} of them" if work.shards > 1 else ""
         eight = work.optimizer == "adamw8bit"
         return {
-            "process": f"Python, torch and {CPU_SLACK:.0%} of what comes and goes",
+            "process": f"Python, torch and {CPU_SLACK:.0%} of the temporary memory",
             "weights": f"{self.count:,} in {dtype}" + (f", {self._adapted:,} of them in 4 bits" if self._nf4 else ""),
             "adapter": f"{self._adapter:,} in float32",
             "master": f"the weights in float32, which the optimizer moves{share}",
@@ -334,7 +334,7 @@ class Planner:
 def find(
     planner: Planner, *, room: int, rows: int = 0, checkpointing: bool | None = None, on_host: bool | None = None
 ) -> MemoryPlan:
-    """The fastest plan that fits in `room` bytes; what is given is not chosen.
+    """The fastest plan that fits in `room` bytes; given choices are kept.
 
     Raises CountdownError if none fits.
     """
@@ -368,9 +368,9 @@ def find(
 
 
 def room(settings: Settings, work: Work, *, free: int = 0) -> int:
-    """Bytes that a training may use: those of the settings, or of the `free` ones (by default, those free now).
+    """Memory budget in bytes: from the settings, or from `free` bytes (by default, those free now).
 
-    A process on a CPU counts with all that it holds, what it holds already included.
+    On a CPU it covers the whole process, including the memory that it already uses.
     """
     given = int(settings.model.memory * GB)
     free = given or free or free_memory(torch.device(work.device))
@@ -394,14 +394,14 @@ def plan_for(
 
 
 def limit(settings: Settings, device: torch.device) -> None:
-    """Hold this process to the memory that the settings give, where the device can."""
+    """Limit this process to the memory in the settings, if the device supports it."""
     if settings.model.memory and device.type == "cuda":
         share = settings.model.memory * GB / torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, share))
 
 
 def _reasons(planner: Planner, choices: Choices) -> list[str]:
-    """The peak without each choice that saves memory."""
+    """The peak without each memory-saving choice."""
     sentences = {
         "logit_chunk": f"logits of {choices.logit_chunk:,} tokens at a time",
         "rows": f"micro-batches of {choices.rows} completions",

@@ -1,20 +1,20 @@
-"""The least time that a training step needs on its hardware, and how near it came.
+"""The hardware's floor of a training step's time, and the share of it that was reached.
 
-A floor counts what cannot be left out, not what an implementation does: each prompt is computed once for its group,
-rows that have ended cost nothing, nothing is recomputed, no activation leaves the chip. A phase takes at least
+A floor counts only necessary work, whatever the implementation does: each prompt is computed once for its group,
+finished rows cost nothing, nothing is recomputed, no activation leaves the chip. A phase takes at least
 max(operations / rate, bytes / bandwidth), a step the sum over its phases. With G completions c of n[c] tokens for each
 prompt of L tokens, W weights of the layers' matrices, V those of the head, and A = 4 * layers * heads * head width
-operations for each pair of tokens that attend:
+operations for each attending pair of tokens:
 
     prefill    2 W L + 2 V + A L (L + 1) / 2 for each prompt; the weights are read once
     decode     2 (W + V) (n - 1) + A sum over t < n of (L + t) for each c; the weights are read max(n) - 1 times, and
-               at each of these the keys and values of the prompts (once for the group) and completions that go on
+               at each of these the keys and values of the prompts (once per group) and of unfinished completions
     reference  one row [prompts | completions]: 2 W for each token, 2 V for each of a completion, A for each pair
-    update     three times that forward pass (backward is twice forward) for the rows that matter
+    update     three times that forward pass (backward is twice forward) for the rows with a gradient
     optimizer  hardly any operations; reads and writes of weights, masters, gradients (twice: the norm comes before
                the step) and moments
 
-The first token of a completion comes from the prefill. Of the original's workload on an H200 (4 x 16 completions, 290
+The first token of a completion comes from the prefill. For the original's workload on an H200 (4 x 16 completions, 290
 and 160 tokens, 1.5 B weights, 790 TFLOP/s, 4.3 TB/s) the sum is 0.31 s; reading the prompt's keys once for each
 completion instead of each group would make it 0.33 s.
 """
@@ -40,7 +40,7 @@ COMPUTED = ("prefill", "decode", "reference", "update", "optimizer")  # phases t
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers that a decoder's cost depends on."""
+    """The dimensions that determine a decoder's cost."""
 
     layers: int
     width: int
@@ -63,7 +63,7 @@ class Shape:
 
     @property
     def pair(self) -> int:
-        """Operations for one token that attends to one token, in all layers."""
+        """Operations for one token attending to one token, in all layers."""
         return 4 * self.layers * self.heads * self.head_width
 
     @property
@@ -73,7 +73,7 @@ class Shape:
 
 
 def shape_of(config: Any, parameters: int) -> Shape:
-    """The shape of a model from its text configuration, as transformers names things."""
+    """The shape of a model from its text configuration."""
     return Shape(
         layers=config.num_hidden_layers,
         width=config.hidden_size,
@@ -88,34 +88,34 @@ def shape_of(config: Any, parameters: int) -> Shape:
 
 @dataclass(frozen=True)
 class Widths:
-    """Bytes of one weight in each place where it is kept."""
+    """Bytes per weight in each place where it is stored."""
 
-    compute: int  # as it is multiplied
-    weight: int  # as it is stored
+    compute: int  # in multiplications
+    weight: int  # as stored
     master: int  # of its float32 master, 0 without one
     moments: int  # of both moments together
 
     @property
     def optimizer(self) -> int:
-        """Bytes read and written for each weight: the gradient twice, masters and moments both ways, the weight."""
+        """Bytes read and written per weight: the gradient twice, masters and moments both ways, the weight."""
         return 2 * self.weight + 2 * (self.master + self.moments) + self.weight * (1 if self.master else 2)
 
 
 @dataclass(frozen=True)
 class Work:
-    """The work of a step: prompts by G completions, row p * G + g being completion g of prompt p."""
+    """The work of a step: prompts by G completions; row p * G + g is completion g of prompt p."""
 
     prompts: Sequence[int]  # tokens of each
     completions: Sequence[int]  # tokens of each
     generations: int
     reference: bool = True
-    learned: Sequence[int] | None = None  # rows with a gradient that is not zero; all by default
+    learned: Sequence[int] | None = None  # rows with a nonzero gradient; all by default
     updates: int = 1
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Least operations and bytes of a phase."""
+    """Minimum operations and bytes of a phase."""
 
     flops: int
     bytes: int
@@ -123,7 +123,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Peak:
-    """Peak rates of hardware, in a second."""
+    """Peak rates of the hardware, per second."""
 
     flops: float
     bandwidth: float
@@ -133,7 +133,7 @@ class Peak:
         return cost.flops / self.flops
 
     def floor(self, cost: Cost) -> float:
-        """Seconds that a phase takes at least."""
+        """Minimum seconds of a phase."""
         return max(self.arithmetic(cost), cost.bytes / self.bandwidth)
 
 
@@ -154,14 +154,14 @@ def costs(shape: Shape, work: Work, widths: Widths) -> dict[str, Cost]:
 
 
 def prefill(shape: Shape, work: Work, widths: Widths) -> Cost:
-    """Each prompt once; the head at its last token alone."""
+    """Each prompt once; the head only at its last token."""
     pairs = sum(map(_triangle, work.prompts))
     matrices = 2 * shape.body * sum(work.prompts) + 2 * shape.head * len(work.prompts)
     return Cost(matrices + shape.pair * pairs, shape.parameters * widths.compute)
 
 
 def decode(shape: Shape, work: Work, widths: Widths) -> Cost:
-    """A token of every completion at a time, until the longest ends."""
+    """One token of every completion at a time, until the longest ends."""
     flops = numbers = 0
     for row, length in enumerate(work.completions):
         prompt = work.prompts[row // work.generations]
@@ -176,7 +176,7 @@ def decode(shape: Shape, work: Work, widths: Widths) -> Cost:
 
 
 def packed(shape: Shape, work: Work, rows: Sequence[int]) -> int:
-    """Operations of one forward pass over [prompts | completions], of these completions and their prompts."""
+    """Operations of one forward pass over [prompts | completions], for these completions and their prompts."""
     prompts = [work.prompts[index] for index in sorted({row // work.generations for row in rows})]
     lengths = [work.completions[row] for row in rows]
     pairs = sum(map(_triangle, prompts))
@@ -196,10 +196,10 @@ def _triangle(length: int) -> int:
 def describe(by_phase: Mapping[str, Cost], peak: Peak, seconds: float) -> dict[str, float]:
     """Metrics of a step that took `seconds`.
 
-    `floor/PHASE`: seconds that a phase takes at least. `arithmetic/PHASE`: its operations at the full rate, in seconds.
-    `floor_share`: the floor of the step over its seconds. `mfu`: model FLOP utilisation, the step's operations over
-    those that the hardware could have done in its time (PaLM, arXiv 2204.02311: recomputation is not counted; unlike
-    there, attention counts the causal half alone).
+    `floor/PHASE`: minimum seconds of a phase. `arithmetic/PHASE`: seconds of its operations at the peak rate.
+    `floor_share`: floor of the step over its seconds. `mfu`: model FLOP utilisation, the step's operations over the
+    hardware's capacity in that time (PaLM, arXiv 2204.02311: recomputation is not counted; unlike there, attention
+    counts only the causal half).
     """
     floors = {name: peak.floor(cost) for name, cost in by_phase.items()}
     arithmetic = {name: peak.arithmetic(cost) for name, cost in by_phase.items()}
@@ -213,9 +213,9 @@ def describe(by_phase: Mapping[str, Cost], peak: Peak, seconds: float) -> dict[s
 
 # Hardware
 
-# A table holds what data sheets state for dense matrices, accumulated in float32 where they tell it apart; no program
-# reaches it quite. Other devices are measured in a fraction of a second: one large matrix product and one copy larger
-# than the caches. A model that fits in a cache can go below the floor that follows from such a bandwidth.
+# The table has data-sheet rates of dense matrices, with float32 accumulation where listed; programs do not quite reach
+# them. Other devices are measured in a fraction of a second: one large matrix product and one copy larger than the
+# caches. A model that fits in a cache can beat a floor based on that bandwidth.
 
 # NVIDIA's and AMD's data sheets: (pattern of the device's name, dense bfloat16 TFLOP/s, memory GB/s), the first match.
 KNOWN: tuple[tuple[str, float, float], ...] = (
@@ -239,26 +239,26 @@ KNOWN: tuple[tuple[str, float, float], ...] = (
     (r"RTX 3090$", 71, 936),
     (r"MI300X", 1307, 5300),
 )
-# These have no bfloat16 matrix units, so that what they do in bfloat16 is measured: T4, V100.
-MATRIX, COPY, REPEATS = 1024, 2**27, 8  # rows and columns; bytes, and twice that are moved
+# Without bfloat16 matrix units, so bfloat16 is measured: T4, V100.
+MATRIX, COPY, REPEATS = 1024, 2**27, 8  # rows and columns; bytes per copy, twice that are moved
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """A device's peak rates, and where they are from: `table` or `measured`."""
+    """A device's peak rates, and their source: `table` or `measured`."""
 
     name: str
     peak: Peak
     source: str
 
     def record(self) -> dict[str, object]:
-        """For environment.json; in TFLOP/s and GB/s."""
+        """For environment.json, in TFLOP/s and GB/s."""
         rates = {"tflops": self.peak.flops / 1e12, "gigabytes_per_second": self.peak.bandwidth / 1e9}
         return {"name": self.name, "source": self.source, **rates}
 
 
 def known(name: str, dtype: torch.dtype) -> Peak | None:
-    """The peaks of a GPU by its device name, or None; rates in float32 are not in the table."""
+    """The peaks of a GPU by its device name, or None; the table has no float32 rates."""
     if dtype != torch.bfloat16:
         return None
     matching = ((rate, bandwidth) for pattern, rate, bandwidth in KNOWN if re.search(rf"\b{pattern}", name))
@@ -267,14 +267,14 @@ def known(name: str, dtype: torch.dtype) -> Peak | None:
 
 @cache
 def hardware(device: torch.device, dtype: torch.dtype) -> Hardware:
-    """The hardware of a device in `dtype`; measured once in a process if the table does not have it."""
+    """The hardware of a device in `dtype`; measured once per process if it is not in the table."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
     peak = known(name, dtype) if device.type == "cuda" else None
     return Hardware(name, peak or measure(device, dtype), "table" if peak else "measured")
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The best of a few matrix products in `dtype` and copies: with the threads that torch uses now."""
+    """The best of a few matrix products in `dtype` and copies, with torch's current number of threads."""
     with torch.inference_mode():
         left, right = (torch.ones(MATRIX, MATRIX, device=device, dtype=dtype) for _ in range(2))
         product = torch.empty_like(left)
@@ -286,7 +286,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Peak:
 
 
 def _fastest(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of a few runs, after one that does not count."""
+    """Seconds of the fastest of a few runs, after a warm-up."""
 
     def once() -> float:
         start = time.perf_counter()
@@ -305,12 +305,12 @@ def _fastest(work: Callable[[], object], device: torch.device) -> float:
 
 
 def hardware_of(policy: Policy) -> Hardware:
-    """The peaks of the policy's device in the precision that it computes in."""
+    """The peaks of the policy's device in the precision of its computations."""
     return hardware(policy.device, torch.bfloat16 if policy.precision.startswith("bf16") else torch.float32)
 
 
 def widths(policy: Policy, optimizer: torch.optim.Optimizer) -> Widths:
-    """Bytes of each weight in each place where this policy and this optimizer keep it."""
+    """Bytes per weight in each place where this policy and this optimizer store it."""
     stored = next(policy.model.parameters()).element_size()
     master = 4 if getattr(optimizer, "masters", None) else 0
     inner = getattr(optimizer, "inner", optimizer)
@@ -320,11 +320,11 @@ def widths(policy: Policy, optimizer: torch.optim.Optimizer) -> Widths:
 
 @dataclass
 class Meter:
-    """Measures one step: told each rollout and what was learned from, it has the step's metrics."""
+    """Measures one step: collects its rollouts and its update, and computes the metrics."""
 
     policy: Policy
     optimizer: torch.optim.Optimizer
-    rollouts: list[tuple[Work, int]] = field(default_factory=list)  # each with the token places it computed
+    rollouts: list[tuple[Work, int]] = field(default_factory=list)  # each with its computed token positions
 
     def __post_init__(self) -> None:
         self.shape = shape_of(
@@ -334,7 +334,7 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(self.policy.device)
 
     def sampled(self, prompts: Sequence[Sequence[int]], rollout: Rollout) -> None:
-        """Count a rollout, of token ids."""
+        """Count a rollout of these prompts (token ids)."""
         if not prompts:
             return
         lengths = list(map(len, rollout.completions))
@@ -344,9 +344,9 @@ class Meter:
     def metrics(self, work: Work, *, seconds: float) -> dict[str, float]:
         """Metrics of a step that learned `work` and took `seconds`.
 
-        `padding`: share of the token places computed in the rollout that are of no token, ended rows that are still
-        computed among them; the packed row of the update has none. `peak_memory`: GB, of the step on CUDA, else of the
-        process so far.
+        `padding`: share of computed token positions in the rollout without a token, including finished rows that are
+        still computed; the update's packed row has none. `peak_memory`: GB, of the step on CUDA, else of the process so
+        far.
         """
         bytes_of = widths(self.policy, self.optimizer)
         by_phase = costs(self.shape, work, bytes_of)

@@ -285,7 +285,7 @@ class _Loop:
         self.saved_at = time.monotonic()
 
     def _out_of_patience(self) -> bool:
-        """Whether the last `patience` evaluations brought no improvement; the last step is then saved."""
+        """Whether the last `patience` evaluations showed no improvement; the last step is then saved."""
         training, patience = self.training, self.settings.train.patience
         if not 0 < patience <= training.waited:
             return False

@@ -63,7 +63,7 @@ def reference_logprobs(
             logprobs[chosen, : part.shape[1]] = part
         return logprobs
 
-    with torch.no_grad(), reference.brought():
+    with torch.no_grad(), reference.on_device():
         return parallel.forward(reference, compute, rows, fit)
 
 

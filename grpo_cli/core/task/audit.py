@@ -1,4 +1,4 @@
-"""Checks of a task before it is trained: is it the same at every call, and does only a solution pay?"""
+"""Checks of a task before training: is it deterministic, and does only a solution earn a reward?"""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from itertools import islice
 from grpo_cli.core.task.task import Task
 
 PROBLEMS = 20
-LOW = 0.5  # reward that text without an answer must stay below
+LOW = 0.5  # upper limit for the reward of text without an answer
 SLOW = 0.01  # seconds per score
 SPAM = "<think></think>" * 50 + "<answer></answer>" * 50
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check: whether it passed, and what was found."""
+    """One check: its name, whether it passed, and the result."""
 
     name: str
     passed: bool
@@ -24,7 +24,7 @@ class Check:
 
 
 def audit(task: Task, size: int) -> list[Check]:
-    """Score solutions and text that solves nothing, on a few train problems."""
+    """Score solutions and non-solutions of a few train problems."""
     problems, style = list(islice(task.problems("train", size), PROBLEMS)), task.styles[0]
     again = list(islice(task.problems("train", size), PROBLEMS))
     val = {problem.key for problem in task.problems("val", size)}

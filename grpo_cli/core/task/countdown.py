@@ -1,4 +1,4 @@
-"""Countdown as a task: puzzles, prompts and scores behind the interface of `task`."""
+"""Countdown as a task: puzzles, prompts and scores, implementing the interface in `task`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def task_of(settings: Settings) -> Task:
-    """The task that the settings choose."""
+    """The task of the settings."""
     task, reward = settings.task, settings.reward
     chosen: Task
     if task.task == "countdown":
@@ -37,7 +37,7 @@ def task_of(settings: Settings) -> Task:
 
 @dataclass(frozen=True)
 class PuzzlePaths:
-    """Puzzle files: one that replaces the puzzles of the rules, and files that are all dev or all val."""
+    """Puzzle files: one that replaces the generated puzzles, and files that are all dev or all val."""
 
     puzzles: Path | None = None
     dev: Path | None = None
@@ -60,7 +60,7 @@ class Countdown:
         return {name: file.sha256 for name, file in self._loaded.items()}
 
     def notes(self, sizes: Sequence[int]) -> list[str]:
-        """The counts of the puzzle files, or else the sizes that are sampled."""
+        """The counts of the puzzle files, or the sizes whose splits are sampled."""
         sampled = [] if self.paths.puzzles else [note for size in sizes if (note := sampling_note(size, self.rules))]
         return [*sampled, *map(str, self._loaded.values())]
 
@@ -115,7 +115,7 @@ class Countdown:
 
 @cache
 def _generated(split: Split, size: int, rules: Rules) -> list[Puzzle]:
-    """The train or dev puzzles of the rules."""
+    """The generated train or dev puzzles."""
     train, dev = divided(puzzle_set(size, "train", rules))
     return dev if split == "dev" else train
 

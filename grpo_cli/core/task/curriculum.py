@@ -1,13 +1,13 @@
-"""The prompts of a training: which puzzles a step draws, and in which style each is asked.
+"""The prompts of a training: the puzzles and styles of each step.
 
-A schedule is written in one line:
+A schedule is one line:
 
-    one-shot                                              one of them
-    one-shot = 0.5, zero-shot = 0.5                       a mixture, drawn for each prompt on its own
+    one-shot                                              a single choice
+    one-shot = 0.5, zero-shot = 0.5                       a mixture, drawn independently per prompt
     one-shot -> zero-shot, linear over 20 steps           the first fades into the second
-    3 then 4 after 20 steps                               a change at once
+    3 then 4 after 20 steps                               a switch
 
-Everything drawn is a function of (seed, step, prompt), so a training that goes on draws what it would have drawn.
+All draws are functions of (seed, step, prompt), so a resumed training draws the same prompts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CHANGE = re.compile(r"(.+?)\s+then\s+(.+?)\s+after\s+([0-9]{1,9})\s+steps?")
 
 @dataclass(frozen=True)
 class Schedule:
-    """Weights of what is drawn from, at first and in the end; `steps` lie between, over which they fade or hold."""
+    """Weights of the choices at the start and at the end, and the `steps` between, over which they fade or hold."""
 
     first: Mapping[str, float]
     last: Mapping[str, float]
@@ -42,17 +42,17 @@ class Schedule:
 
     @property
     def choices(self) -> list[str]:
-        """All that is ever drawn."""
+        """All possible choices."""
         return [*self.first, *(name for name in self.last if name not in self.first)]
 
     def draw(self, step: int, key: str) -> str:
-        """The choice of a step for `key`, which says what else it depends on."""
+        """The choice of a step for `key`, which identifies the draw."""
         weights = self.weights(step)
         return random.Random(f"{key}/{step}").choices(list(weights), list(weights.values()))[0]
 
 
 def schedule(text: str, choices: Collection[str]) -> Schedule:
-    """The schedule that `text` describes, of some of `choices`; raises ValueError that says what is wrong."""
+    """Parse `text` as a schedule of some of `choices`; raises ValueError with the problem."""
     text = text.strip()
     for pattern, fades in ((_FADE, True), (_CHANGE, False)):
         if match := pattern.fullmatch(text):
@@ -64,7 +64,7 @@ def schedule(text: str, choices: Collection[str]) -> Schedule:
 
 
 def _mixture(text: str, choices: Collection[str]) -> dict[str, float]:
-    """Weights that sum to 1, from `a` or `a = 1, b = 3`, in braces or not."""
+    """Weights that sum to 1, from `a` or `a = 1, b = 3`, with or without braces."""
     parts = [part.strip() for part in text.strip("{} ").split(",")]
     weights: dict[str, float] = {}
     for part in parts:
@@ -85,7 +85,7 @@ def _mixture(text: str, choices: Collection[str]) -> dict[str, float]:
 
 
 def problems_of_step(problems: Sequence[Problem], step: int, *, batch_size: int, seed: int | str) -> list[Problem]:
-    """The problems of a step, from 1: every epoch goes through all problems once, in an order of its own."""
+    """The problems of a step, from 1. Every epoch visits all problems once, in its own order."""
     places = range((step - 1) * batch_size, step * batch_size)
     orders: dict[int, list[int]] = {}
     drawn = []
@@ -98,7 +98,7 @@ def problems_of_step(problems: Sequence[Problem], step: int, *, batch_size: int,
 
 @dataclass(frozen=True)
 class Curriculum:
-    """The prompts of every step. `problems` holds all problems by size."""
+    """The prompts of every step. `problems` has all problems by size."""
 
     problems: Mapping[int, Sequence[Problem]]
     numbers: Schedule
@@ -107,9 +107,9 @@ class Curriculum:
     seed: int
 
     def prompts(self, step: int, *, turn: int = 0) -> list[tuple[Problem, str]]:
-        """The problems of a step, from 1, and their styles. Later turns take the problems in other orders.
+        """The problems of a step, from 1, and their styles. Later turns use other orders of the problems.
 
-        Each size has an order of its own, in which a prompt of another size leaves its place out.
+        Each size has its own order; a prompt of another size skips its position.
         """
         seed = f"{self.seed}/{turn}" if turn else str(self.seed)
         drawn = {
@@ -124,7 +124,7 @@ class Curriculum:
         return prompts
 
     def shares(self, prompts: Sequence[tuple[Problem, str]]) -> dict[str, float]:
-        """Metrics: the share of each style and size among the prompts of a step, where there is more than one."""
+        """Metrics: the share of each style and size among a step's prompts, if there are several."""
         styles = Counter(style for _, style in prompts)
         sizes = Counter(str(problem.size) for problem, _ in prompts)
         counted: dict[str, float] = {}

@@ -19,15 +19,15 @@ from grpo_cli.core.task.puzzle import Puzzle, Side, check_size, split_of
 from grpo_cli.core.task.rules import ORIGINAL, Rules
 from grpo_cli.core.task.solver import needs_parentheses, solution, solve, targets
 
-ENUMERABLE = 4, 1_000  # the most numbers, and choices of them, of which all puzzles are soon enumerated and solved
-SAMPLED = 2_000  # distinct puzzles that stand for a larger split
+ENUMERABLE = 4, 1_000  # most numbers, and choices of them, for which all puzzles are enumerated
+SAMPLED = 2_000  # distinct puzzles that represent a larger split
 MOST_DRAWS = 200_000  # to find them
 RATED = 200
 _APPLY: dict[str, Callable[[int | Fraction, int], int | Fraction]] = {"+": add, "-": sub, "*": mul, "/": Fraction}
 
 
 def is_enumerable(size: int, rules: Rules = ORIGINAL) -> bool:
-    """Whether all puzzles of that many numbers are soon listed."""
+    """Whether all puzzles of that many numbers can be enumerated quickly."""
     return size <= ENUMERABLE[0] and rules.choices(size) <= ENUMERABLE[1]
 
 
@@ -45,7 +45,7 @@ def enumerate_puzzles(numbers: int = 3, split: Side | None = None, rules: Rules 
 def generate(
     count: int, *, numbers: int = 3, split: Side | None = None, seed: int = 0, rules: Rules = ORIGINAL
 ) -> list[Puzzle]:
-    """`count` puzzles as the original draws them: `((a op b) op c) ...` at random, kept if the target is allowed."""
+    """`count` random puzzles as in the original: `((a op b) op c) ...`, kept if the target is allowed."""
     check_size(numbers)
     puzzles = list(islice(_draws(numbers, split, seed, rules), count))
     if len(puzzles) < count:
@@ -55,7 +55,7 @@ def generate(
 
 @cache
 def puzzle_set(numbers: int, split: Side, rules: Rules = ORIGINAL) -> list[Puzzle]:
-    """All puzzles of a split, or where they are too many a fixed sample, each puzzle once."""
+    """All puzzles of a split, or a fixed sample if there are too many, each puzzle once."""
     if is_enumerable(numbers, rules):
         return list(enumerate_puzzles(numbers, split, rules))
     distinct: dict[Puzzle, Puzzle] = {}
@@ -67,7 +67,7 @@ def puzzle_set(numbers: int, split: Side, rules: Rules = ORIGINAL) -> list[Puzzl
 
 
 def sampling_note(size: int, rules: Rules = ORIGINAL) -> str | None:
-    """A sentence that says so where `puzzle_set` is a sample."""
+    """A sentence for the user if `puzzle_set` is a sample."""
     if is_enumerable(size, rules):
         return None
     space = f"{size} numbers from {rules.min_number} to {rules.max_number}"
@@ -75,7 +75,7 @@ def sampling_note(size: int, rules: Rules = ORIGINAL) -> str | None:
 
 
 def _draws(size: int, split: Side | None, seed: int, rules: Rules) -> Iterator[Puzzle]:
-    """Puzzles at random, until MOST_DRAWS in a row make none."""
+    """Random puzzles, until MOST_DRAWS in a row fail."""
     below, numbers, allowed = _below(random.Random(seed)), rules.numbers, rules.targets
     operations = [_APPLY[name] for name in rules.operations]
     missed = 0
@@ -88,14 +88,14 @@ def _draws(size: int, split: Side | None, seed: int, rules: Rules) -> Iterator[P
         target: int | Fraction = drawn[0]
         for operation, number in zip(chosen, drawn[1:], strict=True):
             target = operation(target, number)
-        whole = int(target)  # a range is searched number by number for a Fraction
+        whole = int(target)  # `Fraction in range` is a linear search
         if whole == target and whole in allowed:
             yield Puzzle(drawn, whole)
             missed = 0
 
 
 def _below(rng: random.Random) -> Callable[[int], int]:
-    """A uniform index below `limit`, drawn as `random.choice` does, in half the time."""
+    """A uniform index below `limit`, the same as `random.choice` would draw, in half the time."""
     bits = rng.getrandbits
 
     def below(limit: int) -> int:
@@ -109,7 +109,7 @@ def _below(rng: random.Random) -> Callable[[int], int]:
 
 
 def json_line(puzzle: Puzzle, rules: Rules = ORIGINAL) -> str:
-    """The puzzle with one solution as a line of a puzzle file, without its newline."""
+    """The puzzle with one solution as a line of a puzzle file, without the newline."""
     return f'{{"numbers": [{", ".join(map(str, puzzle.numbers))}], {_rest_of_line(puzzle.canonical, rules)}'
 
 
@@ -122,7 +122,7 @@ def _rest_of_line(puzzle: Puzzle, rules: Rules) -> str:
 
 
 def write_puzzles(path: Path, puzzles: Iterable[Puzzle], *, overwrite: bool = False, rules: Rules = ORIGINAL) -> None:
-    """Write a puzzle file, as JSON Lines, CSV or Parquet by its name, as a whole or not at all."""
+    """Write a puzzle file atomically: JSON Lines, CSV or Parquet by its extension."""
     check_writable(path, overwrite=overwrite)
     write(path, in_format(path.suffix, [json_line(puzzle, rules) for puzzle in puzzles]))
 
@@ -145,7 +145,7 @@ class Summary:
 def summarize(puzzles: Sequence[Puzzle], rules: Rules = ORIGINAL) -> Summary:
     """Counts, targets and difficulty of a non-empty set of puzzles.
 
-    Puzzles with the same numbers, in any order, and the same target are one puzzle: `duplicates` counts the surplus.
+    Puzzles with the same target and the same numbers in any order are duplicates; `duplicates` counts the surplus.
     Beyond four numbers, difficulty is that of the first RATED puzzles.
     """
     if not puzzles:

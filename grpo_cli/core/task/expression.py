@@ -1,10 +1,10 @@
-"""Text to an exact value and the numbers used; it does not know puzzles, targets or rewards.
+"""Parse text to an exact value and the numbers used.
 
 expression := term (('+' | '-') term)*        term := factor (('*' | '/') factor)*
 factor     := ('+' | '-') factor | '(' expression ')' | number
 
-Only the operations asked for belong to the grammar, and signs only if `-` does. Text is matched against it and never
-evaluated by Python; nothing here recurses, raises or backtracks.
+The grammar contains only the allowed operations, and signs only if `-` is allowed. Text is matched against the grammar,
+never evaluated by Python; nothing here recurses, raises or backtracks.
 """
 
 import re
@@ -18,8 +18,8 @@ MAX_CHARACTERS = 256
 MAX_DEPTH = 64
 MAX_SPANS = 100
 
-# Character classes repeat possessively, so that nothing backtracks into them; groups do not, because the Pythons before
-# 3.11.5 match possessive groups wrongly (github.com/python/cpython/issues/106052).
+# Character classes repeat possessively to prevent backtracking; groups do not, because Python before 3.11.5 matches
+# possessive groups wrongly (github.com/python/cpython/issues/106052).
 _OPERAND = rf"[-+({SPACE}]*+(?:0|[1-9][0-9]*+)[){SPACE}]*+"
 _UNBALANCED = re.compile(rf"{_OPERAND}(?:[-+*/]{_OPERAND})*")
 _TOKEN = re.compile(r"[0-9]+|[-+*/()]")
@@ -27,7 +27,7 @@ _SIGN = re.compile(rf"(?:^|[-+*/(])[{SPACE}]*[-+]")
 _TYPOGRAPHIC = {"\\times": "*", "×": "*", "·": "*", "−": "-", "\\div": "/", "÷": "/"}
 _PARENTHESIS = re.compile(r"[()]")
 
-# What looks like arithmetic within one line of prose. Malformed numbers and foreign operators belong to a span, so that
+# Spans that look like arithmetic within one line. Malformed numbers and unknown operators belong to a span, so
 # `2.5 + 3` or `4 / 5 + 3` fails as a whole instead of being read as `5 + 3`; a list's bullet is matched on its own.
 _SPAN = re.compile(
     r"(?m:^[ \t]*+(?:[-+*]|[0-9]{1,3}[.)])[ \t])"
@@ -48,7 +48,7 @@ class Expression:
 
     @property
     def value(self) -> int | Fraction | None:
-        """The exact value; None where it divides by zero."""
+        """The exact value; None for a division by zero."""
         outer: list[tuple[int | Fraction, int | Fraction, bool]] = []
         total: int | Fraction = 0
         term: int | Fraction = 1
@@ -76,7 +76,7 @@ class Expression:
 
 
 def parse(text: str, operations: str = "+-*") -> Expression | None:
-    """The expression that `text` is, or None if it is anything else, too long or too deep."""
+    """The expression in `text`, or None if it is anything else, too long or too deep."""
     if len(text) > MAX_CHARACTERS or not _UNBALANCED.fullmatch(text) or not _is_balanced(text):
         return None
     tokens = tuple(_TOKEN.findall(text))
@@ -95,14 +95,14 @@ def _is_balanced(text: str) -> bool:
 
 
 def ascii_operators(text: str) -> str:
-    """`text` with the typographic operators `×`, `·`, `−`, `÷`, `\\times` and `\\div` written as `*`, `-` and `/`."""
+    r"""`text` with `×`, `·`, `−`, `÷`, `\times` and `\div` replaced by `*`, `-` and `/`."""
     for written, operator in _TYPOGRAPHIC.items():
         text = text.replace(written, operator)
     return text
 
 
 def parse_lenient(text: str, operations: str = "+-*") -> Expression | None:
-    """As `parse`, but reads typographic operators too, and a trailing `= N` if N is the value."""
+    """As `parse`, but accepts typographic operators, and a trailing `= N` if N is the value."""
     if len(text) > MAX_CHARACTERS:
         return None
     left, equals, right = ascii_operators(text).rpartition("=")
@@ -117,9 +117,9 @@ def parse_lenient(text: str, operations: str = "+-*") -> Expression | None:
 def last_expression(text: str, numbers: Sequence[int], operations: str = "+-*") -> str | None:
     """The last span of prose that is an expression of at least two numbers.
 
-    A chain `a = b = c` is read as its first part that uses all of `numbers`, or else as its first part. Spans do not
-    cross lines; list bullets, emphasis, dashes and unpaired parentheses around them are dropped. To keep time bounded,
-    only the last MAX_SPANS spans and the first MAX_SPANS parts of a chain are looked at.
+    Of a chain `a = b = c`, the first part that uses all of `numbers` is used, else the first part. Spans do not cross
+    lines; list bullets, emphasis, dashes and unpaired parentheses around them are dropped. To bound the time, only the
+    last MAX_SPANS spans and the first MAX_SPANS parts of a chain are examined.
     """
     required = sorted(numbers)
     for span in islice(reversed(_SPAN.findall(text)), MAX_SPANS):

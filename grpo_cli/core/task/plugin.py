@@ -1,13 +1,13 @@
-"""Tasks and rewards of your own: a Python file with a few functions, or a data set of reasoning-gym by name.
+"""Your own tasks and rewards: a Python file with a few functions, or a data set of reasoning-gym by name.
 
 A task file defines
 
-    problems(split) -> list           JSON values, the same at every call; split is "train" or "val"
+    problems(split) -> list           JSON values, the same on every call; split is "train" or "val"
     prompt(problem) -> str or list    the question, or chat messages
-    score(completion, problem) -> float or dict    1.0 is solved; the parts of a dict add up, and each is logged
+    score(completion, problem) -> float or dict    1.0 is solved; the parts of a dict are summed, and each is logged
     solution(problem) -> str          optional: a completion that scores 1.0
 
-A reward file defines a function of (completion, problem) of the same results. The file is your own code: it is run.
+A reward file defines a function of (completion, problem) with the same results. The files are run as ordinary Python.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ HOSTILE = "<answer>" * 1_000 + "(" * 5_000 + "\x00\ud800" + "</answer>" * 1_000
 
 @dataclass(frozen=True)
 class Item:
-    """A problem of a task file: any JSON value, kept as text so that it can be hashed."""
+    """A problem of a task file: any JSON value, stored as text so that it can be hashed."""
 
     text: str
 
@@ -59,7 +59,7 @@ class Item:
 
 @dataclass(frozen=True)
 class FileTask:
-    """The task that a file's functions define."""
+    """The task defined by a file's functions."""
 
     name: str
     functions: Mapping[str, Function] = field(repr=False)
@@ -122,7 +122,7 @@ def _item(problem: Problem) -> Item:
 
 
 def call(function: Function, what: str, *arguments: object) -> Any:
-    """Call a user's function; an exception becomes a CountdownError with the file, the line and the arguments."""
+    """Call a user's function; an exception becomes a CountdownError with file, line and arguments."""
     try:
         return function(*arguments)
     except (Exception, SystemExit) as error:
@@ -137,12 +137,12 @@ def call(function: Function, what: str, *arguments: object) -> Any:
 
 
 def _interrupted(error: BaseException) -> bool:
-    """Whether this is Ctrl-C and not the user's own `sys.exit`."""
+    """Whether this is Ctrl-C rather than the user's own `sys.exit`."""
     return isinstance(error, SystemExit) and error.code == 130
 
 
 def _finite(value: object) -> bool:
-    """Whether this is a number that a float can hold."""
+    """Whether this is a number that fits in a float."""
     try:
         return isinstance(value, int | float) and math.isfinite(value)
     except OverflowError:
@@ -150,7 +150,7 @@ def _finite(value: object) -> bool:
 
 
 def _score(result: object, name: str, *, truncated: bool) -> Score:
-    """A score from a number, or from a dict of named numbers that add up."""
+    """A score from a number, or from a dict of named numbers, which are summed."""
     parts = dict(result) if isinstance(result, Mapping) else {}
     numbers = list(parts.values()) if parts else [result]
     if not all(map(_finite, numbers)):
@@ -165,7 +165,7 @@ def _score(result: object, name: str, *, truncated: bool) -> Score:
 
 @cache
 def load_task(name: str) -> Task:
-    """The task of `FILE.py` or `gym:NAME`; CountdownError says what is wrong with it."""
+    """The task of `FILE.py` or `gym:NAME`; raises CountdownError with the problem."""
     if name.startswith("gym:"):
         return _gym_task(name.removeprefix("gym:"))
     functions = _functions(Path(name))
@@ -196,7 +196,7 @@ def _functions(path: Path) -> dict[str, Function]:
 
 
 def _gym_task(name: str) -> FileTask:
-    """A data set of reasoning-gym. Entry i is drawn with seed + i, so seeds of the splits lie far apart."""
+    """A data set of reasoning-gym. Entry i uses seed + i, so the splits' seeds are far apart."""
     try:
         import reasoning_gym
     except ImportError as error:
@@ -231,7 +231,7 @@ def _gym_task(name: str) -> FileTask:
 
 @dataclass(frozen=True)
 class Rewarded:
-    """A task whose reward is a user's function; what counts as correct stays the task's own."""
+    """A task with a user's reward function; correctness is still the task's own."""
 
     task: Task
     function: Function = field(repr=False)
@@ -246,7 +246,7 @@ class Rewarded:
         return {**self.task.files, "reward": _sha256(self.label.rpartition(":")[0])}
 
     def score(self, completion: str, problem: Problem, *, style: str, truncated: bool = False) -> Score:
-        """The task's score with the function's reward; a failing function ends the run, or pays 0 if skipped."""
+        """The task's score with the function's reward; a failing function ends the run, or gives 0 with `skip`."""
         score = self.task.score(completion, problem, style=style, truncated=truncated)
         stated = problem.value if isinstance(problem, Item) else problem
         try:
@@ -260,7 +260,7 @@ class Rewarded:
 
 @cache
 def load_reward(name: str) -> Function:
-    """The function that `FILE.py:function` names."""
+    """The function `FILE.py:function`."""
     path, _, function = name.rpartition(":")
     if not path:
         raise CountdownError(f"`{name}` names no function", "write `--reward FILE.py:function`")
@@ -271,7 +271,7 @@ def load_reward(name: str) -> Function:
 
 
 def rewarded(task: Task, name: str, on_error: Literal["stop", "skip"] = "stop") -> Task:
-    """A task with the reward of `FILE.py:function`, tried first on five kinds of completion."""
+    """A task with the reward of `FILE.py:function`, tested first on five kinds of completion."""
     wrapped = Rewarded(task, load_reward(name), name, on_error)
     strict = replace(wrapped, on_error="stop")
     problem = task.problems("train", 3)[0]

@@ -1,4 +1,4 @@
-"""The chat messages that put a puzzle to a model, in three styles."""
+"""The chat messages of a puzzle, in three styles."""
 
 from typing import Literal, get_args
 
@@ -45,11 +45,11 @@ def prompt(puzzle: Puzzle, style: Style = "one-shot", rules: Rules = ORIGINAL) -
 
 
 def worked_example(rules: Rules = ORIGINAL) -> tuple[Puzzle, str]:
-    """A puzzle and a completion that solves it, with operations that the rules allow."""
+    """A puzzle and a completion that solves it, with allowed operations."""
     operations = rules.operations
     if "+" in operations and "*" in operations:
         return EXAMPLE, WORKED_EXAMPLE
-    first, second = operations[-1], operations[0]  # `-` and `/` come first, so that the value stays positive and whole
+    first, second = operations[-1], operations[0]  # `-` and `/` come first, to keep the value positive and whole
     expression = f"12 {first} 3 {second} 2"
     parts = [parse(text, operations) for text in (f"12 {first} 3", expression)]
     partial, target = (int(part.value) for part in parts if part is not None and part.value is not None)

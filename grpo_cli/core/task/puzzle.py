@@ -1,4 +1,4 @@
-"""Countdown puzzles: enumerated, drawn, solved, and kept in JSON Lines; it does not know prompts, models or rewards."""
+"""Countdown puzzles: numbers, target, split and validity."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from grpo_cli.core.task.task import Side as Side
 Verdict = Literal["correct", "not_an_expression", "wrong_numbers", "wrong_value"]
 
 SIZES = range(2, 7)
-NUMBERS = range(1, 101)  # that a person may ask for, and targets, whatever the rules
+NUMBERS = range(1, 101)  # valid in any question, whatever the rules
 TARGETS = range(1, 1001)
 
 
@@ -31,7 +31,7 @@ class Puzzle:
 
     @property
     def split(self) -> Side:
-        """The side that the numbers belong to."""
+        """The split of the numbers."""
         return split_of(self.numbers)
 
     @property
@@ -46,7 +46,7 @@ class Puzzle:
 
     @property
     def size(self) -> int:
-        """Numbers in the puzzle."""
+        """Number of numbers."""
         return len(self.numbers)
 
     def record(self) -> dict[str, object]:
@@ -58,9 +58,9 @@ class Puzzle:
 
 
 def checked(numbers: Sequence[int], target: int, rules: Rules = ORIGINAL) -> Puzzle:
-    """The puzzle asked for: 2 to 6 numbers from 1 to 100 and a target from 1 to 1000, or as far as the rules go.
+    """A valid puzzle: 2 to 6 numbers from 1 to 100 and a target from 1 to 1000, or wider if the rules are.
 
-    Raises CountdownError for any other.
+    Raises CountdownError otherwise.
     """
     check_size(len(numbers))
     _check_bounds("numbers of a puzzle lie", numbers, NUMBERS, rules.numbers)
@@ -81,7 +81,7 @@ def check_size(size: int) -> None:
 
 
 def judge(puzzle: Puzzle, expression: Expression | None, rules: Rules = ORIGINAL) -> Verdict:
-    """Whether the expression solves the puzzle, or the first thing that is wrong with it."""
+    """The verdict on an expression: correct, or the first thing that is wrong."""
     if expression is None:
         return "not_an_expression"
     used, given = Counter(expression.numbers), Counter(puzzle.numbers)

@@ -1,4 +1,4 @@
-"""Rules of countdown: which operations, numbers and targets, and whether every number must be used."""
+"""Rules of countdown: operations, ranges of numbers and targets, and whether every number must be used."""
 
 from dataclasses import dataclass
 from math import comb
@@ -27,7 +27,7 @@ class Rules:
         return range(self.min_target, self.max_target + 1)
 
     def choices(self, size: int) -> int:
-        """Ways to choose `size` numbers, whatever their order."""
+        """Number of ways to choose `size` numbers, ignoring order."""
         return comb(len(self.numbers) + size - 1, size)
 
 
@@ -35,7 +35,7 @@ ORIGINAL = Rules()
 
 
 def operations_in(text: str) -> str:
-    """The operations written in `text`, in the order of OPERATIONS; ValueError says what is wrong."""
+    """The operations in `text`, in the order of OPERATIONS; raises ValueError with the problem."""
     written = [character for character in text if character not in " ,"]
     if not written or len(set(written)) != len(written) or not set(written) <= set(OPERATIONS):
         raise ValueError("operations are some of + - * /, each once")

@@ -1,6 +1,6 @@
-"""The text contract: a puzzle to its prompt, a completion to its score; it does not know models or tokens.
+"""Score a completion: find its tags and answer, and check the answer.
 
-Only this module knows the tags. A completion is untrusted: it is searched and parsed, never evaluated.
+The only module that parses the tags. A completion is untrusted: it is parsed, never evaluated.
 """
 
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ Cheat = Literal["numbers", "not_arithmetic", "no_thought"]
 
 @dataclass(frozen=True, slots=True)
 class Rewards:
-    """Rewards: `correct` for a right answer, in place of all others; else the sum of the others."""
+    """Rewards: `correct` for a correct answer, instead of all others; else the sum of the others."""
 
     format: float = 0.1  # each well-formed tag pair
-    numbers: float = 0.0  # an answer that uses the numbers as it must and misses the target
+    numbers: float = 0.0  # a wrong answer that uses the right numbers
     correct: float = 1.0
 
 
@@ -39,7 +39,7 @@ def score(
 ) -> Score:
     """Score a completion: by default 1.0 if its answer solves the puzzle, else 0.1 for each well-formed tag pair.
 
-    `truncated` says that the completion ran out of tokens; it changes no reward, only the reason.
+    `truncated`: the completion reached the token limit; changes only the reason.
     """
     tagged = style != "natural"
     before, answer = _tagged_answer(completion) if tagged else ("", _in_prose(completion, puzzle, rules))
@@ -78,7 +78,7 @@ def _in_prose(completion: str, puzzle: Puzzle, rules: Rules) -> str | None:
 
 
 def _tagged_answer(completion: str) -> tuple[str, str | None]:
-    """The text before the last complete answer pair, and the pair's text, stripped; of nested pairs the inner one."""
+    """The text before the last complete answer pair, and the pair's text, stripped; the inner pair if nested."""
     until, _, _ = completion.rpartition("</answer>")
     before, opening, answer = until.rpartition("<answer>")
     return before, answer.partition("</answer>")[0].strip(SPACE) if opening else None

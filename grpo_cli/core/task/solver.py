@@ -1,7 +1,7 @@
-"""All distinct solutions of a puzzle, or one solution quickly. Arithmetic is exact: values are reduced fractions.
+"""All distinct solutions of a puzzle, or one solution quickly. Arithmetic is exact, over reduced fractions.
 
-`values` tables what each small set of numbers can make. Larger sets are searched backwards from the goal: split the
-numbers in two, and for each value of the smaller side look up the value that the other side would need.
+`values` tabulates the values of each small set of numbers. Larger sets are searched backwards from the goal: split the
+numbers in two, and for each value of the smaller side look up the value needed from the other side.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,8 +18,8 @@ Value = tuple[int, int]  # numerator and denominator, reduced; never negative
 Way = tuple[str, Value, Value]  # an operation and the values of its sides
 Term = tuple[bool, int, str, bool]  # is a number, length, text, is worth zero: sorts compound terms first, by length
 
-TABLED = 4  # numbers up to which a table of all values is quicker than a search
-SHORTEST = 4  # numbers up to which `solution` is the shortest of all
+TABLED = 4  # up to this many numbers, a table of all values is faster than a search
+SHORTEST = 4  # up to this many numbers, `solution` is the shortest
 # `~` and `\` are `-` and `/` with exchanged sides.
 _EXCHANGED = {"+": "+", "*": "*", "-": "~", "~": "-", "/": "\\", "\\": "/"}
 
@@ -38,7 +38,7 @@ def solve(puzzle: Puzzle, rules: Rules = ORIGINAL) -> list[str]:
 
 
 def solution(puzzle: Puzzle, rules: Rules = ORIGINAL) -> str | None:
-    """A solution, the shortest of up to SHORTEST numbers; None if there is none."""
+    """A solution, the shortest for up to SHORTEST numbers; None if there is none."""
     numbers = tuple(sorted(puzzle.numbers))
     if len(numbers) <= SHORTEST:
         return next(iter(_solutions(numbers, puzzle.target, rules.operations, rules.use_all)), None)
@@ -58,14 +58,14 @@ def targets(numbers: Iterable[int], rules: Rules = ORIGINAL) -> set[int]:
 
 
 def _choices(numbers: Numbers, use_all: bool) -> list[Numbers]:
-    """The numbers to use: all of them, or every selection, the largest first."""
+    """The numbers to use: all of them, or every selection, largest first."""
     sizes = [len(numbers)] if use_all else range(len(numbers), 0, -1)
     return [chosen for size in sizes for chosen in sorted(set(combinations(numbers, size)))]
 
 
 @lru_cache(maxsize=512)  # a table of four numbers takes about 0.5 MB
 def values(numbers: Numbers, operations: str) -> frozenset[Value]:
-    """The absolute values of all expressions: a - b implies b - a, so signs lose nothing."""
+    """The absolute values of all expressions; signs are not needed, because a - b implies b - a."""
     if len(numbers) == 1:
         return frozenset({(numbers[0], 1)})
     subtracts, multiplies, divides = ("-" in operations, "*" in operations, "/" in operations)
@@ -89,7 +89,7 @@ def values(numbers: Numbers, operations: str) -> frozenset[Value]:
 
 @_cached
 def _splits(numbers: Numbers) -> tuple[tuple[Numbers, Numbers], ...]:
-    """The ways to split numbers into a side that has the first of them, and the rest."""
+    """The ways to split numbers into a side with the first number, and the rest."""
     splits = set()
     for size in range(len(numbers) - 1):
         for chosen in combinations(range(1, len(numbers)), size):
@@ -99,7 +99,7 @@ def _splits(numbers: Numbers) -> tuple[tuple[Numbers, Numbers], ...]:
 
 
 def _ways(one: Numbers, rest: Numbers, goal: Value, operations: str, allowed: str) -> Iterator[Way]:
-    """How an allowed operation makes `goal` from the two sides, whose own expressions have all `operations`."""
+    """How an allowed operation makes `goal` from the two sides, whose own expressions use any of `operations`."""
     exchanged = len(one) > len(rest)
     small, large = (rest, one) if exchanged else (one, rest)
     table = values(large, operations) if len(large) <= TABLED else None
@@ -143,14 +143,14 @@ def _reduced(top: int, bottom: int) -> Value:
 
 @_cached
 def _makes(numbers: Numbers, goal: Value, operations: str) -> bool:
-    """Whether an expression is worth `goal` or its negative."""
+    """Whether an expression has the value `goal` or its negative."""
     if len(numbers) <= TABLED:
         return goal in values(numbers, operations)
     return any(True for one, rest in _splits(numbers) for _ in _ways(one, rest, goal, operations, operations))
 
 
 class _Form(NamedTuple):
-    """A canonical expression: `plus` terms less `minus` terms, and as part of a product `factors` over `divisors`."""
+    """A canonical expression: `plus` terms minus `minus` terms, and as part of a product `factors` over `divisors`."""
 
     text: str
     plus: tuple[Term, ...]
@@ -166,7 +166,7 @@ def _number(number: int) -> _Form:
 
 
 def _sum(plus: tuple[Term, ...], minus: tuple[Term, ...], is_zero: bool) -> _Form:
-    """A term worth zero is added, never subtracted; a sum worth zero also stands for its negative."""
+    """A sum. A zero term is added, never subtracted; a zero sum also represents its negative."""
     zeros = tuple(term for term in minus if term[3])
     plus, minus = tuple(sorted(plus + zeros)), tuple(sorted(term for term in minus if not term[3]))
     if is_zero and (len(plus), _texts(plus)) < (len(minus), _texts(minus)):
@@ -205,20 +205,20 @@ def _solutions(numbers: Numbers, target: int, operations: str, use_all: bool) ->
 
 
 def _forms(numbers: Numbers, goal: Value, operations: str) -> tuple[_Form, ...]:
-    """The canonical forms worth `goal`."""
+    """The canonical forms with value `goal`."""
     sums = _sums(numbers, goal, operations)
     return sums if len(numbers) == 1 else sums + _products(numbers, goal, operations)
 
 
 @_cached
 def _sums(numbers: Numbers, goal: Value, operations: str) -> tuple[_Form, ...]:
-    """The sums worth `goal`, each split into the term that has the first number, and the rest."""
+    """The sums with value `goal`, each split into the term with the first number, and the rest."""
     return _built(numbers, goal, operations, operations.rstrip("*/"), _products)
 
 
 @_cached
 def _products(numbers: Numbers, goal: Value, operations: str) -> tuple[_Form, ...]:
-    """The products and quotients worth `goal`, each split into the factor that has the first number, and the rest."""
+    """The products and quotients with value `goal`, each split into the factor with the first number, and the rest."""
     return _built(numbers, goal, operations, operations.lstrip("+-"), _sums)
 
 
@@ -239,7 +239,7 @@ def _built(
 
 
 def _first(numbers: Numbers, goal: Value, operations: str) -> _Form | None:
-    """The first form worth `goal` that a search meets, or None."""
+    """The first form with value `goal` that the search finds, or None."""
     if len(numbers) == 1:
         return _number(numbers[0]) if goal == (numbers[0], 1) else None
     for one, rest in _splits(numbers):

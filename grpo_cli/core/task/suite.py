@@ -1,7 +1,6 @@
-"""Suites: sets of puzzles in several styles, each a cell, on which models are evaluated side by side.
+"""Suites: cells of puzzles on which models are evaluated side by side.
 
-A cell is written `val 3 one-shot`: the split, the numbers in a puzzle, and the style that the prompt has. Knows names
-alone; puzzles and models are others' to find.
+A cell is written `val 3 one-shot`: split, numbers per puzzle, prompt style.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from typing import get_args
 from grpo_cli.core.task.prompts import STYLES, Style
 from grpo_cli.core.task.task import Split
 
-SIZES = range(2, 7)  # numbers that a puzzle may have
+SIZES = range(2, 7)  # numbers per puzzle
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Puzzles of one split and size, put in one style."""
+    """Puzzles of one split, size and prompt style."""
 
     split: Split
     numbers: int
@@ -28,7 +27,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The cell as `val 3 one-shot`."""
+        """The cell's name: `val 3 one-shot`."""
         return f"{self.split} {self.numbers} {self.style}"
 
 
@@ -36,7 +35,7 @@ CELLS = {cell.name: cell for cell in (Cell(*parts) for parts in product(get_args
 
 
 def cell(text: str) -> Cell:
-    """The cell that `text` names, whatever its spaces; raises ValueError, with the nearest name, if there is none."""
+    """Parse a cell's name; raises ValueError, with a suggestion, if it is invalid."""
     name = " ".join(text.split())
     if name not in CELLS:
         nearest = get_close_matches(name, CELLS, n=1)

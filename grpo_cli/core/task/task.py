@@ -1,7 +1,7 @@
 """The interface of a task: problems by split, the prompt of each, the score of a completion.
 
-Training, sampling and evaluation know a task by this interface alone; `countdown` is the task that ships. A model is
-trained on `train`, the best one is chosen on `dev`, a fixed part of the train side, and `val` is only ever reported.
+Training, sampling and evaluation use only this interface; `countdown` is the task that ships. A model is trained on
+`train`; the best one is selected on `dev`, a fixed part of the train side; `val` is only reported.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Side = Literal["train", "val"]
 Split = Literal["train", "dev", "val"]
 Message = dict[str, str]  # role, content
 
-DEV = 128  # problems that choose the best model
+DEV = 128  # problems that select the best model
 
 
 def divided(problems: Sequence[P]) -> tuple[list[P], list[P]]:
-    """(train, dev) of the train side: dev has the tenth of the problems, at most DEV, whose keys hash lowest."""
+    """(train, dev) of the train side: dev is the tenth of the problems, at most DEV, with the lowest key hashes."""
     keys = {problem.key for problem in problems}
     count = min(DEV, max(len(keys) // 10, len(keys) > 1))
     dev = set(nsmallest(count, keys, key=lambda key: hashlib.sha256(key.encode()).digest()))
@@ -33,7 +33,7 @@ def divided(problems: Sequence[P]) -> tuple[list[P], list[P]]:
 
 
 def require_apart(problems: Mapping[str, Sequence[Problem]]) -> None:
-    """Raise CountdownError if a split is empty, or if problems of two splits are the same."""
+    """Raise CountdownError if a split is empty, or if two splits share problems."""
     keys = {split: {problem.key for problem in own} for split, own in problems.items()}
     for split, own in keys.items():
         if not own:
@@ -46,11 +46,11 @@ def require_apart(problems: Mapping[str, Sequence[Problem]]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Reward of a completion, and the reason for it.
+    """Reward of a completion, and its reason.
 
-    `answer` is the text read as the answer. `well_formed`: the format is right. `lenient`: correct if typographic
-    operators and a true `= N` are allowed (never a reward). `cheat`: the kind of cheat attempted, if any; it costs
-    nothing. `parts`: the named parts of the reward, each logged as a metric.
+    `answer`: the text read as the answer. `well_formed`: the format is right. `lenient`: correct if typographic
+    operators and a true `= N` are allowed (never a reward). `cheat`: the kind of cheating, if any; not penalised.
+    `parts`: named parts of the reward, each logged as a metric.
     """
 
     reward: float
@@ -64,36 +64,36 @@ class Score:
 
 
 class Problem(Protocol):
-    """One problem of a task: hashable, and stated by plain JSON fields."""
+    """One problem of a task: hashable, and described by plain JSON fields."""
 
     @property
     def key(self) -> str:
-        """Equal for two notations of the same problem; duplicates and contamination are counted by it."""
+        """Equal for two notations of the same problem; used for duplicates and contamination."""
 
     @property
     def size(self) -> int:
-        """Size that the curriculum and suites choose by: the numbers in a puzzle; 0 if the task has no sizes."""
+        """Size for the curriculum and suites: the numbers in a puzzle; 0 if the task has no sizes."""
 
     def record(self) -> dict[str, object]:
-        """JSON fields that state the problem, as samples.jsonl keeps them."""
+        """JSON fields that describe the problem, as in samples.jsonl."""
 
     def __str__(self) -> str:
-        """One line that states the problem to a person."""
+        """The problem in one line for users."""
 
 
 class Task(Protocol):
-    """A task. `problems` of the same split and size are always the same, in the same order."""
+    """A task. `problems` returns the same list in the same order for the same split and size."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def styles(self) -> Sequence[str]:
-        """Styles that a prompt can have, the default first."""
+        """Prompt styles, the default first."""
 
     @property
     def cheats(self) -> Sequence[str]:
-        """Kinds of cheats that a score may name."""
+        """Kinds of cheating that a score may name."""
 
     @property
     def files(self) -> Mapping[str, str]:
@@ -103,19 +103,19 @@ class Task(Protocol):
         """Sentences for the user about the problems of these sizes."""
 
     def problems(self, split: Split, size: int) -> Sequence[Problem]:
-        """Every problem of a split and size, or a fixed sample where there are too many."""
+        """All problems of a split and size, or a fixed sample if there are too many."""
 
     def read(self, record: Mapping[str, object]) -> Problem:
-        """The problem that a record states; ValueError says what is wrong with it."""
+        """The problem of a record; raises ValueError with the problem found."""
 
     def prompt(self, problem: Problem, style: str) -> list[Message]:
-        """The chat messages that pose the problem."""
+        """The chat messages of the problem."""
 
     def score(self, completion: str, problem: Problem, *, style: str, truncated: bool = False) -> Score:
-        """Score of a completion; `truncated`: it ran out of tokens. Never raises on any text."""
+        """Score of a completion; `truncated`: it reached the token limit. Never raises for any text."""
 
     def solution(self, problem: Problem) -> str | None:
-        """A completion that scores full, or None if the task knows none."""
+        """A completion with full score, or None if unknown."""
 
     def kinds(self, problem: Problem) -> Sequence[str]:
-        """Kinds that the problem belongs to; evaluations report accuracy by kind."""
+        """Kinds of the problem; evaluations report accuracy by kind."""
