@@ -404,9 +404,8 @@ def main() -> None:
             results[name] = apart(work, limit=given.limit)
         except Failed as problem:
             results[name] = {"failed": str(problem)}
-        apart(
-            partial(write, given.out, {"asked": str(given), **results})
-        )  # in its own process: querying a GPU uses its memory
+        # In its own process: querying a GPU uses its memory.
+        apart(partial(write, given.out, {"asked": str(given), **results}))
         return None if isinstance(results[name], dict) and "failed" in results[name] else results[name]
 
     with tempfile.TemporaryDirectory() as scratch:

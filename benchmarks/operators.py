@@ -116,9 +116,8 @@ def main() -> None:
             policy, theirs = (load(folder, device="cpu", precision="bf16") for _ in range(2))
         set_attention(theirs.model, plain=True)
         fused, theirs = replace(policy, fused=True), replace(theirs, plain=True)
-        with mock.patch.object(
-            llama, "fits", return_value=False
-        ):  # without kernels, a GPU updates through the model's own forward
+        # Without kernels, a GPU updates through the model's own forward.
+        with mock.patch.object(llama, "fits", return_value=False):
             found = {"update, packed": counted(update(policy))}
         found |= {
             "decode, transformers": counted(decode_of_transformers(theirs)),

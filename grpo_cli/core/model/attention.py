@@ -184,8 +184,8 @@ class Packed:
 
     Completion r attends to prompt `prompt_index[r]` and to itself. Positions restart after the prompt.
     Example: prompts of 3 and 2 tokens, completions of 2 and 1 with prompt_index [0, 1]: positions [0 1 2  0 1  3 4  2].
-    At most `BUCKET` completions attend together, padded to the longest. Without a mask, they all belong to one prompt, so
-    causal attention aligned at the last key gives each token its correct keys.
+    At most `BUCKET` completions attend together, padded to the longest. Without a mask, they all belong to one prompt,
+    so causal attention aligned at the last key gives each token its correct keys.
     """
 
     def __init__(
