@@ -16,7 +16,10 @@ from conftest import SMALL, Command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_cli.cli import train
+from grpo_cli.core.config.resolve import resolve
+from grpo_cli.core.config.settings import values
 from grpo_cli.core.run.export import license_of
+from grpo_cli.ui.card import CardFacts, model_card
 
 
 class Hub(ThreadingHTTPServer):
@@ -97,6 +100,18 @@ def test_a_new_best_model_has_its_card_before_the_training_ends(
     assert len(cards) == 2
     assert "| val 3 one-shot | trained | 1 |" in cards[0] and "counted when the training ends" in cards[0]
     assert "puzzles are known to have been trained on" in card.read_text("utf-8")
+
+
+def test_a_card_describes_the_task_and_data_it_was_trained_on() -> None:
+    settings = values(resolve(has_cuda=lambda: False).settings)
+    cards = {
+        name: model_card(CardFacts("first", "builtin", None, {**settings, key: name}, {}, 0, "not known"))
+        for key, name in [("task.task", "countdown"), ("task.task", "own.py"), ("task.puzzles", "mine.csv")]
+    }
+    assert "expression that equals 25" in cards["countdown"] and "have even numbers only" in cards["countdown"]
+    assert "from files" in cards["mine.csv"] and "even numbers" not in cards["mine.csv"]
+    assert "the task `own.py`" in cards["own.py"]
+    assert "solves countdown puzzles" not in cards["own.py"] and "equals 25" not in cards["own.py"]
 
 
 def test_an_exported_folder_holds_the_model_and_a_card_with_its_results(trained: Command, tmp_path: Path) -> None:

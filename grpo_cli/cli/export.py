@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -83,20 +82,16 @@ def write_card(chosen: Run) -> None:
 
 def card_of(chosen: Run, *, is_adapter: bool = False) -> str:
     """The model card of a run's best model, or of its adapter."""
-    return model_card(replace(_facts(chosen), is_adapter=is_adapter))
-
-
-def _facts(chosen: Run) -> CardFacts:
     settings = values(restore(chosen.read_config(), chosen.config_path).settings)
     base = str(settings["model.model"])
-    summary = chosen.read_summary() or {}
-    return CardFacts(
+    facts = CardFacts(
         name=chosen.name,
         base_model=base,
         license=license_of(base),
         settings=settings,
         evaluations=chosen.evaluations(),
         best_step=best_step_of(chosen.metrics()),
-        contamination=_contamination(summary),
-        environment=chosen.read_environment(),
+        contamination=_contamination(chosen.read_summary() or {}),
+        is_adapter=is_adapter,
     )
+    return model_card(facts)

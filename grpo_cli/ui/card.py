@@ -28,13 +28,14 @@ HYPERPARAMETERS = (
     "train.seed",
 )
 
+QUESTION = "Using the numbers [4, 7, 3], create an expression that equals 25."
 USAGE = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-question = "Using the numbers [4, 7, 3], create an expression that equals 25."
+question = "{question}"
 prompt = tokenizer.apply_chat_template(
     [{{"role": "user", "content": question}}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
 )
@@ -55,35 +56,48 @@ class CardFacts:
     evaluations: Mapping[str, Mapping[int, Evaluated]]
     best_step: int
     contamination: str
-    environment: Mapping[str, object]
     is_adapter: bool = False
 
 
 def model_card(facts: CardFacts) -> str:
     """The card as Markdown with the YAML header of model hubs. All text of a run is escaped."""
     settings = facts.settings
-    numbers, style = settings["task.numbers"], settings["task.style"]
+    about, data = _task(settings)
     tokens = settings["train.max_new_tokens"]
     rows = [(f"`{key}`", f"`{_text(str(settings[key]))}`") for key in HYPERPARAMETERS]
     sections = [
         _header(facts),
         f"# {_text(facts.name)}",
-        f"A language model that solves countdown puzzles: given {numbers} numbers and a target, it writes an expression"
-        f" that uses every number exactly once. Trained from `{_text(facts.base_model)}` by GRPO (group relative policy"
-        f" optimization) with `countdown` {__version__}.",
+        f"{about} Trained from `{_text(facts.base_model)}` by GRPO (group relative policy optimization) with"
+        f" `countdown` {__version__}.",
         f"## Results\n\n{_results(facts)}",
-        f"## Training data\n\nTrain puzzles of {numbers} numbers with at least one odd number, prompts in"
-        f" {_text(str(style))} style. Evaluation puzzles have even numbers only. {_sentence(facts.contamination)}",
+        f"## Training data\n\n{data} {_sentence(facts.contamination)}",
         f"## Settings\n\n{_table(('setting', 'value'), rows)}",
         f"## Usage\n\n{_usage(facts, tokens)}",
-        f"## Limits\n\nTrained on one kind of puzzle: it is not a general assistant. License of the base model:"
+        f"## Limits\n\nTrained on one task: it is not a general assistant. License of the base model:"
         f" {_text(facts.license) if facts.license else 'see the base model'}.",
     ]
     return "\n\n".join(sections) + "\n"
 
 
+def _task(settings: Mapping[str, object]) -> tuple[str, str]:
+    """What the model does, and the data that it was trained on."""
+    name, numbers, style = (_text(str(settings[f"task.{key}"])) for key in ("task", "numbers", "style"))
+    if name != "countdown":
+        return f"A language model trained on the task `{name}`.", f"Train problems of `{name}`."
+    files = any(settings[f"task.{key}"] != "none" for key in ("puzzles", "dev_puzzles", "val_puzzles"))
+    split = "" if files else " with at least one odd number; evaluation puzzles have even numbers only"
+    return (
+        f"A language model that solves countdown puzzles: given {numbers} numbers and a target, it writes an"
+        " expression that uses every number exactly once.",
+        f"Train puzzles of {numbers} numbers{' from files' if files else ''}, prompts in {style} style{split}.",
+    )
+
+
 def _usage(facts: CardFacts, tokens: object) -> str:
-    usage = USAGE.format(tokens=tokens)
+    usage = USAGE.format(tokens=tokens, question=QUESTION)
+    if facts.settings["task.task"] != "countdown":
+        usage = usage.replace(QUESTION, "...").partition("\n\nIts own prompts")[0]
     if not facts.is_adapter:
         return usage
     load = 'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")'
