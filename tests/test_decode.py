@@ -1,16 +1,21 @@
 """The static sampler: what it samples, that its step can be recorded, and that it lasts while the weights change."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import save_tiny_model
 from test_rollout import encoded, with_frequent_end
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
 
+from grpo_cli.core.model import attention, llama
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.sampling import decode as sampler_module
@@ -198,3 +203,71 @@ def test_all_recordings_share_a_side_stream(monkeypatch: pytest.MonkeyPatch) -> 
     device = torch.device("cuda", 0)
     assert sampler_module._side_stream(device) is sampler_module._side_stream(device)
     sampler_module._side_stream.cache_clear()
+
+
+def with_qwens_biases(folder: Path) -> Path:
+    """A model whose attention scores are in the hundreds, as in the first layers of Qwen2.5."""
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_model(folder, hidden_size=128))
+    rng = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection, deviation in ((layer.self_attn.k_proj, 30), (layer.self_attn.q_proj, 8)):
+                projection.bias.copy_(deviation * torch.randn(projection.bias.shape, generator=rng))
+                projection.weight.mul_(0.01)  # what bfloat16 rounds away in them is not the scores' fault
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attend in the type of the model, which a CPU does not."""
+    for module in (attention, llama):
+        monkeypatch.setattr(module, "attention_dtype", lambda device, dtype: dtype)
+
+
+@pytest.mark.usefixtures("as_on_cuda")
+def test_scores_in_the_hundreds_decode_in_bfloat16_as_in_float32_and_as_the_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = load(str(with_qwens_biases(tmp_path)), device="cpu", precision="bf16")
+    prompts = encoded(policy)
+    found = rolled(policy, prompts, static=False, generations=32, tokens=2)
+    sequences = Sequences(prompts, found.completions, [row // 32 for row in range(96)])
+    trained = policy.logprobs(sequences, temperature=1.3)[0]
+    decoded = attention._decoded
+
+    def in_float32(*tensors: Any) -> Tensor:
+        floats = [each.float() if isinstance(each, Tensor) and each.is_floating_point() else each for each in tensors]
+        return decoded(*floats).bfloat16()
+
+    monkeypatch.setattr(attention, "_decoded", in_float32)
+    exact = rolled(policy, prompts, static=False, generations=32, tokens=2)
+    assert {len(row) for row in (*found.completions, *exact.completions)} == {2}
+    second, other = (torch.tensor(one.logprobs)[:, 1] for one in (found, exact))
+    same = [ours == theirs for ours, theirs in zip(found.completions, exact.completions, strict=True)]
+    differences = (second - other)[same].abs()
+    assert sum(same) > 40
+    assert differences.max() < 0.15 and differences.mean() < 0.03  # 0.39 and 0.046 with scores rounded to bfloat16
+    assert (second - trained[:, 1]).abs().mean() < 0.1
+
+
+REAL = os.environ.get("COUNTDOWN_TEST_MODELS")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(REAL is None, reason="COUNTDOWN_TEST_MODELS names no folder of models")
+@pytest.mark.usefixtures("as_on_cuda")
+def test_real_models_decode_in_bfloat16_as_in_float32() -> None:
+    """Every GGUF file and model folder of COUNTDOWN_TEST_MODELS. Qwen2.5's key biases reach 158."""
+    for path in sorted(Path(REAL or "").iterdir()):
+        policy = load(str(path), device="cpu", precision="bf16")
+        prompts = encoded(policy)
+        found = rolled(policy, prompts, static=False, generations=2, tokens=12, temperature=1.0)
+        del policy
+        exact = load(str(path), device="cpu", precision="float32")
+        sequences = Sequences(prompts, found.completions, [row // 2 for row in range(6)])
+        with torch.no_grad():
+            logprobs = exact.logprobs(sequences, temperature=1.0, entropy=False)[0][sequences.mask()]
+        differences = (logprobs - torch.tensor([value for row in found.logprobs for value in row])).abs()
+        print(f"{path.name}: mean {differences.mean():.3f}, largest {differences.max():.2f}")
+        assert differences.mean() < 0.1
