@@ -23,6 +23,7 @@ from grpo_cli.core.sampling import rollout as rollout_module
 from grpo_cli.core.sampling.decode import KEPT, ROUNDED, StaticSampler
 from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import Rollout, _sampler, sample, stream, uniforms
+from grpo_cli.core.sampling.selfcheck import checked
 
 aten = torch.ops.aten
 # What looks at numbers on the host, or makes tensors of a size that depends on numbers.
@@ -261,6 +262,7 @@ def test_real_models_decode_in_bfloat16_as_in_float32() -> None:
     """Every GGUF file and model folder of COUNTDOWN_TEST_MODELS. Qwen2.5's key biases reach 158."""
     for path in sorted(Path(REAL or "").iterdir()):
         policy = load(str(path), device="cpu", precision="bf16")
+        assert checked(policy)[1].path == "packed"
         prompts = encoded(policy)
         found = rolled(policy, prompts, static=False, generations=2, tokens=12, temperature=1.0)
         del policy

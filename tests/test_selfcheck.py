@@ -113,8 +113,9 @@ def test_a_layer_that_draws_random_numbers_is_refused() -> None:
         checked(policy, SHORT)
 
 
-def test_an_encoder_is_refused() -> None:
-    policy = as_loaded(BertLMHeadModel(BertConfig(**SHAPE, intermediate_size=48)))
+@pytest.mark.parametrize("precision", ["float32", "bf16-master"])
+def test_an_encoder_is_refused(precision: str) -> None:
+    policy = replace(as_loaded(BertLMHeadModel(BertConfig(**SHAPE, intermediate_size=48))), precision=precision)
     with pytest.raises(CountdownError, match="later tokens") as caught:
         checked(policy, SHORT)
     assert "BertLMHeadModel" in caught.value.message and caught.value.exit_code == 2
@@ -196,3 +197,13 @@ def test_fused_kernels_that_do_not_run_are_left_in_one_line(
     policy, outcome = checked(replace(tiny_policy, fused=True))
     assert not (policy.fused or policy.plain or policy.whole)
     assert "runs on the fast path without fused kernels: " in outcome.sentence(policy)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16-master", "bf16"])
+@pytest.mark.parametrize("kind", ["granite", "cohere", "nanochat"])
+def test_logits_scaled_or_capped_after_the_head_are_seen_in_every_precision(kind: str, precision: str) -> None:
+    model = tiny_model(kind)
+    model = model.to(torch.bfloat16) if precision == "bf16" else model
+    policy, outcome = checked(replace(loaded(model), precision=precision), SHORT)
+    assert outcome.path == "packed, own logits"
+    assert "changes logits after its output matrix" in outcome.sentence(policy)

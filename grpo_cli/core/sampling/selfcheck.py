@@ -39,6 +39,7 @@ ENDS = 16  # one of so many tokens ends a row, so that rows end at different len
 LARGEST = 3e-4  # difference of a log-probability in float32: right models stay below 1e-4, real ones below 2e-5
 MEAN = 0.1  # mean difference where the arithmetic is bfloat16: docs/models.md has what right and wrong models show
 GRADIENT = {"float32": 1e-3, "bfloat16": 0.1}  # relative difference of a gradient
+LOGITS = 1e-3  # relative difference of logits
 COMPARED = (0, 2, 4)  # rows of the probe that the plain forward computes
 KEPT = 200  # outcomes kept in the cache
 
@@ -200,12 +201,15 @@ def _require_causal(policy: Policy, prompts: Sequence[list[int]]) -> None:
         raise Disagreement(f"its own forward fails on tokens alone ({_one_line(error)})") from error
     if not bool(torch.isfinite(whole).all()):
         raise Disagreement("its log-probabilities are not finite")
-    if not _agree(policy, (whole - prefix).abs()):
+    expected = (whole.exp() * (whole - prefix).abs()).sum(dim=-1)  # (T,): of tokens as the model draws them
+    if not _agree(policy, expected):
         raise Disagreement("it is no causal model: what it predicts depends on later tokens")
 
 
 def _gap(policy: Policy, prompts: Sequence[list[int]], *, checkpointing: bool) -> float:
     """Largest difference of the policy's log-probabilities from the plain ones. Raises Disagreement beyond bounds."""
+    if not (policy.plain or policy.whole):
+        _compare_logits(policy, prompts[0])
     sequences, pairs = _differences(policy, prompts)
     for problem, difference in pairs.items():
         if not _agree(policy, difference):
@@ -242,6 +246,21 @@ def _differences(policy: Policy, prompts: Sequence[list[int]]) -> tuple[Sequence
     }
 
 
+@torch.no_grad()
+def _compare_logits(policy: Policy, prompt: list[int]) -> None:
+    """Raise Disagreement if the model's logits are not just hidden states times its output matrix.
+
+    Both are computed alike, so that rounding does not hide it in bfloat16 either.
+    """
+    row = torch.tensor([prompt], device=policy.device)
+    with plain_attention(policy), policy.autocast():
+        hidden = policy.model.get_decoder()(input_ids=row, use_cache=False).last_hidden_state
+        ours, theirs = policy.logits(hidden).float(), policy.model(input_ids=row, use_cache=False).logits.float()
+    relative = _ratio(ours - theirs, theirs)
+    if not relative <= LOGITS:
+        raise Disagreement(f"the model changes logits after its output matrix, by {relative:.1%}")
+
+
 def _compare_gradients(policy: Policy, sequences: Sequences) -> None:
     """Raise Disagreement if the gradient, as training computes it, is not that of the plain forward."""
     weight = next(weight for weight in policy.model.parameters() if weight.requires_grad)  # behind all layers
@@ -262,7 +281,7 @@ def _compare_gradients(policy: Policy, sequences: Sequences) -> None:
     finally:
         if checkpointed:
             policy.model.activation_checkpointing_enable()
-    relative = float((found - exact).norm() / exact.norm())
+    relative = _ratio(found - exact, exact)
     if not relative <= GRADIENT[_arithmetic(policy)]:
         under = " under gradient checkpointing" if checkpointed else ""
         raise Disagreement(f"gradients{under} differ by {relative:.1%}")
@@ -280,6 +299,10 @@ def _no_draws() -> Iterator[None]:
 
 def _arithmetic(policy: Policy) -> str:
     return "float32" if policy.precision == "float32" else "bfloat16"
+
+
+def _ratio(difference: Tensor, whole: Tensor) -> float:
+    return float(difference.norm() / whole.norm())
 
 
 def _agree(policy: Policy, differences: Tensor) -> bool:
