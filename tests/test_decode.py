@@ -235,7 +235,7 @@ def test_scores_in_the_hundreds_decode_in_bfloat16_as_in_float32_and_as_the_trai
     found = rolled(policy, prompts, static=False, generations=32, tokens=2)
     sequences = Sequences(prompts, found.completions, [row // 32 for row in range(96)])
     trained = policy.logprobs(sequences, temperature=1.3)[0]
-    decoded = attention._decoded
+    decoded: Callable[..., Tensor] = attention._decoded
 
     def in_float32(*tensors: Any) -> Tensor:
         floats = [each.float() if isinstance(each, Tensor) and each.is_floating_point() else each for each in tensors]
