@@ -49,6 +49,18 @@ def test_short_and_long_searches_are_shown_equally_often() -> None:
     assert any("(" in text for _, text in shown)
 
 
+def test_a_share_of_the_long_searches_gives_up() -> None:
+    patient = demonstrations(TRAIN, 400, style="zero-shot", seed=3)
+    assert demonstrations(TRAIN, 400, style="zero-shot", seed=3, give_up=0.0) == patient
+    shown = demonstrations(TRAIN, 400, style="zero-shot", seed=3, give_up=0.75)
+    longer = [text for (_, whole), (_, text) in zip(patient, shown, strict=True) if whole.count(" no\n") >= 5]
+    given_up = [text for text in longer if "\ngive up\n</think>" in text]
+    assert 0.65 < len(given_up) / len(longer) < 0.85
+    assert all(text.count(" no\n") == 5 for text in given_up)
+    assert sum("give up" in text for _, text in shown) == len(given_up)
+    assert not any(score(text, puzzle, style="zero-shot").correct for puzzle, text in shown if "give up" in text)
+
+
 def test_a_warm_start_makes_demonstrations_likely(tiny_policy: Policy) -> None:
     losses: list[float] = []
     before = tiny_policy.sums()

@@ -153,6 +153,9 @@ class Train(Table):
     prompt_style: StyleSchedule = setting("schedule of prompt styles; `task` is the style above", "Sampling")
     prompt_numbers: SizeSchedule = setting("schedule of puzzle sizes; `task` is the number above", "Sampling")
     warm_start: int = setting("worked solutions to fine-tune on before GRPO; 0 is none", "Optimization", ge=0, le=10**6)
+    warm_start_give_up: float = setting(
+        "share of them that give up after five failed tries", "Optimization", ge=0, le=1
+    )
     dynamic_sampling: int = setting(
         "rounds of replacing groups with equal rewards by new puzzles", "Sampling", ge=0, le=1000
     )

@@ -29,17 +29,22 @@ Lesson = tuple[list[Message], str]  # a prompt and the completion to imitate
 
 BATCH = 8  # completions per step
 LEARNING_RATE = 1e-4
+PATIENT = 5  # failed tries after which an impatient search gives up
 WARMUP = 0.1  # share of the steps over which the learning rate rises; then it falls linearly to 0
 
 
-def demonstration(puzzle: Puzzle, *, style: Style) -> str | None:
+def demonstration(puzzle: Puzzle, *, style: Style, impatient: bool = False) -> str | None:
     """A completion that tries expressions in a fixed order, none twice, until one is correct.
 
     Without spaces (`2*6+10=12+10=22 no`), it takes half the tokens of the built-in model's traces. Parentheses come
-    early enough to be learned; no search gives up. None if no form solves the puzzle.
+    early enough to be learned. An `impatient` search gives up after PATIENT failures and answers with its last try.
+    None if no form solves the puzzle.
     """
-    lines = []
+    lines: list[str] = []
     for tree in tries(puzzle.numbers):
+        if impatient and len(lines) == PATIENT:
+            lines.append("give up")
+            break
         expression, steps = write(tree), [write(tree)]
         while not isinstance(tree, int):
             tree = reduce(tree)
@@ -56,11 +61,18 @@ def demonstration(puzzle: Puzzle, *, style: Style) -> str | None:
 
 
 def demonstrations(
-    puzzles: Sequence[Puzzle], count: int, *, style: Style, seed: int, fits: Callable[[str], bool] = lambda text: True
+    puzzles: Sequence[Puzzle],
+    count: int,
+    *,
+    style: Style,
+    seed: int,
+    give_up: float = 0.0,
+    fits: Callable[[str], bool] = lambda text: True,
 ) -> list[tuple[Puzzle, str]]:
     """`count` puzzles with their demonstrations, short and long searches equally often.
 
-    Leaves out puzzles that the forms do not solve and demonstrations that do not fit; CountdownError if none remain.
+    A share `give_up` of those with PATIENT or more failures is impatient. Leaves out puzzles that the forms do not solve
+    and demonstrations that do not fit; CountdownError if none remain.
     """
     rng, by_length = random.Random(seed), defaultdict(list)
     for puzzle in puzzles:
@@ -73,7 +85,13 @@ def demonstrations(
             "take puzzles of 3 or 4 numbers, and raise `--max-new-tokens`, or leave out `--warm-start`",
         )
     lengths = sorted(by_length)
-    return [rng.choice(by_length[rng.choice(lengths)]) for _ in range(count)]
+    chosen = [rng.choice(by_length[rng.choice(lengths)]) for _ in range(count)]
+    return [
+        (puzzle, demonstration(puzzle, style=style, impatient=True) or text)
+        if rng.random() < give_up
+        else (puzzle, text)
+        for puzzle, text in chosen
+    ]
 
 
 def lessons(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, ranks: int = 1) -> list[Lesson]:
@@ -98,7 +116,9 @@ def lessons(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, ranks: in
 
     drawn = chain.from_iterable(curriculum(settings).problems.values())
     puzzles = [puzzle for puzzle in drawn if isinstance(puzzle, Puzzle)]
-    examples = demonstrations(puzzles, train.warm_start, style=task.style, seed=train.seed, fits=fits)
+    examples = demonstrations(
+        puzzles, train.warm_start, style=task.style, seed=train.seed, give_up=train.warm_start_give_up, fits=fits
+    )
     return [(prompt(puzzle, task.style, task.rules), text) for puzzle, text in examples]
 
 
