@@ -71,7 +71,7 @@ def demonstrations(
 ) -> list[tuple[Puzzle, str]]:
     """`count` puzzles with their demonstrations, short and long searches equally often.
 
-    A share `give_up` of those with PATIENT or more failures is impatient. Leaves out puzzles that the forms do not solve
+    A share `give_up` of those with PATIENT or more failures is impatient. Leaves out puzzles that no form solves
     and demonstrations that do not fit; CountdownError if none remain.
     """
     rng, by_length = random.Random(seed), defaultdict(list)
