@@ -70,6 +70,15 @@ def test_adapter_separate_and_merged_weights_and_peft_itself_agree(
         assert torch.allclose(separate[0], expected.detach(), atol=1e-4)
 
 
+def test_merged_weights_are_not_rounded_to_16_bits(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, dtypes = lora.Lora(rank=4, alpha=8.0), list[torch.dtype]()
+    wide = load_checked(str(tiny_folder), name="tiny", device="cpu", precision="bf16-master", adapter=adapter)
+    monkeypatch.setattr("grpo_cli.core.model.policy.WIDE", 1)
+    monkeypatch.setattr("grpo_cli.core.model.llama.Pass", lambda _, **given: dtypes.append(given["dtype"]))
+    wide.step(8)
+    assert dtypes == [torch.float32]
+
+
 def test_only_the_adapter_learns_with_and_without_checkpointing(tiny_folder: Path) -> None:
     gradients = []
     for checkpointing in (False, True):

@@ -155,7 +155,7 @@ class Policy:
         if llama.fits(self.model) and self._can_merge:
             # On a CPU, a narrow model loses more to conversions than it gains from bfloat16.
             wide = self.device.type != "cpu" or self.model.config.hidden_size >= WIDE
-            converted = self.precision == "bf16-master" and wide and not in_place
+            converted = self.precision == "bf16-master" and wide and not in_place and self.adapter is None
             dtype = torch.bfloat16 if converted else self.model.dtype
             fused = self.fused and in_place
             with lora.merged_weights(self.model) if self.adapter else nullcontext():
