@@ -408,10 +408,13 @@ def test_a_run_is_named_as_it_is_printed_and_a_mistyped_one_is_suggested(trained
     assert found.code == 2 and "did you mean `first`?" in found.err
 
 
-def test_a_mistyped_model_or_run_is_refused_before_torch_is_loaded() -> None:
+def test_a_mistyped_model_or_run_is_refused_before_torch_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    os.mkfifo(tmp_path / "model.safetensors")
     code = "import sys; from grpo_cli.cli import app\ntry: app.main()\nfinally: print('torch' in sys.modules)"
     for arguments in (
         ["eval", "./nowhere"],
+        ["eval", str(tmp_path)],
         ["solve", "4 7 3 = 25", "--model", "./nowhere"],
         ["train", "--model", "x"],
         ["train", "--run", "builtin"],

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from transformers.models.auto import modeling_auto
 
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.model.folder_checks import check_config, check_folder, check_memory, weight_files
+from grpo_cli.core.model.folder_checks import check_config, check_memory, weight_files
 from grpo_cli.core.model.gguf import is_gguf, unpacked
 from grpo_cli.core.model.hub import check_download, check_repository
 from grpo_cli.core.model.names import require_model
@@ -178,9 +178,7 @@ def find(name: str) -> tuple[str, bool]:
     path = Path(name)
     if is_gguf(name):
         return str(unpacked(path)), True
-    if path.is_dir():
-        check_folder(name, path)
-    else:
+    if not path.is_dir():
         check_repository(name)
     return name, path.is_dir()
 

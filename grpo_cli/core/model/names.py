@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.model.folder_checks import refuse_adapter
+from grpo_cli.core.model.folder_checks import check_folder, refuse_adapter
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -23,6 +23,7 @@ def require_model(name: str, *, suggestion: str | None = None) -> None:
         if not os.path.isfile(Path(name) / "config.json"):
             refuse_adapter(name, os.listdir(name))
             raise CountdownError(f"`{name}` is not a model folder: it has no config.json", "name the folder itself")
+        check_folder(name, Path(name))
     elif not HUB_ID.fullmatch(name) or os.path.exists(Path(name).parent):
         hint = "use `builtin`, a run's name, a model folder, a GGUF file, or a hub id `owner/name`"
         raise CountdownError(f"no model at `{name}`", suggestion or hint)
