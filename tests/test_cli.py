@@ -146,7 +146,7 @@ def test_probe_says_what_there_is_to_learn_and_leaves_nothing(
     shown = " ".join(found.out.split())
     assert "17 train puzzles of 2 numbers, groups of 2" in shown  # none mixed: known well enough
     assert all(f"{style} 17 0.0% (0.0 to 18.4%)" in shown for style in ("one-shot", "zero-shot", "natural"))
-    assert "of the completions run out of tokens" in shown and "no completion was right" in shown
+    assert "of the completions reach the token limit" in shown and "no completion was correct" in shown
     assert not (tmp_path / "runs").exists()
 
 
@@ -224,7 +224,7 @@ def test_every_evaluation_says_how_many_puzzles_its_model_was_trained_on(trained
     assert json.loads(trained(*asked, "--json").out)["overlap"] == 0
     result = trained(*asked, "--split", "train")
     assert f"2 of {count} puzzles were trained on (2 known from first" in " ".join(result.out.split())
-    assert f"warning: first was trained on puzzles that it was asked: 2 of {count} train 2" in result.err
+    assert f"warning: first was trained on puzzles of this evaluation: 2 of {count} train 2" in result.err
     assert "warning" not in trained(*asked).err
 
 
@@ -236,7 +236,7 @@ def test_several_models_are_evaluated_as_the_first_would_be(trained: Command, ti
     trained("train", "--model", tiny_folder, "--run", "second", "--style", "natural", *SMALL)
     found = trained("eval", "first", "second", "--json", *own)
     assert [result["style"] for result in json.loads(found.out)["models"]] == ["one-shot", "one-shot"]
-    said = "all are evaluated as first would be: second by itself with task.style natural, not one-shot"
+    said = "all are evaluated with the settings of first; second has task.style natural, not one-shot"
     assert found.err.splitlines() == [said]
 
 
@@ -328,7 +328,7 @@ def test_plot_draws_a_run_and_the_original_systems_file(trained: Command, tmp_pa
         (["eval", "./nowhere"], "./nowhere"),
         (["eval", "--style", "haiku"], "one-shot"),
         (["eval", "owner/name", "--suite", "transfr"], "did you mean `transfer`?"),
-        (["eval", "owner/name", "--suite", "transfer", "--numbers", "4"], "`--numbers` is given by the cells"),
+        (["eval", "owner/name", "--suite", "transfer", "--numbers", "4"], "`--numbers` is set by the cells"),
         (["eval", "owner/name", "--json", "--markdown"], "exclude each other"),
         (["eval", "builtin", "--samples", "8"], "set `--temperature 1` too"),
         (["solve", "what is love"], "4 7 3 = 25"),

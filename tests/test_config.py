@@ -286,7 +286,7 @@ def test_a_preset_cannot_choose_a_preset(tmp_path: Path) -> None:
 
 def test_an_unknown_preset_is_met_with_the_known_ones(tmp_path: Path) -> None:
     error = refused(tmp_path, "[preset.mine]\n", flags={"preset": "buitlin"})
-    assert error.message == "`--preset` names no preset: `buitlin`"
+    assert error.message == "`--preset` is not a preset: `buitlin`"
     shipped = "`builtin`, `mine`, `qwen2.5-0.5b`, `qwen2.5-1.5b`, `qwen2.5-1.5b-original`, `smollm2-135m`"
     assert error.hint == f"presets are `auto`, {shipped}"
 
@@ -400,7 +400,7 @@ def test_a_suite_that_makes_no_sense_is_refused(tmp_path: Path, text: str, said:
 
 def test_a_suite_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
     problem = refused(tmp_path, flags={"train.eval_suite": "transfr"})
-    assert problem.message == "`--eval-suite` names no suite: `transfr`"
+    assert problem.message == "`--eval-suite` is not a suite: `transfr`"
     assert problem.hint == "did you mean `transfer`? suites are `transfer`; add one as [suite.NAME]"
 
 
@@ -425,7 +425,7 @@ def test_a_schedule_is_one_of_them_a_table_of_weights_or_a_line(tmp_path: Path, 
         ("prompt_numbers = 7", "`7` is none of 2, 3, 4, 5, 6"),
         ("prompt_numbers = true", "must be"),
         ("prompt_numbers = []", "must be"),
-        ("prompt_style = {one-shot = -1}", "`-1` is no weight"),
+        ("prompt_style = {one-shot = -1}", "`-1` is not a weight"),
         ('prompt_style = "one-shot, natural"', "`one-shot` has no weight"),
         ('prompt_style = "oneshot"', "`oneshot` is none of one-shot, zero-shot, natural"),
         ('prompt_style = ""', "is none of"),

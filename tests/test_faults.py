@@ -132,7 +132,7 @@ def test_when_no_checkpoint_is_whole_nothing_is_touched(run: Run) -> None:
     for step in (1, 2, 3):
         truncate(run.checkpoint_path(step) / "state.pt")
     before, told = everything(run.path), list[str]()
-    with pytest.raises(CountdownError, match="no checkpoint of run `first` is whole") as caught:
+    with pytest.raises(CountdownError, match="run `first` has no intact checkpoint") as caught:
         choose_checkpoint(run, default_settings(), None, told.append)
     assert caught.value.exit_code == 1
     assert len(told) == 3
@@ -566,7 +566,7 @@ def test_settings_edited_in_the_run_folder_are_noticed(trained: Command, tmp_pat
     path.write_text(json.dumps(config))
     found = trained("train", "--run", "first", "--resume")
     assert found.code == 2
-    assert "is not what it was when step 2 was saved" in found.err
+    assert "has changed since step 2 was saved" in found.err
 
 
 @pytest.mark.parametrize("flag", [["--optimizer", "adamw8bit"], ["--learning-rate", "1e-3"], ["--style", "natural"]])

@@ -301,7 +301,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(
     assert code == 0, err
     lines = rows(tmp_path / "runs" / "two" / "metrics.jsonl")
     assert [line["bad_steps"] for line in lines[1:]] == [0, 1, 1]
-    assert err.count(f"step 2: {problem}; the weights stay as they are") == 1
+    assert err.count(f"step 2: {problem}; the weights are unchanged") == 1
     assert [path.name for path in (tmp_path / "runs" / "two" / "bad_steps").iterdir()] == ["step-2.json"]
 
 

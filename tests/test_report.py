@@ -206,7 +206,7 @@ def test_two_runs_are_compared_on_each_cell_that_both_know() -> None:
 
 def test_runs_on_other_puzzles_are_not_compared() -> None:
     page = shown(account(line(2, "0011")), account(line(2, "00111"), name="second"))
-    assert "No cell of both whose puzzles are known to be the same." in page.words
+    assert "The runs have no common cell with the same puzzles." in page.words
 
 
 # What it shows
@@ -249,7 +249,7 @@ def test_health_repeats_what_the_last_steps_warn_of() -> None:
     rows = [{"step": step, "truncated": 0.5, "cheat/numbers": step / 40} for step in range(1, 21)]
     words = shown(Account(plot.from_metrics("first", rows), rows, settings=SETTINGS)).words
     assert "completions that reach the target with numbers reused or left out" in words and "2.5%" in words
-    assert any(word.startswith("50% of the completions run out of tokens") for word in words)
+    assert any(word.startswith("50% of the completions reach the token limit") for word in words)
 
 
 @pytest.mark.parametrize("rows", [[], metrics(0), metrics(1)], ids=["nothing", "start", "one step"])

@@ -15,7 +15,7 @@ def test_a_cell_is_known_by_its_name() -> None:
     "text", ["", "val", "val 3", "val 3 oneshot", "test 3 one-shot", "val 7 one-shot", "val three"]
 )
 def test_what_names_no_cell_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is no cell"):
+    with pytest.raises(ValueError, match="is not a cell"):
         cell(text)
 
 

@@ -38,14 +38,14 @@ def phase(seconds: float, share: float, floor: float, matrix: float) -> dict[str
         (
             "decode",
             phase(10, 0.61, 1.2, 0.1),
-            "decode takes 61% of the time, at 12% of the memory bandwidth: bound by what each operation costs beside"
-            " its arithmetic and its memory; more completions for each prompt cost less than in proportion",
+            "decode takes 61% of the time, at 12% of the memory bandwidth: bound by the overhead of each operation"
+            " its arithmetic and its memory; more completions per prompt cost less than proportionally",
         ),
         (
             "decode",
             phase(10, 0.61, 6, 0.1),
             "decode takes 61% of the time, at 60% of the memory bandwidth: bound by reading and writing memory;"
-            " more completions for each prompt cost less than in proportion",
+            " more completions per prompt cost less than proportionally",
         ),
         ("update", phase(10, 0.5, 4.5, 4.5), "update takes 50% of the time, at 45% of the matrix rate: bound by"
             " arithmetic"),

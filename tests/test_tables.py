@@ -360,7 +360,7 @@ def test_the_summary_of_a_suite_says_when_each_cell_peaked_and_what_going_on_cos
     assert "cell n start peak step 20 step 40 change Holm p" in shown
     assert "val 3 one-shot 327 40.0% 90.0% at 10 85.0% 60.0% +2 -30 < 0.001" in shown
     text = " ".join(shown)
-    assert "going on took 190 s after step 20; changed by more than chance: val 3 one-shot (exact McNemar" in text
+    assert "later steps took 190 s after step 20; changed by more than chance: val 3 one-shot (exact McNemar" in text
     display.training_summary(
         {**summary, "peaks": {"a": unsure, "b": unsure}}, Path("runs/first"), overlap="0 of 327 puzzles"
     )
@@ -441,7 +441,7 @@ def test_a_model_that_was_trained_on_what_it_is_asked_is_warned_of(capsys: pytes
     eval_tables.leaks([suite_result(RIGHT, model="new"), suite_result(RIGHT, model="old", seen=True)])
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == "warning: old was trained on puzzles that it was asked: 1 of 1 val 3, 1 of 1 val 4\n"
+    assert err == "warning: old was trained on puzzles of this evaluation: 1 of 1 val 3, 1 of 1 val 4\n"
 
 
 def test_a_pipe_gets_no_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
@@ -481,4 +481,4 @@ def test_a_probe_fits_eighty_columns_and_says_what_it_cost(capsys: pytest.Captur
     assert "4 train puzzles of 3 numbers, groups of 2" in rows
     assert "one-shot 4 37.5% (9.2 to 78.1%) 100.0% 25.0% 50.0% 100.0" in rows
     assert "cost 3.0 seconds, 880 tokens" in rows
-    assert "in 1 of 4 one-shot groups" in findings and "50% of the completions run out of tokens" in findings
+    assert "in 1 of 4 one-shot groups" in findings and "50% of the completions reach the token limit" in findings

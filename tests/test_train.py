@@ -385,8 +385,8 @@ def test_a_collapse_is_warned_of_once_and_ends_the_run_if_asked_to(
     if not stop:
         train(training, training.policy.frozen_copy(), run, settings, watcher)
         collapse, health = watcher.messages
-        assert collapse.startswith("warning: in 2 steps every completion was well formed and none was right")
-        assert health.startswith("warning: 100% of the completions run out of tokens")
+        assert collapse.startswith("warning: in 2 steps every completion was well formed and none was correct")
+        assert health.startswith("warning: 100% of the completions reach the token limit")
         return
     with pytest.raises(CountdownError, match="step 2: in 2 steps every completion was well formed") as caught:
         train(training, training.policy.frozen_copy(), run, settings, watcher)
@@ -612,7 +612,7 @@ def test_patience_counts_evaluations_without_a_better_one(
     assert [line["dev_accuracy"] for line in run.metrics()[:3]] == [0.0, 2 / 6, 2 / 6]
     if steps < 6:
         assert watcher.messages == [
-            f"stopping after step {steps}: {patience} evaluations no better; the best is that of step 1"
+            f"stopping after step {steps}: {patience} evaluations without improvement; the best is step 1"
         ]
         scripted["val 3 one-shot"].insert(0, "000000")
         train(training, training.policy.frozen_copy(), run, settings, watcher)  # going on stops at once

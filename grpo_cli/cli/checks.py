@@ -118,7 +118,7 @@ def check_eval(options: Mapping[str, Any]) -> None:
         for key in SUITE_CELL:
             if key in flags(options["ctx"]):
                 raise CountdownError(
-                    f"`{flag(key)}` is given by the cells of a suite", "leave it out, or leave `--suite`"
+                    f"`{flag(key)}` is set by the cells of a suite", "leave out either it or `--suite`"
                 )
         without, with_gpu = _either(options)
         if suite not in with_gpu.suite:
@@ -126,7 +126,7 @@ def check_eval(options: Mapping[str, Any]) -> None:
     settings = choose(options["ctx"], options["config"], next(iter(options["models"] or []), None)).settings
     if settings.eval.samples > 1 and settings.eval.temperature == 0:
         raise CountdownError(
-            f"`--samples {settings.eval.samples}` asks for equal completions: greedy decoding has one for each puzzle",
+            f"`--samples {settings.eval.samples}` needs sampling: greedy completions of a puzzle are all equal",
             "set `--temperature 1` too",
         )
     _read_files(settings)
@@ -141,10 +141,11 @@ def check_train(options: Mapping[str, Any]) -> None:
         raise CountdownError("`--step` names a checkpoint to resume from", "say `--run NAME --resume --step STEP`")
     if options["probe"] and resume:
         raise CountdownError(
-            "`--probe` looks at the model that a training starts from", "leave out `--resume`, and name it by `--model`"
+            "`--probe` samples the starting model of a new training",
+            "leave out `--resume`, and name the model with `--model`",
         )
     if process.max_restarts and run is None:
-        raise CountdownError("a training that may be restarted must know its run", "name it with `--run`")
+        raise CountdownError("a training with restarts needs a run name", "name it with `--run`")
     without, with_gpu = _either(options)
     root = Path(without.runs)
     if resume:

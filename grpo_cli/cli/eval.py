@@ -124,13 +124,13 @@ def _note_differences(chosen: Sequence[Chosen], keys: Sequence[str]) -> None:
     """Report where a model's own settings differ from those of the first, which apply to all."""
     first, *others = [{key: reduce(getattr, key.split("."), model.settings) for key in keys} for model in chosen]
     differing = [
-        f"{model.name} by itself with {key} {own[key]}, not {first[key]}"
+        f"{model.name} has {key} {own[key]}, not {first[key]}"
         for model, own in zip(chosen[1:], others, strict=True)
         for key in keys
         if own[key] != first[key]
     ]
     if differing:
-        show.note(f"all are evaluated as {chosen[0].name} would be: {'; '.join(differing)}")
+        show.note(f"all are evaluated with the settings of {chosen[0].name}; {'; '.join(differing)}")
 
 
 def _json(suite: str | None, results: Sequence[SuiteResult], pairs: Sequence[SuitePaired]) -> dict[str, object]:

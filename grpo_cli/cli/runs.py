@@ -25,7 +25,7 @@ def run(ctx: typer.Context, *, delete: list[str] | None, yes: bool, as_json: boo
     if delete:
         _delete([Run.open(root, name) for name in delete], yes=yes)
         return
-    rows = [_describe(found) for found in list_runs(root)]
+    rows = [_describe(entry) for entry in list_runs(root)]
     if as_json:
         text.json_object({"runs": rows})
     elif rows:
@@ -34,20 +34,20 @@ def run(ctx: typer.Context, *, delete: list[str] | None, yes: bool, as_json: boo
         text.note(f"no runs in `{root}`; train one with `countdown train`")
 
 
-def _describe(found: Run) -> dict[str, object]:
+def _describe(entry: Run) -> dict[str, object]:
     """One run as plain data; what cannot be read is named in `error` instead."""
     try:
-        settings = values(restore(found.read_config(), found.config_path).settings)
-        metrics = found.metrics()
+        settings = values(restore(entry.read_config(), entry.config_path).settings)
+        metrics = entry.metrics()
     except CountdownError as problem:
-        return {"run": found.name, "error": problem.message}
+        return {"run": entry.name, "error": problem.message}
     except OSError as problem:
-        return {"run": found.name, "error": f"cannot read `{problem.filename}`: {problem.strerror}"}
+        return {"run": entry.name, "error": f"cannot read `{problem.filename}`: {problem.strerror}"}
     evaluated, best_step = _evaluated(metrics), best_step_of(metrics)
     best = evaluated[best_step]["val_accuracy"] if best_step else None
-    count = _puzzles(found)
+    count = _puzzles(entry)
     return {
-        "run": found.name,
+        "run": entry.name,
         "model": settings["model.model"],
         "step": int(metrics[-1]["step"]) if metrics else 0,
         "num_iterations": settings["train.num_iterations"],
@@ -75,10 +75,10 @@ def _chosen_by(line: Mapping[str, float]) -> float:
     return line.get("dev_accuracy", line["val_accuracy"])
 
 
-def _puzzles(found: Run) -> int:
+def _puzzles(entry: Run) -> int:
     """How many puzzles the run's last evaluation had; 0 before the first."""
     try:
-        evaluations = found.evaluations()
+        evaluations = entry.evaluations()
     except CountdownError:
         return 0
     first = next(iter(evaluations.values()), {})
@@ -96,9 +96,9 @@ def _changed(settings: Mapping[str, object]) -> dict[str, object]:
 
 
 def _delete(chosen: list[Run], *, yes: bool) -> None:
-    names = ", ".join(found.name for found in chosen)
+    names = ", ".join(entry.name for entry in chosen)
     if not yes and not typer.confirm(f"delete {names}, checkpoints and models included?", err=True):
         raise typer.Exit(1)
-    for found in chosen:
-        found.delete()
-        text.note(f"deleted run {found.name}")
+    for entry in chosen:
+        entry.delete()
+        text.note(f"deleted run {entry.name}")

@@ -140,7 +140,7 @@ def _show_plan(resolved: Resolved, chosen: Chosen, process: Place) -> None:
         show.note(sentence)
     if settings.task.task != "countdown":
         for check in audit(task, settings.task.numbers):
-            show.note(f"{'passed' if check.passed else 'FAILED'}: {check.name} {check.found}")
+            show.note(f"{'passed' if check.passed else 'FAILED'}: {check.name} {check.result}")
     puzzle, style = curriculum(settings).prompts(1)[0]
     tables.prompt_tokens(prompt_tokens(chosen.source, task.prompt(puzzle, style)))
     tables.memory_plan(plan_memory(settings, ranks=process.size))

@@ -82,7 +82,7 @@ class MicroBatch:
         if largest <= 1:
             raise CountdownError(
                 f"memory {why} in the {doing} of a single completion",
-                "set a smaller `--max-new-tokens`, set `--gradient-checkpointing on`, or take a smaller model",
+                "set a smaller `--max-new-tokens`, set `--gradient-checkpointing on`, or use a smaller model",
                 exit_code=1,
             )
         self.rows = (largest + 1) // 2

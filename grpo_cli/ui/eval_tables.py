@@ -81,7 +81,7 @@ def leaks(results: Sequence[SuiteResult]) -> None:
         asked = {f"{cell.split} {cell.numbers}": (cell.overlap, cell.count) for cell in result.cells}
         shared = [f"{seen:,} of {count:,} {name}" for name, (seen, count) in asked.items() if seen]
         if shared:
-            warning(f"{result.model} was trained on puzzles that it was asked: {', '.join(shared)}")
+            warning(f"{result.model} was trained on puzzles of this evaluation: {', '.join(shared)}")
 
 
 def _reasons(reasons: Mapping[str, int]) -> Table:

@@ -30,7 +30,7 @@ STYLE = Path(__file__).with_suffix(".css")
 SMALLER = 0.8  # scale of images, to match the page's text size
 TITLED = 3  # most runs named in the title
 DRAWN = 2  # completions shown per training step
-UNTESTED = "Which puzzles were solved was not recorded, so no test can tell whether this is more than chance."
+UNTESTED = "Solved puzzles were not recorded, so the difference cannot be tested."
 
 # Markup
 
@@ -184,7 +184,7 @@ def _verdict(account: Account) -> str:
         return "Nothing has been evaluated after training yet."
     difference = change(account.own.get(0), best)
     if difference is None:
-        return UNTESTED if 0 in account.own else "The start was not evaluated, so there is nothing to compare with."
+        return UNTESTED if 0 in account.own else "The starting model was not evaluated, so there is no comparison."
     p_value = account.corrected(difference)
     chosen = f", corrected for choosing the best of {account.looks} evaluations" if account.looks > 1 else ""
     counts = f"{difference.gained:,} of {best.count:,} puzzles gained and {difference.lost:,} lost"
@@ -284,7 +284,7 @@ def _compared(first: Account, second: Account) -> Html:
     ]
     title = element("h3", f"{first.name} → {second.name}")
     if not differences:
-        return _all([title, element("p", "No cell of both whose puzzles are known to be the same.", class_="soft")])
+        return _all([title, element("p", "The runs have no common cell with the same puzzles.", class_="soft")])
     adjusted = holm([tested.p_value for *_, tested in differences])
     rows = [
         [
@@ -297,7 +297,7 @@ def _compared(first: Account, second: Account) -> Html:
         for (word, one, other, tested), p_value in zip(differences, adjusted, strict=True)
     ]
     honest = first.chosen_on_dev and second.chosen_on_dev
-    chosen = "on dev." if honest else "on these puzzles, last ones were not: theirs is the fairer test."
+    chosen = "on dev." if honest else "on these puzzles, the last ones were not: compare the last ones."
     note = (
         f"Puzzles that {second.name} solves and {first.name} does not, and the reverse, with the p value of the exact "
         f"McNemar test, adjusted by Holm's method for {len(differences)} tests. Best models were chosen "
@@ -338,7 +338,7 @@ def _drawn(samples: Sequence[Example]) -> Html:
         return Html("")
     ends = dict.fromkeys((samples[0].step, samples[-1].step))
     sides = [[_side(end, sample) for sample in samples if sample.step == end][:DRAWN] for end in ends]
-    note = element("p", "Drawn in training, where every step has puzzles of its own.", class_="soft")
+    note = element("p", "From training, where every step has different puzzles.", class_="soft")
     return _all([note, *(_pair(*pair) for pair in zip_longest(*sides, fillvalue=Html("")))])
 
 
@@ -442,7 +442,7 @@ def _configuration(accounts: Sequence[Account], defaults: Mapping[str, object]) 
         ]
         return _table(head, rows, kind="facts")
 
-    lead = element("p", "What differs from the defaults, by its preset or by choice:", class_="soft")
+    lead = element("p", "Settings that differ from the defaults:", class_="soft")
     return _all([lead, table(changed), _folded(f"all {len(defaults)} settings", table(defaults))])
 
 

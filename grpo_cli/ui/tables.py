@@ -352,5 +352,7 @@ def _peaks(summary: Mapping[str, Any]) -> Group:
     spent = f"{summary['seconds_after_best']:,.0f} s after {best}"
     sure = [name for name, p_value in zip(summary["peaks"], p_values, strict=True) if significant(p_value)]
     words = "no cell has changed by more than chance" if not sure else f"changed by more than chance: {', '.join(sure)}"
-    went = f"going on took {spent}; {words}" if summary["steps"] > summary["best_step"] else "the last step is the best"
+    went = (
+        f"later steps took {spent}; {words}" if summary["steps"] > summary["best_step"] else "the last step is the best"
+    )
     return Group(table, Text(f"\n{went} (exact McNemar from {best} to {last}, cell by cell)"))

@@ -255,7 +255,7 @@ def _choose(asked: _Value, presets: Collection[str], has_cuda: Callable[[], bool
         return ("qwen2.5-1.5b", "a CUDA device was found") if has_cuda() else ("builtin", "no CUDA device was found")
     if asked.value not in presets:
         known = ", ".join(f"`{name}`" for name in ("auto", *sorted(presets)))
-        raise CountdownError(f"{asked.place} names no preset: {_shown(asked.value)}", f"presets are {known}")
+        raise CountdownError(f"{asked.place} is not a preset: {_shown(asked.value)}", f"presets are {known}")
     return str(asked.value), f"chosen by {asked.source}"
 
 
@@ -279,7 +279,7 @@ def require_suite(settings: Settings, name: str, place: str) -> None:
         nearest = [f"did you mean `{suite}`?" for suite in get_close_matches(name, settings.suite, n=1)]
         known = ", ".join(f"`{suite}`" for suite in settings.suite)
         hint = " ".join([*nearest, f"suites are {known}; add one as [suite.NAME]"])
-        raise CountdownError(f"{place} names no suite: {_shown(name)}", hint)
+        raise CountdownError(f"{place} is not a suite: {_shown(name)}", hint)
 
 
 def _refused(layer: _Layer, problem: ErrorDetails) -> CountdownError:
@@ -294,7 +294,9 @@ def _refused(layer: _Layer, problem: ErrorDetails) -> CountdownError:
         return CountdownError(": ".join(filter(None, [words, places])))
     item = layer[key]
     if table == "suite":
-        error = words or (f"the weight of `{rest[1]}` must be a number of at least 0" if rest[1:] else "it is no table")
+        error = words or (
+            f"the weight of `{rest[1]}` must be a number of at least 0" if rest[1:] else "it must be a table"
+        )
         return CountdownError(f"{item.place}: {error}", 'a cell and its weight are written `"val 3 one-shot" = 1.0`')
     if words:
         return CountdownError(f"{item.place}: {words}", _SCHEDULES if key.startswith("train.prompt_") else None)

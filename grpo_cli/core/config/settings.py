@@ -73,12 +73,12 @@ Suite = Annotated[dict[CellName, Annotated[float, Field(ge=0)]], AfterValidator(
 
 
 class Task(Table):
-    task: PathText = setting("`countdown`, FILE.py with a task of your own, or gym:NAME", "Sampling", min_length=1)
+    task: PathText = setting("`countdown`, FILE.py with your own task, or gym:NAME", "Sampling", min_length=1)
     puzzles: PathText = setting(
         "file of puzzles to train or evaluate on: JSON Lines, CSV or Parquet; or `none`", "Sampling", min_length=1
     )
     dev_puzzles: PathText = setting(
-        "file of puzzles that choose the best model; `none`: a part of train", "Sampling", min_length=1
+        "file of puzzles that select the best model; `none`: a part of train", "Sampling", min_length=1
     )
     val_puzzles: PathText = setting("file of val puzzles to report accuracy on; or `none`", "Sampling", min_length=1)
     numbers: int = setting("numbers in a puzzle", "Sampling", ge=2, le=6)
@@ -170,7 +170,7 @@ class Train(Table):
     eval_every: int = setting("steps between evaluations", "Schedule", ge=1, resumable=True)
     eval_puzzles: int = setting("val puzzles per evaluation; 0 is all of them", "Schedule", ge=0, le=10**12)
     eval_suite: str = setting(
-        "suite to evaluate too; its mean on dev chooses the best model; or `none`", "Schedule", min_length=1
+        "suite to evaluate too; its mean on dev selects the best model; or `none`", "Schedule", min_length=1
     )
     patience: int = setting(
         "stop after this many evaluations without improvement; 0 is never",
@@ -218,10 +218,10 @@ class Reward(Table):
     )
     correct_reward: float = setting("reward of a correct answer, instead of all others", "Loss", gt=0)
     length_penalty: float = setting(
-        "penalty at max_new_tokens (DAPO's soft overlong punishment: 1); 0 is none", "Loss", ge=0, le=10**6
+        "penalty at max_new_tokens (1 in DAPO's soft overlong punishment); 0 is none", "Loss", ge=0, le=10**6
     )
-    soft_limit: int = setting("length in tokens at which length_penalty sets in", "Loss", ge=0)
-    reward: PathText = setting("FILE.py:function, a reward function of your own; or `none`", "Loss", min_length=1)
+    soft_limit: int = setting("length in tokens above which length_penalty applies", "Loss", ge=0)
+    reward: PathText = setting("FILE.py:function, your own reward function; or `none`", "Loss", min_length=1)
     reward_errors: Literal["stop", "skip"] = setting(
         "exception in your reward function: end the run, or reward 0", "Loss"
     )
@@ -249,7 +249,7 @@ class Plot(Table):
 
 class Ranks(Table):
     timeout: float = setting(
-        "seconds that processes under torchrun wait for one another", "Ranks", gt=0, le=10**9, resumable=True
+        "seconds to wait for other processes under torchrun", "Ranks", gt=0, le=10**9, resumable=True
     )
     shard: bool = setting("shard weights, gradients and optimizer state over processes (FSDP)", "Ranks", resumable=True)
 
@@ -257,7 +257,7 @@ class Ranks(Table):
 class Settings(Table):
     """All settings of one invocation; after `resolve`, `preset` is never `auto`."""
 
-    preset: str = setting("settings for one model: `auto`, a shipped one, or your own", "Model", min_length=1)
+    preset: str = setting("preset of settings for a model: `auto`, a shipped one, or your own", "Model", min_length=1)
     runs: PathText = setting("folder of the runs", "Output", min_length=1, resumable=True)
     task: Task
     model: Model

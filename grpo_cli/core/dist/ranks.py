@@ -204,7 +204,7 @@ class Ranks(Solo):
             if gone:
                 message = f"{self.named(gone)} no longer answer{'s' * (len(gone) == 1)} in {self.doing}"
             else:
-                message = f"the {self.size} ranks lost each other in {self.doing}: {_sentence(error)}"
+                message = f"the {self.size} ranks lost their connection in {self.doing}: {_sentence(error)}"
             hint = (
                 f"the last checkpoint is intact: continue with --resume (a rank may be silent for {self._timeout:g} s)"
             )
@@ -330,7 +330,7 @@ def join(rank: int, size: int, *, device: torch.device, timeout: float, attempt:
         return Ranks(store, rank, size, device=device, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise CountdownError(
-            f"rank {rank} of {size} did not find the others: {_sentence(error)}",
+            f"rank {rank} of {size} could not connect to the others: {_sentence(error)}",
             "check MASTER_ADDR and MASTER_PORT, and that all processes have started",
             exit_code=1,
         ) from error

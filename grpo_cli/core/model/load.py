@@ -34,15 +34,15 @@ CAUSAL = {
 BUILTIN = Path(__file__).parents[1] / "builtin" / "model"
 
 
-def detect_device(wanted: str) -> torch.device:
-    """The device that `wanted` names; "auto" takes CUDA, then MPS, then the CPU."""
+def detect_device(name: str) -> torch.device:
+    """The device `name`; "auto" is the first available of CUDA, MPS and CPU."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if wanted == "auto":
-        return torch.device(next(name for name, there in available.items() if there))
-    if not available[wanted]:
-        usable = ", ".join(f"`{name}`" for name, there in available.items() if there)
-        raise CountdownError(f"device `{wanted}` is not available here", f"use `--device auto`, or one of {usable}")
-    return torch.device(wanted)
+    if name == "auto":
+        return torch.device(next(device for device, usable in available.items() if usable))
+    if not available[name]:
+        others = ", ".join(f"`{device}`" for device, usable in available.items() if usable)
+        raise CountdownError(f"device `{name}` is not available here", f"use `--device auto`, or one of {others}")
+    return torch.device(name)
 
 
 def free_memory(device: torch.device) -> int:
@@ -58,10 +58,10 @@ def free_memory(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def detect_precision(wanted: str, device: torch.device) -> str:
-    """The precision that `wanted` names; "auto" computes in bfloat16 over float32 weights where the hardware does."""
-    if wanted != "auto":
-        return wanted
+def detect_precision(name: str, device: torch.device) -> str:
+    """The precision `name`; "auto" is bfloat16 arithmetic over float32 weights if the hardware supports it."""
+    if name != "auto":
+        return name
     if device.type == "cpu":
         # torch has no public query for bfloat16 matrix hardware on a CPU.
         fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
@@ -273,7 +273,7 @@ def require_context(name: str, config: transformers.PreTrainedConfig, tokens: in
         reason = "it has no positions beyond it" if rope is None else "only rows of one length agree beyond it"
         raise CountdownError(
             f"prompt and completion take up to {tokens:,} tokens, and the context of `{name}` is {limit:,}: {reason}",
-            "give a smaller `--max-new-tokens`",
+            "use a smaller `--max-new-tokens`",
         )
 
 
@@ -327,9 +327,9 @@ def _end_ids(
     name: str, model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase
 ) -> tuple[int, ...]:
     """Every end-of-sequence id: those of the generation settings, the config and the tokenizer."""
-    found: set[int] = set()
+    end_ids: set[int] = set()
     for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
-        found |= {end for end in (ids if isinstance(ids, list) else [ids]) if isinstance(end, int)}
-    if not found:
+        end_ids |= {end for end in (ids if isinstance(ids, list) else [ids]) if isinstance(end, int)}
+    if not end_ids:
         raise CountdownError(f"`{name}` has no end-of-sequence token", "set `eos_token` in its tokenizer_config.json")
-    return tuple(sorted(found))
+    return tuple(sorted(end_ids))

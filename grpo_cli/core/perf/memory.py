@@ -362,7 +362,7 @@ def find(
     least = min(planner.plan(choices).peak for choices in options)
     raise CountdownError(
         f"this training needs at least {least / GB:.1f} GB of memory, and {room / GB:.1f} GB can be used",
-        "take a smaller `--max-new-tokens`, `--batch-size` or model, `--optimizer adamw8bit`, `--precision bf16`, or"
+        "use a smaller `--max-new-tokens`, `--batch-size` or model, `--optimizer adamw8bit`, `--precision bf16`, or"
         " more processes with `--shard`; `--memory` sets how many GB to plan for",
     )
 

@@ -36,20 +36,19 @@ def collapses(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
     kl = median(_values(late, "kl") or [0.0])
     if kl > KL_LIMIT:
         failures["kl"] = (
-            f"the policy has run away from the reference (KL {kl:.2g} a token): lower `--learning-rate`,"
-            " or raise `--beta`"
+            f"the KL from the reference has exploded ({kl:.2g} per token): lower `--learning-rate`, or raise `--beta`"
         )
     truncated, before = (fmean(_values(steps, "truncated") or [0.0]) for steps in (late, history[:WINDOW]))
     if truncated > TRUNCATED_LIMIT and before < TRUNCATED_LIMIT / 2:
         failures["length"] = (
-            f"completions have grown until {truncated:.0%} of them run out of tokens: lower `--learning-rate`,"
+            f"completions have grown: {truncated:.0%} of them reach the token limit: lower `--learning-rate`,"
             " or raise `--max-new-tokens`"
         )
     well_formed, right = (_values(late, key) for key in ("format_rate", "accuracy"))
     if well_formed and right and fmean(well_formed) > 0.99 and max(right) == 0:
         failures["format"] = (
-            f"in {WINDOW} steps every completion was well formed and none was right: the format is all that is"
-            " rewarded, so start from a model that solves some puzzles, or with fewer `--numbers`"
+            f"in {WINDOW} steps every completion was well formed and none was correct, so only the format is learned:"
+            " start from a model that solves some puzzles, or use fewer `--numbers`"
         )
     return failures
 
@@ -70,33 +69,33 @@ def warnings(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
     gap = median(_values(late, "logprob_gap") or [0.0])
     if gap > GAP_LIMIT:
         messages["gap"] = (
-            f"sampling or training differs from the model's own forward by {gap:.2g} nats a token, where rounding"
-            " explains 0.01: another policy is trained than the model; try `--precision float32`"
+            f"sampling or training differs from the model's own forward by {gap:.2g} nats per token;"
+            " rounding explains 0.01, so training does not optimize this model: try `--precision float32`"
         )
     truncated = _mean(late, "truncated")
     if truncated > CUT_LIMIT and "length" not in gone:
         messages["truncated"] = (
-            f"{truncated:.0%} of the completions run out of tokens, and none of them can be right:"
+            f"{truncated:.0%} of the completions reach the token limit, so they cannot be correct:"
             " raise `--max-new-tokens`"
         )
     entropy, before, accuracy = _mean(late, "entropy"), _mean(early, "entropy"), _mean(late, "accuracy")
     known = bool(_values(late, "entropy"))
     if known and entropy < min(ENTROPY_LIMIT, ENTROPY_LEFT * before) and accuracy < LEARNED:
         messages["entropy"] = (
-            f"the entropy has fallen from {before:.2g} to {entropy:.2g} nats a token at an accuracy of {accuracy:.0%}:"
+            f"the entropy fell from {before:.2g} to {entropy:.2g} nats per token at an accuracy of {accuracy:.0%}:"
             " completions hardly differ any more; lower `--learning-rate`, or raise `--temperature` or `--beta`"
         )
     moved = _values([step for step in late if step.get("zero_variance", 0) < 1], "weights_changed")
     if len(moved) >= WINDOW / 2 and median(moved) < MOVED_LIMIT:
         messages["moved"] = (
-            f"a step changes {median(moved):.1%} of the weights, the others by less than they can hold: train with"
+            f"a step changes {median(moved):.1%} of the weights; smaller updates are rounded away: train with"
             " `--precision bf16-master`, or raise `--learning-rate`"
         )
     notation = _mean(late, "lenient_accuracy") - accuracy
     if notation > NOTATION_LIMIT:
         messages["notation"] = (
-            f"{notation:.0%} of the completions are right but for their notation, such as `×` or a trailing `= 13`,"
-            " and earn nothing for it: show the model the form with `--style one-shot`"
+            f"{notation:.0%} of the completions are correct except for notation, such as `×` or a trailing `= 13`,"
+            " and earn nothing: show the notation with `--style one-shot`"
         )
     return {**messages, **_spreading_cheats(late, early)}
 
@@ -105,22 +104,22 @@ def _equal_rewards(late: Sequence[Mapping[str, float]]) -> dict[str, str]:
     equal, accuracy = _mean(late, "zero_variance"), _mean(late, "accuracy")
     if equal <= EQUAL_LIMIT:
         return {}
-    groups = f"in {equal:.0%} of the groups all rewards are equal"
+    groups = f"{equal:.0%} of the groups have equal rewards"
     if accuracy >= LEARNED:
-        good = f"{accuracy:.0%} of the completions are right: nothing is left to learn from these puzzles"
-        return {"right": f"{good}; stop, or take harder ones with `--numbers`"}
+        good = f"{accuracy:.0%} of the completions are correct: nothing is left to learn from these puzzles"
+        return {"right": f"{good}; stop, or use harder ones with `--numbers`"}
     if accuracy <= 1 - LEARNED:
-        advice = "start from a model that solves some puzzles, or with fewer `--numbers`"
-        return {"wrong": f"{groups} and {accuracy:.0%} of the completions are right, so little is learned: {advice}"}
+        advice = "start from a model that solves some puzzles, or use fewer `--numbers`"
+        return {"wrong": f"{groups} and {accuracy:.0%} of the completions are correct, so little is learned: {advice}"}
     advice = "raise `--num-generations` or `--temperature`"
-    return {"settled": f"{groups}: a puzzle is always solved or never, which teaches little; {advice}"}
+    return {"settled": f"{groups}: puzzles are solved always or never, so little is learned; {advice}"}
 
 
 def _spreading_cheats(late: Sequence[Mapping[str, float]], early: Sequence[Mapping[str, float]]) -> dict[str, str]:
     shares = {kind: (_mean(late, f"cheat/{kind}"), _mean(early, f"cheat/{kind}")) for kind in CHEATS}
     return {
-        f"cheat/{kind}": f"{share:.0%} of the completions {CHEATS[kind]}, {before:.0%} at first: read some in"
-        " `samples.jsonl`; to stay nearer to the starting model, raise `--beta` or lower `--learning-rate`"
+        f"cheat/{kind}": f"{share:.0%} of the completions {CHEATS[kind]}, {before:.0%} at first: see"
+        " `samples.jsonl`; to stay closer to the starting model, raise `--beta` or lower `--learning-rate`"
         for kind, (share, before) in shares.items()
         if share > CHEAT_LIMIT and share > 2 * before
     }

@@ -86,11 +86,11 @@ class Probe:
         advice = {"signal": self._signal(sampled)}
         if sampled.truncated > CUT_LIMIT:
             advice["tokens"] = (
-                f"{sampled.truncated:.0%} of the completions run out of tokens, and none of them can be right:"
+                f"{sampled.truncated:.0%} of the completions reach the token limit, so they cannot be correct:"
                 " raise `--max-new-tokens`"
             )
         if not any(sampled.right):
-            advice["never"] = "no completion was right: take " + (
+            advice["never"] = "no completion was correct: use " + (
                 "fewer `--numbers`, or another `--model`" if self.numbers > 2 else "another `--model`"
             )
         advice |= self._better_style(sampled)
@@ -103,11 +103,11 @@ class Probe:
         seen = f"in {mixed} of {groups} {sampled.style} groups the rewards differ"
         if sampled.accuracy >= LEARNED:
             little = "little is left to learn" if mixed else "nothing is left to learn"
-            return f"{little}: {sampled.accuracy:.0%} of the completions are right, and {seen}; take more `--numbers`"
+            return f"{little}: {sampled.accuracy:.0%} of the completions are correct, and {seen}; use more `--numbers`"
         if not mixed:
             return f"there is nothing to learn from: {seen}"
         if not any(0 < right < sampled.num_generations for right in sampled.right):
-            return f"there is only the format to learn from: {seen}, and in none of them are some right and some wrong"
+            return f"there is only the format to learn from: {seen}, but none has both correct and wrong completions"
         return f"there is something to learn from: {seen}"
 
     def _better_style(self, sampled: Sampled) -> dict[str, str]:

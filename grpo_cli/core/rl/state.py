@@ -110,7 +110,7 @@ class Training:
         except (OSError, RuntimeError, SafetensorError) as error:
             raise CountdownError(
                 f"cannot save step {self.step} in `{run.path}`: {' '.join(str(error).split())}",
-                f"make room, then go on with `--run {run.name} --resume`; checkpoints: {run.saved_steps}",
+                f"free some space, then continue with `--run {run.name} --resume`; checkpoints: {run.saved_steps}",
                 exit_code=1,
             ) from error
 
@@ -217,20 +217,20 @@ def choose_checkpoint(
         if problem is None:
             if run.manifest(candidate).get("config") != digest(settings):
                 raise CountdownError(
-                    f"`{run.config_path}` is not what it was when step {candidate} was saved",
-                    "put it back, or start a new run to train with other settings",
+                    f"`{run.config_path}` has changed since step {candidate} was saved",
+                    "restore it, or start a new run to train with other settings",
                 )
             if candidate > (last := settings.train.num_iterations):
                 hint = f"give a larger one, or `--step` with one of: {run.saved_steps}"
                 raise CountdownError(f"step {candidate} of run `{run.name}` is beyond `--num-iterations {last}`", hint)
             return candidate, checkpoints[candidate]
         if step is not None:
-            hint = "leave out `--step` to go on from the newest that is whole"
+            hint = "leave out `--step` to continue from the newest intact one"
             raise CountdownError(f"the checkpoint of step {step} is damaged: {problem}", hint, exit_code=1)
         skipped(f"skipping the checkpoint of step {candidate}: {problem}")
     if checkpoints:
         hint = "start the run again with `--overwrite`"
-        raise CountdownError(f"no checkpoint of run `{run.name}` is whole", hint, exit_code=1)
+        raise CountdownError(f"run `{run.name}` has no intact checkpoint", hint, exit_code=1)
     return 0, None
 
 
@@ -255,7 +255,7 @@ def require_origin(run: Run, policy: Policy | None, reference: Policy | None, ha
             start = f"`{reference.name}` as its reference"
         raise CountdownError(
             f"run `{run.name}` did not start from {start}: other {' and '.join(changed)}",
-            "put it back as it was, or start a new run",
+            "restore it, or start a new run",
         )
 
 

@@ -87,11 +87,11 @@ def phases(metrics: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]
 # Share of the floor above which a phase is hardware-bound; share of the time above which a phase is mentioned.
 AT_THE_FLOOR, MATTERS = 0.4, 0.25
 REMEDIES = {
-    "prefill": "shorter prompts cost less",
-    "decode": "more completions for each prompt cost less than in proportion",
+    "prefill": "use shorter prompts",
+    "decode": "more completions per prompt cost less than proportionally",
     "reference": "`--beta 0` needs no reference",
-    "update": "micro-batches as large as memory allows fill the hardware best",
-    "optimizer": "a larger batch pays it less often",
+    "update": "use micro-batches as large as memory allows",
+    "optimizer": "a larger batch amortises it",
     "evaluation": "a larger `--eval-every` or fewer `--eval-puzzles` save it",
 }
 
@@ -114,9 +114,9 @@ def _sentence(name: str, phase: Mapping[str, float]) -> str:
     reached, arithmetic = phase["floor"] / phase["seconds"], phase["matrix"] >= phase["floor"] / 2
     what = "matrix rate" if arithmetic else "memory bandwidth"
     if reached > 1:
-        return f"{takes}, at {reached:.0%} of the {what}: what it reads stays in a cache"
+        return f"{takes}, at {reached:.0%} of the {what}: the data stays in a cache"
     at = f"{takes}, at {reached:.0%} of the {what}"
     if reached >= AT_THE_FLOOR:
         spare = remedy if name == "decode" and not arithmetic else ""
         return f"{at}: bound by {'arithmetic' if arithmetic else 'reading and writing memory'}{spare}"
-    return f"{at}: bound by what each operation costs beside its arithmetic and its memory{remedy}"
+    return f"{at}: bound by the overhead of each operation{remedy}"

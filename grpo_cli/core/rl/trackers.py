@@ -199,13 +199,13 @@ class Tracked(Observer):
     def _evaluation(self, result: Validated) -> dict[str, float]:
         """Accuracy on the val and dev puzzles, and that of each cell that the run logged at this step."""
         means = {"eval/suite_mean": result.suite_mean, "eval/dev_accuracy": result.dev_accuracy}
-        found = {"eval/accuracy": result.accuracy, **{name: mean for name, mean in means.items() if mean is not None}}
+        metrics = {"eval/accuracy": result.accuracy, **{name: mean for name, mean in means.items() if mean is not None}}
         for cell, steps in self.run.evaluations().items():
             if measured := steps.get(result.step):
-                found[f"eval/{cell}/accuracy"] = measured.accuracy
+                metrics[f"eval/{cell}/accuracy"] = measured.accuracy
                 if measured.mean_length is not None:
-                    found[f"eval/{cell}/mean_length"] = measured.mean_length
-        return found
+                    metrics[f"eval/{cell}/mean_length"] = measured.mean_length
+        return metrics
 
     def _send_samples(self, step: Any) -> None:
         if self.tracker and self.rows:

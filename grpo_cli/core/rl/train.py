@@ -77,7 +77,7 @@ def train(
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
-        hint = f"take a smaller model or batch; checkpoints of the run: {run.saved_steps}"
+        hint = f"use a smaller model or batch; checkpoints of the run: {run.saved_steps}"
         raise CountdownError(f"memory ran out after step {training.step}", hint, exit_code=1) from error
 
 
@@ -182,7 +182,7 @@ class _Loop:
                 self.parallel.publish()
             except NotFinite as problem:
                 updated = {}
-                weights = self._fall_back(problem) if isinstance(problem, Diverged) else "stay as they are"
+                weights = self._fall_back(problem) if isinstance(problem, Diverged) else "are unchanged"
                 self._skip(batch, problem, weights)
         return batch, {**batch.metrics, **updated, "learning_rate": rate, "bad_steps": training.bad_steps}
 
@@ -291,8 +291,8 @@ class _Loop:
             return False
         if self.ranks.first(lambda: training.step not in dict(self.run_folder.checkpoints())):
             self.save()
-        waited = f"{training.waited} evaluation{'s' if training.waited > 1 else ''} no better"
-        best = f"the best is that of step {training.best_step}"
+        waited = f"{training.waited} evaluation{'s' if training.waited > 1 else ''} without improvement"
+        best = f"the best is step {training.best_step}"
         self.observer.message(f"stopping after step {training.step}: {waited}; {best}")
         return True
 
@@ -307,7 +307,7 @@ class _Loop:
                 exit_code=1,
             )
         self.ranks.own(lambda: training.fall_back(folder.checkpoint_path(saved[-1])))
-        return f"are those of step {saved[-1]} again"
+        return f"are restored from step {saved[-1]}"
 
     def _skip(self, batch: Batch, problem: NotFinite, weights: str) -> None:
         """Save the batch of a failed update for a report; raises CountdownError after too many in a row."""
@@ -342,7 +342,7 @@ class _Loop:
         for sign, sentence in {**collapsed, **warnings(self.history)}.items():
             if sign in collapsed and self.settings.train.stop_on_collapse:
                 self.save()
-                hint = f"to train on all the same: `--run {self.run_folder.name} --resume --no-stop-on-collapse`"
+                hint = f"to continue anyway: `--run {self.run_folder.name} --resume --no-stop-on-collapse`"
                 raise CountdownError(f"step {self.training.step}: {sentence}", hint, exit_code=1)
             if sign not in self.warned:
                 self.warned.add(sign)

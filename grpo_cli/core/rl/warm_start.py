@@ -82,7 +82,7 @@ def demonstrations(
     if not by_length:
         raise CountdownError(
             "no puzzle of this training can be demonstrated in so few tokens",
-            "take puzzles of 3 or 4 numbers, and raise `--max-new-tokens`, or leave out `--warm-start`",
+            "use puzzles of 3 or 4 numbers, and raise `--max-new-tokens`, or leave out `--warm-start`",
         )
     lengths = sorted(by_length)
     chosen = [rng.choice(by_length[rng.choice(lengths)]) for _ in range(count)]

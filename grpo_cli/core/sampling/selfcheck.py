@@ -256,7 +256,7 @@ def _compare_logits(policy: Policy, prompt: list[int]) -> None:
     with plain_attention(policy), policy.autocast():
         hidden = policy.model.get_decoder()(input_ids=row, use_cache=False).last_hidden_state
         ours, theirs = policy.logits(hidden).float(), policy.model(input_ids=row, use_cache=False).logits.float()
-    relative = _ratio(ours - theirs, theirs)
+    relative = _ratio(actual - expected, theirs)
     if not relative <= LOGITS:
         raise Disagreement(f"the model changes logits after its output matrix, by {relative:.1%}")
 
@@ -267,11 +267,11 @@ def _compare_gradients(policy: Policy, sequences: Sequences) -> None:
 
     def gradient(logprobs: Callable[[], Tensor]) -> Tensor:
         with torch.enable_grad():
-            (found,) = torch.autograd.grad(logprobs().sum(), weight)
-            return cast("Tensor", found.float())
+            (result,) = torch.autograd.grad(logprobs().sum(), weight)
+            return cast("Tensor", result.float())
 
     with _no_draws():
-        found = gradient(lambda: policy.logprobs(sequences, temperature=1.0)[0])
+        trained = gradient(lambda: policy.logprobs(sequences, temperature=1.0)[0])
     checkpointed = policy.model.is_activation_checkpointing
     if checkpointed:
         policy.model.activation_checkpointing_disable()
@@ -325,12 +325,12 @@ def _key(policy: Policy, checkpointing: bool) -> str:
     config = policy.model.config.to_json_string()
     device = torch.cuda.get_device_name(policy.device) if policy.device.type == "cuda" else policy.device.type
     facts = [config, policy.precision, device, policy.plain, policy.fused, checkpointing, policy.end_ids]
-    found = hashlib.sha256(repr([*facts, version("torch"), version("transformers")]).encode())
+    digest = hashlib.sha256(repr([*facts, version("torch"), version("transformers")]).encode())
     for path in sorted(Path(__file__).parents[1].glob("*/*.py")):
-        found.update(path.read_bytes())
+        digest.update(path.read_bytes())
     samples = [weight.detach().flatten()[:: max(1, weight.numel() // 256)] for weight in policy.model.parameters()]
-    found.update(torch.cat([part.float() for part in samples]).cpu().numpy().tobytes())
-    return found.hexdigest()
+    digest.update(torch.cat([part.float() for part in samples]).cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _read(cache: Path) -> dict[str, dict[str, Any]]:

@@ -20,7 +20,7 @@ class Check:
 
     name: str
     passed: bool
-    found: str
+    result: str
 
 
 def audit(task: Task, size: int) -> list[Check]:

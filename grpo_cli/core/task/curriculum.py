@@ -70,13 +70,13 @@ def _mixture(text: str, choices: Collection[str]) -> dict[str, float]:
     for part in parts:
         name, equals, weight = (piece.strip() for piece in part.partition("="))
         if name not in choices:
-            raise ValueError(f"`{name}` is none of {', '.join(choices)}")
+            raise ValueError(f"`{name}` is not one of {', '.join(choices)}")
         if name in weights:
-            raise ValueError(f"`{name}` stands there twice")
+            raise ValueError(f"`{name}` is listed twice")
         if not equals and len(parts) > 1:
             raise ValueError(f"`{name}` has no weight")
         if equals and not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?|\.[0-9]{1,9}", weight):
-            raise ValueError(f"`{weight}` is no weight")
+            raise ValueError(f"`{weight}` is not a weight")
         weights[name] = float(weight) if equals else 1.0
     total = sum(weights.values())
     if total == 0:

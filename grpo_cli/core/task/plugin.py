@@ -79,7 +79,7 @@ class FileTask:
     def _items(self, side: Side) -> list[Item]:
         values = self._call("problems", side)
         if not isinstance(values, list | tuple) or not values:
-            raise CountdownError(f"`problems` of `{self.name}` must return a list that is not empty for `{side}`")
+            raise CountdownError(f"`problems` of `{self.name}` must return a non-empty list for `{side}`")
         try:
             return [Item(json.dumps(value, sort_keys=True)) for value in values]
         except (TypeError, ValueError) as error:
@@ -154,7 +154,7 @@ def _score(result: object, name: str, *, truncated: bool) -> Score:
     parts = dict(result) if isinstance(result, Mapping) else {}
     numbers = list(parts.values()) if parts else [result]
     if not all(map(_finite, numbers)):
-        raise CountdownError(f"`{name}` must score by a finite number or a dict of them, not {result!r:.100}")
+        raise CountdownError(f"`{name}` must return a finite number or a dict of them, not {result!r:.100}")
     reward = float(sum(numbers))  # type: ignore[arg-type]
     correct = reward >= 1.0
     reason = "correct" if correct else "truncated" if truncated else "wrong_value"
@@ -263,7 +263,7 @@ def load_reward(name: str) -> Function:
     """The function `FILE.py:function`."""
     path, _, function = name.rpartition(":")
     if not path:
-        raise CountdownError(f"`{name}` names no function", "write `--reward FILE.py:function`")
+        raise CountdownError(f"`{name}` does not name a function", "write `--reward FILE.py:function`")
     functions = _functions(Path(path))
     if function not in functions:
         raise CountdownError(f"`{path}` defines no function `{function}`")

@@ -39,7 +39,7 @@ def cell(text: str) -> Cell:
     name = " ".join(text.split())
     if name not in CELLS:
         nearest = get_close_matches(name, CELLS, n=1)
-        raise ValueError(f"`{text}` is no cell" + (f"; did you mean `{nearest[0]}`?" if nearest else ""))
+        raise ValueError(f"`{text}` is not a cell" + (f"; did you mean `{nearest[0]}`?" if nearest else ""))
     return CELLS[name]
 
 
