@@ -422,13 +422,13 @@ def test_a_schedule_is_one_of_them_a_table_of_weights_or_a_line(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("prompt_numbers = 7", "`7` is none of 2, 3, 4, 5, 6"),
+        ("prompt_numbers = 7", "`7` is not one of 2, 3, 4, 5, 6"),
         ("prompt_numbers = true", "must be"),
         ("prompt_numbers = []", "must be"),
         ("prompt_style = {one-shot = -1}", "`-1` is not a weight"),
         ('prompt_style = "one-shot, natural"', "`one-shot` has no weight"),
-        ('prompt_style = "oneshot"', "`oneshot` is none of one-shot, zero-shot, natural"),
-        ('prompt_style = ""', "is none of"),
+        ('prompt_style = "oneshot"', "`oneshot` is not one of one-shot, zero-shot, natural"),
+        ('prompt_style = ""', "is not one of"),
     ],
 )
 def test_a_schedule_that_makes_no_sense_is_refused(tmp_path: Path, line: str, said: str) -> None:

@@ -58,7 +58,7 @@ def test_the_weights_of_a_schedule_worked_out_by_hand(text: str, expected: dict[
     ],
 )  # fmt: skip
 def test_what_is_no_schedule_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"is none of|weight|step|twice"):
+    with pytest.raises(ValueError, match=r"is not one of|weight|step|twice"):
         schedule(text, STYLES)
 
 

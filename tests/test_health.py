@@ -71,7 +71,7 @@ def told(late: dict[str, float], early: dict[str, float] | None = None) -> dict[
         ({"logprob_gap": 0.049}, {}, None, ""),
         ({"logprob_gap": 0.051}, {}, "gap", "0.051 nats per token"),
         ({"zero_variance": 0.89}, {}, None, ""),
-        ({"zero_variance": 0.91}, {}, "settled", "in 91% of the groups"),
+        ({"zero_variance": 0.91}, {}, "settled", "91% of the groups"),
         ({"zero_variance": 0.91, "accuracy": 0.89}, {}, "settled", "always solved or never"),
         ({"zero_variance": 0.91, "accuracy": 0.97}, {}, "right", "97% of the completions"),
         ({"zero_variance": 0.91, "accuracy": 0.11}, {}, "settled", "--num-generations"),

@@ -38,8 +38,8 @@ def phase(seconds: float, share: float, floor: float, matrix: float) -> dict[str
         (
             "decode",
             phase(10, 0.61, 1.2, 0.1),
-            "decode takes 61% of the time, at 12% of the memory bandwidth: bound by the overhead of each operation"
-            " its arithmetic and its memory; more completions per prompt cost less than proportionally",
+            "decode takes 61% of the time, at 12% of the memory bandwidth: bound by the overhead of each operation;"
+            " more completions per prompt cost less than proportionally",
         ),
         (
             "decode",
@@ -49,8 +49,8 @@ def phase(seconds: float, share: float, floor: float, matrix: float) -> dict[str
         ),
         ("update", phase(10, 0.5, 4.5, 4.5), "update takes 50% of the time, at 45% of the matrix rate: bound by"
             " arithmetic"),
-        ("optimizer", phase(1, 0.3, 2, 0), "optimizer takes 30% of the time, at 200% of the memory bandwidth: what it"
-            " reads stays in a cache"),
+        ("optimizer", phase(1, 0.3, 2, 0), "optimizer takes 30% of the time, at 200% of the memory bandwidth: the"
+            " data stays in a cache"),
         ("evaluation", {"seconds": 4, "share": 0.4}, "evaluation takes 40% of the time; a larger `--eval-every` or"
             " fewer `--eval-puzzles` save it"),
         ("score", {"seconds": 4, "share": 0.4}, "score takes 40% of the time"),

@@ -403,8 +403,8 @@ def test_a_training_with_nothing_left_to_learn_says_so_once_and_goes_on(
     training, _, watcher = trained(small(tiny_folder, **{"train.stop_on_collapse": True}), tmp_path)
     assert training.step == 4
     assert [message for message in watcher.messages if not message.startswith("warning: ")] == [
-        "100% of the completions are right: nothing is left to learn from these puzzles; stop, or take harder ones with"
-        " `--numbers`"
+        "100% of the completions are correct: nothing is left to learn from these puzzles; stop, or use harder ones"
+        " with `--numbers`"
     ]
 
 

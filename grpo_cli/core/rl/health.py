@@ -112,7 +112,7 @@ def _equal_rewards(late: Sequence[Mapping[str, float]]) -> dict[str, str]:
         advice = "start from a model that solves some puzzles, or use fewer `--numbers`"
         return {"wrong": f"{groups} and {accuracy:.0%} of the completions are correct, so little is learned: {advice}"}
     advice = "raise `--num-generations` or `--temperature`"
-    return {"settled": f"{groups}: puzzles are solved always or never, so little is learned; {advice}"}
+    return {"settled": f"{groups}: each puzzle is always solved or never, so little is learned; {advice}"}
 
 
 def _spreading_cheats(late: Sequence[Mapping[str, float]], early: Sequence[Mapping[str, float]]) -> dict[str, str]:
