@@ -255,8 +255,8 @@ def _compare_logits(policy: Policy, prompt: list[int]) -> None:
     row = torch.tensor([prompt], device=policy.device)
     with plain_attention(policy), policy.autocast():
         hidden = policy.model.get_decoder()(input_ids=row, use_cache=False).last_hidden_state
-        ours, theirs = policy.logits(hidden).float(), policy.model(input_ids=row, use_cache=False).logits.float()
-    relative = _ratio(actual - expected, theirs)
+        actual, expected = policy.logits(hidden).float(), policy.model(input_ids=row, use_cache=False).logits.float()
+    relative = _ratio(actual - expected, expected)
     if not relative <= LOGITS:
         raise Disagreement(f"the model changes logits after its output matrix, by {relative:.1%}")
 
@@ -281,7 +281,7 @@ def _compare_gradients(policy: Policy, sequences: Sequences) -> None:
     finally:
         if checkpointed:
             policy.model.activation_checkpointing_enable()
-    relative = _ratio(found - exact, exact)
+    relative = _ratio(trained - exact, exact)
     if not relative <= GRADIENT[_arithmetic(policy)]:
         under = " under gradient checkpointing" if checkpointed else ""
         raise Disagreement(f"gradients{under} differ by {relative:.1%}")
