@@ -326,7 +326,8 @@ def _key(policy: Policy, checkpointing: bool) -> str:
     device = torch.cuda.get_device_name(policy.device) if policy.device.type == "cuda" else policy.device.type
     facts = [config, policy.precision, device, policy.plain, policy.fused, checkpointing, policy.end_ids]
     digest = hashlib.sha256(repr([*facts, version("torch"), version("transformers")]).encode())
-    for path in sorted(Path(__file__).parents[1].glob("*/*.py")):
+    core = Path(__file__).parents[1]
+    for path in sorted([*core.glob("model/*.py"), *core.glob("sampling/*.py")]):
         digest.update(path.read_bytes())
     samples = [weight.detach().flatten()[:: max(1, weight.numel() // 256)] for weight in policy.model.parameters()]
     digest.update(torch.cat([part.float() for part in samples]).cpu().numpy().tobytes())
