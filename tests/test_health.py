@@ -68,8 +68,8 @@ def told(late: dict[str, float], early: dict[str, float] | None = None) -> dict[
 @pytest.mark.parametrize(
     ("late", "early", "sign", "says"),
     [
-        ({"logprob_gap": 0.049}, {}, None, ""),
-        ({"logprob_gap": 0.051}, {}, "gap", "0.051 nats per token"),
+        ({"logprob_gap": 0.149}, {}, None, ""),
+        ({"logprob_gap": 0.151}, {}, "gap", "0.15 nats per token"),
         ({"zero_variance": 0.89}, {}, None, ""),
         ({"zero_variance": 0.91}, {}, "settled", "91% of the groups"),
         ({"zero_variance": 0.91, "accuracy": 0.89}, {}, "settled", "always solved or never"),
