@@ -25,11 +25,14 @@ from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.rl import update as update_module
 from grpo_cli.core.rl.batch import Examples
 from grpo_cli.core.rl.update import Objective
+from grpo_cli.core.task import countdown as countdown_task
 from grpo_cli.core.task.prompts import STYLES, prompt
 from grpo_cli.core.task.puzzle import Puzzle
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of subprocesses: several tests run at once
+
+SetPuzzles = Callable[[Callable[..., list[Puzzle]]], None]
 
 # Metrics that differ between equal runs.
 MEASURED = ("time", "tokens", "floor", "arithmetic", "mfu", "peak_memory")
@@ -153,3 +156,15 @@ def update(
     examples = Examples(sequences, advantages, sampled_logprobs, ref_logprobs)
     objective = Objective(loss, temperature, max_new_tokens, num_inner_updates, clip_grad_norm)
     return update_module.update(Replicated(policy), optimizer, examples, objective, fit=fit)
+
+
+@pytest.fixture
+def set_puzzles(monkeypatch: pytest.MonkeyPatch) -> Iterator[SetPuzzles]:
+    """Replaces `puzzle_set` for a test; what the task has cached is forgotten before and after."""
+
+    def replace_set(puzzles: Callable[..., list[Puzzle]]) -> None:
+        monkeypatch.setattr("grpo_cli.core.task.countdown.puzzle_set", puzzles)
+        countdown_task._generated.cache_clear()
+
+    yield replace_set
+    countdown_task._generated.cache_clear()

@@ -20,7 +20,7 @@ from typing import IO
 
 import pytest
 import torch
-from conftest import MEASURED, Command, save_tiny_model
+from conftest import MEASURED, Command, SetPuzzles, save_tiny_model
 from safetensors.torch import load_file
 
 from grpo_cli.core.config import resolve as config
@@ -549,13 +549,13 @@ def test_a_reference_that_reads_other_tokens_is_refused(countdown: Command, tiny
 
 @pytest.mark.parametrize("beta", ["0", "0.1"])
 def test_other_puzzles_are_not_taken_for_those_of_the_run(
-    countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, beta: str
+    countdown: Command, tiny_folder: Path, set_puzzles: SetPuzzles, beta: str
 ) -> None:
     assert countdown("train", "--model", tiny_folder, "--run", "first", "--beta", beta, *SHORT).code == 0
-    monkeypatch.setattr("grpo_cli.core.task.countdown.puzzle_set", lambda *asked: puzzle_set(*asked)[1:])
+    set_puzzles(lambda *asked: puzzle_set(*asked)[1:])
     found = countdown("train", "--run", "first", "--resume", "--num-iterations", "5")
     assert found.code == 2
-    assert "other val problems" in found.err
+    assert "other train problems and val problems" in found.err
 
 
 @pytest.mark.parametrize("key", ["learning_rate", "optimizer", "seed"])
@@ -834,7 +834,7 @@ def test_weights_that_are_not_finite_are_never_saved(
         assert run.checkpoints() == [] and not run.model_path.exists()
         return
     assert found.code == 0, found.err
-    assert "the weights after the step are not finite; the weights are those of step 1 again" in found.err
+    assert "the weights after the step are not finite; the weights are restored from step 1" in found.err
     assert [line["bad_steps"] for line in run.metrics() if line["step"] > 0] == [0, 1, 1]
     weights = [load_file(path / "model" / "model.safetensors") for _, path in run.checkpoints()]
     assert all(bool(tensor.isfinite().all()) for tensors in weights for tensor in tensors.values())

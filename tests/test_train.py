@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MEASURED
+from conftest import MEASURED, SetPuzzles
 
 from grpo_cli.core.config import resolve as config
 from grpo_cli.core.config.settings import Settings
@@ -192,11 +192,11 @@ EVERY_STOP = [
 @pytest.mark.faults
 @pytest.mark.parametrize(("optimizer", "inner", "stop"), EVERY_STOP)
 def test_going_on_from_a_checkpoint_equals_never_having_stopped(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, inner: int, stop: int
+    tiny_folder: Path, tmp_path: Path, set_puzzles: SetPuzzles, optimizer: str, inner: int, stop: int
 ) -> None:
     # Five puzzles, two a step: an epoch ends within the third step.
     few = list(enumerate_puzzles(3, "train"))[:5]
-    monkeypatch.setattr("grpo_cli.core.task.countdown.puzzle_set", lambda *_: few)
+    set_puzzles(lambda *_: few)
     flags = {"train.optimizer": optimizer, "train.num_inner_updates": inner, "train.save_every": 1}
     settings = small(tiny_folder, **flags)
     whole, expected, _ = trained(settings, tmp_path, "whole")
