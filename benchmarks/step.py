@@ -292,7 +292,7 @@ def measure(work: Work, names: list[str], advance: Callable[[], None] = lambda: 
     started = {}
     for name in names:
         connection, theirs = processes.Pipe()
-        process = processes.Process(target=contend, args=(theirs, name, work), daemon=True)
+        process = processes.Process(target=contend, args=(theirs, name, work))  # not a daemon: loading starts a process
         process.start()
         theirs.close()  # so a dying child ends the parent's read
         started[name] = (process, connection)
