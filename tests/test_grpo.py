@@ -351,24 +351,31 @@ def test_reference_logprobs_are_the_policys_at_the_start(tiny_policy: Policy) ->
         torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=0)
 
 
+def gap_of(policy: Policy, batch: Batch, sampled: list[list[float]], *, fit: MicroBatch | None = None) -> float:
+    """The `logprob_gap` of an update on completions that were sampled with these log-probs."""
+    metrics = update(
+        policy,
+        Recorder(policy),
+        batch.sequences,
+        batch.advantage,
+        loss=a_loss(),
+        temperature=TEMPERATURE,
+        max_new_tokens=MAX_NEW_TOKENS,
+        fit=fit,
+        sampled_logprobs=sampled,
+    )
+    return metrics["logprob_gap"]
+
+
 def test_logprob_gap_is_the_distance_of_two_rows_from_the_models_own_forward(tiny_policy: Policy) -> None:
     batch = Batch(tiny_policy)
     exact, _ = tiny_policy.logprobs(batch.sequences, temperature=TEMPERATURE)
     sampled = [
         [value + row for value in exact[row, :length].tolist()] for row, length in enumerate(batch.lengths.tolist())
     ]
-    metrics = update(
-        tiny_policy,
-        Recorder(tiny_policy),
-        batch.sequences,
-        batch.advantage,
-        loss=a_loss(),
-        temperature=TEMPERATURE,
-        max_new_tokens=MAX_NEW_TOKENS,
-        fit=MicroBatch(3),
-        sampled_logprobs=sampled,
-    )
-    assert metrics["logprob_gap"] == pytest.approx((0 * 5 + 9 * 6) / (5 + 6), abs=1e-5)  # rows 0 and 9
+    assert gap_of(tiny_policy, batch, sampled, fit=MicroBatch(3)) == pytest.approx(
+        (0 * 5 + 9 * 6) / (5 + 6), abs=1e-5
+    )  # rows 0 and 9
 
 
 @pytest.mark.parametrize("samples_so_too", [False, True])
@@ -381,19 +388,11 @@ def test_logprob_gap_shows_a_packed_pass_that_is_wrong(
     monkeypatch.setattr(Policy, "logits", lambda policy, hidden: right(policy, hidden) / 4)  # drops a scale
     wrong, _ = tiny_policy.logprobs(batch.sequences, temperature=TEMPERATURE)
     sampled = (wrong if samples_so_too else exact).detach()
-    metrics = update(
-        tiny_policy,
-        Recorder(tiny_policy),
-        batch.sequences,
-        batch.advantage,
-        loss=a_loss(),
-        temperature=TEMPERATURE,
-        max_new_tokens=MAX_NEW_TOKENS,
-        sampled_logprobs=[row[:length].tolist() for row, length in zip(sampled, batch.lengths.tolist(), strict=True)],
-    )
+    rows = [row[:length].tolist() for row, length in zip(sampled, batch.lengths.tolist(), strict=True)]
     distance = (wrong - exact).detach().abs()
-    assert metrics["logprob_gap"] == pytest.approx(float(distance[[0, 9]].sum()) / (5 + 6), rel=1e-3)
-    assert metrics["logprob_gap"] > 0.1
+    gap = gap_of(tiny_policy, batch, rows)
+    assert gap == pytest.approx(float(distance[[0, 9]].sum()) / (5 + 6), rel=1e-3)
+    assert gap > 0.1
 
 
 def test_the_second_inner_update_measures_its_ratio_from_before_the_first(tiny_policy: Policy) -> None:

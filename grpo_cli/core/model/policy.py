@@ -147,8 +147,7 @@ class Policy:
         return self.adapter is None or (not self.adapter.nf4 and self.model.dtype == torch.float32)
 
     def step(self, longest: int, *, in_place: bool = False) -> Callable[[Tensor, Tensor, Plan], Tensor]:
-        """A function that decodes one token per row: tokens (B,), positions (B,) below `longest`, plan -> logits (B,
-        V).
+        """A function that decodes a token per row: tokens (B,), positions (B,) below `longest`, plan -> logits (B, V).
 
         With `in_place` it reads the model's weights at every call; otherwise it uses the current ones.
         """
