@@ -9,9 +9,8 @@ from grpo_cli.core.evals.contamination import Known
 from grpo_cli.core.evals.evaluate import (
     Completion,
     Evaluation,
+    Evaluator,
     SuiteResult,
-    evaluate,
-    evaluate_suite,
     puzzles_of,
 )
 from grpo_cli.core.evals.statistics import wilson
@@ -111,12 +110,8 @@ def test_the_batch_size_does_not_change_the_completions(tiny_policy: Policy, sam
     policy = replace(tiny_policy, end_ids=tuple(range(0, 832, 16)))
     puzzles = puzzle_set(3, "val")[:5]
     found = [
-        evaluate(
-            policy,
-            puzzles,
-            SamplingParams(16, temperature, samples),
-            style="zero-shot",
-            batch_size=batch_size,
+        Evaluator(policy, SamplingParams(16, temperature, samples), batch_size=batch_size).evaluate(
+            puzzles, style="zero-shot"
         )
         for batch_size in (1, 6, 100)
     ]
@@ -215,15 +210,10 @@ def test_a_suite_is_evaluated_as_its_cells_would_be(tiny_policy: Policy) -> None
     cells = [cell("val 3 zero-shot"), cell("train 4 natural")]
     asked = {cell: puzzles_of(cell, limit) for cell, limit in zip(cells, (5, 3), strict=True)}
     told: list[tuple[int, int]] = []
-    found = evaluate_suite(
-        policy,
-        asked,
-        SamplingParams(8, temperature=0.0),
-        weights={cell.name: 1.0 for cell in cells},
-        batch_size=2,
-        progress=lambda done, total: told.append((done, total)),
-    )
-    alone = [evaluate(policy, asked[cell], SamplingParams(8, temperature=0.0), style=cell.style) for cell in cells]
+    evaluator = Evaluator(policy, SamplingParams(8, temperature=0.0), batch_size=2)
+    weights = {cell.name: 1.0 for cell in cells}
+    found = evaluator.evaluate_suite(asked, weights, progress=lambda done, total: told.append((done, total)))
+    alone = [evaluator.evaluate(asked[cell], style=cell.style, split=cell.split) for cell in cells]
     assert found.cells == alone
     assert told == [(2, 8), (4, 8), (5, 8), (7, 8), (8, 8)]
     assert found.decoding == {"samples": 1, "temperature": 0.0, "max_new_tokens": 8}

@@ -53,11 +53,14 @@ def test_decode_attention_is_plain_attention(kernels: ModuleType, shape: tuple) 
 
     plain, fused = (
         StaticDecode(
-            layers=1, heads=heads, width=width, prompts=len(prompts), longest=max(prompts) + 3,
-            num_generations=generations, max_new_tokens=max(slots) + 2, dtype=dtype, device=DEVICE,
+            1,
+            (len(prompts), heads, generations, max(slots) + 2, width),
+            longest=max(prompts) + 3,
+            dtype=dtype,
+            device=DEVICE,
         )
         for _ in range(2)
-    )  # fmt: skip
+    )
     key_bias = bias * random(heads, 1, width)
     prefill = Prefill()
     prefill.keys = [(random(len(prompts), heads, max(prompts), width) + key_bias).to(dtype)]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from grpo_cli.core.evals.evaluate import Completion
+from grpo_cli.core.evals.evaluate import Completion, Evaluator
 from grpo_cli.core.evals.statistics import wilson
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.rl.probe import PUZZLES, Probe, Sampled, chosen_puzzles, expected_mixed, measure, probe
@@ -135,12 +135,9 @@ def test_a_probe_stops_when_it_knows_enough_or_its_time_is_up(
     """A clock that advances by `step` seconds between the start and the end of each evaluation."""
     times = itertools.count()
     result = probe(
-        tiny_policy,
+        Evaluator(tiny_policy, SamplingParams(2, num_generations=2), batch_size=2),
         chosen_puzzles(list(enumerate_puzzles(3, "train")), 0),
-        SamplingParams(2, num_generations=2),
         chosen="one-shot",
-        batch_size=2,
-        seed=0,
         clock=lambda: step * (next(times) // 2),  # called at the start, then before and after each evaluation
     )
     assert [len(result.styles[style].right) if style in result.styles else 0 for style in STYLES] == groups
@@ -152,12 +149,9 @@ def test_every_style_is_sampled_on_the_same_puzzles_the_same_way_twice(tiny_poli
 
     def probed() -> Probe:
         return probe(
-            policy,
+            Evaluator(policy, SamplingParams(16, num_generations=3), batch_size=6, seed=5),
             puzzles,
-            SamplingParams(16, num_generations=3),
             chosen="zero-shot",
-            batch_size=6,
-            seed=5,
             progress=lambda done, total: told.append((done, total)),
         )
 

@@ -4,7 +4,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import count, cycle
 from pathlib import Path
@@ -17,17 +17,17 @@ from conftest import MEASURED, SetPuzzles
 from grpo_cli.core.config import resolve as config
 from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.evals.evaluate import evaluate
+from grpo_cli.core.evals.evaluate import Evaluator
 from grpo_cli.core.metrics import METRICS, metric
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.perf.roofline import Meter
-from grpo_cli.core.rl import grpo, validate
+from grpo_cli.core.rl import grpo
 from grpo_cli.core.rl import update as update_module
 from grpo_cli.core.rl.batch import Batch
 from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.collect import Collector
-from grpo_cli.core.rl.observer import Observer, Validated
+from grpo_cli.core.rl.observer import Control, Observer, Validated
 from grpo_cli.core.rl.schedule import learning_rate_at
 from grpo_cli.core.rl.state import Training, build_optimizer, choose_checkpoint
 from grpo_cli.core.rl.summary import summary
@@ -223,18 +223,14 @@ def test_going_on_from_a_checkpoint_equals_never_having_stopped(
 
 
 @pytest.mark.parametrize("tokens", [0, 5, 30])
-def test_a_stop_saves_the_last_completed_step(tiny_folder: Path, tmp_path: Path, tokens: int) -> None:
+def test_a_stop_saves_the_last_completed_step(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
     settings = small(tiny_folder, **{"train.save_every": 100, "loss.beta": 0.0})
-    training, run, watcher = start(settings), Run.create(tmp_path, "stopped"), Watcher()
+    training, run, watcher, control = start(settings), Run.create(tmp_path, "stopped"), Watcher(), Control()
+    monkeypatch.setattr(control, "should_stop", lambda: watcher.tokens > tokens)
     with pytest.raises(Interrupted):
-        train(
-            training,
-            None,
-            run,
-            settings,
-            watcher,
-            should_stop=lambda: watcher.tokens > tokens,
-        )
+        train(training, None, run, settings, watcher, control=control)
     assert choose_checkpoint(run, settings, None, print)[0] == training.step == len(watcher.metrics)
 
 
@@ -551,8 +547,10 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """Evaluations that solve what stands here: for each cell, a text for each evaluation, a character a puzzle."""
     script: dict[str, list[str]] = {}
 
-    def scripted(*arguments: Any, **given: Any) -> Any:
-        found = evaluate(*arguments, **given)
+    evaluate = Evaluator.evaluate
+
+    def scripted(evaluator: Evaluator, puzzles: Sequence[Problem], **given: Any) -> Any:
+        found = evaluate(evaluator, puzzles, **given)
         if found.cell not in script:
             return found
         solved = script[found.cell].pop(0)
@@ -562,7 +560,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
         ]
         return replace(found, completions=rows)
 
-    monkeypatch.setattr(validate, "evaluate", scripted)
+    monkeypatch.setattr(Evaluator, "evaluate", scripted)
     return script
 
 

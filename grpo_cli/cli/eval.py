@@ -17,7 +17,7 @@ from grpo_cli.core.config.resolve import require_suite
 from grpo_cli.core.dist.ranks import Solo
 from grpo_cli.core.evals import contamination
 from grpo_cli.core.evals.compare import SuitePaired, suite_paired
-from grpo_cli.core.evals.evaluate import SuiteResult, evaluate_suite, puzzles_of
+from grpo_cli.core.evals.evaluate import Evaluator, SuiteResult, puzzles_of
 from grpo_cli.core.files import write_lines
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.sampling.params import SamplingParams
@@ -104,19 +104,16 @@ def _evaluate(
             advance(len(results) * total + count, len(chosen) * total)
 
         for model, trained_on in zip(chosen, known, strict=True):
-            result = evaluate_suite(
+            evaluator = Evaluator(
                 ranks.own(partial(load, model)),
-                puzzles,
                 SamplingParams.evaluation(settings),
-                task=asked,
-                weights=weights,
-                batch_size=settings.batch_size,
+                asked,
+                settings.batch_size,
                 fit=MicroBatch(report=show.note),
                 ranks=ranks,
                 known=trained_on,
-                progress=progress,
             )
-            results.append(result)
+            results.append(evaluator.evaluate_suite(puzzles, weights, progress=progress))
     return results
 
 

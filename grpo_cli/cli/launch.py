@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any, Self, TextIO, cast
 
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.rl.observer import Control
 from grpo_cli.ui import text as show
 
 
@@ -48,7 +49,7 @@ def place(environ: Mapping[str, str] = os.environ) -> Place:
     return Place(rank, size, *rest)
 
 
-class Signals:
+class Signals(Control):
     """Context in which signals ask a training to stop or save instead of ending the process.
 
     SIGINT, SIGTERM, SIGHUP and a closed stderr stop it; SIGUSR1 saves. A second SIGINT or SIGTERM ends the process,

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from grpo_cli.core.builtin.recipe import Recipe, make, stages
 from grpo_cli.core.builtin.traces import failure
-from grpo_cli.core.evals.evaluate import Evaluation, evaluate
+from grpo_cli.core.evals.evaluate import Evaluation, Evaluator
 from grpo_cli.core.model.load import BUILTIN, load
 from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.task.data import puzzle_set
@@ -49,8 +49,8 @@ def write(recipe: Recipe, folder: Path) -> None:
 def measure(folder: Path, split: Side, temperature: float) -> Evaluation:
     """Accuracy on all val puzzles, or on every seventh train puzzle."""
     puzzles = puzzle_set(3, split)[:: 1 if split == "val" else 7]
-    policy = load(str(folder))
-    return evaluate(policy, puzzles, SamplingParams(MAX_NEW_TOKENS, temperature), style="one-shot", batch_size=128)
+    evaluator = Evaluator(load(str(folder)), SamplingParams(MAX_NEW_TOKENS, temperature), batch_size=128)
+    return evaluator.evaluate(puzzles, style="one-shot", split=split)
 
 
 def report(result: Evaluation) -> None:

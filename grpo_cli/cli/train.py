@@ -17,6 +17,7 @@ from grpo_cli.cli.options import flags, give
 from grpo_cli.cli.plot import draw, run_curves
 from grpo_cli.core.config.resolve import Resolved
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.evals.evaluate import Evaluator
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import detect_device, prompt_tokens
 from grpo_cli.core.rl import probe as probing
@@ -111,7 +112,7 @@ def _train(session: Session) -> None:
     shown: TrainingView | Unseen = _View(session) if run.writes else Unseen()
     with Signals(launched=ranks.size > 1) as signals, shown as view:
         try:
-            result = session.train(view, should_stop=signals.should_stop, should_save=signals.should_save)
+            result = session.train(view, signals)
         except Interrupted:
             view.message(f"stopped after step {training.step}; resume with: countdown train --run {run.name} --resume")
             sys.exit(128 + (signals.stop or signal.SIGTERM))
@@ -152,14 +153,16 @@ def _probe(chosen: Chosen) -> None:
     policy = load(chosen)
     with tables.progress(f"probing {chosen.name}", quiet=False) as advance:
         result = probing.probe(
-            policy,
+            Evaluator(
+                policy,
+                SamplingParams.training(settings),
+                task,
+                settings.batch_size * settings.num_generations,
+                settings.seed,
+                MicroBatch(report=show.note),
+            ),
             probing.chosen_puzzles(task.problems("train", asked.numbers), settings.seed),
-            SamplingParams.training(settings),
             chosen=asked.style,
-            task=task,
-            batch_size=settings.batch_size * settings.num_generations,
-            seed=settings.seed,
-            fit=MicroBatch(report=show.note),
             progress=advance,
         )
     tables.probe(result)

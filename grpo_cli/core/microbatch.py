@@ -36,6 +36,10 @@ class MicroBatch:
         self._per_token = 0.0  # highest bytes per token of a pass
         self._measured: tuple[int, int] | None = None  # tokens of the current pass, and bytes before it
 
+    def whole(self) -> MicroBatch:
+        """One for other passes, which starts with all rows, with the same limit."""
+        return MicroBatch(limit=self.limit, report=self._report)
+
     def attempt(self, work: Callable[[int], T], *, total: int, doing: str) -> T:
         """Call `work` with the micro-batch size for `total` rows; if memory runs out, repeat it with half the size.
 

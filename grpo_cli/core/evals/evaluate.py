@@ -12,7 +12,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 
@@ -29,6 +29,7 @@ from grpo_cli.core.task.suite import Cell, weighted_mean
 from grpo_cli.core.task.task import Problem, Score, Split, Task
 
 COUNTDOWN = Countdown()
+Progress = Callable[[int, int], None]
 EXAMPLES = 4  # completions in an evaluation's record, of the same puzzles every time
 
 
@@ -249,104 +250,79 @@ def puzzles_of(cell: Cell, limit: int = 0, task: Task = COUNTDOWN) -> list[Probl
     return [puzzles[index] for index in sorted(random.Random(0).sample(range(len(puzzles)), limit))]
 
 
-def evaluate(
-    policy: Policy,
-    puzzles: Sequence[Problem],
-    params: SamplingParams,
-    *,
-    style: str,
-    split: Split | None = None,
-    task: Task = COUNTDOWN,
-    batch_size: int = 64,
-    seed: int = 0,
-    fit: MicroBatch | None = None,
-    ranks: Solo | None = None,
-    known: Known | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    on_token: Callable[[int], None] | None = None,
-) -> Evaluation:
-    """Complete and score every puzzle, greedily or with several samples, as `params` says. All have the same size.
+@dataclass(frozen=True)
+class Evaluator:
+    """Completes and scores puzzles, greedily or with several samples, as `params` says.
 
-    `batch_size` completions are decoded at once, fewer if `fit` finds that too many. `known`: what the model was
-    trained on. `progress` receives the number of puzzles done and their total. Several `ranks` share the puzzles; each
-    returns the full result.
+    `batch_size` completions are decoded at once, fewer if `fit` finds that too many. Several `ranks` share the puzzles;
+    each returns the full result. `known`: what the model was trained on.
     """
-    ranks, chosen, samples = ranks or Solo(), fit or MicroBatch(), params.num_generations
-    mine, size = ranks.share(len(puzzles)), max(1, batch_size // samples)
 
-    def share() -> list[list[Completion]]:
-        rows: list[list[Completion]] = []
-        for start in range(0, len(mine), size):
-            indices = mine[start : start + size]
-            chunk = [puzzles[index] for index in indices]
-            rollout = sample(
-                policy,
-                [policy.encode(task.prompt(puzzle, style)) for puzzle in chunk],
-                params,
-                uniform=None if params.greedy else uniforms(seed, 0, indices, samples, params.max_new_tokens),
-                fit=chosen,
-                on_token=on_token,
-            )
-            scored = [
-                _completion(policy, task, chunk[row // samples], tokens, truncated, style)
-                for row, (tokens, truncated) in enumerate(zip(rollout.completions, rollout.truncated, strict=True))
-            ]
-            rows += [scored[first : first + samples] for first in range(0, len(scored), samples)]
-            if progress is not None:
-                progress(min(len(rows) * ranks.size, len(puzzles)), len(puzzles))
-        return rows
+    policy: Policy
+    params: SamplingParams
+    task: Task = COUNTDOWN
+    batch_size: int = 64
+    seed: int = 0
+    fit: MicroBatch = field(default_factory=MicroBatch)
+    ranks: Solo = field(default_factory=Solo)
+    known: Known | None = None
+    on_token: Callable[[int], None] | None = None  # as for `sample`
 
-    rows = [row for part in ranks.each(share) for row in part]
-    first = puzzles[0]
-    decoding = (samples, params.temperature, params.max_new_tokens, seed)
-    split = split or (first.split if isinstance(first, Puzzle) else "val")
-    return Evaluation(policy.name, split, style, first.size, *decoding, rows, known, task)
+    def evaluate(
+        self, puzzles: Sequence[Problem], *, style: str, split: Split = "val", progress: Progress = lambda *_: None
+    ) -> Evaluation:
+        """Evaluate on puzzles of one size; `progress` receives the number of puzzles done and their total."""
+        params, ranks, total = self.params, self.ranks, len(puzzles)
+        mine, size = ranks.share(total), max(1, self.batch_size // params.num_generations)
 
+        def share() -> list[list[Completion]]:
+            rows: list[list[Completion]] = []
+            for start in range(0, len(mine), size):
+                rows += self._complete(puzzles, mine[start : start + size], style)
+                progress(min(len(rows) * ranks.size, total), total)
+            return rows
 
-def evaluate_suite(
-    policy: Policy,
-    puzzles: Mapping[Cell, Sequence[Problem]],
-    params: SamplingParams,
-    *,
-    task: Task = COUNTDOWN,
-    weights: Mapping[str, float],
-    batch_size: int = 64,
-    fit: MicroBatch | None = None,
-    ranks: Solo | None = None,
-    known: Known | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    on_token: Callable[[int], None] | None = None,
-) -> SuiteResult:
-    """Evaluate every cell as `evaluate` does; `progress` counts the puzzles of all cells."""
-    start, total, cells = time.perf_counter(), sum(map(len, puzzles.values())), list[Evaluation]()
+        rows = [row for part in ranks.each(share) for row in part]
+        decoding = (params.num_generations, params.temperature, params.max_new_tokens, self.seed)
+        return Evaluation(self.policy.name, split, style, puzzles[0].size, *decoding, rows, self.known, self.task)
 
-    def advance(done: int, _: int) -> None:
-        progress(sum(result.count for result in cells) + done, total)
+    def evaluate_suite(
+        self,
+        puzzles: Mapping[Cell, Sequence[Problem]],
+        weights: Mapping[str, float],
+        *,
+        progress: Progress = lambda *_: None,
+    ) -> SuiteResult:
+        """Evaluate every cell; `progress` counts the puzzles of all cells."""
+        start, total, cells = time.perf_counter(), sum(map(len, puzzles.values())), list[Evaluation]()
 
-    for cell, asked in puzzles.items():
-        result = evaluate(
-            policy,
-            asked,
+        def advance(done: int, _: int) -> None:
+            progress(sum(result.count for result in cells) + done, total)
+
+        for cell, asked in puzzles.items():
+            cells.append(self.evaluate(asked, style=cell.style, split=cell.split, progress=advance))
+        return SuiteResult(self.policy.name, cells, weights, time.perf_counter() - start)
+
+    def _complete(self, puzzles: Sequence[Problem], indices: Sequence[int], style: str) -> list[list[Completion]]:
+        """The scored completions of the puzzles at `indices`, a list for each."""
+        params, chosen = self.params, [puzzles[index] for index in indices]
+        rollout = sample(
+            self.policy,
+            [self.policy.encode(self.task.prompt(puzzle, style)) for puzzle in chosen],
             params,
-            style=cell.style,
-            split=cell.split,
-            task=task,
-            batch_size=batch_size,
-            fit=fit,
-            ranks=ranks,
-            known=known,
-            progress=advance,
-            on_token=on_token,
+            uniform=None
+            if params.greedy
+            else uniforms(self.seed, 0, indices, params.num_generations, params.max_new_tokens),
+            fit=self.fit,
+            on_token=self.on_token,
         )
-        cells.append(result)
-    return SuiteResult(policy.name, cells, weights, time.perf_counter() - start)
+        rows = zip(rollout.completions, rollout.truncated, strict=True)
+        return [[self._score(puzzle, style, *next(rows)) for _ in range(params.num_generations)] for puzzle in chosen]
 
-
-def _completion(
-    policy: Policy, task: Task, puzzle: Problem, tokens: list[int], truncated: bool, style: str
-) -> Completion:
-    text = policy.decode(tokens)
-    return Completion(puzzle, text, len(tokens), truncated, task.score(text, puzzle, style=style, truncated=truncated))
+    def _score(self, puzzle: Problem, style: str, tokens: list[int], truncated: bool) -> Completion:
+        text = self.policy.decode(tokens)
+        score = self.task.score(text, puzzle, style=style, truncated=truncated)
+        return Completion(puzzle, text, len(tokens), truncated, score)
 
 
 def _mean(values: Sequence[float]) -> float:

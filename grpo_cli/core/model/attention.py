@@ -126,24 +126,22 @@ class StaticDecode:
 
     def __init__(
         self,
-        *,
         layers: int,
-        heads: int,
-        width: int,
-        prompts: int,
+        shape: tuple[int, int, int, int, int],
+        *,
         longest: int,
-        num_generations: int,
-        max_new_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        """`shape` (P, K, G, C, d) of a layer's own keys."""
+        prompts, heads, _, max_new_tokens, width = shape
+
         def cache(*shape: int) -> list[Tensor]:
             return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
 
         self.prompt_keys = cache(prompts, heads, width, longest)
         self.prompt_values = cache(prompts, heads, longest, width)
-        self.own_keys = cache(prompts, heads, num_generations, max_new_tokens, width)
-        self.own_values = cache(prompts, heads, num_generations, max_new_tokens, width)
+        self.own_keys, self.own_values = cache(*shape), cache(*shape)
         self.absent = torch.ones(prompts, 1, longest + max_new_tokens, dtype=torch.bool, device=device)
         self.lengths = torch.ones(prompts, dtype=torch.long, device=device)  # of the prompts
         self.slot = torch.zeros(1, dtype=torch.long, device=device)  # index of the new token's key

@@ -91,10 +91,6 @@ class Collector:
         penalty = reward.length_penalty * overlong_penalty(length, **limits)
         return replace(score, reward=score.reward - penalty, parts={**score.parts, "length": -penalty})
 
-    def _sampled(self, count: int) -> None:
-        self.fit.check()
-        self.on_token(count)
-
     def _sample(self, step: int, places: list[int], turn: int, clock: Clock, meter: Meter) -> list[Group]:
         settings, size = self.settings, self.settings.num_generations
         prompts = self.curriculum.prompts(step, turn=turn)
@@ -113,7 +109,7 @@ class Collector:
                     settings.max_new_tokens,
                 ),
                 fit=self.fit,
-                on_token=self._sampled,
+                on_token=self.on_token,
             )
         meter.sampled(encoded, rollout)
         clock.add(rollout.seconds)

@@ -1,4 +1,4 @@
-"""Callbacks of a training."""
+"""Callbacks of a training, and control over it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,18 @@ class Validated:
     interval: tuple[float, float]
     suite_mean: float | None = None
     dev_accuracy: float | None = None
+
+
+class Control:
+    """Stops a running training, or makes it save; by default neither. Override what you need."""
+
+    def should_stop(self) -> bool:
+        """Whether to save the last completed step and raise Interrupted; polled between tokens and micro-batches."""
+        return False
+
+    def should_save(self) -> bool:
+        """Whether to save a checkpoint now; polled after each step."""
+        return False
 
 
 class Observer:

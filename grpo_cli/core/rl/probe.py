@@ -11,19 +11,16 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from statistics import fmean
 
 import torch
 
-from grpo_cli.core.evals.evaluate import COUNTDOWN, Completion, evaluate
+from grpo_cli.core.evals.evaluate import Completion, Evaluator
 from grpo_cli.core.evals.statistics import mcnemar, significant, wilson
-from grpo_cli.core.microbatch import MicroBatch
-from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.rl.grpo import zero_variance
 from grpo_cli.core.rl.health import CUT_LIMIT, LEARNED
-from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.task.task import Problem, Task
 
 PUZZLES = 32
@@ -141,45 +138,33 @@ def chosen_puzzles(puzzles: Sequence[Problem], seed: int) -> list[Problem]:
 
 
 def probe(
-    policy: Policy,
+    evaluator: Evaluator,
     puzzles: Sequence[Problem],
-    params: SamplingParams,
     *,
     chosen: str,
-    batch_size: int,
-    seed: int,
-    task: Task = COUNTDOWN,
-    fit: MicroBatch | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Probe:
-    """Sample a group of completions of each puzzle in every style, `batch_size` completions at once.
+    """Sample a group of completions of each puzzle in every style.
 
     Stops if the next groups would exceed SECONDS, or once the 95 % interval of the share of mixed groups is no wider
     than TIGHT: without any mixed group, half the puzzles suffice. The chosen style comes first; the others may have
     fewer groups, or none. `progress` receives the groups done and their number.
     """
+    task, size = evaluator.task, evaluator.batch_size // evaluator.params.num_generations
     chosen = chosen if chosen in task.styles else task.styles[0]
     order = sorted(task.styles, key=lambda style: style != chosen)
     groups: dict[str, list[list[Completion]]] = {style: [] for style in order}
     seconds = dict.fromkeys(order, 0.0)
     begin = clock()
-    for first, last in _chunks(len(puzzles), max(1, batch_size // params.num_generations)):
+    for first, last in _chunks(len(puzzles), max(1, size)):
         for style in order:
             slowest = max(seconds[style] / max(1, len(groups[style])) for style in order)  # per group
             start = clock()
             if groups[chosen] and start - begin + slowest * (last - first) > SECONDS:
                 return _probe(chosen, task, puzzles, groups, seconds)
-            groups[style] += evaluate(
-                policy,
-                puzzles[first:last],
-                params,
-                style=style,
-                task=task,
-                batch_size=batch_size,
-                seed=seed + first,
-                fit=fit,
-            ).completions
+            seeded = replace(evaluator, seed=evaluator.seed + first)
+            groups[style] += seeded.evaluate(puzzles[first:last], style=style).completions
             seconds[style] += clock() - start
             progress(sum(map(len, groups.values())), len(order) * len(puzzles))
         low, high = wilson(measure(chosen, groups[chosen], 0.0).mixed_share, last)

@@ -22,13 +22,14 @@ from grpo_cli.core.dist.ranks import Solo
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evals import contamination
 from grpo_cli.core.evals.evaluate import Evaluation
+from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import detect_device, fix_order, free_memory, load_tokenizer
 from grpo_cli.core.model.lora import Lora
 from grpo_cli.core.model.policy import Policy, encode
 from grpo_cli.core.perf import memory
 from grpo_cli.core.perf.memory import Choices, MemoryPlan
 from grpo_cli.core.rl import train as loop
-from grpo_cli.core.rl.observer import Observer
+from grpo_cli.core.rl.observer import Control, Observer
 from grpo_cli.core.rl.schedule import curriculum, longest_prompt, splits
 from grpo_cli.core.rl.state import (
     Training,
@@ -76,14 +77,9 @@ class Session:
     memory: MemoryPlan
     ranks: Solo
 
-    def train(
-        self,
-        observer: Observer,
-        *,
-        should_stop: Callable[[], bool] = lambda: False,
-        should_save: Callable[[], bool] = lambda: False,
-    ) -> Result:
-        """Train to the end and write the summary. If `should_stop` returns true, save and raise Interrupted."""
+    def train(self, observer: Observer, control: Control | None = None) -> Result:
+        """Train to the end and write the summary. If `control` says stop, save and raise Interrupted."""
+        choices, rows = self.memory.choices, self.settings.train.micro_batch_size
         with tracked(observer, self.run, self.settings, start=self.training.step) as watching:
             evaluation = loop.train(
                 self.training,
@@ -91,10 +87,8 @@ class Session:
                 self.run,
                 self.settings,
                 watching,
-                rows=self.memory.choices.rows,
-                memory_limit=self.memory.limit,
-                should_stop=should_stop,
-                should_save=should_save,
+                fit=MicroBatch(rows or choices.rows, limit=self.memory.limit, report=watching.message),
+                control=control,
                 ranks=self.ranks,
             )
         return self.ranks.own(partial(self._finish, evaluation))
@@ -136,60 +130,93 @@ def start(
     require_tracker(settings.train.tracker)
     ranks, root = ranks or Solo(), Path(settings.runs)
     settings = for_ranks(settings, ranks.size)
-    task = task_of(settings)
-    hashes = problem_hashes(splits(settings), task)
-    for sentence in task.notes(list(curriculum(settings).problems)):
-        note(sentence)
+    hashes = _check_problems(settings, note)
     device = detect_device(settings.model.device)
     if settings.train.deterministic:
         fix_order()
     free = min(ranks.each(lambda: free_memory(device)))  # all ranks must choose the same plan
-    plan = ranks.own(lambda: plan_memory(settings, ranks=ranks.size, free=free))
+    replan = partial(plan_memory, settings, ranks=ranks.size, free=free)
+    plan = ranks.own(replan)
     memory.limit(settings, device)
     with ExitStack() as locks:
-        at, checkpoint, old = 0, None, Run.open(root, name) if resume and name else None
-        if old:
+        # 1. Choose the checkpoint to continue from.
+        past = _Past()
+        if resume and name:
+            old = Run.open(root, name)
             ranks.first(lambda: _lock(old, locks, note))
-            at, checkpoint = ranks.first(lambda: choose_checkpoint(old, settings, step, note))
-        warmed = old.warm_start_path if old and old.warm_start_path.is_dir() else None
-        shown = [] if checkpoint or warmed else demonstrated(settings, ranks.size)
-        adapter = Lora.of(settings)
-        folder = checkpoint / "model" if checkpoint and not adapter else warmed
-        load = partial(_load, settings, folder=folder, adapter=adapter, note=note)
-        replan = partial(plan_memory, settings, ranks=ranks.size, free=free)
-        policy, plan = ranks.own(lambda: _load_planned(load, plan, replan))
+            past = _Past(old, *ranks.first(lambda: choose_checkpoint(old, settings, step, note)))
+        # 2. Load the model, and restore the checkpoint.
+        shown = [] if past.checkpoint or past.warmed else demonstrated(settings, ranks.size)
+        policy, plan = ranks.own(lambda: _load_planned(settings, past, plan, replan, note))
         settings = settled(settings, policy)
         if shown:
             _warm_up(policy, shown, plan.choices, note)
-        learner = ranks.own(lambda: shards.sharded(policy, ranks, device)) if settings.ranks.shard else None
-        optimizer = build_optimizer(
-            learner or policy, name=settings.train.optimizer, weight_decay=settings.train.weight_decay
-        )
-        training = Training(policy, optimizer, learner)
-        reference = ranks.own(lambda: _restore(training, settings, plan.choices, old, checkpoint, warmed, hashes))
+        training = _training(policy, settings, ranks, device)
+        reference = ranks.own(lambda: _restore(training, settings, plan.choices, past, hashes))
 
+        # 3. Open the run.
         def begin() -> Run:
-            run = old or Run.create(root, name, overwrite=overwrite)
-            if old is None:
+            run = past.run or Run.create(root, name, overwrite=overwrite)
+            if past.run is None:
                 _lock(run, locks, note)
-            with nullcontext() if old else run.starting():
-                run.require_space(2 * training.checkpoint_bytes())
-                run.write_config(settings.model_dump())
-                run.write_environment(environment(policy) | {"ranks": ranks.size}, step=at)
-                if shown:
-                    with run.saving(run.warm_start_path) as folder:
-                        policy.save(folder)
-                if checkpoint is None:
+            with nullcontext() if past.run else run.starting():
+                _record(run, training, settings, step=past.step, ranks=ranks.size, warmed=bool(shown))
+                if past.checkpoint is None:
                     run.write_origin(origin(policy, reference, hashes))
-            if old:
-                for moved in run.go_back_to(at if checkpoint else -1, pending=training.pending is not None):
-                    note(moved)
+            for moved in past.cut(pending=training.pending is not None):
+                note(moved)
             return run
 
         run = replace(ranks.first(begin), writes=ranks.rank == 0)
-        if reference and learner:
+        if reference and training.learner:
             reference = shards.sharded(reference, ranks, device)
         yield Session(run, training, reference, settings, plan, ranks)
+
+
+@dataclass(frozen=True)
+class _Past:
+    """What a training continues: a run, and the step and folder of its checkpoint. Empty for a new run."""
+
+    run: Run | None = None
+    step: int = 0
+    checkpoint: Path | None = None
+
+    @property
+    def warmed(self) -> Path | None:
+        """The model after the run's warm start."""
+        folder = self.run.warm_start_path if self.run else None
+        return folder if folder and folder.is_dir() else None
+
+    def cut(self, *, pending: bool) -> list[str]:
+        """Cut the run back to the checkpoint; returns a sentence on each log with damaged lines."""
+        return self.run.go_back_to(self.step if self.checkpoint else -1, pending=pending) if self.run else []
+
+
+def _record(run: Run, training: Training, settings: Settings, *, step: int, ranks: int, warmed: bool) -> None:
+    """Write the settings and the environment from `step` on, and the model after a warm start."""
+    run.require_space(2 * training.checkpoint_bytes())
+    run.write_config(settings.model_dump())
+    run.write_environment(environment(training.policy) | {"ranks": ranks}, step=step)
+    if warmed:
+        with run.saving(run.warm_start_path) as folder:
+            training.policy.save(folder)
+
+
+def _check_problems(settings: Settings, note: Note) -> dict[str, str]:
+    """Hashes of the problems of all splits; raises CountdownError if a training cannot have them."""
+    task = task_of(settings)
+    hashes = problem_hashes(splits(settings), task)
+    for sentence in task.notes(list(curriculum(settings).problems)):
+        note(sentence)
+    return hashes
+
+
+def _training(policy: Policy, settings: Settings, ranks: Solo, device: torch.device) -> Training:
+    """A training at step 0, with sharded weights if the settings say so."""
+    learner = ranks.own(lambda: shards.sharded(policy, ranks, device)) if settings.ranks.shard else None
+    train = settings.train
+    optimizer = build_optimizer(learner or policy, name=train.optimizer, weight_decay=train.weight_decay)
+    return Training(policy, optimizer, learner)
 
 
 def for_ranks(settings: Settings, ranks: int) -> Settings:
@@ -267,9 +294,12 @@ def _warm_up(policy: Policy, shown: Sequence[Lesson], choices: Choices, note: No
 
 
 def _load_planned(
-    load: Callable[[Choices], Policy], plan: MemoryPlan, replan: Callable[..., MemoryPlan]
+    settings: Settings, past: _Past, plan: MemoryPlan, replan: Callable[..., MemoryPlan], note: Note
 ) -> tuple[Policy, MemoryPlan]:
     """The policy and its plan; replans if the self-check chose a path that needs more memory."""
+    adapter = Lora.of(settings)
+    folder = past.checkpoint / "model" if past.checkpoint and not adapter else past.warmed
+    load = partial(_load, settings, folder=folder, adapter=adapter, note=note)
     policy, first = load(plan.choices), plan.choices
     if policy.plain or policy.whole:
         plan = replan(plain=policy.plain, whole=policy.whole)
@@ -279,22 +309,16 @@ def _load_planned(
 
 
 def _restore(
-    training: Training,
-    settings: Settings,
-    choices: Choices,
-    old: Run | None,
-    checkpoint: Path | None,
-    warmed: Path | None,
-    hashes: Mapping[str, str],
+    training: Training, settings: Settings, choices: Choices, past: _Past, hashes: Mapping[str, str]
 ) -> Policy | None:
     """Restore a checkpoint, if there is one, and return the frozen reference, if the loss needs one."""
     has_reference = settings.loss.beta > 0
-    unchanged = checkpoint is None or training.policy.adapter  # an adapter's base model never changes
-    original = training.policy if unchanged else _load(settings, choices, warmed) if has_reference else None
+    unchanged = past.checkpoint is None or training.policy.adapter  # an adapter's base model never changes
+    original = training.policy if unchanged else _load(settings, choices, past.warmed) if has_reference else None
     reference = _reference(settings, original, choices) if original and has_reference else None
-    if old and checkpoint:
-        require_origin(old, original, reference, hashes)
-        training.restore(checkpoint)
+    if past.run and past.checkpoint:
+        require_origin(past.run, original, reference, hashes)
+        training.restore(past.checkpoint)
     return reference
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from itertools import chain
 
@@ -19,7 +19,7 @@ from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.dist.parallel import NotFinite, parallel
 from grpo_cli.core.dist.ranks import Passing, Solo
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.evals.evaluate import Evaluation
+from grpo_cli.core.evals.evaluate import Evaluation, Evaluator
 from grpo_cli.core.evals.statistics import wilson
 from grpo_cli.core.microbatch import MicroBatch, ran_out
 from grpo_cli.core.model.policy import Policy
@@ -29,12 +29,13 @@ from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.collect import Collector
 from grpo_cli.core.rl.grpo import advantages
 from grpo_cli.core.rl.health import collapses, warnings
-from grpo_cli.core.rl.observer import Observer, Validated
+from grpo_cli.core.rl.observer import Control, Observer, Validated
 from grpo_cli.core.rl.schedule import curriculum, learning_rate_at
 from grpo_cli.core.rl.state import Training
 from grpo_cli.core.rl.update import Diverged, Objective, reference_logprobs, update
 from grpo_cli.core.rl.validate import Validation
 from grpo_cli.core.run.folder import Run
+from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.task.countdown import task_of
 
 COMPARE_EVERY = 10  # steps between measurements of `logprob_gap`
@@ -51,24 +52,21 @@ def train(
     settings: Settings,
     observer: Observer,
     *,
-    rows: int = 0,
-    memory_limit: int = 0,
-    should_stop: Callable[[], bool] = lambda: False,
-    should_save: Callable[[], bool] = lambda: False,
+    fit: MicroBatch | None = None,
+    control: Control | None = None,
     ranks: Solo | None = None,
 ) -> Evaluation:
     """Train from `training.step` to the end and return the last evaluation.
 
-    Logs every step to the run and saves its best model and last checkpoints. `rows` is the micro-batch size if the
-    settings leave it open; 0 is the whole step. A process about to exceed `memory_limit` bytes, if not 0, halves it.
-    `should_stop` is polled between tokens, micro-batches and phases; if true, the last completed step is saved and
-    Interrupted raised. `should_save` is polled after each step. Raises CountdownError, with the last good step saved,
-    if training cannot continue.
+    Logs every step to the run and saves its best model and last checkpoints. `fit` is the micro-batch size of updates,
+    by default that of the settings; its memory limit holds for sampling too. If `control` says stop, saves the last
+    completed step and raises Interrupted. Raises CountdownError, with the last good step saved, if training cannot
+    continue.
 
     With several `ranks`, each samples and learns from its share of a step's prompts; only the first writes the run.
     """
-    fit = partial(MicroBatch, limit=memory_limit, report=observer.message)
-    loop = _Loop(training, reference, run, settings, observer, rows, should_stop, should_save, ranks or Solo(), fit)
+    fit = fit or MicroBatch(settings.train.micro_batch_size, report=observer.message)
+    loop = _Loop(training, reference, run, settings, observer, fit, control or Control(), ranks or Solo())
     try:
         return loop.run()
     except Interrupted:
@@ -89,37 +87,27 @@ class _Loop:
         run: Run,
         settings: Settings,
         observer: Observer,
-        rows: int,
-        should_stop: Callable[[], bool],
-        should_save: Callable[[], bool],
+        fit: MicroBatch,
+        control: Control,
         ranks: Solo,
-        fit: Callable[..., MicroBatch],
     ) -> None:
         self.training, self.reference, self.run_folder, self.settings = training, reference, run, settings
-        self.observer, self.should_stop, self.should_save, self.ranks = observer, should_stop, should_save, ranks
+        self.observer, self.fit, self.control, self.ranks = observer, fit, control, ranks
         self.parallel = parallel(training.policy, training.learner, ranks)
-        self.fit, sampling, evaluating = fit(settings.train.micro_batch_size or rows), fit(), fit()
-        task = task_of(settings)
+        policy, task, train = training.policy, task_of(settings), settings.train
         self.collector = Collector(
-            training.policy,
+            policy, task, curriculum(settings), train, settings.reward, ranks, fit.whole(), self._sampled
+        )
+        evaluator = Evaluator(
+            policy,
+            SamplingParams(train.max_new_tokens, temperature=0.0),
             task,
-            curriculum(settings),
-            settings.train,
-            settings.reward,
-            ranks,
-            sampling,
-            self._sampled,
+            settings.eval.batch_size,
+            fit=fit.whole(),
+            ranks=ranks,
+            on_token=lambda _: self._poll(),
         )
-        self.validation = Validation(
-            training.policy,
-            settings,
-            ranks,
-            evaluating,
-            task=task,
-            progress=observer.progress,
-            poll=self._poll,
-        )
-        train = settings.train
+        self.validation = Validation(evaluator, settings, observer.progress)
         self.objective = Objective(
             settings.loss, train.temperature, train.max_new_tokens, train.num_inner_updates, train.clip_grad_norm
         )
@@ -263,7 +251,7 @@ class _Loop:
         """Whether a checkpoint was requested, or the last one is `save_minutes` old."""
         minutes = self.settings.train.save_minutes
         old = self.training.step > 0 and 0 < minutes * 60 <= time.monotonic() - self.saved_at
-        return self.should_save() or old
+        return self.control.should_save() or old
 
     def _keep_best(self, metrics: Mapping[str, float]) -> None:
         """Save the model if it is the best on dev so far."""
@@ -353,5 +341,5 @@ class _Loop:
         self._poll()
 
     def _poll(self) -> None:
-        if self.should_stop():
+        if self.control.should_stop():
             raise Interrupted

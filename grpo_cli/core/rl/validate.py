@@ -10,39 +10,23 @@ from dataclasses import replace
 from functools import partial
 
 from grpo_cli.core.config.settings import Settings
-from grpo_cli.core.dist.ranks import Solo
-from grpo_cli.core.evals.evaluate import Evaluation, evaluate, puzzles_of
-from grpo_cli.core.microbatch import MicroBatch
-from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.evals.evaluate import Evaluation, Evaluator, puzzles_of
 from grpo_cli.core.rl.clock import Clock
-from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.task.suite import Cell, cell, weighted_mean
-from grpo_cli.core.task.task import Task
 
 
 class Validation:
     """Evaluates the policy greedily on every cell."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        settings: Settings,
-        ranks: Solo,
-        fit: MicroBatch,
-        *,
-        task: Task,
-        progress: Callable[[str, int, int], None],
-        poll: Callable[[], None],
-    ) -> None:
-        self.policy, self.settings, self.ranks, self.fit = policy, settings, ranks, fit
-        self.task, self.progress, self.poll = task, progress, poll
+    def __init__(self, evaluator: Evaluator, settings: Settings, progress: Callable[[str, int, int], None]) -> None:
+        self.evaluator, self.progress = evaluator, progress
         self.val = Cell("val", settings.task.numbers, settings.task.style)
         self.weights: Mapping[str, float] = settings.suite.get(settings.train.eval_suite, {})
         self.dev = {Cell("dev", self.val.numbers, self.val.style): 1.0}
         if self.weights:
             self.dev = _on_dev(self.weights)
         cells = dict.fromkeys([self.val, *self.dev, *map(cell, self.weights)])
-        self.puzzles = {one: puzzles_of(one, settings.train.eval_puzzles, task) for one in cells}
+        self.puzzles = {one: puzzles_of(one, settings.train.eval_puzzles, evaluator.task) for one in cells}
 
     @property
     def count(self) -> int:
@@ -70,23 +54,8 @@ class Validation:
 
     def evaluate(self, one: Cell) -> Evaluation:
         """Evaluate one cell."""
-        return evaluate(
-            self.policy,
-            self.puzzles[one],
-            SamplingParams(self.settings.train.max_new_tokens, temperature=0.0),
-            style=one.style,
-            split=one.split,
-            task=self.task,
-            batch_size=self.settings.eval.batch_size,
-            fit=self.fit,
-            ranks=self.ranks,
-            progress=partial(self.progress, f"evaluating {one.name}: puzzle"),
-            on_token=self._sampled,
-        )
-
-    def _sampled(self, _: int) -> None:
-        self.fit.check()
-        self.poll()
+        progress = partial(self.progress, f"evaluating {one.name}: puzzle")
+        return self.evaluator.evaluate(self.puzzles[one], style=one.style, split=one.split, progress=progress)
 
 
 def _on_dev(weights: Mapping[str, float]) -> dict[Cell, float]:

@@ -175,14 +175,11 @@ class StaticSampler(Sampler):
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # prompt length of each row
         self.time = torch.zeros(1, dtype=torch.long, device=device)  # index of the token to sample
         self.logits = torch.zeros(rows, model.config.vocab_size, dtype=model.dtype, device=device)
+        heads, width = model.config.num_key_value_heads, model.get_decoder().layers[0].self_attn.head_dim
         self.cache = StaticDecode(
-            layers=model.config.num_hidden_layers,
-            heads=model.config.num_key_value_heads,
-            width=model.get_decoder().layers[0].self_attn.head_dim,
-            prompts=form.prompts,
+            model.config.num_hidden_layers,
+            (form.prompts, heads, num_generations, max_new_tokens, width),
             longest=longest,
-            num_generations=num_generations,
-            max_new_tokens=max_new_tokens,
             dtype=attention_dtype(device, model.dtype),
             device=device,
         )

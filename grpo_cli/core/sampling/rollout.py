@@ -64,7 +64,7 @@ def sample(
     `fit` limits how many are decoded at once. `static` selects the sampler, by default static on CUDA. `on_token`
     receives the length of the unfinished rows after each token; an exception it raises ends the rollout.
     """
-    num_generations = params.num_generations
+    fit, num_generations = fit or MicroBatch(), params.num_generations
 
     def part(chosen: slice, generations: slice) -> Rollout:
         count = len(range(num_generations)[generations])
@@ -73,6 +73,7 @@ def sample(
         sampler = _sampler(policy, prompts[chosen], replace(params, num_generations=count), drawn, static)
         prefilled = _now(policy)
         for time in sampler.run():
+            fit.check()
             if on_token is not None:
                 on_token(time)
         seconds = {"prefill": prefilled - start, "decode": _now(policy) - prefilled}
@@ -88,7 +89,6 @@ def sample(
             policy.samplers.clear()  # free their memory
             raise
 
-    fit = fit or MicroBatch()
     with torch.inference_mode():
         return fit.attempt(everything, total=len(prompts) * num_generations, doing="rollout")
 
