@@ -24,6 +24,7 @@ from grpo_cli.core.model.policy import ATTENTION
 from grpo_cli.core.task.data import enumerate_puzzles
 from grpo_cli.core.task.prompts import STYLES, prompt
 from grpo_cli.core.task.puzzle import Puzzle, split_of
+from grpo_cli.core.task.task import Problem
 
 PATIENT_TRIES = 5  # most impatient searches are given up after this many failures
 PERIODS = (2, 5, 10, 20, 50, 100, 200, 400)
@@ -136,13 +137,14 @@ class Stage:
     patience: Patience
 
 
-def may_imitate(puzzle: Puzzle) -> bool:
-    """Whether the recipe may have drawn this puzzle: a train puzzle of three or four numbers, solvable or not.
+def may_imitate(problem: Problem) -> bool:
+    """Whether the recipe may have drawn this problem: a train puzzle of three or four numbers, solvable or not.
 
     The drawn puzzles are not recorded. Drills are not puzzles: they use two operands, or numbers of the train split.
     """
-    numbers = puzzle.numbers
-    return puzzle.split == "train" and len(numbers) in FORMS and max(numbers) <= WIDEST and 1 <= puzzle.target <= 100
+    if not isinstance(problem, Puzzle) or problem.split != "train":
+        return False
+    return problem.size in FORMS and max(problem.numbers) <= WIDEST and 1 <= problem.target <= 100
 
 
 class RowMaker:

@@ -14,7 +14,6 @@ from grpo_cli.core.builtin.recipe import may_imitate
 from grpo_cli.core.config.resolve import restore
 from grpo_cli.core.model.load import load
 from grpo_cli.core.run.folder import Run, find_run, run_of
-from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.task import Problem
 
 RECIPE = "all train puzzles of 3 and 4 numbers by the recipe of builtin"
@@ -30,8 +29,7 @@ class Known:
     damaged: int = 0  # unreadable lines of the runs' samples
 
     def __contains__(self, problem: Problem) -> bool:
-        imitated = self.recipe and isinstance(problem, Puzzle) and may_imitate(problem)
-        return imitated or any(problem.key in seen for seen in self.runs.values())
+        return (self.recipe and may_imitate(problem)) or any(problem.key in seen for seen in self.runs.values())
 
     def statement(self, problems: Sequence[Problem]) -> str:
         """A sentence on how many of `problems` were trained on, and how that is known."""
@@ -42,7 +40,7 @@ class Known:
         parts += [RECIPE] if self.recipe else []
         rest = f"; what {self.unknown} was trained on is not known" if self.unknown else ""
         rest += f"; {self.damaged} damaged line{'s' * (self.damaged > 1)} of samples left out" if self.damaged else ""
-        noun = "puzzles" if all(isinstance(problem, Puzzle) for problem in problems) else "problems"
+        noun = "puzzles" if all(problem.size for problem in problems) else "problems"
         return f"{count:,} of {len(problems):,} {noun} were trained on ({', and '.join(parts)}{rest})"
 
 

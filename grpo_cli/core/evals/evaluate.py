@@ -24,7 +24,6 @@ from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import sample, uniforms
 from grpo_cli.core.task.countdown import Countdown
-from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.suite import Cell, weighted_mean
 from grpo_cli.core.task.task import Problem, Score, Split, Task
 
@@ -77,12 +76,9 @@ class Evaluation:
 
     @property
     def protocol(self) -> str:
-        """Hash of problems, prompts and decoding: results are comparable if it is equal.
-
-        A countdown prompt contains the whole puzzle; another task's prompt may leave out parts, such as the answer.
-        """
+        """Hash of problems, prompts and decoding: results are comparable if it is equal."""
         asked: list[object] = [self.task.prompt(puzzle, self.style) for puzzle in self.puzzles]
-        asked += [problem.record() for problem in self.puzzles if not isinstance(problem, Puzzle)]
+        asked += [problem.unasked for problem in self.puzzles if problem.unasked]
         content = json.dumps([asked, self.decoding], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 

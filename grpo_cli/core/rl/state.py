@@ -27,7 +27,6 @@ from grpo_cli.core.model.master_weights import MasterWeights
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.perf.roofline import hardware_of
 from grpo_cli.core.run.folder import Run
-from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.task import Problem, Task
 
 _PROGRESS = ["step", "pending", "base_accuracy", "best_score", "best_accuracy", "best_step", "waited"]
@@ -283,4 +282,5 @@ def problem_hashes(splits: Mapping[str, Sequence[Problem]], task: Task) -> dict[
 
 
 def _stated(problem: Problem) -> str:
-    return f"{problem.numbers} {problem.target}" if isinstance(problem, Puzzle) else problem.key
+    """The values of its record, lists as tuples: `(3, 5, 2) 13`."""
+    return " ".join(str(tuple(value) if isinstance(value, list) else value) for value in problem.record().values())

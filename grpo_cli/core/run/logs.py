@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import Line, read_lines, write
-from grpo_cli.core.task.puzzle import Puzzle
+from grpo_cli.core.task.countdown import recorded
 
 LAST_STEP = 10**15
 MOST_SECONDS = 1e12
@@ -152,10 +152,7 @@ def _validated(kind: TypeAdapter[Record], line: Line) -> Record:
 
 def problem_key(line: Line) -> str:
     """The key of a sample's problem."""
-    record = line.record()
-    if isinstance(problem := record.get("problem"), str):
-        return problem
-    given, target = record.get("numbers"), record.get("target")
-    if not isinstance(given, list) or type(target) is not int or any(type(number) is not int for number in given):
-        raise CountdownError(f"{line.place} has no puzzle in `numbers` and `target`")
-    return Puzzle(tuple(given), target).key
+    try:
+        return recorded(line.record()).key
+    except ValueError as problem:
+        raise CountdownError(f"{line.place} {problem}") from None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 from grpo_cli.core.metrics import CHEATS
 from grpo_cli.core.task.data import puzzle_set, sampling_note
 from grpo_cli.core.task.files import PuzzleFile, load_puzzles
-from grpo_cli.core.task.plugin import load_task, rewarded
+from grpo_cli.core.task.plugin import Item, load_task, rewarded
 from grpo_cli.core.task.prompts import STYLES, Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.rules import ORIGINAL, Rules
@@ -111,6 +111,12 @@ class Countdown:
         puzzle = _puzzle(problem)
         parentheses = "needs parentheses" if needs_parentheses(puzzle, self.rules) else "no parentheses needed"
         return parentheses, "one solution" if len(solve(puzzle, self.rules)) == 1 else "several solutions"
+
+
+def recorded(record: Mapping[str, object]) -> Problem:
+    """The problem of a logged record, of a task file or of countdown; raises ValueError with the problem found."""
+    problem = record.get("problem")
+    return Item(problem) if isinstance(problem, str) else Countdown().read(record)
 
 
 @cache
