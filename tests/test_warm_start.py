@@ -42,7 +42,7 @@ def test_every_demonstration_solves_its_puzzle_without_trying_twice(style: str) 
 
 
 def test_short_and_long_searches_are_shown_equally_often() -> None:
-    shown = demonstrations(TRAIN, 900, style="zero-shot", seed=3)
+    shown = demonstrations(TRAIN, ["zero-shot"] * 900, seed=3)
     lengths = [text.count(" no\n") for _, text in shown]
     assert min(lengths) == 0 and max(lengths) == 18
     assert min(lengths.count(length) for length in range(19)) > 20  # 47 expected
@@ -50,9 +50,9 @@ def test_short_and_long_searches_are_shown_equally_often() -> None:
 
 
 def test_a_share_of_the_long_searches_gives_up() -> None:
-    patient = demonstrations(TRAIN, 400, style="zero-shot", seed=3)
-    assert demonstrations(TRAIN, 400, style="zero-shot", seed=3, give_up=0.0) == patient
-    shown = demonstrations(TRAIN, 400, style="zero-shot", seed=3, give_up=0.75)
+    patient = demonstrations(TRAIN, ["zero-shot"] * 400, seed=3)
+    assert demonstrations(TRAIN, ["zero-shot"] * 400, seed=3, give_up=0.0) == patient
+    shown = demonstrations(TRAIN, ["zero-shot"] * 400, seed=3, give_up=0.75)
     longer = [text for (_, whole), (_, text) in zip(patient, shown, strict=True) if whole.count(" no\n") >= 5]
     given_up = [text for text in longer if "\ngive up\n</think>" in text]
     assert 0.65 < len(given_up) / len(longer) < 0.85
@@ -64,7 +64,7 @@ def test_a_share_of_the_long_searches_gives_up() -> None:
 def test_a_warm_start_makes_demonstrations_likely(tiny_policy: Policy) -> None:
     losses: list[float] = []
     before = tiny_policy.sums()
-    examples = prompted(demonstrations(TRAIN, 4, style="zero-shot", seed=3)) * 24
+    examples = prompted(demonstrations(TRAIN, ["zero-shot"] * 4, seed=3)) * 24
     warm_start(
         tiny_policy,
         examples,
@@ -77,16 +77,16 @@ def test_a_warm_start_makes_demonstrations_likely(tiny_policy: Policy) -> None:
 
 
 def test_searches_that_do_not_fit_are_not_shown() -> None:
-    shown = demonstrations(TRAIN, 50, style="zero-shot", seed=3, fits=lambda text: len(text) < 150)
+    shown = demonstrations(TRAIN, ["zero-shot"] * 50, seed=3, fits=lambda text: len(text) < 150)
     assert all(len(text) < 150 for _, text in shown)
     with pytest.raises(CountdownError, match="no puzzle"):
-        demonstrations(TRAIN, 50, style="zero-shot", seed=3, fits=lambda text: False)
+        demonstrations(TRAIN, ["zero-shot"] * 50, seed=3, fits=lambda text: False)
 
 
 def test_micro_batches_change_nothing(tiny_folder: Path) -> None:
     def losses_of(rows: int) -> list[float]:
         policy, losses = load(str(tiny_folder), device="cpu", precision="float32"), list[float]()
-        examples = prompted(demonstrations(TRAIN, 16, style="zero-shot", seed=3))
+        examples = prompted(demonstrations(TRAIN, ["zero-shot"] * 16, seed=3))
         warm_start(policy, examples, rows=rows, report=lambda step, of, loss: losses.append(loss))
         return losses
 
@@ -118,6 +118,16 @@ def test_what_cannot_be_demonstrated_is_refused_before_the_model_loads(
     result = countdown("train", "--model", "unloadable", *WARM, *flags, *dry)
     assert (result.code, refusal in result.err) == (2, True), result.err
     assert not (tmp_path / "runs").exists()
+
+
+def test_prompts_follow_the_training_s_mixture_of_styles(tiny_folder: Path) -> None:
+    flags = {"train.warm_start": 64, "train.prompt_style": "one-shot = 1, natural = 1", "train.seed": 3}
+    settings = resolve(flags=flags, has_cuda=lambda: False).settings
+    shown = lessons(settings, load_tokenizer(str(tiny_folder)))
+    natural = [text for messages, text in shown if len(messages) == 2]  # a one-shot prompt has four messages
+    assert 20 < len(natural) < 44
+    assert all("\nThe expression is " in text for text in natural)
+    assert sum("<answer>" in text for _, text in shown) == 64 - len(natural)
 
 
 def test_a_warm_start_of_several_ranks_is_refused(tiny_folder: Path) -> None:

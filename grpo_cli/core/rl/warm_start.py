@@ -10,6 +10,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import chain
+from typing import cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -62,21 +63,20 @@ def demonstration(puzzle: Puzzle, *, style: Style, impatient: bool = False) -> s
 
 def demonstrations(
     puzzles: Sequence[Puzzle],
-    count: int,
+    styles: Sequence[Style],
     *,
-    style: Style,
     seed: int,
     give_up: float = 0.0,
     fits: Callable[[str], bool] = lambda text: True,
 ) -> list[tuple[Puzzle, str]]:
-    """`count` puzzles with their demonstrations, short and long searches equally often.
+    """A puzzle with its demonstration for each of `styles`, short and long searches equally often.
 
     A share `give_up` of those with PATIENT or more failures is impatient. Leaves out puzzles that no form solves
     and demonstrations that do not fit; CountdownError if none remain.
     """
     rng, by_length = random.Random(seed), defaultdict(list)
     for puzzle in puzzles:
-        text = demonstration(puzzle, style=style) if len(puzzle.numbers) in FORMS else None
+        text = demonstration(puzzle, style=styles[0]) if len(puzzle.numbers) in FORMS else None
         if text and fits(text):
             by_length[text.count("\n")].append((puzzle, text))
     if not by_length:
@@ -85,17 +85,15 @@ def demonstrations(
             "use puzzles of 3 or 4 numbers, and raise `--max-new-tokens`, or leave out `--warm-start`",
         )
     lengths = sorted(by_length)
-    chosen = [rng.choice(by_length[rng.choice(lengths)]) for _ in range(count)]
+    chosen = [rng.choice(by_length[rng.choice(lengths)]) for _ in styles]
     return [
-        (puzzle, demonstration(puzzle, style=style, impatient=True) or text)
-        if rng.random() < give_up
-        else (puzzle, text)
-        for puzzle, text in chosen
+        (puzzle, demonstration(puzzle, style=style, impatient=rng.random() < give_up) or text)
+        for (puzzle, text), style in zip(chosen, styles, strict=True)
     ]
 
 
 def lessons(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, ranks: int = 1) -> list[Lesson]:
-    """The examples that the warm start imitates.
+    """The examples that the warm start imitates, with prompts of the training's first step.
 
     CountdownError if the task has no demonstrations, or if there are several ranks.
     """
@@ -114,12 +112,13 @@ def lessons(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, ranks: in
     def fits(text: str) -> bool:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"]) < train.max_new_tokens
 
-    drawn = chain.from_iterable(curriculum(settings).problems.values())
+    prompts = curriculum(settings)
+    drawn = chain.from_iterable(prompts.problems.values())
     puzzles = [puzzle for puzzle in drawn if isinstance(puzzle, Puzzle)]
-    examples = demonstrations(
-        puzzles, train.warm_start, style=task.style, seed=train.seed, give_up=train.warm_start_give_up, fits=fits
-    )
-    return [(prompt(puzzle, task.style, task.rules), text) for puzzle, text in examples]
+    keys = (f"{train.seed}/warm start/{index}" for index in range(train.warm_start))
+    styles = [cast(Style, prompts.style.draw(1, key)) for key in keys]
+    examples = demonstrations(puzzles, styles, seed=train.seed, give_up=train.warm_start_give_up, fits=fits)
+    return [(prompt(puzzle, style, task.rules), text) for (puzzle, text), style in zip(examples, styles, strict=True)]
 
 
 def warm_start(
