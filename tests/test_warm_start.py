@@ -3,14 +3,18 @@
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import Command
+from torch import Tensor
 
 from grpo_cli.core.config.resolve import resolve
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import load, load_tokenizer
-from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.rl.warm_start import Lesson, demonstration, demonstrations, lessons, warm_start
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task.data import puzzle_set
@@ -27,7 +31,7 @@ def prompted(examples: list[tuple[Puzzle, str]]) -> list[Lesson]:
 
 def test_a_demonstration_shows_each_try_worked_out() -> None:
     assert demonstration(Puzzle((10, 2, 7), 27), style="zero-shot") == (
-        "<think>\n2+7+10=9+10=19 no\n7+10-2=17-2=15 no\n2+10-7=12-7=5 no\n2+7-10=9-10=-1 no\n10-2-7=8-7=1 no\n"
+        "<think>\n10 2 7 -> 27\n2+7+10=9+10=19 no\n7+10-2=17-2=15 no\n2+10-7=12-7=5 no\n2+7-10=9-10=-1 no\n10-2-7=8-7=1 no\n"
         "2*7+10=14+10=24 no\n2*7-10=14-10=4 no\n2*10+7=20+7=27 yes\n</think>\n<answer>2 * 10 + 7</answer>"
     )
 
@@ -83,14 +87,30 @@ def test_searches_that_do_not_fit_are_not_shown() -> None:
         demonstrations(TRAIN, ["zero-shot"] * 50, seed=3, fits=lambda text: False)
 
 
-def test_micro_batches_change_nothing(tiny_folder: Path) -> None:
+def test_micro_batches_change_nothing_nor_does_running_out_of_memory(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def losses_of(rows: int) -> list[float]:
         policy, losses = load(str(tiny_folder), device="cpu", precision="float32"), list[float]()
         examples = prompted(demonstrations(TRAIN, ["zero-shot"] * 16, seed=3))
-        warm_start(policy, examples, rows=rows, report=lambda step, of, loss: losses.append(loss))
+        fit = MicroBatch(rows, report=said.append)
+        warm_start(policy, examples, fit=fit, report=lambda step, of, loss: losses.append(loss))
         return losses
 
-    assert losses_of(3) == pytest.approx(losses_of(0), rel=1e-4)
+    said: list[str] = []
+    whole, passes, logprobs = losses_of(0), list[int](), Policy.logprobs
+    assert losses_of(3) == pytest.approx(whole, rel=1e-4)
+
+    def limited(policy: Policy, sequences: Sequences, **options: Any) -> tuple[Tensor, Tensor]:
+        passes.append(len(sequences.completions))
+        if len(passes) == 2 or passes[-1] > 4:  # also in the middle of a step, after a backward pass
+            raise torch.OutOfMemoryError
+        return logprobs(policy, sequences, **options)
+
+    monkeypatch.setattr(Policy, "logprobs", limited)
+    assert losses_of(4) == pytest.approx(whole, rel=1e-4)
+    assert passes == [4, 4, *[2] * 8]
+    assert said == ["memory ran out in the warm start: repeating it with 2 completions at once"]
 
 
 WARM = ["--precision", "float32", "--batch-size", 1, "--num-generations", 2, "--max-new-tokens", 300]

@@ -150,7 +150,7 @@ def start(
         policy, plan = ranks.own(lambda: _load_planned(settings, past, plan, replan, note))
         settings = settled(settings, policy)
         if shown:
-            _warm_up(policy, shown, plan.choices, note)
+            _warm_up(policy, shown, plan, note)
         training = _training(policy, settings, ranks, device)
         reference = ranks.own(lambda: _restore(training, settings, plan.choices, past, hashes))
 
@@ -285,12 +285,12 @@ def _load(
     )
 
 
-def _warm_up(policy: Policy, shown: Sequence[Lesson], choices: Choices, note: Note) -> None:
+def _warm_up(policy: Policy, shown: Sequence[Lesson], plan: MemoryPlan, note: Note) -> None:
     def report(step: int, steps: int, loss: float) -> None:
         if step % max(1, steps // 10) == 0 or step == steps:
             note(f"warm start: step {step} of {steps}, loss {loss:.3f}")
 
-    warm_start(policy, shown, rows=choices.rows, report=report)
+    warm_start(policy, shown, fit=MicroBatch(plan.choices.rows, limit=plan.limit, report=note), report=report)
 
 
 def _load_planned(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from typing import cast
 
@@ -19,6 +20,7 @@ from grpo_cli.core.builtin.traces import FORMS, reduce, tries, write
 from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.dist.parallel import micro_batches
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.rl.schedule import curriculum
 from grpo_cli.core.rl.state import build_optimizer
@@ -35,15 +37,15 @@ WARMUP = 0.1  # share of the steps over which the learning rate rises; then it f
 
 
 def demonstration(puzzle: Puzzle, *, style: Style, impatient: bool = False) -> str | None:
-    """A completion that tries expressions in a fixed order, none twice, until one is correct.
+    """A completion that repeats the puzzle, then tries expressions in a fixed order, none twice, until one is correct.
 
-    Without spaces (`2*6+10=12+10=22 no`), it takes half the tokens of the built-in model's traces. Parentheses come
-    early enough to be learned. An `impatient` search gives up after PATIENT failures and answers with its last try.
+    Without spaces (`2*6+10=12+10=22 no`), it takes half the tokens of the built-in model's traces. SmolLM2 compares
+    with the target only if it stands close by: hence the first line. Parentheses come early enough to be learned. An `impatient` search gives up after PATIENT failures and answers with its last try.
     None if no form solves the puzzle.
     """
-    lines: list[str] = []
+    lines = [f"{' '.join(map(str, puzzle.numbers))} -> {puzzle.target}"]
     for tree in tries(puzzle.numbers):
-        if impatient and len(lines) == PATIENT:
+        if impatient and len(lines) > PATIENT:
             lines.append("give up")
             break
         expression, steps = write(tree), [write(tree)]
@@ -126,13 +128,14 @@ def warm_start(
     lessons: Sequence[Lesson],
     *,
     learning_rate: float = LEARNING_RATE,
-    rows: int = 0,
+    fit: MicroBatch | None = None,
     report: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> None:
-    """Train `policy` in place on the tokens of each completion once, with AdamW, `rows` at a time; 0 is all at once.
+    """Train `policy` in place on the tokens of each completion once, with AdamW, as many at a time as `fit` allows.
 
     `report` receives step, steps and loss.
     """
+    fit = fit or MicroBatch()
     optimizer = build_optimizer(policy, name="adamw", weight_decay=0.0)
     batches = [lessons[start : start + BATCH] for start in range(0, len(lessons), BATCH)]
     rise = max(1, round(WARMUP * len(batches)))
@@ -140,17 +143,27 @@ def warm_start(
         scale = min(step / rise, (len(batches) + 1 - step) / (len(batches) + 1 - rise))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * scale
-        sequences, loss = _sequences(policy, batch), 0.0
-        tokens = sum(map(len, sequences.completions))
-        for chosen in micro_batches(range(len(batch)), rows):
-            logprobs, _ = policy.logprobs(sequences.subset(chosen), temperature=1.0)  # (B, T)
-            part = -logprobs.sum() / tokens
-            part.backward()
-            loss += part.item()
+        backward = partial(_backward, policy, _sequences(policy, batch), fit)
+        loss = fit.attempt(backward, total=len(batch), doing="warm start")
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         report(step, len(batches), loss)
+
+
+def _backward(policy: Policy, sequences: Sequences, fit: MicroBatch, rows: int) -> float:
+    """Set the gradient of the mean loss of all tokens, from micro-batches of `rows` completions; returns the loss."""
+    policy.model.zero_grad(set_to_none=True)
+    count, loss = sum(map(len, sequences.completions)), 0.0
+    for chosen in micro_batches(range(len(sequences.completions)), rows):
+        some = sequences.subset(chosen)
+        fit.begin(tokens=some.tokens, rows=len(chosen))
+        logprobs, _ = policy.logprobs(some, temperature=1.0)  # (B, T)
+        part = -logprobs.sum() / count
+        part.backward()
+        fit.end()
+        loss += part.item()
+    return loss
 
 
 def _sequences(policy: Policy, batch: Sequence[Lesson]) -> Sequences:
