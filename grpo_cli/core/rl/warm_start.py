@@ -39,8 +39,9 @@ WARMUP = 0.1  # share of the steps over which the learning rate rises; then it f
 def demonstration(puzzle: Puzzle, *, style: Style, impatient: bool = False) -> str | None:
     """A completion that repeats the puzzle, then tries expressions in a fixed order, none twice, until one is correct.
 
-    Without spaces (`2*6+10=12+10=22 no`), it takes half the tokens of the built-in model's traces. SmolLM2 compares
-    with the target only if it stands close by: hence the first line. Parentheses come early enough to be learned. An `impatient` search gives up after PATIENT failures and answers with its last try.
+    SmolLM2 compares with the target only if it stands close by: hence the first line. Without spaces
+    (`2*6+10=12+10=22 no`), it takes half the tokens of the built-in model's traces. Parentheses come early enough to be
+    learned. An `impatient` search gives up after PATIENT failures and answers with its last try.
     None if no form solves the puzzle.
     """
     lines = [f"{' '.join(map(str, puzzle.numbers))} -> {puzzle.target}"]
