@@ -119,7 +119,9 @@ VARIANTS = (
 class Padded(Policy):
     """Baseline log-probabilities: every row contains its prompt and is padded to one length."""
 
-    def logprobs(self, sequences: Sequences, *, temperature: float, entropy: bool = True) -> tuple[Tensor, Tensor]:
+    def logprobs(
+        self, sequences: Sequences, *, temperature: float, entropy: bool = True, logit_chunk: int = 0
+    ) -> tuple[Tensor, Tensor]:
         completions = sequences.completions
         rows = [sequences.prompts[owner] + row for owner, row in zip(sequences.prompt_index, completions, strict=True)]
         assert len(set(map(len, rows))) == 1 == len(set(map(len, completions)))

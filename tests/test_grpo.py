@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -313,9 +313,9 @@ def test_rows_without_advantage_are_skipped_only_when_there_is_no_kl(
     seen: list[int] = []
     logprobs = Policy.logprobs
 
-    def counting(policy: Policy, sequences: Sequences, *, temperature: float) -> tuple[Tensor, Tensor]:
+    def counting(policy: Policy, sequences: Sequences, **options: Any) -> tuple[Tensor, Tensor]:
         seen.append(len(sequences.completions))
-        return logprobs(policy, sequences, temperature=temperature)
+        return logprobs(policy, sequences, **options)
 
     monkeypatch.setattr(Policy, "logprobs", counting)
     recorded(tiny_policy, batch.sequences, batch.advantage, a_loss())

@@ -16,7 +16,8 @@ from torch.nn.functional import silu
 from grpo_cli.core.model.attention import Prefill, StaticDecode
 from grpo_cli.core.model.llama import _turn
 from grpo_cli.core.model.load import load
-from grpo_cli.core.model.policy import Sequences, token_logprobs
+from grpo_cli.core.model.logprobs import token_logprobs
+from grpo_cli.core.model.policy import Sequences
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -28,10 +28,15 @@ class NearLimit(MemoryError):
 
 
 class MicroBatch:
-    """Micro-batch size, 0 for all rows; halved permanently when memory runs out, or nears `limit` bytes if not 0."""
+    """Micro-batch size, 0 for all rows; halved permanently when memory runs out, or nears `limit` bytes if not 0.
 
-    def __init__(self, rows: int = 0, *, limit: int = 0, report: Callable[[str], None] = lambda _: None) -> None:
-        self.rows, self.limit = rows, limit
+    `logit_chunk`: the tokens whose logits are computed at once, 0 for all.
+    """
+
+    def __init__(
+        self, rows: int = 0, *, limit: int = 0, logit_chunk: int = 0, report: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self.rows, self.limit, self.logit_chunk = rows, limit, logit_chunk
         self._report = report
         self._per_token = 0.0  # highest bytes per token of a pass
         self._measured: tuple[int, int] | None = None  # tokens of the current pass, and bytes before it

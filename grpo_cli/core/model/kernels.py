@@ -109,7 +109,7 @@ def _seen(q, k, v, there, scaling, largest, total, out):
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, temperature: float, *, entropy: bool) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (M,) and entropies (M,), zeros unless `entropy`; as `policy.token_logprobs`.
+    """Log-probabilities (M,) and entropies (M,), zeros unless `entropy`; as `logprobs.token_logprobs`.
 
     Reads the logits (M, V) once forward and once backward, and stores nothing else of their size.
     """

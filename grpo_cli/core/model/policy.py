@@ -12,19 +12,19 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 import transformers
 from torch import Tensor
-from torch.autograd import Function
-from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo_cli.core.model import llama, lora
 from grpo_cli.core.model.attention import Packed, Plan, Prefill, shared_prefix_attention
 from grpo_cli.core.model.attention import order as packing_order
+from grpo_cli.core.model.logprobs import in_chunks, token_logprobs
 
 ATTENTION = "countdown_shared_prefix"
 WIDE = 512  # hidden size above which a CPU decodes in bfloat16: 2.5 times faster at 576, slower at 192
@@ -76,7 +76,6 @@ class Policy:
     end_ids: tuple[int, ...] = field(default=())
     is_sharded: bool = False  # weights are sharded; all ranks call the model together
     samplers: list[object] = field(default_factory=list, repr=False, compare=False)  # cached for the next rollout
-    logit_chunk: int = 0  # tokens per chunk of logits, recomputed backward; 0 is all at once
     works_on: torch.device | None = None  # compute device of offloaded weights
     plain: bool = False  # use the model's own forward, one row per completion: slower, for any causal model
     cached: bool = True  # whether the plain path decodes with the model's own cache
@@ -179,11 +178,13 @@ class Policy:
             return self.hidden(tokens[None], plan.positions, plan)[0]
         return written.hidden(tokens, plan.positions[0], plan, packed=True)
 
-    def logprobs(self, sequences: Sequences, *, temperature: float, entropy: bool = True) -> tuple[Tensor, Tensor]:
+    def logprobs(
+        self, sequences: Sequences, *, temperature: float, entropy: bool = True, logit_chunk: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy, both (B, T) float32, of each completion token under the sampling distribution.
 
         That is softmax(logits / temperature), in float32. Padding is 0. Entropy has no gradient, and is 0 unless
-        requested.
+        requested. Only the logits of `logit_chunk` tokens are kept in memory at once, if not 0 and on the fast path.
         """
         if self.plain:
             return self._plain_logprobs(sequences, temperature)
@@ -194,13 +195,14 @@ class Policy:
         packed = [token for part in (*sequences.prompts, *completions) for token in part]
         targets = packed[sum(prompt_lengths) :]
         tokens, labels = torch.tensor(packed, device=self.device), torch.tensor(targets, device=self.device)
+        of_logits = partial(token_logprobs, temperature=temperature, entropy=entropy, fused=self.fused)
         with self.autocast():
             if self.is_sharded or self.whole:  # FSDP gathers a layer's weights only within the model's own forward
                 logits = self._whole_logits(tokens[None], plan.positions, plan, plan.predecessors)[0]  # (M, V)
-                values = self._token_logprobs(logits, labels, temperature, entropy)
+                values = of_logits(logits, labels)
             else:
                 before = self._hidden_of_row(tokens, plan)[plan.predecessors]  # (M, D)
-                values = self._gather(before, labels, temperature, entropy)
+                values = in_chunks(lambda rows, own: of_logits(self.logits(rows), own), before, labels, logit_chunk)
         return _scatter(values[0], lengths, order), _scatter(values[1], lengths, order)
 
     def _plain_logprobs(self, sequences: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
@@ -217,30 +219,6 @@ class Policy:
             flat = torch.cat([row[start:end] for row, (start, end) in zip(logits, ends, strict=True)])  # (M, V)
             logprobs, entropy = token_logprobs(flat, targets, temperature)
         return _scatter(logprobs, lengths, range(len(rows))), _scatter(entropy, lengths, range(len(rows)))
-
-    def _gather(self, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (M,) of `targets` (M,) and entropies (M,), `logit_chunk` tokens at a time."""
-        if not 0 < self.logit_chunk < len(targets):
-            return self._logprobs_of(hidden, targets, temperature, entropy)
-        parts = [
-            checkpoint(self._logprobs_of, rows, labels, temperature, entropy, use_reentrant=False)
-            for rows, labels in zip(hidden.split(self.logit_chunk), targets.split(self.logit_chunk), strict=True)
-        ]
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-
-    def _logprobs_of(
-        self, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        return self._token_logprobs(self.logits(hidden), targets, temperature, entropy)
-
-    def _token_logprobs(
-        self, logits: Tensor, targets: Tensor, temperature: float, entropy: bool
-    ) -> tuple[Tensor, Tensor]:
-        if self.fused:
-            from grpo_cli.core.model import kernels  # imports Triton
-
-            return kernels.token_logprobs(logits, targets, temperature, entropy=entropy)
-        return token_logprobs(logits, targets, temperature, entropy=entropy)
 
     def frozen_copy(self, *, on_host: bool = False) -> Policy:
         """The reference: the same weights, never updated. `on_host` keeps them on the host; `on_device` copies them for
@@ -333,45 +311,6 @@ def _tensors(model: torch.nn.Module) -> Iterator[Tensor]:
     """The weights of a model and its buffers."""
     yield from model.parameters()
     yield from model.buffers()
-
-
-def token_logprobs(
-    logits: Tensor, targets: Tensor, temperature: float, *, entropy: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (M,) of `targets` (M,) under softmax(logits (M, V) / temperature), and its entropies (M,).
-
-    In float32, like log_softmax and gather, but with one float32 matrix for both directions. Entropies have no
-    gradient; without gradients they may be left out, as zeros.
-    """
-    if not entropy and not torch.is_grad_enabled():
-        scaled = logits.to(torch.float32, copy=True).div_(temperature)
-        chosen = scaled.log_softmax(dim=-1).gather(-1, targets[:, None])[:, 0]
-        return chosen, torch.zeros_like(chosen)
-    results = _TokenLogprobs.apply(logits, targets, temperature)  # type: ignore[no-untyped-call]
-    return cast("tuple[Tensor, Tensor]", results)
-
-
-class _TokenLogprobs(Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        targets = targets[:, None]
-        scaled = logits.to(torch.float32, copy=True).div_(temperature)
-        everything = scaled.log_softmax(dim=-1)
-        chosen = everything.gather(-1, targets)[:, 0]
-        probabilities = torch.exp(everything, out=scaled)  # allocating memory would cost more than the arithmetic
-        entropy = -everything.mul_(probabilities).sum(dim=-1)
-        ctx.save_for_backward(probabilities, targets)
-        ctx.temperature, ctx.dtype = temperature, logits.dtype
-        ctx.mark_non_differentiable(entropy)
-        return chosen, entropy
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """d log p(t) / d logits = (one-hot(t) - p) / temperature."""
-        probabilities, targets = ctx.saved_tensors
-        scale = gradients[0][:, None] / ctx.temperature
-        of_logits = probabilities.mul_(-scale).scatter_add_(-1, targets, scale)  # a second backward pass is refused
-        return of_logits.to(ctx.dtype), None, None
 
 
 def encode(tokenizer: transformers.PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:

@@ -79,7 +79,7 @@ class Session:
 
     def train(self, observer: Observer, control: Control | None = None) -> Result:
         """Train to the end and write the summary. If `control` says stop, save and raise Interrupted."""
-        choices, rows = self.memory.choices, self.settings.train.micro_batch_size
+        rows = self.settings.train.micro_batch_size
         with tracked(observer, self.run, self.settings, start=self.training.step) as watching:
             evaluation = loop.train(
                 self.training,
@@ -87,7 +87,7 @@ class Session:
                 self.run,
                 self.settings,
                 watching,
-                fit=MicroBatch(rows or choices.rows, limit=self.memory.limit, report=watching.message),
+                fit=_fit(self.memory, watching.message, rows),
                 control=control,
                 ranks=self.ranks,
             )
@@ -279,7 +279,6 @@ def _load(
         device=settings.model.device,
         precision=settings.model.precision,
         gradient_checkpointing=choices.checkpointing,
-        logit_chunk=choices.logit_chunk,
         adapter=adapter,
         note=note,
     )
@@ -290,7 +289,13 @@ def _warm_up(policy: Policy, shown: Sequence[Lesson], plan: MemoryPlan, note: No
         if step % max(1, steps // 10) == 0 or step == steps:
             note(f"warm start: step {step} of {steps}, loss {loss:.3f}")
 
-    warm_start(policy, shown, fit=MicroBatch(plan.choices.rows, limit=plan.limit, report=note), report=report)
+    warm_start(policy, shown, fit=_fit(plan, note), report=report)
+
+
+def _fit(plan: MemoryPlan, report: Note, rows: int = 0) -> MicroBatch:
+    """The planned micro-batch size, or `rows` if not 0, and the plan's limit."""
+    choices = plan.choices
+    return MicroBatch(rows or choices.rows, limit=plan.limit, logit_chunk=choices.logit_chunk, report=report)
 
 
 def _load_planned(
@@ -305,7 +310,7 @@ def _load_planned(
         plan = replan(plain=policy.plain, whole=policy.whole)
         if plan.choices.checkpointing != first.checkpointing:
             policy = load(plan.choices)
-    return replace(policy, logit_chunk=plan.choices.logit_chunk), plan
+    return policy, plan
 
 
 def _restore(

@@ -58,7 +58,7 @@ def reference_logprobs(
             poll()
             subset = sequences.subset(chosen)
             fit.begin(tokens=subset.tokens, rows=len(chosen))
-            part, _ = reference.logprobs(subset, temperature=temperature, entropy=False)
+            part, _ = reference.logprobs(subset, temperature=temperature, entropy=False, logit_chunk=fit.logit_chunk)
             fit.end()
             logprobs[chosen, : part.shape[1]] = part
         return logprobs
@@ -168,7 +168,9 @@ class _Passes:
         examples, objective = self.examples, self.objective
         sequences = examples.sequences.subset(rows)
         self.fit.begin(tokens=sequences.tokens, rows=len(rows))
-        logprobs, entropy = self.policy.logprobs(sequences, temperature=objective.temperature)
+        logprobs, entropy = self.policy.logprobs(
+            sequences, temperature=objective.temperature, logit_chunk=self.fit.logit_chunk
+        )
         mask = sequences.mask().to(self.policy.device)
         length = mask.shape[1]
         if self.is_first:

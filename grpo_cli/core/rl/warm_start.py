@@ -159,7 +159,7 @@ def _backward(policy: Policy, sequences: Sequences, fit: MicroBatch, rows: int) 
     for chosen in micro_batches(range(len(sequences.completions)), rows):
         some = sequences.subset(chosen)
         fit.begin(tokens=some.tokens, rows=len(chosen))
-        logprobs, _ = policy.logprobs(some, temperature=1.0)  # (B, T)
+        logprobs, _ = policy.logprobs(some, temperature=1.0, logit_chunk=fit.logit_chunk)  # (B, T)
         part = -logprobs.sum() / count
         part.backward()
         fit.end()

@@ -29,7 +29,8 @@ from torch import Tensor
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model import lora
 from grpo_cli.core.model.load import detect_device, load
-from grpo_cli.core.model.policy import PROBE, Policy, Sequences, set_attention, token_logprobs
+from grpo_cli.core.model.logprobs import token_logprobs
+from grpo_cli.core.model.policy import PROBE, Policy, Sequences, set_attention
 from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import sample, uniforms
 
@@ -84,7 +85,6 @@ def load_checked(
     device: str,
     precision: str,
     gradient_checkpointing: bool = False,
-    logit_chunk: int = 0,
     adapter: lora.Lora | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> Policy:
@@ -99,7 +99,7 @@ def load_checked(
     if adapter:
         lora.adapt(loaded.model, adapter, name=source)
         loaded.model.to(detect_device(device))
-    loaded = replace(loaded, name=name, logit_chunk=logit_chunk, adapter=adapter)
+    loaded = replace(loaded, name=name, adapter=adapter)
     cache = Path.home() / ".cache" / "countdown" / "selfcheck.json"
     with lora.perturbed(loaded.model):
         policy, outcome = checked(loaded, checkpointing=gradient_checkpointing, cache=cache)
