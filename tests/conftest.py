@@ -1,5 +1,6 @@
 """A tiny model in the format of Qwen2.5 (architecture, tokenizer, chat template), and `countdown` in this process."""
 
+import copy
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"  # be
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
 
 from grpo_cli.cli import app as cli
+from grpo_cli.cli import train as train_command
 from grpo_cli.core.builtin.tokenizer import train_tokenizer
 from grpo_cli.core.config.settings import Loss
 from grpo_cli.core.dist.parallel import Replicated
@@ -63,14 +65,28 @@ def save_tiny_model(folder: Path, kind: type[PretrainedConfig] = Qwen2Config, **
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def unsynced() -> Iterator[None]:
+    """No test pulls the plug, so none waits for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture
-def tiny_policy(tiny_folder: Path) -> Policy:
+@pytest.fixture(scope="session")
+def loaded_policy(tiny_folder: Path) -> Policy:
     return load(str(tiny_folder), device="cpu", precision="float32")
+
+
+@pytest.fixture
+def tiny_policy(loaded_policy: Policy) -> Policy:
+    """A copy of the tiny model for each test."""
+    return copy.deepcopy(loaded_policy)
 
 
 @dataclass
@@ -83,30 +99,44 @@ class Result:
 Command = Callable[..., Result]
 
 
+def main(*arguments: object) -> int:
+    """The exit code of `countdown ARGUMENTS` in this process."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["countdown", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+            raise SystemExit(0)
+    signal.signal(signal.SIGINT, before)
+    return int(ended.value.code or 0)
+
+
+def run_here(folder: Path, *arguments: object) -> None:
+    """`countdown ARGUMENTS` in `folder` and this process, for fixtures that tests share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(*arguments) == 0
+
+
 @pytest.fixture
 def countdown(
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
-) -> Iterator[Command]:
-    """Run `countdown ARGS` in an empty folder."""
+) -> Command:
+    """Run `countdown ARGUMENTS` in an empty folder; trainings draw no curves, half the time of a small one."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_command, "draw", lambda *_: [])
     monkeypatch.setattr(Path, "home", lambda: tmp_path_factory.getbasetemp())  # where outcomes of self-checks are kept
     for name in [name for name in os.environ if name.startswith("COUNTDOWN_")]:
         monkeypatch.delenv(name)
 
     def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["countdown", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-            raise SystemExit(0)
-        shown = capfd.readouterr()
-        return Result(int(ended.value.code or 0), shown.out, shown.err)
+        code = main(*arguments)
+        return Result(code, *capfd.readouterr())
 
-    before = signal.getsignal(signal.SIGINT)
-    yield call
-    signal.signal(signal.SIGINT, before)
+    return call
 
 
 SMALL = ["--precision", "float32", "--batch-size", "2", "--num-generations", "2", "--max-new-tokens", "8"]
@@ -117,16 +147,7 @@ SMALL += ["--num-iterations", "2", "--eval-every", "1", "--eval-puzzles", "4", "
 def finished_run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run."""
     folder = tmp_path_factory.mktemp("finished")
-    command = ["countdown", "train", "--model", str(tiny_folder), "--run", "first", *SMALL]
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", command)
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-            raise SystemExit(0)
-    signal.signal(signal.SIGINT, before)
-    assert not ended.value.code
+    run_here(folder, "train", "--model", tiny_folder, "--run", "first", *SMALL)
     return folder / "runs" / "first"
 
 

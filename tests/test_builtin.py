@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,8 +89,12 @@ def test_a_drill_is_true_arithmetic_with_a_true_verdict(numbers: tuple[int, ...]
     assert 0.4 < sum(row.endswith("Yes!") for row in rows) / len(rows) < 0.7
 
 
-def test_a_verdict_follows_its_target_at_once() -> None:
-    tokenizer = build_tokenizer(Recipe())
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return build_tokenizer(Recipe())
+
+
+def test_a_verdict_follows_its_target_at_once(tokenizer: Any) -> None:
     tokens = [
         tokenizer.decode([token]) for token in tokenizer("= 18, need 22. No.\n= 22, need 22. Yes!\n")["input_ids"]
     ]
@@ -112,15 +117,14 @@ def test_failures_by_kind(text: str, kind: str) -> None:
     assert failure(text, Puzzle((2, 4, 6), 36), truncated=True) == "truncated"
 
 
-def test_nothing_imitated_is_a_val_puzzle() -> None:
-    maker = RowMaker(build_tokenizer(Recipe()), random.Random(3))
+def test_nothing_imitated_is_a_val_puzzle(tokenizer: Any) -> None:
+    maker = RowMaker(tokenizer, random.Random(3))
     puzzles = [maker.puzzle() for _ in range(3000)]
     assert {puzzle.split for puzzle in puzzles} == {"train"}
     assert {len(puzzle.numbers) for puzzle in puzzles} == {3, 4}
 
 
-def test_only_the_completion_is_learned() -> None:
-    tokenizer = build_tokenizer(Recipe())
+def test_only_the_completion_is_learned(tokenizer: Any) -> None:
     maker = RowMaker(tokenizer, random.Random(3))
     for _ in range(20):
         row = maker.row(patient, drills=0.2)
@@ -131,8 +135,7 @@ def test_only_the_completion_is_learned() -> None:
             assert tokenizer.decode(learned) == text.rpartition("assistant\n")[2]
 
 
-def test_numbers_are_one_token_each_and_every_text_comes_back() -> None:
-    tokenizer = build_tokenizer(Recipe())
+def test_numbers_are_one_token_each_and_every_text_comes_back(tokenizer: Any) -> None:
     tokens = tokenizer("2 * 60 - 110 = 120 - 110 = 10, need 10. Yes!")["input_ids"]
     assert [tokenizer.decode([token]) for token in tokens][:5] == ["2", " *", " 60", " -", " 110"]
     for text in ("ümläut ☃ 12345 -7", "<think>\n(1 + 2) * 3\n</think>", "\t\r\n  x"):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL, Command
+from forked import Forked
 
 from grpo_cli.core.task.countdown import Countdown
 from grpo_cli.core.task.puzzle import Puzzle
@@ -30,45 +31,46 @@ def test_gen_data_loads_neither_torch_nor_matplotlib() -> None:
     assert len(found.stdout.splitlines()) == 327
 
 
+COMPLETED = {
+    "train --preset ": "auto builtin mine qwen2.5-0.5b qwen2.5-1.5b qwen2.5-1.5b-original smollm2-135m",
+    "train --preset smol": "smollm2-135m",
+    "train --run fi": "first",
+    "train --model ": "builtin first",
+    "eval ": "builtin first",
+    "eval --suite ": "transfer hard",
+    "train --eval-suite h": "hard",
+    "plot --runs others ": "second",
+    "runs --delete ": "first",
+    "export ": "first",
+    "train --loss-type d": "dapo dr_grpo",
+    "train --config nowhere.toml --preset ": "",
+    "train --batch-size four --model f": "first",
+}
 COMPLETE = """
 import os, sys
 from grpo_cli.cli.app import main
 sys.argv = ["countdown"]
-os.environ |= {"COMP_WORDS": sys.argv[0] + " " + LINE, "COMP_CWORD": str(len(LINE.split(" ")))}
-try: main()
-finally: print({"torch", "transformers", "matplotlib"} & set(sys.modules), file=sys.stderr)
+for line in LINES:
+    os.environ |= {"COMP_WORDS": f"countdown {line}", "COMP_CWORD": str(len(line.split(" ")))}
+    try: main()
+    except SystemExit: print("", flush=True)
+    finally: print("--", flush=True)
+print({"torch", "transformers", "matplotlib"} & set(sys.modules))
 """
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("train --preset ", "auto builtin mine qwen2.5-0.5b qwen2.5-1.5b qwen2.5-1.5b-original smollm2-135m"),
-        ("train --preset smol", "smollm2-135m"),
-        ("train --run fi", "first"),
-        ("train --model ", "builtin first"),
-        ("eval ", "builtin first"),
-        ("eval --suite ", "transfer hard"),
-        ("train --eval-suite h", "hard"),
-        ("plot --runs others ", "second"),
-        ("runs --delete ", "first"),
-        ("export ", "first"),
-        ("train --loss-type d", "dapo dr_grpo"),
-        ("train --config nowhere.toml --preset ", ""),
-        ("train --batch-size four --model f", "first"),
-    ],
-)
-def test_names_that_exist_are_completed_without_torch(line: str, expected: str, tmp_path: Path) -> None:
+def test_names_that_exist_are_completed_without_torch(tmp_path: Path) -> None:
     for run in ("runs/first", "others/second"):
         (tmp_path / run).mkdir(parents=True)
         (tmp_path / run / "config.json").write_text("{}")
     settings = '[preset.mine.model]\nmodel = "builtin"\n[suite]\nhard = {"val 4 one-shot" = 1.0}\n'
     (tmp_path / "config.toml").write_text(settings)
     environ = {**os.environ, "_COUNTDOWN_COMPLETE": "complete_bash"}
-    command = [sys.executable, "-c", f"LINE = {line!r}{COMPLETE}"]
+    command = [sys.executable, "-c", f"LINES = {[*COMPLETED]!r}{COMPLETE}"]
     found = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=True)
-    assert found.stdout.split() == expected.split()
-    assert found.stderr == "set()\n"
+    *shown, loaded = found.stdout.split("--\n")
+    assert [text.split() for text in shown] == [names.split() for names in COMPLETED.values()]
+    assert (loaded, found.stderr) == ("set()\n", "")
 
 
 @pytest.mark.parametrize("command", ["gen-data", "train", "eval", "solve", "plot"])
@@ -272,13 +274,13 @@ def test_a_puzzle_without_a_solution_is_told_before_a_model_loads(countdown: Com
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("question", ["what is love", "4 7 3 = 2 5", "-1 2 = x"])
-def test_what_is_no_puzzle_is_refused_before_torch_is_loaded(tmp_path: Path, question: str) -> None:
-    code = "import sys; from grpo_cli.cli.app import app\ntry: app(sys.argv[1:])\n"
-    code += "except Exception as error: print(error, 'torch' in sys.modules)"
-    line = [sys.executable, "-c", code, "solve", question]
-    found = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
-    assert found.stdout == "there is no puzzle in the question False\n", found.stderr
+def test_what_is_no_puzzle_is_refused_before_torch_is_loaded(tmp_path: Path) -> None:
+    code = (
+        "import sys; from grpo_cli.cli.app import app\nfor question in ('what is love', '4 7 3 = 2 5', '-1 2 = x'):\n"
+    )
+    code += "    try: app(['solve', question])\n    except Exception as error: print(error, 'torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert found.stdout == "there is no puzzle in the question False\n" * 3, found.stderr
 
 
 def test_gen_data_does_not_compress_and_dash_is_stdout(countdown: Command, tmp_path: Path) -> None:
@@ -355,18 +357,15 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, tiny_folder: Path, number: int, code: int) -> None:
-    arguments = ["train", "--model", str(tiny_folder), "--run", "long", *SMALL]
-    arguments[arguments.index("--num-iterations") + 1] = "100000"
-    command = [sys.executable, "-m", "grpo_cli", *arguments]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith("step 3 "):
-                break
-        process.send_signal(number)
-        rest = process.stderr.read()
-        assert process.wait(timeout=60) == code
+def test_a_signal_saves_and_says_how_to_go_on(
+    tmp_path: Path, tiny_folder: Path, number: signal.Signals, code: int
+) -> None:
+    arguments = ["train", "--model", tiny_folder, "--run", "long", *SMALL, "--num-iterations", "100000"]
+    process = Forked(tmp_path, *arguments)
+    process.read_until("step 3 ")
+    process.send(number)
+    ended, rest = process.ended()
+    assert ended == code
     assert "countdown train --run long --resume" in " ".join(rest.split())
     assert list((tmp_path / "runs" / "long" / "checkpoints").glob("step-*"))
 

@@ -14,10 +14,9 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_local_link_leads_to_a_file(page: Path) -> None:
-    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text("utf-8"))
-    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+def test_every_local_link_leads_to_a_file() -> None:
+    links = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text("utf-8"))]
+    assert [(page, link) for page, link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
 def test_the_file_tree_names_every_module() -> None:
@@ -50,12 +49,13 @@ def test_every_test_of_the_fault_matrix_exists() -> None:
 COMMAND = re.compile(r"\bcountdown ((?:train|eval|solve|plot|runs|export|gen-data)\b[^`\n]*)")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_option_of_a_documented_command_exists(page: Path) -> None:
+def test_every_option_of_a_documented_command_exists(monkeypatch: pytest.MonkeyPatch) -> None:
     """`--help` at the end of a line is reached only if all before it can be parsed."""
-    lines = [re.split(r"\s#|&&|;|\.\.\.| \| ", line)[0] for line in COMMAND.findall(page.read_text("utf-8"))]
+    monkeypatch.setattr("typer.rich_utils.rich_format_help", lambda **_: None)  # most of the time
+    commands = [command for page in PAGES for command in COMMAND.findall(page.read_text("utf-8"))]
+    lines = {re.split(r"\s#|&&|;|\.\.\.| \| ", command)[0] for command in commands}
     failed = [line for line in lines if CliRunner().invoke(app, [*shlex.split(line), "--help"]).exit_code]
-    assert failed == []
+    assert len(lines) > 50 and failed == []
 
 
 def test_every_public_name_can_be_imported() -> None:
@@ -76,7 +76,7 @@ def test_the_examples_of_the_api_run(
     )
     assert len(blocks) == 2
     for block in blocks:
-        exec(block, {"__name__": "example"})
+        exec(block.replace('"train.num_iterations": 3', '"train.num_iterations": 3, "train.max_new_tokens": 20'), {})
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines[:3]] == ["step 1", "step 2", "step 3"]
     assert (tmp_path / "runs" / "from-python" / "model" / "model.safetensors").is_file()

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -281,10 +279,3 @@ def test_other_formats_are_refused(name: str, tmp_path: Path) -> None:
 def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(CountdownError, match=r"cannot write .*: No such file or directory"):
         plot.kl_curve([RUN], tmp_path / "missing" / "curve.png")
-
-
-def test_matplotlib_waits_until_something_is_drawn() -> None:
-    code = "import sys, grpo_cli.ui.figures, grpo_cli.ui.tables\n"
-    code += "print('matplotlib' in sys.modules, 'torch' in sys.modules)"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert shown == "False False\n"

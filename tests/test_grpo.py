@@ -282,7 +282,7 @@ def test_the_gradient_is_that_of_single_rows_whatever_the_micro_batches(
     batch, loss = Batch(tiny_policy), a_loss(loss_type, beta=beta)
     expected_loss, expected = plain_update(tiny_policy, batch, loss)
     norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in expected))
-    for micro_batch_size in (0, 1, 3, 5, 64):
+    for micro_batch_size in (0, 1, 3, 64):
         metrics, found = recorded(
             tiny_policy,
             batch.sequences,

@@ -1,6 +1,7 @@
 """Hostile completions, names and puzzle files, odd terminals and closed pipes: one clear sentence, no control bytes."""
 
 import gzip
+import io
 import json
 import os
 import pty
@@ -38,7 +39,7 @@ ATTACKS = {
     "lone surrogate": "\ud83d",
     "tabs and feeds": "a\tb\vc\fd\x85e\u2028f",
 }
-LONG = "spam " * 200_000
+LONG = "spam " * 100_000
 # Rich's own sequences: colours, cursor movement, line clearing.
 OWN = re.compile(rb"\x1b\[\??[0-9;]*[A-Za-z]")
 
@@ -49,11 +50,11 @@ def harmful(shown: bytes) -> set[str]:
     return {character for character in text if not character.isprintable() and character not in "\n\r"}
 
 
-@pytest.mark.parametrize("attack", ["\n".join(ATTACKS.values()), LONG], ids=["attacks", "long"])
 def test_a_completion_cannot_act_on_a_terminal(
-    countdown: Command, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: str
+    countdown: Command, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    completion = f"<think>{attack}</think>\n<answer>{attack}</answer>"
+    short = "\n".join(ATTACKS.values())
+    completion = f"<think>{short}{LONG}{short}</think>\n<answer>{short}{LONG}</answer>"
     monkeypatch.setattr(Policy, "decode", lambda *_: completion)
     for arguments in (
         ["train", "--model", tiny_folder, "--run", "first", *SMALL],
@@ -114,7 +115,8 @@ def test_a_question_with_control_tokens_is_read_for_its_numbers_alone() -> None:
 
 # Run names
 
-NAMES = ["../x", "/tmp/x", "a/b", "a\0b", "a\nb", "a" * 300, "..", ".", "", "-x", ".x", "a b", "a\\b", "é", "\u202ea"]
+NAMES = ["../x", "/tmp/x", "a/b", "a\0b", "a\nb", "a\n", "a" * 65, "a" * 300, "..", ".", "", "-x", "_x", ".x", "a b"]
+NAMES += ["a\\b", "é", "\u202ea"]
 
 
 def test_a_run_name_stays_under_its_root(tmp_path: Path) -> None:
@@ -300,7 +302,7 @@ POSIX = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
         (["plot", "metrics.jsonl"], ASCII),
         (["plot", "metrics.jsonl"], {"PYTHONIOENCODING": "latin-1"}),
         (["plot", "metrics.jsonl"], POSIX),
-        (["train", "--dry-run", "--model", "{}"], ASCII),
+        pytest.param(["train", "--dry-run", "--model", "{}"], ASCII, marks=pytest.mark.slow),
         pytest.param(["train", "--dry-run", "--model", "{}"], POSIX, marks=pytest.mark.slow),
         pytest.param(["eval", "{}", "--limit", "2"], ASCII, marks=pytest.mark.slow),
     ],
@@ -314,6 +316,13 @@ def test_an_encoding_that_lacks_characters_gets_escapes(
     result = subprocess.run(line, capture_output=True, cwd=tmp_path, env=known | environment)
     assert result.returncode == 0, result.stderr
     assert rb"\u2581" in result.stdout or arguments[0] != "plot"
+
+
+def test_a_plan_is_shown_in_ascii(countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert countdown("train", "--dry-run", "--model", tiny_folder).code == 0
+    assert rb"\u2500" in written.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -252,12 +252,6 @@ def test_a_line_holds_numbers_target_split_and_a_solution(tmp_path: Path) -> Non
     assert path.read_bytes() == b'{"numbers": [3, 5, 2], "target": 13, "split": "train", "solution": "2 * 5 + 3"}\n'
 
 
-def test_the_same_arguments_write_the_same_bytes(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        write_puzzles(tmp_path / name, generate(100, numbers=4, seed=9))
-    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-
-
 def test_a_file_is_replaced_only_on_request(tmp_path: Path) -> None:
     path = tmp_path / "puzzles.jsonl"
     path.write_text("mine")
@@ -295,11 +289,6 @@ def test_a_summary_counts_by_hand() -> None:
         solutions=(2 + 2 + 1 + 1) / 4,
         duplicates=1,
     )
-
-
-def test_the_whole_space_has_no_duplicates() -> None:
-    summary = summarize(list(enumerate_puzzles(3)))
-    assert (summary.count, summary.train, summary.val, summary.duplicates) == (2506, 2179, 327, 0)
 
 
 def test_nothing_cannot_be_summarized() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, run_here
+from forked import Forked
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -48,6 +50,19 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+def forked(folder: Path, ranks: int, *arguments: object, plugin: str = "") -> tuple[list[int], str]:
+    """Exit codes and outputs of ranks that no launcher watches."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [
+        Forked(folder, *arguments, code=f"import os\nrank = {rank}\n{plugin}", RANK=str(rank), LOCAL_RANK="0", **shared)
+        for rank in range(ranks)
+    ]
+    outcomes = [process.ended() for process in started]
+    return [code for code, _ in outcomes], "".join(output for _, output in outcomes)
+
+
 def by_one(folder: Path, *arguments: object) -> str:
     """What `countdown ARGUMENTS` prints in `folder`, by one process without torchrun."""
     command = [sys.executable, "-m", "grpo_cli", *map(str, arguments)]
@@ -78,7 +93,7 @@ def same_experiment(one: Path, other: Path, *, tolerance: float = 1e-4) -> None:
 def alone(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process, in three steps."""
     folder = tmp_path_factory.mktemp("alone")
-    by_one(folder, "train", "--model", tiny_folder, "--run", "one", *TRAIN)
+    run_here(folder, "train", "--model", tiny_folder, "--run", "one", *TRAIN)
     return folder / "runs" / "one"
 
 
@@ -185,14 +200,15 @@ def test_gradients_are_sent_during_the_last_backward_pass_and_each_once(
 
 
 def test_one_process_never_starts_torch_distributed(tiny_folder: Path, tmp_path: Path) -> None:
-    arguments = ["countdown", "train", "--model", str(tiny_folder), "--run", "one", *SMALL]
-    code = f"import sys; sys.argv = {arguments!r}\nfrom grpo_cli.cli.app import main\n"
-    code += "import torch, torch.distributed as dist\n"
-    code += "before = set(sys.modules)\ndef refuse(*_, **__): raise SystemExit(9)\ndist.init_process_group = refuse\n"
-    code += "main()\nassert not dist.is_initialized()\n"
-    code += "assert 'torch.distributed.rendezvous' not in set(sys.modules) - before\n"
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environ, check=True, capture_output=True)
+    code = "import sys, atexit, torch.distributed as dist\nbefore = set(sys.modules)\n"
+    code += "def refuse(*_, **__): raise SystemExit(9)\ndist.init_process_group = refuse\n"
+    code += "def loaded(): print('torch.distributed.rendezvous' in set(sys.modules) - before, dist.is_initialized())\n"
+    code += "import grpo_cli.cli.train as train; shown = train.write_card\n"
+    code += "train.write_card = lambda run: (shown(run), loaded())"
+    process = Forked(tmp_path, "train", "--model", tiny_folder, "--run", "one", *SMALL, code=code)
+    ended, output = process.ended()
+    assert ended == 0, output
+    assert "False False" in output and "True" not in output
 
 
 @pytest.mark.slow
@@ -309,14 +325,13 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(
 def test_memory_that_runs_out_on_one_rank_when_sums_are_under_way_changes_nothing(
     tiny_folder: Path, tmp_path: Path, alone: Path
 ) -> None:
-    arguments = ["train", "--model", tiny_folder, "--run", "two", *TRAIN]
-    code, out, err = ended(launched(tmp_path, 2, *arguments, plugin=LATE))
-    assert code == 0, err
-    assert re.search(r"memory ran out after \d of \d\d", out)
+    codes, output = forked(tmp_path, 2, "train", "--model", tiny_folder, "--run", "two", *TRAIN, plugin=LATE)
+    assert codes == [0, 0], output
+    assert re.search(r"memory ran out after \d of \d\d", output)
     same_experiment(alone, tmp_path / "runs" / "two")
     lines = rows(tmp_path / "runs" / "two" / "metrics.jsonl")[1:]
     assert all(line["time/wait"] > 0 and line["time/reduce"] > 0 for line in lines)
-    assert err.count("step 2 of 3") == 1  # one rank shows the progress
+    assert output.count("step 2 of 3") == 1  # one rank shows the progress
 
 
 @pytest.mark.faults

@@ -4,7 +4,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count, cycle
 from pathlib import Path
@@ -17,7 +17,7 @@ from conftest import MEASURED, SetPuzzles
 from grpo_cli.core.config import resolve as config
 from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.evals.evaluate import Evaluator
+from grpo_cli.core.evals.evaluate import Evaluation, Evaluator
 from grpo_cli.core.metrics import METRICS, metric
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy
@@ -44,8 +44,8 @@ from grpo_cli.core.task.scoring import Cheat, Reason, Score
 from grpo_cli.core.task.task import Message, Problem
 
 
-@pytest.fixture(autouse=True)
-def reward_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def reward_by_length() -> Iterator[None]:
     """A random model never solves a puzzle: pay for text of even length instead, which can be learned."""
 
     def score(completion: str, puzzle: Puzzle, **_: object) -> Score:
@@ -53,7 +53,9 @@ def reward_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
         reason: Reason = "correct" if even else "no_answer"
         return Score(reward=float(even), correct=even, reason=reason, answer=None, well_formed=False, lenient=even)
 
-    monkeypatch.setattr(countdown, "score", score)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(countdown, "score", score)
+        yield
 
 
 class Watcher(Observer):
@@ -143,8 +145,18 @@ def test_learning_rate(schedule: str, rates: list[float]) -> None:
     assert found == pytest.approx(rates, abs=1e-6)
 
 
-def test_a_run_leaves_metrics_samples_best_model_and_last_checkpoints(tiny_folder: Path, tmp_path: Path) -> None:
-    training, run, watcher = trained(small(tiny_folder), tmp_path)
+@pytest.fixture(scope="module")
+def plain(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Training, Run, Watcher, Evaluation]:
+    """A training by the settings of `small`, and its last evaluation."""
+    training, run, watcher = start(small(tiny_folder)), Run.create(tmp_path_factory.mktemp("plain"), "first"), Watcher()
+    found = train(training, training.policy.frozen_copy(), run, small(tiny_folder), watcher)
+    return training, run, watcher, found
+
+
+def test_a_run_leaves_metrics_samples_best_model_and_last_checkpoints(
+    plain: tuple[Training, Run, Watcher, Evaluation],
+) -> None:
+    training, run, watcher, _ = plain
     lines = run.metrics()
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     assert [line["step"] for line in lines if "val_accuracy" in line] == [0, 2, 4] == watcher.evaluations
@@ -164,8 +176,10 @@ def test_a_run_leaves_metrics_samples_best_model_and_last_checkpoints(tiny_folde
     assert len((run.path / "samples.jsonl").read_text().splitlines()) == 4 * 2
 
 
-def test_the_first_step_starts_at_the_reference_and_later_ones_leave_it(tiny_folder: Path, tmp_path: Path) -> None:
-    _, run, _ = trained(small(tiny_folder), tmp_path)
+def test_the_first_step_starts_at_the_reference_and_later_ones_leave_it(
+    plain: tuple[Training, Run, Watcher, Evaluation],
+) -> None:
+    run = plain[1]
     kl = [line["kl"] for line in run.metrics()[1:]]
     assert kl[0] == pytest.approx(0.0, abs=1e-6)
     assert kl[3] > 1e-4
@@ -173,12 +187,10 @@ def test_the_first_step_starts_at_the_reference_and_later_ones_leave_it(tiny_fol
     assert gap < 1e-4
 
 
-def test_the_same_seed_gives_the_same_run(tiny_folder: Path, tmp_path: Path) -> None:
-    runs = [trained(small(tiny_folder), tmp_path, name)[1] for name in ("a", "b")]
-    timeless = [
-        [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in run.metrics()] for run in runs
-    ]
-    assert timeless[0] == timeless[1]
+def test_the_same_seed_gives_the_same_run(
+    plain: tuple[Training, Run, Watcher, Evaluation], tiny_folder: Path, tmp_path: Path
+) -> None:
+    assert timeless(trained(small(tiny_folder), tmp_path)[1]) == timeless(plain[1])
 
 
 EVERY_STOP = [
@@ -234,9 +246,8 @@ def test_a_stop_saves_the_last_completed_step(
     assert choose_checkpoint(run, settings, None, print)[0] == training.step == len(watcher.metrics)
 
 
-def test_eval_puzzles_are_chosen_once(tiny_folder: Path, tmp_path: Path) -> None:
-    training, run = start(small(tiny_folder)), Run.create(tmp_path, "subset")
-    found = train(training, training.policy.frozen_copy(), run, small(tiny_folder), Watcher())
+def test_eval_puzzles_are_chosen_once(plain: tuple[Training, Run, Watcher, Evaluation]) -> None:
+    training, run, _, found = plain
     val = list(enumerate_puzzles(3, "val"))
     expected = [val[index] for index in sorted(random.Random(0).sample(range(327), 6))]
     assert [row[0].puzzle for row in found.completions] == expected
