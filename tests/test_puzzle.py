@@ -219,6 +219,7 @@ def test_a_sample_has_no_puzzle_twice(numbers: int, split: Side) -> None:
 
 def test_sampling_ends_where_there_are_fewer_puzzles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("grpo_cli.core.task.data.ENUMERABLE", (1, 1))
+    monkeypatch.setattr("grpo_cli.core.task.data.MOST_DRAWS", 5_000)
     assert {puzzle.canonical for puzzle in puzzle_set(2, "val")} == set(enumerate_puzzles(2, "val"))
 
 

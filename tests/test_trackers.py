@@ -148,7 +148,7 @@ def test_a_tracker_that_fails_is_dropped_with_one_warning(
 
     pytest.importorskip("tensorboard")
     monkeypatch.setattr(trackers.TensorBoard, fails, broken)
-    result = countdown(*TRAIN, "--model", tiny_folder, "--tracker", "tensorboard")
+    result = countdown(*TRAIN, "--model", tiny_folder, "--tracker", "tensorboard", "--num-iterations", "1")
     assert result.code == 0
     assert result.err.count("tensorboard failed and is off for the rest of this run: no space left") == 1
 
