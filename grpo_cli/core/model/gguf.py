@@ -137,7 +137,7 @@ def build_tokenizer(facts: Mapping[str, Any]) -> transformers.PreTrainedTokenize
 
 
 def _end_ids(facts: Mapping[str, Any]) -> list[int]:
-    """Every end-of-sequence id: the file's own, and the usual ones of its family that its vocabulary has."""
+    """End-of-sequence ids: the file's own, and the family's usual ones if they are in the vocabulary."""
     named = {int(facts[key]) for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in facts}
     kinds = zip(facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"], strict=True)
     return sorted(named | {index for index, (text, kind) in enumerate(kinds) if text in ENDS and kind == CONTROL})

@@ -94,7 +94,7 @@ def load(
 
     `on_host` leaves it there, as it would be on the device.
 
-    Raises CountdownError for a folder that is not there, weights that are missing, misshapen or not safetensors, a
+    Raises CountdownError for a missing folder, weights that are missing, misshapen or not safetensors, a
     tokenizer that does not fit the model or has no chat template, and an architecture without full attention.
     """
     source, local = find(name)

@@ -41,7 +41,7 @@ class Lora:
 
     @classmethod
     def of(cls, settings: Settings) -> Lora | None:
-        """The adapter of a training, or None if all weights learn; raises CountdownError for what it rules out."""
+        """The adapter in the settings, or None if there is none; CountdownError if others conflict."""
         model, train = settings.model, settings.train
         if not model.lora_rank:
             if model.quantize != "none":
@@ -130,13 +130,13 @@ def _quantize(model: Any, names: set[str]) -> None:
 
 
 def adapted(model: nn.Module) -> dict[str, Any]:
-    """Every layer with an adapter, by name; {} in a model without."""
+    """Every layer with an adapter, by name; {} if there are none."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """The base model, within this context."""
+    """Run the base model within this context."""
     layers = adapted(model).values()
     for layer in layers:
         layer.enable_adapters(False)
@@ -186,7 +186,7 @@ def perturbed(model: nn.Module) -> Iterator[None]:
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of the model without its adapter, under the names that it has without one."""
+    """The state of the base model, under its own names."""
     return {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in model.state_dict().items()
@@ -195,7 +195,7 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of the plain model that computes the same as base model and adapter together."""
+    """The state of the base model with the adapter merged in."""
     layers = adapted(model)
     state = {
         name: tensor

@@ -63,7 +63,7 @@ class Run:
 
     @staticmethod
     def check(root: Path, name: str | None, *, overwrite: bool = False) -> None:
-        """Raise what `create` would raise for this name, and change nothing."""
+        """Raise the errors of `create` for this name, but change nothing."""
         place = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
         if not place.is_dir() or not can_write(place):
             why = "cannot be written" if place.is_dir() else "is not a folder"
@@ -82,7 +82,7 @@ class Run:
 
     @classmethod
     def open(cls, root: Path, name: str) -> Self:
-        """The run `name` of `root`, to be written to; raises CountdownError where there is none."""
+        """Open the run `name` of `root` for writing; raises CountdownError if there is none."""
         run = cls(root / run_name(root, name))
         if not run.config_path.is_file():
             others = suggestion(root, run.name) or f"list runs with `countdown runs --runs {root}`"
@@ -99,7 +99,7 @@ class Run:
         return run
 
     def delete(self) -> None:
-        """Remove the run's folder; raises CountdownError while another process writes it, and for a symbolic link."""
+        """Remove the run's folder; raises CountdownError if another process is writing it, or for a symbolic link."""
         if self.path.is_symlink():
             raise CountdownError(f"`{self.path}` is a symbolic link", "delete the run that it points to")
         with self.locked():
@@ -129,7 +129,7 @@ class Run:
 
     @property
     def shards_path(self) -> Path:
-        """Folder in which the ranks leave their parts of the next checkpoint."""
+        """Folder where the ranks write their parts of the next checkpoint."""
         return self.path / ".shards"
 
     @property
@@ -153,7 +153,7 @@ class Run:
         return ", ".join(str(step) for step, _ in self.checkpoints()) or "none"
 
     def saving(self, path: Path, facts: Mapping[str, object] | None = None) -> AbstractContextManager[Path]:
-        """Yield a folder to fill that becomes `path` as a whole; see `checkpoint.saving`."""
+        """Yield a temporary folder that then replaces `path` atomically; see `checkpoint.saving`."""
         return checkpoint.saving(path, facts)
 
     def manifest(self, step: int) -> dict[str, object]:
@@ -161,13 +161,13 @@ class Run:
         return checkpoint.read_manifest(self.checkpoint_path(step))
 
     def damage(self, step: int, *, contents: bool = True) -> str | None:
-        """Why the checkpoint of a step is not whole, or None; without `contents` compare sizes alone."""
+        """What is damaged in the checkpoint of a step, or None. Without `contents`, compare only file sizes."""
         return checkpoint.damage(self.checkpoint_path(step), step, contents=contents)
 
     def prune_checkpoints(self, keep: int, *, also: int | None = None) -> None:
-        """Remove all checkpoints but the last `keep` whole ones and that of the step `also`.
+        """Remove all checkpoints except the last `keep` intact ones and that of step `also`.
 
-        Keep damaged ones for their owner to look at, and those that cannot be removed.
+        Damaged ones are kept for inspection, as are those that cannot be removed.
         """
         whole = [step for step, _ in self.checkpoints() if self.damage(step, contents=False) is None]
         for step in whole[: max(0, len(whole) - keep)]:
@@ -189,7 +189,7 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[int | None]:
-        """Keep other processes from writing this run; yield the process that left its lock behind, if any.
+        """Lock the run for writing; yield the process that left a stale lock, if any.
 
         Raises CountdownError while another process holds the lock. The system releases it when that process ends.
         """
@@ -215,7 +215,7 @@ class Run:
 
     @contextmanager
     def starting(self) -> Iterator[None]:
-        """Remove this new run again if the block fails, so that a failed start leaves nothing."""
+        """Remove this new run if the block fails, so that a failed start leaves nothing."""
         try:
             yield
         except BaseException:
@@ -224,7 +224,7 @@ class Run:
             raise
 
     def go_back_to(self, step: int, *, pending: bool = False) -> list[str]:
-        """Remove metrics, samples and checkpoints of later steps, which a resumed training makes again.
+        """Remove metrics, samples and checkpoints of later steps; the resumed training writes them again.
 
         With `pending`, the evaluation and metrics of `step` itself are still to be logged too. Damaged lines of a log
         are moved to a file beside it; returns a sentence for each log that had some.
@@ -245,7 +245,7 @@ class Run:
 
     @property
     def config_path(self) -> Path:
-        """File of the resolved settings."""
+        """The file of the resolved settings."""
         return self.path / "config.json"
 
     def write_config(self, config: Mapping[str, object]) -> None:
@@ -273,21 +273,21 @@ class Run:
         return str(read_json(path)["id"])
 
     def write_environment(self, environment: Mapping[str, object], *, step: int) -> None:
-        """Record where the run is computed from `step` on, beside what was recorded of earlier steps."""
+        """Record the environment from `step` on, keeping the records of earlier steps."""
         known = self.read_environment() if step else {}
         steps = {key: _FROM_STEP.fullmatch(key) for key in known}
         earlier = {key: known[key] for key, match in steps.items() if match and int(match[1]) < step}
         write_json(self._environment, {**earlier, f"from step {step}": environment})
 
     def read_environment(self) -> dict[str, object]:
-        """The environments written by `write_environment`, by the step from which each holds."""
+        """The environments written by `write_environment`, by first step."""
         return read_json(self._environment) if self._environment.exists() else {}
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
         write_json(self._summary, summary)
 
     def read_summary(self) -> dict[str, object] | None:
-        """The summary, or None while the run has not ended."""
+        """The summary, or None if the run has not ended."""
         return read_json(self._summary) if self._summary.exists() else None
 
     # Logs
@@ -365,7 +365,7 @@ class Run:
 
 
 def list_runs(root: Path) -> list[Run]:
-    """The runs in `root`, by name; none where there is no such folder. Symbolic links are not followed."""
+    """The runs in `root`, by name; none if the folder is missing. Symbolic links are not followed."""
     return [
         Run(path.parent)
         for path in sorted(root.glob("*/config.json"))
@@ -388,13 +388,13 @@ def _run_at(folder: Path, file: str) -> Run | None:
 
 
 def suggestion(root: Path, name: str) -> str | None:
-    """A question for the run that a mistyped name may mean, if there is one alike."""
+    """The question "did you mean ...?" for a mistyped name, if a run has a similar one."""
     close = get_close_matches(name, [run.name for run in list_runs(root)], n=1)
     return f"did you mean `{close[0]}`?" if close else None
 
 
 def run_of(model: Path) -> Run | None:
-    """The run whose best model, or whose model of a checkpoint, is in the folder `model`."""
+    """The run whose best model, or whose checkpoint's model, is the folder `model`."""
     folder = model.resolve()
     for run in map(Run, folder.parents[:3]):
         if run.config_path.is_file() and folder in (run.model_path, *(path / "model" for _, path in run.checkpoints())):
@@ -403,7 +403,7 @@ def run_of(model: Path) -> Run | None:
 
 
 def run_name(root: Path, name: str) -> str:
-    """The name of a run that was given by its name, or by its folder in `root`."""
+    """The name of a run given by name or by its folder in `root`."""
     if "/" in name and "\0" not in name and _is_in(root, Path(name)):
         name = Path(name).name
     if not _NAME.fullmatch(name):
@@ -419,7 +419,7 @@ def _is_in(root: Path, folder: Path) -> bool:
 
 
 def _only_begun(path: Path) -> bool:
-    """Whether a start was cut off before anything was written to this run."""
+    """Whether the start of this run was interrupted before anything was written."""
     if path.is_symlink() or not path.is_dir():
         return False
     return all(item.name == _LOCK or item.name.endswith(".tmp") for item in path.iterdir())
@@ -442,7 +442,7 @@ def _reported(failure: str) -> Iterator[None]:
 
 
 def _make(path: Path) -> bool:
-    """Make a folder, unless its name is taken."""
+    """Create a folder, unless its name is taken."""
     try:
         path.mkdir()
     except FileExistsError:

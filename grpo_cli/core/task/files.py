@@ -60,7 +60,7 @@ class PuzzleFile:
 def load_puzzles(
     path: Path, rules: Rules = ORIGINAL, *, every: Split | None = None, unmarked: Split | None = None
 ) -> PuzzleFile:
-    """Read a puzzle file; CountdownError names the line of whatever is wrong, and puzzles without a solution.
+    """Read a puzzle file. Raises CountdownError naming the line of an error or of an unsolvable puzzle.
 
     `every` is the split of all rows, `unmarked` that of rows that name none; by default it follows from the numbers.
     """
@@ -101,7 +101,7 @@ def _require_solvable(puzzles: Sequence[tuple[Puzzle, str]], rules: Rules) -> No
 
 
 def _read(row: dict[str, Any], place: str, rules: Rules) -> tuple[Puzzle, Split | None]:
-    """The puzzle of a row, and its split if it names one."""
+    """The puzzle of a row, and its split if given."""
     numbers, target = row.get("numbers", row.get("nums")), row.get("target")
     if not isinstance(numbers, list) or type(target) is not int or any(type(number) is not int for number in numbers):
         raise CountdownError(f"{place}: `numbers` (or `nums`) is a list of whole numbers, `target` a whole number")
@@ -122,7 +122,7 @@ def _read(row: dict[str, Any], place: str, rules: Rules) -> tuple[Puzzle, Split 
 
 
 def _rows(path: Path, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a file, each with its place."""
+    """The rows of a file, each with its line number."""
     if path.suffix == ".parquet":
         yield from ((f"`{path}`, row {index}", row) for index, row in enumerate(_parquet(path, data), 1))
         return
@@ -148,7 +148,7 @@ def _rows(path: Path, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; KeyError for a key that it has twice."""
+    """A JSON object; KeyError if a key occurs twice."""
     row = dict(pairs)
     if len(row) < len(pairs):
         raise KeyError
