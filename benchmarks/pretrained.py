@@ -3,9 +3,9 @@
     python benchmarks/pretrained.py smollm2-135m --model SmolLM2-135M-Instruct.Q4_1.gguf --seeds 0 1 2
     python benchmarks/pretrained.py smollm2-135m --table       print the tables of existing results, train nothing
 
-Trains each seed with `countdown train`, then evaluates the base model, the warm-started one and the run's best on all
-val puzzles in three styles, greedily, and on 64 of them with eight samples. Every command is printed. Stopped runs are
-resumed; results are saved as JSON beside the runs and reused.
+Trains each seed with `countdown train`. Then evaluates the base model once, and each seed's warm-started and best
+models, on all val puzzles greedily, and on 64 of them with eight samples, in each style. Every command is printed.
+Stopped runs are resumed; results are saved as JSON beside the runs and reused.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from matplotlib.figure import Figure
 from measured import table
 
 from grpo_cli.core.run.folder import Run
+from grpo_cli.core.task.prompts import STYLES
 from grpo_cli.ui.figures import COLOURS
 
-CONFIG = Path(__file__).with_suffix(".toml")
 DECODINGS = {"greedy": [], "sampled": ["--samples", "8", "--temperature", "0.8", "--limit", "64"]}
 PANELS = {
     "accuracy": "sampled accuracy",
@@ -50,28 +51,25 @@ def train(runs: Path, name: str, flags: Sequence[str]) -> None:
     countdown(["train", "--runs", str(runs), "--run", name, *(["--resume"] if resumed else flags)])
 
 
-def evaluate(runs: Path, name: str, decoding: str, models: Sequence[str], flags: Sequence[str]) -> dict[str, Any]:
-    """The results of `countdown eval` on the suite, cached beside the run."""
-    path = runs / f"{name}.{decoding}.json"
+def evaluate(runs: Path, name: str, models: Sequence[str], style: str, decoding: str, flags: Sequence[str]) -> None:
+    """Run `countdown eval` on one style, unless the result is there."""
+    path = runs / f"{name}.{style}.{decoding}.json"
     if not path.exists():
-        suite = ["--config", str(CONFIG), "--runs", str(runs), "--suite", "pretrained", "--json"]
-        path.write_text(countdown(["eval", *models, *flags, *suite, *DECODINGS[decoding]]))
-    return dict(json.loads(path.read_text()))
+        shown = ["--runs", str(runs), "--style", style, "--json"]
+        path.write_text(countdown(["eval", *models, *flags, *shown, *DECODINGS[decoding]]))
 
 
-def rows(runs: Path, name: str) -> list[list[str]]:
+def rows(runs: Path, name: str, stages: Sequence[str]) -> list[list[str]]:
     """Accuracy of each model in each style, with its 95 % interval; pass@8 for sampled completions."""
     lines = []
-    for path in (path for decoding in DECODINGS if (path := runs / f"{name}.{decoding}.json").exists()):
-        for stage, model in zip(("base", "warm start", "trained"), json.loads(path.read_text())["models"], strict=True):
-            for cell in model["cells"]:
-                low, high = (100 * edge for edge in cell["interval"])
-                several = "" if cell["pass_at_k"] is None else f"{cell['pass_at_k']:.1%}"
-                accuracy = f"{cell['accuracy']:.1%} ({low:.1f} to {high:.1f})"
-                shown = [f"{cell['format_rate']:.1%}", f"{cell['mean_length']:.0f}"]
-                lines.append(
-                    [name, stage, cell["style"], path.suffixes[0][1:], str(cell["count"]), accuracy, several, *shown]
-                )
+    for style, decoding in product(STYLES, DECODINGS):
+        path = runs / f"{name}.{style}.{decoding}.json"
+        found = json.loads(path.read_text()) if path.exists() else {"models": []}
+        for stage, cell in zip(stages, found.get("models", [found]), strict=False):
+            low, high = (100 * edge for edge in cell["interval"])
+            several = "" if cell["pass_at_k"] is None else f"{cell['pass_at_k']:.1%}"
+            shown = [f"{cell['accuracy']:.1%} ({low:.1f} to {high:.1f})", several, f"{cell['format_rate']:.1%}"]
+            lines.append([name, stage, style, decoding, str(cell["count"]), *shown, f"{cell['mean_length']:.0f}"])
     return lines
 
 
@@ -97,20 +95,22 @@ def main() -> None:
     parser.add_argument("--model", help="folder or GGUF file, instead of the preset's hub id")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--runs", type=Path, default=Path("pretrained"), help="folder of the runs")
-    parser.add_argument("--table", action="store_true", help="train nothing")
+    parser.add_argument("--styles", nargs="+", choices=STYLES, default=STYLES)
+    parser.add_argument("--decodings", nargs="+", choices=DECODINGS, default=list(DECODINGS))
+    parser.add_argument("--table", action="store_true", help="train and evaluate nothing")
     asked = parser.parse_args()
     names = [f"{asked.preset}-{seed}" for seed in asked.seeds]
     model = ["--model", asked.model] if asked.model else []
     for seed, name in [] if asked.table else zip(asked.seeds, names, strict=True):
         train(asked.runs, name, ["--preset", asked.preset, *model, "--seed", str(seed)])
-        folder = asked.runs / name
-        base = json.loads((folder / "config.json").read_text())["model"]["model"]
-        tokens = ["--max-new-tokens", str(json.loads((folder / "config.json").read_text())["train"]["max_new_tokens"])]
-        stages = [base, str(folder / "warm_start"), name]
-        for decoding in DECODINGS:
-            evaluate(asked.runs, name, decoding, stages, tokens)
+        settings = json.loads((asked.runs / name / "config.json").read_text())
+        tokens = ["--max-new-tokens", str(settings["train"]["max_new_tokens"])]
+        for style, decoding in product(asked.styles, asked.decodings):
+            evaluate(asked.runs, name, [str(asked.runs / name / "warm_start"), name], style, decoding, tokens)
+            evaluate(asked.runs, asked.preset, [settings["model"]["model"]], style, decoding, tokens)
     head = ["run", "stage", "style", "decoding", "puzzles", "accuracy (95 %)", "pass@8", "format", "tokens"]
-    print(table(head, [row for name in names for row in rows(asked.runs, name)]))
+    lines = rows(asked.runs, asked.preset, ["base"])
+    print(table(head, lines + [row for name in names for row in rows(asked.runs, name, ["warm start", "trained"])]))
     draw(asked.runs, names, asked.runs / f"{asked.preset}.png")
 
 
