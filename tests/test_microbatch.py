@@ -122,6 +122,20 @@ def test_rows_are_halved_before_a_pass_would_reach_the_limit(monkeypatch: pytest
     assert told[0] == "memory is nearly full in the update: repeating it with 4 completions at once"
 
 
+def test_the_largest_pass_predicts_without_what_it_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = Process(monkeypatch, held=2)
+    fit = MicroBatch(limit=10 * GIGABYTE)
+    for tokens, added, peak in ((10, 2, 5), (200, 0, 8)):  # a constant of 0.8 GB, and 16 MB for each token
+        fit.begin(tokens=tokens, rows=1, adds=added * GIGABYTE)
+        process.held, process.peak = process.held + added, peak
+        fit.end()
+    fit.begin(tokens=290, rows=2)  # 4 GB and 5.8; by the first pass alone it would be 29 GB
+    with pytest.raises(microbatch.NearLimit):
+        fit.begin(tokens=310, rows=2)
+    with pytest.raises(microbatch.NearLimit):
+        fit.begin(tokens=290, rows=2, adds=GIGABYTE)
+
+
 def test_freed_memory_is_given_back_before_rows_are_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     Process(monkeypatch, held=2, freed=5)
     fit = MicroBatch(8, limit=6 * GIGABYTE)
@@ -167,11 +181,11 @@ def test_a_training_near_its_limit_takes_smaller_micro_batches(
     limits = list[int]()
     begin = MicroBatch.begin
 
-    def watched(fit: MicroBatch, *, tokens: int, rows: int) -> None:
+    def watched(fit: MicroBatch, *, rows: int, **sizes: int) -> None:
         limits.append(fit.limit)
         if rows > 2:
             raise microbatch.NearLimit
-        begin(fit, tokens=tokens, rows=rows)
+        begin(fit, rows=rows, **sizes)
 
     monkeypatch.setattr(MicroBatch, "begin", watched)
     found = countdown("train", "--model", tiny_folder, "--run", "near", *arguments, "--memory", "5")

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,8 +39,8 @@ class MicroBatch:
     ) -> None:
         self.rows, self.limit, self.logit_chunk = rows, limit, logit_chunk
         self._report = report
-        self._per_token = 0.0  # highest bytes per token of a pass
-        self._measured: tuple[int, int] | None = None  # tokens of the current pass, and bytes before it
+        self._largest = (1, 0)  # tokens of the pass that took most memory, and its bytes
+        self._measured: tuple[int, int] | None = None  # tokens of the current pass, and bytes that stay after it
 
     def whole(self) -> MicroBatch:
         """One for other passes, which starts with all rows, with the same limit."""
@@ -66,25 +67,26 @@ class MicroBatch:
             if resident() > self.limit:
                 raise NearLimit
 
-    def begin(self, *, tokens: int, rows: int) -> None:
+    def begin(self, *, tokens: int, rows: int, adds: int = 0) -> None:
         """Before a pass over `tokens` of `rows` completions: raise NearLimit if its predicted peak exceeds the limit.
 
-        The prediction uses earlier passes. A single completion is always tried.
+        The prediction scales the largest pass so far. `adds`: bytes that stay after the pass, such as new gradients. A
+        single completion is always tried.
         """
         if not self.limit:
             return
         if resident() > self.limit // 2:
             give_back()
-        start = resident()
-        if rows > 1 and start + self._per_token * tokens > self.limit:
+        stays, (most_tokens, most) = resident() + adds, self._largest
+        if rows > 1 and stays + most * tokens / most_tokens > self.limit:
             raise NearLimit
-        self._measured = (tokens, start) if _reset_peak() else None
+        self._measured = (tokens, stays) if _reset_peak() else None
 
     def end(self) -> None:
         """After the pass, including its backward: record the memory that it took."""
         if self._measured is not None:
-            tokens, start = self._measured
-            self._per_token, self._measured = max(self._per_token, (_peak() - start) / tokens), None
+            tokens, stays = self._measured
+            self._largest, self._measured = max(self._largest, (tokens, _peak() - stays), key=itemgetter(1)), None
 
     def _halve(self, total: int, doing: str, why: str) -> None:
         largest = min(self.rows or total, total)

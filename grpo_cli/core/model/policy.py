@@ -111,6 +111,10 @@ class Policy:
         """The trained weights: all of them, or the adapter's."""
         return [weight for weight in self.model.parameters() if weight.requires_grad]
 
+    def missing_gradients(self) -> int:
+        """Bytes of the gradients that the next backward pass allocates."""
+        return sum(weight.nbytes for weight in self.trainable if weight.grad is None)
+
     def hidden(self, tokens: Tensor, positions: Tensor, plan: Plan) -> Tensor:
         """Final hidden states (B, T, D) of `tokens` (B, T) at `positions` (B, T), attending by `plan`."""
         decoder = self.model.get_decoder()

@@ -167,7 +167,7 @@ class _Passes:
         """These rows' part of the step's loss."""
         examples, objective = self.examples, self.objective
         sequences = examples.sequences.subset(rows)
-        self.fit.begin(tokens=sequences.tokens, rows=len(rows))
+        self.fit.begin(tokens=sequences.tokens, rows=len(rows), adds=self.policy.missing_gradients())
         logprobs, entropy = self.policy.logprobs(
             sequences, temperature=objective.temperature, logit_chunk=self.fit.logit_chunk
         )

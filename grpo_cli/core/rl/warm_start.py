@@ -158,7 +158,7 @@ def _backward(policy: Policy, sequences: Sequences, fit: MicroBatch, rows: int) 
     count, loss = sum(map(len, sequences.completions)), 0.0
     for chosen in micro_batches(range(len(sequences.completions)), rows):
         some = sequences.subset(chosen)
-        fit.begin(tokens=some.tokens, rows=len(chosen))
+        fit.begin(tokens=some.tokens, rows=len(chosen), adds=policy.missing_gradients())
         logprobs, _ = policy.logprobs(some, temperature=1.0, logit_chunk=fit.logit_chunk)  # (B, T)
         part = -logprobs.sum() / count
         part.backward()
