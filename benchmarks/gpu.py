@@ -38,6 +38,7 @@ from grpo_cli.core.dist.parallel import Replicated
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.perf.roofline import Work, costs, hardware_of, shape_of, widths
 from grpo_cli.core.rl.batch import Examples
 from grpo_cli.core.rl.grpo import advantages
@@ -160,7 +161,7 @@ def steps(asked: Load, variant: Variant) -> dict[str, Any]:
         policy.model.train()
     if variant.padded:
         policy = Padded(policy.model, policy.tokenizer, policy.name, policy.precision, policy.end_ids)
-    reference = replace(policy, model=policy.frozen_copy().model, samplers=[])
+    reference = Reference.of(policy)
     notes: list[str] = []
     name = "adamw8bit"
     if not importlib.util.find_spec("bitsandbytes"):

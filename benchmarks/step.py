@@ -36,6 +36,7 @@ from grpo_cli.core.config.settings import Loss
 from grpo_cli.core.dist.parallel import Replicated
 from grpo_cli.core.model.load import BUILTIN, detect_precision, load
 from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.rl.batch import Examples
 from grpo_cli.core.rl.grpo import advantages, batch_loss, normalizer
 from grpo_cli.core.rl.update import Objective, reference_logprobs, update
@@ -117,7 +118,7 @@ def countdown(work: Work, turn: Turn) -> None:
     """A step of this package."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does
     policy = policy_of(work)
-    reference = policy.frozen_copy()
+    reference = Reference.of(policy)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=LEARNING_RATE)
     chats = conversations(work)
     for index in range(work.rounds + 1):

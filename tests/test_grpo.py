@@ -16,6 +16,7 @@ from grpo_cli.core.dist.parallel import NotFinite, micro_batches
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.rl.grpo import advantages, kl_estimate, normalizer, overlong_penalty, policy_loss, zero_variance
 from grpo_cli.core.rl.update import clip_gradients, reference_logprobs
 
@@ -206,7 +207,7 @@ class Batch:
         self.advantage = torch.randn(10, generator=rng)
         self.advantage[[2, 7]] = 0.0
         self.lengths = torch.tensor([len(completion) for completion in completions])
-        exact = reference_logprobs(policy, self.sequences, temperature=TEMPERATURE)
+        exact = reference_logprobs(Reference(policy), self.sequences, temperature=TEMPERATURE)
         self.ref_logprobs = exact + 0.5 * torch.randn(exact.shape, generator=rng)  # padding too
 
     def reordered(self, prompts: list[int], rows: list[int]) -> tuple[Sequences, Tensor, Tensor]:
@@ -346,7 +347,7 @@ def test_reference_logprobs_are_the_policys_at_the_start(tiny_policy: Policy) ->
     expected, _ = tiny_policy.logprobs(batch.sequences, temperature=TEMPERATURE)
     for size in (0, 1, 4):
         found = reference_logprobs(
-            tiny_policy.frozen_copy(), batch.sequences, temperature=TEMPERATURE, fit=MicroBatch(size)
+            Reference.of(tiny_policy), batch.sequences, temperature=TEMPERATURE, fit=MicroBatch(size)
         )
         torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=0)
 

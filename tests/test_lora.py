@@ -10,6 +10,7 @@ from conftest import MEASURED, SMALL, Command
 
 from grpo_cli.core.model import lora
 from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import sample, uniforms
 from grpo_cli.core.sampling.selfcheck import load_checked
@@ -55,7 +56,7 @@ def test_adapter_separate_and_merged_weights_and_peft_itself_agree(
         )
         drawn = Sequences([[5, 17, 300], [8, 9]], rollout.completions, [0, 0, 1, 1])
         again = policy.logprobs(drawn, temperature=0.8)[0][drawn.mask()]
-        with policy.frozen_copy().on_device():
+        with Reference.of(policy).on_device():
             assert torch.equal(logprobs(policy), base)
     assert (separate - base).abs().max() > 0.1
     sampled = torch.tensor([value for row in rollout.logprobs for value in row])

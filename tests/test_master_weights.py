@@ -15,6 +15,7 @@ from grpo_cli.core.model import master_weights as masters_module
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.master_weights import MasterWeights
 from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.rl.state import Training, build_optimizer
 from grpo_cli.core.rl.train import train
 from grpo_cli.core.run.folder import Run
@@ -116,7 +117,7 @@ def test_a_run_with_masters_is_taken_up_where_it_stopped(tiny_folder: Path, tmp_
         policy = with_masters(source)
         return Training(policy, build_optimizer(policy, name=optimizer, weight_decay=0.0))
 
-    reference = with_masters(tiny_folder).frozen_copy()
+    reference = Reference.of(with_masters(tiny_folder))
     whole, run, watcher = start(tiny_folder), Run.create(tmp_path, "whole"), Watcher()
     train(whole, reference, run, settings, watcher)
     assert isinstance(whole.optimizer, MasterWeights)

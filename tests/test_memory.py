@@ -26,6 +26,7 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.microbatch import resident
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.perf import memory
 from grpo_cli.core.perf.memory import GB, Choices, Planner, Work, find, moment_bytes, room
 from grpo_cli.core.rl.update import reference_logprobs
@@ -298,18 +299,18 @@ def test_the_cost_of_choices_in_tokens_passed_forward(planner: Planner) -> None:
 
 def test_a_reference_on_the_host_is_brought_for_its_pass_and_no_longer(tiny_policy: Policy) -> None:
     sequences = Sequences([[1] * 4] * 2, [[2] * 3] * 4, [0, 0, 1, 1])
-    expected = reference_logprobs(tiny_policy.frozen_copy(), sequences, temperature=1.0)
-    reference = tiny_policy.frozen_copy(on_host=True)
-    home = [weight.data_ptr() for weight in reference.model.parameters()]
-    assert reference.fingerprint() == tiny_policy.fingerprint()
+    expected = reference_logprobs(Reference.of(tiny_policy), sequences, temperature=1.0)
+    reference = Reference.of(tiny_policy, on_host=True)
+    home = [weight.data_ptr() for weight in reference.policy.model.parameters()]
+    assert reference.policy.fingerprint() == tiny_policy.fingerprint()
     with reference.on_device():
-        away = [weight.data_ptr() for weight in reference.model.parameters()]
+        away = [weight.data_ptr() for weight in reference.policy.model.parameters()]
         assert not set(away) & set(home)
     assert torch.equal(reference_logprobs(reference, sequences, temperature=1.0), expected)
-    assert [weight.data_ptr() for weight in reference.model.parameters()] == home
+    assert [weight.data_ptr() for weight in reference.policy.model.parameters()] == home
     with pytest.raises(RuntimeError, match="halfway"), reference.on_device():
         raise RuntimeError("halfway")
-    assert [weight.data_ptr() for weight in reference.model.parameters()] == home
+    assert [weight.data_ptr() for weight in reference.policy.model.parameters()] == home
 
 
 def test_switches_of_older_files_are_still_read(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from grpo_cli.core.config.settings import Loss
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.microbatch import MicroBatch, ran_out
 from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.rl.update import reference_logprobs
 from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import sample, uniforms
@@ -247,7 +248,7 @@ def learn(policy: Policy, fit: MicroBatch) -> list[list[Tensor]]:
 def test_the_gradient_is_the_same_when_memory_runs_out(
     tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch, rows: int, backward: bool
 ) -> None:
-    untouched = tiny_policy.frozen_copy()
+    untouched = Reference.of(tiny_policy).policy
     untouched.model.requires_grad_(True)
     expected = learn(untouched, MicroBatch())
     limited(monkeypatch, rows, backward=backward)
@@ -262,10 +263,12 @@ def test_the_gradient_is_the_same_when_memory_runs_out(
 def test_the_reference_pass_is_the_same_when_memory_runs_out(
     tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = reference_logprobs(tiny_policy, SEQUENCES, temperature=1.0)
+    expected = reference_logprobs(Reference(tiny_policy), SEQUENCES, temperature=1.0)
     limited(monkeypatch, 2)
     fit = MicroBatch()
-    torch.testing.assert_close(reference_logprobs(tiny_policy, SEQUENCES, temperature=1.0, fit=fit), expected)
+    torch.testing.assert_close(
+        reference_logprobs(Reference(tiny_policy), SEQUENCES, temperature=1.0, fit=fit), expected
+    )
     assert fit.rows == 2
 
 

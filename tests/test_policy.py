@@ -20,6 +20,7 @@ from grpo_cli.core.model import attention as attention_module
 from grpo_cli.core.model.load import fix_order, load
 from grpo_cli.core.model.logprobs import token_logprobs
 from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import sample, uniforms
 from grpo_cli.core.task.prompts import SYSTEM
@@ -394,7 +395,7 @@ def test_bf16_master_keeps_float32_weights_and_computes_in_bfloat16(tiny_folder:
 
 def test_a_frozen_copy_stays_what_it_was(tiny_folder: Path) -> None:
     policy = load(str(tiny_folder), device="cpu", precision="float32", gradient_checkpointing=True)
-    reference = policy.frozen_copy()
+    reference = Reference.of(policy).policy
     before = [parameter.clone() for parameter in reference.model.parameters()]
     with torch.no_grad():
         for parameter in policy.model.parameters():

@@ -37,6 +37,7 @@ from grpo_cli.core import model as model_package
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences, checkpoint_layers
+from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.sampling import selfcheck
 from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import sample, uniforms
@@ -160,7 +161,7 @@ def test_positions_that_end_are_refused_beyond_their_end() -> None:
 
 def test_a_reference_stays_on_its_path() -> None:
     policy, _ = checked(as_loaded(windowed()), SHORT)
-    assert policy.frozen_copy().plain
+    assert Reference.of(policy).policy.plain
 
 
 def test_an_outcome_is_computed_once_for_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from grpo_cli.core.evals.evaluate import Evaluation, Evaluator
 from grpo_cli.core.metrics import METRICS, metric
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.perf.roofline import Meter
 from grpo_cli.core.rl import grpo
 from grpo_cli.core.rl import update as update_module
@@ -104,7 +105,7 @@ def start(settings: Settings, source: str | None = None) -> Training:
 
 def trained(settings: Settings, root: Path, name: str = "first") -> tuple[Training, Run, Watcher]:
     training, run, watcher = start(settings), Run.create(root, name), Watcher()
-    train(training, training.policy.frozen_copy(), run, settings, watcher)
+    train(training, Reference.of(training.policy), run, settings, watcher)
     return training, run, watcher
 
 
@@ -149,7 +150,7 @@ def test_learning_rate(schedule: str, rates: list[float]) -> None:
 def plain(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Training, Run, Watcher, Evaluation]:
     """A training by the settings of `small`, and its last evaluation."""
     training, run, watcher = start(small(tiny_folder)), Run.create(tmp_path_factory.mktemp("plain"), "first"), Watcher()
-    found = train(training, training.policy.frozen_copy(), run, small(tiny_folder), watcher)
+    found = train(training, Reference.of(training.policy), run, small(tiny_folder), watcher)
     return training, run, watcher, found
 
 
@@ -214,13 +215,13 @@ def test_going_on_from_a_checkpoint_equals_never_having_stopped(
     whole, expected, _ = trained(settings, tmp_path, "whole")
     run = Run.create(tmp_path, "halves")
     half, shorter = start(settings), small(tiny_folder, **flags, **{"train.num_iterations": stop})
-    train(half, half.policy.frozen_copy(), run, shorter, Watcher())
+    train(half, Reference.of(half.policy), run, shorter, Watcher())
     step, checkpoint = choose_checkpoint(run, settings, None, print)
     assert step == stop and checkpoint is not None
     resumed = start(settings, str(checkpoint / "model"))
     resumed.restore(checkpoint)
     run.go_back_to(step)
-    train(resumed, start(settings).policy.frozen_copy(), run, settings, Watcher())
+    train(resumed, Reference.of(start(settings).policy), run, settings, Watcher())
     for left, right in zip(whole.policy.model.parameters(), resumed.policy.model.parameters(), strict=True):
         assert torch.equal(left, right)
     timeless = [
@@ -311,7 +312,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_kept(
     spoil(monkeypatch, what, value, {2})
     settings = small(tiny_folder)
     training, run, watcher = start(settings), Run.create(tmp_path, "first"), Weigher()
-    found = train(training, training.policy.frozen_copy(), run, settings, watcher)
+    found = train(training, Reference.of(training.policy), run, settings, watcher)
     assert all(map(torch.equal, weights[0], weights[1]))
     for one, other in ((1, 2), (2, 3)):
         assert not all(map(torch.equal, weights[one], weights[other]))
@@ -333,7 +334,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_last_good_weights(
     settings = small(tiny_folder, **{"train.num_iterations": 9, "train.max_bad_steps": 2, "train.save_every": 100})
     training, run = start(settings), Run.create(tmp_path, "first")
     with pytest.raises(CountdownError, match="the loss is not finite in 2 steps in a row") as caught:
-        train(training, training.policy.frozen_copy(), run, settings, Watcher())
+        train(training, Reference.of(training.policy), run, settings, Watcher())
     good = run.checkpoint_path(4) / "model"
     assert caught.value.exit_code == 1
     assert str(good) in caught.value.message and str(good) in (caught.value.hint or "")
@@ -390,13 +391,13 @@ def test_a_collapse_is_warned_of_once_and_ends_the_run_if_asked_to(
     settings = small(tiny_folder, **{"train.stop_on_collapse": stop})
     training, run, watcher = start(settings), Run.create(tmp_path, "first"), Watcher()
     if not stop:
-        train(training, training.policy.frozen_copy(), run, settings, watcher)
+        train(training, Reference.of(training.policy), run, settings, watcher)
         collapse, health = watcher.messages
         assert collapse.startswith("warning: in 2 steps every completion was well formed and none was correct")
         assert health.startswith("warning: 100% of the completions reach the token limit")
         return
     with pytest.raises(CountdownError, match="step 2: in 2 steps every completion was well formed") as caught:
-        train(training, training.policy.frozen_copy(), run, settings, watcher)
+        train(training, Reference.of(training.policy), run, settings, watcher)
     assert caught.value.exit_code == 1 and "--no-stop-on-collapse" in (caught.value.hint or "")
     assert choose_checkpoint(run, settings, None, print)[0] == 2
 
@@ -461,13 +462,13 @@ def test_a_curriculum_shows_in_the_metrics_and_goes_on_as_if_it_had_not_stopped(
     assert all(line["prompts/one-shot"] == 1 - line["prompts/zero-shot"] for line in expected.metrics()[1:])
     assert len({line["prompts/4 numbers"] for line in expected.metrics()[1:]}) > 1
     run, half = Run.create(tmp_path, "halves"), start(settings)
-    train(half, half.policy.frozen_copy(), run, with_suite(tiny_folder, **flags, **{"train.num_iterations": stop}),
+    train(half, Reference.of(half.policy), run, with_suite(tiny_folder, **flags, **{"train.num_iterations": stop}),
           Watcher())  # fmt: skip
     checkpoint = run.checkpoint_path(stop)
     resumed = start(settings, str(checkpoint / "model"))
     resumed.restore(checkpoint)
     run.go_back_to(stop)
-    train(resumed, start(settings).policy.frozen_copy(), run, settings, Watcher())
+    train(resumed, Reference.of(start(settings).policy), run, settings, Watcher())
     assert timeless(run) == timeless(expected)
     assert run.evaluations() == expected.evaluations()
     assert resumed.best_step == whole.best_step and resumed.waited == whole.waited
@@ -550,7 +551,7 @@ def test_a_suite_is_evaluated_cell_by_cell_whatever_the_training_is_shown(tiny_f
 
 def train_again(training: Training, run: Run, settings: Settings) -> Any:
     """The last evaluation of a training that has ended."""
-    return train(training, training.policy.frozen_copy(), run, settings, Watcher())
+    return train(training, Reference.of(training.policy), run, settings, Watcher())
 
 
 @pytest.fixture
@@ -586,7 +587,7 @@ def test_the_best_model_is_that_of_the_suite_on_dev_and_the_summary_says_what_go
     scripted |= {f"dev {cell[4:]}": list(scripted[cell]) for cell in ("val 3 one-shot", "val 4 natural")}
     settings = with_suite(tiny_folder, **{"train.eval_every": 1})
     training, run, watcher = start(settings), Run.create(tmp_path, "first"), Watcher()
-    found = train(training, training.policy.frozen_copy(), run, settings, watcher)
+    found = train(training, Reference.of(training.policy), run, settings, watcher)
     assert (training.best_step, training.waited) == (2, 2)
     assert training.best_score == pytest.approx((3 / 6 + 3 * 1) / 4) and training.best_accuracy == 0.5
     outcome: Any = summary(training, found, run)
@@ -612,7 +613,7 @@ def test_patience_counts_evaluations_without_a_better_one(
         **{"train.eval_every": 1, "train.num_iterations": 6, "train.patience": patience, "train.save_every": 100},
     )
     training, run, watcher = start(settings), Run.create(tmp_path, "first"), Watcher()
-    train(training, training.policy.frozen_copy(), run, settings, watcher)
+    train(training, Reference.of(training.policy), run, settings, watcher)
     assert training.step == steps == run.metrics()[-1]["step"]
     assert run.checkpoints()[-1][0] == steps
     assert (len(watcher.messages) == 1) == (steps < 6)
@@ -624,7 +625,7 @@ def test_patience_counts_evaluations_without_a_better_one(
             f"stopping after step {steps}: {patience} evaluations without improvement; the best is step 1"
         ]
         scripted["val 3 one-shot"].insert(0, "000000")
-        train(training, training.policy.frozen_copy(), run, settings, watcher)  # going on stops at once
+        train(training, Reference.of(training.policy), run, settings, watcher)  # going on stops at once
         assert training.step == steps
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from grpo_cli.core.dist.ranks import Solo
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.model.policy import Policy, host_copy
+from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.model.reference import host_copy
 
 
 def sharded(policy: Policy, ranks: Solo, device: torch.device) -> Policy:
@@ -45,7 +46,7 @@ def sharded(policy: Policy, ranks: Solo, device: torch.device) -> Policy:
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)  # gloo supports no other scaled sum
-    return replace(policy, model=model, is_sharded=True, samplers=[], works_on=None)
+    return replace(policy, model=model, is_sharded=True, samplers=[])
 
 
 @torch.no_grad()

@@ -5,13 +5,12 @@ A model's own generation settings are ignored: every model is sampled in the sam
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal, cast
@@ -76,11 +75,9 @@ class Policy:
     end_ids: tuple[int, ...] = field(default=())
     is_sharded: bool = False  # weights are sharded; all ranks call the model together
     samplers: list[object] = field(default_factory=list, repr=False, compare=False)  # cached for the next rollout
-    works_on: torch.device | None = None  # compute device of offloaded weights
     plain: bool = False  # use the model's own forward, one row per completion: slower, for any causal model
     cached: bool = True  # whether the plain path decodes with the model's own cache
     adapter: lora.Lora | None = None  # the trained adapter, if any
-    adapter_off: bool = False  # run the base model without the adapter
     whole: bool = False  # packed, with logits by the model's own forward, which may scale them
     fused: bool = False  # Triton kernels, and weights read in place: on CUDA
 
@@ -224,35 +221,6 @@ class Policy:
             logprobs, entropy = token_logprobs(flat, targets, temperature)
         return _scatter(logprobs, lengths, range(len(rows))), _scatter(entropy, lengths, range(len(rows)))
 
-    def frozen_copy(self, *, on_host: bool = False) -> Policy:
-        """The reference: the same weights, never updated. `on_host` keeps them on the host; `on_device` copies them for
-        each pass.
-
-        With an adapter, the reference shares the weights and switches the adapter off for each pass.
-        """
-        if self.adapter:
-            return replace(self, adapter_off=True, samplers=[])
-        model = host_copy(self.model) if on_host else copy.deepcopy(self.model)
-        model.eval().requires_grad_(False)
-        device = self.device if on_host else None
-        if on_host:
-            for weight in _tensors(model) if torch.cuda.is_available() else ():
-                weight.data = weight.data.pin_memory()  # several times faster to copy
-        return replace(self, model=model, samplers=[], works_on=device)
-
-    @contextmanager
-    def on_device(self) -> Iterator[None]:
-        """Temporarily copy offloaded weights to the compute device."""
-        home = [(weight, weight.data) for weight in _tensors(self.model)] if self.works_on is not None else []
-        try:
-            for weight, data in home:
-                weight.data = data.to(self.works_on, non_blocking=True, copy=True)
-            with lora.adapter_off(self.model) if self.adapter_off else nullcontext():
-                yield
-        finally:
-            for weight, data in home:
-                weight.data = data
-
     def sums(self) -> list[float]:
         """The sum of each weight tensor, to compare weights."""
         return [float(weight.detach().sum(dtype=torch.float64)) for weight in self.model.parameters()]
@@ -301,20 +269,6 @@ def checkpoint_layers(model: transformers.PreTrainedModel) -> None:
             module.training = True
             for name in [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]:
                 setattr(module, name, 0.0)
-
-
-def host_copy(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """A copy on the host, made without a second copy on the device."""
-    home = model.device
-    copied = copy.deepcopy(model.cpu())
-    model.to(home)
-    return copied
-
-
-def _tensors(model: torch.nn.Module) -> Iterator[Tensor]:
-    """The weights of a model and its buffers."""
-    yield from model.parameters()
-    yield from model.buffers()
 
 
 def encode(tokenizer: transformers.PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:

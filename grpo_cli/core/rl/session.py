@@ -26,6 +26,7 @@ from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import detect_device, fix_order, free_memory, load_tokenizer
 from grpo_cli.core.model.lora import Lora
 from grpo_cli.core.model.policy import Policy, encode
+from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.perf import memory
 from grpo_cli.core.perf.memory import Choices, MemoryPlan
 from grpo_cli.core.rl import train as loop
@@ -72,7 +73,7 @@ class Session:
 
     run: Run
     training: Training
-    reference: Policy | None
+    reference: Reference | None
     settings: Settings
     memory: MemoryPlan
     ranks: Solo
@@ -169,7 +170,7 @@ def start(
 
         run = replace(ranks.first(begin), writes=ranks.rank == 0)
         if reference and training.learner:
-            reference = shards.sharded(reference, ranks, device)
+            reference = Reference(shards.sharded(reference.policy, ranks, device))
         yield Session(run, training, reference, settings, plan, ranks)
 
 
@@ -315,7 +316,7 @@ def _load_planned(
 
 def _restore(
     training: Training, settings: Settings, choices: Choices, past: _Past, hashes: Mapping[str, str]
-) -> Policy | None:
+) -> Reference | None:
     """Restore a checkpoint, if there is one, and return the frozen reference, if the loss needs one."""
     has_reference = settings.loss.beta > 0
     unchanged = past.checkpoint is None or training.policy.adapter  # an adapter's base model never changes
@@ -327,15 +328,15 @@ def _restore(
     return reference
 
 
-def _reference(settings: Settings, starting: Policy, choices: Choices) -> Policy:
+def _reference(settings: Settings, starting: Policy, choices: Choices) -> Reference:
     """A frozen copy of the starting policy, or the model that `ref_model` names."""
     name, on_host = settings.model.ref_model, choices.on_host or settings.ranks.shard
     if name == "same":
-        return starting.frozen_copy(on_host=on_host)
-    other = _load(settings, choices, name=name).frozen_copy(on_host=on_host)
+        return Reference.of(starting, on_host=on_host)
+    other = _load(settings, choices, name=name)
     if other.fingerprint()["tokenizer"] != starting.fingerprint()["tokenizer"]:
         raise CountdownError(
             f"`{name}` and `{settings.model.model}` have different tokenizers",
             "choose a `--ref-model` with the same tokenizer",
         )
-    return other
+    return Reference.of(other, on_host=on_host)

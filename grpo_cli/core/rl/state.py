@@ -25,6 +25,7 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model import lora
 from grpo_cli.core.model.master_weights import MasterWeights
 from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.perf.roofline import hardware_of
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task.task import Problem, Task
@@ -233,25 +234,25 @@ def choose_checkpoint(
     return 0, None
 
 
-def origin(policy: Policy | None, reference: Policy | None, hashes: Mapping[str, str]) -> dict[str, object]:
+def origin(policy: Policy | None, reference: Reference | None, hashes: Mapping[str, str]) -> dict[str, object]:
     """Hashes of a run's origin: weights and tokenizer of the model, weights of the reference, the problems.
 
     Models that are None are left out.
     """
     hashes_of: dict[str, object] = {**policy.fingerprint()} if policy else {}
     if reference:
-        hashes_of["reference"] = reference.fingerprint()["weights"]
+        hashes_of["reference"] = reference.policy.fingerprint()["weights"]
     return {**hashes_of, **hashes}
 
 
-def require_origin(run: Run, policy: Policy | None, reference: Policy | None, hashes: Mapping[str, str]) -> None:
+def require_origin(run: Run, policy: Policy | None, reference: Reference | None, hashes: Mapping[str, str]) -> None:
     """Raise CountdownError unless the run started from `policy`, `reference` and these problems."""
     saved, current = run.read_origin(), origin(policy, reference, hashes)
     changed = [name for name in current if saved.get(name) != current[name]]
     if changed:
         start = f"this `{policy.name}`" if policy else "these puzzles"
         if changed == ["reference"] and reference:
-            start = f"`{reference.name}` as its reference"
+            start = f"`{reference.policy.name}` as its reference"
         raise CountdownError(
             f"run `{run.name}` did not start from {start}: other {' and '.join(changed)}",
             "restore it, or start a new run",

@@ -22,7 +22,7 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evals.evaluate import Evaluation, Evaluator
 from grpo_cli.core.evals.statistics import wilson
 from grpo_cli.core.microbatch import MicroBatch, ran_out
-from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.perf.roofline import Meter, Work
 from grpo_cli.core.rl.batch import Batch
 from grpo_cli.core.rl.clock import Clock
@@ -47,7 +47,7 @@ class Interrupted(Passing):
 
 def train(
     training: Training,
-    reference: Policy | None,
+    reference: Reference | None,
     run: Run,
     settings: Settings,
     observer: Observer,
@@ -83,7 +83,7 @@ class _Loop:
     def __init__(
         self,
         training: Training,
-        reference: Policy | None,
+        reference: Reference | None,
         run: Run,
         settings: Settings,
         observer: Observer,
@@ -174,7 +174,7 @@ class _Loop:
                 self._skip(batch, problem, weights)
         return batch, {**batch.metrics, **updated, "learning_rate": rate, "bad_steps": training.bad_steps}
 
-    def _reference_logprobs(self, reference: Policy, batch: Batch) -> Tensor:
+    def _reference_logprobs(self, reference: Reference, batch: Batch) -> Tensor:
         return reference_logprobs(
             reference,
             batch.sequences,

@@ -16,7 +16,8 @@ from grpo_cli.core.dist.parallel import NotFinite, Replicated, micro_batches
 from grpo_cli.core.dist.ranks import Gradients
 from grpo_cli.core.dist.shards import local, whole
 from grpo_cli.core.microbatch import MicroBatch
-from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.model.policy import Sequences
+from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.rl.batch import Examples
 from grpo_cli.core.rl.grpo import Step, batch_loss, normalizer
 from grpo_cli.core.sampling.selfcheck import plain_logprobs
@@ -40,7 +41,7 @@ class Objective:
 
 
 def reference_logprobs(
-    reference: Policy,
+    reference: Reference,
     sequences: Sequences,
     *,
     temperature: float,
@@ -49,22 +50,23 @@ def reference_logprobs(
     poll: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Log-probabilities (B, T) of the completions under the frozen reference. `fit` and `poll` as for `update`."""
-    parallel, fit, rows = parallel or Replicated(reference), fit or MicroBatch(), range(len(sequences.completions))
+    policy, fit, rows = reference.policy, fit or MicroBatch(), range(len(sequences.completions))
+    parallel = parallel or Replicated(policy)
     poll = parallel.interruptible(poll)
 
     def compute(size: int) -> Tensor:
-        logprobs = torch.zeros(sequences.mask().shape, device=reference.device)
+        logprobs = torch.zeros(sequences.mask().shape, device=policy.device)
         for chosen in micro_batches(rows, size):
             poll()
             subset = sequences.subset(chosen)
             fit.begin(tokens=subset.tokens, rows=len(chosen))
-            part, _ = reference.logprobs(subset, temperature=temperature, entropy=False, logit_chunk=fit.logit_chunk)
+            part, _ = policy.logprobs(subset, temperature=temperature, entropy=False, logit_chunk=fit.logit_chunk)
             fit.end()
             logprobs[chosen, : part.shape[1]] = part
         return logprobs
 
     with torch.no_grad(), reference.on_device():
-        return parallel.forward(reference, compute, rows, fit)
+        return parallel.forward(policy, compute, rows, fit)
 
 
 def update(
