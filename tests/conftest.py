@@ -1,6 +1,7 @@
 """A tiny model in the format of Qwen2.5 (architecture, tokenizer, chat template), and `countdown` in this process."""
 
 import copy
+import json
 import os
 import shutil
 import signal
@@ -27,6 +28,7 @@ from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.rl import update as update_module
 from grpo_cli.core.rl.batch import Examples
 from grpo_cli.core.rl.update import Objective
+from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task import countdown as countdown_task
 from grpo_cli.core.task.prompts import STYLES, prompt
 from grpo_cli.core.task.puzzle import Puzzle
@@ -45,19 +47,11 @@ def save_tiny_model(folder: Path, kind: type[PretrainedConfig] = Qwen2Config, **
     texts = [message["content"] for style in STYLES for message in prompt(Puzzle((3, 5, 2), 13), style)]
     tokenizer = train_tokenizer(texts, vocabulary=400)
     settings: dict[str, object] = {
-        "vocab_size": 832,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.25,
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+        "vocab_size": 832, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
+        "tie_word_embeddings": True, "initializer_range": 0.25, "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(kind(**{**settings, **changes}))
     model.save_pretrained(folder)
@@ -87,6 +81,24 @@ def loaded_policy(tiny_folder: Path) -> Policy:
 def tiny_policy(loaded_policy: Policy) -> Policy:
     """A copy of the tiny model for each test."""
     return copy.deepcopy(loaded_policy)
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model to spoil."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+
+
+def configure(folder: Path, name: str = "config.json", /, **changes: object) -> None:
+    """Change settings in a JSON file of a model's folder."""
+    path = folder / name
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**known, **changes}))
+
+
+def timeless(run: Run) -> list[dict[str, float]]:
+    """The metrics without what differs from one run to the next of the same."""
+    return [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in run.metrics()]
 
 
 @dataclass

@@ -82,12 +82,8 @@ def test_each_layer_wins_over_the_ones_before_it(tmp_path: Path) -> None:
     ]
     assert [one.settings.train.batch_size for one in found] == [4, 11, 13, 14, 15]
     assert [one.sources[key] for one in found] == [
-        "config.toml",
-        path,
-        f"preset mine in {path}",
-        "COUNTDOWN_TRAIN_BATCH_SIZE",
-        "flag --batch-size",
-    ]
+        "config.toml", path, f"preset mine in {path}", "COUNTDOWN_TRAIN_BATCH_SIZE", "flag --batch-size",
+    ]  # fmt: skip
 
 
 def test_your_file_changes_a_shipped_preset_key_by_key(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pkgutil import resolve_name
 
 import pytest
 import torch
-from conftest import MEASURED, SMALL, Command, SetPuzzles, run_here, save_tiny_model
+from conftest import SMALL, Command, SetPuzzles, configure, run_here, save_tiny_model, timeless
 from forked import Forked
 from safetensors.torch import load_file
 
@@ -482,7 +482,7 @@ def other_weights(folder: Path) -> None:
 def other_tokenizer(folder: Path) -> None:
     path = folder / "tokenizer.json"
     path.write_text(path.read_text().replace("<|im_end|>", "<|im_over|>"))
-    configure(folder / "tokenizer_config.json", eos_token="<|im_over|>")
+    configure(folder, "tokenizer_config.json", eos_token="<|im_over|>")
 
 
 def other_template(folder: Path) -> None:
@@ -493,10 +493,6 @@ def other_template(folder: Path) -> None:
 def other_size(folder: Path) -> None:
     shutil.rmtree(folder)
     save_tiny_model(folder, hidden_size=16, num_attention_heads=2)
-
-
-def configure(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.mark.parametrize(
@@ -597,12 +593,6 @@ def test_what_auto_stood_for_is_kept(trained: Command, tmp_path: Path) -> None:
 
 
 # Signals and kills in whole trainings
-
-
-def timeless(run: Run) -> list[dict[str, float]]:
-    """The metrics without what differs from one run to the next of the same."""
-    lines = run.metrics()
-    return [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in lines]
 
 
 def assert_same_run(found: Run, expected: Run, steps: int) -> None:

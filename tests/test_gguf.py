@@ -47,18 +47,22 @@ def test_a_file_is_the_model_that_it_was_made_from(file: Path, tiny_folder: Path
     assert set(theirs.end_ids) <= set(ours.end_ids)
 
 
-def save_tiny_llama(folder: Path) -> Path:
-    """A Llama model whose heads are grouped and whose tokenizer splits digits, as SmolLM2's does."""
-    facts = {
+def facts(split: str) -> dict[str, object]:
+    """What a GGUF file says of a tokenizer that splits digits as `split` does."""
+    return {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.pre": split,
         "tokenizer.ggml.tokens": [*LETTERS, "<|im_end|>"],
         "tokenizer.ggml.token_type": [1] * len(LETTERS) + [gguf.CONTROL],
         "tokenizer.ggml.merges": ["2 5", "Ġ 25"],
         "tokenizer.ggml.eos_token_id": len(LETTERS),
         "tokenizer.chat_template": "{{ messages[-1]['content'] }}",
     }
-    gguf.build_tokenizer(facts).save_pretrained(folder)
+
+
+def save_tiny_llama(folder: Path) -> Path:
+    """A Llama model whose heads are grouped and whose tokenizer splits digits, as SmolLM2's does."""
+    gguf.build_tokenizer(facts("smollm")).save_pretrained(folder)
     config = transformers.LlamaConfig(
         vocab_size=64,
         hidden_size=32,
@@ -117,16 +121,7 @@ def test_a_file_is_unpacked_once(file: Path, cache: Path) -> None:
     ],
 )
 def test_text_is_split_as_the_file_says(split: str, pieces: list[str], tmp_path: Path) -> None:
-    facts = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": split,
-        "tokenizer.ggml.tokens": [*LETTERS, "<|im_end|>"],
-        "tokenizer.ggml.token_type": [1] * len(LETTERS) + [gguf.CONTROL],
-        "tokenizer.ggml.merges": ["2 5", "Ġ 25"],
-        "tokenizer.ggml.eos_token_id": len(LETTERS),
-        "tokenizer.chat_template": "{{ messages[-1]['content'] }}",
-    }
-    tokenizer = gguf.build_tokenizer(facts)
+    tokenizer = gguf.build_tokenizer(facts(split))
     tokenizer.save_pretrained(tmp_path)
     transformers.LlamaConfig().save_pretrained(tmp_path)
     again = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -136,9 +131,8 @@ def test_text_is_split_as_the_file_says(split: str, pieces: list[str], tmp_path:
 
 
 def test_unknown_splitting_is_refused(tmp_path: Path) -> None:
-    facts = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "other"}
     with pytest.raises(CountdownError, match="`other`"):
-        gguf.build_tokenizer({**facts, "tokenizer.ggml.tokens": [], "tokenizer.ggml.token_type": []})
+        gguf.build_tokenizer(facts("other"))
 
 
 @pytest.mark.parametrize(
@@ -175,17 +169,8 @@ def test_commands_take_a_file(file: Path, countdown: Command) -> None:
 
 def test_a_run_keeps_what_the_converter_of_llama_cpp_reads(file: Path, tmp_path: Path, countdown: Command) -> None:
     arguments = [
-        "--batch-size",
-        1,
-        "--num-generations",
-        2,
-        "--max-new-tokens",
-        4,
-        "--num-iterations",
-        1,
-        "--eval-puzzles",
-        1,
-    ]
+        "--batch-size", 1, "--num-generations", 2, "--max-new-tokens", 4, "--num-iterations", 1, "--eval-puzzles", 1,
+    ]  # fmt: skip
     assert countdown("train", "--model", file, "--run", "one", *arguments).code == 0
     folder = tmp_path / "runs" / "one" / "model"
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= {

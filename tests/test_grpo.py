@@ -210,15 +210,20 @@ class Batch:
         exact = reference_logprobs(Reference(policy), self.sequences, temperature=TEMPERATURE)
         self.ref_logprobs = exact + 0.5 * torch.randn(exact.shape, generator=rng)  # padding too
 
-    def reordered(self, prompts: list[int], rows: list[int]) -> tuple[Sequences, Tensor, Tensor]:
+    def reordered(self, prompts: list[int], rows: list[int]) -> "Batch":
         """The same step with its prompts and its rows in another order."""
-        given = self.sequences
-        sequences = Sequences(
-            [given.prompts[prompt] for prompt in prompts],
-            [given.completions[row] for row in rows],
-            [prompts.index(given.prompt_index[row]) for row in rows],
-        )
-        return sequences, self.advantage[rows], self.ref_logprobs[rows]
+        given, other = self.sequences, copy.copy(self)
+        index = [prompts.index(given.prompt_index[row]) for row in rows]
+        completions = [given.completions[row] for row in rows]
+        other.sequences = Sequences([given.prompts[prompt] for prompt in prompts], completions, index)
+        other.advantage, other.ref_logprobs = self.advantage[rows], self.ref_logprobs[rows]
+        return other
+
+
+def one_update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, **given: Any) -> dict[str, float]:
+    """The metrics of an update by `a_loss`, unless another loss is given."""
+    settings = {"loss": a_loss(), "temperature": TEMPERATURE, "max_new_tokens": MAX_NEW_TOKENS, **given}
+    return update(policy, optimizer, batch.sequences, settings.pop("advantages", batch.advantage), **settings)
 
 
 def plain_update(
@@ -242,30 +247,10 @@ def plain_update(
     return total.item(), gradients
 
 
-def recorded(
-    policy: Policy,
-    sequences: Sequences,
-    advantage: Tensor,
-    loss: Loss,
-    *,
-    fit: MicroBatch | None = None,
-    ref_logprobs: Tensor | None = None,
-) -> tuple[dict[str, float], list[Tensor]]:
+def recorded(policy: Policy, batch: Batch, loss: Loss, **given: Any) -> tuple[dict[str, float], list[Tensor]]:
     """Metrics and gradients of an update that leaves the weights alone."""
     recorder = Recorder(policy)
-    metrics = update(
-        policy,
-        recorder,
-        sequences,
-        advantage,
-        loss=loss,
-        temperature=TEMPERATURE,
-        max_new_tokens=MAX_NEW_TOKENS,
-        clip_grad_norm=math.inf,
-        fit=fit,
-        ref_logprobs=ref_logprobs,
-    )
-    return metrics, recorder.gradients
+    return one_update(policy, recorder, batch, loss=loss, clip_grad_norm=math.inf, **given), recorder.gradients
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
@@ -284,14 +269,8 @@ def test_the_gradient_is_that_of_single_rows_whatever_the_micro_batches(
     expected_loss, expected = plain_update(tiny_policy, batch, loss)
     norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in expected))
     for micro_batch_size in (0, 1, 3, 64):
-        metrics, found = recorded(
-            tiny_policy,
-            batch.sequences,
-            batch.advantage,
-            loss,
-            fit=MicroBatch(micro_batch_size),
-            ref_logprobs=batch.ref_logprobs if beta > 0 else None,
-        )
+        ref_logprobs = batch.ref_logprobs if beta > 0 else None
+        metrics, found = recorded(tiny_policy, batch, loss, fit=MicroBatch(micro_batch_size), ref_logprobs=ref_logprobs)
         assert_same(found, expected)
         assert metrics["loss"] == pytest.approx(expected_loss, abs=1e-5)
         assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
@@ -300,9 +279,9 @@ def test_the_gradient_is_that_of_single_rows_whatever_the_micro_batches(
 @pytest.mark.parametrize("prompts", [[2, 0, 1], [1, 2, 0]])
 def test_the_order_of_prompts_and_rows_changes_nothing(tiny_policy: Policy, prompts: list[int]) -> None:
     batch, loss = Batch(tiny_policy), a_loss(beta=0.3)
-    metrics, expected = recorded(tiny_policy, batch.sequences, batch.advantage, loss, ref_logprobs=batch.ref_logprobs)
-    sequences, advantage, ref_logprobs = batch.reordered(prompts, [9, 0, 5, 3, 7, 1, 2, 8, 6, 4])
-    reordered, found = recorded(tiny_policy, sequences, advantage, loss, fit=MicroBatch(4), ref_logprobs=ref_logprobs)
+    metrics, expected = recorded(tiny_policy, batch, loss, ref_logprobs=batch.ref_logprobs)
+    other = batch.reordered(prompts, [9, 0, 5, 3, 7, 1, 2, 8, 6, 4])
+    reordered, found = recorded(tiny_policy, other, loss, fit=MicroBatch(4), ref_logprobs=other.ref_logprobs)
     assert_same(found, expected)
     assert reordered == pytest.approx(metrics, abs=1e-5)
 
@@ -319,21 +298,14 @@ def test_rows_without_advantage_are_skipped_only_when_there_is_no_kl(
         return logprobs(policy, sequences, **options)
 
     monkeypatch.setattr(Policy, "logprobs", counting)
-    recorded(tiny_policy, batch.sequences, batch.advantage, a_loss())
-    recorded(tiny_policy, batch.sequences, batch.advantage, a_loss(beta=0.1), ref_logprobs=batch.ref_logprobs)
+    recorded(tiny_policy, batch, a_loss())
+    recorded(tiny_policy, batch, a_loss(beta=0.1), ref_logprobs=batch.ref_logprobs)
     assert seen == [8, 10]
 
 
 def test_kl_and_entropy_are_means_over_all_tokens(tiny_policy: Policy) -> None:
     batch = Batch(tiny_policy)
-    metrics, _ = recorded(
-        tiny_policy,
-        batch.sequences,
-        batch.advantage,
-        a_loss(beta=0.1),
-        fit=MicroBatch(3),
-        ref_logprobs=batch.ref_logprobs,
-    )
+    metrics, _ = recorded(tiny_policy, batch, a_loss(beta=0.1), fit=MicroBatch(3), ref_logprobs=batch.ref_logprobs)
     with torch.no_grad():
         logprobs, entropy = tiny_policy.logprobs(batch.sequences, temperature=TEMPERATURE)
     mask = batch.sequences.mask()
@@ -354,18 +326,7 @@ def test_reference_logprobs_are_the_policys_at_the_start(tiny_policy: Policy) ->
 
 def gap_of(policy: Policy, batch: Batch, sampled: list[list[float]], *, fit: MicroBatch | None = None) -> float:
     """The `logprob_gap` of an update on completions that were sampled with these log-probs."""
-    metrics = update(
-        policy,
-        Recorder(policy),
-        batch.sequences,
-        batch.advantage,
-        loss=a_loss(),
-        temperature=TEMPERATURE,
-        max_new_tokens=MAX_NEW_TOKENS,
-        fit=fit,
-        sampled_logprobs=sampled,
-    )
-    return metrics["logprob_gap"]
+    return one_update(policy, Recorder(policy), batch, fit=fit, sampled_logprobs=sampled)["logprob_gap"]
 
 
 def test_logprob_gap_is_the_distance_of_two_rows_from_the_models_own_forward(tiny_policy: Policy) -> None:
@@ -410,19 +371,9 @@ def test_the_second_inner_update_measures_its_ratio_from_before_the_first(tiny_p
             parameter.grad = gradient
         optimizer.step()
 
-    metrics = update(
-        tiny_policy,
-        torch.optim.SGD(tiny_policy.model.parameters(), lr=0.3),
-        batch.sequences,
-        batch.advantage,
-        loss=loss,
-        temperature=TEMPERATURE,
-        max_new_tokens=MAX_NEW_TOKENS,
-        num_inner_updates=2,
-        clip_grad_norm=math.inf,
-        fit=MicroBatch(4),
-        ref_logprobs=batch.ref_logprobs,
-    )
+    sgd = torch.optim.SGD(tiny_policy.model.parameters(), lr=0.3)
+    given = {"num_inner_updates": 2, "clip_grad_norm": math.inf, "ref_logprobs": batch.ref_logprobs}
+    metrics = one_update(tiny_policy, sgd, batch, loss=loss, fit=MicroBatch(4), **given)
     for found, expected in zip(tiny_policy.model.parameters(), by_hand.model.parameters(), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert metrics["loss"] == pytest.approx(sum(expected_losses) / 2, abs=1e-4)
@@ -453,16 +404,7 @@ def test_a_loss_or_gradient_that_is_not_finite_leaves_the_weights_alone(
     what = spoil(tiny_policy, batch.advantage)
     optimizer = torch.optim.AdamW(tiny_policy.model.parameters(), lr=1.0)
     with pytest.raises(NotFinite, match=f"the {what} is not finite"):
-        update(
-            tiny_policy,
-            optimizer,
-            batch.sequences,
-            batch.advantage,
-            loss=a_loss(),
-            temperature=TEMPERATURE,
-            max_new_tokens=MAX_NEW_TOKENS,
-            fit=MicroBatch(3),
-        )
+        one_update(tiny_policy, optimizer, batch, fit=MicroBatch(3))
     assert all(map(torch.equal, before, tiny_policy.model.parameters()))
     assert all(parameter.grad is None for parameter in tiny_policy.model.parameters())
     assert not optimizer.state
@@ -472,15 +414,7 @@ def test_a_step_without_any_advantage_moves_nothing(tiny_policy: Policy) -> None
     batch = Batch(tiny_policy)
     before = weights(tiny_policy)
     optimizer = torch.optim.AdamW(tiny_policy.model.parameters(), lr=1.0, weight_decay=0.1)
-    metrics = update(
-        tiny_policy,
-        optimizer,
-        batch.sequences,
-        torch.zeros(10),
-        loss=a_loss(),
-        temperature=TEMPERATURE,
-        max_new_tokens=MAX_NEW_TOKENS,
-    )
+    metrics = one_update(tiny_policy, optimizer, batch, advantages=torch.zeros(10))
     assert metrics == {"weights_changed": 0.0}
     assert all(map(torch.equal, before, tiny_policy.model.parameters()))
 
@@ -488,16 +422,8 @@ def test_a_step_without_any_advantage_moves_nothing(tiny_policy: Policy) -> None
 def test_clip_grad_norm_bounds_the_step(tiny_policy: Policy) -> None:
     batch = Batch(tiny_policy)
     before = weights(tiny_policy)
-    metrics = update(
-        tiny_policy,
-        torch.optim.SGD(tiny_policy.model.parameters(), lr=1.0),
-        batch.sequences,
-        batch.advantage,
-        loss=a_loss(),
-        temperature=TEMPERATURE,
-        max_new_tokens=MAX_NEW_TOKENS,
-        clip_grad_norm=0.01,
-    )
+    sgd = torch.optim.SGD(tiny_policy.model.parameters(), lr=1.0)
+    metrics = one_update(tiny_policy, sgd, batch, clip_grad_norm=0.01)
     moved = [old - new for old, new in zip(before, weights(tiny_policy), strict=True)]
     length = math.sqrt(sum(float(step.square().sum()) for step in moved))
     assert length == pytest.approx(0.01, rel=1e-2)
@@ -520,15 +446,7 @@ def test_steps_of_2e_6_move_nearly_all_float32_weights_and_few_of_bf16(
 ) -> None:
     policy = load(str(tiny_folder), device="cpu", precision=precision)
     batch = Batch(policy)
-    metrics = update(
-        policy,
-        torch.optim.AdamW(policy.model.parameters(), lr=2e-6, weight_decay=0.0),
-        batch.sequences,
-        batch.advantage,
-        loss=a_loss(),
-        temperature=TEMPERATURE,
-        max_new_tokens=MAX_NEW_TOKENS,
-    )
+    metrics = one_update(policy, torch.optim.AdamW(policy.model.parameters(), lr=2e-6, weight_decay=0.0), batch)
     assert least <= metrics["weights_changed"] <= most
 
 
@@ -539,15 +457,7 @@ def test_weights_changed_counts_each_weight_once(tiny_policy: Policy) -> None:
                 parameter.data += float(parameter.shape == (32,)) * torch.arange(parameter.numel()).view_as(parameter)
 
     batch = Batch(tiny_policy)
-    metrics = update(
-        tiny_policy,
-        NudgeTheNorms(tiny_policy),
-        batch.sequences,
-        batch.advantage,
-        loss=a_loss(),
-        temperature=TEMPERATURE,
-        max_new_tokens=MAX_NEW_TOKENS,
-    )
+    metrics = one_update(tiny_policy, NudgeTheNorms(tiny_policy), batch)
     # 5 norms and 2 query biases of 32 weights, of each of which all but the first are nudged
     count = sum(parameter.numel() for parameter in tiny_policy.model.parameters())
     assert metrics["weights_changed"] == pytest.approx(7 * 31 / count)

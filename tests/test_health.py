@@ -46,19 +46,10 @@ def test_one_right_answer_is_enough_to_learn_from() -> None:
 
 
 HEALTHY = {
-    "accuracy": 0.4,
-    "lenient_accuracy": 0.42,
-    "format_rate": 1.0,
-    "kl": 0.02,
-    "logprob_gap": 3e-4,
-    "zero_variance": 0.6,
-    "truncated": 0.05,
-    "entropy": 0.2,
-    "weights_changed": 0.99,
-    "cheat/numbers": 0.02,
-    "cheat/not_arithmetic": 0.0,
-    "cheat/no_thought": 0.0,
-}
+    "accuracy": 0.4, "lenient_accuracy": 0.42, "format_rate": 1.0, "kl": 0.02, "logprob_gap": 3e-4,
+    "zero_variance": 0.6, "truncated": 0.05, "entropy": 0.2, "weights_changed": 0.99, "cheat/numbers": 0.02,
+    "cheat/not_arithmetic": 0.0, "cheat/no_thought": 0.0,
+}  # fmt: skip
 
 
 def told(late: dict[str, float], early: dict[str, float] | None = None) -> dict[str, str]:

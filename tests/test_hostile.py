@@ -75,21 +75,13 @@ def test_a_completion_cannot_act_on_a_terminal(
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["train", "--model", "{}"],
-        ["train", "--run", "{}"],
-        ["train", "--preset", "{}"],
-        ["train", "--config", "{}"],
-        ["train", "--learning-rate", "{}"],
-        ["train", "--runs", "file", "--run", "{}"],
-        ["eval", "{}"],
-        ["eval", "--style", "{}"],
-        ["solve", "{}"],
-        ["plot", "{}"],
-        ["gen-data", "--out", "missing/{}"],
-        ["{}"],
+        ["train", "--model", "{}"], ["train", "--run", "{}"], ["train", "--preset", "{}"],
+        ["train", "--config", "{}"], ["train", "--learning-rate", "{}"], ["train", "--runs", "file", "--run", "{}"],
+        ["eval", "{}"], ["eval", "--style", "{}"], ["solve", "{}"], ["plot", "{}"],
+        ["gen-data", "--out", "missing/{}"], ["{}"],
     ],
     ids=" ".join,
-)
+)  # fmt: skip
 def test_an_argument_cannot_act_on_a_terminal(countdown: Command, arguments: list[str]) -> None:
     """All attacks at once; only NUL and lone surrogates cannot be in an argument."""
     passable = [text for kind, text in ATTACKS.items() if kind not in ("null and delete", "lone surrogate")]

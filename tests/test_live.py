@@ -15,26 +15,11 @@ HOSTILE = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202e\u200b\r[bold]markup[/bold]"
 ESCAPED = r"\x1b[2J\x1b]0;owned\x07\x9b31m\u202e\u200b\r[bold]markup[/bold]"
 ANSI = re.compile(r"\x1b\[\??[0-9;]*[A-Za-z]")
 METRICS = {
-    "reward": 0.4125,
-    "accuracy": 0.344,
-    "format_rate": 0.984,
-    "kl": 0.00123,
-    "loss": 0.01,
-    "entropy": 0.612,
-    "completion_length": 143.21,
-    "truncated": 0.031,
-    "zero_variance": 0.125,
-    "clip_fraction": 0.0,
-    "grad_norm": 0.8312,
-    "weights_changed": 0.9998,
-    "tokens_per_second": 4210.4,
-    "floor_share": 0.407,
-    "time/rollout": 1.42,
-    "time/score": 0.002,
-    "time/reference": 0.21,
-    "time/update": 0.68,
-    "time/total": 2.31,
-}
+    "reward": 0.4125, "accuracy": 0.344, "format_rate": 0.984, "kl": 0.00123, "loss": 0.01, "entropy": 0.612,
+    "completion_length": 143.21, "truncated": 0.031, "zero_variance": 0.125, "clip_fraction": 0.0,
+    "grad_norm": 0.8312, "weights_changed": 0.9998, "tokens_per_second": 4210.4, "floor_share": 0.407,
+    "time/rollout": 1.42, "time/score": 0.002, "time/reference": 0.21, "time/update": 0.68, "time/total": 2.31,
+}  # fmt: skip
 
 
 class Terminal(io.StringIO):

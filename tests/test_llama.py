@@ -29,14 +29,10 @@ LLAMA3 = {
     "original_max_position_embeddings": 4,
 }  # fmt: skip
 CHANGES: list[dict[str, Any]] = [
-    {},
-    {"tie_word_embeddings": False},
-    {"num_key_value_heads": 1},
-    {"kind": LlamaConfig},
+    {}, {"tie_word_embeddings": False}, {"num_key_value_heads": 1}, {"kind": LlamaConfig},
     {"kind": LlamaConfig, "num_key_value_heads": 4, "head_dim": 12, "tie_word_embeddings": False},
-    {"kind": LlamaConfig, "rope_parameters": LLAMA3},
-    {"kind": MistralConfig, "sliding_window": None, "head_dim": 16},
-]
+    {"kind": LlamaConfig, "rope_parameters": LLAMA3}, {"kind": MistralConfig, "sliding_window": None, "head_dim": 16},
+]  # fmt: skip
 TOKENS = torch.arange(3, 33).view(6, 5)  # of 6 prompts, the last token of which is decoded
 
 

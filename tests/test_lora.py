@@ -1,16 +1,16 @@
 """LoRA and QLoRA against peft's own forward, merged weights, the plain model, and a training that is cut in two."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import MEASURED, SMALL, Command
+from conftest import SMALL, Command, timeless
 
 from grpo_cli.core.model import lora
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.reference import Reference
+from grpo_cli.core.run.folder import Run
 from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import sample, uniforms
 from grpo_cli.core.sampling.selfcheck import load_checked
@@ -109,17 +109,13 @@ def test_a_resumed_adapter_goes_on_as_if_never_stopped(
     arguments = [*TRAIN, "--model", tiny_folder, "--quantize", quantize, "--num-iterations", "3"]
     arguments += ["--reward", "own.py:length"]
     assert countdown(*arguments).code == 0
-    whole = metrics(tmp_path)
+    run = Run(tmp_path / "runs" / "first")
+    whole = timeless(run)
     assert whole[1]["kl"] == pytest.approx(0, abs=1e-6) and whole[3]["kl"] > 1e-6
     assert countdown("train", "--run", "first", "--resume", "--step", "2").code == 0
-    assert metrics(tmp_path) == whole
+    assert timeless(run) == whole
     saved = tmp_path / "runs/first/checkpoints/step-3/model"
     assert {path.name for path in saved.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-
-
-def metrics(folder: Path) -> list[dict[str, float]]:
-    lines = (folder / "runs/first/metrics.jsonl").read_text("utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if not key.startswith(MEASURED)} for line in lines]
 
 
 def test_export_writes_the_adapter_or_the_merged_model(countdown: Command, tiny_folder: Path, tmp_path: Path) -> None:

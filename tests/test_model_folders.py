@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +12,7 @@ import huggingface_hub
 import pytest
 import safetensors
 import transformers
-from conftest import Command
+from conftest import Command, configure
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model import hub
@@ -24,20 +23,10 @@ pytestmark = pytest.mark.faults
 
 
 @pytest.fixture
-def folder(tiny_folder: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
-
-
-@pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """No file of weights may be read."""
     for module, name in ((transformers.AutoModelForCausalLM, "from_pretrained"), (safetensors, "safe_open")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("read weights"))
-
-
-def configure(folder: Path, **changes: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def index(*names: object) -> Callable[[Path], None]:

@@ -1,7 +1,6 @@
 """Loading refuses what does not fit; log-probabilities and their gradients are those of the plain model, row by row."""
 
 import json
-import shutil
 import socket
 import warnings
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import save_tiny_model
+from conftest import configure, save_tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -151,12 +150,6 @@ def test_encode_is_the_chat_template(tiny_policy: Policy) -> None:
 
 
 @pytest.fixture
-def folder(tiny_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny model to spoil."""
-    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
-
-
-@pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Refuses every connection; returns the list of addresses that were asked for."""
     asked: list[object] = []
@@ -168,12 +161,6 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     return asked
-
-
-def configure(folder: Path, name: str = "config.json", **changes: object) -> None:
-    path = folder / name
-    known = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**known, **changes}))
 
 
 def refusal(name: str | Path, **settings: str) -> CountdownError:
@@ -323,13 +310,8 @@ def test_code_that_a_folder_brings_along_is_not_run(folder: Path) -> None:
 @pytest.mark.faults
 def test_generation_settings_of_a_model_change_nothing(tiny_policy: Policy, folder: Path) -> None:
     hostile = {
-        "do_sample": True,
-        "top_k": 1,
-        "top_p": 0.1,
-        "temperature": 0.01,
-        "repetition_penalty": 9.0,
-        "num_beams": 4,
-    }
+        "do_sample": True, "top_k": 1, "top_p": 0.1, "temperature": 0.01, "repetition_penalty": 9.0, "num_beams": 4,
+    }  # fmt: skip
     configure(folder, "generation_config.json", **hostile, max_length=3, suppress_tokens=list(range(400)))
     other = load(str(folder), device="cpu", precision="float32")
     uniform = uniforms(0, 0, [0], 4, 24)

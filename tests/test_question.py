@@ -14,26 +14,14 @@ from grpo_cli.core.task.question import read_question
 @pytest.mark.parametrize(
     "text",
     [
-        "Using the numbers [4, 7, 3], create an expression that equals 25.",
-        "using [4,7,3] make 25",
-        "[4 7 3] = 25",
-        "[4, 7, 3] 25",
-        "4 7 3 = 25",
-        " 4  7 3=25\n",
-        "4,7,3 -> 25",
-        "4, 7, 3 → 25",
-        "4 7 3 => 25",
-        "25 = 4 7 3",
-        "(4, 7, 3) equals 25",
-        "make 25 from 4 7 3",
-        "Use each of [4, 7, 3] exactly 1 time to make 25",
-        "[4,7,3] with 2 operators makes 25",
-        "How can I get 25 out of 4, 7 and 3 in 2 steps?",
-        "3 numbers: 4 7 3. The target is 25.",
-        "Given 4, 7 & 3, reach the target 25!",
+        "Using the numbers [4, 7, 3], create an expression that equals 25.", "using [4,7,3] make 25", "[4 7 3] = 25",
+        "[4, 7, 3] 25", "4 7 3 = 25", " 4  7 3=25\n", "4,7,3 -> 25", "4, 7, 3 → 25", "4 7 3 => 25", "25 = 4 7 3",
+        "(4, 7, 3) equals 25", "make 25 from 4 7 3", "Use each of [4, 7, 3] exactly 1 time to make 25",
+        "[4,7,3] with 2 operators makes 25", "How can I get 25 out of 4, 7 and 3 in 2 steps?",
+        "3 numbers: 4 7 3. The target is 25.", "Given 4, 7 & 3, reach the target 25!",
         prompt(Puzzle((4, 7, 3), 25), "natural")[-1]["content"],
     ],
-)
+)  # fmt: skip
 def test_questions_are_read(text: str) -> None:
     assert read_question(text) == Puzzle((4, 7, 3), 25)
 

@@ -112,12 +112,8 @@ def test_shares_are_even_whole_and_in_order(count: int, size: int, shares: list[
 
 def test_a_launcher_is_known_by_its_environment() -> None:
     torchrun = {
-        "RANK": "3",
-        "WORLD_SIZE": "8",
-        "LOCAL_RANK": "1",
-        "MASTER_ADDR": "a",
-        "TORCHELASTIC_RESTART_COUNT": "2",
-    }
+        "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "TORCHELASTIC_RESTART_COUNT": "2",
+    }  # fmt: skip
     slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}
     assert place(torchrun) == Place(3, 8, 1, restarts=2)
     assert place(slurm) == place({}) == Place()

@@ -55,18 +55,10 @@ def line(step: int, solved: str, *, cell: str = OWN, completion: str = "<answer>
         {"numbers": [2, 4, 8], "target": 14, "completion": "yes", "reward": 1.0, "reason": "correct", "answer": "x"},
     ]
     return {
-        "step": step,
-        "cell": cell,
-        "count": count,
-        "accuracy": right / count,
-        "interval": [0.0, 1.0],
-        "lenient_accuracy": right / count,
-        "format_rate": 0.5,
-        "mean_length": 76.25,
-        "reasons": {"correct": right, "no_answer": count - right},
-        "solved": solved,
-        "examples": examples,
-    }
+        "step": step, "cell": cell, "count": count, "accuracy": right / count, "interval": [0.0, 1.0],
+        "lenient_accuracy": right / count, "format_rate": 0.5, "mean_length": 76.25,
+        "reasons": {"correct": right, "no_answer": count - right}, "solved": solved, "examples": examples,
+    }  # fmt: skip
 
 
 def evaluated(*lines: Mapping[str, object]) -> list[Evaluated]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MEASURED, SetPuzzles
+from conftest import SetPuzzles, timeless
 
 from grpo_cli.core.config import resolve as config
 from grpo_cli.core.config.settings import Settings
@@ -83,18 +83,10 @@ class Watcher(Observer):
 
 def small(folder: Path, **flags: object) -> Settings:
     given: dict[str, object] = {
-        "model.model": str(folder),
-        "model.precision": "float32",
-        "train.batch_size": 2,
-        "train.num_generations": 4,
-        "train.max_new_tokens": 12,
-        "train.num_iterations": 4,
-        "train.eval_every": 2,
-        "train.eval_puzzles": 6,
-        "train.save_every": 2,
-        "train.learning_rate": 1e-3,
-        "loss.beta": 0.1,
-    }
+        "model.model": str(folder), "model.precision": "float32", "train.batch_size": 2, "train.num_generations": 4,
+        "train.max_new_tokens": 12, "train.num_iterations": 4, "train.eval_every": 2, "train.eval_puzzles": 6,
+        "train.save_every": 2, "train.learning_rate": 1e-3, "loss.beta": 0.1,
+    }  # fmt: skip
     return config.resolve(flags=given | flags, has_cuda=lambda: False).settings
 
 
@@ -224,15 +216,9 @@ def test_going_on_from_a_checkpoint_equals_never_having_stopped(
     train(resumed, Reference.of(start(settings).policy), run, settings, Watcher())
     for left, right in zip(whole.policy.model.parameters(), resumed.policy.model.parameters(), strict=True):
         assert torch.equal(left, right)
-    timeless = [
-        [
-            {k: v for k, v in line.items() if not k.startswith(MEASURED) and k not in ("val_accuracy", "dev_accuracy")}
-            for line in found.metrics()
-        ]
-        for found in (expected, run)
-    ]
-    assert [line["step"] for line in timeless[1]] == [0, 1, 2, 3, 4]
-    assert timeless[0] == timeless[1]
+    lines = [[{**line, "val_accuracy": 0, "dev_accuracy": 0} for line in timeless(found)] for found in (expected, run)]
+    assert [line["step"] for line in lines[1]] == [0, 1, 2, 3, 4]
+    assert lines[0] == lines[1]
 
 
 @pytest.mark.parametrize("tokens", [0, 5, 30])
@@ -439,22 +425,15 @@ def with_suite(folder: Path, **flags: object) -> Settings:
     return settings.model_copy(update={"suite": {"transfer": SUITE}})
 
 
-def timeless(run: Run) -> list[dict[str, float]]:
-    return [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in run.metrics()]
-
-
 @pytest.mark.parametrize("stop", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_a_curriculum_shows_in_the_metrics_and_goes_on_as_if_it_had_not_stopped(
     tiny_folder: Path, tmp_path: Path, stop: int
 ) -> None:
     flags: dict[str, object] = {
         "train.prompt_style": "one-shot -> zero-shot, linear over 3 steps",
-        "train.prompt_numbers": "3 = 0.5, 4 = 0.5",
-        "train.dynamic_sampling": 2,
-        "train.save_every": 1,
-        "train.batch_size": 4,
-        "train.eval_every": 1,
-    }
+        "train.prompt_numbers": "3 = 0.5, 4 = 0.5", "train.dynamic_sampling": 2, "train.save_every": 1,
+        "train.batch_size": 4, "train.eval_every": 1,
+    }  # fmt: skip
     settings = with_suite(tiny_folder, **flags)
     whole, expected, _ = trained(settings, tmp_path, "whole")
     styles = [line["prompts/zero-shot"] for line in expected.metrics()[1:]]
