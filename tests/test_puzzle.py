@@ -4,9 +4,12 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
+from fractions import Fraction
+from functools import cache
 from itertools import permutations, product
 from operator import add, mul, sub
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,33 +28,30 @@ from grpo_cli.core.task.puzzle import Puzzle, Side, checked, judge, split_of
 from grpo_cli.core.task.rules import Rules
 from grpo_cli.core.task.solver import needs_parentheses, solve
 
-PRIME = 2**61 - 1
+SYMBOLS = (10_007, 20_011, 40_009, 80_021, 160_001)  # in the place of the numbers
 
 
-def values(numbers: tuple[int, ...], symbols: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """The value and the fingerprint of every binary tree over the numbers in this order.
+def brute_force(numbers: tuple[int, ...], operations: str = "+-*") -> dict[Fraction | int, set[Fraction | int]]:
+    """Every value of a tree of operations over the numbers, with the functions that have it.
 
-    The fingerprint is the tree's polynomial at `symbols`: equal polynomials agree, others differ but for a freak.
+    A function is known by its value at `SYMBOLS`: equal ones agree, others differ but for a freak.
     """
-    if len(numbers) == 1:
-        yield numbers[0], symbols[0]
-    for cut in range(1, len(numbers)):
-        left, right = values(numbers[:cut], symbols[:cut]), values(numbers[cut:], symbols[cut:])
-        for (a, x), (b, y) in product(list(left), list(right)):
-            yield a + b, (x + y) % PRIME
-            yield a - b, (x - y) % PRIME
-            yield a * b, x * y % PRIME
 
+    @cache
+    def trees(order: tuple[int, ...]) -> set[tuple[Fraction | int, Fraction | int]]:
+        if len(order) == 1:
+            return {(numbers[order[0]], SYMBOLS[order[0]])}
+        made: set[tuple[Fraction | int, Fraction | int]] = set()
+        for cut in range(1, len(order)):
+            for (a, x), (b, y) in product(trees(order[:cut]), trees(order[cut:])):
+                made |= {(do(a, b), do(x, y)) for do in doing if do is not Fraction or (b and y)}
+        return made
 
-def brute_force(numbers: tuple[int, ...]) -> dict[int, set[int]]:
-    """Every value that `numbers` can make, with the fingerprints of its expressions."""
-    rng = random.Random(0)
-    symbols = [rng.randrange(PRIME) for _ in numbers]
-    found: dict[int, set[int]] = {}
-    for order in permutations(range(len(numbers))):
-        drawn, symbolic = tuple(numbers[i] for i in order), tuple(symbols[i] for i in order)
-        for value, fingerprint in values(drawn, symbolic):
-            found.setdefault(value, set()).add(fingerprint)
+    every: dict[str, Callable[..., Any]] = {"+": add, "-": sub, "*": mul, "/": Fraction}
+    doing = [every[operation] for operation in operations]
+    found: dict[Fraction | int, set[Fraction | int]] = {}
+    for value, function in set().union(*map(trees, permutations(range(len(numbers))))):
+        found.setdefault(value, set()).add(function)
     return found
 
 
