@@ -7,23 +7,11 @@ from architectures import KINDS, NOT_RUN, documented, run
 from grpo_cli.core.sampling.selfcheck import LARGEST, PATHS
 
 QUICK = [
-    *("apertus", "bart", "bert", "bloom", "cohere", "cohere2", "ctrl", "deepseek_v3", "diffllama", "doge", "gemma"),
-    *(
-        "gemma2",
-        "glm4",
-        "gpt2",
-        "gpt_bigcode",
-        "gpt_neo",
-        "gpt_neox",
-        "gpt_oss",
-        "gptj",
-        "granite",
-        "hrm_text",
-        "llama",
-    ),
-    *("mistral", "mixtral", "mpt", "nanochat", "olmo2", "openai-gpt", "opt", "phi", "phi3", "qwen2", "qwen3"),
-    *("roberta", "smollm3", "stablelm", "xglm"),
-]
+    "apertus", "bart", "bert", "bloom", "cohere", "cohere2", "ctrl", "deepseek_v3", "diffllama", "doge", "gemma",
+    "gemma2", "glm4", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "granite", "hrm_text",
+    "llama", "mistral", "mixtral", "mpt", "nanochat", "olmo2", "openai-gpt", "opt", "phi", "phi3", "qwen2", "qwen3",
+    "roberta", "smollm3", "stablelm", "xglm",
+]  # fmt: skip
 # The table is of transformers 5.24; before, gptj for instance takes the plain path.
 OLDER = transformers.__version__.startswith("5.23.")
 

@@ -9,7 +9,7 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from conftest import Command, save_tiny_model
+from conftest import SMALL, Command, save_tiny_model
 from torch import Tensor
 from transformers import (
     BloomConfig,
@@ -302,10 +302,6 @@ def test_switches_of_older_files_are_still_read(tmp_path: Path) -> None:
         file = tmp_path / "old.toml"
         file.write_text(f"[model]\ngradient_checkpointing = {old}\n")
         assert resolve(config_file=file, has_cuda=lambda: False).settings.model.gradient_checkpointing == new
-
-
-SMALL = ["--precision", "float32", "--batch-size", "2", "--num-generations", "2", "--max-new-tokens", "8"]
-SMALL += ["--num-iterations", "2", "--eval-puzzles", "2"]
 
 
 def test_a_dry_run_plans_for_a_gpu_that_is_not_there(countdown: Command, qwen: Path) -> None:
