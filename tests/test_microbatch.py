@@ -108,11 +108,12 @@ class Process:
 
 
 def test_rows_are_halved_before_a_pass_would_reach_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    process, told, seen = Process(monkeypatch, held=2), list[str](), list[int]()
+    process, told, seen = Process(monkeypatch, held=2, freed=2), list[str](), list[int]()
     fit = MicroBatch(8, limit=6 * GIGABYTE, report=told.append)
 
     def work(rows: int, tokens: int) -> None:
         fit.begin(tokens=rows * tokens, rows=rows)
+        assert microbatch.resident() == 2 * GIGABYTE  # above half of the limit, what was freed is given back first
         process.peak = 2 + rows * tokens / 100  # GB: 10 MB for each token
         seen.append(rows)
         fit.end()
