@@ -94,13 +94,6 @@ def test_json_has_the_promised_keys() -> None:
     assert set(promised.split()) <= made([completion(EASY, RIGHT, 1)]).to_json().keys()
 
 
-def test_a_set_too_large_to_enumerate_is_a_fixed_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grpo_cli.core.task.data.SAMPLED", 20)
-    one, other = (puzzle_set.__wrapped__(5, "val") for _ in range(2))  # `puzzle_set` keeps its results
-    assert one == other and len(one) == 20
-    assert all(len(puzzle.numbers) == 5 for puzzle in one)
-
-
 @pytest.mark.parametrize(("samples", "temperature"), [(1, 0.0), (3, 1.0)])
 def test_the_batch_size_does_not_change_the_completions(tiny_policy: Policy, samples: int, temperature: float) -> None:
     policy = replace(tiny_policy, end_ids=tuple(range(0, 832, 16)))
