@@ -45,7 +45,7 @@ from grpo_cli.core.rl.grpo import advantages
 from grpo_cli.core.rl.state import build_optimizer
 from grpo_cli.core.rl.update import Objective, reference_logprobs, update
 from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import sample, uniforms
+from grpo_cli.core.sampling.rollout import Engine, uniforms
 from grpo_cli.core.task.prompts import STYLES, prompt
 from grpo_cli.core.task.puzzle import Puzzle
 
@@ -174,11 +174,11 @@ def steps(asked: Load, variant: Variant) -> dict[str, Any]:
     prompt_index = [index for index in range(asked.prompts) for _ in range(asked.completions)]
     rewards = torch.rand(asked.prompts, asked.completions, generator=torch.Generator().manual_seed(1))
     rounds: list[Seconds] = []
+    engine = Engine(policy)
     for index in range(asked.rounds + 1):
         seconds: Seconds = {}
         with timed(seconds, "total"):
-            rollout = sample(
-                policy,
+            rollout = engine.sample(
                 prompts,
                 SamplingParams(asked.tokens, TEMPERATURE, asked.completions),
                 uniform=uniforms(0, index, range(asked.prompts), asked.completions, asked.tokens),
@@ -251,11 +251,10 @@ def slowest_of(events: Iterable[Any], *, cuda: bool) -> str:
 
 def decode_milliseconds(asked: Load, *, static: bool) -> str:
     """Milliseconds of one decode step of all rows."""
-    policy, prompts = asked.policy("bf16"), asked.prompt_ids()
+    engine, prompts = Engine(asked.policy("bf16")), asked.prompt_ids()
     uniform = uniforms(0, 0, range(asked.prompts), asked.completions, asked.tokens)
     for _ in range(2):  # the first one captures the graph
-        rollout = sample(
-            policy,
+        rollout = engine.sample(
             prompts,
             SamplingParams(asked.tokens, TEMPERATURE, asked.completions),
             uniform=uniform,

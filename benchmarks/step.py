@@ -41,7 +41,7 @@ from grpo_cli.core.rl.batch import Examples
 from grpo_cli.core.rl.grpo import advantages, batch_loss, normalizer
 from grpo_cli.core.rl.update import Objective, reference_logprobs, update
 from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import sample, uniforms
+from grpo_cli.core.sampling.rollout import Engine, uniforms
 from grpo_cli.core.task.data import generate
 from grpo_cli.core.task.prompts import prompt
 
@@ -120,14 +120,13 @@ def countdown(work: Work, turn: Turn) -> None:
     policy = policy_of(work)
     reference = Reference.of(policy)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=LEARNING_RATE)
-    chats = conversations(work)
+    chats, engine = conversations(work), Engine(policy)
     for index in range(work.rounds + 1):
         seconds: Seconds = {}
         with timed(seconds, "total"):
             with timed(seconds, "rollout"):
                 prompts = [policy.encode(chat) for chat in chats]
-                rollout = sample(
-                    policy,
+                rollout = engine.sample(
                     prompts,
                     SamplingParams(work.tokens, TEMPERATURE, work.completions),
                     uniform=uniforms(0, index, range(work.prompts), work.completions, work.tokens),

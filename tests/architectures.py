@@ -17,7 +17,7 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.load import attends_in_full, caches_right
 from grpo_cli.core.model.policy import Policy, Sequences, set_attention
 from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import sample, uniforms
+from grpo_cli.core.sampling.rollout import Engine, uniforms
 from grpo_cli.core.sampling.selfcheck import PATHS, checked
 
 KINDS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -174,7 +174,7 @@ def run(kind: str) -> Result:
 def largest_difference(policy: Policy, oracle: PreTrainedModel, prompts: list[list[int]]) -> float:
     """Largest difference of sampled and trained log-probs, and of gradients relative to the largest one."""
     uniform = uniforms(1, 1, [0, 1], 3, 12)
-    rollout = sample(policy, prompts, SamplingParams(12, 1.3, 3), uniform=uniform)
+    rollout = Engine(policy).sample(prompts, SamplingParams(12, 1.3, 3), uniform=uniform)
     sequences = Sequences(prompts, rollout.completions, [0, 0, 0, 1, 1, 1])
     expected = torch.cat([
         (oracle(input_ids=torch.tensor([prompts[owner] + row]), use_cache=False).logits[0, -len(row) - 1 : -1] / 1.3)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,9 @@ from grpo_cli.core.model import attention, llama
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.sampling import decode as sampler_module
-from grpo_cli.core.sampling import rollout as rollout_module
 from grpo_cli.core.sampling.decode import KEPT, ROUNDED, StaticSampler
 from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import Rollout, _sampler, sample, stream, uniforms
+from grpo_cli.core.sampling.rollout import Engine, Rollout, uniforms
 from grpo_cli.core.sampling.selfcheck import checked
 
 aten = torch.ops.aten
@@ -74,12 +73,11 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
 
 def rolled(
     policy: Policy, prompts: list[list[int]], *, static: bool, step: int = 0, generations: int = 8, tokens: int = 48,
-    temperature: float = 1.3,
+    temperature: float = 1.3, kept: list[StaticSampler] | None = None,
 ) -> Rollout:  # fmt: skip
     """Sampled completions, or one greedy one of each prompt at temperature 0."""
     uniform = uniforms(1, step, range(len(prompts)), generations, tokens) if temperature else None
-    return sample(
-        policy,
+    return Engine(policy, [] if kept is None else kept).sample(
         prompts,
         SamplingParams(tokens, temperature, generations if temperature else 1),
         uniform=uniform,
@@ -110,29 +108,27 @@ def test_a_replayed_step_samples_what_the_shrinking_sampler_does(
 
 def test_one_recording_serves_every_batch_of_its_form(tiny_policy: Policy, recorded: list[Recording]) -> None:
     policy = with_frequent_end(tiny_policy)
-    prompts = encoded(policy)
+    prompts, kept = encoded(policy), list[StaticSampler]()
     for step, chosen in enumerate([prompts, prompts[::-1], prompts[:1], [prompts[0], prompts[2]]]):
         expected = rolled(policy, chosen, static=False, step=step)
-        assert_same(rolled(policy, chosen, static=True, step=step), expected)
-    assert len(recorded) == len(policy.samplers) == 1
-    (kept,) = policy.samplers
-    assert isinstance(kept, StaticSampler)
-    assert kept.form.longest % ROUNDED == 0
+        assert_same(rolled(policy, chosen, static=True, step=step, kept=kept), expected)
+    assert len(recorded) == len(kept) == 1
+    assert kept[0].form.longest % ROUNDED == 0
 
 
 def test_a_recording_follows_weights_that_are_updated_where_they_lie(
     tiny_policy: Policy, recorded: list[Recording]
 ) -> None:
     policy = with_frequent_end(tiny_policy)
-    prompts = encoded(policy)
+    prompts, kept = encoded(policy), list[StaticSampler]()
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.02)
-    before = rolled(policy, prompts, static=True)
+    before = rolled(policy, prompts, static=True, kept=kept)
     for _ in range(2):
         sequences = Sequences(prompts, before.completions, [row // 8 for row in range(24)])
         logprobs, _ = policy.logprobs(sequences, temperature=1.3)
         logprobs.sum().backward()
         optimizer.step()
-        found = rolled(policy, prompts, static=True)
+        found = rolled(policy, prompts, static=True, kept=kept)
         assert_same(found, rolled(policy, prompts, static=False))
         assert found.completions != before.completions
         before = found
@@ -142,11 +138,11 @@ def test_a_recording_follows_weights_that_are_updated_where_they_lie(
 def test_a_form_of_its_own_for_other_settings_and_the_oldest_is_dropped(
     tiny_policy: Policy, recorded: list[Recording]
 ) -> None:
-    prompts = encoded(tiny_policy)
+    prompts, kept = encoded(tiny_policy), list[StaticSampler]()
     for count, settings in enumerate([{"generations": 2}, {"generations": 3}, {"tokens": 9}, {"temperature": 0.7}], 1):
-        rolled(tiny_policy, prompts, static=True, **settings)  # type: ignore[arg-type]
+        rolled(tiny_policy, prompts, static=True, kept=kept, **settings)  # type: ignore[arg-type]
         assert len(recorded) == count
-        assert len(tiny_policy.samplers) == min(count, KEPT)
+        assert len(kept) == min(count, KEPT)
 
 
 def test_a_batch_that_memory_has_no_room_for_is_done_in_halves_in_new_tensors(tiny_policy: Policy) -> None:
@@ -154,14 +150,13 @@ def test_a_batch_that_memory_has_no_room_for_is_done_in_halves_in_new_tensors(ti
         raise MemoryError
 
     policy = with_frequent_end(tiny_policy)
-    prompts = encoded(policy)
-    expected = rolled(policy, prompts, static=True)
-    (before,) = policy.samplers
-    assert isinstance(before, StaticSampler)
+    prompts, kept = encoded(policy), list[StaticSampler]()
+    expected = rolled(policy, prompts, static=True, kept=kept)
+    (before,) = kept
     before.replay = run_out
-    assert_same(rolled(policy, prompts, static=True), expected)
-    assert before not in policy.samplers
-    assert {one.form.prompts for one in policy.samplers if isinstance(one, StaticSampler)} == {1}
+    assert_same(rolled(policy, prompts, static=True, kept=kept), expected)
+    assert before not in kept
+    assert {one.form.prompts for one in kept} == {1}
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16-master"])
@@ -180,21 +175,23 @@ def test_what_is_streamed_is_what_is_sampled(tiny_policy: Policy, monkeypatch: p
     policy = with_frequent_end(tiny_policy)
     prompt = encoded(policy)[1]
     expected = rolled(policy, [prompt], static=False, temperature=0.0)
+    sampler = Engine._sampler
     for static in (False, True):
-        monkeypatch.setattr(rollout_module, "_sampler", partial(_sampler, static=static))
-        text = "".join(stream(policy, prompt, SamplingParams(48), uniform=None))
+        monkeypatch.setattr(Engine, "_sampler", partialmethod(sampler, static=static))
+        text = "".join(Engine(policy).stream(prompt, SamplingParams(48), uniform=None))
         assert text == policy.decode(expected.completions[0])
 
 
 def test_longer_prompts_replace_the_sampler_of_their_own_kind(tiny_policy: Policy, recorded: list[Recording]) -> None:
     """An evaluation whose prompts cross a multiple of ROUNDED leaves the training's recording alone."""
     short, longer = [list(range(10, 10 + length)) for length in (ROUNDED - 2, ROUNDED + 2)]
-    rolled(tiny_policy, [short], static=True)
-    (training,) = tiny_policy.samplers
+    kept: list[StaticSampler] = []
+    rolled(tiny_policy, [short], static=True, kept=kept)
+    (training,) = kept
     for prompt in (short, longer):
-        rolled(tiny_policy, [prompt], static=True, temperature=0.0)
-    rolled(tiny_policy, [short], static=True, temperature=0.0, tokens=9)  # an evaluation of another kind
-    assert len(tiny_policy.samplers) == KEPT and training in tiny_policy.samplers
+        rolled(tiny_policy, [prompt], static=True, kept=kept, temperature=0.0)
+    rolled(tiny_policy, [short], static=True, kept=kept, temperature=0.0, tokens=9)  # an evaluation of another kind
+    assert len(kept) == KEPT and training in kept
 
 
 def test_all_recordings_share_a_side_stream(monkeypatch: pytest.MonkeyPatch) -> None:

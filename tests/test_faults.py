@@ -641,12 +641,14 @@ def before_call(at: int) -> Callable[[Function, Function], Function]:
 
 
 def at_token(call: int) -> Callable[[Function, Function], Function]:
-    """Something else happens after the third token of call number `call` of `sample`."""
+    """Something else happens after the third token of the training's call number `call` of `sample`."""
 
     def wrap(function: Function, act: Function) -> Function:
         calls = count(1)
 
-        def wrapped(*arguments: object, on_token: Callable[[int], None], **options: object) -> object:
+        def wrapped(*arguments: object, on_token: Callable[[int], None] | None = None, **options: object) -> object:
+            if on_token is None:  # by the self-check
+                return function(*arguments, **options)
             chosen = next(calls) == call
 
             def told(tokens: int) -> None:
@@ -661,14 +663,15 @@ def at_token(call: int) -> Callable[[Function, Function], Function]:
     return wrap
 
 
+SAMPLE = "grpo_cli.core.sampling.rollout.Engine.sample"  # once for each step, and twice for each evaluation
 # The moment, what is interrupted there, and the step that is saved. A step asks for log-probabilities six times: for
 # two micro-batches of the reference, two of the first inner update and two of the second.
 MOMENTS: dict[str, tuple[str, Callable[[Function, Function], Function], int]] = {
-    "first evaluation": ("grpo_cli.core.evals.evaluate.sample", at_token(1), 0),
-    "rollout of step 1": ("grpo_cli.core.rl.collect.sample", at_token(1), 0),
-    "rollout of step 2": ("grpo_cli.core.rl.collect.sample", at_token(2), 1),
-    "evaluation after step 2": ("grpo_cli.core.evals.evaluate.sample", at_token(5), 2),
-    "last evaluation": ("grpo_cli.core.evals.evaluate.sample", at_token(7), 3),
+    "first evaluation": (SAMPLE, at_token(1), 0),
+    "rollout of step 1": (SAMPLE, at_token(3), 0),
+    "rollout of step 2": (SAMPLE, at_token(6), 1),
+    "evaluation after step 2": (SAMPLE, at_token(7), 2),
+    "last evaluation": (SAMPLE, at_token(10), 3),
     "scoring of step 2": ("grpo_cli.core.task.countdown.score", before_call(8 + 4 + 8 + 1), 1),  # evaluations have 8
     "reference pass of step 2": ("grpo_cli.core.model.policy.Policy.logprobs", before_call(6 + 1), 1),
     "update of step 2": ("grpo_cli.core.model.policy.Policy.logprobs", before_call(6 + 3), 1),

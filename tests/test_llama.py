@@ -22,7 +22,7 @@ from grpo_cli.core.model.llama import Pass, _as_one, adjoin, fits
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import WIDE, Policy, Sequences
 from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import sample
+from grpo_cli.core.sampling.rollout import Engine
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -117,7 +117,7 @@ def test_other_architectures_are_sampled_by_their_own_forward_pass(tmp_path: Pat
     policy = load(str(save_tiny_model(tmp_path, Qwen3Config)), device="cpu", precision="float32")
     assert not fits(policy.model)
     prompts = [list(range(10, 30)), list(range(40, 50))]
-    found = sample(policy, prompts, SamplingParams(24), uniform=None)
+    found = Engine(policy).sample(prompts, SamplingParams(24), uniform=None)
     peer = AutoModelForCausalLM.from_pretrained(tmp_path)
     settings = GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=list(policy.end_ids), pad_token_id=0)
     for tokens, completion in zip(prompts, found.completions, strict=True):

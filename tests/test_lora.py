@@ -12,7 +12,7 @@ from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import sample, uniforms
+from grpo_cli.core.sampling.rollout import Engine, uniforms
 from grpo_cli.core.sampling.selfcheck import load_checked
 
 peft = pytest.importorskip("peft")
@@ -48,8 +48,7 @@ def test_adapter_separate_and_merged_weights_and_peft_itself_agree(
         separate = logprobs(policy)
         policy.save(tmp_path / "merged")
         lora.save_adapter(policy.model, tmp_path / "adapter")
-        rollout = sample(
-            policy,
+        rollout = Engine(policy).sample(
             [[5, 17, 300], [8, 9]],
             SamplingParams(5, 0.8, 2),
             uniform=uniforms(0, 0, [0, 1], 2, 5),

@@ -18,7 +18,7 @@ from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.rl.update import reference_logprobs
 from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import sample, uniforms
+from grpo_cli.core.sampling.rollout import Engine, uniforms
 
 pytestmark = pytest.mark.faults
 
@@ -280,7 +280,7 @@ def test_the_same_is_sampled_when_memory_runs_out(
     prompts, uniform = [[1, 2, 3], [4, 5], [6]], uniforms(0, 1, range(3), 4, 6)
 
     def go(fit: MicroBatch | None) -> tuple[list[list[int]], list[bool]]:
-        found = sample(tiny_policy, prompts, SamplingParams(6, num_generations=4), uniform=uniform, fit=fit)
+        found = Engine(tiny_policy).sample(prompts, SamplingParams(6, num_generations=4), uniform=uniform, fit=fit)
         return found.completions, found.truncated
 
     expected = go(None)

@@ -19,7 +19,7 @@ from grpo_cli.core.model.logprobs import token_logprobs
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import sample, uniforms
+from grpo_cli.core.sampling.rollout import Engine, uniforms
 from grpo_cli.core.task.prompts import SYSTEM
 
 MESSAGES = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Make 13 of [3, 5, 2]."}]
@@ -293,8 +293,7 @@ def test_generation_settings_of_a_model_change_nothing(tiny_policy: Policy, fold
     for choice in (None, uniform):
         count = 1 if choice is None else 4
         found, expected = (
-            sample(
-                policy,
+            Engine(policy).sample(
                 [policy.encode(MESSAGES)],
                 SamplingParams(24, num_generations=count),
                 uniform=choice,

@@ -11,7 +11,7 @@ from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.sampling.decode import LARGE, choose
 from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import Rollout, sample, uniforms
+from grpo_cli.core.sampling.rollout import Engine, Rollout, uniforms
 from grpo_cli.core.task.prompts import Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle
 
@@ -29,8 +29,7 @@ def encoded(policy: Policy) -> list[list[int]]:
 
 def rolled(policy: Policy, prompts: list[list[int]], uniform: torch.Tensor | None, **settings: float) -> Rollout:
     num_generations = 1 if uniform is None else uniform.shape[1]
-    return sample(
-        policy,
+    return Engine(policy).sample(
         prompts,
         SamplingParams(int(settings.get("max_new_tokens", 48)), settings.get("temperature", 1.0), num_generations),
         uniform=uniform,

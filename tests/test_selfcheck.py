@@ -40,7 +40,7 @@ from grpo_cli.core.model.policy import Policy, Sequences, checkpoint_layers
 from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.sampling import selfcheck
 from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import sample, uniforms
+from grpo_cli.core.sampling.rollout import Engine, uniforms
 from grpo_cli.core.sampling.selfcheck import checked, plain_logprobs
 
 SHAPE = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -81,7 +81,7 @@ def test_every_path_computes_what_the_model_computes(name: str) -> None:
     policy, outcome = checked(as_loaded(build()), SHORT)
     assert outcome.path == path and outcome.gap < 1e-4
     uniform = uniforms(1, 1, [0, 1], 3, 10)
-    rollout = sample(policy, SHORT, SamplingParams(10, 1.3, 3), uniform=uniform)
+    rollout = Engine(policy).sample(SHORT, SamplingParams(10, 1.3, 3), uniform=uniform)
     sequences = Sequences(SHORT, rollout.completions, [0, 0, 0, 1, 1, 1])
     expected = torch.cat(plain_logprobs(policy, sequences, temperature=1.3))
     sampled = torch.tensor([value for row in rollout.logprobs for value in row])
@@ -138,7 +138,7 @@ def test_positions_that_depend_on_length_are_refused_beyond_the_original_context
     context = 32 if rope["rope_type"] == "dynamic" else 64
     model = LlamaForCausalLM(LlamaConfig(**DECODER, max_position_embeddings=context, rope_parameters=dict(rope)))
     policy, _ = checked(as_loaded(model), SHORT)
-    do = partial(sample, policy, SHORT)
+    do = partial(Engine(policy).sample, SHORT)
     assert len(do(SamplingParams(21, num_generations=2), uniform=uniforms(0, 0, [0, 1], 2, 21)).completions) == 4
     with pytest.raises(CountdownError, match="the context of `a model` is 32: only rows of one length"):
         do(SamplingParams(22, num_generations=2), uniform=uniforms(0, 0, [0, 1], 2, 22))
@@ -147,7 +147,7 @@ def test_positions_that_depend_on_length_are_refused_beyond_the_original_context
 @pytest.mark.parametrize("kind", ["doge", "moshi"])
 def test_lengths_at_which_an_architecture_computes_otherwise_are_refused(kind: str) -> None:
     (policy, _), most = checked(loaded(tiny_model(kind)), SHORT), WINDOW - len(SHORT[1])
-    do = partial(sample, policy, SHORT)
+    do = partial(Engine(policy).sample, SHORT)
     assert len(do(SamplingParams(most), uniform=None).completions) == 2
     with pytest.raises(CountdownError, match=f"context of `a model` is {WINDOW}: only rows of one length"):
         do(SamplingParams(most + 1), uniform=None)
@@ -156,7 +156,7 @@ def test_lengths_at_which_an_architecture_computes_otherwise_are_refused(kind: s
 def test_positions_that_end_are_refused_beyond_their_end() -> None:
     policy = as_loaded(GPT2LMHeadModel(GPT2Config(**GPT)))
     with pytest.raises(CountdownError, match="up to 65 tokens, and the context of `a model` is 64: it has no"):
-        sample(policy, SHORT, SamplingParams(54), uniform=None)
+        Engine(policy).sample(SHORT, SamplingParams(54), uniform=None)
 
 
 def test_a_reference_stays_on_its_path() -> None:

@@ -21,6 +21,7 @@ from grpo_cli.core.evals.evaluate import Evaluator, SuiteResult, puzzles_of
 from grpo_cli.core.files import write_lines
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.sampling.params import SamplingParams
+from grpo_cli.core.sampling.rollout import Engine
 from grpo_cli.core.task.countdown import task_of
 from grpo_cli.core.task.suite import Cell, cell
 from grpo_cli.ui import eval_tables, tables
@@ -105,7 +106,7 @@ def _evaluate(
 
         for model, trained_on in zip(chosen, known, strict=True):
             evaluator = Evaluator(
-                ranks.own(partial(load, model)),
+                Engine(ranks.own(partial(load, model))),
                 SamplingParams.evaluation(settings),
                 asked,
                 settings.batch_size,

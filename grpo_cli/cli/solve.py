@@ -11,7 +11,7 @@ from grpo_cli.cli.models import load
 from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import stream, uniforms
+from grpo_cli.core.sampling.rollout import Engine, uniforms
 from grpo_cli.core.task.countdown import task_of
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.question import read_question
@@ -58,13 +58,14 @@ def _attempt(policy: Policy, puzzle: Puzzle, settings: Settings, *, attempts: in
         torch.set_num_threads(1)  # a small model loses more to thread synchronisation than it gains
     task, style, limit = task_of(settings), settings.task.style, settings.eval.max_new_tokens
     tokens = policy.encode(task.prompt(puzzle, style))
+    engine = Engine(policy)
     for attempt in range(attempts):
         temperature = settings.eval.temperature or (1.0 if attempt else 0.0)
         if attempts > 1 and not quiet:
             how = f"at temperature {temperature:g}" if temperature else "greedy"
             show.note(f"attempt {attempt + 1} of {attempts}, {how}")
         uniform = uniforms(attempt, 0, [0], 1, limit) if temperature else None
-        pieces = stream(policy, tokens, SamplingParams(limit, temperature), uniform=uniform)
+        pieces = engine.stream(tokens, SamplingParams(limit, temperature), uniform=uniform)
         text = "".join(pieces) if quiet else tables.reasoning(pieces)
         result = task.score(text, puzzle, style=style)
         if result.correct:

@@ -29,6 +29,7 @@ from grpo_cli.core.rl.train import Interrupted
 from grpo_cli.core.run.folder import Run, run_name
 from grpo_cli.core.run.models import model_source
 from grpo_cli.core.sampling.params import SamplingParams
+from grpo_cli.core.sampling.rollout import Engine
 from grpo_cli.core.task.audit import audit
 from grpo_cli.core.task.countdown import task_of
 from grpo_cli.ui import tables
@@ -150,11 +151,11 @@ def _show_plan(resolved: Resolved, chosen: Chosen, process: Place) -> None:
 def _probe(chosen: Chosen) -> None:
     """Sample the starting model in every style as training would, and show how much it can learn."""
     asked, settings, task = chosen.settings.task, chosen.settings.train, task_of(chosen.settings)
-    policy = load(chosen)
+    engine = Engine(load(chosen))
     with tables.progress(f"probing {chosen.name}", quiet=False) as advance:
         result = probing.probe(
             Evaluator(
-                policy,
+                engine,
                 SamplingParams.training(settings),
                 task,
                 settings.batch_size * settings.num_generations,

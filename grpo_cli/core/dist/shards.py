@@ -46,7 +46,7 @@ def sharded(policy: Policy, ranks: Solo, device: torch.device) -> Policy:
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)  # gloo supports no other scaled sum
-    return replace(policy, model=model, is_sharded=True, samplers=[])
+    return replace(policy, model=model, is_sharded=True)
 
 
 @torch.no_grad()

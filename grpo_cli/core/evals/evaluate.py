@@ -20,9 +20,8 @@ from grpo_cli.core.dist.ranks import Solo
 from grpo_cli.core.evals.contamination import Known, overlap
 from grpo_cli.core.evals.statistics import wilson
 from grpo_cli.core.microbatch import MicroBatch
-from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import sample, uniforms
+from grpo_cli.core.sampling.rollout import Engine, uniforms
 from grpo_cli.core.task.countdown import Countdown
 from grpo_cli.core.task.suite import Cell, weighted_mean
 from grpo_cli.core.task.task import Problem, Score, Split, Task
@@ -254,7 +253,7 @@ class Evaluator:
     each returns the full result. `known`: what the model was trained on.
     """
 
-    policy: Policy
+    engine: Engine
     params: SamplingParams
     task: Task = COUNTDOWN
     batch_size: int = 64
@@ -268,7 +267,7 @@ class Evaluator:
         self, puzzles: Sequence[Problem], *, style: str, split: Split = "val", progress: Progress = lambda *_: None
     ) -> Evaluation:
         """Evaluate on puzzles of one size; `progress` receives the number of puzzles done and their total."""
-        params, ranks, total = self.params, self.ranks, len(puzzles)
+        model, params, ranks, total = self.engine.policy.name, self.params, self.ranks, len(puzzles)
         mine, size = ranks.share(total), max(1, self.batch_size // params.num_generations)
 
         def share() -> list[list[Completion]]:
@@ -280,7 +279,7 @@ class Evaluator:
 
         rows = [row for part in ranks.each(share) for row in part]
         decoding = (params.num_generations, params.temperature, params.max_new_tokens, self.seed)
-        return Evaluation(self.policy.name, split, style, puzzles[0].size, *decoding, rows, self.known, self.task)
+        return Evaluation(model, split, style, puzzles[0].size, *decoding, rows, self.known, self.task)
 
     def evaluate_suite(
         self,
@@ -297,14 +296,13 @@ class Evaluator:
 
         for cell, asked in puzzles.items():
             cells.append(self.evaluate(asked, style=cell.style, split=cell.split, progress=advance))
-        return SuiteResult(self.policy.name, cells, weights, time.perf_counter() - start)
+        return SuiteResult(self.engine.policy.name, cells, weights, time.perf_counter() - start)
 
     def _complete(self, puzzles: Sequence[Problem], indices: Sequence[int], style: str) -> list[list[Completion]]:
         """The scored completions of the puzzles at `indices`, a list for each."""
         params, chosen = self.params, [puzzles[index] for index in indices]
-        rollout = sample(
-            self.policy,
-            [self.policy.encode(self.task.prompt(puzzle, style)) for puzzle in chosen],
+        rollout = self.engine.sample(
+            [self.engine.policy.encode(self.task.prompt(puzzle, style)) for puzzle in chosen],
             params,
             uniform=None
             if params.greedy
@@ -316,7 +314,7 @@ class Evaluator:
         return [[self._score(puzzle, style, *next(rows)) for _ in range(params.num_generations)] for puzzle in chosen]
 
     def _score(self, puzzle: Problem, style: str, tokens: list[int], truncated: bool) -> Completion:
-        text = self.policy.decode(tokens)
+        text = self.engine.policy.decode(tokens)
         score = self.task.score(text, puzzle, style=style, truncated=truncated)
         return Completion(puzzle, text, len(tokens), truncated, score)
 

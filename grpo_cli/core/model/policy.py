@@ -74,7 +74,6 @@ class Policy:
     precision: str
     end_ids: tuple[int, ...] = field(default=())
     is_sharded: bool = False  # weights are sharded; all ranks call the model together
-    samplers: list[object] = field(default_factory=list, repr=False, compare=False)  # cached for the next rollout
     plain: bool = False  # use the model's own forward, one row per completion: slower, for any causal model
     cached: bool = True  # whether the plain path decodes with the model's own cache
     adapter: lora.Lora | None = None  # the trained adapter, if any

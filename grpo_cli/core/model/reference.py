@@ -35,7 +35,7 @@ class Reference:
         if on_host and torch.cuda.is_available():
             for weight in _tensors(model):
                 weight.data = weight.data.pin_memory()  # several times faster to copy
-        return cls(replace(policy, model=model, samplers=[]), policy.device if on_host else None)
+        return cls(replace(policy, model=model), policy.device if on_host else None)
 
     @contextmanager
     def on_device(self) -> Iterator[None]:

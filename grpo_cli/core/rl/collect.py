@@ -15,13 +15,12 @@ import torch
 from grpo_cli.core.config.settings import Reward, Train
 from grpo_cli.core.dist.ranks import Solo
 from grpo_cli.core.microbatch import MicroBatch
-from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.perf.roofline import Meter
 from grpo_cli.core.rl.batch import Batch, Group, Tally
 from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.grpo import overlong_penalty, zero_variance
 from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import sample, uniforms
+from grpo_cli.core.sampling.rollout import Engine, uniforms
 from grpo_cli.core.task.curriculum import Curriculum
 from grpo_cli.core.task.task import Problem, Score, Task
 
@@ -30,7 +29,7 @@ from grpo_cli.core.task.task import Problem, Score, Task
 class Collector:
     """Collects each step's groups; each rank samples its share of the prompts. `on_token` may raise to stop."""
 
-    policy: Policy
+    engine: Engine
     task: Task
     curriculum: Curriculum
     settings: Train
@@ -95,10 +94,10 @@ class Collector:
         settings, size = self.settings, self.settings.num_generations
         prompts = self.curriculum.prompts(step, turn=turn)
         drawn = [prompts[place] for place in places]
-        encoded = [self.policy.encode(self.task.prompt(problem, style)) for problem, style in drawn]
+        policy = self.engine.policy
+        encoded = [policy.encode(self.task.prompt(problem, style)) for problem, style in drawn]
         with clock.phase("rollout"):
-            rollout = sample(
-                self.policy,
+            rollout = self.engine.sample(
                 encoded,
                 SamplingParams.training(settings),
                 uniform=uniforms(
@@ -118,7 +117,7 @@ class Collector:
             for index, (place, (problem, style)) in enumerate(zip(places, drawn, strict=True)):
                 rows = slice(index * size, (index + 1) * size)
                 completions, truncated = rollout.completions[rows], rollout.truncated[rows]
-                texts = [self.policy.decode(tokens) for tokens in completions]
+                texts = [policy.decode(tokens) for tokens in completions]
                 scores = [
                     self._score(text, problem, style, cut, len(tokens))
                     for text, cut, tokens in zip(texts, truncated, completions, strict=True)

@@ -36,6 +36,7 @@ from grpo_cli.core.rl.update import Diverged, Objective, reference_logprobs, upd
 from grpo_cli.core.rl.validate import Validation
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.sampling.params import SamplingParams
+from grpo_cli.core.sampling.rollout import Engine
 from grpo_cli.core.task.countdown import task_of
 
 COMPARE_EVERY = 10  # steps between measurements of `logprob_gap`
@@ -94,12 +95,12 @@ class _Loop:
         self.training, self.reference, self.run_folder, self.settings = training, reference, run, settings
         self.observer, self.fit, self.control, self.ranks = observer, fit, control, ranks
         self.parallel = parallel(training.policy, training.learner, ranks)
-        policy, task, train = training.policy, task_of(settings), settings.train
+        engine, task, train = Engine(training.policy), task_of(settings), settings.train
         self.collector = Collector(
-            policy, task, curriculum(settings), train, settings.reward, ranks, fit.whole(), self._sampled
+            engine, task, curriculum(settings), train, settings.reward, ranks, fit.whole(), self._sampled
         )
         evaluator = Evaluator(
-            policy,
+            engine,
             SamplingParams(train.max_new_tokens, temperature=0.0),
             task,
             settings.eval.batch_size,

@@ -24,7 +24,7 @@ CHECK_EVERY = 8  # steps between checks whether all rows have finished; each che
 ROUNDED = 32  # static prompt lengths are multiples of this, to need few shapes
 BLOCK = 128  # block size for sampling from a vocabulary of at least LARGE; divides Qwen's
 LARGE = 8192
-KEPT = 2  # static samplers cached per model: training and evaluation
+KEPT = 2  # static samplers kept: training and evaluation
 
 
 def choose(logits: Tensor, uniform: Tensor | None, params: SamplingParams) -> tuple[Tensor, Tensor]:
@@ -255,20 +255,17 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _group(sampler: object) -> int:
-    return sampler.form.params.num_generations if isinstance(sampler, StaticSampler) else 0
-
-
-def static_sampler(policy: Policy, prompts: Sequence[list[int]], form: Form, uniform: Tensor | None) -> StaticSampler:
-    """A static sampler of the policy with a batch loaded: a cached one that covers the form, else a new one."""
-    kept = policy.samplers
-    sampler = next((one for one in kept if isinstance(one, StaticSampler) and one.form.covers(form)), None)
+def static_sampler(
+    kept: list[StaticSampler], policy: Policy, prompts: Sequence[list[int]], form: Form, uniform: Tensor | None
+) -> StaticSampler:
+    """A static sampler of the policy with a batch loaded: one of `kept` that covers the form, else a new one there."""
+    sampler = next((one for one in kept if one.form.covers(form)), None)
     if sampler is None:
         wider = replace(form, longest=-(-form.longest // ROUNDED) * ROUNDED)
         # Evict first, to free memory. Training's sampler has the largest groups and is kept during evaluations.
-        kept[:] = [one for one in kept if not (isinstance(one, StaticSampler) and wider.covers(one.form))]
+        kept[:] = [one for one in kept if not wider.covers(one.form)]
         while len(kept) >= KEPT:
-            kept.remove(min(reversed(kept), key=_group))
+            kept.remove(min(reversed(kept), key=lambda one: one.form.params.num_generations))
         sampler = StaticSampler(policy, wider)
         kept.insert(0, sampler)
     sampler.start(prompts, uniform)

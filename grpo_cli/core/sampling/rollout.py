@@ -18,7 +18,7 @@ from torch import Tensor
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import require_context
 from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.sampling.decode import Form, Sampler, ShrinkingSampler, static_sampler
+from grpo_cli.core.sampling.decode import Form, Sampler, ShrinkingSampler, StaticSampler, static_sampler
 from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.plain import PlainSampler
 
@@ -49,83 +49,88 @@ def uniforms(seed: int, step: int, prompts: Sequence[int], num_generations: int,
     return stacked.view(len(prompts), num_generations, tokens)
 
 
-def sample(
-    policy: Policy,
-    prompts: Sequence[list[int]],
-    params: SamplingParams,
-    *,
-    uniform: Tensor | None,
-    fit: MicroBatch | None = None,
-    static: bool | None = None,
-    on_token: Callable[[int], None] | None = None,
-) -> Rollout:
-    """Sample completions of each prompt, greedily if `uniform` (P, G, T) is None.
+@dataclass(frozen=True)
+class Engine:
+    """Samples with a policy. Its static samplers serve later rollouts too, while the weights are updated in place."""
 
-    `fit` limits how many are decoded at once. `static` selects the sampler, by default static on CUDA. `on_token`
-    receives the length of the unfinished rows after each token; an exception it raises ends the rollout.
-    """
-    fit, num_generations = fit or MicroBatch(), params.num_generations
+    policy: Policy
+    samplers: list[StaticSampler] = field(default_factory=list)
 
-    def part(chosen: slice, generations: slice) -> Rollout:
-        count = len(range(num_generations)[generations])
-        drawn = None if uniform is None else uniform[chosen, generations]
-        start = _now(policy)
-        sampler = _sampler(policy, prompts[chosen], replace(params, num_generations=count), drawn, static)
-        prefilled = _now(policy)
-        for time in sampler.run():
-            fit.check()
-            if on_token is not None:
-                on_token(time)
-        seconds = {"prefill": prefilled - start, "decode": _now(policy) - prefilled}
-        return _rollout(sampler, seconds)
+    def sample(
+        self,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        *,
+        uniform: Tensor | None,
+        fit: MicroBatch | None = None,
+        static: bool | None = None,
+        on_token: Callable[[int], None] | None = None,
+    ) -> Rollout:
+        """Sample completions of each prompt, greedily if `uniform` (P, G, T) is None.
 
-    def everything(at_once: int) -> Rollout:
-        if not prompts:
-            return Rollout([], [], [], {}, 0)
-        try:
-            with policy.autocast():
-                return _joined([part(*slices) for slices in _parts(len(prompts), num_generations, at_once)])
-        except BaseException:
-            policy.samplers.clear()  # free their memory
-            raise
+        `fit` limits how many are decoded at once. `static` selects the sampler, by default static on CUDA. `on_token`
+        receives the length of the unfinished rows after each token; an exception it raises ends the rollout.
+        """
+        fit, num_generations = fit or MicroBatch(), params.num_generations
 
-    with torch.inference_mode():
-        return fit.attempt(everything, total=len(prompts) * num_generations, doing="rollout")
+        def part(chosen: slice, generations: slice) -> Rollout:
+            count = len(range(num_generations)[generations])
+            drawn = None if uniform is None else uniform[chosen, generations]
+            start = _now(self.policy)
+            sampler = self._sampler(prompts[chosen], replace(params, num_generations=count), drawn, static)
+            prefilled = _now(self.policy)
+            for time in sampler.run():
+                fit.check()
+                if on_token is not None:
+                    on_token(time)
+            seconds = {"prefill": prefilled - start, "decode": _now(self.policy) - prefilled}
+            return _rollout(sampler, seconds)
 
+        def everything(at_once: int) -> Rollout:
+            if not prompts:
+                return Rollout([], [], [], {}, 0)
+            try:
+                with self.policy.autocast():
+                    return _joined([part(*slices) for slices in _parts(len(prompts), num_generations, at_once)])
+            except BaseException:
+                self.samplers.clear()  # free their memory
+                raise
 
-@torch.inference_mode()
-def stream(policy: Policy, prompt: list[int], params: SamplingParams, *, uniform: Tensor | None) -> Iterator[str]:
-    """Yield the text of one completion as it is sampled; `uniform` (1, 1, T) as in `sample`."""
-    shown = ""
-    with policy.autocast():
-        sampler = _sampler(policy, [prompt], params, uniform)
-        for time in sampler.run():
-            tokens = sampler.tokens[0, : int(sampler.ended[0]) or time].tolist()
-            text = policy.decode(tokens)
-            if not text.endswith("\ufffd"):  # incomplete character
-                yield text[len(shown) :]
-                shown = text
-    yield policy.decode(tokens)[len(shown) :]
+        with torch.inference_mode():
+            return fit.attempt(everything, total=len(prompts) * num_generations, doing="rollout")
 
+    @torch.inference_mode()
+    def stream(self, prompt: list[int], params: SamplingParams, *, uniform: Tensor | None) -> Iterator[str]:
+        """Yield the text of one completion as it is sampled; `uniform` (1, 1, T) as in `sample`."""
+        shown = ""
+        with self.policy.autocast():
+            sampler = self._sampler([prompt], params, uniform)
+            for time in sampler.run():
+                tokens = sampler.tokens[0, : int(sampler.ended[0]) or time].tolist()
+                text = self.policy.decode(tokens)
+                if not text.endswith("\ufffd"):  # incomplete character
+                    yield text[len(shown) :]
+                    shown = text
+        yield self.policy.decode(tokens)[len(shown) :]
 
-def _sampler(
-    policy: Policy,
-    prompts: Sequence[list[int]],
-    params: SamplingParams,
-    uniform: Tensor | None,
-    static: bool | None = None,
-) -> Sampler:
-    """A sampler with the prompts prefilled. Raises CountdownError beyond the model's context."""
-    longest = max(map(len, prompts))
-    require_context(policy.name, policy.model.config, longest + params.max_new_tokens)
-    if policy.plain:
-        return PlainSampler(policy, prompts, params, uniform)
-    if static is None:
-        static = policy.device.type == "cuda" and policy.can_step_in_place
-    if static:
-        form = Form(len(prompts), longest, params if uniform is not None else replace(params, temperature=0.0))
-        return static_sampler(policy, prompts, form, uniform)
-    return ShrinkingSampler(policy, prompts, params, uniform)
+    def _sampler(
+        self,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        uniform: Tensor | None,
+        static: bool | None = None,
+    ) -> Sampler:
+        """A sampler with the prompts prefilled. Raises CountdownError beyond the model's context."""
+        policy, longest = self.policy, max(map(len, prompts))
+        require_context(policy.name, policy.model.config, longest + params.max_new_tokens)
+        if policy.plain:
+            return PlainSampler(policy, prompts, params, uniform)
+        if static is None:
+            static = policy.device.type == "cuda" and policy.can_step_in_place
+        if static:
+            form = Form(len(prompts), longest, params if uniform is not None else replace(params, temperature=0.0))
+            return static_sampler(self.samplers, policy, prompts, form, uniform)
+        return ShrinkingSampler(policy, prompts, params, uniform)
 
 
 def _now(policy: Policy) -> float:

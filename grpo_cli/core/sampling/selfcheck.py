@@ -32,7 +32,7 @@ from grpo_cli.core.model.load import detect_device, load
 from grpo_cli.core.model.logprobs import token_logprobs
 from grpo_cli.core.model.policy import PROBE, Policy, Sequences, set_attention
 from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import sample, uniforms
+from grpo_cli.core.sampling.rollout import Engine, uniforms
 
 PROBE_TOKENS = 24
 GENERATIONS, NEW_TOKENS = 3, 8
@@ -222,9 +222,8 @@ def _gap(policy: Policy, prompts: Sequence[list[int]], *, checkpointing: bool) -
 def _differences(policy: Policy, prompts: Sequence[list[int]]) -> tuple[Sequences, dict[str, Tensor]]:
     """Sampled sequences, and the distances (M,) of their log-probabilities computed in three ways."""
     vocabulary = policy.model.config.get_text_config().vocab_size
-    ending = replace(policy, end_ids=tuple(range(0, vocabulary, ENDS)), samplers=[])
-    rollout = sample(
-        ending,
+    ending = replace(policy, end_ids=tuple(range(0, vocabulary, ENDS)))
+    rollout = Engine(ending).sample(
         prompts,
         SamplingParams(NEW_TOKENS, num_generations=GENERATIONS),
         uniform=uniforms(0, 0, range(len(prompts)), GENERATIONS, NEW_TOKENS),
