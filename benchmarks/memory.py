@@ -38,7 +38,7 @@ GB = 1e9
 
 def by_chance(completion: str, puzzle: object) -> float:
     """A reward of 0 or 1 that has nothing to do with the puzzle."""
-    return float(zlib.crc32(completion.encode()) % 2)
+    return float(zlib.crc32(completion.encode(errors="replace")) % 2)
 
 
 def make_model(folder: Path) -> None:
