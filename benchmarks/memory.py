@@ -83,7 +83,11 @@ def main() -> None:
     model = asked.folder / "model"
     if not model.is_dir():
         make_model(model)
-    flags: dict[str, object] = {"runs": str(asked.folder), "model.model": str(model), "model.memory": asked.memory}
+    flags: dict[str, object] = {
+        "runs": str(asked.folder / "runs"),
+        "model.model": str(model),
+        "model.memory": asked.memory,
+    }
     flags |= {"train.batch_size": 8, "train.num_generations": 8, "train.max_new_tokens": TOKENS, "loss.beta": 0.0}
     flags |= {"train.num_iterations": asked.steps, "train.eval_every": asked.steps, "train.eval_puzzles": 1}
     flags |= {"train.save_every": asked.steps, "train.save_minutes": 0.0, "reward.reward": f"{__file__}:by_chance"}
