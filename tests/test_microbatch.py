@@ -197,6 +197,16 @@ def test_a_training_near_its_limit_takes_smaller_micro_batches(
     assert set(limits) == {5 * GIGABYTE}
 
 
+def test_an_evaluation_without_free_memory_ends_in_one_sentence(
+    countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grpo_cli.core.perf.memory.free_memory", lambda device: -(10**12))
+    found = countdown("eval", tiny_folder, "--limit", 4, "--device", "cpu")
+    assert found.code == 1
+    assert "memory is nearly full in the rollout: repeating it with 2 completions at once" in found.err
+    assert "memory is nearly full in the rollout of a single completion" in found.err
+
+
 def limited(monkeypatch: pytest.MonkeyPatch, rows: int, *, backward: bool = False) -> None:
     """Log-probabilities of more than `rows` completions run out of memory, forward or backward."""
     logprobs = Policy.logprobs

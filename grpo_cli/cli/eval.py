@@ -12,14 +12,13 @@ from pathlib import Path
 import typer
 
 from grpo_cli.cli.checks import SUITE_CELL, Chosen, choose, resolve_for_model
-from grpo_cli.cli.models import join_ranks, load
+from grpo_cli.cli.models import at_once, join_ranks, load
 from grpo_cli.core.config.resolve import require_suite
 from grpo_cli.core.dist.ranks import Solo
 from grpo_cli.core.evals import contamination
 from grpo_cli.core.evals.compare import SuitePaired, suite_paired
 from grpo_cli.core.evals.evaluate import Evaluator, SuiteResult, puzzles_of
 from grpo_cli.core.files import write_lines
-from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import Engine
 from grpo_cli.core.task.countdown import task_of
@@ -110,7 +109,7 @@ def _evaluate(
                 SamplingParams.evaluation(settings),
                 asked,
                 settings.batch_size,
-                fit=MicroBatch(report=show.note),
+                fit=at_once(model.settings),
                 ranks=ranks,
                 known=trained_on,
             )

@@ -9,8 +9,10 @@ from grpo_cli.cli.launch import place
 from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.dist.ranks import Solo, join
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import detect_device
 from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.perf import memory
 from grpo_cli.core.sampling.selfcheck import load_checked
 from grpo_cli.ui import text as show
 
@@ -19,6 +21,12 @@ def load(chosen: Chosen) -> Policy:
     """Load a model for sampling."""
     model = chosen.settings.model
     return load_checked(chosen.source, name=chosen.name, device=model.device, precision=model.precision, note=show.note)
+
+
+def at_once(settings: Settings) -> MicroBatch:
+    """All completions at once, fewer if memory runs out; on a CPU, before it does."""
+    on_cpu = detect_device(settings.model.device).type == "cpu"
+    return MicroBatch(limit=memory.host_limit(ranks=place().size) if on_cpu else 0, report=show.note)
 
 
 def join_ranks(settings: Settings) -> Solo:

@@ -12,13 +12,12 @@ import typer
 from grpo_cli.cli.checks import Chosen, require_package, resolve_for_model, resumed
 from grpo_cli.cli.export import write_card
 from grpo_cli.cli.launch import Place, Signals, place
-from grpo_cli.cli.models import join_ranks, load
+from grpo_cli.cli.models import at_once, join_ranks, load
 from grpo_cli.cli.options import flags, give
 from grpo_cli.cli.plot import draw, run_curves
 from grpo_cli.core.config.resolve import Resolved
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evals.evaluate import Evaluator
-from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import detect_device, prompt_tokens
 from grpo_cli.core.rl import probe as probing
 from grpo_cli.core.rl.observer import Validated
@@ -160,7 +159,7 @@ def _probe(chosen: Chosen) -> None:
                 task,
                 settings.batch_size * settings.num_generations,
                 settings.seed,
-                MicroBatch(report=show.note),
+                at_once(chosen.settings),
             ),
             probing.chosen_puzzles(task.problems("train", asked.numbers), settings.seed),
             chosen=asked.style,

@@ -373,11 +373,16 @@ def room(settings: Settings, work: Work, *, free: int = 0) -> int:
     On a CPU it covers the whole process, including the memory that it already uses.
     """
     given = int(settings.model.memory * GB)
-    free = given or free or free_memory(torch.device(work.device))
     if work.device == "cpu":
-        return given or int(CPU_SHARE * free / work.ranks) + resident()
+        return given or host_limit(free=free, ranks=work.ranks)
+    free = given or free or free_memory(torch.device(work.device))
     libraries = LIBRARIES + (NCCL if work.ranks > 1 else 0) if work.device == "cuda" else 0
     return int(free * (1 - GPU_MARGIN)) - libraries
+
+
+def host_limit(*, free: int = 0, ranks: int = 1) -> int:
+    """Bytes that this process may hold on a CPU: a share of those free, by default now, besides those it holds."""
+    return int(CPU_SHARE * (free or free_memory(torch.device("cpu"))) / ranks) + resident()
 
 
 def plan_for(
