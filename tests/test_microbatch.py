@@ -173,6 +173,7 @@ def test_the_peak_of_a_pass_is_measured_anew(tmp_path: Path) -> None:
     assert microbatch._peak() > start + 100_000_000
     assert microbatch._reset_peak()
     assert microbatch._peak() < start + 50_000_000
+    assert microbatch.process_peak() > start + 100_000_000
 
 
 def test_a_training_near_its_limit_takes_smaller_micro_batches(

@@ -127,6 +127,20 @@ def give_back() -> None:
         torch.cuda.empty_cache()
 
 
+def process_peak() -> int:
+    """Peak bytes of physical memory of this process so far; 0 on Windows, which does not report it."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return max(_Peaks.before_reset, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+class _Peaks:
+    before_reset = 0  # the largest that `_reset_peak` has cleared
+
+
 def _peak() -> int:
     """Peak bytes of physical memory of this process since `_reset_peak`."""
     lines = (_PROCESS / "status").read_text().splitlines()
@@ -135,8 +149,10 @@ def _peak() -> int:
 
 def _reset_peak() -> bool:
     """Reset the peak of resident memory; False if that is not possible."""
+    peak = process_peak()
     try:
         (_PROCESS / "clear_refs").write_text("5")
     except OSError:
         return False
+    _Peaks.before_reset = peak
     return True

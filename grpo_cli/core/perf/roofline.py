@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import platform
 import re
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from typing import Any
 
 import torch
 
+from grpo_cli.core.microbatch import process_peak
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.sampling.rollout import Rollout
 
@@ -367,9 +367,4 @@ class Meter:
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return 0  # it has no such count
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return process_peak()
