@@ -56,9 +56,6 @@ class Rows(Observer):
 
     def __init__(self, steps: int) -> None:
         self.steps, self.done, self.largest = steps, 0, 0.0
-        SamplingParams.training = classmethod(  # type: ignore[method-assign,assignment]
-            lambda cls, train: cls(self.limit, 1.0, train.num_generations)
-        )
 
     @property
     def limit(self) -> int:
@@ -92,6 +89,10 @@ def main() -> None:
     flags |= {"train.num_iterations": asked.steps, "train.eval_every": asked.steps, "train.eval_puzzles": 1}
     flags |= {"train.save_every": asked.steps, "train.save_minutes": 0.0, "reward.reward": f"{__file__}:by_chance"}
     rows = Rows(asked.steps)
+    # No setting changes the limit between steps.
+    SamplingParams.training = classmethod(  # type: ignore[method-assign,assignment]
+        lambda cls, train: cls(rows.limit, train.temperature, train.num_generations)
+    )
     with start(resolve(flags=flags).settings, "grown", overwrite=True, note=rows.message) as session:
         print(f"planned: {session.memory.peak / GB:.2f} GB in {session.memory.choices}")
         print("| step | tokens | resident, GB | peak, GB | seconds |\n|---|---|---|---|---|", flush=True)

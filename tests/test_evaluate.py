@@ -101,7 +101,7 @@ def test_the_batch_size_does_not_change_the_completions(tiny_policy: Policy, sam
     puzzles = puzzle_set(3, "val")[:5]
     found = [
         Evaluator(Engine(policy), SamplingParams(16, temperature, samples), batch_size=batch_size).evaluate(
-            puzzles, style="zero-shot"
+            puzzles, style="zero-shot", split="val"
         )
         for batch_size in (1, 6, 100)
     ]

@@ -84,6 +84,8 @@ def test_a_warm_start_makes_demonstrations_likely(tiny_policy: Policy) -> None:
 def test_searches_that_do_not_fit_are_not_shown() -> None:
     shown = demonstrations(TRAIN, ["zero-shot"] * 50, seed=3, fits=lambda text: len(text) < 150)
     assert all(len(text) < 150 for _, text in shown)
+    mixed = demonstrations(TRAIN, ["natural", "zero-shot"] * 25, seed=3, fits=lambda text: len(text) < 150)
+    assert all(len(text) < 150 for _, text in mixed)  # tags make a zero-shot text longer
     with pytest.raises(CountdownError, match="no puzzle"):
         demonstrations(TRAIN, ["zero-shot"] * 50, seed=3, fits=lambda text: False)
 

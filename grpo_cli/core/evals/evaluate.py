@@ -264,7 +264,7 @@ class Evaluator:
     on_token: Callable[[int], None] | None = None  # as for `sample`
 
     def evaluate(
-        self, puzzles: Sequence[Problem], *, style: str, split: Split = "val", progress: Progress = lambda *_: None
+        self, puzzles: Sequence[Problem], *, style: str, split: Split, progress: Progress = lambda *_: None
     ) -> Evaluation:
         """Evaluate on puzzles of one size; `progress` receives the number of puzzles done and their total."""
         model, params, ranks, total = self.engine.policy.name, self.params, self.ranks, len(puzzles)

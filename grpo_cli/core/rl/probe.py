@@ -164,7 +164,7 @@ def probe(
             if groups[chosen] and start - begin + slowest * (last - first) > SECONDS:
                 return _probe(chosen, task, puzzles, groups, seconds)
             seeded = replace(evaluator, seed=evaluator.seed + first)
-            groups[style] += seeded.evaluate(puzzles[first:last], style=style).completions
+            groups[style] += seeded.evaluate(puzzles[first:last], style=style, split="train").completions
             seconds[style] += clock() - start
             progress(sum(map(len, groups.values())), len(order) * len(puzzles))
         low, high = wilson(measure(chosen, groups[chosen], 0.0).mixed_share, last)

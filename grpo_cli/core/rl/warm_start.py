@@ -78,10 +78,12 @@ def demonstrations(
     and demonstrations that do not fit; CountdownError if none remain.
     """
     rng, by_length = random.Random(seed), defaultdict(list)
+    kinds = list(dict.fromkeys(styles))
     for puzzle in puzzles:
-        text = demonstration(puzzle, style=styles[0]) if len(puzzle.numbers) in FORMS else None
-        if text and fits(text):
-            by_length[text.count("\n")].append((puzzle, text))
+        texts = [demonstration(puzzle, style=kind) for kind in kinds] if len(puzzle.numbers) in FORMS else []
+        solved = [text for text in texts if text and fits(text)]
+        if solved and len(solved) == len(kinds):
+            by_length[solved[0].count("\n")].append((puzzle, solved[0]))
     if not by_length:
         raise CountdownError(
             "no puzzle of this training can be demonstrated in so few tokens",
