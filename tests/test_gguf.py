@@ -112,6 +112,20 @@ def test_a_file_is_unpacked_once(file: Path, cache: Path) -> None:
     assert [path.name for path in cache.iterdir()] == [first.name]
 
 
+def test_two_processes_may_unpack_a_file_at_once(file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unpack = gguf.unpack
+
+    def overtaken(path: Path, folder: Path) -> None:
+        monkeypatch.setattr(gguf, "unpack", unpack)
+        gguf.unpacked(path)
+        unpack(path, folder)
+
+    monkeypatch.setattr(gguf, "unpack", overtaken)
+    folder = gguf.unpacked(file)
+    assert (folder / "model.safetensors").is_file()
+    assert list(cache.iterdir()) == [folder]
+
+
 @pytest.mark.parametrize(
     ("split", "pieces"),
     [
@@ -156,9 +170,12 @@ def test_a_damaged_file_is_refused(
     assert not cache.exists() or not list(cache.iterdir())
 
 
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CountdownError, match="no file"):
-        gguf.unpacked(tmp_path / "none.gguf")
+def test_what_is_no_file_is_refused_before_any_model_loads(countdown: Command, tmp_path: Path) -> None:
+    (tmp_path / "folder.gguf").mkdir()
+    for name, sentence in (("none.gguf", "no file `none.gguf`"), ("folder.gguf", "`folder.gguf` is a folder")):
+        for command in (["eval", "unloadable/model", name], ["train", "--ref-model", name, "--dry-run"]):
+            result = countdown(*command)
+            assert (result.code, sentence in result.err) == (2, True), result.err
 
 
 def test_commands_take_a_file(file: Path, countdown: Command) -> None:

@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,8 +23,8 @@ from transformers import modeling_gguf_pytorch_utils
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.model.names import require_gguf
 
-MAGIC = b"GGUF"
 ENDS = {"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>"}
 CONTROL, USER_DEFINED = 3, 4  # token types of the format
 LLAMA3 = (  # of Llama 3's tokenizer
@@ -54,17 +53,12 @@ PRETOKENIZERS: dict[str, Callable[[], list[Any]]] = {
 """`tokenizer.ggml.pre` -> how text is split before merging, as llama.cpp does it."""
 
 
-def is_gguf(name: str) -> bool:
-    """Whether a model's name is a GGUF file rather than a folder or a hub id."""
-    return name.lower().endswith(".gguf")
-
-
 def unpacked(path: Path) -> Path:
     """The Hugging Face folder of a GGUF file, made on first use and cached with Hugging Face's libraries.
 
     Raises CountdownError for a file that is missing, damaged, or of an unsupported model.
     """
-    _check(path)
+    require_gguf(path)
     stat = path.stat()
     key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
     folder = Path(HF_HOME) / "countdown" / f"{path.stem}-{key}"
@@ -75,6 +69,9 @@ def unpacked(path: Path) -> Path:
             with _errors(path):
                 unpack(path, made)
             made.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process has unpacked the file meanwhile
+                raise
         finally:
             shutil.rmtree(made, ignore_errors=True)
     return folder
@@ -141,17 +138,6 @@ def _end_ids(facts: Mapping[str, Any]) -> list[int]:
     named = {int(facts[key]) for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in facts}
     kinds = zip(facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"], strict=True)
     return sorted(named | {index for index, (text, kind) in enumerate(kinds) if text in ENDS and kind == CONTROL})
-
-
-def _check(path: Path) -> None:
-    if not path.is_file():
-        raise CountdownError(f"no file `{path}`", "name a GGUF file, a model folder or a hub id")
-    with path.open("rb") as file:
-        start = file.read(len(MAGIC))
-    if start != MAGIC:
-        raise CountdownError(f"`{path}` is not a GGUF file: it does not start with `GGUF`", "download it again")
-    if not (find_spec("gguf") and find_spec("accelerate")):
-        raise CountdownError("reading GGUF files needs the extra `gguf`", "pip install 'countdown-grpo[gguf]'")
 
 
 @contextmanager

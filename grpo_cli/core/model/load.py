@@ -20,9 +20,9 @@ from transformers.models.auto import modeling_auto
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.folder_checks import check_config, check_memory, weight_files
-from grpo_cli.core.model.gguf import is_gguf, unpacked
+from grpo_cli.core.model.gguf import unpacked
 from grpo_cli.core.model.hub import check_download, check_repository
-from grpo_cli.core.model.names import require_model
+from grpo_cli.core.model.names import is_gguf, require_model
 from grpo_cli.core.model.policy import PROBE, Policy, checkpoint_layers, encode, set_attention
 from grpo_cli.core.model.templates import check_template
 
