@@ -1,5 +1,6 @@
 """Imitation before reinforcement."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from grpo_cli.core.config.resolve import resolve
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.evals.contamination import known
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import load, load_tokenizer
 from grpo_cli.core.model.policy import Policy, Sequences
@@ -26,7 +28,7 @@ TRAIN = puzzle_set(3, "train")
 
 
 def prompted(examples: list[tuple[Puzzle, str]]) -> list[Lesson]:
-    return [(prompt(puzzle, "zero-shot"), text) for puzzle, text in examples]
+    return [Lesson(puzzle, prompt(puzzle, "zero-shot"), text) for puzzle, text in examples]
 
 
 def test_a_demonstration_shows_each_try_worked_out() -> None:
@@ -147,10 +149,10 @@ def test_prompts_follow_the_training_s_mixture_of_styles(tiny_folder: Path) -> N
     flags = {"train.warm_start": 64, "train.prompt_style": "one-shot = 1, natural = 1", "train.seed": 3}
     settings = resolve(flags=flags, has_cuda=lambda: False).settings
     shown = lessons(settings, load_tokenizer(str(tiny_folder)))
-    natural = [text for messages, text in shown if len(messages) == 2]  # a one-shot prompt has four messages
+    natural = [text for _, messages, text in shown if len(messages) == 2]  # a one-shot prompt has four messages
     assert 20 < len(natural) < 44
     assert all("\nThe expression is " in text for text in natural)
-    assert sum("<answer>" in text for _, text in shown) == 64 - len(natural)
+    assert sum("<answer>" in lesson.completion for lesson in shown) == 64 - len(natural)
 
 
 def test_a_warm_start_of_several_ranks_is_refused(tiny_folder: Path) -> None:
@@ -174,6 +176,10 @@ def test_a_run_starts_from_the_warm_started_model_and_resumes_equal(
     warmed = load(str(run.warm_start_path), device="cpu", precision="float32")
     assert warmed.fingerprint()["weights"] == run.read_origin()["weights"]
     assert warmed.fingerprint()["weights"] != load(str(tiny_folder), device="cpu").fingerprint()["weights"]
+    imitated = [json.loads(line) for line in (run.path / "warm_start.jsonl").read_text().splitlines()]
+    keys = {Puzzle(tuple(line["numbers"]), line["target"]).key for line in imitated}
+    assert len(imitated) == 16 and "->" in imitated[0]["completion"]
+    assert keys <= known("whole", tmp_path / "runs").runs["whole"]
     assert countdown(*train, "--run", "halves", "--num-iterations", 1).code == 0
     resumed = countdown("train", "--run", "halves", "--resume", "--num-iterations", 2)
     assert resumed.code == 0, resumed.err

@@ -161,7 +161,7 @@ def start(
             if past.run is None:
                 _lock(run, locks, note)
             with nullcontext() if past.run else run.starting():
-                _record(run, training, settings, step=past.step, ranks=ranks.size, warmed=bool(shown))
+                _record(run, training, settings, step=past.step, ranks=ranks.size, shown=shown)
                 if past.checkpoint is None:
                     run.write_origin(origin(policy, reference, hashes))
             for moved in past.cut(pending=training.pending is not None):
@@ -193,12 +193,15 @@ class _Past:
         return self.run.go_back_to(self.step if self.checkpoint else -1, pending=pending) if self.run else []
 
 
-def _record(run: Run, training: Training, settings: Settings, *, step: int, ranks: int, warmed: bool) -> None:
-    """Write the settings and the environment from `step` on, and the model after a warm start."""
+def _record(
+    run: Run, training: Training, settings: Settings, *, step: int, ranks: int, shown: Sequence[Lesson]
+) -> None:
+    """Write the settings and the environment from `step` on, and what a warm start has `shown` and made."""
     run.require_space(2 * training.checkpoint_bytes())
     run.write_config(settings.model_dump())
     run.write_environment(environment(training.policy) | {"ranks": ranks}, step=step)
-    if warmed:
+    if shown:
+        run.write_lessons(lesson.record() for lesson in shown)
         with run.saving(run.warm_start_path) as folder:
             training.policy.save(folder)
 

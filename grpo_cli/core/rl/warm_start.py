@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -28,7 +28,18 @@ from grpo_cli.core.task.prompts import Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.task import Message
 
-Lesson = tuple[list[Message], str]  # a prompt and the completion to imitate
+
+class Lesson(NamedTuple):
+    """A puzzle, its prompt, and the completion to imitate."""
+
+    puzzle: Puzzle
+    messages: list[Message]
+    completion: str
+
+    def record(self) -> dict[str, object]:
+        """A line of the run's warm_start.jsonl."""
+        return {"step": 0, **self.puzzle.record(), "completion": self.completion}
+
 
 BATCH = 8  # completions per step
 LEARNING_RATE = 1e-4
@@ -123,7 +134,10 @@ def lessons(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, ranks: in
     keys = (f"{train.seed}/warm start/{index}" for index in range(train.warm_start))
     styles = [cast(Style, prompts.style.draw(1, key)) for key in keys]
     examples = demonstrations(puzzles, styles, seed=train.seed, give_up=train.warm_start_give_up, fits=fits)
-    return [(prompt(puzzle, style, task.rules), text) for (puzzle, text), style in zip(examples, styles, strict=True)]
+    return [
+        Lesson(puzzle, prompt(puzzle, style, task.rules), text)
+        for (puzzle, text), style in zip(examples, styles, strict=True)
+    ]
 
 
 def warm_start(
@@ -172,5 +186,6 @@ def _backward(policy: Policy, sequences: Sequences, fit: MicroBatch, rows: int) 
 def _sequences(policy: Policy, batch: Sequence[Lesson]) -> Sequences:
     """Prompts with their completions, each followed by the first end-of-sequence token."""
     end = policy.tokenizer.eos_token_id
-    completions = [[*policy.tokenizer(text, add_special_tokens=False)["input_ids"], end] for _, text in batch]
-    return Sequences([policy.encode(messages) for messages, _ in batch], completions, list(range(len(batch))))
+    answers = (policy.tokenizer(lesson.completion, add_special_tokens=False)["input_ids"] for lesson in batch)
+    prompts = [policy.encode(lesson.messages) for lesson in batch]
+    return Sequences(prompts, [[*answer, end] for answer in answers], list(range(len(batch))))

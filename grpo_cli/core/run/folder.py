@@ -2,12 +2,13 @@
 
 runs/<name>/  config.json  origin.json  environment.json  summary.json  metrics.jsonl  evaluations.jsonl
               tracker.json  tensorboard/  wandb/  samples.jsonl  training_curve.png  kl_divergence.png  report.html
-              model/  adapter/  checkpoints/step-50/  bad_steps/  .lock
+              model/  adapter/  checkpoints/step-50/  bad_steps/  warm_start/  warm_start.jsonl  .lock
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import secrets
@@ -17,13 +18,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Self
 
 from grpo_cli.core.config.resolve import shipped_presets
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.files import append_lines, can_write, read_json, write_json
+from grpo_cli.core.files import append_lines, can_write, read_json, write_json, write_lines
 from grpo_cli.core.run import checkpoint
 from grpo_cli.core.run.logs import Evaluated, Example, Log, evaluated, example, numbers, problem_key
 
@@ -292,6 +293,10 @@ class Run:
 
     # Logs
 
+    def write_lessons(self, records: Iterable[Mapping[str, object]]) -> None:
+        """Write what the warm start imitates, one line per completion, to warm_start.jsonl."""
+        write_lines(self._lessons, [json.dumps(record) for record in records])
+
     def log(self, metrics: Mapping[str, float]) -> None:
         """Append one line of finite numbers, `step` among them, to metrics.jsonl."""
         self._append(self._metrics.path, [metrics])
@@ -332,12 +337,12 @@ class Run:
         return list(self._samples.read())
 
     def trained_on(self) -> Iterator[str]:
-        """The key of every sample's problem, without the damaged lines."""
-        return self._problems.readable()
+        """The key of the problem of every sample and of the warm start, without the damaged lines."""
+        return chain.from_iterable(log.readable() for log in self._problems)
 
     def damaged_samples(self) -> int:
         """The number of lines that `trained_on` leaves out."""
-        return self._problems.damaged()
+        return sum(log.damaged() for log in self._problems)
 
     @property
     def _metrics(self) -> Log[dict[str, float]]:
@@ -352,8 +357,12 @@ class Run:
         return Log(self.path / "samples.jsonl", example)
 
     @property
-    def _problems(self) -> Log[str]:
-        return Log(self._samples.path, problem_key)
+    def _problems(self) -> list[Log[str]]:
+        return [Log(path, problem_key) for path in (self._samples.path, self._lessons)]
+
+    @property
+    def _lessons(self) -> Path:
+        return self.path / "warm_start.jsonl"
 
     @property
     def _environment(self) -> Path:
