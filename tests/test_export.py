@@ -19,6 +19,7 @@ from grpo_cli.cli import train
 from grpo_cli.core.config.resolve import resolve
 from grpo_cli.core.config.settings import values
 from grpo_cli.core.run.export import license_of
+from grpo_cli.core.run.logs import Evaluated
 from grpo_cli.ui.card import CardFacts, model_card
 
 
@@ -112,6 +113,15 @@ def test_a_card_describes_the_task_and_data_it_was_trained_on() -> None:
     assert "from files" in cards["mine.csv"] and "even numbers" not in cards["mine.csv"]
     assert "the task `own.py`" in cards["own.py"]
     assert "solves countdown puzzles" not in cards["own.py"] and "equals 25" not in cards["own.py"]
+
+
+def test_a_card_names_the_warm_start_and_mixed_prompts() -> None:
+    settings = values(resolve(flags={"preset": "smollm2-135m"}).settings)
+    start = Evaluated(0, "val 3 one-shot", 4, 0.25, None, None, None, None, {}, "1000", [])
+    card = model_card(CardFacts("first", "smollm", None, settings, {"val 3 one-shot": {0: start}}, 0, "not known"))
+    assert "Trained from `smollm` by imitating 480 worked searches, then by GRPO" in card
+    assert "| val 3 one-shot | after the warm start | 0 | 25.0% |" in card
+    assert "prompts in `one-shot = 1, zero-shot = 1` style" in card
 
 
 def test_an_exported_folder_holds_the_model_and_a_card_with_its_results(trained: Command, tmp_path: Path) -> None:

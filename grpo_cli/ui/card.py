@@ -65,10 +65,12 @@ def model_card(facts: CardFacts) -> str:
     about, data = _task(settings)
     tokens = settings["train.max_new_tokens"]
     rows = [(f"`{key}`", f"`{_text(str(settings[key]))}`") for key in HYPERPARAMETERS]
+    imitated = settings["train.warm_start"]
+    before = f"imitating {imitated:,} worked searches, then by " if imitated else ""
     sections = [
         _header(facts),
         f"# {_text(facts.name)}",
-        f"{about} Trained from `{_text(facts.base_model)}` by GRPO (group relative policy optimization) with"
+        f"{about} Trained from `{_text(facts.base_model)}` by {before}GRPO (group relative policy optimization) with"
         f" `countdown` {__version__}.",
         f"## Results\n\n{_results(facts)}",
         f"## Training data\n\n{data} {_sentence(facts.contamination)}",
@@ -82,16 +84,24 @@ def model_card(facts: CardFacts) -> str:
 
 def _task(settings: Mapping[str, object]) -> tuple[str, str]:
     """What the model does, and the data that it was trained on."""
-    name, numbers, style = (_text(str(settings[f"task.{key}"])) for key in ("task", "numbers", "style"))
+    name, numbers = (_text(str(settings[f"task.{key}"])) for key in ("task", "numbers"))
     if name != "countdown":
         return f"A language model trained on the task `{name}`.", f"Train problems of `{name}`."
     files = any(settings[f"task.{key}"] != "none" for key in ("puzzles", "dev_puzzles", "val_puzzles"))
-    split = "" if files else " with at least one odd number; evaluation puzzles have even numbers only"
+    origin = "from files" if files else "of which at least one is odd"
+    even = "" if files else "; evaluation puzzles have even numbers only"
     return (
         f"A language model that solves countdown puzzles: given {numbers} numbers and a target, it writes an"
         " expression that uses every number exactly once.",
-        f"Train puzzles of {numbers} numbers{' from files' if files else ''}, prompts in {style} style{split}.",
+        f"Train puzzles of {_scheduled(settings, 'numbers')} numbers {origin}, prompts in"
+        f" {_scheduled(settings, 'style')} style{even}.",
     )
+
+
+def _scheduled(settings: Mapping[str, object], name: str) -> str:
+    """The style or size of the prompts, or its schedule."""
+    schedule = settings[f"train.prompt_{name}"]
+    return _text(str(settings[f"task.{name}"])) if schedule == "task" else f"`{_text(str(schedule))}`"
 
 
 def _usage(facts: CardFacts, tokens: object) -> str:
@@ -120,7 +130,8 @@ def _header(facts: CardFacts) -> str:
 def _results(facts: CardFacts) -> str:
     rows = []
     for cell, steps in facts.evaluations.items():
-        for word, step in (("base", 0), ("trained", facts.best_step)):
+        start = "after the warm start" if facts.settings["train.warm_start"] else "base"
+        for word, step in ((start, 0), ("trained", facts.best_step)):
             if step in steps:
                 rows.append((_text(cell), word, str(step), *_measured(steps[step])))
     if not rows:
