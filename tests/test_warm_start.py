@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,19 @@ def test_a_run_starts_from_the_warm_started_model_and_resumes_equal(
     assert ends[0].fingerprint() == ends[1].fingerprint()
     lines = [Run.open(tmp_path / "runs", name).metrics()[-1] for name in ("whole", "halves")]
     assert [line["kl"] for line in lines] == [lines[0]["kl"]] * 2
+
+
+def test_a_request_to_save_does_not_end_a_warm_start(
+    countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*arguments: Any, **options: Any) -> None:
+        signal.raise_signal(signal.SIGUSR1)
+
+    monkeypatch.setattr("grpo_cli.core.rl.session.warm_start", asked)
+    before = signal.signal(signal.SIGUSR1, lambda *_: pytest.fail("it would have ended the process"))
+    try:
+        result = countdown("train", "--model", tiny_folder, *WARM, "--num-iterations", 1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert result.code == 0
+    assert "warm start: imitating 16 searches; the model is saved after the last step" in result.err

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Self, TextIO, cast
@@ -47,6 +48,16 @@ def place(environ: Mapping[str, str] = os.environ) -> Place:
     if rank >= size:
         raise CountdownError(f"the launcher's environment has a rank {rank} among {size} processes")
     return Place(rank, size, *rest)
+
+
+@contextmanager
+def ignoring_requests() -> Iterator[None]:
+    """Context in which SIGUSR1, a request to save, does not end the process; `Signals` answers it within."""
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 class Signals(Control):

@@ -11,7 +11,7 @@ import typer
 
 from grpo_cli.cli.checks import Chosen, require_package, resolve_for_model, resumed
 from grpo_cli.cli.export import write_card
-from grpo_cli.cli.launch import Place, Signals, place
+from grpo_cli.cli.launch import Place, Signals, ignoring_requests, place
 from grpo_cli.cli.models import at_once, join_ranks, load
 from grpo_cli.cli.options import flags, give
 from grpo_cli.cli.plot import draw, run_curves
@@ -75,7 +75,8 @@ def run(
     if choose_optimizer(settings.train.optimizer, detect_device(model.device)) == "adamw8bit":
         require_package("bitsandbytes")
     ranks = join_ranks(settings)
-    with start(settings, run, overwrite=overwrite, resume=resume, step=step, ranks=ranks, note=show.note) as session:
+    opening = start(settings, run, overwrite=overwrite, resume=resume, step=step, ranks=ranks, note=show.note)
+    with ignoring_requests(), opening as session:
         _train(session)
         ranks.leave()
 

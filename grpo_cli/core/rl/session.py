@@ -293,6 +293,7 @@ def _warm_up(policy: Policy, shown: Sequence[Lesson], plan: MemoryPlan, note: No
         if step % max(1, steps // 10) == 0 or step == steps:
             note(f"warm start: step {step} of {steps}, loss {loss:.3f}")
 
+    note(f"warm start: imitating {len(shown):,} searches; the model is saved after the last step")
     warm_start(policy, shown, fit=_fit(plan, note), report=report)
 
 
