@@ -205,3 +205,13 @@ def test_a_request_to_save_does_not_end_a_warm_start(
         signal.signal(signal.SIGUSR1, before)
     assert result.code == 0
     assert "warm start: imitating 16 searches; the model is saved after the last step" in result.err
+
+
+def test_a_warm_start_takes_no_more_completions_at_once_than_were_planned(
+    countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    monkeypatch.setattr("grpo_cli.core.rl.session.warm_start", lambda *_, fit, **__: rows.append(fit.rows))
+    for flags in ([], ["--num-generations", 4, "--micro-batch-size", 3]):
+        assert countdown("train", "--model", tiny_folder, *WARM, "--num-iterations", 1, *flags).code == 0
+    assert rows == [2, 3]

@@ -151,7 +151,8 @@ def start(
         policy, plan = ranks.own(lambda: _load_planned(settings, past, plan, replan, note))
         settings = settled(settings, policy)
         if shown:
-            _warm_up(policy, shown, plan, note)
+            rows = plan.choices.rows or settings.train.batch_size * settings.train.num_generations  # that are planned
+            _warm_up(policy, shown, _fit(plan, note, rows), note)
         training = _training(policy, settings, ranks, device)
         reference = ranks.own(lambda: _restore(training, settings, plan.choices, past, hashes))
 
@@ -288,13 +289,13 @@ def _load(
     )
 
 
-def _warm_up(policy: Policy, shown: Sequence[Lesson], plan: MemoryPlan, note: Note) -> None:
+def _warm_up(policy: Policy, shown: Sequence[Lesson], fit: MicroBatch, note: Note) -> None:
     def report(step: int, steps: int, loss: float) -> None:
         if step % max(1, steps // 10) == 0 or step == steps:
             note(f"warm start: step {step} of {steps}, loss {loss:.3f}")
 
     note(f"warm start: imitating {len(shown):,} searches; the model is saved after the last step")
-    warm_start(policy, shown, fit=_fit(plan, note), report=report)
+    warm_start(policy, shown, fit=fit, report=report)
 
 
 def _fit(plan: MemoryPlan, report: Note, rows: int = 0) -> MicroBatch:
