@@ -120,8 +120,8 @@ class _Loop:
         if training.base_accuracy is not None:
             base, count = training.base_accuracy, self.validation.count
             self.observer.evaluated(Validated(0, base, count, wilson(base, count)))
-        self.history = [line for line in self.ranks.first(self.run_folder.metrics) if line["step"] > 0]
         evaluation = self._finish_step()
+        self.history = [line for line in self.ranks.first(self.run_folder.metrics) if line["step"] > 0]
         for step in range(training.step + 1, self.settings.train.num_iterations + 1):
             if self._out_of_patience():
                 break
