@@ -143,8 +143,11 @@ def test_dry_run_shows_sources_and_a_prompt_and_trains_nothing(
 def test_probe_says_what_there_is_to_learn_and_leaves_nothing(
     countdown: Command, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    found = countdown("train", "--probe", "--model", tiny_folder, "--numbers", 2, "--style", "zero-shot", *SMALL)
+    found = countdown(
+        "train", "--probe", "--model", tiny_folder, "--numbers", 2, "--style", "zero-shot", *SMALL, "--warm-start", 8
+    )
     assert found.code == 0
+    assert "as it is before the warm start" in found.err
     shown = " ".join(found.out.split())
     assert "17 train puzzles of 2 numbers, groups of 2" in shown  # none mixed: known well enough
     assert all(f"{style} 17 0.0% (0.0 to 18.4%)" in shown for style in ("one-shot", "zero-shot", "natural"))

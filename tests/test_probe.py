@@ -67,7 +67,7 @@ def found(one: Sampled, other: Sampled | None = None, *, numbers: int = 3) -> di
         (SOME, None, 0.31, 3, {"signal", "tokens"}, "31% of the completions reach the token limit"),
         ([8] * 32, None, 0.0, 3, {"signal"}, "nothing is left to learn: 100% of the completions are correct"),
         ([8] * 30 + [7] * 2, None, 0.0, 3, {"signal"}, "little is left to learn: 99%"),
-        ([0] * 32, None, 0.0, 3, {"signal", "never"}, "fewer `--numbers`"),
+        ([0] * 32, None, 0.0, 3, {"signal", "never"}, "fewer `--numbers`, another `--model`, or `--warm-start`"),
         ([0] * 32, None, 0.0, 2, {"signal", "never"}, "use another `--model`"),
         ([0] * 32, [True] * 9 + [False] * 23, 0.0, 3, {"signal", "never"}, "only the format to learn from: in 9 of 32"),
         ([8] * 16 + [0] * 16, None, 0.0, 3, {"signal"}, "there is nothing to learn from: in 0 of 32"),

@@ -152,6 +152,8 @@ def _probe(chosen: Chosen) -> None:
     """Sample the starting model in every style as training would, and show how much it can learn."""
     asked, settings, task = chosen.settings.task, chosen.settings.train, task_of(chosen.settings)
     engine = Engine(load(chosen))
+    if settings.warm_start:
+        show.note("the probe samples the model as it is before the warm start")
     with tables.progress(f"probing {chosen.name}", quiet=False) as advance:
         result = probing.probe(
             Evaluator(

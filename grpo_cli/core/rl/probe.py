@@ -88,7 +88,7 @@ class Probe:
             )
         if not any(sampled.right):
             advice["never"] = "no completion was correct: use " + (
-                "fewer `--numbers`, or another `--model`" if self.numbers > 2 else "another `--model`"
+                "fewer `--numbers`, another `--model`, or `--warm-start`" if self.numbers > 2 else "another `--model`"
             )
         advice |= self._better_style(sampled)
         if any(sampled.right) and sampled.accuracy < LEARNED and sampled.mixed_share < FEW:
