@@ -98,7 +98,7 @@ def demonstrations(
     if not by_length:
         raise CountdownError(
             "no puzzle of this training can be demonstrated in so few tokens",
-            "use puzzles of 3 or 4 numbers, and raise `--max-new-tokens`, or leave out `--warm-start`",
+            "raise `--max-new-tokens`, or leave out `--warm-start`",
         )
     lengths = sorted(by_length)
     chosen = [rng.choice(by_length[rng.choice(lengths)]) for _ in styles]
@@ -111,7 +111,7 @@ def demonstrations(
 def lessons(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, ranks: int = 1) -> list[Lesson]:
     """The examples that the warm start imitates, with prompts of the training's first step.
 
-    CountdownError if the task has no demonstrations, or if there are several ranks.
+    CountdownError if the task or its puzzles have no demonstrations, or if there are several ranks.
     """
     task, train = settings.task, settings.train
     if ranks > 1:
@@ -129,6 +129,8 @@ def lessons(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, ranks: in
         return len(tokenizer(text, add_special_tokens=False)["input_ids"]) < train.max_new_tokens
 
     prompts = curriculum(settings)
+    if not FORMS.keys() & prompts.problems.keys():
+        raise CountdownError("`--warm-start` shows puzzles of 3 or 4 numbers", "use one of them, or leave it out")
     drawn = chain.from_iterable(prompts.problems.values())
     puzzles = [puzzle for puzzle in drawn if isinstance(puzzle, Puzzle)]
     keys = (f"{train.seed}/warm start/{index}" for index in range(train.warm_start))
