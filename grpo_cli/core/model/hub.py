@@ -19,8 +19,8 @@ def check_repository(name: str) -> None:
     if info is None and not isinstance(try_to_load_from_cache(name, "config.json", constants.HF_HUB_CACHE), str):
         raise CountdownError(
             f"`{name}` is not on this machine, and the hub is out of reach",
-            "train the built-in model with `--preset builtin`, or copy the model here and give its folder or GGUF file"
-            " by `--model`",
+            "use the built-in model (`builtin`; to train it, `--preset builtin`), or copy the model here and name its"
+            " folder or GGUF file instead",
         )
     files = [file.rfilename for file in info.siblings or []] if info else []
     if "config.json" not in files:
