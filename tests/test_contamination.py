@@ -57,9 +57,9 @@ def test_a_run_was_trained_on_what_its_starting_models_were(tmp_path: Path) -> N
 
 def test_a_checkpoint_was_trained_on_what_its_run_was(tmp_path: Path) -> None:
     run = make_run(tmp_path, "first", SEEN, start=HUB)
-    model = run.checkpoint_path(3) / "model"
-    model.mkdir(parents=True)
-    assert counts(known(str(model), tmp_path)) == {"first": 1}
+    for model in (run.checkpoint_path(3) / "model", run.warm_start_path):
+        model.mkdir(parents=True)
+        assert counts(known(str(model), tmp_path)) == {"first": 1}
 
 
 def test_the_recipe_saw_all_train_puzzles_of_three_and_four_numbers_and_no_others() -> None:

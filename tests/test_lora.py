@@ -135,7 +135,7 @@ def test_export_writes_the_adapter_or_the_merged_model(countdown: Command, tiny_
     ("arguments", "sentence"),
     [
         (["--quantize", "nf4"], "`--quantize` needs an adapter"),
-        (["--lora-rank", "4", "--warm-start", "8"], "`--warm-start` trains all weights"),
+        (["--lora-rank", "4", "--warm-start", "8"], "that run's `warm_start` folder"),
         (["--lora-rank", "4", "--shard"], "`--shard`"),
         (["--lora-rank", "4", "--lora-targets", "q_proj, qq"], "is called `qq`"),
     ],

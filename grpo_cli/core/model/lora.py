@@ -57,7 +57,7 @@ class Lora:
         if train.warm_start:
             raise CountdownError(
                 "`--warm-start` trains all weights, not adapters",
-                "warm-start a run of its own, then give its name as `--model` with `--lora-rank`",
+                "train one step without `--lora-rank`, then start from that run's `warm_start` folder with `--model`",
             )
         names = () if model.lora_targets == "all" else tuple(part.strip() for part in model.lora_targets.split(","))
         return cls(model.lora_rank, model.lora_alpha, names, model.quantize == "nf4", train.seed)

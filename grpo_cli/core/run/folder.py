@@ -403,10 +403,11 @@ def suggestion(root: Path, name: str) -> str | None:
 
 
 def run_of(model: Path) -> Run | None:
-    """The run whose best model, or whose checkpoint's model, is the folder `model`."""
+    """The run whose best, warm-started or checkpoint's model is the folder `model`."""
     folder = model.resolve()
     for run in map(Run, folder.parents[:3]):
-        if run.config_path.is_file() and folder in (run.model_path, *(path / "model" for _, path in run.checkpoints())):
+        models = (run.model_path, run.warm_start_path, *(path / "model" for _, path in run.checkpoints()))
+        if run.config_path.is_file() and folder in models:
             return run
     return None
 
