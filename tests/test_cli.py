@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import SMALL, Command
 from forked import Forked
 
+from grpo_cli.core.sampling.decode import ShrinkingSampler
 from grpo_cli.core.task.countdown import Countdown
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.scoring import score
@@ -159,6 +161,23 @@ def test_eval_json_is_one_object_and_nothing_else(trained: Command) -> None:
     found = trained("eval", "first", "--json", "--limit", 3)
     result = json.loads(found.out)
     assert (result["model"], result["count"], result["split"]) == ("first", 3, "val")
+
+
+def test_eval_decodes_no_more_completions_at_once_than_the_batch_size(
+    countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+
+    class Watched(ShrinkingSampler):
+        def run(self) -> Iterator[int]:
+            rows.append(self.rows)
+            return super().run()
+
+    flags = ["--limit", 1, "--samples", 5, "--temperature", 1, "--max-new-tokens", 4]
+    whole = countdown("eval", tiny_folder, "--json", *flags).out
+    monkeypatch.setattr("grpo_cli.core.sampling.rollout.ShrinkingSampler", Watched)
+    assert countdown("eval", tiny_folder, "--json", *flags, "--batch-size", 2).out == whole
+    assert rows[-3:] == [2, 2, 1]
 
 
 def test_eval_of_several_models_compares_them_with_the_first(trained: Command, tiny_folder: Path) -> None:

@@ -109,7 +109,7 @@ def _evaluate(
                 SamplingParams.evaluation(settings),
                 asked,
                 settings.batch_size,
-                fit=at_once(model.settings),
+                fit=at_once(model.settings, settings.batch_size),
                 ranks=ranks,
                 known=trained_on,
             )

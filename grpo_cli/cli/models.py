@@ -23,10 +23,10 @@ def load(chosen: Chosen) -> Policy:
     return load_checked(chosen.source, name=chosen.name, device=model.device, precision=model.precision, note=show.note)
 
 
-def at_once(settings: Settings) -> MicroBatch:
-    """All completions at once, fewer if memory runs out; on a CPU, before it does."""
+def at_once(settings: Settings, rows: int = 0) -> MicroBatch:
+    """At most `rows` completions at once, 0 for all; fewer if memory runs out, on a CPU before it does."""
     on_cpu = detect_device(settings.model.device).type == "cpu"
-    return MicroBatch(limit=memory.host_limit(ranks=place().size) if on_cpu else 0, report=show.note)
+    return MicroBatch(rows, limit=memory.host_limit(ranks=place().size) if on_cpu else 0, report=show.note)
 
 
 def join_ranks(settings: Settings) -> Solo:
