@@ -13,7 +13,7 @@ from grpo_cli.core.task.prompts import STYLES
 from grpo_cli.core.task.suite import SIZES
 from grpo_cli.core.task.task import Problem, require_apart
 
-PLANNED_STEPS = 4  # steps whose prompts are encoded to plan memory
+PLANNED_STEPS = 4  # steps, about, whose prompts are encoded to plan memory
 PLANNED_PROMPTS = 1000
 
 
@@ -52,8 +52,9 @@ def splits(settings: Settings) -> dict[str, list[Problem]]:
 
 
 def longest_prompt(settings: Settings, encode: Callable[[Sequence[dict[str, str]]], list[int]]) -> int:
-    """Tokens of the longest prompt of the first few steps, of at most PLANNED_PROMPTS."""
+    """Tokens of the longest prompt of some steps over the whole schedule, of at most PLANNED_PROMPTS."""
     task, prompts = task_of(settings), curriculum(settings)
-    steps = range(1, min(PLANNED_STEPS, settings.train.num_iterations) + 1)
+    count = settings.train.num_iterations
+    steps = range(1, count + 1, max(1, count // PLANNED_STEPS))
     drawn = (item for step in steps for item in prompts.prompts(step))
     return max(len(encode(task.prompt(problem, style))) for problem, style in islice(drawn, PLANNED_PROMPTS))
