@@ -34,8 +34,9 @@ def prompted(examples: list[tuple[Puzzle, str]]) -> list[Lesson]:
 
 def test_a_demonstration_shows_each_try_worked_out() -> None:
     assert demonstration(Puzzle((10, 2, 7), 27), style="zero-shot") == (
-        "<think>\n10 2 7 -> 27\n2+7+10=9+10=19 no\n7+10-2=17-2=15 no\n2+10-7=12-7=5 no\n2+7-10=9-10=-1 no\n"
-        "10-2-7=8-7=1 no\n2*7+10=14+10=24 no\n2*7-10=14-10=4 no\n2*10+7=20+7=27 yes\n"
+        "<think>\n10 2 7 -> 27\n2+7+10=9+10=19 need 27 no\n7+10-2=17-2=15 need 27 no\n2+10-7=12-7=5 need 27 no\n"
+        "2+7-10=9-10=-1 need 27 no\n10-2-7=8-7=1 need 27 no\n2*7+10=14+10=24 need 27 no\n2*7-10=14-10=4 need 27 no\n"
+        "2*10+7=20+7=27 need 27 yes\n"
         "</think>\n<answer>2 * 10 + 7</answer>"
     )
 
