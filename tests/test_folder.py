@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.run.folder import Run, find_run, list_runs, suggestion
+from grpo_cli.core.run.folder import Run, find_run, list_runs, require_space, suggestion
 
 
 @pytest.fixture
@@ -478,9 +478,9 @@ def test_the_lock_of_a_dead_process_is_taken_over(run: Run) -> None:
 
 @pytest.mark.faults
 def test_too_little_space_is_one_sentence(run: Run) -> None:
-    run.require_space(1)
+    require_space(run.path / "not" / "there", 1)
     with pytest.raises(CountdownError, match="MB free, and a checkpoint needs") as caught:
-        run.require_space(10**18)
+        require_space(run.path, 10**18)
     assert caught.value.exit_code == 1
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -217,3 +218,13 @@ def test_a_warm_start_takes_no_more_completions_at_once_than_were_planned(
     for flags in ([], ["--num-generations", 4, "--micro-batch-size", 3]):
         assert countdown("train", "--model", tiny_folder, *WARM, "--num-iterations", 1, *flags).code == 0
     assert rows == [2, 3]
+
+
+@pytest.mark.faults
+def test_a_full_disk_is_found_before_the_warm_start(
+    countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr("grpo_cli.core.rl.session.warm_start", lambda *_, **__: pytest.fail("minutes are lost"))
+    result = countdown("train", "--model", tiny_folder, *WARM)
+    assert result.code == 1 and "MB free, and a checkpoint needs" in result.err

@@ -46,7 +46,7 @@ from grpo_cli.core.rl.state import (
 from grpo_cli.core.rl.summary import summary
 from grpo_cli.core.rl.trackers import require_tracker, tracked
 from grpo_cli.core.rl.warm_start import Lesson, lessons, warm_start
-from grpo_cli.core.run.folder import Run
+from grpo_cli.core.run.folder import Run, require_space
 from grpo_cli.core.run.models import model_source
 from grpo_cli.core.sampling.selfcheck import load_checked
 from grpo_cli.core.task.countdown import task_of
@@ -151,6 +151,7 @@ def start(
         policy, plan = ranks.own(lambda: _load_planned(settings, past, plan, replan, note))
         settings = settled(settings, policy)
         if shown:
+            require_space(root, 2 * _training(policy, settings, ranks, device).checkpoint_bytes())
             rows = plan.choices.rows or settings.train.batch_size * settings.train.num_generations  # that are planned
             _warm_up(policy, shown, _fit(plan, note, rows), note)
         training = _training(policy, settings, ranks, device)
@@ -198,7 +199,7 @@ def _record(
     run: Run, training: Training, settings: Settings, *, step: int, ranks: int, shown: Sequence[Lesson]
 ) -> None:
     """Write the settings and the environment from `step` on, and what a warm start has `shown` and made."""
-    run.require_space(2 * training.checkpoint_bytes())
+    require_space(run.path, 2 * training.checkpoint_bytes())
     run.write_config(settings.model_dump())
     run.write_environment(environment(training.policy) | {"ranks": ranks}, step=step)
     if shown:

@@ -27,7 +27,7 @@ from grpo_cli.core.model.master_weights import MasterWeights
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.perf.roofline import hardware_of
-from grpo_cli.core.run.folder import Run
+from grpo_cli.core.run.folder import Run, require_space
 from grpo_cli.core.task.task import Problem, Task
 
 _PROGRESS = ["step", "pending", "base_accuracy", "best_score", "best_accuracy", "best_step", "waited"]
@@ -68,7 +68,7 @@ class Training:
 
         Raises CountdownError if it cannot be written; earlier checkpoints stay intact.
         """
-        run.require_space(self.checkpoint_bytes())
+        require_space(run.path, self.checkpoint_bytes())
         facts = {
             "step": self.step,
             "config": digest(settings),

@@ -65,7 +65,7 @@ class Run:
     @staticmethod
     def check(root: Path, name: str | None, *, overwrite: bool = False) -> None:
         """Raise the errors of `create` for this name, but change nothing."""
-        place = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+        place = _existing(root)
         if not place.is_dir() or not can_write(place):
             why = "cannot be written" if place.is_dir() else "is not a folder"
             raise CountdownError(f"cannot create a run in `{root}`: `{place}` {why}", "choose another with `--runs`")
@@ -175,16 +175,6 @@ class Run:
             if step != also:
                 with suppress(OSError):
                     checkpoint.discard(self.checkpoint_path(step))
-
-    def require_space(self, size: int) -> None:
-        """Raise CountdownError unless `size` bytes are free on the run's disk."""
-        free = shutil.disk_usage(self.path).free
-        if free < size:
-            raise CountdownError(
-                f"`{self.path}` has {free / 1e6:,.0f} MB free, and a checkpoint needs {size / 1e6:,.0f} MB",
-                "make room, or choose another folder with `--runs`",
-                exit_code=1,
-            )
 
     # Start, lock, resume
 
@@ -394,6 +384,22 @@ def find_run(root: Path, name: str) -> Run | None:
 
 def _run_at(folder: Path, file: str) -> Run | None:
     return Run(folder) if os.path.isfile(folder / file) and not folder.is_symlink() else None
+
+
+def require_space(folder: Path, size: int) -> None:
+    """Raise CountdownError unless `size` bytes are free on the disk of `folder`, which need not exist."""
+    free = shutil.disk_usage(_existing(folder)).free
+    if free < size:
+        raise CountdownError(
+            f"`{folder}` has {free / 1e6:,.0f} MB free, and a checkpoint needs {size / 1e6:,.0f} MB",
+            "make room, or choose another folder with `--runs`",
+            exit_code=1,
+        )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or its nearest parent that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def suggestion(root: Path, name: str) -> str | None:
