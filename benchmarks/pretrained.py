@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from measured import table
 
 from grpo_cli.core.run.folder import Run
@@ -84,6 +85,7 @@ def draw(runs: Path, names: Sequence[str], path: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.axes[0].legend(frameon=False)
     figure.savefig(path, dpi=130)
     print(path)
