@@ -116,7 +116,7 @@ def test_a_card_describes_the_task_and_data_it_was_trained_on() -> None:
 
 
 def test_a_card_names_the_warm_start_and_mixed_prompts() -> None:
-    settings = values(resolve(flags={"preset": "smollm2-135m"}).settings)
+    settings = values(resolve(flags={"preset": "smollm2-135m", "train.warm_start": 480}).settings)
     start = Evaluated(0, "val 3 one-shot", 4, 0.25, None, None, None, None, {}, "1000", [])
     card = model_card(CardFacts("first", "smollm", None, settings, {"val 3 one-shot": {0: start}}, 0, "not known"))
     assert "Trained from `smollm` by imitating 480 worked searches, then by GRPO" in card
