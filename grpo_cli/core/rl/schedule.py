@@ -13,7 +13,7 @@ from grpo_cli.core.task.prompts import STYLES
 from grpo_cli.core.task.suite import SIZES
 from grpo_cli.core.task.task import Problem, require_apart
 
-PLANNED_STEPS = 4  # steps, about, whose prompts are encoded to plan memory
+PLANNED_STEPS = 4  # memory is planned for the prompts of about so many steps
 PLANNED_PROMPTS = 1000
 
 

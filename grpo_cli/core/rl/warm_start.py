@@ -50,10 +50,10 @@ WARMUP = 0.1  # share of the steps over which the learning rate rises; then it f
 def demonstration(puzzle: Puzzle, *, style: Style, impatient: bool = False) -> str | None:
     """A completion that repeats the puzzle, then tries expressions in a fixed order, none twice, until one is correct.
 
-    SmolLM2 compares a value with the target only if the target stands beside it: hence `need 18` in every line, and the
-    puzzle in the first. A line has no spaces (`2*6+10=12+10=22 need 18 no`), which takes fewer tokens than the built-in
-    model's traces. Parentheses come early enough to be learned. An `impatient` search gives up after PATIENT failures
-    and answers with its last try.
+    SmolLM2 compares a value with the target more reliably if both stand side by side: hence `need 18` in every line,
+    and the puzzle in the first. A line has no spaces (`2*6+10=12+10=22 need 18 no`), which takes fewer tokens than the
+    built-in model's traces. Parentheses come early enough to be learned. An `impatient` search gives up after PATIENT
+    failures and answers with its last try.
     None if no form solves the puzzle.
     """
     lines = [f"{' '.join(map(str, puzzle.numbers))} -> {puzzle.target}"]
