@@ -14,12 +14,14 @@ from conftest import Command
 from torch import Tensor
 
 from grpo_cli.core.config.resolve import resolve
+from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evals.contamination import known
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import load, load_tokenizer
 from grpo_cli.core.model.policy import Policy, Sequences
-from grpo_cli.core.rl.warm_start import Lesson, demonstration, demonstrations, lessons, warm_start
+from grpo_cli.core.rl.state import Training
+from grpo_cli.core.rl.warm_start import Lesson, demonstration, demonstrations, imitation, lessons, warm_start
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task.data import puzzle_set
 from grpo_cli.core.task.prompts import STYLES, prompt
@@ -76,7 +78,7 @@ def test_a_warm_start_makes_demonstrations_likely(tiny_policy: Policy) -> None:
     before = tiny_policy.sums()
     examples = prompted(demonstrations(TRAIN, ["zero-shot"] * 4, seed=3)) * 24
     warm_start(
-        tiny_policy,
+        imitation(tiny_policy),
         examples,
         learning_rate=3e-3,
         report=lambda step, total, loss: losses.append(loss),
@@ -102,7 +104,7 @@ def test_micro_batches_change_nothing_nor_does_running_out_of_memory(
         policy, losses = load(str(tiny_folder), device="cpu", precision="float32"), list[float]()
         examples = prompted(demonstrations(TRAIN, ["zero-shot"] * 16, seed=3))
         fit = MicroBatch(rows, report=said.append)
-        warm_start(policy, examples, fit=fit, report=lambda step, of, loss: losses.append(loss))
+        warm_start(imitation(policy), examples, fit=fit, report=lambda step, of, loss: losses.append(loss))
         return losses
 
     said: list[str] = []
@@ -194,6 +196,58 @@ def test_a_run_starts_from_the_warm_started_model_and_resumes_equal(
     assert [line["kl"] for line in lines] == [lines[0]["kl"]] * 2
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_warm_start_that_was_stopped_continues_equal(
+    countdown: Command, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_damaged: bool
+) -> None:
+    train = ["train", "--model", tiny_folder, *WARM, "--num-iterations", 1, "--warm-start", 32, "--save-minutes", 1e-9]
+    assert countdown(*train, "--run", "whole").code == 0
+    save = Training.save
+
+    def stop_after_step_2(training: Training, run: Run, settings: Settings) -> None:
+        save(training, run, settings)
+        if training.step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "save", stop_after_step_2)
+        stopped = countdown(*train, "--run", "halves")
+    assert stopped.code == 130
+    assert "step 2 is saved; continue with: countdown train --run halves --resume" in " ".join(stopped.err.split())
+    whole, halves = (Run.open(tmp_path / "runs", name) for name in ("whole", "halves"))
+    assert [step for step, _ in halves.warming.checkpoints()] == [1, 2] and not halves.warm_start_path.exists()
+    if is_damaged:
+        (halves.warming.checkpoint_path(2) / "state.pt").write_bytes(b"")
+    resumed = countdown("train", "--run", "halves", "--resume")
+    assert resumed.code == 0, resumed.err
+    assert f"warm start: continuing after step {1 if is_damaged else 2}" in resumed.err
+    ends = [load(str(run.warm_start_path), device="cpu").fingerprint() for run in (whole, halves)]
+    assert ends[0] == ends[1] and not halves.warming.path.exists()
+    assert [whole.read_origin(), whole.metrics()[-1]["kl"]] == [halves.read_origin(), halves.metrics()[-1]["kl"]]
+
+
+@pytest.mark.faults
+def test_a_warm_start_that_was_stopped_before_a_save_leaves_nothing(
+    countdown: Command, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grpo_cli.core.rl.session.warm_start", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    stopped = countdown("train", "--model", tiny_folder, *WARM)
+    assert (stopped.code, "nothing of it was saved yet" in stopped.err) == (130, True), stopped.err
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_reference_is_loaded_before_the_warm_start(
+    countdown: Command, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grpo_cli.core.rl.session.warm_start", lambda *_, **__: pytest.fail("minutes are lost"))
+    shutil.copytree(tiny_folder, tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").write_bytes(b"no weights")
+    refused = countdown("train", "--model", tiny_folder, *WARM, "--ref-model", "other")
+    assert (refused.code, "other" in refused.err) == (2, True), refused.err
+    assert not list(tmp_path.glob("runs/*"))
+
+
 def test_a_request_to_save_does_not_end_a_warm_start(
     countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,7 +261,7 @@ def test_a_request_to_save_does_not_end_a_warm_start(
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert result.code == 0
-    assert "warm start: imitating 16 searches; the model is saved after the last step" in result.err
+    assert "warm start: imitating 16 searches" in result.err
 
 
 def test_a_warm_start_takes_no_more_completions_at_once_than_were_planned(

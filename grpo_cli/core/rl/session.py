@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from grpo_cli.core.config.settings import Settings
+from grpo_cli.core.config.settings import Settings, digest
 from grpo_cli.core.dist import shards
 from grpo_cli.core.dist.ranks import Solo
 from grpo_cli.core.errors import CountdownError
@@ -45,7 +46,7 @@ from grpo_cli.core.rl.state import (
 )
 from grpo_cli.core.rl.summary import summary
 from grpo_cli.core.rl.trackers import require_tracker, tracked
-from grpo_cli.core.rl.warm_start import Lesson, lessons, warm_start
+from grpo_cli.core.rl.warm_start import Lesson, imitation, lessons, warm_start
 from grpo_cli.core.run.folder import Run, require_space
 from grpo_cli.core.run.models import model_source
 from grpo_cli.core.sampling.selfcheck import load_checked
@@ -125,7 +126,7 @@ def start(
 ) -> Iterator[Session]:
     """Load everything and open the run, which stays locked until the block ends.
 
-    A new run is created only after its model has loaded. `resume` continues run `name` from its newest intact
+    A new run is created only after its models have loaded. `resume` continues run `name` from its newest intact
     checkpoint, or from that of `step`. `note` receives sentences for the user.
     """
     require_tracker(settings.train.tracker)
@@ -146,24 +147,29 @@ def start(
             old = Run.open(root, name)
             ranks.first(lambda: _lock(old, locks, note))
             past = _Past(old, *ranks.first(lambda: choose_checkpoint(old, settings, step, note)))
-        # 2. Load the model, and restore the checkpoint.
+        # 2. Load the models.
         shown = [] if past.checkpoint or past.warmed else demonstrated(settings, ranks.size)
         policy, plan = ranks.own(lambda: _load_planned(settings, past, plan, replan, note))
         settings = settled(settings, policy)
-        if shown:
-            require_space(root, 2 * _training(policy, settings, ranks, device).checkpoint_bytes())
-            rows = plan.choices.rows or settings.train.batch_size * settings.train.num_generations  # that are planned
-            _warm_up(policy, shown, _fit(plan, note, rows), note)
-        training = _training(policy, settings, ranks, device)
-        reference = ranks.own(lambda: _restore(training, settings, plan.choices, past, hashes))
+        named = ranks.own(lambda: _named_reference(settings, policy, plan.choices))
 
-        # 3. Open the run.
-        def begin() -> Run:
+        # 3. Imitate, or restore the checkpoint.
+        def opened() -> Run:
             run = past.run or Run.create(root, name, overwrite=overwrite)
             if past.run is None:
                 _lock(run, locks, note)
+            return run
+
+        started = _warm_up(opened, policy, shown, settings, plan, note) if shown else None
+        training = _training(policy, settings, ranks, device)
+        reference = ranks.own(lambda: _restore(training, settings, plan.choices, past, hashes, named))
+
+        # 4. Open the run.
+        def begin() -> Run:
+            run = started or opened()
+            run.end_warming()
             with nullcontext() if past.run else run.starting():
-                _record(run, training, settings, step=past.step, ranks=ranks.size, shown=shown)
+                _record(run, training, settings, step=past.step, ranks=ranks.size)
                 if past.checkpoint is None:
                     run.write_origin(origin(policy, reference, hashes))
             for moved in past.cut(pending=training.pending is not None):
@@ -195,17 +201,11 @@ class _Past:
         return self.run.go_back_to(self.step if self.checkpoint else -1, pending=pending) if self.run else []
 
 
-def _record(
-    run: Run, training: Training, settings: Settings, *, step: int, ranks: int, shown: Sequence[Lesson]
-) -> None:
-    """Write the settings and the environment from `step` on, and what a warm start has `shown` and made."""
+def _record(run: Run, training: Training, settings: Settings, *, step: int, ranks: int) -> None:
+    """Write the settings and the environment from `step` on."""
     require_space(run.path, 2 * training.checkpoint_bytes())
     run.write_config(settings.model_dump())
     run.write_environment(environment(training.policy) | {"ranks": ranks}, step=step)
-    if shown:
-        run.write_lessons(lesson.record() for lesson in shown)
-        with run.saving(run.warm_start_path) as folder:
-            training.policy.save(folder)
 
 
 def _check_problems(settings: Settings, note: Note) -> dict[str, str]:
@@ -290,13 +290,55 @@ def _load(
     )
 
 
-def _warm_up(policy: Policy, shown: Sequence[Lesson], fit: MicroBatch, note: Note) -> None:
+def _warm_up(
+    opened: Callable[[], Run],
+    policy: Policy,
+    shown: Sequence[Lesson],
+    settings: Settings,
+    plan: MemoryPlan,
+    note: Note,
+) -> Run:
+    """Imitate what is `shown`, saving every `save_minutes`; the run that is opened keeps the model."""
+    warming = imitation(policy)
+    require_space(Path(settings.runs), 2 * warming.checkpoint_bytes())
+    rows = plan.choices.rows or settings.train.batch_size * settings.train.num_generations  # that are planned
+    fit = _fit(plan, note, rows)
+    seconds, saved_at = 60 * settings.train.save_minutes, time.monotonic()
+    run = opened()
+    begun = run.warming
+
     def report(step: int, steps: int, loss: float) -> None:
+        nonlocal saved_at
         if step % max(1, steps // 10) == 0 or step == steps:
             note(f"warm start: step {step} of {steps}, loss {loss:.3f}")
+        if 0 < seconds <= time.monotonic() - saved_at and step < steps:
+            warming.save(begun, settings)
+            saved_at = time.monotonic()
 
-    note(f"warm start: imitating {len(shown):,} searches; the model is saved after the last step")
-    warm_start(policy, shown, fit=fit, report=report)
+    with run.starting():
+        run.write_config(settings.model_dump())
+        run.write_lessons(lesson.record() for lesson in shown)
+        note(f"warm start: imitating {len(shown):,} searches")
+        _continue(warming, begun, settings, note)
+        try:
+            warm_start(warming, shown, fit=fit, report=report)
+        except (KeyboardInterrupt, SystemExit):
+            again = f"continue with: countdown train --run {run.name} --resume"
+            saved = [f"step {step} is saved; {again}" for step, _ in begun.checkpoints()]
+            note(f"stopped in the warm start: {saved[-1] if saved else 'nothing of it was saved yet'}")
+            raise
+        with run.saving(run.warm_start_path) as folder:
+            policy.save(folder)
+    return run
+
+
+def _continue(warming: Training, begun: Run, settings: Settings, note: Note) -> None:
+    """Restore the newest intact checkpoint in `begun` of a warm start with these settings, if there is one."""
+    for step, folder in reversed(begun.checkpoints()):
+        if begun.damage(step) is None and begun.manifest(step).get("config") == digest(settings):
+            warming.fall_back(folder)
+            warming.step = step
+            return note(f"warm start: continuing after step {step}")
 
 
 def _fit(plan: MemoryPlan, report: Note, rows: int = 0) -> MicroBatch:
@@ -321,28 +363,42 @@ def _load_planned(
 
 
 def _restore(
-    training: Training, settings: Settings, choices: Choices, past: _Past, hashes: Mapping[str, str]
+    training: Training,
+    settings: Settings,
+    choices: Choices,
+    past: _Past,
+    hashes: Mapping[str, str],
+    named: Reference | None,
 ) -> Reference | None:
-    """Restore a checkpoint, if there is one, and return the frozen reference, if the loss needs one."""
+    """Restore a checkpoint, if there is one, and return the frozen reference, if the loss needs one.
+
+    It is `named`, or else the model that the training started from.
+    """
     has_reference = settings.loss.beta > 0
     unchanged = past.checkpoint is None or training.policy.adapter  # an adapter's base model never changes
     original = training.policy if unchanged else _load(settings, choices, past.warmed) if has_reference else None
-    reference = _reference(settings, original, choices) if original and has_reference else None
+    reference = named
+    if original and has_reference and named is None:
+        reference = Reference.of(original, on_host=_on_host(settings, choices))
     if past.run and past.checkpoint:
         require_origin(past.run, original, reference, hashes)
         training.restore(past.checkpoint)
     return reference
 
 
-def _reference(settings: Settings, starting: Policy, choices: Choices) -> Reference:
-    """A frozen copy of the starting policy, or the model that `ref_model` names."""
-    name, on_host = settings.model.ref_model, choices.on_host or settings.ranks.shard
-    if name == "same":
-        return Reference.of(starting, on_host=on_host)
+def _named_reference(settings: Settings, policy: Policy, choices: Choices) -> Reference | None:
+    """The model that `ref_model` names, or None if the loss needs none or that of the start."""
+    name = settings.model.ref_model
+    if settings.loss.beta == 0 or name == "same":
+        return None
     other = _load(settings, choices, name=name)
-    if other.fingerprint()["tokenizer"] != starting.fingerprint()["tokenizer"]:
+    if other.fingerprint()["tokenizer"] != policy.fingerprint()["tokenizer"]:
         raise CountdownError(
             f"`{name}` and `{settings.model.model}` have different tokenizers",
             "choose a `--ref-model` with the same tokenizer",
         )
-    return Reference.of(other, on_host=on_host)
+    return Reference.of(other, on_host=_on_host(settings, choices))
+
+
+def _on_host(settings: Settings, choices: Choices) -> bool:
+    return choices.on_host or settings.ranks.shard

@@ -23,7 +23,7 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.rl.schedule import curriculum
-from grpo_cli.core.rl.state import build_optimizer
+from grpo_cli.core.rl.state import Training, build_optimizer
 from grpo_cli.core.task.prompts import Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.task import Message
@@ -144,23 +144,28 @@ def lessons(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, ranks: in
     ]
 
 
+def imitation(policy: Policy) -> Training:
+    """The state of a warm start of `policy` before its first step."""
+    return Training(policy, build_optimizer(policy, name="adamw", weight_decay=0.0))
+
+
 def warm_start(
-    policy: Policy,
+    training: Training,
     lessons: Sequence[Lesson],
     *,
     learning_rate: float = LEARNING_RATE,
     fit: MicroBatch | None = None,
     report: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> None:
-    """Train `policy` in place on the tokens of each completion once, with AdamW, as many at a time as `fit` allows.
+    """Train on the tokens of each completion once, after `training.step`, as many at a time as `fit` allows.
 
-    `report` receives step, steps and loss.
+    `report` receives step, steps and loss after each step, when `training` can be saved.
     """
     fit = fit or MicroBatch()
-    optimizer = build_optimizer(policy, name="adamw", weight_decay=0.0)
+    policy, optimizer = training.policy, training.optimizer
     batches = [lessons[start : start + BATCH] for start in range(0, len(lessons), BATCH)]
     rise = max(1, round(WARMUP * len(batches)))
-    for step, batch in enumerate(batches, start=1):
+    for step, batch in enumerate(batches[training.step :], start=training.step + 1):
         scale = min(step / rise, (len(batches) + 1 - step) / (len(batches) + 1 - rise))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * scale
@@ -169,6 +174,7 @@ def warm_start(
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        training.step = step
         report(step, len(batches), loss)
 
 

@@ -2,7 +2,7 @@
 
 runs/<name>/  config.json  origin.json  environment.json  summary.json  metrics.jsonl  evaluations.jsonl
               tracker.json  tensorboard/  wandb/  samples.jsonl  training_curve.png  kl_divergence.png  report.html
-              model/  adapter/  checkpoints/step-50/  bad_steps/  warm_start/  warm_start.jsonl  .lock
+              model/  adapter/  checkpoints/step-50/  bad_steps/  warm_start/  warm_start.jsonl  warming/  .lock
 """
 
 from __future__ import annotations
@@ -138,6 +138,11 @@ class Run:
         """Folder of the warm-started model, which reinforcement started from."""
         return self.path / "warm_start"
 
+    @property
+    def warming(self) -> Self:
+        """The part of this run that holds the checkpoints of its warm start, until that ends."""
+        return type(self)(self.path / "warming", self.writes)
+
     def checkpoint_path(self, step: int) -> Path:
         """Folder of the checkpoint of a step; write it through `saving`."""
         return self.path / "checkpoints" / f"step-{step}"
@@ -206,13 +211,19 @@ class Run:
 
     @contextmanager
     def starting(self) -> Iterator[None]:
-        """Remove this new run if the block fails, so that a failed start leaves nothing."""
+        """Remove this run if the block fails, unless it already holds a warm start or a part of one."""
         try:
             yield
         except BaseException:
-            with suppress(OSError):
-                checkpoint.discard(self.path)
+            if not (self.warm_start_path.exists() or self.warming.checkpoints()):
+                with suppress(OSError):
+                    checkpoint.discard(self.path)
             raise
+
+    def end_warming(self) -> None:
+        """Remove the checkpoints of the warm start."""
+        if self.warming.path.exists():
+            checkpoint.discard(self.warming.path)
 
     def go_back_to(self, step: int, *, pending: bool = False) -> list[str]:
         """Remove metrics, samples and checkpoints of later steps; the resumed training writes them again.
