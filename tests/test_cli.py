@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,10 @@ import pytest
 from conftest import SMALL, Command
 from forked import Forked
 
+import grpo_cli.cli.eval as eval_command
+from grpo_cli.cli.checks import Chosen
+from grpo_cli.cli.models import load
+from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.sampling.decode import ShrinkingSampler
 from grpo_cli.core.task.countdown import Countdown
 from grpo_cli.core.task.puzzle import Puzzle
@@ -398,3 +403,19 @@ def test_ctrl_c_elsewhere_is_exit_code_130(countdown: Command, monkeypatch: pyte
     found = countdown("gen-data", "--count", 5)
     assert found.code == 130
     assert "Traceback" not in found.err
+
+
+def test_a_model_is_freed_before_the_next_is_evaluated(
+    countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Policy]] = []
+
+    def load_alone(chosen: Chosen) -> Policy:
+        assert not any(policy() for policy in loaded)
+        policy = load(chosen)
+        loaded.append(weakref.ref(policy))
+        return policy
+
+    monkeypatch.setattr(eval_command, "load", load_alone)
+    assert countdown("eval", tiny_folder, tiny_folder, "--limit", 2, "--max-new-tokens", 2).code == 0
+    assert len(loaded) == 2

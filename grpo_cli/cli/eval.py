@@ -114,6 +114,7 @@ def _evaluate(
                 known=trained_on,
             )
             results.append(evaluator.evaluate_suite(puzzles, weights, progress=progress))
+            del evaluator  # frees the model before the next one loads
     return results
 
 
