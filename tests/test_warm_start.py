@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Command
+from conftest import Command, save_tiny_model
 from torch import Tensor
 
 from grpo_cli.core.config.resolve import resolve
@@ -196,31 +196,48 @@ def test_a_run_starts_from_the_warm_started_model_and_resumes_equal(
     assert [line["kl"] for line in lines] == [lines[0]["kl"]] * 2
 
 
-@pytest.mark.faults
-@pytest.mark.parametrize("is_damaged", [False, True])
-def test_a_warm_start_that_was_stopped_continues_equal(
-    countdown: Command, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_damaged: bool
-) -> None:
-    train = ["train", "--model", tiny_folder, *WARM, "--num-iterations", 1, "--warm-start", 32, "--save-minutes", 1e-9]
-    assert countdown(*train, "--run", "whole").code == 0
+def stop_after_step_2(monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    """Send a signal once the second step of a warm start is saved."""
     save = Training.save
 
-    def stop_after_step_2(training: Training, run: Run, settings: Settings) -> None:
+    def save_and_stop(training: Training, run: Run, settings: Settings) -> None:
+        is_first = not run.checkpoint_path(2).exists()
         save(training, run, settings)
-        if training.step == 2:
-            signal.raise_signal(signal.SIGINT)
+        if run.path.name == "warming" and training.step == 2 and is_first:
+            signal.raise_signal(number)
 
+    monkeypatch.setattr(Training, "save", save_and_stop)
+
+
+OFTEN = [*WARM, "--num-iterations", 1, "--warm-start", 32, "--save-minutes", 1e-9]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("number", "is_damaged"), [(signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGTERM, False)]
+)
+def test_a_warm_start_that_was_stopped_continues_equal(
+    countdown: Command,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    is_damaged: bool,
+) -> None:
+    train = ["train", "--model", tiny_folder, *OFTEN]
+    assert countdown(*train, "--run", "whole").code == 0
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "save", stop_after_step_2)
+        stop_after_step_2(patch, number)
         stopped = countdown(*train, "--run", "halves")
-    assert stopped.code == 130
-    assert "step 2 is saved; continue with: countdown train --run halves --resume" in " ".join(stopped.err.split())
+    assert stopped.code == 128 + number
+    assert "after step 2; resume with: countdown train --run halves --resume" in " ".join(stopped.err.split())
     whole, halves = (Run.open(tmp_path / "runs", name) for name in ("whole", "halves"))
     assert [step for step, _ in halves.warming.checkpoints()] == [1, 2] and not halves.warm_start_path.exists()
     if is_damaged:
         (halves.warming.checkpoint_path(2) / "state.pt").write_bytes(b"")
     resumed = countdown("train", "--run", "halves", "--resume")
     assert resumed.code == 0, resumed.err
+    assert ("skipping the checkpoint of step 2" in resumed.err) == is_damaged
     assert f"warm start: continuing after step {1 if is_damaged else 2}" in resumed.err
     ends = [load(str(run.warm_start_path), device="cpu").fingerprint() for run in (whole, halves)]
     assert ends[0] == ends[1] and not halves.warming.path.exists()
@@ -228,13 +245,23 @@ def test_a_warm_start_that_was_stopped_continues_equal(
 
 
 @pytest.mark.faults
-def test_a_warm_start_that_was_stopped_before_a_save_leaves_nothing(
-    countdown: Command, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("changed", ["config.json", "model"])
+def test_a_warm_start_continues_only_as_it_began(
+    countdown: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
 ) -> None:
-    monkeypatch.setattr("grpo_cli.core.rl.session.warm_start", lambda *_, **__: signal.raise_signal(signal.SIGINT))
-    stopped = countdown("train", "--model", tiny_folder, *WARM)
-    assert (stopped.code, "nothing of it was saved yet" in stopped.err) == (130, True), stopped.err
-    assert not list(tmp_path.glob("runs/*"))
+    save_tiny_model(tmp_path / "model")
+    with monkeypatch.context() as patch:
+        stop_after_step_2(patch, signal.SIGINT)
+        assert countdown("train", "--model", "model", *OFTEN, "--run", "first").code == 130
+    run = Run.open(tmp_path / "runs", "first")
+    if changed == "model":
+        save_tiny_model(tmp_path / "model", hidden_size=16, num_attention_heads=2)
+    else:
+        config = run.read_config()
+        run.write_config({**config, "train": {**config["train"], "learning_rate": 0.5}})  # type: ignore[dict-item]
+    refused = countdown("train", "--run", "first", "--resume")
+    assert refused.code == 2 and "have changed since step 2 of its warm start" in " ".join(refused.err.split())
+    assert [step for step, _ in run.warming.checkpoints()] == [1, 2]
 
 
 def test_a_reference_is_loaded_before_the_warm_start(

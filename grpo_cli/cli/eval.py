@@ -104,7 +104,7 @@ def _evaluate(
             advance(len(results) * total + count, len(chosen) * total)
 
         for model, trained_on in zip(chosen, known, strict=True):
-            evaluator = Evaluator(
+            result = Evaluator(
                 Engine(ranks.own(partial(load, model))),
                 SamplingParams.evaluation(settings),
                 asked,
@@ -112,9 +112,8 @@ def _evaluate(
                 fit=at_once(model.settings, settings.batch_size),
                 ranks=ranks,
                 known=trained_on,
-            )
-            results.append(evaluator.evaluate_suite(puzzles, weights, progress=progress))
-            del evaluator  # frees the model before the next one loads
+            ).evaluate_suite(puzzles, weights, progress=progress)
+            results.append(result)
     return results
 
 

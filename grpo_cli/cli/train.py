@@ -75,10 +75,16 @@ def run(
     if choose_optimizer(settings.train.optimizer, detect_device(model.device)) == "adamw8bit":
         require_package("bitsandbytes")
     ranks = join_ranks(settings)
-    opening = start(settings, run, overwrite=overwrite, resume=resume, step=step, ranks=ranks, note=show.note)
-    with ignoring_requests(), opening as session:
-        _train(session)
-        ranks.leave()
+    signals = Signals(launched=ranks.size > 1)
+    opening = start(
+        settings, run, overwrite=overwrite, resume=resume, step=step, ranks=ranks, control=signals, note=show.note
+    )
+    try:
+        with ignoring_requests(), opening as session:
+            _train(session, signals)
+            ranks.leave()
+    except Interrupted:
+        sys.exit(128 + (signals.stop or signal.SIGTERM))
 
 
 class _View(TrainingView):
@@ -103,7 +109,7 @@ class _View(TrainingView):
             self.message(f"{failure}: {problem}")
 
 
-def _train(session: Session) -> None:
+def _train(session: Session, signals: Signals) -> None:
     """Train to the end or until a signal, with the live view."""
     run, training, ranks = session.run, session.training, session.ranks
     policy = training.policy
@@ -111,12 +117,12 @@ def _train(session: Session) -> None:
     show.note(f"run {run.path}: {policy.name} on {policy.device}, {policy.precision}, from step {training.step}{among}")
     show.note(tables.memory_line(session.memory))
     shown: TrainingView | Unseen = _View(session) if run.writes else Unseen()
-    with Signals(launched=ranks.size > 1) as signals, shown as view:
+    with signals, shown as view:
         try:
             result = session.train(view, signals)
         except Interrupted:
             view.message(f"stopped after step {training.step}; resume with: countdown train --run {run.name} --resume")
-            sys.exit(128 + (signals.stop or signal.SIGTERM))
+            raise
     if run.writes:
         write_card(run)
         tables.training_summary(result.summary, run.path, overlap=result.overlap)

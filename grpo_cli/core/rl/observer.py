@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,15 @@ class Validated:
 
 
 class Control:
-    """Stops a running training, or makes it save; by default neither. Override what you need."""
+    """Stops a running training, or makes it save; by default neither. Override what you need.
+
+    A training enters it as a context while it polls.
+    """
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
 
     def should_stop(self) -> bool:
         """Whether to save the last completed step and raise Interrupted; polled between tokens and micro-batches."""

@@ -122,12 +122,14 @@ def start(
     resume: bool = False,
     step: int | None = None,
     ranks: Solo | None = None,
+    control: Control | None = None,
     note: Note = _ignore,
 ) -> Iterator[Session]:
     """Load everything and open the run, which stays locked until the block ends.
 
     A new run is created only after its models have loaded. `resume` continues run `name` from its newest intact
-    checkpoint, or from that of `step`. `note` receives sentences for the user.
+    checkpoint, or from that of `step`. `control` can stop a warm start, which raises Interrupted. `note` receives
+    sentences for the user.
     """
     require_tracker(settings.train.tracker)
     ranks, root = ranks or Solo(), Path(settings.runs)
@@ -148,27 +150,29 @@ def start(
             ranks.first(lambda: _lock(old, locks, note))
             past = _Past(old, *ranks.first(lambda: choose_checkpoint(old, settings, step, note)))
         # 2. Load the models.
-        shown = [] if past.checkpoint or past.warmed else demonstrated(settings, ranks.size)
+        examples = [] if past.checkpoint or past.warmed else demonstrated(settings, ranks.size)
         policy, plan = ranks.own(lambda: _load_planned(settings, past, plan, replan, note))
         settings = settled(settings, policy)
-        named = ranks.own(lambda: _named_reference(settings, policy, plan.choices))
+        other = ranks.own(lambda: _other_reference(settings, policy, plan.choices))
 
         # 3. Imitate, or restore the checkpoint.
-        def opened() -> Run:
+        def open_run() -> Run:
             run = past.run or Run.create(root, name, overwrite=overwrite)
             if past.run is None:
                 _lock(run, locks, note)
             return run
 
-        started = _warm_up(opened, policy, shown, settings, plan, note) if shown else None
+        warmed = None
+        if examples:
+            warmed = _warm_up(open_run, policy, examples, settings, plan, hashes, control or Control(), note)
         training = _training(policy, settings, ranks, device)
-        reference = ranks.own(lambda: _restore(training, settings, plan.choices, past, hashes, named))
+        reference = ranks.own(lambda: _restore(training, settings, plan.choices, past, hashes, other))
 
         # 4. Open the run.
         def begin() -> Run:
-            run = started or opened()
+            run = warmed or open_run()
             run.end_warming()
-            with nullcontext() if past.run else run.starting():
+            with nullcontext() if past.run or warmed else run.starting():
                 _record(run, training, settings, step=past.step, ranks=ranks.size)
                 if past.checkpoint is None:
                     run.write_origin(origin(policy, reference, hashes))
@@ -291,54 +295,74 @@ def _load(
 
 
 def _warm_up(
-    opened: Callable[[], Run],
+    open_run: Callable[[], Run],
     policy: Policy,
-    shown: Sequence[Lesson],
+    examples: Sequence[Lesson],
     settings: Settings,
     plan: MemoryPlan,
+    hashes: Mapping[str, str],
+    control: Control,
     note: Note,
 ) -> Run:
-    """Imitate what is `shown`, saving every `save_minutes`; the run that is opened keeps the model."""
-    warming = imitation(policy)
-    require_space(Path(settings.runs), 2 * warming.checkpoint_bytes())
+    """Warm-start the policy, with a checkpoint every `save_minutes`; returns the run, which keeps the model.
+
+    If `control` says stop, saves the last completed step and raises Interrupted.
+    """
+    training, start = imitation(policy), origin(policy, None, hashes)
+    require_space(Path(settings.runs), 2 * training.checkpoint_bytes())
     rows = plan.choices.rows or settings.train.batch_size * settings.train.num_generations  # that are planned
-    fit = _fit(plan, note, rows)
+    run = open_run()
+    _continue(training, run, settings, start, note)
+    run.write_config(settings.model_dump())
+    run.write_origin(start)
+    run.write_lessons(lesson.record() for lesson in examples)
     seconds, saved_at = 60 * settings.train.save_minutes, time.monotonic()
-    run = opened()
-    begun = run.warming
 
     def report(step: int, steps: int, loss: float) -> None:
         nonlocal saved_at
         if step % max(1, steps // 10) == 0 or step == steps:
             note(f"warm start: step {step} of {steps}, loss {loss:.3f}")
-        if 0 < seconds <= time.monotonic() - saved_at and step < steps:
-            warming.save(begun, settings)
+        if control.should_save() or 0 < seconds <= time.monotonic() - saved_at:
+            training.save(run.warming, settings)
             saved_at = time.monotonic()
 
-    with run.starting():
-        run.write_config(settings.model_dump())
-        run.write_lessons(lesson.record() for lesson in shown)
-        note(f"warm start: imitating {len(shown):,} searches")
-        _continue(warming, begun, settings, note)
-        try:
-            warm_start(warming, shown, fit=fit, report=report)
-        except (KeyboardInterrupt, SystemExit):
-            again = f"continue with: countdown train --run {run.name} --resume"
-            saved = [f"step {step} is saved; {again}" for step, _ in begun.checkpoints()]
-            note(f"stopped in the warm start: {saved[-1] if saved else 'nothing of it was saved yet'}")
-            raise
-        with run.saving(run.warm_start_path) as folder:
-            policy.save(folder)
+    def poll() -> None:
+        if control.should_stop():
+            raise loop.Interrupted
+
+    note(f"warm start: imitating {len(examples):,} searches")
+    try:
+        with control:
+            warm_start(training, examples, fit=_fit(plan, note, rows), report=report, poll=poll)
+    except loop.Interrupted:
+        training.save(run.warming, settings)
+        again = f"countdown train --run {run.name} --resume"
+        note(f"stopped in the warm start, after step {training.step}; resume with: {again}")
+        raise
+    with training.reported(run), run.saving(run.warm_start_path) as folder:
+        policy.save(folder)
     return run
 
 
-def _continue(warming: Training, begun: Run, settings: Settings, note: Note) -> None:
-    """Restore the newest intact checkpoint in `begun` of a warm start with these settings, if there is one."""
-    for step, folder in reversed(begun.checkpoints()):
-        if begun.damage(step) is None and begun.manifest(step).get("config") == digest(settings):
-            warming.fall_back(folder)
-            warming.step = step
-            return note(f"warm start: continuing after step {step}")
+def _continue(training: Training, run: Run, settings: Settings, start: Mapping[str, object], note: Note) -> None:
+    """Restore the newest intact checkpoint of the run's warm start, if there is one.
+
+    Raises CountdownError if the settings or the starting model have changed since.
+    """
+    checkpoints = run.warming
+    for step, folder in reversed(checkpoints.checkpoints()):
+        if problem := checkpoints.damage(step):
+            note(f"skipping the checkpoint of step {step}: {problem}")
+            continue
+        if run.read_origin() != start or checkpoints.manifest(step).get("config") != digest(settings):
+            raise CountdownError(
+                f"the settings, model or puzzles of run `{run.name}` have changed since step {step} of its warm start",
+                "restore them, or start a new run",
+            )
+        training.fall_back(folder)
+        training.step = step
+        note(f"warm start: continuing after step {step}")
+        break
 
 
 def _fit(plan: MemoryPlan, report: Note, rows: int = 0) -> MicroBatch:
@@ -368,17 +392,17 @@ def _restore(
     choices: Choices,
     past: _Past,
     hashes: Mapping[str, str],
-    named: Reference | None,
+    other: Reference | None,
 ) -> Reference | None:
     """Restore a checkpoint, if there is one, and return the frozen reference, if the loss needs one.
 
-    It is `named`, or else the model that the training started from.
+    It is `other`, or else the model that the training started from.
     """
     has_reference = settings.loss.beta > 0
     unchanged = past.checkpoint is None or training.policy.adapter  # an adapter's base model never changes
     original = training.policy if unchanged else _load(settings, choices, past.warmed) if has_reference else None
-    reference = named
-    if original and has_reference and named is None:
+    reference = other
+    if original and has_reference and not other:
         reference = Reference.of(original, on_host=_on_host(settings, choices))
     if past.run and past.checkpoint:
         require_origin(past.run, original, reference, hashes)
@@ -386,18 +410,18 @@ def _restore(
     return reference
 
 
-def _named_reference(settings: Settings, policy: Policy, choices: Choices) -> Reference | None:
-    """The model that `ref_model` names, or None if the loss needs none or that of the start."""
+def _other_reference(settings: Settings, policy: Policy, choices: Choices) -> Reference | None:
+    """The model that `ref_model` names, or None without KL and if the reference is the starting model."""
     name = settings.model.ref_model
     if settings.loss.beta == 0 or name == "same":
         return None
-    other = _load(settings, choices, name=name)
-    if other.fingerprint()["tokenizer"] != policy.fingerprint()["tokenizer"]:
+    named = _load(settings, choices, name=name)
+    if named.fingerprint()["tokenizer"] != policy.fingerprint()["tokenizer"]:
         raise CountdownError(
             f"`{name}` and `{settings.model.model}` have different tokenizers",
             "choose a `--ref-model` with the same tokenizer",
         )
-    return Reference.of(other, on_host=_on_host(settings, choices))
+    return Reference.of(named, on_host=_on_host(settings, choices))
 
 
 def _on_host(settings: Settings, choices: Choices) -> bool:

@@ -80,7 +80,7 @@ class Training:
         if facts["optimizer"] == "AdamW8bit":
             facts["bitsandbytes"] = version("bitsandbytes")
         progress = {name: getattr(self, name) for name in _PROGRESS}
-        with self._reported(run), run.saving(run.checkpoint_path(self.step), facts) as folder:
+        with self.reported(run), run.saving(run.checkpoint_path(self.step), facts) as folder:
             if self.policy.adapter:
                 lora.save_adapter(self.policy.model, folder / "model")
             else:
@@ -95,22 +95,22 @@ class Training:
 
     def save_best(self, run: Run) -> None:
         """Save the current model as the run's best; raises as `save` does."""
-        with self._reported(run), run.saving(run.model_path) as folder:
+        with self.reported(run), run.saving(run.model_path) as folder:
             self.policy.save(folder)
         if self.policy.adapter:
-            with self._reported(run), run.saving(run.adapter_path) as folder:
+            with self.reported(run), run.saving(run.adapter_path) as folder:
                 lora.save_adapter(self.policy.model, folder)
                 self.policy.tokenizer.save_pretrained(folder)
 
     @contextmanager
-    def _reported(self, run: Run) -> Iterator[None]:
+    def reported(self, run: Run) -> Iterator[None]:
         """Turn the libraries' errors on a full disk into one sentence."""
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
             raise CountdownError(
                 f"cannot save step {self.step} in `{run.path}`: {' '.join(str(error).split())}",
-                f"free some space, then continue with `--resume`; checkpoints: {run.saved_steps}",
+                f"free some space, then continue with `--resume`; saved steps: {run.saved_steps}",
                 exit_code=1,
             ) from error
 

@@ -156,10 +156,12 @@ def warm_start(
     learning_rate: float = LEARNING_RATE,
     fit: MicroBatch | None = None,
     report: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+    poll: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train on the tokens of each completion once, after `training.step`, as many at a time as `fit` allows.
+    """Train on the tokens of each completion once, as many at a time as `fit` allows; continues after `training.step`.
 
-    `report` receives step, steps and loss after each step, when `training` can be saved.
+    `report` receives step, steps and loss after each step. `poll` runs before each micro-batch; it may raise, and
+    `training` is then at its last completed step.
     """
     fit = fit or MicroBatch()
     policy, optimizer = training.policy, training.optimizer
@@ -169,7 +171,7 @@ def warm_start(
         scale = min(step / rise, (len(batches) + 1 - step) / (len(batches) + 1 - rise))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * scale
-        backward = partial(_backward, policy, _sequences(policy, batch), fit)
+        backward = partial(_backward, policy, _sequences(policy, batch), fit, poll)
         loss = fit.attempt(backward, total=len(batch), doing="warm start")
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
@@ -178,11 +180,12 @@ def warm_start(
         report(step, len(batches), loss)
 
 
-def _backward(policy: Policy, sequences: Sequences, fit: MicroBatch, rows: int) -> float:
+def _backward(policy: Policy, sequences: Sequences, fit: MicroBatch, poll: Callable[[], None], rows: int) -> float:
     """Set the gradient of the mean loss of all tokens, from micro-batches of `rows` completions; returns the loss."""
     policy.model.zero_grad(set_to_none=True)
     count, loss = sum(map(len, sequences.completions)), 0.0
     for chosen in micro_batches(range(len(sequences.completions)), rows):
+        poll()
         some = sequences.subset(chosen)
         fit.begin(tokens=some.tokens, rows=len(chosen), adds=policy.missing_gradients())
         logprobs, _ = policy.logprobs(some, temperature=1.0, logit_chunk=fit.logit_chunk)  # (B, T)

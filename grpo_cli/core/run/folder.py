@@ -140,7 +140,7 @@ class Run:
 
     @property
     def warming(self) -> Self:
-        """The part of this run that holds the checkpoints of its warm start, until that ends."""
+        """The checkpoints of an unfinished warm start, in a folder of this run."""
         return type(self)(self.path / "warming", self.writes)
 
     def checkpoint_path(self, step: int) -> Path:
@@ -211,13 +211,12 @@ class Run:
 
     @contextmanager
     def starting(self) -> Iterator[None]:
-        """Remove this run if the block fails, unless it already holds a warm start or a part of one."""
+        """Remove this new run if the block fails, so that a failed start leaves nothing."""
         try:
             yield
         except BaseException:
-            if not (self.warm_start_path.exists() or self.warming.checkpoints()):
-                with suppress(OSError):
-                    checkpoint.discard(self.path)
+            with suppress(OSError):
+                checkpoint.discard(self.path)
             raise
 
     def end_warming(self) -> None:
