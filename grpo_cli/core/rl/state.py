@@ -110,7 +110,7 @@ class Training:
         except (OSError, RuntimeError, SafetensorError) as error:
             raise CountdownError(
                 f"cannot save step {self.step} in `{run.path}`: {' '.join(str(error).split())}",
-                f"free some space, then continue with `--resume`; saved steps: {run.saved_steps}",
+                f"free some space, then continue with `--resume`; checkpoints: {run.saved_steps}",
                 exit_code=1,
             ) from error
 
