@@ -257,8 +257,9 @@ def test_a_warm_start_continues_only_as_it_began(
     if changed == "model":
         save_tiny_model(tmp_path / "model", hidden_size=16, num_attention_heads=2)
     else:
-        config = run.read_config()
-        run.write_config({**config, "train": {**config["train"], "learning_rate": 0.5}})  # type: ignore[dict-item]
+        config = json.loads(run.config_path.read_text())
+        config["train"]["learning_rate"] = 0.5
+        run.config_path.write_text(json.dumps(config))
     refused = countdown("train", "--run", "first", "--resume")
     assert refused.code == 2 and "have changed since step 2 of its warm start" in " ".join(refused.err.split())
     assert [step for step, _ in run.warming.checkpoints()] == [1, 2]
@@ -267,7 +268,7 @@ def test_a_warm_start_continues_only_as_it_began(
 def test_a_reference_is_loaded_before_the_warm_start(
     countdown: Command, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grpo_cli.core.rl.session.warm_start", lambda *_, **__: pytest.fail("minutes are lost"))
+    monkeypatch.setattr("grpo_cli.core.rl.warm_start.warm_start", lambda *_, **__: pytest.fail("minutes are lost"))
     shutil.copytree(tiny_folder, tmp_path / "other")
     (tmp_path / "other" / "model.safetensors").write_bytes(b"no weights")
     refused = countdown("train", "--model", tiny_folder, *WARM, "--ref-model", "other")
@@ -281,7 +282,7 @@ def test_a_request_to_save_does_not_end_a_warm_start(
     def asked(*arguments: Any, **options: Any) -> None:
         signal.raise_signal(signal.SIGUSR1)
 
-    monkeypatch.setattr("grpo_cli.core.rl.session.warm_start", asked)
+    monkeypatch.setattr("grpo_cli.core.rl.warm_start.warm_start", asked)
     before = signal.signal(signal.SIGUSR1, lambda *_: pytest.fail("it would have ended the process"))
     try:
         result = countdown("train", "--model", tiny_folder, *WARM, "--num-iterations", 1)
@@ -295,7 +296,7 @@ def test_a_warm_start_takes_no_more_completions_at_once_than_were_planned(
     countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[int] = []
-    monkeypatch.setattr("grpo_cli.core.rl.session.warm_start", lambda *_, fit, **__: rows.append(fit.rows))
+    monkeypatch.setattr("grpo_cli.core.rl.warm_start.warm_start", lambda *_, fit, **__: rows.append(fit.rows))
     for flags in ([], ["--num-generations", 4, "--micro-batch-size", 3]):
         assert countdown("train", "--model", tiny_folder, *WARM, "--num-iterations", 1, *flags).code == 0
     assert rows == [2, 3]
@@ -306,6 +307,6 @@ def test_a_full_disk_is_found_before_the_warm_start(
     countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    monkeypatch.setattr("grpo_cli.core.rl.session.warm_start", lambda *_, **__: pytest.fail("minutes are lost"))
+    monkeypatch.setattr("grpo_cli.core.rl.warm_start.warm_start", lambda *_, **__: pytest.fail("minutes are lost"))
     result = countdown("train", "--model", tiny_folder, *WARM)
     assert result.code == 1 and "MB free, and a checkpoint needs" in result.err

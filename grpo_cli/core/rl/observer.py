@@ -22,7 +22,7 @@ class Validated:
 class Control:
     """Stops a running training, or makes it save; by default neither. Override what you need.
 
-    A training enters it as a context while it polls.
+    A warm start enters it as a context.
     """
 
     def __enter__(self) -> Self:

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from grpo_cli.core.config.settings import Settings, digest
+from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.dist import shards
 from grpo_cli.core.dist.ranks import Solo
 from grpo_cli.core.errors import CountdownError
@@ -46,7 +45,7 @@ from grpo_cli.core.rl.state import (
 )
 from grpo_cli.core.rl.summary import summary
 from grpo_cli.core.rl.trackers import require_tracker, tracked
-from grpo_cli.core.rl.warm_start import Lesson, imitation, lessons, warm_start
+from grpo_cli.core.rl.warm_start import Lesson, imitation, lessons, resumable
 from grpo_cli.core.run.folder import Run, require_space
 from grpo_cli.core.run.models import model_source
 from grpo_cli.core.sampling.selfcheck import load_checked
@@ -304,65 +303,14 @@ def _warm_up(
     control: Control,
     note: Note,
 ) -> Run:
-    """Warm-start the policy, with a checkpoint every `save_minutes`; returns the run, which keeps the model.
-
-    If `control` says stop, saves the last completed step and raises Interrupted.
-    """
-    training, start = imitation(policy), origin(policy, None, hashes)
+    """Warm-start the policy, as `warm_start.resumable` does; returns the run, which keeps the model."""
+    training = imitation(policy)
     require_space(Path(settings.runs), 2 * training.checkpoint_bytes())
     rows = plan.choices.rows or settings.train.batch_size * settings.train.num_generations  # that are planned
     run = open_run()
-    _continue(training, run, settings, start, note)
-    run.write_config(settings.model_dump())
-    run.write_origin(start)
-    run.write_lessons(lesson.record() for lesson in examples)
-    seconds, saved_at = 60 * settings.train.save_minutes, time.monotonic()
-
-    def report(step: int, steps: int, loss: float) -> None:
-        nonlocal saved_at
-        if step % max(1, steps // 10) == 0 or step == steps:
-            note(f"warm start: step {step} of {steps}, loss {loss:.3f}")
-        if control.should_save() or 0 < seconds <= time.monotonic() - saved_at:
-            training.save(run.warming, settings)
-            saved_at = time.monotonic()
-
-    def poll() -> None:
-        if control.should_stop():
-            raise loop.Interrupted
-
-    note(f"warm start: imitating {len(examples):,} searches")
-    try:
-        with control:
-            warm_start(training, examples, fit=_fit(plan, note, rows), report=report, poll=poll)
-    except loop.Interrupted:
-        training.save(run.warming, settings)
-        again = f"countdown train --run {run.name} --resume"
-        note(f"stopped in the warm start, after step {training.step}; resume with: {again}")
-        raise
-    with training.reported(run), run.saving(run.warm_start_path) as folder:
-        policy.save(folder)
+    fit, start = _fit(plan, note, rows), origin(policy, None, hashes)
+    resumable(training, examples, run, settings, start, fit=fit, control=control, note=note)
     return run
-
-
-def _continue(training: Training, run: Run, settings: Settings, start: Mapping[str, object], note: Note) -> None:
-    """Restore the newest intact checkpoint of the run's warm start, if there is one.
-
-    Raises CountdownError if the settings or the starting model have changed since.
-    """
-    checkpoints = run.warming
-    for step, folder in reversed(checkpoints.checkpoints()):
-        if problem := checkpoints.damage(step):
-            note(f"skipping the checkpoint of step {step}: {problem}")
-            continue
-        if run.read_origin() != start or checkpoints.manifest(step).get("config") != digest(settings):
-            raise CountdownError(
-                f"the settings, model or puzzles of run `{run.name}` have changed since step {step} of its warm start",
-                "restore them, or start a new run",
-            )
-        training.fall_back(folder)
-        training.step = step
-        note(f"warm start: continuing after step {step}")
-        break
 
 
 def _fit(plan: MemoryPlan, report: Note, rows: int = 0) -> MicroBatch:

@@ -7,8 +7,9 @@ measured against the warm-started model.
 from __future__ import annotations
 
 import random
+import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import NamedTuple, cast
@@ -17,13 +18,16 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from grpo_cli.core.builtin.traces import FORMS, reduce, tries, write
-from grpo_cli.core.config.settings import Settings
+from grpo_cli.core.config.settings import Settings, digest
 from grpo_cli.core.dist.parallel import micro_batches
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.rl.observer import Control
 from grpo_cli.core.rl.schedule import curriculum
 from grpo_cli.core.rl.state import Training, build_optimizer
+from grpo_cli.core.rl.train import Interrupted
+from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task.prompts import Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.task import Message
@@ -178,6 +182,73 @@ def warm_start(
         optimizer.zero_grad(set_to_none=True)
         training.step = step
         report(step, len(batches), loss)
+
+
+def resumable(
+    training: Training,
+    lessons: Sequence[Lesson],
+    run: Run,
+    settings: Settings,
+    start: Mapping[str, object],
+    *,
+    fit: MicroBatch,
+    control: Control,
+    note: Callable[[str], None],
+) -> None:
+    """`warm_start` with a checkpoint every `save_minutes`; continues from the newest one, and saves the model.
+
+    `start` holds the hashes of the starting model and puzzles; raises CountdownError if they or the settings have
+    changed since the checkpoint. If `control` says stop, saves the last completed step and raises Interrupted.
+    """
+    _restore(training, run, settings, start, note)
+    run.write_config(settings.model_dump())
+    run.write_origin(start)
+    run.write_lessons(lesson.record() for lesson in lessons)
+    seconds, saved_at = 60 * settings.train.save_minutes, time.monotonic()
+
+    def report(step: int, steps: int, loss: float) -> None:
+        nonlocal saved_at
+        if step % max(1, steps // 10) == 0 or step == steps:
+            note(f"warm start: step {step} of {steps}, loss {loss:.3f}")
+        if control.should_save() or 0 < seconds <= time.monotonic() - saved_at:
+            training.save(run.warming, settings)
+            saved_at = time.monotonic()
+
+    def poll() -> None:
+        if control.should_stop():
+            raise Interrupted
+
+    note(f"warm start: imitating {len(lessons):,} searches")
+    try:
+        with control:
+            warm_start(training, lessons, fit=fit, report=report, poll=poll)
+    except Interrupted:
+        training.save(run.warming, settings)
+        again = f"countdown train --run {run.name} --resume"
+        note(f"stopped in the warm start, after step {training.step}; resume with: {again}")
+        raise
+    with training.reported(run), run.saving(run.warm_start_path) as folder:
+        training.policy.save(folder)
+
+
+def _restore(
+    training: Training, run: Run, settings: Settings, start: Mapping[str, object], note: Callable[[str], None]
+) -> None:
+    """Restore the newest intact checkpoint of the run's warm start, if there is one."""
+    checkpoints = run.warming
+    for step, folder in reversed(checkpoints.checkpoints()):
+        if problem := checkpoints.damage(step):
+            note(f"skipping the checkpoint of step {step}: {problem}")
+            continue
+        if run.read_origin() != start or checkpoints.manifest(step).get("config") != digest(settings):
+            raise CountdownError(
+                f"the settings, model or puzzles of run `{run.name}` have changed since step {step} of its warm start",
+                "restore them, or start a new run",
+            )
+        training.fall_back(folder)
+        training.step = step
+        note(f"warm start: continuing after step {step}")
+        break
 
 
 def _backward(policy: Policy, sequences: Sequences, fit: MicroBatch, poll: Callable[[], None], rows: int) -> float:
