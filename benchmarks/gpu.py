@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from grpo_cli.core.dist.parallel import Replicated
 from measured import Seconds, peak_bytes, table, timed, write
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
@@ -34,7 +35,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_cli.core.builtin.tokenizer import train_tokenizer
 from grpo_cli.core.config.settings import Loss
-from grpo_cli.core.dist.parallel import Replicated
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences

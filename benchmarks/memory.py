@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from grpo_cli.core.rl.session import start
 
 from grpo_cli.core.config.resolve import resolve
 from grpo_cli.core.microbatch import resident
 from grpo_cli.core.model.load import BUILTIN
 from grpo_cli.core.rl.observer import Observer
-from grpo_cli.core.rl.session import start
 from grpo_cli.core.sampling.params import SamplingParams
 
 SHAPE = {

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from grpo_cli.core.dist.parallel import Replicated
 from measured import Seconds, peak_bytes, table, timed, write
 from rich.console import Console
 from rich.progress import Progress
@@ -33,7 +34,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from grpo_cli.core.config.settings import Loss
-from grpo_cli.core.dist.parallel import Replicated
 from grpo_cli.core.model.load import BUILTIN, detect_precision, load
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.reference import Reference

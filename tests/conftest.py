@@ -20,13 +20,17 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
 from grpo_cli.cli import app as cli
 from grpo_cli.cli import train as train_command
 from grpo_cli.core.builtin.tokenizer import train_tokenizer
-from grpo_cli.core.config.settings import Loss
-from grpo_cli.core.dist.parallel import Replicated
+from grpo_cli.core.config.settings import Loss, Settings
+from grpo_cli.core.evals.evaluate import Evaluation
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.rl import update as update_module
 from grpo_cli.core.rl.batch import Examples
+from grpo_cli.core.rl.build import assemble
+from grpo_cli.core.rl.observer import Control, Observer
+from grpo_cli.core.rl.state import Progress, State, build_optimizer
 from grpo_cli.core.rl.update import Objective
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task import countdown as countdown_task
@@ -181,14 +185,39 @@ def update(
     max_new_tokens: int,
     num_inner_updates: int = 1,
     clip_grad_norm: float = 1.0,
-    fit: MicroBatch | None = None,
+    micro_batch: MicroBatch | None = None,
     ref_logprobs: torch.Tensor | None = None,
     sampled_logprobs: list[list[float]] | None = None,
 ) -> dict[str, float]:
     """An update by one process."""
-    examples = Examples(sequences, advantages, sampled_logprobs, ref_logprobs)
+    examples = Examples(sequences, advantages, sampled_logprobs or (), ref_logprobs)
     objective = Objective(loss, temperature, max_new_tokens, num_inner_updates, clip_grad_norm)
-    return update_module.update(Replicated(policy), optimizer, examples, objective, fit=fit)
+    return update_module.update(
+        policy,
+        optimizer,
+        examples,
+        objective,
+        micro_batch=micro_batch,
+        compare_with=policy if sampled_logprobs else None,
+    )
+
+
+def state_of(policy: Policy, *, optimizer: str = "adamw", step: int = 0) -> State:
+    """The state of a training of the policy; at step 0, the starting model is to be evaluated."""
+    built = build_optimizer(policy, name=optimizer, weight_decay=0.0)
+    return State(policy, built, policy, Progress(step, unlogged=None if step else {"step": 0}))
+
+
+def train(
+    state: State,
+    reference: Reference | None,
+    run: Run,
+    settings: Settings,
+    observer: Observer,
+    control: Control | None = None,
+) -> Evaluation:
+    """Train by one process, without a memory limit."""
+    return assemble(settings, state, reference, run, observer=observer, control=control).train()
 
 
 @pytest.fixture

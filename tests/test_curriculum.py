@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from grpo_cli.core.config.resolve import resolve
-from grpo_cli.core.rl.schedule import longest_prompt
+from grpo_cli.core.rl.schedule import Problems, longest_prompt
 from grpo_cli.core.task.curriculum import Curriculum, Schedule, problems_of_step, schedule
 from grpo_cli.core.task.data import enumerate_puzzles
 from grpo_cli.core.task.prompts import STYLES
@@ -130,6 +130,7 @@ def test_choices_are_all_that_is_ever_drawn() -> None:
 def test_memory_is_planned_for_prompts_of_a_late_change() -> None:
     def longest(style: str) -> int:
         settings = resolve(flags={"train.prompt_style": style}, has_cuda=lambda: False).settings
-        return longest_prompt(settings, lambda messages: [0] * sum(len(part["content"]) for part in messages))
+        problems = Problems.of(settings)
+        return longest_prompt(settings, problems, lambda messages: [0] * sum(len(part["content"]) for part in messages))
 
     assert longest("zero-shot") < longest("zero-shot then one-shot after 9 steps")

@@ -19,7 +19,7 @@ from pkgutil import resolve_name
 
 import pytest
 import torch
-from conftest import SMALL, Command, SetPuzzles, configure, run_here, save_tiny_model, timeless
+from conftest import SMALL, Command, SetPuzzles, configure, run_here, save_tiny_model, state_of, timeless
 from forked import Forked
 from safetensors.torch import load_file
 
@@ -28,7 +28,7 @@ from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.rl.state import Training, build_optimizer, choose_checkpoint
+from grpo_cli.core.rl.state import choose_checkpoint
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task.data import puzzle_set
 
@@ -61,17 +61,13 @@ def default_settings(**flags: object) -> Settings:
     return config.resolve(flags=given, has_cuda=lambda: False).settings
 
 
-def training(policy: Policy, step: int) -> Training:
-    return Training(policy, build_optimizer(policy, name="adamw", weight_decay=0.0), step=step)
-
-
 @pytest.fixture(scope="module")
 def three_checkpoints(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = Run.create(tmp_path_factory.mktemp("saved"), "first")
     run.write_config({})
     policy = load(str(tiny_folder), device="cpu", precision="float32")
     for step in (1, 2, 3):
-        training(policy, step).save(run, default_settings())
+        state_of(policy, step=step).save(run, default_settings())
     return run.path
 
 
@@ -159,8 +155,8 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(tmp_path: Path) 
 
 @pytest.mark.parametrize("best", [False, True])
 def test_a_disk_that_fills_up_while_saving_leaves_what_was_there(run: Run, tiny_policy: Policy, best: bool) -> None:
-    training(tiny_policy, 3).save_best(run)
-    before, filling = everything(run.path), training(tiny_policy, 4)
+    state_of(tiny_policy, step=3).save_best(run)
+    before, filling = everything(run.path), state_of(tiny_policy, step=4)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:

@@ -12,13 +12,12 @@ from conftest import update
 from torch import Tensor
 
 from grpo_cli.core.config.settings import Loss
-from grpo_cli.core.dist.parallel import NotFinite, micro_batches
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.rl.grpo import advantages, kl_estimate, normalizer, overlong_penalty, policy_loss, zero_variance
-from grpo_cli.core.rl.update import clip_gradients, reference_logprobs
+from grpo_cli.core.rl.update import NotFinite, clip_gradients, reference_logprobs
 
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "cispo", "gspo")
 TEMPERATURE = 1.2
@@ -172,9 +171,9 @@ def test_normalizer_of_rows_of_one_and_three_tokens(loss_type: str, expected: li
 
 
 def test_micro_batches_take_every_row_once_in_order() -> None:
-    assert micro_batches([4, 1, 3, 0, 2], 2) == [[4, 1], [3, 0], [2]]
-    assert micro_batches([4, 1, 3], 0) == [[4, 1, 3]]
-    assert micro_batches([], 0) == []
+    assert MicroBatch(2).split([4, 1, 3, 0, 2]) == [[4, 1], [3, 0], [2]]
+    assert MicroBatch(0).split([4, 1, 3]) == [[4, 1, 3]]
+    assert MicroBatch(0).split([]) == []
 
 
 # One update
@@ -270,7 +269,8 @@ def test_the_gradient_is_that_of_single_rows_whatever_the_micro_batches(
     norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in expected))
     for micro_batch_size in (0, 1, 3, 64):
         ref_logprobs = batch.ref_logprobs if beta > 0 else None
-        metrics, found = recorded(tiny_policy, batch, loss, fit=MicroBatch(micro_batch_size), ref_logprobs=ref_logprobs)
+        rows = MicroBatch(micro_batch_size)
+        metrics, found = recorded(tiny_policy, batch, loss, micro_batch=rows, ref_logprobs=ref_logprobs)
         assert_same(found, expected)
         assert metrics["loss"] == pytest.approx(expected_loss, abs=1e-5)
         assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
@@ -281,31 +281,35 @@ def test_the_order_of_prompts_and_rows_changes_nothing(tiny_policy: Policy, prom
     batch, loss = Batch(tiny_policy), a_loss(beta=0.3)
     metrics, expected = recorded(tiny_policy, batch, loss, ref_logprobs=batch.ref_logprobs)
     other = batch.reordered(prompts, [9, 0, 5, 3, 7, 1, 2, 8, 6, 4])
-    reordered, found = recorded(tiny_policy, other, loss, fit=MicroBatch(4), ref_logprobs=other.ref_logprobs)
+    reordered, found = recorded(tiny_policy, other, loss, micro_batch=MicroBatch(4), ref_logprobs=other.ref_logprobs)
     assert_same(found, expected)
     assert reordered == pytest.approx(metrics, abs=1e-5)
 
 
-def test_rows_without_advantage_are_skipped_only_when_there_is_no_kl(
+def test_rows_without_advantage_have_a_gradient_only_with_kl_and_the_same_entropy_always(
     tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = Batch(tiny_policy)
-    seen: list[int] = []
+    seen: list[tuple[int, bool]] = []
     logprobs = Policy.logprobs
 
     def counting(policy: Policy, sequences: Sequences, **options: Any) -> tuple[Tensor, Tensor]:
-        seen.append(len(sequences.completions))
+        seen.append((len(sequences.completions), torch.is_grad_enabled()))
         return logprobs(policy, sequences, **options)
 
     monkeypatch.setattr(Policy, "logprobs", counting)
-    recorded(tiny_policy, batch, a_loss())
-    recorded(tiny_policy, batch, a_loss(beta=0.1), ref_logprobs=batch.ref_logprobs)
-    assert seen == [8, 10]
+    without, _ = recorded(tiny_policy, batch, a_loss())
+    with_kl, _ = recorded(tiny_policy, batch, a_loss(beta=0.1), ref_logprobs=batch.ref_logprobs)
+    assert seen == [(8, True), (2, False), (10, True)]
+    for name in ("entropy", "clip_fraction"):
+        assert without[name] == pytest.approx(with_kl[name], rel=1e-6)
 
 
 def test_kl_and_entropy_are_means_over_all_tokens(tiny_policy: Policy) -> None:
     batch = Batch(tiny_policy)
-    metrics, _ = recorded(tiny_policy, batch, a_loss(beta=0.1), fit=MicroBatch(3), ref_logprobs=batch.ref_logprobs)
+    metrics, _ = recorded(
+        tiny_policy, batch, a_loss(beta=0.1), micro_batch=MicroBatch(3), ref_logprobs=batch.ref_logprobs
+    )
     with torch.no_grad():
         logprobs, entropy = tiny_policy.logprobs(batch.sequences, temperature=TEMPERATURE)
     mask = batch.sequences.mask()
@@ -319,14 +323,14 @@ def test_reference_logprobs_are_the_policys_at_the_start(tiny_policy: Policy) ->
     expected, _ = tiny_policy.logprobs(batch.sequences, temperature=TEMPERATURE)
     for size in (0, 1, 4):
         found = reference_logprobs(
-            Reference.of(tiny_policy), batch.sequences, temperature=TEMPERATURE, fit=MicroBatch(size)
+            Reference.of(tiny_policy), batch.sequences, temperature=TEMPERATURE, micro_batch=MicroBatch(size)
         )
         torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=0)
 
 
 def gap_of(policy: Policy, batch: Batch, sampled: list[list[float]], *, fit: MicroBatch | None = None) -> float:
     """The `logprob_gap` of an update on completions that were sampled with these log-probs."""
-    return one_update(policy, Recorder(policy), batch, fit=fit, sampled_logprobs=sampled)["logprob_gap"]
+    return one_update(policy, Recorder(policy), batch, micro_batch=fit, sampled_logprobs=sampled)["logprob_gap"]
 
 
 def test_logprob_gap_is_the_distance_of_two_rows_from_the_models_own_forward(tiny_policy: Policy) -> None:
@@ -373,7 +377,7 @@ def test_the_second_inner_update_measures_its_ratio_from_before_the_first(tiny_p
 
     sgd = torch.optim.SGD(tiny_policy.model.parameters(), lr=0.3)
     given = {"num_inner_updates": 2, "clip_grad_norm": math.inf, "ref_logprobs": batch.ref_logprobs}
-    metrics = one_update(tiny_policy, sgd, batch, loss=loss, fit=MicroBatch(4), **given)
+    metrics = one_update(tiny_policy, sgd, batch, loss=loss, micro_batch=MicroBatch(4), **given)
     for found, expected in zip(tiny_policy.model.parameters(), by_hand.model.parameters(), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert metrics["loss"] == pytest.approx(sum(expected_losses) / 2, abs=1e-4)
@@ -404,7 +408,7 @@ def test_a_loss_or_gradient_that_is_not_finite_leaves_the_weights_alone(
     what = spoil(tiny_policy, batch.advantage)
     optimizer = torch.optim.AdamW(tiny_policy.model.parameters(), lr=1.0)
     with pytest.raises(NotFinite, match=f"the {what} is not finite"):
-        one_update(tiny_policy, optimizer, batch, fit=MicroBatch(3))
+        one_update(tiny_policy, optimizer, batch, micro_batch=MicroBatch(3))
     assert all(map(torch.equal, before, tiny_policy.model.parameters()))
     assert all(parameter.grad is None for parameter in tiny_policy.model.parameters())
     assert not optimizer.state
@@ -415,7 +419,8 @@ def test_a_step_without_any_advantage_moves_nothing(tiny_policy: Policy) -> None
     before = weights(tiny_policy)
     optimizer = torch.optim.AdamW(tiny_policy.model.parameters(), lr=1.0, weight_decay=0.1)
     metrics = one_update(tiny_policy, optimizer, batch, advantages=torch.zeros(10))
-    assert metrics == {"weights_changed": 0.0}
+    assert metrics["weights_changed"] == metrics["loss"] == metrics["grad_norm"] == 0.0
+    assert metrics["entropy"] > 1  # of all completions, as in any other step
     assert all(map(torch.equal, before, tiny_policy.model.parameters()))
 
 

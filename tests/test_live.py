@@ -1,6 +1,7 @@
 import io
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
@@ -8,6 +9,7 @@ from rich.console import Console
 
 from grpo_cli.core.metrics import PHASES, TABLE
 from grpo_cli.core.rl.observer import Validated
+from grpo_cli.core.run.folder import Run
 from grpo_cli.ui import text as show
 from grpo_cli.ui.live import TrainingView, fitting
 
@@ -179,7 +181,8 @@ def test_the_best_accuracy_is_kept_when_a_later_one_is_worse() -> None:
 
 def test_time_left_is_the_pace_of_the_steps_seen_and_counts_down() -> None:
     clock = Clock()
-    view = TrainingView(110, start=100, console=pipe(), clock=clock)
+    view = TrainingView(110, console=pipe(), clock=clock)
+    view.begin(Run(Path("run")), 100)
     assert picture(view)[0].endswith("-:--:-- left")
     for step, clock.now in [(101, 10), (102, 12), (103, 14)]:
         view.step(metrics(step), sample())
@@ -193,6 +196,7 @@ def test_time_left_is_the_pace_of_the_steps_seen_and_counts_down() -> None:
 def test_a_terminal_gets_no_control_character_from_a_completion(no_colour: bool) -> None:
     console = terminal(NO_COLOR="1") if no_colour else terminal()
     with TrainingView(200, console=console) as view:
+        view.begin(Run(Path("run")), 0)
         view.message(HOSTILE)
         view.step(metrics(1), sample(HOSTILE))
     shown = written(console)

@@ -8,6 +8,7 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
+from conftest import state_of, train
 from test_train import Watcher, small
 from torch import Tensor
 
@@ -16,8 +17,7 @@ from grpo_cli.core.model.load import load
 from grpo_cli.core.model.master_weights import MasterWeights
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.model.reference import Reference
-from grpo_cli.core.rl.state import Training, build_optimizer
-from grpo_cli.core.rl.train import train
+from grpo_cli.core.rl.state import State, build_optimizer
 from grpo_cli.core.run.folder import Run
 
 Build = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -113,9 +113,9 @@ def with_masters(source: Path | str) -> Policy:
 def test_a_run_with_masters_is_taken_up_where_it_stopped(tiny_folder: Path, tmp_path: Path, optimizer: str) -> None:
     settings = small(tiny_folder, **{"train.optimizer": optimizer, "model.precision": "bf16-master"})
 
-    def start(source: Path | str) -> Training:
+    def start(source: Path | str) -> State:
         policy = with_masters(source)
-        return Training(policy, build_optimizer(policy, name=optimizer, weight_decay=0.0))
+        return state_of(policy, optimizer=optimizer)
 
     reference = Reference.of(with_masters(tiny_folder))
     whole, run, watcher = start(tiny_folder), Run.create(tmp_path, "whole"), Watcher()
@@ -127,7 +127,7 @@ def test_a_run_with_masters_is_taken_up_where_it_stopped(tiny_folder: Path, tmp_
     folder = run.checkpoint_path(2)
     part = start(folder / "model")
     part.restore(folder)
-    assert part.step == 2
+    assert part.progress.step == 2
     train(part, reference, Run.create(tmp_path, "part"), settings, Watcher())
     assert isinstance(part.optimizer, MasterWeights)
     assert all(map(torch.equal, whole.optimizer.masters, part.optimizer.masters))
@@ -137,26 +137,26 @@ def test_a_run_goes_on_where_there_are_no_masters_and_where_there_are(tiny_folde
     settings = small(tiny_folder, **{"model.precision": "bf16-master"})
     run = Run.create(tmp_path, "moved")
     here, there = with_masters(tiny_folder), load(str(tiny_folder), device="cpu", precision="bf16-master")
-    starts = [Training(policy, build_optimizer(policy, name="adamw", weight_decay=0.0)) for policy in (here, there)]
+    starts = [state_of(policy, optimizer="adamw") for policy in (here, there)]
     for number, training in enumerate(starts, 1):
         for weight in training.policy.model.parameters():
             weight.grad = torch.ones_like(weight)
         training.optimizer.param_groups[0]["lr"] = 1e-5
         training.optimizer.step()
-        training.step = number
+        training.progress.step = number
         training.save(run, settings)
     masters, plain = starts
     assert isinstance(masters.optimizer, MasterWeights)
 
     folder = run.checkpoint_path(1)
     onto_float32 = load(str(folder / "model"), device="cpu", precision="bf16-master")
-    taken_up = Training(onto_float32, build_optimizer(onto_float32, name="adamw", weight_decay=0.0))
+    taken_up = state_of(onto_float32, optimizer="adamw")
     taken_up.restore(folder)
     assert all(map(torch.equal, masters.optimizer.masters, onto_float32.model.parameters()))
 
     folder = run.checkpoint_path(2)
     onto_masters = with_masters(folder / "model")
-    taken_up = Training(onto_masters, build_optimizer(onto_masters, name="adamw", weight_decay=0.0))
+    taken_up = state_of(onto_masters, optimizer="adamw")
     taken_up.restore(folder)
     assert isinstance(taken_up.optimizer, MasterWeights)
     assert all(map(torch.equal, taken_up.optimizer.masters, plain.policy.model.parameters()))
@@ -167,10 +167,10 @@ def test_resuming_loads_the_optimizers_state_on_the_host(
 ) -> None:
     """A GPU would else hold it twice. The meta device stands for one: what is loaded there holds no numbers."""
     policy = with_masters(tiny_folder)
-    saved = Training(policy, build_optimizer(policy, name="adamw8bit", weight_decay=0.0))
+    saved = state_of(policy, optimizer="adamw8bit")
     run = Run.create(tmp_path, "saved")
     saved.save(run, small(tiny_folder, **{"model.precision": "bf16-master"}))
-    training = Training(with_masters(tiny_folder), build_optimizer(policy, name="adamw8bit", weight_decay=0.0))
+    training = state_of(with_masters(tiny_folder), optimizer="adamw8bit")
     monkeypatch.setattr(Policy, "device", torch.device("meta"))
     training.restore(run.checkpoint_path(0))
     assert isinstance(training.optimizer, MasterWeights) and isinstance(saved.optimizer, MasterWeights)

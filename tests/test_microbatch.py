@@ -1,7 +1,7 @@
 """Memory that runs out, or is about to: half as many rows, the same numbers, one sentence."""
 
 from collections.abc import Callable
-from functools import partial
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -63,34 +63,32 @@ def test_an_impossible_allocation_is_recognized() -> None:
 )
 def test_rows_are_halved_until_they_fit(rows: int, total: int, fits: int, tried: list[int]) -> None:
     seen, told = list[int](), list[str]()
-
-    def work(at_once: int) -> str:
-        seen.append(at_once)
-        if not 0 < at_once <= fits:
-            out_of_memory()
-        return "done"
-
     fit = MicroBatch(rows, report=told.append)
-    assert fit.attempt(work, total=total, doing="update") == "done"
-    assert (seen, fit.rows, len(told)) == (tried, tried[-1], len(tried) - 1)
+    for _ in range(2):
+        for attempt in fit.attempts(total, "update"):
+            with attempt:
+                seen.append(fit.rows)
+                if not 0 < fit.rows <= fits:
+                    out_of_memory()
+    assert (seen[:-1], fit.rows, len(told)) == (tried, tried[-1], len(tried) - 1)
     assert all("memory ran out in the update" in line for line in told)
-    assert fit.attempt(work, total=total, doing="update") == "done"
-    assert len(seen) == len(tried) + 1  # what fitted is remembered
+    assert seen[-1] == tried[-1]  # what fitted is remembered
 
 
 def test_one_row_that_does_not_fit_comes_with_advice() -> None:
     with pytest.raises(CountdownError, match="memory ran out in the rollout of a single completion") as caught:
-        MicroBatch().attempt(out_of_memory, total=5, doing="rollout")
+        for attempt in MicroBatch().attempts(5, "rollout"):
+            with attempt:
+                out_of_memory()
     assert caught.value.hint is not None and "--max-new-tokens" in caught.value.hint
     assert caught.value.exit_code == 1
 
 
 def test_other_errors_are_not_memorys_fault() -> None:
-    def work(_: int) -> None:
-        raise RuntimeError("shapes")
-
     with pytest.raises(RuntimeError, match="shapes"):
-        MicroBatch().attempt(work, total=5, doing="update")
+        for attempt in MicroBatch().attempts(5, "update"):
+            with attempt:
+                raise RuntimeError("shapes")
 
 
 GIGABYTE = 10**9
@@ -111,15 +109,12 @@ def test_rows_are_halved_before_a_pass_would_reach_the_limit(monkeypatch: pytest
     process, told, seen = Process(monkeypatch, held=2, freed=2), list[str](), list[int]()
     fit = MicroBatch(8, limit=6 * GIGABYTE, report=told.append)
 
-    def work(rows: int, tokens: int) -> None:
-        fit.begin(tokens=rows * tokens, rows=rows)
-        assert microbatch.resident() == 2 * GIGABYTE  # above half of the limit, what was freed is given back first
-        process.peak = 2 + rows * tokens / 100  # GB: 10 MB for each token
-        seen.append(rows)
-        fit.end()
-
     for tokens in (40, 49, 51, 70, 140, 300, 600):  # completions grow longer
-        fit.attempt(partial(work, tokens=tokens), total=8, doing="update")
+        for attempt in fit.attempts(8, "update"):
+            with attempt, fit.measured(tokens=fit.rows * tokens, rows=fit.rows):
+                assert microbatch.resident() == 2 * GIGABYTE  # above half of the limit, freed memory is returned first
+                process.peak = 2 + fit.rows * tokens / 100  # GB: 10 MB for each token
+                seen.append(fit.rows)
     assert seen == [8, 8, 4, 4, 2, 1, 1]
     assert told[0] == "memory is nearly full in the update: repeating it with 4 completions at once"
 
@@ -128,14 +123,14 @@ def test_the_largest_pass_predicts_without_what_it_left_behind(monkeypatch: pyte
     process = Process(monkeypatch, held=2)
     fit = MicroBatch(limit=10 * GIGABYTE)
     for tokens, added, peak in ((10, 2, 5), (200, 0, 8)):  # a constant of 0.8 GB, and 16 MB for each token
-        fit.begin(tokens=tokens, rows=1, adds=added * GIGABYTE)
-        process.held, process.peak = process.held + added, peak
-        fit.end()
-    fit.begin(tokens=290, rows=2)  # 4 GB and 5.8; by the first pass alone it would be 29 GB
-    with pytest.raises(microbatch.NearLimit):
-        fit.begin(tokens=310, rows=2)
-    with pytest.raises(microbatch.NearLimit):
-        fit.begin(tokens=290, rows=2, adds=GIGABYTE)
+        with fit.measured(tokens=tokens, rows=1, adds=added * GIGABYTE):
+            process.held, process.peak = process.held + added, peak
+    with fit.measured(tokens=290, rows=2):  # 4 GB and 5.8; by the first pass alone it would be 29 GB
+        pass
+    with pytest.raises(microbatch.NearLimit), fit.measured(tokens=310, rows=2):
+        pass
+    with pytest.raises(microbatch.NearLimit), fit.measured(tokens=290, rows=2, adds=GIGABYTE):
+        pass
 
 
 def test_freed_memory_is_given_back_before_rows_are_halved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,15 +177,15 @@ def test_a_training_near_its_limit_takes_smaller_micro_batches(
     arguments = ["--precision", "float32", "--batch-size", "2", "--num-generations", "4", "--max-new-tokens", "8"]
     arguments += ["--num-iterations", "2", "--eval-puzzles", "2", "--device", "cpu"]
     limits = list[int]()
-    begin = MicroBatch.begin
+    measured = MicroBatch.measured
 
-    def watched(fit: MicroBatch, *, rows: int, **sizes: int) -> None:
+    def watched(fit: MicroBatch, *, rows: int, **sizes: int) -> AbstractContextManager[None]:
         limits.append(fit.limit)
         if rows > 2:
             raise microbatch.NearLimit
-        begin(fit, rows=rows, **sizes)
+        return measured(fit, rows=rows, **sizes)
 
-    monkeypatch.setattr(MicroBatch, "begin", watched)
+    monkeypatch.setattr(MicroBatch, "measured", watched)
     found = countdown("train", "--model", tiny_folder, "--run", "near", *arguments, "--memory", "5")
     assert found.code == 0
     assert "memory is nearly full in the reference pass: repeating it with 4 completions at once" in found.err
@@ -249,7 +244,7 @@ def learn(policy: Policy, fit: MicroBatch) -> list[list[Tensor]]:
         temperature=1.0,
         max_new_tokens=4,
         num_inner_updates=2,
-        fit=fit,
+        micro_batch=fit,
         ref_logprobs=torch.full((6, 4), -3.0),
     )
     return recorder.gradients
@@ -279,7 +274,7 @@ def test_the_reference_pass_is_the_same_when_memory_runs_out(
     limited(monkeypatch, 2)
     fit = MicroBatch()
     torch.testing.assert_close(
-        reference_logprobs(Reference(tiny_policy), SEQUENCES, temperature=1.0, fit=fit), expected
+        reference_logprobs(Reference(tiny_policy), SEQUENCES, temperature=1.0, micro_batch=fit), expected
     )
     assert fit.rows == 2
 
@@ -291,7 +286,9 @@ def test_the_same_is_sampled_when_memory_runs_out(
     prompts, uniform = [[1, 2, 3], [4, 5], [6]], uniforms(0, 1, range(3), 4, 6)
 
     def go(fit: MicroBatch | None) -> tuple[list[list[int]], list[bool]]:
-        found = Engine(tiny_policy).sample(prompts, SamplingParams(6, num_generations=4), uniform=uniform, fit=fit)
+        found = Engine(tiny_policy).sample(
+            prompts, SamplingParams(6, num_generations=4), uniform=uniform, micro_batch=fit
+        )
         return found.completions, found.truncated
 
     expected = go(None)

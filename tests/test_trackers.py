@@ -64,22 +64,21 @@ DRIVE = """
 import json, sys
 from pathlib import Path
 from grpo_cli.core.config.resolve import resolve
-from grpo_cli.core.rl.observer import Observer, Validated
-from grpo_cli.core.rl.trackers import tracked
+from grpo_cli.core.rl.observer import Validated
+from grpo_cli.core.rl.trackers import Tracked
 from grpo_cli.core.run.folder import Run
-
-class Silent(Observer):
-    def message(self, text): sys.exit(text)
 
 settings = resolve(flags={"train.tracker": sys.argv[1], "runs": "runs"}, has_cuda=lambda: False).settings
 sample = {"numbers": [3, 5, 2], "target": 13, "completion": "5|2\\n", "reward": 0.1, "reason": "wrong_value"}
 run = Run.create(Path("runs"), "first")
 for start in (0, 2):
-    with tracked(Silent(), run, settings, start=start) as observer:
-        observer.evaluated(Validated(0, 0.25, 4, (0.0, 0.5), None, 0.125))
-        for step in (start + 1, start + 2):
-            observer.step({"step": step, "reward": step / 8, "time/total": 2.0}, {"step": step, **sample})
-        observer.evaluated(Validated(start + 2, 0.5, 4, (0.0, 0.5), 0.75, 0.25))
+    observer = Tracked(sys.argv[1], settings, sys.exit)
+    observer.begin(run, start)
+    observer.evaluated(Validated(0, 0.25, 4, (0.0, 0.5), None, 0.125))
+    for step in (start + 1, start + 2):
+        observer.step({"step": step, "reward": step / 8, "time/total": 2.0}, {"step": step, **sample})
+    observer.evaluated(Validated(start + 2, 0.5, 4, (0.0, 0.5), 0.75, 0.25))
+    observer.close()
 """
 STEPS = {step: step / 8 for step in (1, 2, 3, 4)}
 

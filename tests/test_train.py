@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SetPuzzles, timeless
+from conftest import SetPuzzles, state_of, timeless, train
 
 from grpo_cli.core.config import resolve as config
 from grpo_cli.core.config.settings import Settings
@@ -22,17 +22,14 @@ from grpo_cli.core.metrics import METRICS, metric
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.model.reference import Reference
-from grpo_cli.core.perf.roofline import Meter
 from grpo_cli.core.rl import grpo
 from grpo_cli.core.rl import update as update_module
 from grpo_cli.core.rl.batch import Batch
-from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.collect import Collector
-from grpo_cli.core.rl.observer import Control, Observer, Validated
+from grpo_cli.core.rl.observer import Control, Interrupted, Observer, Validated
 from grpo_cli.core.rl.schedule import learning_rate_at
-from grpo_cli.core.rl.state import Training, build_optimizer, choose_checkpoint
+from grpo_cli.core.rl.state import State, choose_checkpoint
 from grpo_cli.core.rl.summary import summary
-from grpo_cli.core.rl.train import Interrupted, train
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task import countdown, scoring
 from grpo_cli.core.task.countdown import Countdown
@@ -90,12 +87,12 @@ def small(folder: Path, **flags: object) -> Settings:
     return config.resolve(flags=given | flags, has_cuda=lambda: False).settings
 
 
-def start(settings: Settings, source: str | None = None) -> Training:
+def start(settings: Settings, source: str | None = None) -> State:
     policy = load(source or settings.model.model, device="cpu", precision="float32")
-    return Training(policy, build_optimizer(policy, name=settings.train.optimizer, weight_decay=0.0))
+    return state_of(policy, optimizer=settings.train.optimizer)
 
 
-def trained(settings: Settings, root: Path, name: str = "first") -> tuple[Training, Run, Watcher]:
+def trained(settings: Settings, root: Path, name: str = "first") -> tuple[State, Run, Watcher]:
     training, run, watcher = start(settings), Run.create(root, name), Watcher()
     train(training, Reference.of(training.policy), run, settings, watcher)
     return training, run, watcher
@@ -139,7 +136,7 @@ def test_learning_rate(schedule: str, rates: list[float]) -> None:
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Training, Run, Watcher, Evaluation]:
+def plain(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[State, Run, Watcher, Evaluation]:
     """A training by the settings of `small`, and its last evaluation."""
     training, run, watcher = start(small(tiny_folder)), Run.create(tmp_path_factory.mktemp("plain"), "first"), Watcher()
     found = train(training, Reference.of(training.policy), run, small(tiny_folder), watcher)
@@ -147,7 +144,7 @@ def plain(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 
 def test_a_run_leaves_metrics_samples_best_model_and_last_checkpoints(
-    plain: tuple[Training, Run, Watcher, Evaluation],
+    plain: tuple[State, Run, Watcher, Evaluation],
 ) -> None:
     training, run, watcher, _ = plain
     lines = run.metrics()
@@ -161,16 +158,13 @@ def test_a_run_leaves_metrics_samples_best_model_and_last_checkpoints(
         assert line["time/prefill"] + line["time/decode"] <= line["time/rollout"]
         parts = ("rollout", "score", "reference", "update", "optimizer")
         assert sum(line[f"time/{part}"] for part in parts) <= line["time/total"]
-        assert 0 <= line["padding"] < 1
-        assert line["mfu"] > 0
-        assert 0.05 < line["peak_memory"] < 100  # GB of this process
     assert [step for step, _ in run.checkpoints()] == [2, 4]
     assert load(str(run.model_path), device="cpu").model.num_parameters() == training.policy.model.num_parameters()
     assert len((run.path / "samples.jsonl").read_text().splitlines()) == 4 * 2
 
 
 def test_the_first_step_starts_at_the_reference_and_later_ones_leave_it(
-    plain: tuple[Training, Run, Watcher, Evaluation],
+    plain: tuple[State, Run, Watcher, Evaluation],
 ) -> None:
     run = plain[1]
     kl = [line["kl"] for line in run.metrics()[1:]]
@@ -181,7 +175,7 @@ def test_the_first_step_starts_at_the_reference_and_later_ones_leave_it(
 
 
 def test_the_same_seed_gives_the_same_run(
-    plain: tuple[Training, Run, Watcher, Evaluation], tiny_folder: Path, tmp_path: Path
+    plain: tuple[State, Run, Watcher, Evaluation], tiny_folder: Path, tmp_path: Path
 ) -> None:
     assert timeless(trained(small(tiny_folder), tmp_path)[1]) == timeless(plain[1])
 
@@ -198,9 +192,9 @@ EVERY_STOP = [
 def test_going_on_from_a_checkpoint_equals_never_having_stopped(
     tiny_folder: Path, tmp_path: Path, set_puzzles: SetPuzzles, optimizer: str, inner: int, stop: int
 ) -> None:
-    # Five puzzles, two a step: an epoch ends within the third step.
-    few = list(enumerate_puzzles(3, "train"))[:5]
-    set_puzzles(lambda *_: few)
+    # Six puzzles, one of them dev, two a step: an epoch ends within the third step.
+    few = {"train": list(enumerate_puzzles(3, "train"))[:6], "val": list(enumerate_puzzles(3, "val"))}
+    set_puzzles(lambda _, side, *__: few[side])
     flags = {"train.optimizer": optimizer, "train.num_inner_updates": inner, "train.save_every": 1}
     settings = small(tiny_folder, **flags)
     whole, expected, _ = trained(settings, tmp_path, "whole")
@@ -229,15 +223,15 @@ def test_a_stop_saves_the_last_completed_step(
     monkeypatch.setattr(control, "should_stop", lambda: watcher.tokens > tokens)
     with pytest.raises(Interrupted):
         train(training, None, run, settings, watcher, control=control)
-    assert choose_checkpoint(run, settings, None, print)[0] == training.step == len(watcher.metrics)
+    assert choose_checkpoint(run, settings, None, print)[0] == training.progress.step == len(watcher.metrics)
 
 
-def test_eval_puzzles_are_chosen_once(plain: tuple[Training, Run, Watcher, Evaluation]) -> None:
+def test_eval_puzzles_are_chosen_once(plain: tuple[State, Run, Watcher, Evaluation]) -> None:
     training, run, _, found = plain
     val = list(enumerate_puzzles(3, "val"))
     expected = [val[index] for index in sorted(random.Random(0).sample(range(327), 6))]
     assert [row[0].puzzle for row in found.completions] == expected
-    assert summary(training, found, run)["puzzles"] == 6
+    assert summary(training.progress, found, run)["puzzles"] == 6
 
 
 def test_eight_bit_adamw_learns_on_the_cpu(tiny_policy: object, tiny_folder: Path, tmp_path: Path) -> None:
@@ -303,7 +297,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_kept(
         assert not all(map(torch.equal, weights[one], weights[other]))
     assert all(bool(torch.isfinite(weight).all()) for weight in weights[3])
     assert [line["bad_steps"] for line in run.metrics()[1:]] == [0, 1, 1, 1]
-    assert summary(training, found, run)["bad_steps"] == 1
+    assert summary(training.progress, found, run)["bad_steps"] == 1
     (message,) = watcher.messages
     assert message.startswith("step 2: the ") and "not finite" in message
     report = json.loads((run.path / "bad_steps" / "step-2.json").read_text())
@@ -324,7 +318,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_last_good_weights(
     assert caught.value.exit_code == 1
     assert str(good) in caught.value.message and str(good) in (caught.value.hint or "")
     assert all(bool(torch.isfinite(weight).all()) for weight in load(str(good), device="cpu").model.parameters())
-    assert training.bad_steps == 3
+    assert training.progress.bad_steps == 3
     assert sorted(path.name for path in (run.path / "bad_steps").iterdir()) == [
         "step-2.json",
         "step-4.json",
@@ -340,13 +334,13 @@ def test_rewards_that_are_all_equal_leave_finite_metrics_and_weights(
     same = Score(reward=0.2, correct=False, reason="no_answer", answer=None, well_formed=True, lenient=False)
     monkeypatch.setattr(countdown, "score", lambda *_, **__: same)
     training, run, watcher = trained(small(tiny_folder, **{"loss.beta": beta, "loss.scale_rewards": scale}), tmp_path)
-    assert training.bad_steps == 0 and not watcher.messages
+    assert training.progress.bad_steps == 0 and not watcher.messages
     assert all(line["zero_variance"] == 1 and line["reward"] == pytest.approx(0.2) for line in run.metrics()[1:])
     moved = [line["weights_changed"] for line in run.metrics()[1:]]
     assert moved == [0, 0, 0, 0] if beta == 0 else all(bool(torch.isfinite(w).all()) for w in weights_of(training))
 
 
-def weights_of(training: Training) -> list[torch.Tensor]:
+def weights_of(training: State) -> list[torch.Tensor]:
     return list(training.policy.model.parameters())
 
 
@@ -394,7 +388,7 @@ def test_a_training_with_nothing_left_to_learn_says_so_once_and_goes_on(
     solved = Score(reward=1.0, correct=True, reason="correct", answer="1", well_formed=True, lenient=True)
     monkeypatch.setattr(countdown, "score", lambda *_, **__: solved)
     training, _, watcher = trained(small(tiny_folder, **{"train.stop_on_collapse": True}), tmp_path)
-    assert training.step == 4
+    assert training.progress.step == 4
     assert [message for message in watcher.messages if not message.startswith("warning: ")] == [
         "100% of the completions are correct: nothing is left to learn from these puzzles; stop, or use harder ones"
         " with `--numbers`"
@@ -449,7 +443,7 @@ def test_a_curriculum_shows_in_the_metrics_and_goes_on_as_if_it_had_not_stopped(
     train(resumed, Reference.of(start(settings).policy), run, settings, Watcher())
     assert timeless(run) == timeless(expected)
     assert run.evaluations() == expected.evaluations()
-    assert resumed.best_step == whole.best_step and resumed.waited == whole.waited
+    assert resumed.progress.best_step == whole.progress.best_step and resumed.progress.waited == whole.progress.waited
     assert all(map(torch.equal, weights_of(whole), weights_of(resumed)))
 
 
@@ -523,11 +517,11 @@ def test_a_suite_is_evaluated_cell_by_cell_whatever_the_training_is_shown(tiny_f
             assert line["time/suite"] <= line["time/eval"]
         else:
             assert not [key for key in line if key.startswith("suite")]
-    outcome = summary(training, train_again(training, run, settings), run)
+    outcome = summary(training.progress, train_again(training, run, settings), run)
     assert outcome["peaks"]["val 4 natural"]["start"] == found["val 4 natural"][0].accuracy  # type: ignore[index]
 
 
-def train_again(training: Training, run: Run, settings: Settings) -> Any:
+def train_again(training: State, run: Run, settings: Settings) -> Any:
     """The last evaluation of a training that has ended."""
     return train(training, Reference.of(training.policy), run, settings, Watcher())
 
@@ -566,9 +560,9 @@ def test_the_best_model_is_that_of_the_suite_on_dev_and_the_summary_says_what_go
     settings = with_suite(tiny_folder, **{"train.eval_every": 1})
     training, run, watcher = start(settings), Run.create(tmp_path, "first"), Watcher()
     found = train(training, Reference.of(training.policy), run, settings, watcher)
-    assert (training.best_step, training.waited) == (2, 2)
-    assert training.best_score == pytest.approx((3 / 6 + 3 * 1) / 4) and training.best_accuracy == 0.5
-    outcome: Any = summary(training, found, run)
+    assert (training.progress.best_step, training.progress.waited) == (2, 2)
+    assert training.progress.best_score == pytest.approx((3 / 6 + 3 * 1) / 4) and training.progress.best_accuracy == 0.5
+    outcome: Any = summary(training.progress, found, run)
     assert (outcome["best_step"], outcome["steps"]) == (2, 4)
     one, other = outcome["peaks"]["val 3 one-shot"], outcome["peaks"]["val 4 natural"]
     assert (one["step"], one["accuracy"], one["kept"], one["last"]) == (3, 1.0, 0.5, pytest.approx(5 / 6))
@@ -592,11 +586,11 @@ def test_patience_counts_evaluations_without_a_better_one(
     )
     training, run, watcher = start(settings), Run.create(tmp_path, "first"), Watcher()
     train(training, Reference.of(training.policy), run, settings, watcher)
-    assert training.step == steps == run.metrics()[-1]["step"]
+    assert training.progress.step == steps == run.metrics()[-1]["step"]
     assert run.checkpoints()[-1][0] == steps
     assert (len(watcher.messages) == 1) == (steps < 6)
     best_step, val = (1, 1 / 6) if steps < 6 else (4, 1.0)
-    assert (training.best_step, training.best_accuracy) == (best_step, val)
+    assert (training.progress.best_step, training.progress.best_accuracy) == (best_step, val)
     assert [line["dev_accuracy"] for line in run.metrics()[:3]] == [0.0, 2 / 6, 2 / 6]
     if steps < 6:
         assert watcher.messages == [
@@ -604,7 +598,7 @@ def test_patience_counts_evaluations_without_a_better_one(
         ]
         scripted["val 3 one-shot"].insert(0, "000000")
         train(training, Reference.of(training.policy), run, settings, watcher)  # going on stops at once
-        assert training.step == steps
+        assert training.progress.step == steps
 
 
 def test_a_training_pays_the_rewards_of_its_settings(
@@ -625,8 +619,8 @@ def test_long_completions_pay_a_penalty_that_is_logged(
     kept: list[Batch] = []
     collect = Collector.collect
 
-    def keep(self: Collector, step: int, clock: Clock, meter: Meter) -> Batch:
-        kept.append(collect(self, step, clock, meter))
+    def keep(self: Collector, step: int) -> Batch:
+        kept.append(collect(self, step))
         return kept[-1]
 
     monkeypatch.setattr(Collector, "collect", keep)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Command, save_tiny_model
+from conftest import Command, save_tiny_model, state_of
 from torch import Tensor
 
 from grpo_cli.core.config.resolve import resolve
@@ -20,8 +20,9 @@ from grpo_cli.core.evals.contamination import known
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import load, load_tokenizer
 from grpo_cli.core.model.policy import Policy, Sequences
-from grpo_cli.core.rl.state import Training
-from grpo_cli.core.rl.warm_start import Lesson, demonstration, demonstrations, imitation, lessons, warm_start
+from grpo_cli.core.rl.schedule import Problems
+from grpo_cli.core.rl.state import State
+from grpo_cli.core.rl.warm_start import Lesson, demonstration, demonstrations, imitate, lessons
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task.data import puzzle_set
 from grpo_cli.core.task.prompts import STYLES, prompt
@@ -74,15 +75,9 @@ def test_a_share_of_the_long_searches_gives_up() -> None:
 
 
 def test_a_warm_start_makes_demonstrations_likely(tiny_policy: Policy) -> None:
-    losses: list[float] = []
     before = tiny_policy.sums()
     examples = prompted(demonstrations(TRAIN, ["zero-shot"] * 4, seed=3)) * 24
-    warm_start(
-        imitation(tiny_policy),
-        examples,
-        learning_rate=3e-3,
-        report=lambda step, total, loss: losses.append(loss),
-    )
+    losses = [loss for _, _, loss in imitate(state_of(tiny_policy), examples, learning_rate=3e-3)]
     assert len(losses) == 12
     assert losses[-1] < 0.7 * losses[0]
     assert tiny_policy.sums() != before
@@ -101,11 +96,10 @@ def test_micro_batches_change_nothing_nor_does_running_out_of_memory(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def losses_of(rows: int) -> list[float]:
-        policy, losses = load(str(tiny_folder), device="cpu", precision="float32"), list[float]()
+        policy = load(str(tiny_folder), device="cpu", precision="float32")
         examples = prompted(demonstrations(TRAIN, ["zero-shot"] * 16, seed=3))
         fit = MicroBatch(rows, report=said.append)
-        warm_start(imitation(policy), examples, fit=fit, report=lambda step, of, loss: losses.append(loss))
-        return losses
+        return [loss for _, _, loss in imitate(state_of(policy), examples, micro_batch=fit)]
 
     said: list[str] = []
     whole, passes, logprobs = losses_of(0), list[int](), Policy.logprobs
@@ -154,20 +148,28 @@ def test_what_cannot_be_demonstrated_is_refused_before_the_model_loads(
 def test_prompts_follow_the_training_s_mixture_of_styles(tiny_folder: Path) -> None:
     flags = {"train.warm_start": 64, "train.prompt_style": "one-shot = 1, natural = 1", "train.seed": 3}
     settings = resolve(flags=flags, has_cuda=lambda: False).settings
-    shown = lessons(settings, load_tokenizer(str(tiny_folder)))
+    shown = lessons(settings, Problems.of(settings), load_tokenizer(str(tiny_folder)))
     natural = [text for _, messages, text in shown if len(messages) == 2]  # a one-shot prompt has four messages
     assert 20 < len(natural) < 44
     assert all("\nThe expression is " in text for text in natural)
     assert sum("<answer>" in lesson.completion for lesson in shown) == 64 - len(natural)
 
 
-def test_a_warm_start_of_several_ranks_is_refused(tiny_folder: Path) -> None:
-    with pytest.raises(CountdownError, match="one process"):
-        lessons(
-            resolve(flags={"train.warm_start": 8}, has_cuda=lambda: False).settings,
-            load_tokenizer(str(tiny_folder)),
-            ranks=2,
-        )
+def test_an_infinite_gradient_ends_a_warm_start_with_its_weights_unchanged(tiny_policy: Policy) -> None:
+    examples = prompted(demonstrations(TRAIN, ["zero-shot"] * 16, seed=3))
+    state, steps = state_of(tiny_policy), iter([False, True])
+
+    def poll() -> None:  # before the only micro-batch of a step
+        if next(steps):
+            tiny_policy.trainable[0].register_hook(lambda gradient: gradient * float("inf"))
+
+    training = imitate(state, examples, poll=poll)
+    next(training)
+    before = [weight.clone() for weight in tiny_policy.trainable]
+    with pytest.raises(CountdownError, match="step 2 of the warm start: the gradient norm is not finite") as caught:
+        next(training)
+    assert caught.value.exit_code == 1 and "unchanged since the step before" in caught.value.message
+    assert all(map(torch.equal, before, tiny_policy.trainable)) and state.progress.step == 1
 
 
 def test_a_run_starts_from_the_warm_started_model_and_resumes_equal(
@@ -180,8 +182,9 @@ def test_a_run_starts_from_the_warm_started_model_and_resumes_equal(
     assert "after the warm start" in whole.out
     run = Run.open(tmp_path / "runs", "whole")
     warmed = load(str(run.warm_start_path), device="cpu", precision="float32")
-    assert warmed.fingerprint()["weights"] == run.read_origin()["weights"]
-    assert warmed.fingerprint()["weights"] != load(str(tiny_folder), device="cpu").fingerprint()["weights"]
+    assert warmed.fingerprint()["weights"] == run.read_origin()["warm_start"]
+    assert run.read_origin()["weights"] == load(str(tiny_folder), device="cpu").fingerprint()["weights"]
+    assert run.read_origin()["warm_start"] != run.read_origin()["weights"]
     imitated = [json.loads(line) for line in (run.path / "warm_start.jsonl").read_text().splitlines()]
     keys = {Puzzle(tuple(line["numbers"]), line["target"]).key for line in imitated}
     assert len(imitated) == 16 and "->" in imitated[0]["completion"]
@@ -198,15 +201,15 @@ def test_a_run_starts_from_the_warm_started_model_and_resumes_equal(
 
 def stop_after_step_2(monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
     """Send a signal once the second step of a warm start is saved."""
-    save = Training.save
+    save = State.save
 
-    def save_and_stop(training: Training, run: Run, settings: Settings) -> None:
+    def save_and_stop(state: State, run: Run, settings: Settings) -> None:
         is_first = not run.checkpoint_path(2).exists()
-        save(training, run, settings)
-        if run.path.name == "warming" and training.step == 2 and is_first:
+        save(state, run, settings)
+        if run.path.name == "warming" and state.progress.step == 2 and is_first:
             signal.raise_signal(number)
 
-    monkeypatch.setattr(Training, "save", save_and_stop)
+    monkeypatch.setattr(State, "save", save_and_stop)
 
 
 OFTEN = [*WARM, "--num-iterations", 1, "--warm-start", 32, "--save-minutes", 1e-9]
@@ -268,7 +271,7 @@ def test_a_warm_start_continues_only_as_it_began(
 def test_a_reference_is_loaded_before_the_warm_start(
     countdown: Command, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("grpo_cli.core.rl.warm_start.warm_start", lambda *_, **__: pytest.fail("minutes are lost"))
+    monkeypatch.setattr("grpo_cli.core.rl.warm_start.imitate", lambda *_, **__: pytest.fail("minutes are lost"))
     shutil.copytree(tiny_folder, tmp_path / "other")
     (tmp_path / "other" / "model.safetensors").write_bytes(b"no weights")
     refused = countdown("train", "--model", tiny_folder, *WARM, "--ref-model", "other")
@@ -279,10 +282,11 @@ def test_a_reference_is_loaded_before_the_warm_start(
 def test_a_request_to_save_does_not_end_a_warm_start(
     countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def asked(*arguments: Any, **options: Any) -> None:
+    def asked(*arguments: Any, **options: Any) -> list[tuple[int, int, float]]:
         signal.raise_signal(signal.SIGUSR1)
+        return []
 
-    monkeypatch.setattr("grpo_cli.core.rl.warm_start.warm_start", asked)
+    monkeypatch.setattr("grpo_cli.core.rl.warm_start.imitate", asked)
     before = signal.signal(signal.SIGUSR1, lambda *_: pytest.fail("it would have ended the process"))
     try:
         result = countdown("train", "--model", tiny_folder, *WARM, "--num-iterations", 1)
@@ -296,7 +300,12 @@ def test_a_warm_start_takes_no_more_completions_at_once_than_were_planned(
     countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[int] = []
-    monkeypatch.setattr("grpo_cli.core.rl.warm_start.warm_start", lambda *_, fit, **__: rows.append(fit.rows))
+
+    def seen(*_: Any, micro_batch: MicroBatch, **__: Any) -> list[tuple[int, int, float]]:
+        rows.append(micro_batch.rows)
+        return []
+
+    monkeypatch.setattr("grpo_cli.core.rl.warm_start.imitate", seen)
     for flags in ([], ["--num-generations", 4, "--micro-batch-size", 3]):
         assert countdown("train", "--model", tiny_folder, *WARM, "--num-iterations", 1, *flags).code == 0
     assert rows == [2, 3]
@@ -307,6 +316,6 @@ def test_a_full_disk_is_found_before_the_warm_start(
     countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    monkeypatch.setattr("grpo_cli.core.rl.warm_start.warm_start", lambda *_, **__: pytest.fail("minutes are lost"))
+    monkeypatch.setattr("grpo_cli.core.rl.warm_start.imitate", lambda *_, **__: pytest.fail("minutes are lost"))
     result = countdown("train", "--model", tiny_folder, *WARM)
     assert result.code == 1 and "MB free, and a checkpoint needs" in result.err

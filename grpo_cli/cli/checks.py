@@ -20,7 +20,7 @@ from grpo_cli.core.config.resolve import Resolved, flag, require_suite
 from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import check_writable
-from grpo_cli.core.rl.schedule import splits
+from grpo_cli.core.rl.schedule import Problems
 from grpo_cli.core.run.folder import Run, find_run
 from grpo_cli.core.run.models import model_source
 from grpo_cli.core.task.countdown import task_of
@@ -156,7 +156,7 @@ def check_train(options: Mapping[str, Any]) -> None:
     if (without.task, without.reward) == (with_gpu.task, with_gpu.reward):
         _read_files(without)
         if {without.task.puzzles, without.task.dev_puzzles, without.task.val_puzzles} != {"none"}:
-            splits(without)
+            Problems.of(without)
 
 
 def _either(options: Mapping[str, Any]) -> tuple[Settings, Settings]:

@@ -6,15 +6,14 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
 
 import typer
 
 from grpo_cli.cli.checks import SUITE_CELL, Chosen, choose, resolve_for_model
-from grpo_cli.cli.models import at_once, join_ranks, load
+from grpo_cli.cli.models import at_once, joined, load
 from grpo_cli.core.config.resolve import require_suite
-from grpo_cli.core.dist.ranks import Solo
 from grpo_cli.core.evals import contamination
 from grpo_cli.core.evals.compare import SuitePaired, suite_paired
 from grpo_cli.core.evals.evaluate import Evaluator, SuiteResult, puzzles_of
@@ -23,6 +22,7 @@ from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import Engine
 from grpo_cli.core.task.countdown import task_of
 from grpo_cli.core.task.suite import Cell, cell
+from grpo_cli.core.world import World
 from grpo_cli.ui import eval_tables, tables
 from grpo_cli.ui import text as show
 
@@ -47,11 +47,9 @@ def run(
         require_suite(settings, suite, "`--suite`")
         weights = settings.suite[suite]
     chosen = [choose(ctx, config, name) for name in models] if models else [choose(ctx, config, None)]
-    ranks = join_ranks(chosen[0].settings)
-    with redirect_stdout(sys.stderr):  # a task may print: stdout is data
-        results = _evaluate(chosen, weights, quiet=as_json or ranks.rank > 0, ranks=ranks)
-    ranks.leave()
-    if ranks.rank > 0:
+    with joined(chosen[0].settings) as world, redirect_stdout(sys.stderr):  # a task may print: stdout is data
+        results = _evaluate(chosen, weights, quiet=as_json or not world.is_first, world=world)
+    if not world.is_first:
         return
     pairs = [pair for result in results[1:] if (pair := suite_paired(results[0], result))]
     if len(results) > 1 and not pairs:
@@ -83,7 +81,7 @@ def _show(suite: str | None, results: Sequence[SuiteResult], pairs: Sequence[Sui
 
 
 def _evaluate(
-    chosen: Sequence[Chosen], weights: Mapping[str, float] | None, *, quiet: bool, ranks: Solo
+    chosen: Sequence[Chosen], weights: Mapping[str, float] | None, *, quiet: bool, world: World
 ) -> list[SuiteResult]:
     """Evaluate all models on the same puzzles: a suite's cells, or without `weights` the one cell of the settings."""
     task, settings = chosen[0].settings.task, chosen[0].settings.eval
@@ -105,12 +103,12 @@ def _evaluate(
 
         for model, trained_on in zip(chosen, known, strict=True):
             result = Evaluator(
-                Engine(ranks.own(partial(load, model))),
+                Engine(load(model)),
                 SamplingParams.evaluation(settings),
                 asked,
                 settings.batch_size,
-                fit=at_once(model.settings, settings.batch_size),
-                ranks=ranks,
+                micro_batch=at_once(model.settings, settings.batch_size),
+                world=world,
                 known=trained_on,
             ).evaluate_suite(puzzles, weights, progress=progress)
             results.append(result)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import typer
@@ -12,19 +13,20 @@ import typer
 from grpo_cli.cli.checks import Chosen, require_package, resolve_for_model, resumed
 from grpo_cli.cli.export import write_card
 from grpo_cli.cli.launch import Place, Signals, ignoring_requests, place
-from grpo_cli.cli.models import at_once, join_ranks, load
+from grpo_cli.cli.models import at_once, joined, load
 from grpo_cli.cli.options import flags, give
 from grpo_cli.cli.plot import draw, run_curves
 from grpo_cli.core.config.resolve import Resolved
+from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evals.evaluate import Evaluator
 from grpo_cli.core.model.load import detect_device, prompt_tokens
 from grpo_cli.core.rl import probe as probing
-from grpo_cli.core.rl.observer import Validated
-from grpo_cli.core.rl.schedule import curriculum, splits
-from grpo_cli.core.rl.session import Session, demonstrated, for_ranks, plan_memory, start
+from grpo_cli.core.rl.build import build, demonstrated, finish, for_ranks, plan_memory
+from grpo_cli.core.rl.observer import Interrupted, Observer, Observers, Validated
+from grpo_cli.core.rl.schedule import Problems
 from grpo_cli.core.rl.state import choose_optimizer
-from grpo_cli.core.rl.train import Interrupted
+from grpo_cli.core.rl.train import Trainer
 from grpo_cli.core.run.folder import Run, run_name
 from grpo_cli.core.run.models import model_source
 from grpo_cli.core.sampling.params import SamplingParams
@@ -33,7 +35,7 @@ from grpo_cli.core.task.audit import audit
 from grpo_cli.core.task.countdown import task_of
 from grpo_cli.ui import tables
 from grpo_cli.ui import text as show
-from grpo_cli.ui.live import TrainingView, Unseen
+from grpo_cli.ui.live import TrainingView
 
 
 def run(
@@ -74,56 +76,70 @@ def run(
     settings = resolved.settings.model_copy(update={"runs": str(root)})  # the run may have moved
     if choose_optimizer(settings.train.optimizer, detect_device(model.device)) == "adamw8bit":
         require_package("bitsandbytes")
-    ranks = join_ranks(settings)
-    signals = Signals(launched=ranks.size > 1)
-    opening = start(
-        settings, run, overwrite=overwrite, resume=resume, step=step, ranks=ranks, control=signals, note=show.note
-    )
+    signals = Signals(launched=process.size > 1)
     try:
-        with ignoring_requests(), opening as session:
-            _train(session, signals)
-            ranks.leave()
+        with ignoring_requests(), joined(settings) as world:
+            is_first = world.is_first
+            view = TrainingView(settings.train.num_iterations) if is_first else None
+            observer = Observers([view, _Files(settings, view.message)]) if view else Observer()
+            with (
+                view or nullcontext(),
+                build(
+                    settings,
+                    run,
+                    overwrite=overwrite,
+                    resume=resume,
+                    step=step,
+                    world=world,
+                    observer=observer,
+                    control=signals,
+                ) as trainer,
+            ):
+                _train(trainer)
     except Interrupted:
         sys.exit(128 + (signals.stop or signal.SIGTERM))
 
 
-class _View(TrainingView):
-    """The live view; also rewrites the run's curves and model card after each evaluation."""
+class _Files(Observer):
+    """Rewrites the run's curves and model card after each evaluation."""
 
-    def __init__(self, session: Session) -> None:
-        super().__init__(session.settings.train.num_iterations, start=session.training.step)
-        self._run, self._style = session.run, session.settings.plot
+    def __init__(self, settings: Settings, report: Callable[[str], None]) -> None:
+        self._style, self._report = settings.plot, report
+        self._run: Run | None = None
+
+    def begin(self, run: Run, step: int) -> None:
+        self._run = run
 
     def evaluated(self, result: Validated) -> None:
-        super().evaluated(result)
-        if result.step:
-            self._attempt(lambda: write_card(self._run), "the model card was not written")
-            self._attempt(
-                lambda: draw([run_curves(self._run)], self._run.path, self._style), "the curves were not drawn"
-            )
+        if self._run and result.step:
+            run = self._run
+            self._attempt(lambda: write_card(run), "the model card was not written")
+            self._attempt(lambda: draw([run_curves(run)], run.path, self._style), "the curves were not drawn")
 
     def _attempt(self, write: Callable[[], object], failure: str) -> None:
         try:
             write()
         except (CountdownError, OSError) as problem:
-            self.message(f"{failure}: {problem}")
+            self._report(f"{failure}: {problem}")
 
 
-def _train(session: Session, signals: Signals) -> None:
-    """Train to the end or until a signal, with the live view."""
-    run, training, ranks = session.run, session.training, session.ranks
-    policy = training.policy
-    among = f", by {ranks.size} processes" if ranks.size > 1 else ""
-    show.note(f"run {run.path}: {policy.name} on {policy.device}, {policy.precision}, from step {training.step}{among}")
-    show.note(tables.memory_line(session.memory))
-    shown: TrainingView | Unseen = _View(session) if run.writes else Unseen()
-    with signals, shown as view:
-        try:
-            result = session.train(view, signals)
-        except Interrupted:
-            view.message(f"stopped after step {training.step}; resume with: countdown train --run {run.name} --resume")
-            raise
-    if run.writes:
+def _train(trainer: Trainer) -> None:
+    """Train to the end or until a signal; show the result."""
+    run, state, world = trainer.run, trainer.state, trainer.world
+    policy, step = state.policy, state.progress.step
+    among = f", by {world.size} processes" if world.size > 1 else ""
+    trainer.observer.message(
+        f"run {run.path}: {policy.name} on {policy.device}, {policy.precision}, from step {step}{among}"
+    )
+    if trainer.memory:
+        trainer.observer.message(tables.memory_line(trainer.memory))
+    try:
+        result = finish(trainer)
+    except Interrupted:
+        again = f"countdown train --run {run.name} --resume"
+        trainer.observer.message(f"stopped after step {state.progress.step}; resume with: {again}")
+        raise
+    if world.is_first:
         write_card(run)
         tables.training_summary(result.summary, run.path, overlap=result.overlap)
 
@@ -140,18 +156,18 @@ def _set_batch_size(ctx: typer.Context, per_rank: int | None, process: Place) ->
 def _show_plan(resolved: Resolved, chosen: Chosen, process: Place) -> None:
     """Print every setting with its source, the first prompt as token ids, and the memory plan."""
     settings = for_ranks(chosen.settings, process.size)
-    demonstrated(settings, process.size)
+    problems = Problems.of(settings)
+    demonstrated(settings, problems)
     tables.config_table(resolved)
-    task = task_of(settings)
-    splits(settings)
-    for sentence in task.notes(list(curriculum(settings).problems)):
+    task = problems.task
+    for sentence in problems.notes():
         show.note(sentence)
     if settings.task.task != "countdown":
         for check in audit(task, settings.task.numbers):
             show.note(f"{'passed' if check.passed else 'FAILED'}: {check.name} {check.result}")
-    puzzle, style = curriculum(settings).prompts(1)[0]
+    puzzle, style = problems.curriculum.prompts(1)[0]
     tables.prompt_tokens(prompt_tokens(chosen.source, task.prompt(puzzle, style)))
-    tables.memory_plan(plan_memory(settings, ranks=process.size))
+    tables.memory_plan(plan_memory(settings, problems, ranks=process.size))
 
 
 def _probe(chosen: Chosen) -> None:

@@ -8,17 +8,15 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from operator import itemgetter
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from grpo_cli.core.errors import CountdownError
 
-T = TypeVar("T")
 # torch's messages for cases without an exception class.
 SENTENCES = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _PROCESS = Path("/proc/self")
@@ -40,25 +38,42 @@ class MicroBatch:
         self.rows, self.limit, self.logit_chunk = rows, limit, logit_chunk
         self._report = report
         self._largest = (1, 0)  # tokens of the pass that took most memory, and its bytes
-        self._measured: tuple[int, int] | None = None  # tokens of the current pass, and bytes that stay after it
+        self._failure: str | None = None  # of the last attempt
 
-    def whole(self) -> MicroBatch:
-        """One for other passes, which starts with all rows, with the same limit."""
+    def unlimited(self) -> MicroBatch:
+        """One for other passes: all rows at first, and the same memory limit."""
         return MicroBatch(limit=self.limit, report=self._report)
 
-    def attempt(self, work: Callable[[int], T], *, total: int, doing: str) -> T:
-        """Call `work` with the micro-batch size for `total` rows; if memory runs out, repeat it with half the size.
+    def attempts(self, total: int, doing: str) -> Iterator[AbstractContextManager[None]]:
+        """Contexts for passes over `total` rows, one after the other until one does not run out of memory.
 
-        A failed attempt must have no lasting effect. Raises CountdownError if one row does not fit.
+            for attempt in micro_batch.attempts(len(rows), "update"):
+                with attempt:
+                    ...  # passes of `micro_batch.rows` rows; must not have a lasting effect if it fails
+
+        Each failure halves `rows`. Raises CountdownError if one row does not fit.
         """
-        while True:
-            try:
-                return work(self.rows)
-            except (RuntimeError, MemoryError) as error:
-                if not ran_out(error):
-                    raise
-                why = "is nearly full" if isinstance(error, NearLimit) else "ran out"
-            self._halve(total, doing, why)
+        self._failure = None
+        yield self._attempt()
+        while self._failure:
+            self._halve(total, doing, self._failure)
+            self._failure = None
+            yield self._attempt()
+
+    @contextmanager
+    def _attempt(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            self._failure = "is nearly full" if isinstance(error, NearLimit) else "ran out"
+
+    def split(self, rows: Iterable[int]) -> list[list[int]]:
+        """Cut rows into micro-batches."""
+        rows = list(rows)
+        size = self.rows or max(1, len(rows))
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def check(self) -> None:
         """Raise NearLimit if the process exceeds the limit even after returning freed memory."""
@@ -67,26 +82,25 @@ class MicroBatch:
             if resident() > self.limit:
                 raise NearLimit
 
-    def begin(self, *, tokens: int, rows: int, adds: int = 0) -> None:
-        """Before a pass over `tokens` of `rows` completions: raise NearLimit if its predicted peak exceeds the limit.
+    @contextmanager
+    def measured(self, *, tokens: int, rows: int, adds: int = 0) -> Iterator[None]:
+        """Context of a pass, with its backward, over `tokens` of `rows` completions: records the memory that it takes.
 
-        The prediction scales the largest pass so far. `adds`: bytes that stay after the pass, such as new gradients. A
-        single completion is always tried.
+        Raises NearLimit first if the predicted peak exceeds the limit. The prediction scales the largest pass so far.
+        `adds`: bytes that stay after the pass, such as new gradients. A single completion is always tried.
         """
         if not self.limit:
+            yield
             return
         if resident() > self.limit // 2:
             give_back()
         stays, (most_tokens, most) = resident() + adds, self._largest
         if rows > 1 and stays + most * tokens / most_tokens > self.limit:
             raise NearLimit
-        self._measured = (tokens, stays) if _reset_peak() else None
-
-    def end(self) -> None:
-        """After the pass, including its backward: record the memory that it took."""
-        if self._measured is not None:
-            tokens, stays = self._measured
-            self._largest, self._measured = max(self._largest, (tokens, _peak() - stays), key=itemgetter(1)), None
+        is_measured = _reset_peak()
+        yield
+        if is_measured:
+            self._largest = max(self._largest, (tokens, _peak() - stays), key=itemgetter(1))
 
     def _halve(self, total: int, doing: str, why: str) -> None:
         largest = min(self.rows or total, total)

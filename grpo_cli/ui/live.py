@@ -22,6 +22,7 @@ from rich.text import Text
 
 from grpo_cli.core.metrics import PHASES, TABLE, Metric, metric
 from grpo_cli.core.rl.observer import Observer, Validated
+from grpo_cli.core.run.folder import Run
 from grpo_cli.ui import text as show
 
 ROWS = 12
@@ -40,15 +41,6 @@ def fitting(widths: Mapping[Metric, int], width: int) -> list[Metric]:
     return [column for column in widths if column in chosen]
 
 
-class Unseen(Observer):
-    """Shows nothing, for all ranks but the first."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-
 class TrainingView(Observer):
     """Shows a training: a context manager and an observer of the loop.
 
@@ -59,7 +51,6 @@ class TrainingView(Observer):
         self,
         total_steps: int,
         *,
-        start: int = 0,
         console: Console = show.err,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -68,7 +59,7 @@ class TrainingView(Observer):
         self._clock = clock
         self._opened = clock()
         self._first: tuple[int, float] | None = None
-        self._last = (start, self._opened)
+        self._last = (0, self._opened)
         self._rows: tuple[Mapping[str, float], ...] = ()
         self._rewards: tuple[float, ...] = ()
         self._evaluations: tuple[Validated, ...] = ()
@@ -79,8 +70,6 @@ class TrainingView(Observer):
             self._live = Live(self, console=console, refresh_per_second=2, redirect_stdout=False)
 
     def __enter__(self) -> Self:
-        if self._live:
-            self._live.start(refresh=True)
         return self
 
     def __exit__(
@@ -92,9 +81,17 @@ class TrainingView(Observer):
 
     # Called by the training loop
 
+    def begin(self, run: Run, step: int) -> None:
+        """Start the display after `step`."""
+        self._last = (step, self._clock())
+        if self._live:
+            self._live.start(refresh=True)
+
     def message(self, text: str) -> None:
         """Print a line above the display."""
-        self._console.print(Text(show.printable(text, keep_newlines=True)), soft_wrap=not self._live)
+        self._console.print(
+            Text(show.printable(text, keep_newlines=True)), soft_wrap=not (self._live and self._live.is_started)
+        )
 
     def progress(self, phase: str, done: int, total: int) -> None:
         """Update the phase of the current step; only on a terminal."""

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 
-from grpo_cli.core.dist.ranks import Solo
 from grpo_cli.core.evals.contamination import Known, overlap
 from grpo_cli.core.evals.statistics import wilson
 from grpo_cli.core.microbatch import MicroBatch
@@ -25,6 +24,7 @@ from grpo_cli.core.sampling.rollout import Engine, uniforms
 from grpo_cli.core.task.countdown import Countdown
 from grpo_cli.core.task.suite import Cell, weighted_mean
 from grpo_cli.core.task.task import Problem, Score, Split, Task
+from grpo_cli.core.world import World
 
 COUNTDOWN = Countdown()
 Progress = Callable[[int, int], None]
@@ -249,8 +249,8 @@ def puzzles_of(cell: Cell, limit: int = 0, task: Task = COUNTDOWN) -> list[Probl
 class Evaluator:
     """Completes and scores puzzles, greedily or with several samples, as `params` says.
 
-    `batch_size` completions are decoded at once, fewer if `fit` finds that too many. Several `ranks` share the puzzles;
-    each returns the full result. `known`: what the model was trained on.
+    `batch_size` completions are decoded at once, fewer if `micro_batch` finds that too many. The ranks of a `world`
+    share the puzzles; each returns the full result. `known`: what the model was trained on.
     """
 
     engine: Engine
@@ -258,26 +258,22 @@ class Evaluator:
     task: Task = COUNTDOWN
     batch_size: int = 64
     seed: int = 0
-    fit: MicroBatch = field(default_factory=MicroBatch)
-    ranks: Solo = field(default_factory=Solo)
+    micro_batch: MicroBatch = field(default_factory=MicroBatch)
+    world: World = field(default_factory=World)
     known: Known | None = None
-    on_token: Callable[[int], None] | None = None  # as for `sample`
+    poll: Callable[[], None] | None = None  # called after each token; it may raise
 
     def evaluate(
         self, puzzles: Sequence[Problem], *, style: str, split: Split, progress: Progress = lambda *_: None
     ) -> Evaluation:
         """Evaluate on puzzles of one size; `progress` receives the number of puzzles done and their total."""
-        model, params, ranks, total = self.engine.policy.name, self.params, self.ranks, len(puzzles)
-        mine, size = ranks.share(total), max(1, self.batch_size // params.num_generations)
-
-        def share() -> list[list[Completion]]:
-            rows: list[list[Completion]] = []
-            for start in range(0, len(mine), size):
-                rows += self._complete(puzzles, mine[start : start + size], style)
-                progress(min(len(rows) * ranks.size, total), total)
-            return rows
-
-        rows = [row for part in ranks.each(share) for row in part]
+        model, params, total = self.engine.policy.name, self.params, len(puzzles)
+        mine, size = self.world.share(total), max(1, self.batch_size // params.num_generations)
+        own: list[list[Completion]] = []
+        for start in range(0, len(mine), size):
+            own += self._complete(puzzles, mine[start : start + size], style)
+            progress(min(len(own) * self.world.size, total), total)
+        rows = [row for part in self.world.gather(own) for row in part]
         decoding = (params.num_generations, params.temperature, params.max_new_tokens, self.seed)
         return Evaluation(model, split, style, puzzles[0].size, *decoding, rows, self.known, self.task)
 
@@ -307,11 +303,15 @@ class Evaluator:
             uniform=None
             if params.greedy
             else uniforms(self.seed, 0, indices, params.num_generations, params.max_new_tokens),
-            fit=self.fit,
-            on_token=self.on_token,
+            micro_batch=self.micro_batch,
+            on_token=None if self.poll is None else self._on_token,
         )
         rows = zip(rollout.completions, rollout.truncated, strict=True)
         return [[self._score(puzzle, style, *next(rows)) for _ in range(params.num_generations)] for puzzle in chosen]
+
+    def _on_token(self, _: int) -> None:
+        if self.poll:
+            self.poll()
 
     def _score(self, puzzle: Problem, style: str, tokens: list[int], truncated: bool) -> Completion:
         text = self.engine.policy.decode(tokens)

@@ -113,9 +113,7 @@ def load(
         check_download(name, itemsize=dtype.itemsize, free=free)
     model = _load_model(name, source, config, local=local, dtype=dtype)
     if gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise CountdownError(f"`{name}` has no gradient checkpointing", "give `--gradient-checkpointing off`")
-        checkpoint_layers(model)
+        use_checkpointing(name, model)
     end_ids = _end_ids(name, model, tokenizer)
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=list(end_ids), pad_token_id=tokenizer.pad_token_id
@@ -127,6 +125,13 @@ def load(
     cached = caches_right(model.config)
     model = model if on_host else model.to(place)
     return Policy(model, tokenizer, name, chosen, end_ids, plain=plain, cached=cached, fused=fused)
+
+
+def use_checkpointing(name: str, model: transformers.PreTrainedModel) -> None:
+    """Recompute each layer in the backward pass; raises CountdownError if the model cannot."""
+    if not model.supports_gradient_checkpointing:
+        raise CountdownError(f"`{name}` has no gradient checkpointing", "give `--gradient-checkpointing off`")
+    checkpoint_layers(model)
 
 
 def number_of_layers(name: str) -> int:

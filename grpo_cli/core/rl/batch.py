@@ -100,13 +100,13 @@ def _parts(scores: Sequence[Score]) -> dict[str, float]:
 class Examples:
     """Input of an update: B completions in groups, their advantages (B,), and log-probabilities.
 
-    `step` counts the completions of all ranks, by default only these. `ref_logprobs` (B, T) are the reference's.
-    `sampled_logprobs` are the sampler's, in updates that compare log-probabilities with the model's own forward.
+    `step` counts the completions of all ranks, by default only these. `ref_logprobs` (B, T) are the reference's,
+    `sampled_logprobs` the sampler's.
     """
 
     sequences: Sequences
     advantages: Tensor
-    sampled_logprobs: Sequence[Sequence[float]] | None = None
+    sampled_logprobs: Sequence[Sequence[float]] = ()
     ref_logprobs: Tensor | None = None
     step: Step | None = None
 
@@ -141,13 +141,10 @@ class Batch:
         for group in self.groups:
             group.advantages = advantages[group.prompt_index]
 
-    def examples(self, ref_logprobs: Tensor | None, *, teaches: bool, compare: bool) -> Examples:
-        """The examples of an update.
-
-        `teaches`: whether any rank has a nonzero gradient; `compare`: whether to measure `logprob_gap`.
-        """
-        step = Step(self.tally.rewards.numel(), self.tally.tokens, teaches)
-        logprobs = [row for group in self.groups for row in group.logprobs] if compare else None
+    def examples(self, ref_logprobs: Tensor | None, *, has_gradient: bool) -> Examples:
+        """The examples of an update; `has_gradient`: whether any rank has a nonzero gradient."""
+        step = Step(self.tally.rewards.numel(), self.tally.tokens, has_gradient)
+        logprobs = [row for group in self.groups for row in group.logprobs]
         return Examples(self.sequences, self.advantages, logprobs, ref_logprobs, step)
 
     def replace(self, groups: Sequence[Group]) -> None:

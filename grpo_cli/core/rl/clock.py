@@ -9,27 +9,34 @@ from dataclasses import dataclass, field
 
 import torch
 
-from grpo_cli.core.dist.ranks import Solo
+from grpo_cli.core.world import World
 
 
 @dataclass
 class Clock:
-    """Accumulates `seconds` by metric key: `time/PHASE`."""
+    """Accumulates seconds by metric key, `time/PHASE`, until the next `lap`."""
 
-    ranks: Solo = field(default_factory=Solo)
+    world: World = field(default_factory=World)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a block, excluding time spent on other ranks; only `total` includes that."""
-        start, spent = time.perf_counter(), self.ranks.spent
+        """Time a block, excluding time spent in collectives; only `total` includes that."""
+        start, waited = time.perf_counter(), sum(self.world.seconds.values())
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        spent = 0.0 if name == "total" else self.ranks.spent - spent
-        self.add({name: time.perf_counter() - start - spent})
+        waited = 0.0 if name == "total" else sum(self.world.seconds.values()) - waited
+        self.add({name: time.perf_counter() - start - waited})
 
     def add(self, seconds: Mapping[str, float]) -> None:
         """Add seconds by phase."""
         for name, value in seconds.items():
             self.seconds[f"time/{name}"] = self.seconds.get(f"time/{name}", 0.0) + value
+
+    def lap(self) -> dict[str, float]:
+        """The seconds since the last call, with those in collectives; of each phase, the slowest rank's."""
+        own = {**self.seconds, **self.world.lap()}
+        self.seconds = {}
+        everyone = self.world.gather(own)
+        return {name: max(one.get(name, 0.0) for one in everyone) for one in everyone for name in one}

@@ -93,7 +93,7 @@ class Step:
 
     rows: int
     tokens: int
-    teaches: bool  # whether any gradient may be nonzero
+    has_gradient: bool  # whether any gradient may be nonzero
 
 
 def normalizer(lengths: Tensor, *, loss_type: str, max_new_tokens: int, step: Step | None = None) -> Tensor:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
+
+from grpo_cli.core.run.folder import Run
+
+
+class Interrupted(Exception):
+    """A training was asked to stop; the last completed step is saved."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +44,21 @@ class Control:
         """Whether to save a checkpoint now; polled after each step."""
         return False
 
+    def poll(self) -> None:
+        """Raise Interrupted if the training is asked to stop."""
+        if self.should_stop():
+            raise Interrupted
+
+
+def no_poll() -> None:
+    """In place of `Control.poll`: nothing interrupts."""
+
 
 class Observer:
     """Receives the events of a training and ignores them; override what you need."""
+
+    def begin(self, run: Run, step: int) -> None:
+        """The training of a run begins or resumes after `step`."""
 
     def message(self, text: str) -> None:
         """A sentence for the user."""
@@ -53,3 +71,30 @@ class Observer:
 
     def evaluated(self, result: Validated) -> None:
         """An evaluation, after its best model is saved and its log written."""
+
+
+@dataclass(frozen=True)
+class Observers(Observer):
+    """Passes every event to several observers, in order."""
+
+    observers: Sequence[Observer]
+
+    def begin(self, run: Run, step: int) -> None:
+        for observer in self.observers:
+            observer.begin(run, step)
+
+    def message(self, text: str) -> None:
+        for observer in self.observers:
+            observer.message(text)
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        for observer in self.observers:
+            observer.progress(phase, done, total)
+
+    def step(self, metrics: Mapping[str, float], sample: Mapping[str, object]) -> None:
+        for observer in self.observers:
+            observer.step(metrics, sample)
+
+    def evaluated(self, result: Validated) -> None:
+        for observer in self.observers:
+            observer.evaluated(result)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice
 
 from grpo_cli.core.config.settings import Settings
@@ -11,7 +14,7 @@ from grpo_cli.core.task.countdown import task_of
 from grpo_cli.core.task.curriculum import Curriculum, schedule
 from grpo_cli.core.task.prompts import STYLES
 from grpo_cli.core.task.suite import SIZES
-from grpo_cli.core.task.task import Problem, require_apart
+from grpo_cli.core.task.task import Problem, Task, require_apart
 
 PLANNED_STEPS = 4  # memory is planned for the prompts of about so many steps
 PLANNED_PROMPTS = 1000
@@ -26,12 +29,49 @@ def learning_rate_at(step: int, *, peak: float, schedule: str, warmup_steps: int
     return peak * shapes[schedule]
 
 
-def curriculum(settings: Settings) -> Curriculum:
-    """The prompts of a training."""
-    task, train = settings.task, settings.train
-    numbers = schedule(_or_task(train.prompt_numbers, str(task.numbers)), [str(size) for size in SIZES])
-    style = schedule(_or_task(train.prompt_style, task.style), STYLES)
-    problems = {size: task_of(settings).problems("train", size) for size in map(int, numbers.choices)}
+@dataclass(frozen=True)
+class Problems:
+    """The task of a training, the prompts of its steps, and its problems by split."""
+
+    task: Task
+    curriculum: Curriculum
+    splits: Mapping[str, Sequence[Problem]]
+
+    @classmethod
+    def of(cls, settings: Settings, task: Task | None = None) -> Problems:
+        """The problems of the settings; `task`: the task, if it is loaded already.
+
+        Raises CountdownError if a split is empty or shares problems with another.
+        """
+        task, size = task or task_of(settings), settings.task.numbers
+        prompts = _curriculum(settings, task)
+        splits = {"train": list(chain.from_iterable(prompts.problems.values()))}
+        splits |= {"dev": list(task.problems("dev", size)), "val": list(task.problems("val", size))}
+        require_apart(splits)
+        return cls(task, prompts, splits)
+
+    def notes(self) -> list[str]:
+        """Sentences for the user about the problems."""
+        return self.task.notes(list(self.curriculum.problems))
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the problems of each split, and of each file that defines the task."""
+        listed = {split: "\n".join(map(_stated, problems)) for split, problems in self.splits.items()}
+        hashes = {f"{split} problems": hashlib.sha256(text.encode()).hexdigest() for split, text in listed.items()}
+        return hashes | {f"{name} file": sha for name, sha in self.task.files.items()}
+
+
+def _stated(problem: Problem) -> str:
+    """The values of its record, lists as tuples: `(3, 5, 2) 13`."""
+    return " ".join(str(tuple(value) if isinstance(value, list) else value) for value in problem.record().values())
+
+
+def _curriculum(settings: Settings, task: Task) -> Curriculum:
+    asked, train = settings.task, settings.train
+    numbers = schedule(_or_task(train.prompt_numbers, str(asked.numbers)), [str(size) for size in SIZES])
+    style = schedule(_or_task(train.prompt_style, asked.style), STYLES)
+    problems = {size: task.problems("train", size) for size in map(int, numbers.choices)}
     return Curriculum(problems, numbers, style, train.batch_size, train.seed)
 
 
@@ -39,21 +79,11 @@ def _or_task(text: str, of_task: str) -> str:
     return of_task if text == "task" else text
 
 
-def splits(settings: Settings) -> dict[str, list[Problem]]:
-    """The problems to train on, to select the best model on, and to report on.
-
-    Raises CountdownError if one of them is empty or shares problems with another.
-    """
-    task, size = task_of(settings), settings.task.numbers
-    problems = {"train": list(chain.from_iterable(curriculum(settings).problems.values()))}
-    problems |= {"dev": list(task.problems("dev", size)), "val": list(task.problems("val", size))}
-    require_apart(problems)
-    return problems
-
-
-def longest_prompt(settings: Settings, encode: Callable[[Sequence[dict[str, str]]], list[int]]) -> int:
+def longest_prompt(
+    settings: Settings, problems: Problems, encode: Callable[[Sequence[dict[str, str]]], list[int]]
+) -> int:
     """Tokens of the longest prompt of some steps over the whole schedule, of at most PLANNED_PROMPTS."""
-    task, prompts = task_of(settings), curriculum(settings)
+    task, prompts = problems.task, problems.curriculum
     count = settings.train.num_iterations
     steps = range(1, count + 1, max(1, count // PLANNED_STEPS))
     drawn = (item for step in steps for item in prompts.prompts(step))

@@ -5,12 +5,11 @@ Puzzles and random numbers are functions of (seed, step), so a checkpoint and th
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,31 +18,22 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from grpo_cli.core import fsdp
 from grpo_cli.core.config.settings import Settings, digest
-from grpo_cli.core.dist import shards
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model import lora
 from grpo_cli.core.model.master_weights import MasterWeights
 from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.perf.roofline import hardware_of
 from grpo_cli.core.run.folder import Run, require_space
-from grpo_cli.core.task.task import Problem, Task
-
-_PROGRESS = ["step", "pending", "base_accuracy", "best_score", "best_accuracy", "best_step", "waited"]
-_PROGRESS += ["bad_steps", "bad_in_a_row"]
 
 
 @dataclass
-class Training:
-    """State needed to resume, besides the run's settings."""
+class Progress:
+    """How far a training is. `unlogged`: metrics of `step` that wait for an evaluation that was interrupted."""
 
-    policy: Policy
-    optimizer: torch.optim.Optimizer
-    learner: Policy | None = None  # the sharded policy that is trained; `policy` is then its full copy
     step: int = 0
-    # Metrics of `step` that wait for its evaluation to finish.
-    pending: dict[str, float] | None = field(default_factory=lambda: dict[str, float](step=0))
+    unlogged: dict[str, float] | None = None
     base_accuracy: float | None = None  # of the starting model, greedy on val
     best_score: float | None = None  # dev accuracy of the best model
     best_accuracy: float | None = None  # its val accuracy
@@ -51,17 +41,22 @@ class Training:
     waited: int = 0  # evaluations since the best
     bad_steps: int = 0  # skipped steps: loss or gradient not finite
     bad_in_a_row: int = 0
-    resumed_from: int | None = None
 
-    @property
-    def learns(self) -> Policy:
-        """The policy that the optimizer updates."""
-        return self.learner or self.policy
+
+@dataclass
+class State:
+    """What a checkpoint holds: weights, moments and progress; with the settings, all that resuming needs."""
+
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    learner: Policy  # is trained: the policy itself, or its sharded version, of which `policy` is then a full copy
+    progress: Progress = field(default_factory=Progress)
+    resumed_from: int | None = None
 
     def save_shards(self, run: Run) -> None:
         """Write this rank's sharded weights and moments to the folder that `save` collects."""
-        if self.learner:
-            shards.save_shards(run.shards_path, self.learner.model, self.optimizer)
+        if self.learner.is_sharded:
+            fsdp.save_shards(run.shards_path, self.learner.model, self.optimizer)
 
     def save(self, run: Run, settings: Settings) -> None:
         """Write a checkpoint of this step atomically, and remove old ones.
@@ -70,7 +65,7 @@ class Training:
         """
         require_space(run.path, self.checkpoint_bytes())
         facts = {
-            "step": self.step,
+            "step": self.progress.step,
             "config": digest(settings),
             "model": type(self.policy.model).__name__,
             "optimizer": type(getattr(self.optimizer, "inner", self.optimizer)).__name__,
@@ -79,14 +74,13 @@ class Training:
         }
         if facts["optimizer"] == "AdamW8bit":
             facts["bitsandbytes"] = version("bitsandbytes")
-        progress = {name: getattr(self, name) for name in _PROGRESS}
-        with self.reported(run), run.saving(run.checkpoint_path(self.step), facts) as folder:
+        with self.reported(run), run.saving(run.checkpoint_path(self.progress.step), facts) as folder:
             if self.policy.adapter:
                 lora.save_adapter(self.policy.model, folder / "model")
             else:
                 self.policy.save(folder / "model")
-            state: dict[str, Any] = {"progress": progress}
-            if self.learner:
+            state: dict[str, Any] = {"progress": asdict(self.progress)}
+            if self.learner.is_sharded:
                 run.shards_path.rename(folder / "shards")
             else:
                 state["optimizer"] = self.optimizer.state_dict()
@@ -109,7 +103,7 @@ class Training:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
             raise CountdownError(
-                f"cannot save step {self.step} in `{run.path}`: {' '.join(str(error).split())}",
+                f"cannot save step {self.progress.step} in `{run.path}`: {' '.join(str(error).split())}",
                 f"free some space, then continue with `--resume`; checkpoints: {run.saved_steps}",
                 exit_code=1,
             ) from error
@@ -124,10 +118,8 @@ class Training:
         """Load the state of a checkpoint whose model is already loaded."""
         if self.policy.adapter:
             lora.load_adapter(self.policy.model, folder / "model")
-        progress = self._restore_moments(folder)
-        for name in _PROGRESS:
-            setattr(self, name, progress[name])
-        self.resumed_from = self.step
+        self.progress = self._restore_moments(folder)
+        self.resumed_from = self.progress.step
 
     @torch.no_grad()
     def fall_back(self, folder: Path) -> None:
@@ -140,17 +132,17 @@ class Training:
                 weight.copy_(saved[name])
         self._restore_moments(folder)
 
-    def _restore_moments(self, folder: Path) -> dict[str, Any]:
+    def _restore_moments(self, folder: Path) -> Progress:
         # Load to the host: the optimizer moves its state, so a GPU never holds it twice.
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         if "optimizer" not in state:
-            shards.load_shards(folder / "shards", self.learns.model, self.optimizer)
-        elif self.learner:
-            shards.spread(self.learner.model, self.optimizer, state["optimizer"])
+            fsdp.load_shards(folder / "shards", self.learner.model, self.optimizer)
+        elif self.learner.is_sharded:
+            fsdp.spread(self.learner.model, self.optimizer, state["optimizer"])
         else:
             self._restore_optimizer(state["optimizer"], folder / "model")
-        progress: dict[str, Any] = state["progress"]
-        return progress
+        progress = state["progress"]
+        return Progress(**{"unlogged": progress.pop("pending", None), **progress})  # the name in older checkpoints
 
     @torch.no_grad()
     def _restore_optimizer(self, state: dict[str, Any], model: Path) -> None:
@@ -234,25 +226,16 @@ def choose_checkpoint(
     return 0, None
 
 
-def origin(policy: Policy | None, reference: Reference | None, hashes: Mapping[str, str]) -> dict[str, object]:
-    """Hashes of a run's origin: weights and tokenizer of the model, weights of the reference, the problems.
-
-    Models that are None are left out.
-    """
-    hashes_of: dict[str, object] = {**policy.fingerprint()} if policy else {}
-    if reference:
-        hashes_of["reference"] = reference.policy.fingerprint()["weights"]
-    return {**hashes_of, **hashes}
-
-
-def require_origin(run: Run, policy: Policy | None, reference: Reference | None, hashes: Mapping[str, str]) -> None:
-    """Raise CountdownError unless the run started from `policy`, `reference` and these problems."""
-    saved, current = run.read_origin(), origin(policy, reference, hashes)
+def require_origin(run: Run, current: Mapping[str, object], *, model: str, reference: str) -> None:
+    """Raise CountdownError unless the run started from this origin; names of models are for the message."""
+    saved = run.read_origin()
+    if "warm_start" not in saved:  # in older runs
+        saved["warm_start"] = saved.get("weights")
     changed = [name for name in current if saved.get(name) != current[name]]
     if changed:
-        start = f"this `{policy.name}`" if policy else "these puzzles"
-        if changed == ["reference"] and reference:
-            start = f"`{reference.policy.name}` as its reference"
+        start = f"this `{model}`" if {*changed} & {"weights", "tokenizer", "warm_start"} else "these puzzles"
+        if changed == ["reference"]:
+            start = f"`{reference}` as its reference"
         raise CountdownError(
             f"run `{run.name}` did not start from {start}: other {' and '.join(changed)}",
             "restore it, or start a new run",
@@ -273,15 +256,3 @@ def environment(policy: Policy) -> dict[str, object]:
         "parameters": sum(parameter.numel() for parameter in policy.model.parameters()),
         "hardware": hardware_of(policy).record(),
     }
-
-
-def problem_hashes(splits: Mapping[str, Sequence[Problem]], task: Task) -> dict[str, str]:
-    """SHA-256 of the problems of each split, and of each file that defines the task."""
-    listed = {split: "\n".join(map(_stated, problems)) for split, problems in splits.items()}
-    hashes = {f"{split} problems": hashlib.sha256(text.encode()).hexdigest() for split, text in listed.items()}
-    return hashes | {f"{name} file": sha for name, sha in task.files.items()}
-
-
-def _stated(problem: Problem) -> str:
-    """The values of its record, lists as tuples: `(3, 5, 2) 13`."""
-    return " ".join(str(tuple(value) if isinstance(value, list) else value) for value in problem.record().values())

@@ -7,33 +7,33 @@ from collections.abc import Mapping, Sequence
 from grpo_cli.core.evals.evaluate import Evaluation
 from grpo_cli.core.evals.statistics import changes, mcnemar
 from grpo_cli.core.perf.roofline import COMPUTED
-from grpo_cli.core.rl.state import Training
+from grpo_cli.core.rl.state import Progress
 from grpo_cli.core.run.folder import Run
 
 
-def summary(training: Training, evaluation: Evaluation, run: Run) -> dict[str, object]:
-    """The summary of a finished training."""
+def summary(progress: Progress, evaluation: Evaluation, run: Run) -> dict[str, object]:
+    """The summary of a finished progress."""
     metrics = run.metrics()
     spent = {name: sum(line.get(f"time/{name}", 0.0) for line in metrics) for name in ("total", "eval", "suite")}
     return {
-        "steps": training.step,
+        "steps": progress.step,
         "puzzles": evaluation.count,
         "overlap": evaluation.overlap,
         "warm_start": run.warm_start_path.is_dir(),
-        "base_accuracy": training.base_accuracy,
+        "base_accuracy": progress.base_accuracy,
         "final_accuracy": evaluation.accuracy,
         "final_interval": list(evaluation.interval),
-        "best_accuracy": training.best_accuracy,
-        "best_dev_accuracy": training.best_score,
-        "best_step": training.best_step,
-        "bad_steps": training.bad_steps,
+        "best_accuracy": progress.best_accuracy,
+        "best_dev_accuracy": progress.best_score,
+        "best_step": progress.best_step,
+        "bad_steps": progress.bad_steps,
         "seconds": {"training": spent["total"], "evaluation": spent["eval"], "suite": spent["suite"]},
         "seconds_after_best": sum(
             line.get("time/total", 0.0) + line.get("time/eval", 0.0)
             for line in metrics
-            if line["step"] > training.best_step
+            if line["step"] > progress.best_step
         ),
-        "peaks": _peaks(run, training.best_step),
+        "peaks": _peaks(run, progress.best_step),
         "phases": (by_phase := phases(metrics)),
         "verdict": verdict(by_phase),
     }

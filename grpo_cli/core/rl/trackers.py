@@ -8,7 +8,7 @@ for Weights & Biases the command line sets WANDB_MODE=offline where it is not se
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -138,45 +138,25 @@ def require_tracker(name: str) -> None:
         raise CountdownError(f"`--tracker {name}` needs the extra `{name}`", f"pip install 'countdown-grpo[{name}]'")
 
 
-@contextmanager
-def tracked(observer: Observer, run: Run, settings: Settings, *, start: int) -> Iterator[Observer]:
-    """The observer, which also logs to the tracker of the settings on the rank that writes the run."""
-    name = settings.train.tracker
-    if name == "none" or not run.writes:
-        yield observer
-        return
-    both = Tracked(observer, run, name, settings, start)
-    try:
-        yield both
-    finally:
-        both.close()
-
-
 @dataclass
 class Tracked(Observer):
-    """Forwards to `observer`, and logs metrics, and samples as a table at each evaluation, to a tracker."""
+    """Logs metrics, and samples as a table at each evaluation, to the tracker `name`; `report` receives its failure."""
 
-    observer: Observer
-    run: Run
     name: str
     settings: Settings
-    start: int
+    report: Callable[[str], None]
     rows: list[Row] = field(default_factory=list)
     tracker: Tracker | None = None
+    run: Run | None = None
+    start: int = 0
 
-    def __post_init__(self) -> None:
+    def begin(self, run: Run, step: int) -> None:
+        self.run, self.start = run, step
         with self._tolerated():
-            make, folder = TRACKERS[self.name], self.run.path / self.name
-            self.tracker = make(self.run.tracker_id(), folder, values(self.settings), start=self.start)
-
-    def progress(self, phase: str, done: int, total: int) -> None:
-        self.observer.progress(phase, done, total)
-
-    def message(self, text: str) -> None:
-        self.observer.message(text)
+            make, folder = TRACKERS[self.name], run.path / self.name
+            self.tracker = make(run.tracker_id(), folder, values(self.settings), start=step)
 
     def step(self, metrics: Mapping[str, float], sample: Mapping[str, object]) -> None:
-        self.observer.step(metrics, sample)
         with self._tolerated():
             step = int(metrics["step"])
             self.rows.append(_row(sample))
@@ -184,7 +164,6 @@ class Tracked(Observer):
                 self.tracker.scalars(step, {_named(key): value for key, value in metrics.items() if key != "step"})
 
     def evaluated(self, result: Validated) -> None:
-        self.observer.evaluated(result)
         with self._tolerated():
             if self.tracker and result.step >= self.start:  # a resumed run reports its base again
                 self.tracker.scalars(result.step, self._evaluation(result))
@@ -200,7 +179,7 @@ class Tracked(Observer):
         """Accuracy on the val and dev puzzles, and that of each cell that the run logged at this step."""
         means = {"eval/suite_mean": result.suite_mean, "eval/dev_accuracy": result.dev_accuracy}
         metrics = {"eval/accuracy": result.accuracy, **{name: mean for name, mean in means.items() if mean is not None}}
-        for cell, steps in self.run.evaluations().items():
+        for cell, steps in (self.run.evaluations() if self.run else {}).items():
             if measured := steps.get(result.step):
                 metrics[f"eval/{cell}/accuracy"] = measured.accuracy
                 if measured.mean_length is not None:
@@ -220,7 +199,7 @@ class Tracked(Observer):
         except Exception as error:
             self.tracker = None
             reason = " ".join(str(error).split()) or type(error).__name__
-            self.observer.message(f"warning: {self.name} failed and is off for the rest of this run: {reason[:200]}")
+            self.report(f"warning: {self.name} failed and is off for the rest of this run: {reason[:200]}")
 
 
 def _named(key: str) -> str:

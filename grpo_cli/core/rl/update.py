@@ -1,28 +1,33 @@
-"""One optimizer step: gradients over micro-batches, clipping, the step, and its metrics."""
+"""One update of the policy: gradients over micro-batches and ranks, clipping, the optimizer step, metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
-from functools import partial, reduce
+from functools import reduce
 from operator import add
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
-from grpo_cli.core.config.settings import Loss
-from grpo_cli.core.dist.parallel import NotFinite, Replicated, micro_batches
-from grpo_cli.core.dist.ranks import Gradients
-from grpo_cli.core.dist.shards import local, whole
+from grpo_cli.core.config.settings import Loss, Train
+from grpo_cli.core.fsdp import full, local
 from grpo_cli.core.microbatch import MicroBatch
-from grpo_cli.core.model.policy import Sequences
+from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.rl.batch import Examples
+from grpo_cli.core.rl.diagnostics import WeightProbe, logprob_gap, optimized, plain_logprobs_of_ends
 from grpo_cli.core.rl.grpo import Step, batch_loss, normalizer
-from grpo_cli.core.sampling.selfcheck import plain_logprobs
+from grpo_cli.core.rl.observer import no_poll
+from grpo_cli.core.world import World
 
-PROBED_WEIGHTS = 4096  # weights per tensor to compare before and after a step
+DUMMY = Sequences([[0]], [[0]], [0])  # input of a dummy pass: with FSDP, all ranks make the same number of passes
+
+
+class NotFinite(Exception):
+    """The loss or the gradient is not finite; the weights have not changed since before the update."""
 
 
 class Diverged(NotFinite):
@@ -39,157 +44,202 @@ class Objective:
     num_inner_updates: int = 1
     clip_grad_norm: float = 1.0
 
+    @classmethod
+    def of(cls, train: Train, loss: Loss) -> Objective:
+        return cls(loss, train.temperature, train.max_new_tokens, train.num_inner_updates, train.clip_grad_norm)
 
+
+@torch.no_grad()
 def reference_logprobs(
     reference: Reference,
     sequences: Sequences,
     *,
     temperature: float,
-    parallel: Replicated | None = None,
-    fit: MicroBatch | None = None,
-    poll: Callable[[], None] = lambda: None,
+    world: World | None = None,
+    micro_batch: MicroBatch | None = None,
+    poll: Callable[[], None] = no_poll,
 ) -> Tensor:
-    """Log-probabilities (B, T) of the completions under the frozen reference. `fit` and `poll` as for `update`."""
-    policy, fit, rows = reference.policy, fit or MicroBatch(), range(len(sequences.completions))
-    parallel = parallel or Replicated(policy)
-    poll = parallel.interruptible(poll)
-
-    def compute(size: int) -> Tensor:
-        logprobs = torch.zeros(sequences.mask().shape, device=policy.device)
-        for chosen in micro_batches(rows, size):
-            poll()
-            subset = sequences.subset(chosen)
-            fit.begin(tokens=subset.tokens, rows=len(chosen))
-            part, _ = policy.logprobs(subset, temperature=temperature, entropy=False, logit_chunk=fit.logit_chunk)
-            fit.end()
-            logprobs[chosen, : part.shape[1]] = part
-        return logprobs
-
-    with torch.no_grad(), reference.on_device():
-        return parallel.forward(policy, compute, rows, fit)
+    """Log-probabilities (B, T) of the completions under the frozen reference. Other arguments as for `update`."""
+    policy, micro_batch, world = reference.policy, micro_batch or MicroBatch(), world or World()
+    rows = range(len(sequences.completions))
+    logprobs = torch.zeros(sequences.mask().shape, device=policy.device)
+    with reference.on_device():
+        for attempt in micro_batch.attempts(len(rows), "reference pass"):
+            with attempt:
+                for some in _passes(rows, policy, micro_batch, world):
+                    poll()
+                    subset = sequences.subset(some) if some else DUMMY
+                    with micro_batch.measured(tokens=subset.tokens, rows=len(some)):
+                        part, _ = policy.logprobs(
+                            subset, temperature=temperature, entropy=False, logit_chunk=micro_batch.logit_chunk
+                        )
+                    if some:
+                        logprobs[some, : part.shape[1]] = part
+    return logprobs
 
 
 def update(
-    parallel: Replicated,
+    policy: Policy,
     optimizer: torch.optim.Optimizer,
     examples: Examples,
     objective: Objective,
     *,
-    fit: MicroBatch | None = None,
-    poll: Callable[[], None] = lambda: None,
+    world: World | None = None,
+    micro_batch: MicroBatch | None = None,
+    compare_with: Policy | None = None,
+    poll: Callable[[], None] = no_poll,
     stepping: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, float]:
     """Update the weights `num_inner_updates` times; returns metrics, means over the inner updates.
 
-    `fit` sets the micro-batch size. `poll` is called before each micro-batch until the weights change; an exception it
-    raises leaves them unchanged. `stepping` wraps each optimizer step. Without a KL term, rows of zero advantage are
-    skipped: their gradient is exactly zero. Raises NotFinite, before the weights change, if the loss or the gradient is
-    not finite, and Diverged if the weights are not finite afterwards. With `sampled_logprobs`, two rows of each rank
-    are compared with the model's own forward.
+    Each rank of `world` passes its own `examples`. `micro_batch` sets how many are computed at once. `poll` is called
+    before each micro-batch of the first inner update; an exception it raises leaves the weights unchanged. `stepping`
+    wraps each optimizer step. `compare_with`: measure `logprob_gap` by the own forward of this policy, which has the
+    same weights.
+
+    Raises NotFinite on all ranks, before the weights change, if the loss or the gradient is not finite, and Diverged if
+    the weights are not finite afterwards.
     """
-    fit = fit or MicroBatch()
-    passes = _Passes(parallel, examples, objective, fit, poll)
-    weights, before = parallel.learner.trainable, _probe(optimizer)
-    history: list[dict[str, float]] = []
-    gap: dict[str, float] = {}
+    world, micro_batch = world or World(), micro_batch or MicroBatch()
+    inputs = _Inputs.of(policy, examples, objective, compare_with)
+    probe, history = WeightProbe(optimizer), list[dict[str, float]]()
     try:
-        for number in range(objective.num_inner_updates if passes.step.teaches else 0):
+        for number in range(objective.num_inner_updates):
+            is_first = number == 0
             # 1. Sum gradients over micro-batches and ranks.
-            passes.is_first = number == 0
-            sums = reduce(add, parallel.backward(passes.accumulate, passes.rows, fit))
+            for attempt in micro_batch.attempts(len(inputs.learning), "update"):
+                with attempt:
+                    optimizer.zero_grad(set_to_none=True)
+                    sums = Sums()
+                    for rows in _passes(inputs.learning, policy, micro_batch, world):
+                        if is_first:
+                            poll()
+                        sums += _backward(inputs, rows, micro_batch, is_first=is_first)
+                    for rows in _passes(inputs.equal, policy, micro_batch, world):
+                        sums += _entropy(inputs, rows, micro_batch)
+            sums = reduce(add, world.gather(sums))
             # 2. Clip them, and step.
-            with stepping():
-                norm = whole(clip_gradients(weights, objective.clip_grad_norm))
-                if not bool(torch.isfinite(norm)):
-                    raise NotFinite("the gradient norm is not finite")
-                optimizer.step()
-            if not parallel.every(partial(all_finite, _trained(optimizer))):
-                raise Diverged("the weights after the step are not finite")
+            norm = torch.zeros(())
+            if inputs.step.has_gradient:
+                with stepping():
+                    norm = optimizer_step(policy, optimizer, sums.loss, objective.clip_grad_norm, world)
             # 3. Describe the step.
             history.append(sums.means(norm, has_kl=examples.ref_logprobs is not None))
-            if sums.compared:
-                gap = {"logprob_gap": sums.gap / sums.compared}
+            if not inputs.step.has_gradient:
+                break
     finally:
         optimizer.zero_grad(set_to_none=True)
-    means = {key: sum(entry[key] for entry in history) / len(history) for key in history[0]} if history else {}
-    return {**means, **gap, "weights_changed": parallel.mean(_changed(optimizer, before))}
+    means = {key: fmean(entry[key] for entry in history if key in entry) for key in history[0]}
+    return {**means, "weights_changed": probe.changed(world)}
 
 
-class _Passes:
-    """The forward and backward passes over this rank's rows."""
+def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, loss: float, most: float, world: World) -> Tensor:
+    """Sum gradients over ranks, clip them to a norm of at most `most`, step; returns the norm before clipping.
 
-    def __init__(
-        self,
-        parallel: Replicated,
-        examples: Examples,
-        objective: Objective,
-        fit: MicroBatch,
-        poll: Callable[[], None],
-    ) -> None:
-        self.parallel, self.policy, self.examples, self.objective = parallel, parallel.learner, examples, objective
-        self.fit, self.poll = fit, parallel.interruptible(poll)
-        loss, device = objective.loss, self.policy.device
-        assert examples.ref_logprobs is not None or loss.beta == 0
-        self.advantages = examples.advantages.to(device)  # (B,)
-        matters = torch.ones(len(self.advantages), dtype=torch.bool) if loss.beta > 0 else (self.advantages != 0).cpu()
-        self.rows: list[int] = matters.nonzero()[:, 0].tolist()
-        lengths = torch.tensor([len(completion) for completion in examples.sequences.completions])
-        self.step = examples.step or Step(len(lengths), int(lengths.sum()), teaches=bool(self.rows))
-        self.weight = normalizer(
-            lengths, loss_type=loss.loss_type, max_new_tokens=objective.max_new_tokens, step=self.step
-        ).to(device)  # (B,)
-        self.old_logprobs = torch.zeros(examples.sequences.mask().shape, device=device)  # (B, T)
-        self.is_first = True  # the first inner update provides the old log-probs of later ones
-        self.plain: dict[int, Tensor] = {}  # rows' log-probs (C,) by the model's own forward, in the first inner update
+    Raises NotFinite, before the weights change, if `loss` or the norm is not finite, and Diverged if the weights are
+    not finite afterwards.
+    """
+    if not policy.is_sharded:  # FSDP sums gradients itself
+        world.sum_gradients(policy.trainable)
+    norm = full(clip_gradients(policy.trainable, most))
+    if not torch.isfinite(torch.tensor(loss)):
+        raise NotFinite("the loss is not finite")
+    if not bool(torch.isfinite(norm)):
+        raise NotFinite("the gradient norm is not finite")
+    optimizer.step()
+    if not all(world.gather(all_finite([local(weight.detach()) for weight in optimized(optimizer)]))):
+        raise Diverged("the weights after the step are not finite")
+    return norm
 
-    def accumulate(self, gradients: Gradients, size: int) -> _Sums:
-        """Accumulate the gradient of this rank's rows, `size` rows at a time."""
-        self.plain = self._plain_logprobs() if self.is_first and self.examples.sampled_logprobs is not None else {}
-        gradients.begin()
-        sums, batches = _Sums(), micro_batches(self.rows, size)
-        for number, rows in enumerate(batches, start=1):
-            if self.is_first:
-                self.poll()
-            total = self._loss(rows, sums)
-            if number == len(batches):
-                gradients.ending()
-            total.backward()
-            self.fit.end()
-        return sums
 
-    @torch.no_grad()
-    def _plain_logprobs(self) -> dict[int, Tensor]:
-        """Log-probabilities of this rank's first and last row by the model's own forward."""
-        rows = sorted({*self.rows[:1], *self.rows[-1:]})
-        compared = self.examples.sequences.subset(rows)
-        logprobs = plain_logprobs(self.parallel.policy, compared, temperature=self.objective.temperature)
-        return dict(zip(rows, logprobs, strict=True))
-
-    def _loss(self, rows: list[int], sums: _Sums) -> Tensor:
-        """These rows' part of the step's loss."""
-        examples, objective = self.examples, self.objective
-        sequences = examples.sequences.subset(rows)
-        self.fit.begin(tokens=sequences.tokens, rows=len(rows), adds=self.policy.missing_gradients())
-        logprobs, entropy = self.policy.logprobs(
-            sequences, temperature=objective.temperature, logit_chunk=self.fit.logit_chunk
-        )
-        mask = sequences.mask().to(self.policy.device)
-        length = mask.shape[1]
-        if self.is_first:
-            self.old_logprobs[rows, :length] = logprobs.detach()
-        reference = None if examples.ref_logprobs is None else examples.ref_logprobs[rows, :length]
-        old, advantages, weight = self.old_logprobs[rows, :length], self.advantages[rows], self.weight[rows]
-        total, clipped, kl = batch_loss(logprobs, old, reference, advantages, mask, weight, objective.loss)
-        self.parallel.require_finite_loss(total)
-        for row in self.plain.keys() & rows:
-            assert examples.sampled_logprobs is not None
-            sums.compare(self.plain[row], logprobs[rows.index(row)].detach(), examples.sampled_logprobs[row])
-        sums.add(total, kl, entropy, clipped, mask)
-        return total
+def _passes(rows: Sequence[int], policy: Policy, micro_batch: MicroBatch, world: World) -> list[list[int]]:
+    """The micro-batches of this rank; with sharded weights, filled up with empty ones to the most that any rank has."""
+    own = micro_batch.split(rows)
+    most = max(world.gather(len(own))) if policy.is_sharded else len(own)
+    return own + [[]] * (most - len(own))
 
 
 @dataclass
-class _Sums:
+class _Inputs:
+    """This rank's part of a step, on the policy's device."""
+
+    policy: Policy
+    examples: Examples
+    objective: Objective
+    step: Step
+    advantages: Tensor  # (B,)
+    weight: Tensor  # (B,) of each token of a row in the loss
+    old_logprobs: Tensor  # (B, T), filled by the first inner update
+    learning: list[int]  # rows with a gradient
+    equal: list[int]  # rows of zero advantage without KL: only their entropy is needed
+    plain: dict[int, Tensor]  # log-probs (C,) of some rows by the model's own forward, to measure `logprob_gap`
+
+    @classmethod
+    def of(cls, policy: Policy, examples: Examples, objective: Objective, compare_with: Policy | None) -> _Inputs:
+        device, loss = policy.device, objective.loss
+        assert examples.ref_logprobs is not None or loss.beta == 0
+        learns = (examples.advantages != 0) | (loss.beta > 0)
+        learning, equal = (rows.nonzero()[:, 0].tolist() for rows in (learns, ~learns))
+        lengths = torch.tensor([len(completion) for completion in examples.sequences.completions])
+        step = examples.step or Step(len(lengths), int(lengths.sum()), has_gradient=bool(learning))
+        weight = normalizer(lengths, loss_type=loss.loss_type, max_new_tokens=objective.max_new_tokens, step=step)
+        old_logprobs = torch.zeros(examples.sequences.mask().shape, device=device)
+        plain = {}
+        if compare_with:
+            plain = plain_logprobs_of_ends(
+                compare_with, examples.sequences, learning, temperature=objective.temperature
+            )
+        advantages, weight = examples.advantages.to(device), weight.to(device)
+        return cls(policy, examples, objective, step, advantages, weight, old_logprobs, learning, equal, plain)
+
+
+def _backward(inputs: _Inputs, rows: list[int], micro_batch: MicroBatch, *, is_first: bool) -> Sums:
+    """Add the gradient of these rows' part of the loss; an empty list makes a dummy pass."""
+    policy, examples, objective = inputs.policy, inputs.examples, inputs.objective
+    if not rows:
+        (policy.logprobs(DUMMY, temperature=1.0)[0].sum() * 0).backward()
+        return Sums()
+    sequences = examples.sequences.subset(rows)
+    with micro_batch.measured(tokens=sequences.tokens, rows=len(rows), adds=policy.missing_gradients()):
+        logprobs, entropy = policy.logprobs(
+            sequences, temperature=objective.temperature, logit_chunk=micro_batch.logit_chunk
+        )
+        mask = sequences.mask().to(policy.device)  # (B, T)
+        length = mask.shape[1]
+        if is_first:
+            inputs.old_logprobs[rows, :length] = logprobs.detach()
+        total, clipped, kl = batch_loss(
+            logprobs,
+            inputs.old_logprobs[rows, :length],
+            None if examples.ref_logprobs is None else examples.ref_logprobs[rows, :length],
+            inputs.advantages[rows],
+            mask,
+            inputs.weight[rows],
+            objective.loss,
+        )
+        total.backward()
+    sums = Sums.of(total.detach(), kl, entropy, clipped, mask)
+    for row in inputs.plain.keys() & rows if is_first else ():
+        trained = logprobs[rows.index(row)].detach()
+        sums.gap += logprob_gap(inputs.plain[row], trained, examples.sampled_logprobs[row])
+        sums.compared += len(inputs.plain[row])
+    return sums
+
+
+@torch.no_grad()
+def _entropy(inputs: _Inputs, rows: list[int], micro_batch: MicroBatch) -> Sums:
+    """The entropy of rows without a gradient, so that it does not depend on the loss; none for a dummy pass."""
+    sequences = inputs.examples.sequences.subset(rows) if rows else DUMMY
+    with micro_batch.measured(tokens=sequences.tokens, rows=len(rows)):
+        _, entropy = inputs.policy.logprobs(
+            sequences, temperature=inputs.objective.temperature, logit_chunk=micro_batch.logit_chunk
+        )
+    mask = sequences.mask().to(entropy.device)
+    return Sums(entropy=float((entropy * mask).sum()), tokens=int(mask.sum())) if rows else Sums()
+
+
+@dataclass
+class Sums:
     """Sums over the tokens of a pass, for its metrics."""
 
     loss: float = 0.0
@@ -200,30 +250,29 @@ class _Sums:
     compared: int = 0  # number of tokens in the gap
     tokens: int = 0
 
-    def add(self, loss: Tensor, kl: Tensor | None, entropy: Tensor, clipped: Tensor, mask: Tensor) -> None:
-        self.loss += loss.item()
-        self.kl += 0.0 if kl is None else float((kl.detach() * mask).sum())
-        self.entropy += float((entropy * mask).sum())
-        self.clipped += float((clipped & mask).sum())
-        self.tokens += int(mask.sum())
+    @classmethod
+    def of(cls, loss: Tensor, kl: Tensor | None, entropy: Tensor, clipped: Tensor, mask: Tensor) -> Sums:
+        return cls(
+            loss=loss.item(),
+            kl=0.0 if kl is None else float((kl.detach() * mask).sum()),
+            entropy=float((entropy * mask).sum()),
+            clipped=float((clipped & mask).sum()),
+            tokens=int(mask.sum()),
+        )
 
-    def compare(self, plain: Tensor, trained: Tensor, sampled: Sequence[float]) -> None:
-        """Add a row's distances from its plain log-probs (C,), per token the larger of trained and sampled."""
-        ours = torch.stack([trained[: len(plain)], torch.tensor(sampled, device=plain.device)])  # (2, C)
-        self.gap += float((ours - plain).abs().amax(dim=0).sum())
-        self.compared += len(plain)
-
-    def __add__(self, other: _Sums) -> _Sums:
-        return _Sums(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
 
     def means(self, norm: Tensor, *, has_kl: bool) -> dict[str, float]:
+        """The metrics of an inner update, `logprob_gap` among them if it was measured."""
         metrics = {
             "loss": self.loss,
             "entropy": self.entropy / self.tokens,
             "clip_fraction": self.clipped / self.tokens,
             "grad_norm": float(norm),
         }
-        return {**metrics, "kl": self.kl / self.tokens} if has_kl else metrics
+        gap = {"logprob_gap": self.gap / self.compared} if self.compared else {}
+        return metrics | ({"kl": self.kl / self.tokens} if has_kl else {}) | gap
 
 
 def clip_gradients(weights: Sequence[torch.nn.Parameter], most: float) -> Tensor:
@@ -240,29 +289,3 @@ def clip_gradients(weights: Sequence[torch.nn.Parameter], most: float) -> Tensor
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether all elements are finite, with one device synchronization."""
     return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
-
-
-def _trained(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The tensors that the optimizer updates: weights or masters; the local part of a shard."""
-    return [local(tensor.detach()) for group in optimizer.param_groups for tensor in group["params"]]
-
-
-def _probed(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Evenly spaced weights of every tensor."""
-    flattened = (tensor.flatten() for tensor in _trained(optimizer))
-    return [flat[:: max(1, flat.numel() // PROBED_WEIGHTS)] for flat in flattened]
-
-
-def _probe(optimizer: torch.optim.Optimizer) -> Tensor:
-    """A copy of evenly spaced weights of every tensor, concatenated."""
-    return torch.cat(_probed(optimizer))
-
-
-def _changed(optimizer: torch.optim.Optimizer, before: Tensor) -> float:
-    """Share of weights that differ from the probe, each tensor weighted by its size; one synchronization."""
-    sizes: list[int] = [tensor.numel() for tensor in _trained(optimizer)]
-    lengths = torch.tensor([len(part) for part in _probed(optimizer)], device=before.device)
-    counts = torch.cat([lengths.new_zeros(1), (before != _probe(optimizer)).cumsum(dim=0)])
-    ends = lengths.cumsum(dim=0)
-    shares: list[float] = ((counts[ends] - counts[ends - lengths]) / lengths.clamp(min=1)).tolist()
-    return sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)

@@ -5,21 +5,22 @@ With a suite, dev has each size and style that has a weight in the suite.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
 from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.evals.evaluate import Evaluation, Evaluator, puzzles_of
 from grpo_cli.core.rl.clock import Clock
+from grpo_cli.core.rl.observer import Observer
 from grpo_cli.core.task.suite import Cell, cell, weighted_mean
 
 
 class Validation:
     """Evaluates the policy greedily on every cell."""
 
-    def __init__(self, evaluator: Evaluator, settings: Settings, progress: Callable[[str, int, int], None]) -> None:
-        self.evaluator, self.progress = evaluator, progress
+    def __init__(self, evaluator: Evaluator, settings: Settings, clock: Clock, observer: Observer) -> None:
+        self.evaluator, self.clock, self.observer = evaluator, clock, observer
         self.val = Cell("val", settings.task.numbers, settings.task.style)
         self.weights: Mapping[str, float] = settings.suite.get(settings.train.eval_suite, {})
         self.dev = {Cell("dev", self.val.numbers, self.val.style): 1.0}
@@ -33,11 +34,11 @@ class Validation:
         """Problems of the val cell."""
         return len(self.puzzles[self.val])
 
-    def run(self, clock: Clock) -> dict[str, Evaluation]:
+    def run(self) -> dict[str, Evaluation]:
         """Evaluate every cell, the val cell first."""
-        with clock.phase("eval"):
+        with self.clock.phase("eval"):
             results = {one.name: self.evaluate(one) for one in (self.val, *self.dev)}
-            with clock.phase("suite"):
+            with self.clock.phase("suite"):
                 results |= {one.name: self.evaluate(one) for one in self.puzzles if one.name not in results}
         return results
 
@@ -54,7 +55,7 @@ class Validation:
 
     def evaluate(self, one: Cell) -> Evaluation:
         """Evaluate one cell."""
-        progress = partial(self.progress, f"evaluating {one.name}: puzzle")
+        progress = partial(self.observer.progress, f"evaluating {one.name}: puzzle")
         return self.evaluator.evaluate(self.puzzles[one], style=one.style, split=one.split, progress=progress)
 
 

@@ -9,28 +9,26 @@ from __future__ import annotations
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple, cast
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from grpo_cli.core.builtin.traces import FORMS, reduce, tries, write
 from grpo_cli.core.config.settings import Settings, digest
-from grpo_cli.core.dist.parallel import micro_batches
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.policy import Policy, Sequences
-from grpo_cli.core.rl.observer import Control
-from grpo_cli.core.rl.schedule import curriculum
-from grpo_cli.core.rl.state import Training, build_optimizer
-from grpo_cli.core.rl.train import Interrupted
+from grpo_cli.core.rl.observer import Control, Interrupted, Observer, no_poll
+from grpo_cli.core.rl.schedule import Problems
+from grpo_cli.core.rl.state import State
+from grpo_cli.core.rl.update import Diverged, NotFinite, optimizer_step
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task.prompts import Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.task import Message
+from grpo_cli.core.world import World
 
 
 class Lesson(NamedTuple):
@@ -47,6 +45,7 @@ class Lesson(NamedTuple):
 
 BATCH = 8  # completions per step
 LEARNING_RATE = 1e-4
+CLIP = 1.0  # gradient norm
 PATIENT = 5  # failed tries after which an impatient search gives up
 WARMUP = 0.1  # share of the steps over which the learning rate rises; then it falls linearly to 0
 
@@ -114,17 +113,12 @@ def demonstrations(
     ]
 
 
-def lessons(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, ranks: int = 1) -> list[Lesson]:
+def lessons(settings: Settings, problems: Problems, tokenizer: PreTrainedTokenizerBase) -> list[Lesson]:
     """The examples that the warm start imitates, with prompts of the training's first step.
 
-    CountdownError if the task or its puzzles have no demonstrations, or if there are several ranks.
+    CountdownError if the task or its puzzles have no demonstrations.
     """
-    task, train = settings.task, settings.train
-    if ranks > 1:
-        raise CountdownError(
-            "`--warm-start` runs in one process",
-            "train one step without torchrun, then start from that run's `warm_start` folder with `--model`",
-        )
+    task, train, prompts = settings.task, settings.train, problems.curriculum
     if task.task != "countdown" or task.puzzles != "none" or not set("+-*") <= set(task.operations):
         raise CountdownError(
             "`--warm-start` shows searches with + - * on the generated countdown puzzles",
@@ -134,7 +128,6 @@ def lessons(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, ranks: in
     def fits(text: str) -> bool:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"]) < train.max_new_tokens
 
-    prompts = curriculum(settings)
     if not FORMS.keys() & prompts.problems.keys():
         raise CountdownError("`--warm-start` shows puzzles of 3 or 4 numbers", "use one of them, or leave it out")
     drawn = chain.from_iterable(prompts.problems.values())
@@ -148,123 +141,134 @@ def lessons(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, ranks: in
     ]
 
 
-def imitation(policy: Policy) -> Training:
-    """The state of a warm start of `policy` before its first step."""
-    return Training(policy, build_optimizer(policy, name="adamw", weight_decay=0.0))
-
-
 def warm_start(
-    training: Training,
-    lessons: Sequence[Lesson],
+    state: State,
+    examples: Sequence[Lesson],
+    run: Run,
+    settings: Settings,
+    origin: Mapping[str, object],
+    *,
+    world: World,
+    micro_batch: MicroBatch,
+    control: Control,
+    observer: Observer,
+) -> dict[str, object]:
+    """Imitate with a checkpoint every `save_minutes`, and save the model; returns `origin` with its hash.
+
+    Continues from the newest intact checkpoint. Raises CountdownError if the settings or `origin`, hashes of the
+    starting model and puzzles, have changed since then, or if the loss or the weights are not finite. If `control` says
+    stop, saves the last completed step and raises Interrupted.
+    """
+    checkpoints = run.warming
+    _restore(state, run, settings, origin, observer)
+    if world.is_first:
+        run.write_config(settings.model_dump())
+        run.write_origin(origin)
+        run.write_lessons(lesson.record() for lesson in examples)
+    observer.message(f"warm start: imitating {len(examples):,} searches")
+    seconds, saved_at = 60 * settings.train.save_minutes, time.monotonic()
+    poll = control.poll if world.size == 1 else no_poll
+    try:
+        with control:
+            for step, steps, loss in imitate(state, examples, world=world, micro_batch=micro_batch, poll=poll):
+                observer.progress(f"warm start: loss {loss:.3f}, step", step, steps)
+                if step % max(1, steps // 10) == 0 or step == steps:
+                    observer.message(f"warm start: step {step} of {steps}, loss {loss:.3f}")
+                if world.gather(control.should_save() or 0 < seconds <= time.monotonic() - saved_at)[0]:
+                    _save(state, checkpoints, settings, world)
+                    saved_at = time.monotonic()
+                if world.size > 1 and any(world.gather(control.should_stop())):
+                    raise Interrupted
+    except Interrupted:
+        _save(state, checkpoints, settings, world)
+        again = f"countdown train --run {run.name} --resume"
+        step = state.progress.step
+        observer.message(f"stopped in the warm start, after step {step}; resume with: {again}")
+        raise
+    if world.is_first:
+        with state.reported(run), run.saving(run.warm_start_path) as folder:
+            state.policy.save(folder)
+    return {**origin, "warm_start": state.policy.fingerprint()["weights"]}
+
+
+def imitate(
+    state: State,
+    examples: Sequence[Lesson],
     *,
     learning_rate: float = LEARNING_RATE,
-    fit: MicroBatch | None = None,
-    report: Callable[[int, int, float], None] = lambda step, steps, loss: None,
-    poll: Callable[[], None] = lambda: None,
-) -> None:
-    """Train on the tokens of each completion once, as many at a time as `fit` allows; continues after `training.step`.
+    world: World | None = None,
+    micro_batch: MicroBatch | None = None,
+    poll: Callable[[], None] = no_poll,
+) -> Iterator[tuple[int, int, float]]:
+    """Train on the tokens of each completion once, after the state's step; yields step, steps and loss of each step.
 
-    `report` receives step, steps and loss after each step. `poll` runs before each micro-batch; it may raise, and
-    `training` is then at its last completed step.
+    Each rank of `world` computes its share of a step. `poll` is called before each micro-batch; it may raise, and
+    `state` is then at its last completed step.
     """
-    fit = fit or MicroBatch()
-    policy, optimizer = training.policy, training.optimizer
-    batches = [lessons[start : start + BATCH] for start in range(0, len(lessons), BATCH)]
+    world, micro_batch = world or World(), micro_batch or MicroBatch()
+    policy, optimizer = state.policy, state.optimizer
+    batches = [examples[start : start + BATCH] for start in range(0, len(examples), BATCH)]
     rise = max(1, round(WARMUP * len(batches)))
-    for step, batch in enumerate(batches[training.step :], start=training.step + 1):
+    for step, batch in enumerate(batches[state.progress.step :], start=state.progress.step + 1):
         scale = min(step / rise, (len(batches) + 1 - step) / (len(batches) + 1 - rise))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * scale
-        backward = partial(_backward, policy, _sequences(policy, batch), fit, poll)
-        loss = fit.attempt(backward, total=len(batch), doing="warm start")
-        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        training.step = step
-        report(step, len(batches), loss)
+        sequences = _sequences(policy, batch)
+        rows, count = world.share(len(batch)), sum(map(len, sequences.completions))
+        for attempt in micro_batch.attempts(len(rows), "warm start"):
+            with attempt:
+                optimizer.zero_grad(set_to_none=True)
+                loss = 0.0
+                for some in micro_batch.split(rows):
+                    poll()
+                    loss += _backward(policy, sequences.subset(some), count, micro_batch)
+        loss = sum(world.gather(loss))
+        try:
+            optimizer_step(policy, optimizer, loss, CLIP, world)
+        except NotFinite as problem:
+            weights = "" if isinstance(problem, Diverged) else "; the weights are unchanged since the step before"
+            raise CountdownError(
+                f"step {step} of the warm start: {problem}{weights}",
+                "use `--precision float32`, or leave out `--warm-start`",
+                exit_code=1,
+            ) from None
+        finally:
+            optimizer.zero_grad(set_to_none=True)
+        state.progress.step = step
+        yield step, len(batches), loss
 
 
-def resumable(
-    training: Training,
-    lessons: Sequence[Lesson],
-    run: Run,
-    settings: Settings,
-    start: Mapping[str, object],
-    *,
-    fit: MicroBatch,
-    control: Control,
-    note: Callable[[str], None],
-) -> None:
-    """`warm_start` with a checkpoint every `save_minutes`; continues from the newest one, and saves the model.
-
-    `start` holds the hashes of the starting model and puzzles; raises CountdownError if they or the settings have
-    changed since the checkpoint. If `control` says stop, saves the last completed step and raises Interrupted.
-    """
-    _restore(training, run, settings, start, note)
-    run.write_config(settings.model_dump())
-    run.write_origin(start)
-    run.write_lessons(lesson.record() for lesson in lessons)
-    seconds, saved_at = 60 * settings.train.save_minutes, time.monotonic()
-
-    def report(step: int, steps: int, loss: float) -> None:
-        nonlocal saved_at
-        if step % max(1, steps // 10) == 0 or step == steps:
-            note(f"warm start: step {step} of {steps}, loss {loss:.3f}")
-        if control.should_save() or 0 < seconds <= time.monotonic() - saved_at:
-            training.save(run.warming, settings)
-            saved_at = time.monotonic()
-
-    def poll() -> None:
-        if control.should_stop():
-            raise Interrupted
-
-    note(f"warm start: imitating {len(lessons):,} searches")
-    try:
-        with control:
-            warm_start(training, lessons, fit=fit, report=report, poll=poll)
-    except Interrupted:
-        training.save(run.warming, settings)
-        again = f"countdown train --run {run.name} --resume"
-        note(f"stopped in the warm start, after step {training.step}; resume with: {again}")
-        raise
-    with training.reported(run), run.saving(run.warm_start_path) as folder:
-        training.policy.save(folder)
+def _save(state: State, checkpoints: Run, settings: Settings, world: World) -> None:
+    if world.is_first:
+        state.save(checkpoints, settings)
 
 
-def _restore(
-    training: Training, run: Run, settings: Settings, start: Mapping[str, object], note: Callable[[str], None]
-) -> None:
+def _restore(state: State, run: Run, settings: Settings, origin: Mapping[str, object], observer: Observer) -> None:
     """Restore the newest intact checkpoint of the run's warm start, if there is one."""
     checkpoints = run.warming
     for step, folder in reversed(checkpoints.checkpoints()):
         if problem := checkpoints.damage(step):
-            note(f"skipping the checkpoint of step {step}: {problem}")
+            observer.message(f"skipping the checkpoint of step {step}: {problem}")
             continue
-        if run.read_origin() != start or checkpoints.manifest(step).get("config") != digest(settings):
+        if run.read_origin() != origin or checkpoints.manifest(step).get("config") != digest(settings):
             raise CountdownError(
                 f"the settings, model or puzzles of run `{run.name}` have changed since step {step} of its warm start",
                 "restore them, or start a new run",
             )
-        training.fall_back(folder)
-        training.step = step
-        note(f"warm start: continuing after step {step}")
+        state.fall_back(folder)
+        state.progress.step = step
+        observer.message(f"warm start: continuing after step {step}")
         break
 
 
-def _backward(policy: Policy, sequences: Sequences, fit: MicroBatch, poll: Callable[[], None], rows: int) -> float:
-    """Set the gradient of the mean loss of all tokens, from micro-batches of `rows` completions; returns the loss."""
-    policy.model.zero_grad(set_to_none=True)
-    count, loss = sum(map(len, sequences.completions)), 0.0
-    for chosen in micro_batches(range(len(sequences.completions)), rows):
-        poll()
-        some = sequences.subset(chosen)
-        fit.begin(tokens=some.tokens, rows=len(chosen), adds=policy.missing_gradients())
-        logprobs, _ = policy.logprobs(some, temperature=1.0, logit_chunk=fit.logit_chunk)  # (B, T)
-        part = -logprobs.sum() / count
-        part.backward()
-        fit.end()
-        loss += part.item()
-    return loss
+def _backward(policy: Policy, sequences: Sequences, count: int, micro_batch: MicroBatch) -> float:
+    """Add the gradient of these rows' part of the mean loss of `count` tokens; returns that part."""
+    adds = policy.missing_gradients()
+    with micro_batch.measured(tokens=sequences.tokens, rows=len(sequences.completions), adds=adds):
+        logprobs, _ = policy.logprobs(sequences, temperature=1.0, logit_chunk=micro_batch.logit_chunk)  # (B, T)
+        loss = -logprobs.sum() / count
+        loss.backward()
+    return loss.item()
 
 
 def _sequences(policy: Policy, batch: Sequence[Lesson]) -> Sequences:

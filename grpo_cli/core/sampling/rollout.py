@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 
@@ -62,42 +63,60 @@ class Engine:
         params: SamplingParams,
         *,
         uniform: Tensor | None,
-        fit: MicroBatch | None = None,
+        micro_batch: MicroBatch | None = None,
         static: bool | None = None,
         on_token: Callable[[int], None] | None = None,
     ) -> Rollout:
         """Sample completions of each prompt, greedily if `uniform` (P, G, T) is None.
 
-        `fit` limits how many are decoded at once. `static` selects the sampler, by default static on CUDA. `on_token`
-        receives the length of the unfinished rows after each token; an exception it raises ends the rollout.
+        `micro_batch` limits how many are decoded at once. `static` selects the sampler, by default static on CUDA.
+        `on_token` receives the length of the unfinished rows after each token; an exception it raises ends the rollout.
         """
-        fit, num_generations = fit or MicroBatch(), params.num_generations
+        if not prompts:
+            return Rollout([], [], [], {}, 0)
+        micro_batch, size = micro_batch or MicroBatch(), params.num_generations
+        with torch.inference_mode(), self.policy.autocast():
+            for attempt in micro_batch.attempts(len(prompts) * size, "rollout"):
+                with attempt, self._freeing():
+                    parts = [
+                        self._part(
+                            prompts[some],
+                            replace(params, num_generations=len(range(size)[generations])),
+                            None if uniform is None else uniform[some, generations],
+                            static,
+                            micro_batch,
+                            on_token,
+                        )
+                        for some, generations in _parts(len(prompts), size, micro_batch.rows)
+                    ]
+        return _joined(parts)
 
-        def part(chosen: slice, generations: slice) -> Rollout:
-            count = len(range(num_generations)[generations])
-            drawn = None if uniform is None else uniform[chosen, generations]
-            start = _now(self.policy)
-            sampler = self._sampler(prompts[chosen], replace(params, num_generations=count), drawn, static)
-            prefilled = _now(self.policy)
-            for time in sampler.run():
-                fit.check()
-                if on_token is not None:
-                    on_token(time)
-            seconds = {"prefill": prefilled - start, "decode": _now(self.policy) - prefilled}
-            return _rollout(sampler, seconds)
+    @contextmanager
+    def _freeing(self) -> Iterator[None]:
+        """Free the memory of the static samplers if the block fails."""
+        try:
+            yield
+        except BaseException:
+            self.samplers.clear()
+            raise
 
-        def everything(at_once: int) -> Rollout:
-            if not prompts:
-                return Rollout([], [], [], {}, 0)
-            try:
-                with self.policy.autocast():
-                    return _joined([part(*slices) for slices in _parts(len(prompts), num_generations, at_once)])
-            except BaseException:
-                self.samplers.clear()  # free their memory
-                raise
-
-        with torch.inference_mode():
-            return fit.attempt(everything, total=len(prompts) * num_generations, doing="rollout")
+    def _part(
+        self,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        uniform: Tensor | None,
+        static: bool | None,
+        micro_batch: MicroBatch,
+        on_token: Callable[[int], None] | None,
+    ) -> Rollout:
+        start = _now(self.policy)
+        sampler = self._sampler(prompts, params, uniform, static)
+        prefilled = _now(self.policy)
+        for time in sampler.run():
+            micro_batch.check()
+            if on_token is not None:
+                on_token(time)
+        return _rollout(sampler, {"prefill": prefilled - start, "decode": _now(self.policy) - prefilled})
 
     @torch.inference_mode()
     def stream(self, prompt: list[int], params: SamplingParams, *, uniform: Tensor | None) -> Iterator[str]:

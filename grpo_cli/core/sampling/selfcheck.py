@@ -28,7 +28,7 @@ from torch import Tensor
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model import lora
-from grpo_cli.core.model.load import detect_device, load
+from grpo_cli.core.model.load import detect_device, load, use_checkpointing
 from grpo_cli.core.model.logprobs import token_logprobs
 from grpo_cli.core.model.policy import PROBE, Policy, Sequences, set_attention
 from grpo_cli.core.sampling.params import SamplingParams
@@ -100,9 +100,19 @@ def load_checked(
         lora.adapt(loaded.model, adapter, name=source)
         loaded.model.to(detect_device(device))
     loaded = replace(loaded, name=name, adapter=adapter)
+    return _checked_and_noted(loaded, gradient_checkpointing, note)
+
+
+def recheck(policy: Policy, note: Callable[[str], None]) -> Policy:
+    """The policy with gradient checkpointing, on a path that computes right with it; raises as `load_checked`."""
+    use_checkpointing(policy.name, policy.model)
+    return _checked_and_noted(policy, True, note)
+
+
+def _checked_and_noted(policy: Policy, checkpointing: bool, note: Callable[[str], None]) -> Policy:
     cache = Path.home() / ".cache" / "countdown" / "selfcheck.json"
-    with lora.perturbed(loaded.model):
-        policy, outcome = checked(loaded, checkpointing=gradient_checkpointing, cache=cache)
+    with lora.perturbed(policy.model):
+        policy, outcome = checked(policy, checkpointing=checkpointing, cache=cache)
     if policy.plain or policy.whole or not outcome.from_cache:
         note(outcome.sentence(policy))
     return policy

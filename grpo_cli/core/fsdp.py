@@ -14,13 +14,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from grpo_cli.core.dist.ranks import Solo
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.model.reference import host_copy
+from grpo_cli.core.world import World
 
 
-def sharded(policy: Policy, ranks: Solo, device: torch.device) -> Policy:
+def sharded(policy: Policy, world: World, device: torch.device) -> Policy:
     """The policy with its weights sharded by layers over the ranks' devices.
 
     Weights are float32, unless the precision is pure bfloat16. They are copied from the host unit by unit, so the
@@ -36,7 +36,7 @@ def sharded(policy: Policy, ranks: Solo, device: torch.device) -> Policy:
     model = host_copy(policy.model).to(torch.bfloat16 if policy.precision == "bf16" else torch.float32)
     half = policy.precision == "bf16-master" and device.type == "cuda"
     mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
-    mesh = init_device_mesh(device.type, (ranks.size,))
+    mesh = init_device_mesh(device.type, (world.size,))
     for layer in cast(Any, model.get_decoder()).layers:
         fully_shard(layer, mesh=mesh, mp_policy=mixed)
     learns = any(weight.requires_grad for weight in model.parameters())
@@ -52,8 +52,8 @@ def sharded(policy: Policy, ranks: Solo, device: torch.device) -> Policy:
 @torch.no_grad()
 def gather(source: Policy, target: Policy) -> None:
     """Copy the full weights of a sharded policy into a plain one, tensor by tensor; all ranks take part."""
-    for mine, whole in zip(source.model.parameters(), target.model.parameters(), strict=True):
-        whole.copy_(cast(Any, mine).full_tensor())
+    for mine, copy in zip(source.model.parameters(), target.model.parameters(), strict=True):
+        copy.copy_(cast(Any, mine).full_tensor())
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def local(tensor: Tensor) -> Tensor:
     return cast(Any, tensor).to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full(tensor: Tensor) -> Tensor:
     """The full tensor; all ranks of a sharded one take part."""
     return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
 

@@ -1,1 +1,0 @@
-"""Several processes: ranks and sharded weights."""

@@ -1,0 +1,420 @@
+"""Settings -> Trainer: a new training, one after a warm start, or a resumed one. Everything is built here, once.
+
+    settings = resolve(flags={"train.num_iterations": 20}).settings
+    result = train(settings, "first", observer)
+
+The command line, notebooks and benchmarks all use this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo_cli.core import fsdp
+from grpo_cli.core.config.settings import Settings
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.evals import contamination
+from grpo_cli.core.evals.evaluate import Evaluation, Evaluator
+from grpo_cli.core.microbatch import MicroBatch
+from grpo_cli.core.model.load import detect_device, fix_order, free_memory, load_tokenizer
+from grpo_cli.core.model.lora import Lora
+from grpo_cli.core.model.policy import Policy, encode
+from grpo_cli.core.model.reference import Reference
+from grpo_cli.core.perf import memory
+from grpo_cli.core.perf.memory import MemoryPlan
+from grpo_cli.core.rl.clock import Clock
+from grpo_cli.core.rl.collect import Collector
+from grpo_cli.core.rl.observer import Control, Observer, Observers, no_poll
+from grpo_cli.core.rl.schedule import Problems, longest_prompt
+from grpo_cli.core.rl.state import (
+    Progress,
+    State,
+    build_optimizer,
+    choose_checkpoint,
+    choose_optimizer,
+    environment,
+    require_origin,
+    settled,
+)
+from grpo_cli.core.rl.summary import summary
+from grpo_cli.core.rl.trackers import Tracked, require_tracker
+from grpo_cli.core.rl.train import Trainer
+from grpo_cli.core.rl.validate import Validation
+from grpo_cli.core.rl.warm_start import Lesson, lessons, warm_start
+from grpo_cli.core.run.folder import Run, require_space
+from grpo_cli.core.run.models import model_source
+from grpo_cli.core.sampling.params import SamplingParams
+from grpo_cli.core.sampling.rollout import Engine
+from grpo_cli.core.sampling.selfcheck import load_checked, recheck
+from grpo_cli.core.task.task import Task
+from grpo_cli.core.world import World
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished training. `overlap` is a sentence on how many evaluation puzzles were trained on."""
+
+    run: Run
+    evaluation: Evaluation
+    summary: Mapping[str, object]
+    overlap: str
+
+
+def train(
+    settings: Settings, name: str | None = None, observer: Observer | None = None, *, overwrite: bool = False
+) -> Result:
+    """Train a new run to the end; `name` None picks run-1, run-2, ..."""
+    with build(settings, name, overwrite=overwrite, observer=observer) as trainer:
+        return finish(trainer)
+
+
+def finish(trainer: Trainer) -> Result:
+    """Train to the end and write the summary. If its control says stop, saves and raises Interrupted."""
+    with trainer.control:
+        evaluation = trainer.train()
+    run = trainer.run
+    seen = contamination.known(run.name, run.path.parent)
+    evaluation = replace(evaluation, known=seen)
+    facts = summary(trainer.state.progress, evaluation, run)
+    run.write_summary(facts)
+    return Result(run, evaluation, facts, seen.statement(evaluation.puzzles))
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a training continues: a run, and the step and folder of its checkpoint. Empty for a new run."""
+
+    run: Run | None = None
+    step: int = 0
+    checkpoint: Path | None = None
+
+    @property
+    def warmed(self) -> Path | None:
+        """The model after the run's warm start."""
+        folder = self.run.warm_start_path if self.run else None
+        return folder if folder and folder.is_dir() else None
+
+
+@contextmanager
+def build(
+    settings: Settings,
+    name: str | None = None,
+    *,
+    task: Task | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    step: int | None = None,
+    world: World | None = None,
+    observer: Observer | None = None,
+    control: Control | None = None,
+) -> Iterator[Trainer]:
+    """Load everything, open the run and warm-start if asked to; the run stays locked until the block ends.
+
+    A new run is created only after its models have loaded. `resume` continues run `name` from its newest intact
+    checkpoint, or from that of `step`. `task`: the task of the settings, if it is loaded already. `control` can stop a
+    warm start, which raises Interrupted.
+    """
+    world, observer, control = world or World(), observer or Observer(), control or Control()
+    require_tracker(settings.train.tracker)
+    settings = for_ranks(settings, world.size)
+    problems = Problems.of(settings, task)
+    for sentence in problems.notes():
+        observer.message(sentence)
+    with ExitStack() as stack:
+        if settings.train.tracker != "none" and world.is_first:
+            tracked = Tracked(settings.train.tracker, settings, observer.message)
+            stack.callback(tracked.close)
+            observer = Observers([observer, tracked])
+        # 1. Choose the checkpoint to continue from.
+        past = Past()
+        if resume and name:
+            old = Run.open(Path(settings.runs), name)
+            world.first(partial(_lock, old, stack, observer.message))
+            past = Past(old, *world.first(partial(choose_checkpoint, old, settings, step, observer.message)))
+        # 2. Load the policy, plan its memory, load the reference that `ref_model` names.
+        examples = [] if past.checkpoint or past.warmed else demonstrated(settings, problems)
+        policy, plan = _load_policy(settings, problems, past, world, observer.message)
+        settings = settled(settings, policy)
+        named = _named_reference(settings, policy, plan)
+        # 3. Open the run, and imitate.
+        if examples:
+            imitated = State(policy, build_optimizer(policy, name="adamw", weight_decay=0.0), policy)
+            require_space(Path(settings.runs), _kept(settings) * imitated.checkpoint_bytes())
+        run = world.first(partial(_open_run, settings, name, past, stack, overwrite=overwrite, note=observer.message))
+        run = replace(run, writes=world.is_first)
+        origin = _origin_of(policy, past, problems)
+        if examples:
+            rows = plan.choices.rows or settings.train.batch_size * settings.train.num_generations
+            origin = warm_start(
+                imitated,
+                examples,
+                run,
+                settings,
+                origin,
+                world=world,
+                micro_batch=_micro_batch(plan, observer.message, rows),
+                control=control,
+                observer=observer,
+            )
+            if policy.adapter:  # its base is from now on the warm-started model, for the reference too
+                policy = _load(settings, str(run.warm_start_path), policy.name, _ignore, adapter=policy.adapter)
+        # 4. Build the state and the reference, or restore them.
+        state = _state(settings, policy, world)
+        reference = _reference(settings, state, plan, past, named, world)
+        if past.run and past.checkpoint:
+            current = _known_origin(policy, reference, named, past) | problems.hashes
+            require_origin(past.run, current, model=settings.model.model, reference=settings.model.ref_model)
+            state.restore(past.checkpoint)
+        elif named:
+            origin["reference"] = named.policy.fingerprint()["weights"]
+        # 5. Record what this training is.
+        with nullcontext() if past.run or examples else run.starting():
+            world.first(partial(_record, run, state, settings, past, origin, world.size, observer.message))
+        yield assemble(
+            settings,
+            state,
+            reference,
+            run,
+            problems=problems,
+            world=world,
+            plan=plan,
+            observer=observer,
+            control=control,
+        )
+
+
+def assemble(
+    settings: Settings,
+    state: State,
+    reference: Reference | None,
+    run: Run,
+    *,
+    problems: Problems | None = None,
+    world: World | None = None,
+    plan: MemoryPlan | None = None,
+    observer: Observer | None = None,
+    control: Control | None = None,
+) -> Trainer:
+    """A trainer of what is loaded already; without a `plan`, memory has no limit."""
+    world, observer, control = world or World(), observer or Observer(), control or Control()
+    problems = problems or Problems.of(settings)
+    micro_batch = _micro_batch(plan, observer.message, settings.train.micro_batch_size)
+    engine, clock = Engine(state.policy), Clock(world)
+    poll = control.poll if world.size == 1 else no_poll  # several ranks decide together, at the end of a step
+    collector = Collector(
+        engine,
+        problems.task,
+        problems.curriculum,
+        settings.train,
+        settings.reward,
+        world,
+        micro_batch.unlimited(),
+        clock,
+        observer,
+        poll,
+    )
+    evaluator = Evaluator(
+        engine,
+        SamplingParams(settings.train.max_new_tokens, temperature=0.0),
+        problems.task,
+        settings.eval.batch_size,
+        micro_batch=micro_batch.unlimited(),
+        world=world,
+        poll=poll,
+    )
+    validation = Validation(evaluator, settings, clock, observer)
+    return Trainer(
+        settings, state, reference, collector, validation, run, world, clock, plan, micro_batch, observer, control, poll
+    )
+
+
+def for_ranks(settings: Settings, ranks: int) -> Settings:
+    """The settings for this many ranks; sharding needs several, and an optimizer that supports sharded tensors."""
+    if not settings.ranks.shard:
+        return settings
+    if ranks == 1:
+        raise CountdownError(
+            "`--shard` spreads a model over several processes", "start them with torchrun, or give `--no-shard`"
+        )
+    if settings.train.optimizer == "adamw8bit":
+        raise CountdownError("`adamw8bit` does not support sharded tensors", "use `--optimizer adamw` with `--shard`")
+    train = settings.train.model_copy(update={"optimizer": "adamw"})
+    return settings.model_copy(update={"train": train})
+
+
+def demonstrated(settings: Settings, problems: Problems) -> list[Lesson]:
+    """The searches that a warm start imitates, or none; raises CountdownError if there can be none."""
+    if not settings.train.warm_start:
+        return []
+    return lessons(settings, problems, load_tokenizer(model_source(Path(settings.runs), settings.model.model)))
+
+
+def plan_memory(
+    settings: Settings, problems: Problems, *, ranks: int = 1, free: int = 0, policy: Policy | None = None
+) -> MemoryPlan:
+    """Plan each rank's memory from the model's config and tokenizer.
+
+    `free` is in bytes; settings override it. `policy`: once loaded, its tokenizer and how it computes.
+    """
+    asked = settings.model
+    needs_no_gpu = asked.device == "cuda" and asked.memory > 0
+    device = torch.device("cuda") if needs_no_gpu else detect_device(asked.device)
+    source = model_source(Path(settings.runs), settings.model.model)
+    tokenizer = policy.tokenizer if policy else load_tokenizer(source)
+    longest = longest_prompt(settings, problems, partial(encode, tokenizer))
+    optimizer = choose_optimizer(settings.train.optimizer, device)
+    work = memory.Work.of(settings, device=device, optimizer=optimizer, prompt_tokens=longest, ranks=ranks)
+    plain, whole = (policy.plain, policy.whole) if policy else (False, False)
+    return memory.plan_for(source, work, settings, free=free, plain=plain, whole=whole)
+
+
+def _lock(run: Run, stack: ExitStack, note: Note) -> None:
+    left_by = stack.enter_context(run.locked())
+    if left_by is not None:
+        note(f"taking over run {run.name}: process {left_by}, which wrote it, no longer holds its lock")
+
+
+def _open_run(
+    settings: Settings, name: str | None, past: Past, stack: ExitStack, *, overwrite: bool, note: Note
+) -> Run:
+    """The run to resume, or a new one, locked until the end of the training."""
+    if past.run:
+        return past.run
+    run = Run.create(Path(settings.runs), name, overwrite=overwrite)
+    _lock(run, stack, note)
+    return run
+
+
+def _load(settings: Settings, source: str, name: str, note: Note, **options: Any) -> Policy:
+    """Load a model, called `name`, for the device and in the precision of the settings."""
+    model = settings.model
+    return load_checked(source, name=name, device=model.device, precision=model.precision, note=note, **options)
+
+
+def _load_policy(
+    settings: Settings, problems: Problems, past: Past, world: World, note: Note
+) -> tuple[Policy, MemoryPlan]:
+    """The policy on the fastest path that computes right, and the plan of its memory.
+
+    All ranks choose the same plan: that for the least free memory.
+    """
+    device, adapter = detect_device(settings.model.device), Lora.of(settings)
+    if settings.train.deterministic:
+        fix_order()
+    free = min(world.gather(free_memory(device)))
+    memory.limit(settings, device)
+    folder = past.checkpoint / "model" if past.checkpoint and not adapter else past.warmed
+    name = settings.model.model
+    source = str(folder or model_source(Path(settings.runs), name))
+    policy = _load(settings, source, name, note, adapter=adapter)
+    plan = plan_memory(settings, problems, ranks=world.size, free=free, policy=policy)
+    return (recheck(policy, note) if plan.choices.checkpointing else policy), plan
+
+
+def _named_reference(settings: Settings, policy: Policy, plan: MemoryPlan) -> Reference | None:
+    """The model that `ref_model` names, or None without KL and if the reference is the starting model."""
+    name = settings.model.ref_model
+    if settings.loss.beta == 0 or name == "same":
+        return None
+    named = _load(settings, model_source(Path(settings.runs), name), name, _ignore)
+    if named.fingerprint()["tokenizer"] != policy.fingerprint()["tokenizer"]:
+        raise CountdownError(
+            f"`{name}` and `{settings.model.model}` have different tokenizers",
+            "choose a `--ref-model` with the same tokenizer",
+        )
+    return Reference.of(named, on_host=plan.choices.on_host or settings.ranks.shard)
+
+
+def _reference(
+    settings: Settings, state: State, plan: MemoryPlan, past: Past, named: Reference | None, world: World
+) -> Reference | None:
+    """The frozen reference, if the loss needs one: `named`, or the model that reinforcement started from."""
+    if settings.loss.beta == 0:
+        return None
+    reference, policy, name = named, state.policy, settings.model.model
+    if reference is None:
+        if past.checkpoint and not policy.adapter:  # an adapter's base model never changes
+            source = str(past.warmed or model_source(Path(settings.runs), name))
+            policy = _load(settings, source, name, _ignore)
+        reference = Reference.of(policy, on_host=plan.choices.on_host or settings.ranks.shard)
+    if state.learner.is_sharded:
+        return Reference(fsdp.sharded(reference.policy, world, policy.device))
+    return reference
+
+
+def _state(settings: Settings, policy: Policy, world: World) -> State:
+    """The state before the first step, with sharded weights if the settings say so."""
+    learner = fsdp.sharded(policy, world, policy.device) if settings.ranks.shard else policy
+    train = settings.train
+    progress = Progress(unlogged={"step": 0})  # the evaluation of the starting model
+    optimizer = build_optimizer(learner, name=train.optimizer, weight_decay=train.weight_decay)
+    return State(policy, optimizer, learner, progress)
+
+
+def _origin_of(policy: Policy, past: Past, problems: Problems) -> dict[str, object]:
+    """Hashes of what a training starts from: weights and tokenizer of its model, its problems."""
+    start: Mapping[str, object] = policy.fingerprint()
+    if past.run and past.warmed:  # whose model is no longer the one that the run started from
+        saved = past.run.read_origin()
+        start = {"warm_start": start["weights"], **{name: saved.get(name) for name in ("weights", "tokenizer")}}
+    return {**start, **problems.hashes}
+
+
+def _known_origin(
+    policy: Policy, reference: Reference | None, named: Reference | None, past: Past
+) -> dict[str, object]:
+    """What a resumed training knows of its origin: the checkpoint holds other weights, unless an adapter's base."""
+    if reference is None and not policy.adapter:
+        return {}
+    known = (reference.policy if reference else policy).fingerprint()
+    if named:
+        return {"reference": known["weights"]}
+    return {"warm_start" if past.warmed else "weights": known["weights"], "tokenizer": known["tokenizer"]}
+
+
+def _micro_batch(plan: MemoryPlan | None, report: Note, rows: int) -> MicroBatch:
+    """The planned micro-batch size, or `rows` if not 0, and the plan's limit."""
+    if plan is None:
+        return MicroBatch(rows, report=report)
+    choices = plan.choices
+    return MicroBatch(rows or choices.rows, limit=plan.limit, logit_chunk=choices.logit_chunk, report=report)
+
+
+def _kept(settings: Settings) -> int:
+    """Checkpoints on the disk at a time: old ones are removed after the new one is written."""
+    return settings.train.keep_last + 1
+
+
+def _record(
+    run: Run,
+    state: State,
+    settings: Settings,
+    past: Past,
+    origin: Mapping[str, object],
+    ranks: int,
+    note: Note,
+) -> None:
+    """Write the settings, the environment and the origin; cut a resumed run back to its checkpoint."""
+    run.end_warming()
+    require_space(run.path, _kept(settings) * state.checkpoint_bytes())
+    run.write_config(settings.model_dump())
+    run.write_environment(environment(state.policy) | {"ranks": ranks}, step=past.step)
+    if past.checkpoint is None:
+        run.write_origin(origin)
+    if past.run:
+        pending = state.progress.unlogged is not None
+        for sentence in past.run.go_back_to(past.step if past.checkpoint else -1, pending=pending):
+            note(sentence)
+
+
+def _ignore(_: str) -> None:
+    """No note: the outcome of the policy's self-check is reported already."""
