@@ -159,7 +159,7 @@ def skeleton(name: str, *, dtype: torch.dtype, layers: int) -> transformers.PreT
     config = _config(name)
     text = config.get_text_config()
     with _load_errors(name):
-        if getattr(text, "layer_types", None):
+        if vars(text).get("layer_types"):  # of some architectures it follows from the number of layers
             text.layer_types = (text.layer_types * layers)[:layers]
         text.num_hidden_layers = layers
         with torch.device("meta"):

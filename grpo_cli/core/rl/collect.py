@@ -15,7 +15,7 @@ import torch
 from grpo_cli.core.config.settings import Reward, Train
 from grpo_cli.core.dist.ranks import Solo
 from grpo_cli.core.microbatch import MicroBatch
-from grpo_cli.core.perf.roofline import Meter
+from grpo_cli.core.perf.utilization import Meter
 from grpo_cli.core.rl.batch import Batch, Group, Tally
 from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.grpo import overlong_penalty, zero_variance

@@ -26,7 +26,7 @@ from grpo_cli.core.model import lora
 from grpo_cli.core.model.master_weights import MasterWeights
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.model.reference import Reference
-from grpo_cli.core.perf.roofline import hardware_of
+from grpo_cli.core.perf.utilization import peak_tflops
 from grpo_cli.core.run.folder import Run, require_space
 from grpo_cli.core.task.task import Problem, Task
 
@@ -271,7 +271,7 @@ def environment(policy: Policy) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "precision": policy.precision,
         "parameters": sum(parameter.numel() for parameter in policy.model.parameters()),
-        "hardware": hardware_of(policy).record(),
+        "peak_tflops": peak_tflops(device, policy.precision),
     }
 
 

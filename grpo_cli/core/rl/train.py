@@ -23,7 +23,7 @@ from grpo_cli.core.evals.evaluate import Evaluation, Evaluator
 from grpo_cli.core.evals.statistics import wilson
 from grpo_cli.core.microbatch import MicroBatch, ran_out
 from grpo_cli.core.model.reference import Reference
-from grpo_cli.core.perf.roofline import Meter, Work
+from grpo_cli.core.perf.utilization import Groups, Meter, operations
 from grpo_cli.core.rl.batch import Batch
 from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.collect import Collector
@@ -112,6 +112,7 @@ class _Loop:
         self.objective = Objective(
             settings.loss, train.temperature, train.max_new_tokens, train.num_inner_updates, train.clip_grad_norm
         )
+        self.operations = operations(training.policy)
         self.warned: set[str] = set()
         self.saved_at = time.monotonic()
 
@@ -126,7 +127,7 @@ class _Loop:
             if self._out_of_patience():
                 break
             self.ranks.doing = f"step {step}"
-            clock, meter = Clock(self.ranks), Meter(training.policy, training.optimizer)
+            clock, meter = Clock(self.ranks), Meter(training.policy, self.operations)
             with clock.phase("total"):
                 batch, metrics = self._step(step, clock, meter)
             training.step = step
@@ -199,29 +200,23 @@ class _Loop:
         return rate
 
     def _log(self, batch: Batch, metrics: dict[str, float], clock: Clock, meter: Meter) -> None:
-        """Add times and floors to a step's metrics; pass them to the observer and the run's samples."""
+        """Add times and utilization to a step's metrics; pass them to the observer and the run's samples."""
         clock.seconds["time/update"] -= clock.seconds.get("time/optimizer", 0.0)
         times, records = self.ranks.report(clock.seconds, batch.shown())
         total = times["time/total"]
         metrics = {"step": batch.number, **metrics, **times, "tokens_per_second": batch.tokens / total}
-        if self.ranks.rank == 0:  # floors describe the first rank's share
-            metrics |= meter.metrics(self._work(batch), seconds=total)
+        if self.ranks.rank == 0:  # of the first rank's share
+            metrics |= meter.metrics(
+                reference=_lengths(batch, learned=False) if self.reference else [],
+                learned=_lengths(batch, learned=self.settings.loss.beta == 0),
+                updates=self.objective.num_inner_updates,
+                seconds=total,
+            )
         pending = {key: value for key, value in metrics.items() if math.isfinite(value)}
         self.training.pending = pending
         self.history.append(pending)
         self.observer.step(pending, records[batch.number % len(records)])
         self.run_folder.log_samples(records)
-
-    def _work(self, batch: Batch) -> Work:
-        """This rank's computation in a step."""
-        return Work(
-            [len(group.prompt) for group in batch.groups],
-            list(map(len, batch.completions)),
-            self.settings.train.num_generations,
-            reference=self.reference is not None,
-            learned=None if self.settings.loss.beta else batch.advantages.nonzero()[:, 0].tolist(),
-            updates=self.objective.num_inner_updates,
-        )
 
     def _finish_step(self) -> Evaluation | None:
         """Evaluate, log and save the last step, as far as due and not done yet; returns the val evaluation."""
@@ -344,3 +339,13 @@ class _Loop:
     def _poll(self) -> None:
         if self.control.should_stop():
             raise Interrupted
+
+
+def _lengths(batch: Batch, *, learned: bool) -> Groups:
+    """Tokens of this rank's prompts and completions; `learned`: only of completions with an advantage."""
+    groups = []
+    for group in batch.groups:
+        rows = zip(group.completions, group.advantages.tolist(), strict=True)
+        lengths = [len(tokens) for tokens, advantage in rows if advantage or not learned]
+        groups += [(len(group.prompt), lengths)] if lengths else []
+    return groups
