@@ -39,7 +39,7 @@ from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.reference import Reference
-from grpo_cli.core.perf.roofline import Work, costs, hardware_of, shape_of, widths
+from grpo_cli.core.perf.utilization import Groups, operations, peak_tflops
 from grpo_cli.core.rl.batch import Examples
 from grpo_cli.core.rl.grpo import advantages
 from grpo_cli.core.rl.state import build_optimizer
@@ -89,9 +89,8 @@ class Load:
         """A policy without end-of-sequence ids, so all completions have full length."""
         return replace(load(self.folder, device=self.device, precision=precision), end_ids=(10**6,))
 
-    def work(self) -> Work:
-        rows = self.prompts * self.completions
-        return Work([self.prompt_tokens] * self.prompts, [self.tokens] * rows, self.completions)
+    def groups(self) -> Groups:
+        return [(self.prompt_tokens, [self.tokens] * self.completions)] * self.prompts
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def model_folder(scratch: Path, shape: str, **changes: int) -> str:
 
 
 def steps(asked: Load, variant: Variant) -> dict[str, Any]:
-    """Medians by phase, peak memory, and the hardware's floor."""
+    """Medians by phase, peak memory, and model FLOP utilization."""
     policy = asked.policy(variant.precision)
     policy = replace(policy, fused=policy.fused and variant.fused)
     if variant.gradient_checkpointing:
@@ -196,14 +195,17 @@ def steps(asked: Load, variant: Variant) -> dict[str, Any]:
         seconds["update"] -= seconds["optimizer"]
         rounds.append(seconds)
     medians = {phase: statistics.median(one[phase] for one in rounds[1:]) for phase in (*PHASES, "total")}
-    return {"seconds": medians, "peak": peak_bytes(), "floors": floors(asked, policy, optimizer), "notes": notes}
+    return {"seconds": medians, "peak": peak_bytes(), "mfu": utilization(asked, policy, medians), "notes": notes}
 
 
-def floors(asked: Load, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Minimum seconds of the hardware by phase."""
-    shape = shape_of(policy.model.config, sum(weight.numel() for weight in policy.model.parameters()))
-    found = costs(shape, asked.work(), widths(policy, optimizer))
-    return {phase: hardware_of(policy).peak.floor(found[phase]) for phase in PHASES}
+def utilization(asked: Load, policy: Policy, seconds: Seconds) -> dict[str, float]:
+    """Model FLOP utilization of the update and of the whole step; empty if the operations are not known."""
+    known = operations(policy)
+    if known is None:
+        return {}
+    rate, forward = 1e12 * peak_tflops(policy.device, policy.precision), known.forward(asked.groups())
+    whole = known.sample(asked.groups()) + 4 * forward  # reference and update
+    return {"update": 3 * forward / rate / seconds["update"], "total": whole / rate / seconds["total"]}
 
 
 # Probes
@@ -276,7 +278,7 @@ def probes(asked: Load) -> dict[str, Callable[[], str]]:
 
 PREDICTED = {
     "eager, ms a token": "25: launching kernels",
-    "graph, ms a token": "2 to 3; the floor is 0.9",
+    "graph, ms a token": "2 to 3; reading the weights takes 0.9",
     "aligned, forward": "flash, which shares keys among query heads",
     "aligned, forward and backward": "flash",
     "masked, forward": "none that is fused takes a mask and shared keys: plain products",
@@ -369,19 +371,16 @@ def trl(asked: Load) -> dict[str, Any]:
 
 
 def row(name: str, found: dict[str, Any], best: float) -> list[str]:
-    """Table cells of a variant: seconds by phase and in total, shares of the floor, memory."""
-    seconds, lowest = found["seconds"], found.get("floors")
+    """Table cells of a variant: seconds by phase and in total, utilization, memory."""
+    seconds, used = found["seconds"], found.get("mfu", {})
     times = [f"{seconds[phase]:.3f}" if phase in seconds else "" for phase in PHASES]
-    shares = ["", ""]
-    if lowest:
-        whole = sum(lowest.values()) / seconds["total"]
-        shares = [f"{lowest['update'] / seconds['update']:.0%}", f"{whole:.0%}"]
+    shares = [f"{used[phase]:.0%}" if phase in used else "" for phase in ("update", "total")]
     total = f"{seconds['total']:.3f} ({seconds['total'] / best:.1f}x)"
     notes = "; ".join(found.get("notes", []))
     return [name, *times, total, *shares, f"{found['peak'] / 1e9:.1f}", notes]
 
 
-HEAD = ["seconds", *PHASES, "total (times the first)", "update of its floor", "step of its floor", "peak, GB", "notes"]
+HEAD = ["seconds", *PHASES, "total (times the first)", "MFU of the update", "of the step", "peak, GB", "notes"]
 
 
 def main() -> None:

@@ -3,7 +3,7 @@ the table of docs/models.md."""
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,9 @@ SPECIAL: dict[str, dict[str, Any]] = {  # None leaves a setting at its default
     "xlm": {"emb_dim": 32, "n_words": 96},
 }
 TINY = {name: size for size, names in SIZES.items() for name in names.split()}
+# For the tokenizer and the prompts of the tests.
+TRAINABLE = TINY | dict.fromkeys([name for name, size in TINY.items() if size == 96], 832)
+TRAINABLE |= dict.fromkeys([*CONTEXTS.split(), *LIMITS.split()], 1024)
 
 
 @dataclass(frozen=True)
@@ -106,13 +109,13 @@ class Result:
     reason: str = ""
 
 
-def tiny_model(kind: str) -> PreTrainedModel:
-    """A model of the type `kind`, its weights large enough for distributions far from uniform.
+def tiny_model(kind: str, sizes: Mapping[str, int] = TINY) -> PreTrainedModel:
+    """A model of the type `kind` and these sizes, its weights large enough for distributions far from uniform.
 
     Raises what transformers raises for configurations that no tiny model has, ValueError for models that stay large.
     """
     torch.manual_seed(1)
-    config = tiny_config(CONFIG_MAPPING[kind], kind)
+    config = tiny_config(CONFIG_MAPPING[kind], kind, sizes)
     with torch.device("meta"):
         size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
     if size > 15_000_000:
@@ -128,16 +131,16 @@ def tiny_model(kind: str) -> PreTrainedModel:
     return model
 
 
-def tiny_config(cls: type[PreTrainedConfig], kind: str = "") -> PreTrainedConfig:
+def tiny_config(cls: type[PreTrainedConfig], kind: str = "", sizes: Mapping[str, int] = TINY) -> PreTrainedConfig:
     """A config of small sizes, its text, vision and audio parts small as well."""
     defaults = cls()
-    chosen: dict[str, Any] = {name: size for name, size in TINY.items() if _is_number(vars(defaults).get(name))}
+    chosen: dict[str, Any] = {name: size for name, size in sizes.items() if _is_number(vars(defaults).get(name))}
     if "qk_rope_head_dim" in chosen:  # latent attention: every head has its own key
         chosen["num_key_value_heads"] = chosen["num_attention_heads"]
     if "logits_scaling" in vars(defaults):
         chosen["logits_scaling"] = 4.0
     parts = {name: getattr(defaults, name, None) for name in cls.sub_configs}
-    chosen |= {name: tiny_config(type(part)) for name, part in parts.items() if part is not None}
+    chosen |= {name: tiny_config(type(part), sizes=sizes) for name, part in parts.items() if part is not None}
     chosen |= SPECIAL.get(kind or cls.model_type, {})
     return cls(**{name: value for name, value in chosen.items() if value is not None})
 

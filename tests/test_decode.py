@@ -19,7 +19,7 @@ from grpo_cli.core.model import attention, llama
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.sampling import decode as sampler_module
-from grpo_cli.core.sampling.decode import KEPT, ROUNDED, StaticSampler
+from grpo_cli.core.sampling.decode import BLOCK, KEPT, ROUNDED, StaticSampler, _inverse_cdf
 from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import Engine, Rollout, uniforms
 from grpo_cli.core.sampling.selfcheck import checked
@@ -270,3 +270,19 @@ def test_real_models_decode_in_bfloat16_as_in_float32() -> None:
         differences = (logprobs - torch.tensor([value for row in found.logprobs for value in row])).abs()
         print(f"{path.name}: mean {differences.mean():.3f}, largest {differences.max():.2f}")
         assert differences.mean() < 0.1
+
+
+@pytest.mark.parametrize("vocabulary", [832, 8192, 10_000, 49_152])
+def test_no_token_of_probability_zero_is_drawn_at_the_edge_of_a_block(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    probabilities = torch.rand(vocabulary, generator=generator) ** 8  # of very different sizes, most of them 0
+    probabilities *= torch.rand(vocabulary, generator=generator) < 0.02
+    probabilities /= probabilities.sum()
+    blocks = torch.nn.functional.pad(probabilities, (0, -vocabulary % BLOCK)).view(-1, BLOCK)
+    ends = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=0)
+    edges = torch.cat([torch.zeros(1), ends / ends[-1]])
+    largest = torch.tensor(1 - 2**-53, dtype=torch.float64)
+    uniform = torch.cat([edges, torch.nextafter(edges, -largest), torch.nextafter(edges, 2 * largest)])
+    uniform = uniform.clamp(min=0).minimum(largest)
+    tokens = _inverse_cdf(probabilities.expand(len(uniform), -1), uniform)
+    assert bool((probabilities[tokens] > 0).all())

@@ -19,7 +19,7 @@ ANSI = re.compile(r"\x1b\[\??[0-9;]*[A-Za-z]")
 METRICS = {
     "reward": 0.4125, "accuracy": 0.344, "format_rate": 0.984, "kl": 0.00123, "loss": 0.01, "entropy": 0.612,
     "completion_length": 143.21, "truncated": 0.031, "zero_variance": 0.125, "clip_fraction": 0.0,
-    "grad_norm": 0.8312, "weights_changed": 0.9998, "tokens_per_second": 4210.4, "floor_share": 0.407,
+    "grad_norm": 0.8312, "weights_changed": 0.9998, "tokens_per_second": 4210.4, "mfu": 0.407,
     "time/rollout": 1.42, "time/score": 0.002, "time/reference": 0.21, "time/update": 0.68, "time/total": 2.31,
 }  # fmt: skip
 
@@ -81,7 +81,7 @@ def test_a_pipe_gets_one_plain_line_for_each_step() -> None:
         "step 0: val accuracy 35.5% of 327 puzzles (30.5 to 40.8%)\n"
         "step 1 of 200, -:--:-- left  reward 0.412  accuracy 34.4%  format 98.4%  kl 0.0012  entropy 0.612"
         "  length 143.2  truncated 3.1%  zero-var 12.5%  clip 0.0%  grad norm 0.831  changed 100.0%  tok/s 4,210"
-        "  floor 40.7%  s/step 2.31  rollout 1.42s  score 0.00s  reference 0.21s  update 0.68s\n"
+        "  mfu 40.7%  s/step 2.31  rollout 1.42s  score 0.00s  reference 0.21s  update 0.68s\n"
     )
 
 

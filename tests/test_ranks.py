@@ -76,7 +76,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 def untimed(line: Mapping[str, float]) -> dict[str, float]:
     """What a line of metrics says of the experiment, not of the machine."""
-    machine = ("time/", "floor", "arithmetic/", "tokens_per_second", "mfu", "padding", "peak_memory")
+    machine = ("time/", "tokens_per_second", "mfu", "padding", "peak_memory")
     return {key: value for key, value in line.items() if not key.startswith(machine)}
 
 

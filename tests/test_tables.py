@@ -332,15 +332,13 @@ def test_the_summary_of_a_training_compares_base_and_final_accuracy(capsys: pyte
     display.training_summary({**summary, "bad_steps": 0}, Path("runs/first"), overlap="0 of 327 puzzles")
     assert "skipped" not in capsys.readouterr().out
     phases = {
-        "decode": {"seconds": 200.0, "share": 0.5, "floor": 24.0, "matrix": 1.0},
+        "decode": {"seconds": 200.0, "share": 0.5},
         "score": {"seconds": 4.0, "share": 0.01},
     }
-    timed = {**summary, "phases": phases, "verdict": ["decode takes 50% of the time"]}
+    timed = {**summary, "phases": phases}
     display.training_summary(timed, Path("runs/first"), overlap="0 of 327 puzzles")
     shown = [" ".join(line.split()) for line in STYLE_CODES.sub("", capsys.readouterr().out).splitlines()]
-    assert "decode 200.0 50.0% 24 12.0%" in shown
-    assert "score 4.0 1.0% - -" in shown
-    assert shown[-1] == "decode takes 50% of the time"
+    assert shown[-2:] == ["decode 200.0 50.0%", "score 4.0 1.0%"]
 
 
 def test_the_summary_of_a_suite_says_when_each_cell_peaked_and_what_going_on_cost(

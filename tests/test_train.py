@@ -158,6 +158,10 @@ def test_a_run_leaves_metrics_samples_best_model_and_last_checkpoints(
         assert line["time/prefill"] + line["time/decode"] <= line["time/rollout"]
         parts = ("rollout", "score", "reference", "update", "optimizer")
         assert sum(line[f"time/{part}"] for part in parts) <= line["time/total"]
+    for line in lines[1:]:
+        assert 0 <= line["padding"] < 1
+        assert line["mfu"] > 0
+        assert 0.05 < line["peak_memory"] < 100  # GB of this process
     assert [step for step, _ in run.checkpoints()] == [2, 4]
     assert load(str(run.model_path), device="cpu").model.num_parameters() == training.policy.model.num_parameters()
     assert len((run.path / "samples.jsonl").read_text().splitlines()) == 4 * 2

@@ -323,17 +323,13 @@ def training_summary(summary: Mapping[str, Any], folder: Path, *, overlap: str) 
     if summary.get("phases"):
         out.print()
         out.print(_phases(summary["phases"]))
-        for sentence in summary["verdict"]:
-            out.print(Text(sentence))
 
 
 def _phases(phases: Mapping[str, Mapping[str, float]]) -> Table:
-    """Time by phase, with the hardware's floor."""
-    table = grid("phase", "seconds", "share", "floor", "of floor", numeric=("seconds", "share", "floor", "of floor"))
+    """Time by phase."""
+    table = grid("phase", "seconds", "share", numeric=("seconds", "share"))
     for name, phase in phases.items():
-        floor = phase.get("floor")
-        bound = ("-", "-") if floor is None else (f"{floor:,.3g}", percent(floor / phase["seconds"]))
-        table.add_row(name, f"{phase['seconds']:,.1f}", percent(phase["share"]), *bound)
+        table.add_row(name, f"{phase['seconds']:,.1f}", percent(phase["share"]))
     return table
 
 

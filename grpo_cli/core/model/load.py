@@ -164,7 +164,7 @@ def skeleton(name: str, *, dtype: torch.dtype, layers: int) -> transformers.PreT
     config = _config(name)
     text = config.get_text_config()
     with _load_errors(name):
-        if getattr(text, "layer_types", None):
+        if vars(text).get("layer_types"):  # of some architectures it follows from the number of layers
             text.layer_types = (text.layer_types * layers)[:layers]
         text.num_hidden_layers = layers
         with torch.device("meta"):
@@ -333,7 +333,8 @@ def _end_ids(
 ) -> tuple[int, ...]:
     """Every end-of-sequence id: those of the generation settings, the config and the tokenizer."""
     end_ids: set[int] = set()
-    for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+    configs = (model.generation_config, model.config, model.config.get_text_config())
+    for ids in (*(getattr(config, "eos_token_id", None) for config in configs), tokenizer.eos_token_id):
         end_ids |= {end for end in (ids if isinstance(ids, list) else [ids]) if isinstance(end, int)}
     if not end_ids:
         raise CountdownError(f"`{name}` has no end-of-sequence token", "set `eos_token` in its tokenizer_config.json")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
+import transformers
 
 from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.errors import CountdownError
@@ -127,6 +128,19 @@ def moment_bytes(shapes: Iterable[torch.Size], dtype: torch.dtype, optimizer: st
     return sum(8 * n if n < MIN_8BIT else 2 * (n + 4 * -(-n // BLOCK_8BIT)) for n in counts)
 
 
+def _is_list(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.ModuleList) and len(module) > 0
+
+
+def _size(config: transformers.PreTrainedConfig, name: str) -> int:
+    """A size in a config, the largest if it differs by layer; 0 if absent."""
+    try:
+        sizes = getattr(config, name, None)
+    except RuntimeError:  # raised where it differs by layer
+        sizes = [getattr(layer, name) for layer in config.per_layer_config]
+    return int(max(sizes) if isinstance(sizes, list) else sizes or 0)
+
+
 class Planner:
     """Memory and time of one model for one kind of work."""
 
@@ -134,9 +148,9 @@ class Planner:
         """`plain` and `whole`: the path that the self-check chose; a plain path may also follow from the config."""
         self.work, self.layers = work, number_of_layers(name)
         self.dtype = weights_dtype(work.precision, torch.device(work.device))
-        model = skeleton(name, dtype=self.dtype, layers=1)
-        # Architectures name their layers differently; they are the first ModuleList.
-        layer = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module))[0]
+        # Architectures name their layers differently; they are the first ModuleList. Some count two for each.
+        models = (skeleton(name, dtype=self.dtype, layers=layers) for layers in (1, 2))
+        model, layer = next((model, layers[0]) for model in models for layers in model.modules() if _is_list(layers))
         within = {id(weight) for weight in layer.parameters()}
         ends = [weight.shape for weight in model.parameters() if id(weight) not in within]
         per_layer = [weight.shape for weight in layer.parameters()]
@@ -151,11 +165,11 @@ class Planner:
         # Queries and keys, normed in float32 and rotated after that.
         self._norms_heads = any(re.search(r"\b(q|query)_(layer)?norm\b", name) for name, _ in layer.named_modules())
         self._width, self._vocabulary = config.hidden_size, config.vocab_size
-        self._inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        heads = getattr(config, "num_attention_heads", None) or 1  # absent in state-space models
-        head = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self._inner = _size(config, "intermediate_size") or 4 * config.hidden_size
+        heads = _size(config, "num_attention_heads") or 1  # absent in state-space models
+        head = _size(config, "head_dim") or config.hidden_size // heads
         self._heads, self._queries = heads, heads * head
-        self._keys = (getattr(config, "num_key_value_heads", None) or heads) * head
+        self._keys = (_size(config, "num_key_value_heads") or heads) * head
         adapter, self._adapted, self._largest = adapter_sizes(model, work.adapter) if work.adapter else (0, 0, 0)
         self._adapter, self._adapted = adapter * self.layers, self._adapted * self.layers
         self._nf4 = work.adapter is not None and work.adapter.nf4

@@ -136,6 +136,15 @@ class Batch:
         """(B,)"""
         return torch.cat([group.advantages for group in self.groups]) if self.groups else torch.zeros(0)
 
+    def lengths(self, *, learned: bool = False) -> list[tuple[int, list[int]]]:
+        """Tokens of this rank's prompts and their completions; `learned`: only of completions with an advantage."""
+        groups = []
+        for group in self.groups:
+            rows = zip(group.completions, group.advantages.tolist(), strict=True)
+            lengths = [len(tokens) for tokens, advantage in rows if advantage or not learned]
+            groups += [(len(group.prompt), lengths)] if lengths else []
+        return groups
+
     def set_advantages(self, advantages: Tensor) -> None:
         """Give each group its row of the whole step's advantages (P, G)."""
         for group in self.groups:

@@ -29,6 +29,7 @@ from grpo_cli.core.model.policy import Policy, encode
 from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.perf import memory
 from grpo_cli.core.perf.memory import MemoryPlan
+from grpo_cli.core.perf.utilization import Meter, operations
 from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.collect import Collector
 from grpo_cli.core.rl.observer import Control, Observer, Observers, no_poll
@@ -219,6 +220,7 @@ def assemble(
         world,
         micro_batch.unlimited(),
         clock,
+        Meter(state.policy, operations(state.policy)),
         observer,
         poll,
     )

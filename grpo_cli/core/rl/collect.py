@@ -14,6 +14,7 @@ import torch
 
 from grpo_cli.core.config.settings import Reward, Train
 from grpo_cli.core.microbatch import MicroBatch
+from grpo_cli.core.perf.utilization import Meter
 from grpo_cli.core.rl.batch import Batch, Group, Tally
 from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.grpo import overlong_penalty, zero_variance
@@ -40,11 +41,13 @@ class Collector:
     world: World
     micro_batch: MicroBatch
     clock: Clock
+    meter: Meter
     observer: Observer
     poll: Callable[[], None]
 
     def collect(self, step: int) -> Batch:
         """Sample and score a step; with dynamic sampling, replace groups of equal rewards."""
+        self.meter.reset()
         groups, tally = self._draw(step, range(self.settings.batch_size), 0)
         metrics = tally.means() | self.curriculum.shares(self.curriculum.prompts(step))
         batch = Batch(step, groups, tally, metrics, tally.tokens)
@@ -115,6 +118,7 @@ class Collector:
                 on_token=self._on_token,
             )
         self.clock.add(rollout.seconds)
+        self.meter.sampled(encoded, rollout)
         groups = []
         with self.clock.phase("score"):
             for index, (place, (problem, style)) in enumerate(zip(places, drawn, strict=True)):

@@ -24,7 +24,7 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model import lora
 from grpo_cli.core.model.master_weights import MasterWeights
 from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.perf.roofline import hardware_of
+from grpo_cli.core.perf.utilization import peak_tflops
 from grpo_cli.core.run.folder import Run, require_space
 
 
@@ -254,5 +254,5 @@ def environment(policy: Policy) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "precision": policy.precision,
         "parameters": sum(parameter.numel() for parameter in policy.model.parameters()),
-        "hardware": hardware_of(policy).record(),
+        "peak_tflops": peak_tflops(device, policy.precision),
     }

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from grpo_cli.core.evals.evaluate import Evaluation
 from grpo_cli.core.evals.statistics import changes, mcnemar
-from grpo_cli.core.perf.roofline import COMPUTED
 from grpo_cli.core.rl.state import Progress
 from grpo_cli.core.run.folder import Run
 
@@ -34,8 +33,7 @@ def summary(progress: Progress, evaluation: Evaluation, run: Run) -> dict[str, o
             if line["step"] > progress.best_step
         ),
         "peaks": _peaks(run, progress.best_step),
-        "phases": (by_phase := phases(metrics)),
-        "verdict": verdict(by_phase),
+        "phases": phases(metrics),
     }
 
 
@@ -62,13 +60,10 @@ def _peaks(run: Run, best_step: int) -> dict[str, dict[str, float]]:
 
 
 def phases(metrics: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Time by phase: `seconds`, `share` of all, and `floor` in seconds if the phase has one.
-
-    `matrix`: seconds of its operations at the hardware's full rate. Empty for old runs that did not log phases.
-    """
+    """Time by phase: `seconds` and `share` of all. Empty for old runs that did not log phases."""
 
     def total(key: str) -> float:
-        return sum(line.get(key, 0.0) for line in metrics if "floor_share" in line)
+        return sum(line.get(key, 0.0) for line in metrics if "time/prefill" in line)
 
     names = ("prefill", "decode", "score", "reference", "update", "optimizer", "reduce", "wait")
     spent = {name: total(f"time/{name}") for name in names}
@@ -77,46 +72,4 @@ def phases(metrics: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]
     spent["other"] = total("time/total") - sum(spent.values())
     spent["evaluation"] = sum(line.get("time/eval", 0.0) for line in metrics)
     whole = sum(spent.values())
-    by_phase = {name: {"seconds": seconds, "share": seconds / whole} for name, seconds in spent.items() if seconds > 0}
-    for name in COMPUTED:
-        if name in by_phase:
-            by_phase[name] |= {"floor": total(f"floor/{name}"), "matrix": total(f"arithmetic/{name}")}
-    return by_phase
-
-
-# Share of the floor above which a phase is hardware-bound; share of the time above which a phase is mentioned.
-AT_THE_FLOOR, MATTERS = 0.4, 0.25
-REMEDIES = {
-    "prefill": "use shorter prompts",
-    "decode": "more completions per prompt cost less than proportionally",
-    "reference": "`--beta 0` needs no reference",
-    "update": "use micro-batches as large as memory allows",
-    "optimizer": "a larger batch amortises it",
-    "evaluation": "a larger `--eval-every` or fewer `--eval-puzzles` save it",
-}
-
-
-def verdict(by_phase: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """A sentence on the bottleneck of each phase that takes a quarter of the time, or of the longest if none does.
-
-    Rules, in order: faster than its floor, the data stays in a cache; at 40 % of the floor or more, it is bound by
-    arithmetic or memory bandwidth, whichever determines its floor; below, by the overhead of each operation.
-    """
-    order = sorted(by_phase, key=lambda name: -by_phase[name]["seconds"])
-    return [_sentence(name, by_phase[name]) for name in order if by_phase[name]["share"] >= MATTERS or name == order[0]]
-
-
-def _sentence(name: str, phase: Mapping[str, float]) -> str:
-    takes = f"{name} takes {phase['share']:.0%} of the time"
-    remedy = f"; {REMEDIES[name]}" if name in REMEDIES else ""
-    if not phase.get("floor"):
-        return takes + remedy
-    reached, arithmetic = phase["floor"] / phase["seconds"], phase["matrix"] >= phase["floor"] / 2
-    what = "matrix rate" if arithmetic else "memory bandwidth"
-    if reached > 1:
-        return f"{takes}, at {reached:.0%} of the {what}: the data stays in a cache"
-    at = f"{takes}, at {reached:.0%} of the {what}"
-    if reached >= AT_THE_FLOOR:
-        spare = remedy if name == "decode" and not arithmetic else ""
-        return f"{at}: bound by {'arithmetic' if arithmetic else 'reading and writing memory'}{spare}"
-    return f"{at}: bound by the overhead of each operation{remedy}"
+    return {name: {"seconds": seconds, "share": seconds / whole} for name, seconds in spent.items() if seconds > 0}

@@ -22,13 +22,7 @@ from grpo_cli.core.rl.observer import Observer, Validated
 from grpo_cli.core.run.folder import Run
 
 PROJECT = "countdown"
-GROUPS = (
-    "time/",
-    "floor/",
-    "arithmetic/",
-    "suite/",
-    "eval/",
-)  # metrics that keep their group; all others are `train/...`
+GROUPS = ("time/", "suite/", "eval/")  # metrics that keep their group; all others are `train/...`
 NAMES = {  # ours -> TRL's
     "completion_length": "train/completions/mean_length",
     "truncated": "train/completions/clipped_ratio",

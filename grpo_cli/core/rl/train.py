@@ -168,6 +168,12 @@ class Trainer:
         records = list(chain.from_iterable(self.world.gather(batch.shown())))
         speed = batch.tokens / times["time/total"]
         metrics = {"step": batch.number, **batch.metrics, **updated, **times, "tokens_per_second": speed}
+        metrics |= self.collector.meter.metrics(  # of the first rank's share
+            reference=batch.lengths() if self.reference else [],
+            learned=batch.lengths(learned=self.settings.loss.beta == 0),
+            updates=self.settings.train.num_inner_updates,
+            seconds=times["time/total"],
+        )
         metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
         self.state.progress.unlogged = metrics
         self.history.append(metrics)

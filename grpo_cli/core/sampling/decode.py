@@ -50,20 +50,25 @@ def _inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """
     rows, vocabulary = probabilities.shape
     if vocabulary < LARGE:
-        cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
-        places = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
-        return places[:, 0].clamp(max=vocabulary - 1)
+        total = probabilities.sum(dim=-1, keepdim=True, dtype=torch.float64)
+        return _first_above(probabilities, uniform[:, None] * total)[:, 0]
     blocks = pad(probabilities, (0, -vocabulary % BLOCK)).view(rows, -1, BLOCK)  # (B, N, S)
-    sums = blocks.sum(dim=-1, dtype=torch.float64)
-    ends = sums.cumsum(dim=-1)  # (B, N)
-    aim = uniform[:, None] * ends[:, -1:]
-    block = torch.searchsorted(ends, aim, right=True).clamp(max=ends.shape[1] - 1)  # (B, 1)
-    within = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].cumsum(
-        dim=-1, dtype=torch.float64
-    )  # (B, S)
-    rest = aim - (ends - sums).gather(1, block)
-    place = torch.searchsorted(within, rest, right=True).clamp(max=BLOCK - 1)
-    return (block * BLOCK + place)[:, 0].clamp(max=vocabulary - 1)
+    sums = blocks.sum(dim=-1, dtype=torch.float64)  # (B, N)
+    aim = uniform[:, None] * sums.sum(dim=-1, keepdim=True)
+    block = _first_above(sums, aim)  # (B, 1)
+    before = (sums.cumsum(dim=-1) - sums).gather(1, block)
+    within = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0]  # (B, S)
+    return (block * BLOCK + _first_above(within, aim - before))[:, 0]
+
+
+def _first_above(weights: Tensor, aim: Tensor) -> Tensor:
+    """The first index (B, 1) whose cumulative weight, of (B, N), exceeds `aim` (B, 1).
+
+    Where rounding of the sums leads to a weight of 0, the largest weight's index instead.
+    """
+    places = torch.searchsorted(weights.cumsum(dim=-1, dtype=torch.float64), aim, right=True)
+    places = places.clamp(max=weights.shape[-1] - 1)
+    return torch.where(weights.gather(-1, places) > 0, places, weights.argmax(dim=-1, keepdim=True))
 
 
 class Sampler:

@@ -1,0 +1,165 @@
+"""Model FLOP utilization of a training step, padding and peak memory.
+
+MFU (PaLM, arXiv 2204.02311) is the operations that a step needs over those that the hardware could do in its time.
+Each prompt counts once for its group, attention only its causal half, recomputation not at all. It is known where
+attention is full and causal and all weights learn; elsewhere (windows, LoRA, 4-bit weights, mixtures of experts) it
+is left out.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from grpo_cli.core.microbatch import process_peak
+from grpo_cli.core.model.policy import Policy, set_attention
+from grpo_cli.core.sampling.rollout import Rollout
+
+Groups = Sequence[tuple[int, Sequence[int]]]  # tokens of each prompt, and of each of its completions
+COUNTED = 8  # tokens of the shorter row whose operations are counted
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Floating-point operations of a forward pass, in all layers."""
+
+    token: int  # for each token
+    logits: int  # for the logits of a token
+    pair: int  # for each pair of a token and one that it attends to
+
+    def forward(self, groups: Groups) -> int:
+        """Of one pass over [prompt | completions] of each group, with the logits of its completions."""
+        return sum(
+            self.token * (prompt + sum(lengths))
+            + self.logits * sum(lengths)
+            + self.pair * (_triangle(prompt) + sum(prompt * length + _triangle(length) for length in lengths))
+            for prompt, lengths in groups
+        )
+
+    def sample(self, groups: Groups) -> int:
+        """Of sampling: the first token of a completion comes from the prompt's logits, the last is not fed back."""
+        fed = [(prompt, [length - 1 for length in lengths]) for prompt, lengths in groups]
+        return self.forward(fed) + self.logits * len(groups)
+
+
+def _triangle(length: int) -> int:
+    """Pairs of tokens in causal attention over a sequence."""
+    return length * (length + 1) // 2
+
+
+@torch.no_grad()
+def operations(policy: Policy) -> Operations | None:
+    """The operations of a policy's model as torch counts them, or None where the rules of this module are not right."""
+    output, weights = policy.model.get_output_embeddings(), list(policy.model.parameters())
+    if policy.plain or policy.is_sharded or output is None:
+        return None
+    if any(not weight.requires_grad or weight.dim() > 2 for weight in weights):  # experts are stacked in one weight
+        return None
+    counts = []
+    policy.model.set_attn_implementation("eager")  # torch does not count all fused attention
+    for length in (COUNTED, 2 * COUNTED):
+        with FlopCounterMode(display=False) as counter, policy.autocast():
+            row = torch.zeros(1, length, dtype=torch.long, device=policy.device)
+            policy.model(input_ids=row, use_cache=False)
+        counts.append(counter.get_total_flops())
+    set_attention(policy.model, plain=False)
+    short, long = counts  # a row of T tokens takes T * (token + logits) + T^2 * pair
+    pair, logits = (long - 2 * short) // (2 * COUNTED**2), 2 * output.weight.numel()
+    return Operations(short // COUNTED - COUNTED * pair - logits, logits, pair)
+
+
+# Data sheets of NVIDIA and AMD: (pattern of the device's name, dense bfloat16 TFLOP/s), the first match. Other devices,
+# and float32, are measured.
+KNOWN: tuple[tuple[str, float], ...] = (
+    (r"B200", 2250),
+    (r"H200 NVL", 836),
+    (r"H200", 989),
+    (r"H100 NVL", 836),
+    (r"H100 PCIe", 756),
+    (r"H100", 989),
+    (r"A100", 312),
+    (r"L40S", 362),
+    (r"L4$", 121),
+    (r"A10G", 70),
+    (r"A10$", 125),
+    (r"RTX 6000 Ada", 364),
+    (r"RTX 5090$", 209.5),
+    (r"RTX 4090$", 165.2),
+    (r"RTX 3090 Ti", 80),
+    (r"RTX 3090$", 71),
+    (r"MI300X", 1307),
+)
+MATRIX, REPEATS = 1024, 8  # rows and columns, products
+
+
+def known(name: str) -> float | None:
+    """The bfloat16 TFLOP/s of a GPU by its device name, or None."""
+    return next((rate for pattern, rate in KNOWN if re.search(rf"\b{pattern}", name)), None)
+
+
+@cache
+def peak_tflops(device: torch.device, precision: str) -> float:
+    """The peak rate of matrix products on a device in a training's precision."""
+    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
+    listed = device.type == "cuda" and dtype == torch.bfloat16
+    return (known(torch.cuda.get_device_name(device)) if listed else None) or measure(device, dtype)
+
+
+@torch.inference_mode()
+def measure(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of the best of a few matrix products, with torch's current number of threads."""
+    left, right = (torch.ones(MATRIX, MATRIX, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        (left @ right)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * MATRIX**3 / min(seconds) / 1e12
+
+
+@dataclass
+class Meter:
+    """Measures a step, from `reset` on; `operations` of the policy, if known."""
+
+    policy: Policy
+    operations: Operations | None
+    sampled_groups: list[tuple[int, list[int]]] = field(default_factory=list)
+    computed: int = 0  # token positions of all rollouts
+
+    def reset(self) -> None:
+        """Start to measure a step."""
+        self.sampled_groups, self.computed = [], 0
+        if self.policy.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.policy.device)
+
+    def sampled(self, prompts: Sequence[Sequence[int]], rollout: Rollout) -> None:
+        """Count a rollout of these prompts (token ids)."""
+        lengths = list(map(len, rollout.completions))
+        size = len(lengths) // max(len(prompts), 1)
+        for index, prompt in enumerate(prompts):
+            self.sampled_groups.append((len(prompt), lengths[index * size : (index + 1) * size]))
+        self.computed += rollout.computed
+
+    def metrics(self, *, reference: Groups, learned: Groups, updates: int, seconds: float) -> dict[str, float]:
+        """Metrics of a step of `seconds`, with these groups under the reference and, `updates` times, in the update.
+
+        `padding`: share of computed token positions in the rollout without a token, including finished rows that are
+        still computed. `peak_memory`: GB, of the step on CUDA, else of the process so far. `mfu`: only if known.
+        """
+        cuda = self.policy.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.policy.device) if cuda else process_peak()
+        metrics = {"peak_memory": peak / 1e9}
+        if self.computed:
+            real = sum(prompt + sum(lengths) - len(lengths) for prompt, lengths in self.sampled_groups)
+            metrics["padding"] = 1 - real / self.computed
+        if self.operations:
+            count = self.operations
+            needed = count.sample(self.sampled_groups) + count.forward(reference) + 3 * updates * count.forward(learned)
+            metrics["mfu"] = needed / seconds / (peak_tflops(self.policy.device, self.policy.precision) * 1e12)
+        return metrics
