@@ -152,7 +152,7 @@ def test_a_run_leaves_metrics_samples_best_model_and_last_checkpoints(
     assert [line["step"] for line in lines if "val_accuracy" in line] == [0, 2, 4] == watcher.evaluations
     expected = "reward accuracy format_rate kl loss entropy completion_length truncated zero_variance clip_fraction"
     expected += " grad_norm weights_changed learning_rate tokens_per_second logprob_gap time/rollout time/update"
-    expected += " time/prefill time/decode time/score time/reference time/optimizer padding peak_memory mfu floor_share"
+    expected += " time/prefill time/decode time/score time/reference time/optimizer padding peak_memory mfu"
     assert set(expected.split()) <= lines[1].keys()
     for line in lines[1:]:
         assert line["time/prefill"] + line["time/decode"] <= line["time/rollout"]

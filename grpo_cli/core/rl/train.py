@@ -208,7 +208,9 @@ class Trainer:
         results = self.validation.run()
         metrics = self.validation.metrics(results)
         self._keep_best(metrics)
-        progress.unlogged |= metrics | self.clock.lap()
+        for name, seconds in self.clock.lap().items():  # of waiting for other ranks, the step has some too
+            progress.unlogged[name] = progress.unlogged.get(name, 0.0) + seconds
+        progress.unlogged |= metrics
         self.run.log_evaluations([{"step": progress.step, **result.record()} for result in results.values()])
         return results
 
