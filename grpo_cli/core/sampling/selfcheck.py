@@ -30,7 +30,8 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model import lora
 from grpo_cli.core.model.load import detect_device, load, use_checkpointing
 from grpo_cli.core.model.logprobs import token_logprobs
-from grpo_cli.core.model.policy import PROBE, Policy, Sequences, set_attention
+from grpo_cli.core.model.policy import Policy, Sequences, set_attention
+from grpo_cli.core.model.templates import PROBE, strips_thoughts
 from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import Engine, uniforms
 
@@ -115,6 +116,8 @@ def _checked_and_noted(policy: Policy, checkpointing: bool, note: Callable[[str]
         policy, outcome = checked(policy, checkpointing=checkpointing, cache=cache)
     if policy.plain or policy.whole or not outcome.from_cache:
         note(outcome.sentence(policy))
+    if strips_thoughts(policy.tokenizer):
+        note(f"the chat template of `{name}` strips earlier thoughts: worked examples go into the user's turn")
     return policy
 
 
