@@ -13,7 +13,7 @@ from grpo_cli.core.config.resolve import defaults, restore
 from grpo_cli.core.config.settings import Plot, values
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import check_writable
-from grpo_cli.core.run.folder import Run, find_run, suggestion
+from grpo_cli.core.run.folder import Run, find_run, require_outside_runs, suggestion
 from grpo_cli.ui import figures, report, tables
 from grpo_cli.ui.account import Account
 from grpo_cli.ui.figures import Curves
@@ -36,9 +36,11 @@ def run(
     for name, drawn in zip(names, curves, strict=True):
         if drawn.is_empty:
             raise CountdownError(f"`{name}` has no metrics to plot yet", "wait for its first step, or resume it")
-    own = sources[0].path if len(sources) == 1 and isinstance(sources[0], Run) else None
+    single = sources[0] if len(sources) == 1 and isinstance(sources[0], Run) else None
+    own = single.path if single else None
     require_package("matplotlib")
     folder = out or own or _folder_for(sources)
+    require_outside_runs(folder, own=single)
     page = folder / "report.html"
     for path in [*_images(folder, style), *([page] * report)]:
         check_writable(path, overwrite=overwrite or folder == own)  # a run's own images may be replaced

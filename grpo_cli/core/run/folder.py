@@ -65,6 +65,7 @@ class Run:
     @staticmethod
     def check(root: Path, name: str | None, *, overwrite: bool = False) -> None:
         """Raise the errors of `create` for this name, but change nothing."""
+        require_outside_runs(root)
         place = _existing(root)
         if not place.is_dir() or not can_write(place):
             why = "cannot be written" if place.is_dir() else "is not a folder"
@@ -394,6 +395,17 @@ def find_run(root: Path, name: str) -> Run | None:
 
 def _run_at(folder: Path, file: str) -> Run | None:
     return Run(folder) if os.path.isfile(folder / file) and not folder.is_symlink() else None
+
+
+def require_outside_runs(path: Path, *, own: Run | None = None) -> None:
+    """Raise CountdownError if `path` is in a run other than `own`: only a run's training writes there."""
+    place = Path(os.path.realpath(path))
+    for folder in (place, *place.parents):
+        is_run = (folder / "origin.json").is_file() or ((folder / _LOCK).is_file() and _only_begun(folder))
+        if is_run and not (own and own.path.samefile(folder)):
+            raise CountdownError(
+                f"`{path}` is in the run `{folder}`, where only its training writes", "write elsewhere"
+            )
 
 
 def require_space(folder: Path, size: int) -> None:

@@ -101,6 +101,8 @@ def load_checked(
         lora.adapt(loaded.model, adapter, name=source)
         loaded.model.to(detect_device(device))
     loaded = replace(loaded, name=name, adapter=adapter)
+    if strips_thoughts(loaded.tokenizer):
+        note(f"the chat template of `{name}` strips earlier thoughts: worked examples go into the user's turn")
     return _checked_and_noted(loaded, gradient_checkpointing, note)
 
 
@@ -111,13 +113,13 @@ def recheck(policy: Policy, note: Callable[[str], None]) -> Policy:
 
 
 def _checked_and_noted(policy: Policy, checkpointing: bool, note: Callable[[str], None]) -> Policy:
-    cache = Path.home() / ".cache" / "countdown" / "selfcheck.json"
+    cache = None
+    with suppress(RuntimeError):  # the user has no home folder
+        cache = Path.home() / ".cache" / "countdown" / "selfcheck.json"
     with lora.perturbed(policy.model):
         policy, outcome = checked(policy, checkpointing=checkpointing, cache=cache)
     if policy.plain or policy.whole or not outcome.from_cache:
         note(outcome.sentence(policy))
-    if strips_thoughts(policy.tokenizer):
-        note(f"the chat template of `{name}` strips earlier thoughts: worked examples go into the user's turn")
     return policy
 
 
