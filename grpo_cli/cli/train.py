@@ -119,7 +119,7 @@ class _Files(Observer):
     def _attempt(self, write: Callable[[], object], failure: str) -> None:
         try:
             write()
-        except (CountdownError, OSError) as problem:
+        except Exception as problem:  # a training never depends on its plots, whatever matplotlib raises
             self._report(f"{failure}: {problem}")
 
 
