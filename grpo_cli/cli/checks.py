@@ -21,7 +21,7 @@ from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import check_writable
 from grpo_cli.core.rl.schedule import Problems
-from grpo_cli.core.run.folder import Run, find_run
+from grpo_cli.core.run.folder import Run, find_run, require_outside_runs
 from grpo_cli.core.run.models import model_source
 from grpo_cli.core.task.countdown import task_of
 from grpo_cli.core.task.question import parse, read_question
@@ -113,6 +113,7 @@ def check_eval(options: Mapping[str, Any]) -> None:
     if options["as_json"] and options["as_markdown"]:
         raise CountdownError("`--json` and `--markdown` exclude each other", "leave one of them out")
     if options["out"] is not None:
+        require_outside_runs(options["out"])
         check_writable(options["out"], overwrite=options["overwrite"])
     if (suite := options["suite"]) is not None:
         for key in SUITE_CELL:
@@ -137,6 +138,8 @@ def check_train(options: Mapping[str, Any]) -> None:
     run, resume, overwrite, process = options["run"], options["resume"], options["overwrite"], place()
     if resume and (run is None or overwrite):
         raise CountdownError("`--resume` needs the name of a run, and no `--overwrite`", "say `--run NAME --resume`")
+    if options["dry_run"] and options["probe"]:
+        raise CountdownError("`--dry-run` and `--probe` exclude each other", "leave one of them out")
     if options["step"] is not None and not resume:
         raise CountdownError("`--step` names a checkpoint to resume from", "say `--run NAME --resume --step STEP`")
     if options["probe"] and resume:
@@ -151,6 +154,8 @@ def check_train(options: Mapping[str, Any]) -> None:
     if resume:
         _read_files(resumed(options["ctx"], root, run).settings)
         return
+    if with_gpu.train.warm_start and "builtin" in (without.model.model, with_gpu.model.model):
+        show.warning("`builtin` already answers in this format: a warm start teaches it another way to search")
     if not process.restarts:
         Run.check(root, run, overwrite=overwrite)
     if (without.task, without.reward) == (with_gpu.task, with_gpu.reward):
