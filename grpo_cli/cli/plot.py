@@ -13,7 +13,7 @@ from grpo_cli.core.config.resolve import defaults, restore
 from grpo_cli.core.config.settings import Plot, values
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import check_writable
-from grpo_cli.core.run.folder import Run, find_run, require_outside_runs, suggestion
+from grpo_cli.core.run.folder import Run, at, find_run, require_outside_runs, suggestion
 from grpo_cli.ui import figures, report, tables
 from grpo_cli.ui.account import Account
 from grpo_cli.ui.figures import Curves
@@ -30,7 +30,9 @@ def run(
     newest = Run.newest(root)
     names = runs or ([newest.name] if newest else [])
     if not names:
-        raise CountdownError(f"no run in `{root}` yet", "train one with `countdown train`, or name a metrics file")
+        raise CountdownError(
+            f"no run in `{root}` yet", f"train one with `countdown train{at(root)}`, or name a metrics file"
+        )
     sources = [_source(root, name) for name in names]
     curves = [run_curves(source) if isinstance(source, Run) else figures.load(source) for source in sources]
     for name, drawn in zip(names, curves, strict=True):
@@ -85,7 +87,7 @@ def _images(folder: Path, style: Plot) -> list[Path]:
 def _source(root: Path, name: str) -> Run | Path:
     """The run of this name, or the metrics file at this path."""
     if (run := find_run(root, name)) is None and not os.path.exists(name):
-        hint = suggestion(root, name) or "list runs with `countdown runs`, or name a file of metrics"
+        hint = suggestion(root, name) or f"list runs with `countdown runs{at(root)}`, or name a file of metrics"
         raise CountdownError(f"no run `{name}` in `{root}`, and no such file", hint)
     return run or Path(name)
 

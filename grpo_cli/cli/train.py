@@ -136,8 +136,7 @@ def _train(trainer: Trainer) -> None:
     try:
         result = finish(trainer)
     except Interrupted:
-        again = f"countdown train --run {run.name} --resume"
-        trainer.observer.message(f"stopped after step {state.progress.step}; resume with: {again}")
+        trainer.observer.message(f"stopped after step {state.progress.step}; resume with: {run.resume_command}")
         raise
     if world.is_first:
         write_card(run)

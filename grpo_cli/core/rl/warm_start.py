@@ -181,9 +181,8 @@ def warm_start(
                     raise Interrupted
     except Interrupted:
         _save(state, checkpoints, settings, world)
-        again = f"countdown train --run {run.name} --resume"
         step = state.progress.step
-        observer.message(f"stopped in the warm start, after step {step}; resume with: {again}")
+        observer.message(f"stopped in the warm start, after step {step}; resume with: {run.resume_command}")
         raise
     if world.is_first:
         with state.reported(run), run.saving(run.warm_start_path) as folder:

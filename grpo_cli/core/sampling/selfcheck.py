@@ -165,7 +165,7 @@ def checked(
         reasons.append(str(error))
     raise CountdownError(
         f"`{policy.name}` ({type(policy.model).__name__}) cannot be used: {reasons[-1]}",
-        "use a model of another architecture, such as Qwen2.5 or Llama",
+        "if its weights are damaged, use an earlier save; or else a model of another architecture",
     )
 
 
