@@ -73,4 +73,4 @@ def test_puzzles_that_changed_are_not_blamed_on_the_model(tmp_path: Path) -> Non
     run = Run.create(tmp_path, "first")
     run.write_origin({"puzzles file": "a", "train problems": "a"})
     with pytest.raises(CountdownError, match="did not start from these puzzles: other puzzles file and train problems"):
-        require_origin(run, None, None, {"puzzles file": "b", "train problems": "b"})
+        require_origin(run, {"puzzles file": "b", "train problems": "b"}, model="builtin", reference="same")
