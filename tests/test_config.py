@@ -272,6 +272,51 @@ def test_an_unknown_variable_is_met_with_the_nearest(tmp_path: Path) -> None:
     assert error.hint == "did you mean `COUNTDOWN_TRAIN_BATCH_SIZE`?"
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("BATCH_SIZE", "TRAIN_BATCH_SIZE"),
+        ("LR", "TRAIN_LEARNING_RATE"),
+        ("TRAIN_LR", "TRAIN_LEARNING_RATE"),
+        ("TRAIN_BETA", "LOSS_BETA"),
+        ("EVAL_BATCHSIZE", "EVAL_BATCH_SIZE"),
+        ("MAX_NEW_TOKEN", "TRAIN_MAX_NEW_TOKENS"),
+    ],
+)
+def test_a_variable_without_a_table_is_met_with_that_of_the_training(tmp_path: Path, name: str, meant: str) -> None:
+    assert refused(tmp_path, environ={f"COUNTDOWN_{name}": "4"}).hint == f"did you mean `COUNTDOWN_{meant}`?"
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        ({"model.lora_targets": "q_proj"}, "`--lora-targets` has no effect without `--lora-rank`"),
+        ({"model.quantize": "nf4"}, "`--quantize` has no effect without `--lora-rank`"),
+        ({"reward.soft_limit": "40"}, "`--soft-limit` has no effect without `--length-penalty`"),
+        ({"train.warm_start_give_up": "0.5"}, "`--warm-start-give-up` has no effect without `--warm-start`"),
+        ({"loss.beta": "0", "loss.kl_estimator": "original"}, "`--kl-estimator` has no effect without `--beta`"),
+        ({"plot.window": "5"}, "`--window` has no effect without `--smooth`"),
+        ({"reward.reward_errors": "skip"}, "`--reward-errors` has no effect without `--reward`"),
+        ({"task.task": "mine.py", "task.numbers": "4"}, "`--numbers` has no effect with `--task mine.py`"),
+        ({"task.task": "gym:bf", "task.use_all": False}, "`--use-all` has no effect with `--task gym:bf`"),
+        (
+            {"task.puzzles": "a.csv", "train.prompt_numbers": "4"},
+            "`--prompt-numbers` has no effect with `--puzzles a.csv`",
+        ),
+    ],
+)
+def test_a_flag_without_effect_is_refused(tmp_path: Path, flags: dict[str, object], error: str) -> None:
+    found = refused(tmp_path, flags=flags)
+    assert found.message == error and found.hint
+    resolve(directory=tmp_path, flags={"model.lora_alpha": "32"})  # its default
+
+
+def test_a_setting_in_a_file_waits_for_the_one_that_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('[model]\nlora_targets = "q_proj"\n')
+    resolve(directory=tmp_path)
+    resolve(directory=tmp_path, flags={"model.lora_rank": "4", "model.lora_alpha": "7"})
+
+
 def test_a_name_like_no_other_is_refused_without_a_guess(tmp_path: Path) -> None:
     assert refused(tmp_path, "zzzz = 1").hint is None
 

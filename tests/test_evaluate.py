@@ -145,6 +145,7 @@ def test_a_record_says_who_was_solved_and_shows_the_same_puzzles_every_time() ->
     rows = [[completion(EASY, text, 10)] for text in (RIGHT, WRONG, RIGHT, "none", RIGHT, WRONG, RIGHT)]
     record = made(*rows).record()
     assert record["cell"] == "val 3 one-shot" and record["solved"] == "1010101"
+    assert record["puzzles"] != made(*rows[:1]).record()["puzzles"]
     examples = record["examples"]
     assert isinstance(examples, list)
     assert [one["completion"] for one in examples] == [RIGHT, RIGHT, RIGHT, RIGHT]  # of puzzles 0, 2, 4 and 6

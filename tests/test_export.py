@@ -192,6 +192,64 @@ def test_export_again_needs_overwrite_and_pushes_only_when_asked(trained: Comman
     assert {"README.md", "model.safetensors", "config.json", "tokenizer.json"} <= hub.files.keys()
 
 
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("export first runs/other/model --overwrite", "is in the run"),
+        ("export first runs/first/model --overwrite", "is in the run"),
+        ("export first runs/zz", "`runs/zz` would be taken for a run"),
+        ("export first link/model --overwrite", "is in the run"),
+        ("plot first --out runs/other --overwrite", "is in the run"),
+        ("plot runs/first/metrics.jsonl --out runs/other", "is in the run"),
+        ("eval builtin --limit 1 --out runs/other/samples.jsonl --overwrite", "is in the run"),
+        ("gen-data --out runs/other/new.jsonl", "is in the run"),
+        ("gen-data --out runs/begun/new.jsonl", "is in the run"),
+        ("train --runs runs/other --run inner", "is in the run"),
+    ],
+)
+def test_no_command_writes_into_another_run(line: str, error: str, trained: Command, tmp_path: Path) -> None:
+    shutil.copytree(tmp_path / "runs" / "first", tmp_path / "runs" / "other")
+    (tmp_path / "runs" / "begun").mkdir()
+    (tmp_path / "runs" / "begun" / ".lock").touch()  # a training that is loading its model
+    (tmp_path / "link").symlink_to(tmp_path / "runs" / "other")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    refused = trained(*line.split())
+    assert refused.code == 2 and error in refused.err and "hint: " in refused.err
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_run_s_own_plots_are_rewritten(trained: Command, tmp_path: Path) -> None:
+    assert trained("plot", "first", "--out", tmp_path / "runs" / "first", "--overwrite").code == 0
+    assert trained("plot", "runs/first", "--report").code == 0
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.none", "nonsense"])
+def test_plots_ignore_the_backend_of_a_notebook(backend: str, trained: Command, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "grpo_cli", "plot", "first", "--out", "."]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "MPLBACKEND": backend}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_a_training_does_not_depend_on_its_plots(
+    countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("a style that is not there")
+
+    monkeypatch.setattr(train, "draw", fail)
+    done = countdown("train", "--model", tiny_folder, "--run", "first", *SMALL)
+    assert done.code == 0 and "the curves were not drawn: " in done.err
+    assert (tmp_path / "runs" / "first" / "summary.json").is_file()
+
+
+def test_a_user_without_a_home_folder_can_use_a_model(countdown: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", fail)
+    assert countdown("solve", "4 7 3 = 14").code in (0, 1)
+
+
 @pytest.mark.parametrize("hub", [True], indirect=True)
 def test_a_refused_push_is_one_sentence_and_leaves_the_folder_whole(trained: Command, hub: Hub, tmp_path: Path) -> None:
     found = push(hub, "me/first")

@@ -199,6 +199,20 @@ def test_two_runs_are_compared_on_each_cell_that_both_know() -> None:
 def test_runs_on_other_puzzles_are_not_compared() -> None:
     page = shown(account(line(2, "0011")), account(line(2, "00111"), name="second"))
     assert "The runs have no common cell with the same puzzles." in page.words
+    other = [line(2, "0011") | {"puzzles": sha} for sha in ("aa", "bb")]  # with the same examples
+    page = shown(account(other[0]), account(other[1], name="second"))
+    assert "The runs have no common cell with the same puzzles." in page.words
+    assert change(*evaluated(other[0], other[0])) == Change(0, 0)
+
+
+def test_the_puzzles_that_chose_the_best_step_do_not_test_it() -> None:
+    lines = [
+        line(step, text, cell=cell)
+        for cell in (OWN, "dev 3 one-shot")
+        for step, text in ((0, "0000000"), (2, "1111111"))
+    ]
+    assert shown(account(*lines)).words.count("+7 −0") == 1
+    assert "second is better" not in shown(account(*lines[2:]), account(*lines[2:], name="second")).words
 
 
 # What it shows

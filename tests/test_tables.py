@@ -363,6 +363,10 @@ def test_the_summary_of_a_suite_says_when_each_cell_peaked_and_what_going_on_cos
         {**summary, "peaks": {"a": unsure, "b": unsure}}, Path("runs/first"), overlap="0 of 327 puzzles"
     )
     assert "no cell has changed by more than chance" in " ".join(capsys.readouterr().out.split())
+    chose = {"val 3 one-shot": unsure, "dev 3 one-shot": {**sure, "p_value": None}}
+    display.training_summary({**summary, "peaks": chose}, Path("runs/first"), overlap="0 of 327 puzzles")
+    assert "no cell has changed by more than chance" in (text := " ".join(capsys.readouterr().out.split()))
+    assert "+2 -30 -" in text
     display.training_summary({**summary, "best_step": 40}, Path("runs/first"), overlap="0 of 327 puzzles")
     assert "the last step is the best" in " ".join(capsys.readouterr().out.split())
 

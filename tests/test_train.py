@@ -573,6 +573,7 @@ def test_the_best_model_is_that_of_the_suite_on_dev_and_the_summary_says_what_go
     assert (one["gained"], one["lost"], one["p_value"]) == (2, 0, 0.5)
     assert (other["step"], other["kept"], other["last"], other["lost"]) == (1, 1.0, 0.0, 6)
     assert other["p_value"] == 2 * 0.5**6
+    assert outcome["peaks"]["dev 4 natural"]["p_value"] is None  # chose the best step
     times = {line["step"]: line["time/total"] for line in run.metrics()[1:]}
     evaluations = sum(line["time/eval"] for line in run.metrics() if line["step"] > 2)
     assert outcome["seconds_after_best"] == pytest.approx(times[3] + times[4] + evaluations)

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from difflib import get_close_matches
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -25,6 +24,7 @@ import typer
 from grpo_cli import __version__
 from grpo_cli.cli.launch import place
 from grpo_cli.cli.options import Commands, completion, settings_command
+from grpo_cli.core.config.names import nearest
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.task.rules import Rules
 from grpo_cli.ui import text as show
@@ -94,9 +94,9 @@ def _usage(problem: Any) -> CountdownError:
     message, hint = problem.format_message().replace("Value error, ", "").rstrip("."), f"see `{command} --help`"
     if hasattr(problem, "possibilities"):
         known = [name for parameter in problem.ctx.command.params for name in parameter.opts]
-        nearest = get_close_matches(problem.option_name, known, n=1)
+        meant = nearest(problem.option_name, known)
         message = f"`{command}` has no option `{problem.option_name}`"
-        hint = f"did you mean `{nearest[0]}`?" if nearest else hint
+        hint = f"did you mean `{meant}`?" if meant else hint
     return CountdownError(message[:1].lower() + message[1:], hint)
 
 

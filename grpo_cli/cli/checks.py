@@ -20,8 +20,8 @@ from grpo_cli.core.config.resolve import Resolved, flag, require_suite
 from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import check_writable
-from grpo_cli.core.rl.schedule import Problems
-from grpo_cli.core.run.folder import Run, find_run
+from grpo_cli.core.rl.schedule import Problems, learning_rate_at
+from grpo_cli.core.run.folder import Run, find_run, require_outside_runs
 from grpo_cli.core.run.models import model_source
 from grpo_cli.core.task.countdown import task_of
 from grpo_cli.core.task.question import parse, read_question
@@ -113,6 +113,7 @@ def check_eval(options: Mapping[str, Any]) -> None:
     if options["as_json"] and options["as_markdown"]:
         raise CountdownError("`--json` and `--markdown` exclude each other", "leave one of them out")
     if options["out"] is not None:
+        require_outside_runs(options["out"])
         check_writable(options["out"], overwrite=options["overwrite"])
     if (suite := options["suite"]) is not None:
         for key in SUITE_CELL:
@@ -137,6 +138,8 @@ def check_train(options: Mapping[str, Any]) -> None:
     run, resume, overwrite, process = options["run"], options["resume"], options["overwrite"], place()
     if resume and (run is None or overwrite):
         raise CountdownError("`--resume` needs the name of a run, and no `--overwrite`", "say `--run NAME --resume`")
+    if options["dry_run"] and options["probe"]:
+        raise CountdownError("`--dry-run` and `--probe` exclude each other", "leave one of them out")
     if options["step"] is not None and not resume:
         raise CountdownError("`--step` names a checkpoint to resume from", "say `--run NAME --resume --step STEP`")
     if options["probe"] and resume:
@@ -149,8 +152,12 @@ def check_train(options: Mapping[str, Any]) -> None:
     without, with_gpu = _either(options)
     root = Path(without.runs)
     if resume:
-        _read_files(resumed(options["ctx"], root, run).settings)
+        settings = resumed(options["ctx"], root, run).settings
+        _read_files_of(Run.open(root, run), settings)
+        _note_rate(Run.open(root, run), settings, options["step"])
         return
+    if with_gpu.train.warm_start and "builtin" in (without.model.model, with_gpu.model.model):
+        show.warning("`builtin` already answers in this format: a warm start teaches it another way to search")
     if not process.restarts:
         Run.check(root, run, overwrite=overwrite)
     if (without.task, without.reward) == (with_gpu.task, with_gpu.reward):
@@ -172,6 +179,41 @@ def _read_files(settings: Settings) -> None:
             show.note(f"running `{path}`")
     with redirect_stdout(sys.stderr):  # a task may print: stdout is data
         _ = task_of(settings).files
+
+
+def _read_files_of(run: Run, settings: Settings) -> None:
+    """Read a resumed run's files, and find its model; the run may name them relative to another folder."""
+    try:
+        _read_files(settings)
+        model_source(run.path.parent, settings.model.model)
+    except CountdownError as error:
+        saved, root = Path(str(run.read_config()["runs"])), Path(os.path.realpath(run.path.parent))
+        start = Path(*root.parts[: -len(saved.parts)])
+        if start / saved != root or start == Path(os.path.realpath(".")):
+            raise
+        raise CountdownError(error.message, f"resume it in `{start}`, where the run was started") from error
+
+
+def _note_rate(run: Run, settings: Settings, step: int | None) -> None:
+    """Say that the learning rate jumps if the end of its schedule moves."""
+    before, after = config.restore(run.read_config(), run.config_path).settings.train, settings.train
+    done = step or max((saved for saved, _ in run.checkpoints()), default=0)
+    if not done or before.num_iterations == after.num_iterations or after.schedule == "constant":
+        return
+    last, following = (
+        learning_rate_at(
+            at,
+            peak=train.learning_rate,
+            schedule=train.schedule,
+            warmup_steps=train.warmup_steps,
+            num_iterations=train.num_iterations,
+        )
+        for at, train in ((done, before), (done + 1, after))
+    )
+    show.note(
+        f"the {after.schedule} schedule now ends at step {after.num_iterations}: the learning rate jumps from "
+        f"{last:.2g} at step {done} to {following:.2g} at step {done + 1}"
+    )
 
 
 def resumed(ctx: typer.Context, root: Path, name: str) -> Resolved:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import typer
 
-from grpo_cli.cli.checks import resolve
+from grpo_cli.cli import options
+from grpo_cli.core.config.resolve import resolve
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.run.folder import require_outside_runs
 from grpo_cli.core.task.data import enumerate_puzzles, generate, is_enumerable, json_line, summarize, write_puzzles
 from grpo_cli.core.task.puzzle import Side
 from grpo_cli.ui import tables
@@ -29,7 +32,10 @@ def run(
     out = None if out == Path("-") else out
     if out is not None and out.suffix in COMPRESSED:
         raise CountdownError(f"`{out}` would not be compressed", "end its name in `.jsonl`, `.csv` or `.parquet`")
-    task = resolve(ctx, config).settings.task
+    if out is not None:
+        require_outside_runs(out)
+    flags = {**options.flags(ctx), "task.task": "countdown", "task.puzzles": "none"}
+    task = resolve(flags=flags, environ=os.environ, config_file=config).settings.task
     numbers, rules = task.numbers, task.rules
     if not count and not is_enumerable(numbers, rules):
         raise CountdownError(

@@ -13,7 +13,7 @@ from grpo_cli.core.config.resolve import defaults, restore
 from grpo_cli.core.config.settings import Plot, values
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import check_writable
-from grpo_cli.core.run.folder import Run, find_run, suggestion
+from grpo_cli.core.run.folder import Run, at, find_run, require_outside_runs, suggestion
 from grpo_cli.ui import figures, report, tables
 from grpo_cli.ui.account import Account
 from grpo_cli.ui.figures import Curves
@@ -30,15 +30,19 @@ def run(
     newest = Run.newest(root)
     names = runs or ([newest.name] if newest else [])
     if not names:
-        raise CountdownError(f"no run in `{root}` yet", "train one with `countdown train`, or name a metrics file")
+        raise CountdownError(
+            f"no run in `{root}` yet", f"train one with `countdown train{at(root)}`, or name a metrics file"
+        )
     sources = [_source(root, name) for name in names]
     curves = [run_curves(source) if isinstance(source, Run) else figures.load(source) for source in sources]
     for name, drawn in zip(names, curves, strict=True):
         if drawn.is_empty:
             raise CountdownError(f"`{name}` has no metrics to plot yet", "wait for its first step, or resume it")
-    own = sources[0].path if len(sources) == 1 and isinstance(sources[0], Run) else None
+    single = sources[0] if len(sources) == 1 and isinstance(sources[0], Run) else None
+    own = single.path if single else None
     require_package("matplotlib")
     folder = out or own or _folder_for(sources)
+    require_outside_runs(folder, own=single)
     page = folder / "report.html"
     for path in [*_images(folder, style), *([page] * report)]:
         check_writable(path, overwrite=overwrite or folder == own)  # a run's own images may be replaced
@@ -83,7 +87,7 @@ def _images(folder: Path, style: Plot) -> list[Path]:
 def _source(root: Path, name: str) -> Run | Path:
     """The run of this name, or the metrics file at this path."""
     if (run := find_run(root, name)) is None and not os.path.exists(name):
-        hint = suggestion(root, name) or "list runs with `countdown runs`, or name a file of metrics"
+        hint = suggestion(root, name) or f"list runs with `countdown runs{at(root)}`, or name a file of metrics"
         raise CountdownError(f"no run `{name}` in `{root}`, and no such file", hint)
     return run or Path(name)
 

@@ -13,7 +13,7 @@ from grpo_cli.core.config.resolve import restore
 from grpo_cli.core.config.settings import values
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evals.statistics import wilson
-from grpo_cli.core.run.folder import Run, list_runs
+from grpo_cli.core.run.folder import Run, at, list_runs
 from grpo_cli.ui import tables, text
 
 UNLISTED = ("runs", "preset", "model.model", "train.num_iterations")  # in columns of their own, or places
@@ -31,7 +31,7 @@ def run(ctx: typer.Context, *, delete: list[str] | None, yes: bool, as_json: boo
     elif rows:
         tables.runs(rows)
     else:
-        text.note(f"no runs in `{root}`; train one with `countdown train`")
+        text.note(f"no runs in `{root}`; train one with `countdown train{at(root)}`")
 
 
 def _describe(entry: Run) -> dict[str, object]:

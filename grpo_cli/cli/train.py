@@ -119,7 +119,7 @@ class _Files(Observer):
     def _attempt(self, write: Callable[[], object], failure: str) -> None:
         try:
             write()
-        except (CountdownError, OSError) as problem:
+        except Exception as problem:  # a training never depends on its plots, whatever matplotlib raises
             self._report(f"{failure}: {problem}")
 
 
@@ -136,8 +136,7 @@ def _train(trainer: Trainer) -> None:
     try:
         result = finish(trainer)
     except Interrupted:
-        again = f"countdown train --run {run.name} --resume"
-        trainer.observer.message(f"stopped after step {state.progress.step}; resume with: {again}")
+        trainer.observer.message(f"stopped after step {state.progress.step}; resume with: {run.resume_command}")
         raise
     if world.is_first:
         write_card(run)

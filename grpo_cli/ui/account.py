@@ -102,10 +102,15 @@ class Account:
 
 
 def change(first: Evaluated | None, second: Evaluated | None) -> Change | None:
-    """The difference between two evaluations; None unless both are known to use the same puzzles."""
-    if not (first and second and first.solved and second.solved):
+    """The difference between two evaluations; None unless both are known to use the same puzzles.
+
+    None for dev cells too, which choose the best step: their difference is biased.
+    """
+    if not (first and second and first.solved and second.solved) or first.cell.startswith("dev "):
         return None
     if first.cell != second.cell or first.count != second.count or puzzles(first) != puzzles(second):
+        return None
+    if first.puzzles and second.puzzles and first.puzzles != second.puzzles:  # earlier versions wrote no hash
         return None
     return Change(*changes(first.solved, second.solved))
 

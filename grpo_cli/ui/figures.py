@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -227,6 +228,7 @@ def kl_figure(curves: Sequence[Curves], *, smooth: bool, window: int) -> Figure:
 
 
 def _panels(curves: Sequence[Curves], *, height: float, ratios: Sequence[float]) -> tuple[Figure, list[Axes]]:
+    os.environ.pop("MPLBACKEND", None)  # a notebook's backend fails elsewhere, and files need none
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

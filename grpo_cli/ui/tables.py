@@ -337,16 +337,20 @@ def _peaks(summary: Mapping[str, Any]) -> Group:
     """When each cell of a suite peaked, and what changed after the best step."""
     best, last = f"step {summary['best_step']}", f"step {summary['steps']}"
     columns = dict.fromkeys(["cell", "n", "start", "peak", best, last, "change", "Holm p"])
-    p_values = holm([cell["p_value"] for cell in summary["peaks"].values()])
+    tested = [name for name, cell in summary["peaks"].items() if cell["p_value"] is not None]
+    p_values = dict(zip(tested, holm([summary["peaks"][name]["p_value"] for name in tested]), strict=True))
     table = grid(*columns, numeric=list(columns)[1:])
-    for (name, cell), p_value in zip(summary["peaks"].items(), p_values, strict=True):
+    for name, cell in summary["peaks"].items():
         cells = {"cell": name, "n": f"{cell['count']:,}", "start": percent(cell["start"])}
         cells |= {"peak": f"{percent(cell['accuracy'])} at {cell['step']}"}
         cells |= {best: percent(cell["kept"]), last: percent(cell["last"])}
-        cells |= {"change": f"+{cell['gained']} -{cell['lost']}", "Holm p": probability(p_value).removeprefix("= ")}
+        cells |= {
+            "change": f"+{cell['gained']} -{cell['lost']}",
+            "Holm p": probability(p_values[name]).removeprefix("= ") if name in p_values else "-",
+        }
         table.add_row(*(cells[column] for column in columns))
     spent = f"{summary['seconds_after_best']:,.0f} s after {best}"
-    sure = [name for name, p_value in zip(summary["peaks"], p_values, strict=True) if significant(p_value)]
+    sure = [name for name, p_value in p_values.items() if significant(p_value)]
     words = "no cell has changed by more than chance" if not sure else f"changed by more than chance: {', '.join(sure)}"
     went = (
         f"later steps took {spent}; {words}" if summary["steps"] > summary["best_step"] else "the last step is the best"

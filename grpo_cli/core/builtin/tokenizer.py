@@ -13,9 +13,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, tra
 from transformers import Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from grpo_cli.core.task.prompts import ANSWER, THINK
+
 LARGEST_NUMBER = 200
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 VERDICTS = (", need", ". No.\n", ". Yes!\n")  # one token each, so the verdict directly follows the target
 CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' %}"
@@ -46,7 +47,7 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> Qwen2Tokenizer:
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, eos_token=TURN_END, pad_token=END_OF_TEXT)
     tokenizer.add_tokens([AddedToken(TURN_START, special=True, normalized=False)], special_tokens=True)
     numbers = [f"{space}{number}" for space in ("", " ") for number in range(LARGEST_NUMBER + 1)]
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in (*TAGS, *VERDICTS, *numbers)])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in (*THINK, *ANSWER, *VERDICTS, *numbers)])
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 

@@ -17,7 +17,8 @@ import tomli
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from grpo_cli.core.config.settings import FIELDS, TABLES, Settings, expected, fixed
+from grpo_cli.core.config.names import nearest
+from grpo_cli.core.config.settings import FIELDS, NEEDS, TABLES, Settings, expected, fixed, values
 from grpo_cli.core.errors import CountdownError
 
 _PACKAGE = Path(__file__).parents[2]
@@ -97,11 +98,11 @@ def _require_used(user: "_File", chosen: str, shipped: Collection[str]) -> None:
     """Refuse a user's preset that is not chosen, not shipped, and names no model: a misspelled name."""
     for name, layer in user.presets.items():
         if name != chosen and name not in shipped and "model.model" not in layer:
-            nearest = get_close_matches(name, shipped, n=1)
+            close = get_close_matches(name, shipped, n=1)
             place = next(iter(layer.values())).place if layer else f"`preset.{name}`"
             raise CountdownError(
                 f"{place} changes nothing: `{name}` is not a shipped preset and names no model",
-                f"did you mean `{nearest[0]}`?" if nearest else f"choose it with `--preset {name}`",
+                f"did you mean `{close[0]}`?" if close else f"choose it with `--preset {name}`",
             )
 
 
@@ -227,7 +228,10 @@ def _environment(environ: Mapping[str, str]) -> _Layer:
     given = {name: text for name, text in environ.items() if name.startswith(_PREFIX)}
     for name in given:
         if name not in keys:
-            raise _unknown(f"`{name}` in the environment", name, keys)
+            bare = name.removeprefix(_PREFIX).lower()
+            tables = [table for table in TABLES if bare.startswith(f"{table}_")]
+            key = f"{tables[0]}.{bare.removeprefix(f'{tables[0]}_')}" if tables else bare
+            raise _unknown(f"`{name}` in the environment", key, keys.values(), shown=variable)
     return {keys[name]: _Value(_typed(keys[name], text), name, f"`{name}`") for name, text in given.items()}
 
 
@@ -276,9 +280,9 @@ def _validate(layer: _Layer) -> Settings:
 def require_suite(settings: Settings, name: str, place: str) -> None:
     """Raise CountdownError unless `settings` have the suite that `place` names."""
     if name not in settings.suite:
-        nearest = [f"did you mean `{suite}`?" for suite in get_close_matches(name, settings.suite, n=1)]
+        close = [f"did you mean `{suite}`?" for suite in get_close_matches(name, settings.suite, n=1)]
         known = ", ".join(f"`{suite}`" for suite in settings.suite)
-        hint = " ".join([*nearest, f"suites are {known}; add one as [suite.NAME]"])
+        hint = " ".join([*close, f"suites are {known}; add one as [suite.NAME]"])
         raise CountdownError(f"{place} is not a suite: {_shown(name)}", hint)
 
 
@@ -305,7 +309,20 @@ def _refused(layer: _Layer, problem: ErrorDetails) -> CountdownError:
 
 def _resolved(layer: _Layer, reason: str) -> Resolved:
     sources = {key: item.source for key, item in layer.items() if key in FIELDS or key.startswith("suite.")}
-    return Resolved(_validate(layer), sources, reason)
+    settings = _validate(layer)
+    _require_effect(settings, sources)
+    return Resolved(settings, sources, reason)
+
+
+def _require_effect(settings: Settings, sources: Mapping[str, str]) -> None:
+    """Refuse a flag that has no effect beside the other settings; in a file, a setting may wait for its use."""
+    chosen, usual = values(settings), defaults()
+    for needed, works, keys in NEEDS:
+        idle = [key for key in keys if sources[key].startswith("flag ") and chosen[key] != usual[key]]
+        if idle and not works(value := chosen[needed]):
+            beside = f"without `{flag(needed)}`" if value in (False, "none") else f"with `{flag(needed)} {value}`"
+            hint = f"leave out `{flag(idle[0])}`, or change `{flag(needed)}`"
+            raise CountdownError(f"`{flag(idle[0])}` has no effect {beside}", hint)
 
 
 def _shown(value: object) -> str:
@@ -323,6 +340,6 @@ def _shown(value: object) -> str:
             return f"`{text if len(text) <= 60 else text[:57] + '...'}`"
 
 
-def _unknown(place: str, key: str, known: Iterable[str]) -> CountdownError:
-    nearest = get_close_matches(key, known, n=1)
-    return CountdownError(f"unknown setting {place}", f"did you mean `{nearest[0]}`?" if nearest else None)
+def _unknown(place: str, key: str, known: Iterable[str], shown: Callable[[str], str] = str) -> CountdownError:
+    meant = nearest(key, known)
+    return CountdownError(f"unknown setting {place}", f"did you mean `{shown(meant)}`?" if meant else None)

@@ -6,6 +6,7 @@ Flag, TOML key and environment variable share the name; `config.toml` has the de
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from functools import partial, reduce
 from typing import Annotated, Any, Literal, Self, cast, get_args
 
@@ -284,6 +285,27 @@ TABLES: dict[str, type[Table]] = {
 FIELDS: dict[str, FieldInfo] = {
     name: info for name, info in Settings.model_fields.items() if name not in TABLES and name != "suite"
 } | {f"{name}.{key}": info for name, table in TABLES.items() for key, info in table.model_fields.items()}
+
+
+# A setting, the values of it that give other settings their effect, and those others.
+NEEDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    ("model.lora_rank", bool, ("model.lora_alpha", "model.lora_targets", "model.quantize")),
+    ("loss.beta", bool, ("loss.kl_estimator", "model.ref_model", "model.reference")),
+    ("reward.length_penalty", bool, ("reward.soft_limit",)),
+    ("reward.reward", "none".__ne__, ("reward.reward_errors",)),
+    ("reward.reward", "none".__eq__, ("reward.format_reward", "reward.numbers_reward", "reward.correct_reward")),
+    ("train.warm_start", bool, ("train.warm_start_give_up",)),
+    ("plot.smooth", bool, ("plot.window",)),
+    ("task.puzzles", "none".__eq__, ("task.numbers", "train.prompt_numbers")),
+    (
+        "task.task",
+        "countdown".__eq__,
+        (
+            *(f"task.{name}" for name in Task.model_fields if name not in ("task", "style")),
+            *("train.prompt_numbers", "reward.format_reward", "reward.numbers_reward", "reward.correct_reward"),
+        ),
+    ),
+)
 
 
 def values(settings: Settings) -> dict[str, object]:

@@ -178,6 +178,7 @@ class Evaluation:
         return {
             "cell": self.cell,
             "count": self.count,
+            "puzzles": hashlib.sha256("\n".join(puzzle.key for puzzle in self.puzzles).encode()).hexdigest()[:16],
             **self._figures,
             "solved": "".join("1" if row[0].score.correct else "0" for row in rows),
             "examples": [_shown(completion) for completion in few],

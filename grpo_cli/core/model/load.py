@@ -23,8 +23,8 @@ from grpo_cli.core.model.folder_checks import check_config, check_memory, weight
 from grpo_cli.core.model.gguf import unpacked
 from grpo_cli.core.model.hub import check_download, check_repository
 from grpo_cli.core.model.names import is_gguf, require_model
-from grpo_cli.core.model.policy import PROBE, Policy, checkpoint_layers, encode, set_attention
-from grpo_cli.core.model.templates import check_template
+from grpo_cli.core.model.policy import Policy, checkpoint_layers, set_attention
+from grpo_cli.core.model.templates import PROBE, check_template, encode
 
 CAUSAL = {
     architecture

@@ -27,7 +27,9 @@ def require_model(name: str, *, suggestion: str | None = None) -> None:
     elif os.path.isdir(name):
         if not os.path.isfile(Path(name) / "config.json"):
             refuse_adapter(name, os.listdir(name))
-            raise CountdownError(f"`{name}` is not a model folder: it has no config.json", "name the folder itself")
+            inner = Path(name) / "model"  # a checkpoint's
+            hint = f"name `{inner}`" if inner.is_dir() else "name a folder with config.json and weights, or a run"
+            raise CountdownError(f"`{name}` is not a model folder: it has no config.json", hint)
         check_folder(name, Path(name))
     elif not HUB_ID.fullmatch(name) or os.path.exists(Path(name).parent):
         hint = "use `builtin`, a run's name, a model folder, a GGUF file, or a hub id `owner/name`"

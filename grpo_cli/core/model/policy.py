@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, cast
 
@@ -24,6 +24,8 @@ from grpo_cli.core.model import llama, lora
 from grpo_cli.core.model.attention import Packed, Plan, Prefill, shared_prefix_attention
 from grpo_cli.core.model.attention import order as packing_order
 from grpo_cli.core.model.logprobs import in_chunks, token_logprobs
+from grpo_cli.core.model.templates import PROBE, opening
+from grpo_cli.core.model.templates import encode as encode
 
 ATTENTION = "countdown_shared_prefix"
 # Hidden size from which a CPU decodes in bfloat16 (2.5 times faster at 576; at 192 faster or slower, by processor) and
@@ -32,8 +34,6 @@ WIDE = 512
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Precision = Literal["auto", "float32", "bf16-master", "bf16"]
-
-PROBE = [{"role": "system", "content": "Solve it."}, {"role": "user", "content": "Make 13 of 3, 5 and 2."}]
 
 transformers.AttentionInterface.register(ATTENTION, shared_prefix_attention)
 transformers.utils.logging.set_verbosity_error()  # loading errors are checked and raised by this package
@@ -91,8 +91,22 @@ class Policy:
         return encode(self.tokenizer, messages)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Completion ids -> text, without the end-of-sequence token."""
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        """Completion ids -> text, with the tag that the prompt opens and without end-of-sequence tokens."""
+        written = [token for token in tokens if token not in self.end_ids]
+        return self.opening + str(self.tokenizer.decode(written, clean_up_tokenization_spaces=False))
+
+    def encode_completion(self, text: str) -> list[int]:
+        """Text -> completion ids, without the tag that the prompt opens."""
+        tag = self.opening[: self.opening.find(">") + 1]
+        if tag and text.startswith(tag):
+            text = text.removeprefix(tag)
+            text = text.lstrip() if self.opening[-1].isspace() else text
+        return cast("dict[str, list[int]]", self.tokenizer(text, add_special_tokens=False))["input_ids"]
+
+    @cached_property
+    def opening(self) -> str:
+        """The end of every prompt that counts for the completion: a tag that the template opens."""
+        return opening(self.tokenizer)
 
     def autocast(self) -> AbstractContextManager[object]:
         """The arithmetic of a forward pass: bfloat16 over float32 weights if the precision says so."""
@@ -270,14 +284,6 @@ def checkpoint_layers(model: transformers.PreTrainedModel) -> None:
             module.training = True
             for name in [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]:
                 setattr(module, name, 0.0)
-
-
-def encode(tokenizer: transformers.PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
-    """Control tokens written in a message are text like any other: only the template opens and closes turns."""
-    encoded = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, return_dict=True, sanitize_control_tokens=True
-    )
-    return cast("dict[str, list[int]]", encoded)["input_ids"]
 
 
 def _scatter(flat: Tensor, lengths: Sequence[int], order: Sequence[int]) -> Tensor:

@@ -202,7 +202,7 @@ def choose_checkpoint(
     """
     checkpoints = dict(run.checkpoints())
     if step is not None and step not in checkpoints:
-        hint = f"choose one of: {run.saved_steps}"
+        hint = f"choose one of: {run.saved_steps}" if checkpoints else "leave out `--step`"
         raise CountdownError(f"run `{run.name}` has no checkpoint of step {step}", hint)
     for candidate in sorted(checkpoints, reverse=True) if step is None else [step]:
         problem = run.damage(candidate)
@@ -236,6 +236,8 @@ def require_origin(run: Run, current: Mapping[str, object], *, model: str, refer
         start = f"this `{model}`" if {*changed} & {"weights", "tokenizer", "warm_start"} else "these puzzles"
         if changed == ["reference"]:
             start = f"`{reference}` as its reference"
+        if all(name.endswith(" file") for name in changed):
+            start = "these files"
         raise CountdownError(
             f"run `{run.name}` did not start from {start}: other {' and '.join(changed)}",
             "restore it, or start a new run",

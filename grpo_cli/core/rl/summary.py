@@ -37,9 +37,12 @@ def summary(progress: Progress, evaluation: Evaluation, run: Run) -> dict[str, o
     }
 
 
-def _peaks(run: Run, best_step: int) -> dict[str, dict[str, float]]:
-    """Per cell: accuracy at first, at its peak, of the best model, and last, with a test of peak against last."""
-    peaks: dict[str, dict[str, float]] = {}
+def _peaks(run: Run, best_step: int) -> dict[str, dict[str, float | None]]:
+    """Per cell: accuracy at first, at its peak, of the best model, and last, with a test of best against last.
+
+    Dev cells chose the best step, so they are not tested: their p-value is None.
+    """
+    peaks: dict[str, dict[str, float | None]] = {}
     for name, history in run.evaluations().items():
         steps = list(history)
         peak = max(steps, key=lambda step: history[step].accuracy)
@@ -54,7 +57,7 @@ def _peaks(run: Run, best_step: int) -> dict[str, dict[str, float]]:
             "last": last.accuracy,
             "gained": gained,
             "lost": lost,
-            "p_value": mcnemar(gained, lost),
+            "p_value": None if name.startswith("dev ") else mcnemar(gained, lost),
         }
     return peaks
 

@@ -304,7 +304,7 @@ class Trainer:
         for sign, sentence in {**collapsed, **warnings(self.history)}.items():
             if sign in collapsed and self.settings.train.stop_on_collapse:
                 self.save()
-                hint = f"to continue anyway: `--run {self.run.name} --resume --no-stop-on-collapse`"
+                hint = f"to continue anyway: `{self.run.resume_command} --no-stop-on-collapse`"
                 raise CountdownError(f"step {self.state.progress.step}: {sentence}", hint, exit_code=1)
             if sign not in self.warned:
                 self.warned.add(sign)

@@ -181,9 +181,8 @@ def warm_start(
                     raise Interrupted
     except Interrupted:
         _save(state, checkpoints, settings, world)
-        again = f"countdown train --run {run.name} --resume"
         step = state.progress.step
-        observer.message(f"stopped in the warm start, after step {step}; resume with: {again}")
+        observer.message(f"stopped in the warm start, after step {step}; resume with: {run.resume_command}")
         raise
     if world.is_first:
         with state.reported(run), run.saving(run.warm_start_path) as folder:
@@ -274,6 +273,6 @@ def _backward(policy: Policy, sequences: Sequences, count: int, micro_batch: Mic
 def _sequences(policy: Policy, batch: Sequence[Lesson]) -> Sequences:
     """Prompts with their completions, each followed by the first end-of-sequence token."""
     end = policy.tokenizer.eos_token_id
-    answers = (policy.tokenizer(lesson.completion, add_special_tokens=False)["input_ids"] for lesson in batch)
+    answers = (policy.encode_completion(lesson.completion) for lesson in batch)
     prompts = [policy.encode(lesson.messages) for lesson in batch]
     return Sequences(prompts, [[*answer, end] for answer in answers], list(range(len(batch))))

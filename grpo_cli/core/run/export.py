@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.run import checkpoint
+from grpo_cli.core.run.folder import list_runs, require_outside_runs
 
 CARD = "README.md"
 CONFIGS = ("config.json", "adapter_config.json")
@@ -16,7 +18,14 @@ _LICENSE = re.compile(r"^license: *([A-Za-z0-9.+-]+) *$", re.MULTILINE)
 
 
 def check_destination(folder: Path, *, overwrite: bool) -> None:
-    """Raise CountdownError unless `folder` is free, or an earlier export that `overwrite` may replace."""
+    """Raise CountdownError unless `folder` is free, or an earlier export that `overwrite` may replace.
+
+    A folder in a run, or beside one, is refused: beside runs, a model is taken for one of them.
+    """
+    require_outside_runs(folder)
+    parent = Path(os.path.realpath(folder)).parent
+    if any((run.path / "origin.json").is_file() for run in list_runs(parent)):
+        raise CountdownError(f"`{folder}` would be taken for a run", f"choose a folder outside `{folder.parent}`")
     if not folder.absolute().parent.is_dir():
         raise CountdownError(f"`{folder.parent}` is not a folder", "create it, or choose another folder")
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):

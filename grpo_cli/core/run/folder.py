@@ -12,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +23,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Self
 
-from grpo_cli.core.config.resolve import shipped_presets
+from grpo_cli.core.config.resolve import defaults, shipped_presets
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import append_lines, can_write, read_json, write_json, write_lines
 from grpo_cli.core.run import checkpoint
@@ -65,6 +66,7 @@ class Run:
     @staticmethod
     def check(root: Path, name: str | None, *, overwrite: bool = False) -> None:
         """Raise the errors of `create` for this name, but change nothing."""
+        require_outside_runs(root)
         place = _existing(root)
         if not place.is_dir() or not can_write(place):
             why = "cannot be written" if place.is_dir() else "is not a folder"
@@ -86,8 +88,9 @@ class Run:
         """Open the run `name` of `root` for writing; raises CountdownError if there is none."""
         run = cls(root / run_name(root, name))
         if not run.config_path.is_file():
-            others = suggestion(root, run.name) or f"list runs with `countdown runs --runs {root}`"
-            hint = f"{others}, or train one with `countdown train --run {run.name}`"
+            hint = suggestion(root, run.name) or f"list runs with `countdown runs{at(root)}`"
+            if run.name not in RESERVED | shipped_presets():
+                hint += f", or train one with `countdown train --run {run.name}{at(root)}`"
             raise CountdownError(f"no run `{run.name}` in `{root}`", hint)
         for path in (run.path, *sorted(run.path.iterdir())):
             if path.is_symlink():
@@ -115,6 +118,11 @@ class Run:
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def resume_command(self) -> str:
+        """The command that resumes the run."""
+        return f"countdown train --run {self.name}{at(self.path.parent)} --resume"
 
     # Model and checkpoints
 
@@ -394,6 +402,22 @@ def find_run(root: Path, name: str) -> Run | None:
 
 def _run_at(folder: Path, file: str) -> Run | None:
     return Run(folder) if os.path.isfile(folder / file) and not folder.is_symlink() else None
+
+
+def at(root: Path) -> str:
+    """The option that names the folder of the runs in a command, unless it is the default."""
+    return "" if str(root) == defaults()["runs"] else f" --runs {shlex.quote(str(root))}"
+
+
+def require_outside_runs(path: Path, *, own: Run | None = None) -> None:
+    """Raise CountdownError if `path` is in a run other than `own`: only a run's training writes there."""
+    place = Path(os.path.realpath(path))
+    for folder in (place, *place.parents):
+        is_run = (folder / "origin.json").is_file() or ((folder / _LOCK).is_file() and _only_begun(folder))
+        if is_run and not (own and own.path.samefile(folder)):
+            raise CountdownError(
+                f"`{path}` is in the run `{folder}`, where only its training writes", "write elsewhere"
+            )
 
 
 def require_space(folder: Path, size: int) -> None:

@@ -54,6 +54,7 @@ class Evaluated:
     reasons: dict[str, Annotated[int, Field(ge=0)]]
     solved: Annotated[str, Field(pattern="^[01]*$")]
     examples: list[Example]
+    puzzles: str = ""  # hash of their keys, in order
 
 
 @dataclass(frozen=True)

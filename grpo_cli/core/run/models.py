@@ -16,7 +16,5 @@ def model_source(root: Path, name: str) -> str:
         require_model(name, suggestion=suggestion(root, name))
         return name
     if not run.model_path.is_dir():
-        raise CountdownError(
-            f"run `{run.name}` has no saved model yet", f"resume it with `countdown train --run {run.name} --resume`"
-        )
+        raise CountdownError(f"run `{run.name}` has no saved model yet", f"resume it with `{run.resume_command}`")
     return str(run.model_path)

@@ -30,7 +30,8 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model import lora
 from grpo_cli.core.model.load import detect_device, load, use_checkpointing
 from grpo_cli.core.model.logprobs import token_logprobs
-from grpo_cli.core.model.policy import PROBE, Policy, Sequences, set_attention
+from grpo_cli.core.model.policy import Policy, Sequences, set_attention
+from grpo_cli.core.model.templates import PROBE, strips_thoughts
 from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import Engine, uniforms
 
@@ -100,6 +101,8 @@ def load_checked(
         lora.adapt(loaded.model, adapter, name=source)
         loaded.model.to(detect_device(device))
     loaded = replace(loaded, name=name, adapter=adapter)
+    if strips_thoughts(loaded.tokenizer):
+        note(f"the chat template of `{name}` strips earlier thoughts: worked examples go into the user's turn")
     return _checked_and_noted(loaded, gradient_checkpointing, note)
 
 
@@ -110,7 +113,9 @@ def recheck(policy: Policy, note: Callable[[str], None]) -> Policy:
 
 
 def _checked_and_noted(policy: Policy, checkpointing: bool, note: Callable[[str], None]) -> Policy:
-    cache = Path.home() / ".cache" / "countdown" / "selfcheck.json"
+    cache = None
+    with suppress(RuntimeError):  # the user has no home folder
+        cache = Path.home() / ".cache" / "countdown" / "selfcheck.json"
     with lora.perturbed(policy.model):
         policy, outcome = checked(policy, checkpointing=checkpointing, cache=cache)
     if policy.plain or policy.whole or not outcome.from_cache:
@@ -160,7 +165,7 @@ def checked(
         reasons.append(str(error))
     raise CountdownError(
         f"`{policy.name}` ({type(policy.model).__name__}) cannot be used: {reasons[-1]}",
-        "use a model of another architecture, such as Qwen2.5 or Llama",
+        "if its weights are damaged, use an earlier save; or else a model of another architecture",
     )
 
 

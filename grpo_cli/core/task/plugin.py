@@ -187,7 +187,7 @@ def _sha256(path: str) -> str:
 
 def _functions(path: Path) -> dict[str, Function]:
     if path.suffix != ".py" or not path.is_file():
-        raise CountdownError(f"no Python file `{path}`", "name a file that ends in .py")
+        raise CountdownError(f"no Python file `{path}` in `{Path.cwd()}`", "name an existing file that ends in .py")
     try:
         return {name: value for name, value in runpy.run_path(str(path)).items() if callable(value)}
     except (Exception, SystemExit) as error:

@@ -13,6 +13,8 @@ STYLES: tuple[Style, ...] = get_args(Style)
 
 SYSTEM = "You are a mathematical puzzle solver."
 
+THINK, ANSWER = ("<think>", "</think>"), ("<answer>", "</answer>")
+
 TAGS = "Think inside <think> </think>, then write the expression inside <answer> </answer>."
 
 NATURAL = "End with the expression."
