@@ -62,11 +62,12 @@ def test_puzzles_and_scores_need_the_standard_library_alone() -> None:
 
 
 def test_the_core_neither_prints_nor_exits_nor_reads_the_environment() -> None:
+    """Except to restore what a user's code changed."""
     calls = {"print", "input", "exit", "sys.exit", "os.getenv"}
     found = [
         f"{module}:{node.lineno}"
         for module, tree in MODULES.items()
-        if module.startswith("grpo_cli.core")
+        if module.startswith("grpo_cli.core") and module != "grpo_cli.core.task.guest"
         for node in ast.walk(tree)
         if (isinstance(node, ast.Call) and ast.unparse(node.func) in calls)
         or (isinstance(node, ast.Attribute) and ast.unparse(node) in {"os.environ", "sys.stdout", "sys.stderr"})

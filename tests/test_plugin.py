@@ -14,6 +14,7 @@ from grpo_cli.core.task.audit import audit
 from grpo_cli.core.task.countdown import Countdown, task_of
 from grpo_cli.core.task.plugin import load_task, rewarded
 from grpo_cli.core.task.puzzle import Puzzle
+from grpo_cli.core.task.task import require_apart
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "sort_digits.py"
 P13 = Puzzle((3, 5, 2), 13)
@@ -96,7 +97,15 @@ GOOD = "def problems(split): return [1]\ndef prompt(x): return 'q'\ndef score(te
         (GOOD.replace("0.5", "'high'"), "`mine.py` must return a finite number or a dict of them, not 'high'"),
         (GOOD.replace("0.5", "float('nan')"), "`mine.py` must return a finite number"),
         (GOOD.replace("0.5", "10**400"), "`mine.py` must return a finite number"),
-        (GOOD.replace("0.5", "text[5]"), "`score` of `mine.py` failed in"),
+        (GOOD.replace("0.5", "1 / 0"), "`score` of `mine.py` failed in"),
+        (GOOD.replace("0.5", "{'a': 1e308, 'b': 1e308}"), "`score` of `mine.py` must return a finite number"),
+        (GOOD.replace("0.5", "1e300"), "must return a finite number or a dict of them, not 1e+300"),
+        (GOOD.replace("'q'", "'\\ud800'"), "a prompt of `mine.py` has half a surrogate pair at character 0: 1"),
+        (GOOD.replace("'q'", "[]"), "`prompt` of `mine.py` must return a text, or messages"),
+        (GOOD.replace("'q'", "[{'role': 'user', 'content': None}]"), "`prompt` of `mine.py` must return a text, or"),
+        (GOOD.replace("'q'", "[{'role': 'user', 'content': 'a\\udfff'}]"), "half a surrogate pair at character 1"),
+        (GOOD.replace("score(text, x)", "score(x)"), "mine.py` defines `def score(x)`, which cannot be called"),
+        (GOOD.replace("problems(split)", "problems()"), "mine.py` defines `def problems()`, which cannot be called"),
         (GOOD.replace("0.5", "exit(0)"), "SystemExit: 0"),
         ("import sys\nsys.exit(0)\n", "mine.py` cannot be run: line 2: SystemExit: 0"),
     ],
@@ -119,7 +128,7 @@ def test_a_task_that_is_not_there_is_one_sentence(name: str) -> None:
 @pytest.mark.parametrize("name", ["countdown", "basic_arithmetic"])
 def test_data_sets_of_reasoning_gym_are_tasks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("reasoning_gym")
-    monkeypatch.setattr("grpo_cli.core.task.plugin.GYM_SIZE", {"train": 20, "val": 5})
+    monkeypatch.setattr("grpo_cli.core.task.gym.GYM_SIZE", {"train": 20, "val": 5})
     load_task.cache_clear()
     task = load_task(f"gym:{name}")
     assert [check.name for check in audit(task, 0) if not check.passed] == []
@@ -138,7 +147,7 @@ def test_a_reward_pays_and_the_strict_score_decides_what_is_correct(tmp_path: Pa
 
 
 def test_a_probe_asks_and_scores_as_the_task_does(countdown: Command, tmp_path: Path) -> None:
-    name = written(tmp_path, GOOD.replace("[1]", "[1, 2, 3]").replace("0.5", "1.0"))
+    name = written(tmp_path, GOOD.replace("[1]", "[1, 2, 3]").replace("'q'", "str(x)").replace("0.5", "1.0"))
     small = ["--batch-size", 2, "--num-generations", 2, "--max-new-tokens", 4]
     shown = " ".join(countdown("train", "--task", name, "--probe", *small).out.split())
     assert "zero-shot 2 100.0%" in shown and "natural" not in shown
@@ -163,7 +172,15 @@ def test_what_a_task_prints_leaves_json_alone(countdown: Command, tmp_path: Path
     ("text", "message"),
     [
         ("def other(text, puzzle): return 1\n", "defines no function `mine`"),
-        ("def mine(text): return 1\n", "TypeError"),
+        ("def mine(text): return 1\n", "defines `def mine(text)`, which cannot be called"),
+        ("def mine(completions, **columns): return [1]\n", "defines `def mine(completions, columns)`"),
+        ("def mine(prompts, completions): return [1]\n", "defines `def mine(prompts, completions)`"),
+        ("def mine(data_source, solution_str, ground_truth, extra_info=None): return 1\n", "`def mine(data_source, "),
+        ("async def mine(text, puzzle): return 1\n", "defines `async def mine(text, puzzle)`"),
+        ("def mine(text, puzzle): return [1.0]\n", "must return a finite number or a dict of them, not [1.0]"),
+        ("def mine(text, puzzle): return {'a': 1e308, 'b': 1e308}\n", "must return a finite number"),
+        ("def mine(text, puzzle): return {'a': 1e300, 'b': -1e300}\n", "must return a finite number"),
+        ("def mine(text, puzzle): return 1e39\n", "must return a finite number"),  # beyond float32
         ("def mine(text, puzzle): return None\n", "must return a finite number or a dict of them, not None"),
         ("def mine(text, puzzle):\n    return 1 / len(text)\n", "mine.py`, line 2: ZeroDivisionError"),
         ("def mine(text, puzzle):\n    return len(text.encode())\n", "line 2: UnicodeEncodeError"),
@@ -174,6 +191,48 @@ def test_a_reward_is_tried_before_training(tmp_path: Path, text: str, message: s
     for on_error in ("stop", "skip"):
         with pytest.raises(CountdownError, match=re.escape(message)):
             rewarded(Countdown(), f"{name}:mine", on_error)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        "numpy.float32(0.25)", "numpy.array(0.25)", "torch.tensor(0.25)", "Fraction(1, 4)", "Decimal('0.25')",
+        "{'a': numpy.int64(1), 'b': torch.tensor(-0.75, requires_grad=True)}", "{'a': numpy.float64(0.25)}",
+    ],
+)  # fmt: skip
+def test_a_number_of_any_library_is_a_reward(tmp_path: Path, result: str) -> None:
+    imports = "import numpy, torch\nfrom fractions import Fraction\nfrom decimal import Decimal\n"
+    name = written(tmp_path, f"{imports}def mine(text, puzzle): return {result}\n")
+    score = rewarded(Countdown(), f"{name}:mine").score(RIGHT, P13, style="one-shot")
+    assert score.reward == 0.25 and json.dumps([score.reward, score.parts])
+
+
+def test_a_function_for_another_trainer_is_met_with_ours(tmp_path: Path) -> None:
+    name = written(tmp_path, "def mine(completions, **columns): return [1]\n")
+    with pytest.raises(CountdownError) as caught:
+        rewarded(Countdown(), f"{name}:mine")
+    assert caught.value.hint == "define `def mine(completion, problem)` for one completion"
+
+
+def test_a_scorer_that_raises_ends_the_run_or_is_skipped_and_counted(tmp_path: Path) -> None:
+    name = written(tmp_path, GOOD.replace("return 0.5", "return 1 / (text != 'rare')"))
+    problem = load_task(name).problems("train", 0)[0]
+    with pytest.raises(CountdownError, match="division by zero"):
+        load_task(name).score("rare", problem, style="")
+    score = load_task(name, "skip").score("rare", problem, style="")
+    assert (score.reward, score.correct, score.parts) == (0.0, False, {"failed": 1.0})
+
+
+def test_problems_with_the_same_prompt_stay_on_one_side(tmp_path: Path) -> None:
+    """Each question is asked five times, with another id."""
+    text = "def problems(split): return [[i, i % 20] for i in range(100)] if split == 'train' else [[7, 3], [0, 99]]\n"
+    name = written(tmp_path, text + "def prompt(x): return str(x[1])\ndef score(text, x): return 0.0\n")
+    task = load_task(name)
+    train, dev, val = ({json.loads(item.text)[1] for item in task.problems(s, 0)} for s in ("train", "dev", "val"))
+    assert len(dev) == 2 and len(train) == 18 and not train & dev
+    with pytest.raises(CountdownError, match="1 of 2 val problems are also"):
+        require_apart({split: task.problems(split, 0) for split in ("train", "dev", "val")})
+    assert val == {3, 99}
 
 
 def test_an_exception_ends_the_run_or_is_skipped_and_counted(tmp_path: Path) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Mapping
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -177,8 +175,7 @@ def _read_files(settings: Settings) -> None:
     for path in (settings.task.task, settings.reward.reward.rpartition(":")[0]):
         if path.endswith(".py") and Path(path).is_file():
             show.note(f"running `{path}`")
-    with redirect_stdout(sys.stderr):  # a task may print: stdout is data
-        _ = task_of(settings).files
+    _ = task_of(settings).files
 
 
 def _read_files_of(run: Run, settings: Settings) -> None:

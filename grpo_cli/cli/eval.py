@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 from functools import reduce
 from pathlib import Path
 
@@ -47,7 +45,7 @@ def run(
         require_suite(settings, suite, "`--suite`")
         weights = settings.suite[suite]
     chosen = [choose(ctx, config, name) for name in models] if models else [choose(ctx, config, None)]
-    with joined(chosen[0].settings) as world, redirect_stdout(sys.stderr):  # a task may print: stdout is data
+    with joined(chosen[0].settings) as world:
         results = _evaluate(chosen, weights, quiet=as_json or not world.is_first, world=world)
     if not world.is_first:
         return

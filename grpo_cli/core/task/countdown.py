@@ -31,7 +31,7 @@ def task_of(settings: Settings) -> Task:
         paths = (None if name == "none" else Path(name) for name in (task.puzzles, task.dev_puzzles, task.val_puzzles))
         chosen = Countdown(task.rules, reward.weights, PuzzlePaths(*paths))
     else:
-        chosen = load_task(task.task)
+        chosen = load_task(task.task, reward.reward_errors)
     return chosen if reward.reward == "none" else rewarded(chosen, reward.reward, reward.reward_errors)
 
 

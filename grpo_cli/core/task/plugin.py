@@ -7,36 +7,49 @@ A task file defines
     score(completion, problem) -> float or dict    1.0 is solved; the parts of a dict are summed, and each is logged
     solution(problem) -> str          optional: a completion that scores 1.0
 
-A reward file defines a function of (completion, problem) with the same results. The files are run as ordinary Python.
+A reward file defines a function of (completion, problem) with the same results. The files are run as ordinary Python
+modules, apart from the state of this process (see `guest`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
-import runpy
+import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from functools import cache
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.task import gym
+from grpo_cli.core.task.guest import apart, call, interrupts
 from grpo_cli.core.task.task import Message, Problem, Score, Side, Split, Task, divided
 
 Function = Callable[..., Any]
-GYM_SIZE = {"train": 1_000, "val": 200}
-TAGS = "Think inside <think> </think>, then write the answer inside <answer> </answer>."
+OnError = Literal["stop", "skip"]
+PARAMETERS = {"problems": "split", "prompt": "problem", "score": "completion, problem", "solution": "problem"}
+BATCHED = {"prompts", "completions"}  # parameters of rewards for other trainers, which take a batch
+LARGEST = 1e15  # of a reward: its square, which the standard deviation needs, is finite in float32
 HOSTILE = "<answer>" * 1_000 + "(" * 5_000 + "\x00\ud800" + "</answer>" * 1_000
 
 
 @dataclass(frozen=True)
 class Item:
-    """A problem of a task file: any JSON value, stored as text so that it can be hashed."""
+    """A problem of a task file: any JSON value, stored as text so that it can be hashed.
+
+    `same` is the text of the first problem with the same prompt.
+    """
 
     text: str
+    same: str = field(default="", compare=False)
 
     @property
     def value(self) -> Any:
@@ -44,7 +57,7 @@ class Item:
 
     @property
     def key(self) -> str:
-        return self.text
+        return self.same or self.text
 
     @property
     def size(self) -> int:
@@ -70,24 +83,30 @@ class FileTask:
     styles: Sequence[str] = ("zero-shot",)
     cheats: Sequence[str] = ()
     files: Mapping[str, str] = field(default_factory=dict)
+    on_error: OnError = "stop"
 
     def notes(self, sizes: Sequence[int]) -> list[str]:
         return []
 
     def problems(self, split: Split, size: int) -> list[Item]:
+        asked: dict[str, str] = {}
+        train, dev = divided(self._items("train", asked))
         if split == "val":
-            return self._items("val")
-        train, dev = divided(self._items("train"))
+            return self._items("val", asked)
         return dev if split == "dev" else train
 
-    def _items(self, side: Side) -> list[Item]:
+    def _items(self, side: Side, asked: dict[str, str]) -> list[Item]:
+        """The problems of a side. `asked` is the first problem with each prompt."""
         values = self._call("problems", side)
         if not isinstance(values, list | tuple) or not values:
             raise CountdownError(f"`problems` of `{self.name}` must return a non-empty list for `{side}`")
         try:
-            return [Item(json.dumps(value, sort_keys=True)) for value in values]
-        except (TypeError, ValueError) as error:
+            texts = [json.dumps(value, sort_keys=True) for value in values]
+        except (TypeError, ValueError, RecursionError) as error:
             raise CountdownError(f"a problem of `{self.name}` is not plain JSON: {error}") from None
+        with apart():
+            prompts = [json.dumps(self.prompt(Item(text), "")) for text in texts]
+        return [Item(text, asked.setdefault(prompt, text)) for text, prompt in zip(texts, prompts, strict=True)]
 
     def read(self, record: Mapping[str, object]) -> Item:
         if not isinstance(record.get("problem"), str):
@@ -96,16 +115,32 @@ class FileTask:
 
     def prompt(self, problem: Problem, style: str) -> list[Message]:
         asked = self._call("prompt", _item(problem).value)
-        if isinstance(asked, str):
-            return [{"role": "user", "content": asked}]
-        if not isinstance(asked, list) or not all(
-            isinstance(message, dict) and {"role", "content"} == set(message) for message in asked
-        ):
+        messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
             raise CountdownError(f"`prompt` of `{self.name}` must return a text, or messages with `role` and `content`")
-        return asked
+        for message in messages:
+            try:
+                message["content"].encode()
+            except UnicodeEncodeError as error:
+                raise CountdownError(
+                    f"a prompt of `{self.name}` has half a surrogate pair at character {error.start}: {problem}",
+                    'decode its text with `errors="replace"`',
+                ) from None
+        return messages
 
     def score(self, completion: str, problem: Problem, *, style: str, truncated: bool = False) -> Score:
-        return _score(self._call("score", completion, _item(problem).value), self.name, truncated=truncated)
+        try:
+            return self._scored(completion, problem, truncated=truncated)
+        except CountdownError:
+            if self.on_error == "stop":
+                raise
+            return Score(0.0, False, "wrong_value", parts={"failed": 1.0})
+
+    def _scored(self, completion: str, problem: Problem, *, truncated: bool) -> Score:
+        reward, parts = _paid(self.functions["score"], f"`score` of `{self.name}`", completion, _item(problem).value)
+        correct = reward >= 1.0
+        reason = "correct" if correct else "truncated" if truncated else "wrong_value"
+        return Score(reward, correct, reason, lenient=correct, well_formed=reward > 0, parts=parts)
 
     def solution(self, problem: Problem) -> str | None:
         if "solution" not in self.functions:
@@ -125,60 +160,57 @@ def _item(problem: Problem) -> Item:
     return problem
 
 
-def call(function: Function, what: str, *arguments: object) -> Any:
-    """Call a user's function; an exception becomes a CountdownError with file, line and arguments."""
-    try:
-        return function(*arguments)
-    except (Exception, SystemExit) as error:
-        if _interrupted(error):
-            raise
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        shown = ", ".join(repr(argument)[:200] for argument in arguments)
+def _is_message(message: object) -> bool:
+    texts = isinstance(message, dict) and all(isinstance(text, str) for text in message.values())
+    return texts and isinstance(message, dict) and {"role", "content"} == set(message)
+
+
+def _paid(function: Function, what: str, completion: str, problem: object) -> tuple[float, dict[str, float]]:
+    """The reward that a user's function returns, and its parts: a number, or a dict of numbers, which are summed."""
+
+    def numbers(*arguments: object) -> tuple[object, list[float | None], list[str]]:
+        result = function(*arguments)
+        parts = dict(result) if isinstance(result, Mapping) and result else {"": result}
+        return result, [_number(value) for value in parts.values()], [str(name) for name in parts if name != ""]
+
+    result, values, names = call(numbers, what, completion, problem)
+    paid = [value for value in values if value is not None]
+    if len(paid) < len(values) or not all(abs(value) <= LARGEST for value in (*paid, sum(paid))):
         raise CountdownError(
-            f"{what} failed in `{place.filename}`, line {place.lineno}: {type(error).__name__}: {error}",
-            f"it was called with {shown}",
-        ) from error
+            f"{what} must return a finite number or a dict of them, not {result!r:.100}",
+            f"return one number for one completion, at most {LARGEST:.0e}",
+        )
+    return sum(paid), dict(zip(names, paid, strict=False))
 
 
-def _interrupted(error: BaseException) -> bool:
-    """Whether this is Ctrl-C rather than the user's own `sys.exit`."""
-    return isinstance(error, SystemExit) and error.code == 130
-
-
-def _finite(value: object) -> bool:
-    """Whether this is a number that fits in a float."""
+def _number(value: Any) -> float | None:
+    """A number of Python, numpy or torch; None for anything else."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
     try:
-        return isinstance(value, int | float) and math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-def _score(result: object, name: str, *, truncated: bool) -> Score:
-    """A score from a number, or from a dict of named numbers, which are summed."""
-    parts = dict(result) if isinstance(result, Mapping) else {}
-    numbers = list(parts.values()) if parts else [result]
-    if not all(map(_finite, numbers)):
-        raise CountdownError(f"`{name}` must return a finite number or a dict of them, not {result!r:.100}")
-    reward = float(sum(numbers))  # type: ignore[arg-type]
-    correct = reward >= 1.0
-    reason = "correct" if correct else "truncated" if truncated else "wrong_value"
-    return Score(
-        reward, correct, reason, lenient=correct, well_formed=reward > 0, parts={str(key): parts[key] for key in parts}
-    )
+        number = float(value) if isinstance(value, Real | Decimal) else None
+    except (OverflowError, ValueError):
+        return None
+    return number if number is not None and math.isfinite(number) else None
 
 
 @cache
-def load_task(name: str) -> Task:
+def load_task(name: str, on_error: OnError = "stop") -> FileTask:
     """The task of `FILE.py` or `gym:NAME`; raises CountdownError with the problem."""
     if name.startswith("gym:"):
-        return _gym_task(name.removeprefix("gym:"))
+        return FileTask(name, gym.functions(name.removeprefix("gym:")), on_error=on_error)
     functions = _functions(Path(name))
-    for needed in ("problems", "prompt", "score"):
-        if not callable(functions.get(needed)):
+    for needed, parameters in PARAMETERS.items():
+        if needed in functions:
+            _require_parameters(functions[needed], needed, name, parameters)
+        elif needed != "solution":
             raise CountdownError(
                 f"`{name}` defines no function `{needed}`", "a task defines `problems`, `prompt` and `score`"
             )
-    return FileTask(Path(name).name, functions, files={"task": _sha256(name)})
+    task = FileTask(Path(name).name, functions, files={"task": _sha256(name)}, on_error=on_error)
+    if on_error == "stop":
+        _try(task)
+    return task
 
 
 def _sha256(path: str) -> str:
@@ -188,49 +220,57 @@ def _sha256(path: str) -> str:
 def _functions(path: Path) -> dict[str, Function]:
     if path.suffix != ".py" or not path.is_file():
         raise CountdownError(f"no Python file `{path}` in `{Path.cwd()}`", "name an existing file that ends in .py")
+    file = path.resolve()
     try:
-        return {name: value for name, value in runpy.run_path(str(path)).items() if callable(value)}
-    except (Exception, SystemExit) as error:
-        if _interrupted(error):
+        with apart():
+            return {name: value for name, value in _imported(file).items() if callable(value)}
+    except BaseException as error:
+        if interrupts(error):
             raise
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         where = f"line {line}: " if line else ""
         raise CountdownError(f"`{path}` cannot be run: {where}{type(error).__name__}: {error}") from error
 
 
-def _gym_task(name: str) -> FileTask:
-    """A data set of reasoning-gym. Entry i uses seed + i, so the splits' seeds are far apart."""
+def _imported(file: Path) -> dict[str, Any]:
+    """The names of a file, imported as a module with its folder on the import path, so that pools can pickle them."""
+    folder = str(file.parent)
+    sys.path[:] = [other for other in sys.path if other != folder]
+    known = sys.modules.get(file.stem)
+    found = known.__spec__ if known else find_spec(file.stem) if file.stem.isidentifier() else None
+    is_own = found is None or found.origin == str(file)  # rather than an installed module
+    sys.path.insert(0, folder)
+    name = file.stem if is_own else f"{file.stem}_{hashlib.sha256(bytes(file)).hexdigest()[:8]}"
+    spec = spec_from_file_location(name, file)
+    assert spec is not None
+    module = module_from_spec(spec)
+    sys.modules[name] = module
     try:
-        import reasoning_gym
-    except ImportError as error:
-        hint = 'install it with `pip install "countdown-grpo[gym]"`'
-        raise CountdownError("reasoning-gym is not installed", hint) from error
-    known = sorted(reasoning_gym.factory.DATASETS)
-    if name not in known:
-        raise CountdownError(f"reasoning-gym has no data set `{name}`", f"it has {', '.join(known[:8])}, ...")
-    scorer = reasoning_gym.create_dataset(name, size=1, seed=0)
+        exec(compile(file.read_bytes(), file, "exec"), vars(module))
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return vars(module)
 
-    def entries(split: str) -> list[dict[str, Any]]:
-        drawn = reasoning_gym.create_dataset(name, size=GYM_SIZE[split], seed=0 if split == "train" else 1_000_000)
-        return [json.loads(json.dumps(dict(entry), default=str)) for entry in drawn]
 
-    def problems(split: str) -> list[dict[str, Any]]:
-        trained = {entry["question"] for entry in entries("train")} if split != "train" else set()
-        return [entry for entry in entries(split) if entry["question"] not in trained]
-
-    def prompt(problem: dict[str, Any]) -> str:
-        return f"{problem['question']}\n{TAGS}"
-
-    def score(completion: str, problem: dict[str, Any]) -> float:
-        answer = completion.rpartition("</answer>")[0].rpartition("<answer>")[2].strip()
-        return float(scorer.score_answer(answer, problem)) if "<answer>" in completion else 0.0
-
-    def solution(problem: dict[str, Any]) -> str:
-        return f"<think>\n</think>\n<answer>{problem['answer']}</answer>"
-
-    functions: dict[str, Function] = {"problems": problems, "prompt": prompt, "score": score, "solution": solution}
-    return FileTask(f"gym:{name}", functions)
+def _require_parameters(function: Function, name: str, path: str, parameters: str) -> None:
+    """Raise CountdownError if a function does not take these parameters."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some built-in functions have none
+        return
+    try:
+        signature.bind(*parameters.split(", "))
+        fits = not BATCHED & signature.parameters.keys() and not inspect.iscoroutinefunction(function)
+    except TypeError:
+        fits = False
+    if not fits:
+        kind = "async def" if inspect.iscoroutinefunction(function) else "def"
+        raise CountdownError(
+            f"`{path}` defines `{kind} {name}({', '.join(signature.parameters)})`, which cannot be called",
+            f"define `def {name}({parameters})`" + " for one completion" * ("completion" in parameters),
+        )
 
 
 @dataclass(frozen=True)
@@ -240,7 +280,7 @@ class Rewarded:
     task: Task
     function: Function = field(repr=False)
     label: str
-    on_error: Literal["stop", "skip"] = "stop"
+    on_error: OnError = "stop"
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.task, name)
@@ -254,12 +294,12 @@ class Rewarded:
         score = self.task.score(completion, problem, style=style, truncated=truncated)
         stated = problem.value if isinstance(problem, Item) else problem
         try:
-            given = _score(call(self.function, f"`{self.label}`", completion, stated), self.label, truncated=truncated)
+            reward, parts = _paid(self.function, f"`{self.label}`", completion, stated)
         except CountdownError:
             if self.on_error == "stop":
                 raise
             return replace(score, reward=0.0, parts={"failed": 1.0})
-        return replace(score, reward=given.reward, parts=given.parts)
+        return replace(score, reward=reward, parts=parts)
 
 
 @cache
@@ -271,15 +311,20 @@ def load_reward(name: str) -> Function:
     functions = _functions(Path(path))
     if function not in functions:
         raise CountdownError(f"`{path}` defines no function `{function}`")
+    _require_parameters(functions[function], function, path, "completion, problem")
     return functions[function]
 
 
-def rewarded(task: Task, name: str, on_error: Literal["stop", "skip"] = "stop") -> Task:
-    """A task with the reward of `FILE.py:function`, tested first on five kinds of completion."""
+def rewarded(task: Task, name: str, on_error: OnError = "stop") -> Task:
+    """A task with the reward of `FILE.py:function`, tested first."""
     wrapped = Rewarded(task, load_reward(name), name, on_error)
-    strict = replace(wrapped, on_error="stop")
+    _try(replace(wrapped, on_error="stop"))
+    return wrapped
+
+
+def _try(task: Task) -> None:
+    """Score five kinds of completion of a problem."""
     problem = task.problems("train", 3)[0]
     right = task.solution(problem) or "<answer>1</answer>"
     for completion in (right, "<think>\n</think>\n<answer>0</answer>", "", "so " * 50_000, HOSTILE):
-        strict.score(completion, problem, style=task.styles[0])
-    return wrapped
+        task.score(completion, problem, style=task.styles[0])

@@ -1,0 +1,74 @@
+"""Data sets of reasoning-gym as tasks: 1,000 train and 200 val problems, scored by the data set's own scorer."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from grpo_cli.core.errors import CountdownError
+
+GYM_SIZE = {"train": 1_000, "val": 200}
+TAGS = "Think inside <think> </think>, then write the answer inside <answer> </answer>."
+NONSENSE = "?"
+
+
+def functions(name: str) -> dict[str, Callable[..., Any]]:
+    """The functions of a task file for a data set. Entry i uses seed + i, so the splits' seeds are far apart."""
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        hint = 'install it with `pip install "countdown-grpo[gym]"`'
+        raise CountdownError("reasoning-gym is not installed", hint) from error
+    known = sorted(reasoning_gym.factory.DATASETS)
+    if name not in known:
+        raise CountdownError(f"reasoning-gym has no data set `{name}`", f"it has {', '.join(known[:8])}, ...")
+
+    @cache
+    def data(split: str) -> tuple[Any, list[dict[str, Any]]]:
+        seed = 0 if split == "train" else 1_000_000
+        random.seed(seed)  # a few data sets draw from the global generator
+        try:
+            made = reasoning_gym.create_dataset(name, size=GYM_SIZE[split], seed=seed)
+        except Exception as error:
+            hint = "choose another data set, or write a task file that makes this one"
+            raise CountdownError(f"reasoning-gym has no default settings for `{name}`: {error}", hint) from error
+        return made, [dict(made[index]) for index in range(len(made))]
+
+    def problems(split: str) -> list[dict[str, Any]]:
+        trained = {entry["question"] for entry in data("train")[1]} if split != "train" else set()
+        return [
+            {"split": split, "entry": index, "question": entry["question"], "answer": entry["answer"]}
+            for index, entry in enumerate(data(split)[1])
+            if entry["question"] not in trained
+        ]
+
+    def prompt(problem: dict[str, Any]) -> str:
+        return f"{problem['question']}\n{TAGS}"
+
+    def earned(answer: str, problem: dict[str, Any]) -> float:
+        """The data set's own score; 0 if its scorer fails, as some do for an answer that they cannot parse."""
+        made, entries = data(problem["split"])
+        try:
+            score = float(made.score_answer(answer, entries[problem["entry"]]))
+        except Exception:
+            return 0.0
+        return score if math.isfinite(score) else 0.0
+
+    def score(completion: str, problem: dict[str, Any]) -> float:
+        """1.0 for the data set's own solution; another answer earns its score if that is above nonsense's."""
+        answer = completion.rpartition("</answer>")[0].rpartition("<answer>")[2].strip()
+        if "<answer>" not in completion:
+            return 0.0
+        if problem["answer"] is not None and answer == str(problem["answer"]).strip():
+            return 1.0
+        paid = earned(answer, problem)
+        return paid if paid > earned(NONSENSE, problem) else 0.0
+
+    def solution(problem: dict[str, Any]) -> str | None:
+        answer = problem["answer"]
+        return None if answer is None else f"<think>\n</think>\n<answer>{answer}</answer>"
+
+    return {"problems": problems, "prompt": prompt, "score": score, "solution": solution}

@@ -1,0 +1,177 @@
+"""A user's code leaves the process that trains as it was."""
+
+import os
+import random
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from conftest import Command
+
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.task import guest
+from grpo_cli.core.task.countdown import Countdown
+from grpo_cli.core.task.plugin import _functions, load_reward, rewarded
+from grpo_cli.core.task.puzzle import Puzzle
+
+P13 = Puzzle((3, 5, 2), 13)
+MEAN = """
+import gc, os, random, signal, sys, numpy, torch
+def mine(text, puzzle):
+    os.chdir("/")
+    os.environ["HOME"] = "/nowhere"; os.environ.pop("PATH", None)
+    os.umask(0o777)
+    random.seed(0); numpy.random.seed(0); torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64); torch.set_grad_enabled(False); torch.set_default_device("meta")
+    sys.stdout = sys.stderr = sys.stdin = None; sys.argv = []; sys.path.clear(); sys.setrecursionlimit(200)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGPIPE): signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL); signal.alarm(1)
+    return 0.5
+"""
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guest, "_own", {})
+
+
+def state() -> list[object]:
+    return [
+        os.getcwd(), dict(os.environ), sys.stdout, sys.stderr, sys.stdin, sys.argv, list(sys.path),
+        sys.getrecursionlimit(), os.umask(os.umask(0o022)), torch.get_default_dtype(), torch.is_grad_enabled(),
+        torch.get_default_device(), random.getstate(), torch.get_rng_state().tolist(), str(numpy.random.get_state()),
+        *(signal.getsignal(number) for number in guest.SIGNALS),
+    ]  # fmt: skip
+
+
+@pytest.mark.faults
+def test_what_a_reward_changes_is_restored(tmp_path: Path) -> None:
+    (tmp_path / "mean.py").write_text(MEAN)
+    before = state()
+    assert rewarded(Countdown(), f"{tmp_path}/mean.py:mine").score("", P13, style="one-shot").reward == 0.5
+    assert state() == before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_a_users_code_keeps_its_own_directory_environment_and_random_states(tmp_path: Path) -> None:
+    (tmp_path / "data.txt").write_text("0.25")
+    (tmp_path / "own.py").write_text(
+        "import os, random\nfrom pathlib import Path\nos.chdir(os.path.dirname(__file__))\n"
+        "os.environ['KEY'] = '0.5'\nrandom.seed(1)\n"
+        "def mine(text, puzzle): return float(Path('data.txt').read_text()) + float(os.environ['KEY'])\n"
+        "def drawn(): return random.random()\n"
+    )
+    assert rewarded(Countdown(), f"{tmp_path}/own.py:mine").score("", P13, style="one-shot").reward == 0.75
+    drawn, expected = _functions(tmp_path / "own.py")["drawn"], random.Random(1)
+    random.seed(7)
+    assert [guest.call(drawn, "it"), guest.call(drawn, "it")] == [expected.random(), expected.random()]
+    assert random.random() == random.Random(7).random() and "KEY" not in os.environ
+
+
+def test_a_removed_working_directory_is_no_failure(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+
+    def remove() -> None:
+        os.chdir(tmp_path / "gone")
+        os.rmdir(tmp_path / "gone")
+
+    here = os.getcwd()
+    guest.call(remove, "it")
+    guest.call(lambda: None, "it")
+    assert os.getcwd() == here
+
+
+@pytest.mark.parametrize("code", ["sys.exit(0)", "sys.exit(130)", "exit()", "raise GeneratorExit", "raise SystemExit"])
+def test_leaving_is_an_error_of_the_file(tmp_path: Path, code: str) -> None:
+    (tmp_path / "leaves.py").write_text(f"import sys\ndef mine(text, puzzle):\n    {code}\n")
+    with pytest.raises(CountdownError, match=r"leaves\.py:mine` failed in .*(SystemExit|GeneratorExit)"):
+        rewarded(Countdown(), f"{tmp_path}/leaves.py:mine")
+    (tmp_path / "leaves_at_once.py").write_text(f"import sys\n{code}\n")
+    with pytest.raises(CountdownError, match=r"leaves_at_once\.py` cannot be run: line 2"):
+        load_reward(f"{tmp_path}/leaves_at_once.py:mine")
+
+
+def test_a_signal_during_the_users_code_arrives_and_its_handler_may_replace_itself() -> None:
+    arrived: list[int] = []
+
+    def once(number: int, _: object) -> None:
+        arrived.append(number)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+    before = signal.signal(signal.SIGUSR2, once)
+    try:
+        guest.call(lambda: os.kill(os.getpid(), signal.SIGUSR2), "it")
+        assert arrived == [signal.SIGUSR2] and signal.getsignal(signal.SIGUSR2) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_ctrl_c_during_the_users_code_is_not_its_error() -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        guest.call(interrupt, "it")
+
+
+def test_the_users_code_runs_in_a_thread_too() -> None:
+    results: list[object] = []
+    thread = threading.Thread(target=lambda: results.append(guest.call(lambda: 1, "it")))
+    thread.start()
+    thread.join()
+    assert results == [1]
+
+
+POOLED = """
+import multiprocessing
+from dataclasses import dataclass
+from helper_of_pooled import half
+
+@dataclass
+class Job:
+    text: str
+
+def work(job): return half(len(job.text))
+
+def mine(text, puzzle):
+    with multiprocessing.get_context("{method}").Pool(2) as pool:
+        return sum(pool.map(work, [Job(text[:2]), Job("ab")]))
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_helper_beside_the_file_is_imported_and_a_pool_pickles_its_functions(tmp_path: Path, method: str) -> None:
+    (tmp_path / "helper_of_pooled.py").write_text("def half(n): return n / 2\n")
+    path = tmp_path / f"pooled_{method}.py"
+    path.write_text(POOLED.format(method=method))
+    reward = load_reward(f"{path}:mine")
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # as a training has, which pools must not inherit
+    try:
+        assert guest.call(reward, "it", "abc", P13) == 2.0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_file_named_like_an_installed_module_does_not_replace_it(tmp_path: Path) -> None:
+    for name in ("random", "peft"):
+        (tmp_path / f"{name}.py").write_text("def mine(text, puzzle): return 0.25\n")
+        assert guest.call(load_reward(f"{tmp_path}/{name}.py:mine"), "it", "", P13) == 0.25
+    assert "mine" not in vars(sys.modules["random"]) and "tmp" not in str(
+        getattr(sys.modules.get("peft"), "__file__", "")
+    )
+    assert str(tmp_path) not in sys.path
+
+
+@pytest.mark.faults
+def test_a_training_is_the_same_whatever_its_reward_changes(countdown: Command, tmp_path: Path) -> None:
+    (tmp_path / "mean2.py").write_text(MEAN.replace("return 0.5", "return len(text) / 1000"))
+    (tmp_path / "kind.py").write_text("def mine(text, puzzle): return len(text) / 1000\n")
+    small = ["--batch-size", 2, "--num-generations", 4, "--max-new-tokens", 12, "--num-iterations", 2]
+    for name in ("mean2", "kind"):
+        done = countdown("train", "--run", name, "--reward", f"{name}.py:mine", *small, "--eval-puzzles", 2)
+        assert done.code == 0, done.err
+    samples = [(tmp_path / "runs" / name / "samples.jsonl").read_text() for name in ("mean2", "kind")]
+    assert samples[0] == samples[1]
