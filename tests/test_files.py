@@ -106,6 +106,51 @@ def test_the_public_data_sets_columns_are_read(tmp_path: Path, name: str) -> Non
         loaded.puzzles("val")
 
 
+TRUTH = {"style": "rule", "ground_truth": {"target": 98, "numbers": [44, 19, 35]}}
+VERL = {"prompt": [{"role": "user"}], "reward_model": TRUTH}
+PUZZLE = Puzzle((44, 19, 35), 98)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        VERL,
+        {"extra_info": {"split": "test"}, "ground_truth": json.dumps({"target": 98, "nums": [44, 19, 35]})},
+        {"target": 98, "reward_model": TRUTH},
+        {"target": 98, "numbers": None, "nums": [44, 19, 35]},
+        {"target": 98, "numbers": [44, 19, 35], "nums": [44, 19, 35]},
+        {"target": 98, "nums": [44, 19, 35], "solution": "44 + 19 + 35 = 98"},
+        {"target": 98, "nums": [44, 19, 35], "solution": "98 = 35 + 19 + 44"},
+        {"target": 98, "nums": [44, 19, 35], "solution": "44 + 19 + 35 = 63 + 35 = 98"},
+    ],
+)
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
+def test_rows_of_other_projects_are_read(tmp_path: Path, row: dict[str, object], ending: str) -> None:
+    path = tmp_path / f"other.{ending}"
+    if ending == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist([row]), path)
+    else:
+        path.write_text(json.dumps(row) if ending == "jsonl" else json.dumps([row], indent=2))
+    assert load_puzzles(path, Rules(max_number=99)).rows["train"] == (PUZZLE,)
+
+
+def test_a_csv_column_of_json_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "verl.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["id", "reward_model"], [1, json.dumps(TRUTH)]])
+    assert load_puzzles(path, Rules(max_number=99)).rows["train"] == (PUZZLE,)
+
+
+def test_a_wrong_entry_of_a_json_array_is_numbered(tmp_path: Path) -> None:
+    path = tmp_path / "puzzles.json"
+    for text, message in ((json.dumps([GOOD, 5]), "entry 2: a puzzle is an object"), ("[\n{", "line 1: not JSON")):
+        load_puzzles.cache_clear()
+        path.write_text(text)
+        with pytest.raises(CountdownError, match=message):
+            load_puzzles(path)
+
+
 def test_puzzles_without_a_solution_are_counted_and_refused(tmp_path: Path) -> None:
     path = tmp_path / "puzzles.jsonl"
     path.write_text('{"nums": [3, 5, 2], "target": 13}\n{"nums": [1, 1], "target": 100}\n')
@@ -119,10 +164,11 @@ def test_puzzles_without_a_solution_are_counted_and_refused(tmp_path: Path) -> N
     [
         ("nums,target\n3 5 x,13\n", "line 2: `numbers` (or `nums`) is a list"),
         ("nums,target\n3 5 2,\n", "line 2: `numbers` (or `nums`) is a list"),
-        ("a,b\n1,2\n", "has no columns `numbers` (or `nums`) and `target`"),
-        ("Numbers,Target\n3 5 2,13\n", "has no columns `numbers` (or `nums`) and `target`"),
-        ("numbers;target\n3 5 2;13\n", "has no columns `numbers` (or `nums`) and `target`"),
-        ("numbers\n3 5 2\n", "has no columns `numbers` (or `nums`) and `target`"),
+        ("a,b\n1,2\n", "line 2: there is no `numbers` (or `nums`) and no `target`"),
+        ("Numbers,Target\n3 5 2,13\n", "line 2: there is no `numbers` (or `nums`) and no `target`"),
+        ("numbers;target\n3 5 2;13\n", "line 2: there is no `numbers` (or `nums`) and no `target`"),
+        ("numbers\n3 5 2\n", "line 2: there is no `target`"),
+        ("nums,numbers,target\n3 5 2,3 5 4,13\n", "line 2: `numbers` and `nums` differ"),
         ("nums,target\n", "has no puzzles"),
         ("nums,target,target\n3 5 2,13,14\n", "has two columns of the same name"),
     ],
@@ -154,7 +200,12 @@ GOOD = {"numbers": [3, 5, 2], "target": 13, "split": "train", "solution": "2 * 5
         ("[" * 100_000, "not JSON"),
         ("9" * 10_000, "not JSON"),
         ("[3, 5, 2]", "a puzzle is an object with the fields numbers, target, split, solution"),
-        (json.dumps({"numbers": [3, 5, 2]}), "`numbers` (or `nums`) is a list"),
+        (json.dumps({"numbers": [3, 5, 2]}), "there is no `target`"),
+        (json.dumps({"target": 13, "answer": "x"}), "there is no `numbers` (or `nums`)"),
+        (json.dumps({**GOOD, "nums": [3, 5, 4]}), "`numbers` and `nums` differ"),
+        (json.dumps({**GOOD, "solution": "2 * 5 + 3 = 14"}), "`solution` does not make 13 from [3, 5, 2]"),
+        (json.dumps({**GOOD, "solution": "13 = 13"}), "`solution` does not make 13 from [3, 5, 2]"),
+        (json.dumps({"reward_model": {"ground_truth": {"target": 13}}}), "there is no `numbers` (or `nums`) and no"),
         (json.dumps({**GOOD, "numbers": "3 5 2"}), "`numbers` (or `nums`) is a list of whole numbers"),
         (json.dumps({**GOOD, "numbers": [3, 5.0, 2]}), "`numbers` (or `nums`) is a list of whole numbers"),
         (json.dumps({**GOOD, "numbers": [3, True, 2]}), "`numbers` (or `nums`) is a list of whole numbers"),

@@ -226,3 +226,12 @@ def test_the_task_follows_its_rules() -> None:
     assert not Countdown().score(completion, puzzle, style="one-shot").correct
     assert "with +, -, * and /." in task.prompt(puzzle, "natural")[-1]["content"]
     assert task.kinds(puzzle) == ("needs parentheses", "one solution")
+
+
+def test_every_listed_solution_is_correct_in_prose_where_not_all_must_be_used() -> None:
+    some = replace(ALL, use_all=False)
+    for puzzle in (Puzzle((7, 3, 2), 7), Puzzle((2, 2, 4), 4), Puzzle((1, 10), 10), Puzzle((3, 4, 7), 7)):
+        for text in solve(puzzle, some):
+            assert score(f"Let us see.\nThe expression is {text}", puzzle, style="natural", rules=some).correct, text
+            assert score(f"<think></think><answer>{text}</answer>", puzzle, rules=some).correct
+    assert not score("The expression is 7", Puzzle((7, 3, 2), 7), style="natural", rules=ALL).correct

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,8 +59,18 @@ def test_short_and_long_searches_are_shown_equally_often() -> None:
     shown = demonstrations(TRAIN, ["zero-shot"] * 900, seed=3)
     lengths = [text.count(" no\n") for _, text in shown]
     assert min(lengths) == 0 and max(lengths) == 18
-    assert min(lengths.count(length) for length in range(19)) > 20  # 47 expected
+    each = Counter(demonstration(puzzle, style="zero-shot").count(" no\n") for puzzle in TRAIN)  # type: ignore[union-attr]
+    assert all(lengths.count(length) >= min(each[length], 30) for length in range(19))  # all of a length, or about 50
     assert any("(" in text for _, text in shown)
+
+
+def test_no_puzzle_is_shown_twice_before_all_were_shown_once() -> None:
+    few = [puzzle for puzzle in TRAIN if demonstration(puzzle, style="zero-shot")][:50]
+    for count, most in ((50, 1), (120, 3)):
+        shown = demonstrations(few, ["zero-shot"] * count, seed=3)
+        times = Counter(puzzle for puzzle, _ in shown)
+        assert len(times) == 50 and max(times.values()) == most and min(times.values()) >= most - 1
+    assert len({puzzle for puzzle, _ in demonstrations(TRAIN, ["zero-shot"] * 960, seed=0)}) == 960
 
 
 def test_a_share_of_the_long_searches_gives_up() -> None:

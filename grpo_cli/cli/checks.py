@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,10 @@ from grpo_cli.core.rl.schedule import Problems, learning_rate_at
 from grpo_cli.core.run.folder import Run, find_run, require_outside_runs
 from grpo_cli.core.run.models import model_source
 from grpo_cli.core.task.countdown import task_of
+from grpo_cli.core.task.files import load_puzzles
+from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.question import parse, read_question
+from grpo_cli.core.task.rules import OPERATIONS, Rules
 from grpo_cli.core.task.solver import solution
 from grpo_cli.ui import text as show
 
@@ -60,6 +63,19 @@ def choose(ctx: typer.Context, config_file: Path | None, name: str | None) -> Ch
     else:
         resolved = resolve_for_model(ctx, config_file)
     return Chosen(name, model_source(root, name), resolved.settings)
+
+
+def evaluated(ctx: typer.Context, chosen: Chosen) -> Chosen:
+    """With `--puzzles` and no `--split`, the whole file is evaluated, unless its rows say which are val."""
+    settings, task = chosen.settings, chosen.settings.task
+    if "task.puzzles" not in flags(ctx) or "eval.split" in flags(ctx):
+        return chosen
+    if task.puzzles == "none" or task.val_puzzles != "none":
+        return chosen
+    if load_puzzles(Path(task.puzzles), task.rules, unmarked="train").rows["val"]:
+        return chosen
+    whole = task.model_copy(update={"puzzles": "none", "val_puzzles": task.puzzles})
+    return replace(chosen, settings=settings.model_copy(update={"task": whole}))
 
 
 def resolve_for_model(ctx: typer.Context, config_file: Path | None) -> Resolved:
@@ -101,9 +117,24 @@ def check_solve(options: Mapping[str, Any]) -> None:
     rules = choose(options["ctx"], options["config"], options["model"]).settings.task.rules
     puzzle = read_question(question, rules)
     if solution(puzzle, rules) is None:
+        use = "every number exactly" if rules.use_all else "each number at most"
         raise CountdownError(
-            f"{show.question(puzzle.numbers, puzzle.target)} has no solution", "change a number", exit_code=1
+            f"{show.question(puzzle.numbers, puzzle.target)} has no solution with {rules.operations}, {use} once",
+            _other_rules(puzzle, rules),
+            exit_code=1,
         )
+
+
+def _other_rules(puzzle: Puzzle, rules: Rules) -> str:
+    """The flags under which a puzzle has a solution, as few as possible."""
+    for use_all in sorted({rules.use_all, False}, reverse=True):
+        for operations in (rules.operations, "+-", "+*", "+-*", "+*/", OPERATIONS):
+            wider = replace(rules, operations=operations, use_all=use_all)
+            if set(operations) >= set(rules.operations) and (solved := solution(puzzle, wider)):
+                added = [f'`--operations "{operations}"`'] * (operations != rules.operations)
+                added += ["`--no-use-all`"] * (use_all != rules.use_all)
+                return f"{solved} with {' and '.join(added)}"
+    return "change a number"
 
 
 def check_eval(options: Mapping[str, Any]) -> None:
@@ -122,7 +153,8 @@ def check_eval(options: Mapping[str, Any]) -> None:
         without, with_gpu = _either(options)
         if suite not in with_gpu.suite:
             require_suite(without, suite, "`--suite`")
-    settings = choose(options["ctx"], options["config"], next(iter(options["models"] or []), None)).settings
+    chosen = choose(options["ctx"], options["config"], next(iter(options["models"] or []), None))
+    settings = (chosen if suite else evaluated(options["ctx"], chosen)).settings
     if settings.eval.samples > 1 and settings.eval.temperature == 0:
         raise CountdownError(
             f"`--samples {settings.eval.samples}` needs sampling: greedy completions of a puzzle are all equal",

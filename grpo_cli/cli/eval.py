@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 
 import typer
 
-from grpo_cli.cli.checks import SUITE_CELL, Chosen, choose, resolve_for_model
+from grpo_cli.cli.checks import SUITE_CELL, Chosen, choose, evaluated, resolve_for_model
 from grpo_cli.cli.models import at_once, joined, load
 from grpo_cli.core.config.resolve import require_suite
 from grpo_cli.core.evals import contamination
 from grpo_cli.core.evals.compare import SuitePaired, suite_paired
-from grpo_cli.core.evals.evaluate import Evaluator, SuiteResult, puzzles_of
+from grpo_cli.core.evals.evaluate import Evaluator, SuiteResult, common_size, puzzles_of
 from grpo_cli.core.files import write_lines
 from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import Engine
@@ -45,6 +46,8 @@ def run(
         require_suite(settings, suite, "`--suite`")
         weights = settings.suite[suite]
     chosen = [choose(ctx, config, name) for name in models] if models else [choose(ctx, config, None)]
+    if suite is None:
+        chosen = [evaluated(ctx, model) for model in chosen]
     with joined(chosen[0].settings) as world:
         results = _evaluate(chosen, weights, quiet=as_json or not world.is_first, world=world)
     if not world.is_first:
@@ -83,16 +86,17 @@ def _evaluate(
 ) -> list[SuiteResult]:
     """Evaluate all models on the same puzzles: a suite's cells, or without `weights` the one cell of the settings."""
     task, settings = chosen[0].settings.task, chosen[0].settings.eval
-    if weights is None:
-        weights = {Cell(settings.split, task.numbers, task.style).name: 1.0}
-        _note_differences(chosen, SUITE_CELL + _DECODING)
-    else:
-        _note_differences(chosen, _DECODING)
+    suite = list(map(cell, weights or []))
+    cells = suite or [Cell(settings.split, task.numbers, task.style)]
+    _note_differences(chosen, _DECODING if suite else SUITE_CELL + _DECODING)
     known = [contamination.known(model.source, Path(model.settings.runs)) for model in chosen]
     asked = task_of(chosen[0].settings)
-    for sentence in asked.notes(sorted({cell(name).numbers for name in weights})):
+    for sentence in asked.notes(sorted({one.numbers for one in cells})):
         show.note(sentence)
-    puzzles = {cell(name): puzzles_of(cell(name), settings.limit, asked) for name in weights}
+    puzzles = {one: puzzles_of(one, settings.limit, asked, sized=bool(suite)) for one in cells}
+    if not suite:
+        puzzles = {replace(one, numbers=common_size(own)): own for one, own in puzzles.items()}
+        weights = {one.name: 1.0 for one in puzzles}
     results: list[SuiteResult] = []
     with tables.progress("evaluating", quiet=quiet) as advance:
 
@@ -108,7 +112,7 @@ def _evaluate(
                 micro_batch=at_once(model.settings, settings.batch_size),
                 world=world,
                 known=trained_on,
-            ).evaluate_suite(puzzles, weights, progress=progress)
+            ).evaluate_suite(puzzles, weights or {}, progress=progress)
             results.append(result)
     return results
 

@@ -48,7 +48,7 @@ def evaluation(result: Evaluation, *, examples: int = 3) -> None:
 
 
 def _headline(result: Evaluation) -> None:
-    puzzles = f"{counted(result.count, f'{result.split} puzzle')} of {result.numbers} numbers"
+    puzzles = counted(result.count, f"{result.split} puzzle") + f" of {result.numbers} numbers" * (result.numbers > 0)
     out.print(Text.assemble((printable(result.model), "bold"), f"  {puzzles}, {result.style}, {_sampling(result)}"))
     rows = [
         ("accuracy", f"{percent(result.accuracy)}  (95% interval {interval(result.interval)})"),

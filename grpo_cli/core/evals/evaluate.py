@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 
+from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evals.contamination import Known, overlap
 from grpo_cli.core.evals.statistics import wilson
 from grpo_cli.core.microbatch import MicroBatch
@@ -238,12 +239,25 @@ class SuiteResult:
         return {"model": self.model, "mean": self.mean, "seconds": self.seconds, "cells": cells}
 
 
-def puzzles_of(cell: Cell, limit: int = 0, task: Task = COUNTDOWN) -> list[Problem]:
-    """The problems of a cell, or a fixed sample of `limit` of them; 0 is all."""
+def puzzles_of(cell: Cell, limit: int = 0, task: Task = COUNTDOWN, *, sized: bool = False) -> list[Problem]:
+    """The problems of a cell, or a fixed sample of `limit` of them; 0 is all.
+
+    `sized` leaves out a file's puzzles of other sizes; raises CountdownError if none are left.
+    """
     puzzles = list(task.problems(cell.split, cell.numbers))
+    if sized:
+        puzzles = [puzzle for puzzle in puzzles if puzzle.size in (0, cell.numbers)]
+    if not puzzles:
+        raise CountdownError(f"there are no puzzles for the cell `{cell.name}`", "leave it out of the suite")
     if not 0 < limit < len(puzzles):
         return puzzles
     return [puzzles[index] for index in sorted(random.Random(0).sample(range(len(puzzles)), limit))]
+
+
+def common_size(puzzles: Sequence[Problem]) -> int:
+    """The size of all puzzles; 0 if they differ."""
+    sizes = {puzzle.size for puzzle in puzzles}
+    return sizes.pop() if len(sizes) == 1 else 0
 
 
 @dataclass(frozen=True)
@@ -265,9 +279,18 @@ class Evaluator:
     poll: Callable[[], None] | None = None  # called after each token; it may raise
 
     def evaluate(
-        self, puzzles: Sequence[Problem], *, style: str, split: Split, progress: Progress = lambda *_: None
+        self,
+        puzzles: Sequence[Problem],
+        *,
+        style: str,
+        split: Split,
+        numbers: int | None = None,
+        progress: Progress = lambda *_: None,
     ) -> Evaluation:
-        """Evaluate on puzzles of one size; `progress` receives the number of puzzles done and their total."""
+        """Evaluate on puzzles; `progress` receives the number of puzzles done and their total.
+
+        `numbers` is the size in the cell's name, by default that of all puzzles.
+        """
         model, params, total = self.engine.policy.name, self.params, len(puzzles)
         mine, size = self.world.share(total), max(1, self.batch_size // params.num_generations)
         own: list[list[Completion]] = []
@@ -276,7 +299,8 @@ class Evaluator:
             progress(min(len(own) * self.world.size, total), total)
         rows = [row for part in self.world.gather(own) for row in part]
         decoding = (params.num_generations, params.temperature, params.max_new_tokens, self.seed)
-        return Evaluation(model, split, style, puzzles[0].size, *decoding, rows, self.known, self.task)
+        numbers = common_size(puzzles) if numbers is None else numbers
+        return Evaluation(model, split, style, numbers, *decoding, rows, self.known, self.task)
 
     def evaluate_suite(
         self,
@@ -292,7 +316,9 @@ class Evaluator:
             progress(sum(result.count for result in cells) + done, total)
 
         for cell, asked in puzzles.items():
-            cells.append(self.evaluate(asked, style=cell.style, split=cell.split, progress=advance))
+            cells.append(
+                self.evaluate(asked, style=cell.style, split=cell.split, numbers=cell.numbers, progress=advance)
+            )
         return SuiteResult(self.engine.policy.name, cells, weights, time.perf_counter() - start)
 
     def _complete(self, puzzles: Sequence[Problem], indices: Sequence[int], style: str) -> list[list[Completion]]:

@@ -1,4 +1,4 @@
-"""Puzzle files: JSON Lines, CSV and Parquet, as `gen-data` writes them or with the columns `nums` and `target`."""
+"""Puzzle files: JSON Lines, JSON arrays, CSV and Parquet, as `gen-data` writes them or as other projects do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import require_regular
-from grpo_cli.core.task.expression import parse
+from grpo_cli.core.task.expression import ascii_operators, parse
 from grpo_cli.core.task.puzzle import Puzzle, checked, judge
 from grpo_cli.core.task.rules import ORIGINAL, Rules
 from grpo_cli.core.task.solver import solution
@@ -102,7 +102,7 @@ def _require_solvable(puzzles: Sequence[tuple[Puzzle, str]], rules: Rules) -> No
 
 def _read(row: dict[str, Any], place: str, rules: Rules) -> tuple[Puzzle, Split | None]:
     """The puzzle of a row, and its split if given."""
-    numbers, target = row.get("numbers", row.get("nums")), row.get("target")
+    numbers, target = _columns(row, place)
     if not isinstance(numbers, list) or type(target) is not int or any(type(number) is not int for number in numbers):
         raise CountdownError(f"{place}: `numbers` (or `nums`) is a list of whole numbers, `target` a whole number")
     try:
@@ -113,12 +113,50 @@ def _read(row: dict[str, Any], place: str, rules: Rules) -> tuple[Puzzle, Split 
     if split not in (None, *SPLITS):
         raise CountdownError(f"{place}: `split` is `train`, `dev` or `val`")
     answer = row.get("solution")
-    if answer is not None and (
-        not isinstance(answer, str) or judge(puzzle, parse(answer, rules.operations), rules) != "correct"
-    ):
+    if answer is not None and not (isinstance(answer, str) and _solves(answer, puzzle, rules)):
         hint = f"the rules allow {rules.operations}; give those that the file was written with, such as `--operations`"
         raise CountdownError(f"{place}: `solution` does not make {target} from {numbers}", hint)
     return puzzle, split
+
+
+def _columns(row: dict[str, Any], place: str) -> tuple[Any, Any]:
+    """Numbers and target of a row, or of the object in it that has both, as in verl's `reward_model.ground_truth`."""
+    given = next((part for part in _objects(row) if _numbers(part) and "target" in part), row)
+    names = _numbers(given)
+    missing = ["`numbers` (or `nums`)"] * (not names) + ["`target`"] * ("target" not in given)
+    if missing:
+        columns = ", ".join(f"`{name}`" for name in list(row)[:8]) or "nothing"
+        raise CountdownError(
+            f"{place}: there is no {' and no '.join(missing)}", f"rename a column; the row has {columns}"
+        )
+    if len(names) == 2 and given["numbers"] != given["nums"]:
+        raise CountdownError(f"{place}: `numbers` and `nums` differ", "remove one of the columns")
+    return given[names[0]], given["target"]
+
+
+def _numbers(row: dict[str, Any]) -> list[str]:
+    """The columns of a row that hold numbers."""
+    return [name for name in ("numbers", "nums") if row.get(name) is not None]
+
+
+def _objects(value: Any, depth: int = 3) -> Iterator[dict[str, Any]]:
+    """The object in `value`, and those within, also as JSON text."""
+    if isinstance(value, str) and value.startswith("{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return
+    if isinstance(value, dict):
+        yield value
+        for part in value.values() if depth else ():
+            yield from _objects(part, depth - 1)
+
+
+def _solves(answer: str, puzzle: Puzzle, rules: Rules) -> bool:
+    """Whether a solution is right, alone or as an equation."""
+    sides = [parse(side, rules.operations) for side in ascii_operators(answer).split("=")]
+    true = all(side is not None and side.value == puzzle.target for side in sides)
+    return true and any(judge(puzzle, side, rules) == "correct" for side in sides)
 
 
 def _rows(path: Path, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -134,17 +172,23 @@ def _rows(path: Path, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix == ".csv":
         yield from _csv_rows(path, text)
         return
-    for index, line in enumerate(text.rstrip().split("\n") if text.strip() else [], 1):
-        place = f"`{path}`, line {index}"
-        try:
-            row = json.loads(line, object_pairs_hook=_distinct)
-        except KeyError as error:
-            raise CountdownError(f"{place}: a field is given twice") from error
-        except (ValueError, RecursionError) as error:
-            raise CountdownError(f"{place}: not JSON") from error
+    whole = text.lstrip().startswith("[")
+    pieces = [text] if whole else text.rstrip().split("\n") if text.strip() else []
+    parsed = [_json(piece, f"`{path}`, line {index}") for index, piece in enumerate(pieces, 1)]
+    for index, row in enumerate(parsed[0] if whole else parsed, 1):
+        place = f"`{path}`, {'entry' if whole else 'line'} {index}"
         if not isinstance(row, dict):
             raise CountdownError(f"{place}: a puzzle is an object with the fields {', '.join(FIELDS)}")
         yield place, row
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_distinct)
+    except KeyError as error:
+        raise CountdownError(f"{place}: a field is given twice") from error
+    except (ValueError, RecursionError) as error:
+        raise CountdownError(f"{place}: not JSON") from error
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -160,8 +204,6 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
         columns = reader.fieldnames or []
-        if columns and not ({"numbers", "nums"} & {*columns} and "target" in columns):
-            raise CountdownError(f"`{path}` has no columns `numbers` (or `nums`) and `target`", "name them in line 1")
         if len(set(columns)) < len(columns):
             raise CountdownError(f"`{path}` has two columns of the same name", "rename or remove one")
         for row in reader:
@@ -175,12 +217,13 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise CountdownError(f"`{path}`, line {reader.line_num}: not CSV: {error}") from error
 
 
-def _whole_numbers(text: str, *, single: bool) -> list[int] | int | None:
+def _whole_numbers(text: str, *, single: bool) -> list[int] | int | str:
+    """The numbers of a cell; its text if it has others."""
     words = text.strip("[]() ").replace(",", " ").split()
-    if not all(word.isascii() and word.isdigit() and len(word) < 10 for word in words):
-        return None
+    if not all(word.isascii() and word.isdigit() and len(word) < 10 for word in words) or (single and len(words) != 1):
+        return text
     numbers = [int(word) for word in words]
-    return (numbers[0] if len(numbers) == 1 else None) if single else numbers
+    return numbers[0] if single else numbers
 
 
 def _parquet(path: Path, data: bytes) -> list[dict[str, Any]]:
