@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -42,6 +42,8 @@ class Lesson(NamedTuple):
         """A line of the run's warm_start.jsonl."""
         return {"step": 0, **self.puzzle.record(), "completion": self.completion}
 
+
+T = TypeVar("T")
 
 BATCH = 8  # completions per step
 LEARNING_RATE = 1e-4
@@ -90,6 +92,8 @@ def demonstrations(
 ) -> list[tuple[Puzzle, str]]:
     """A puzzle with its demonstration for each of `styles`, short and long searches equally often.
 
+    No puzzle comes twice while there are others.
+
     A share `give_up` of those with PATIENT or more failures is impatient. Leaves out puzzles that no form solves
     and demonstrations that do not fit; CountdownError if none remain.
     """
@@ -105,12 +109,24 @@ def demonstrations(
             "no puzzle of this training can be demonstrated in so few tokens",
             "raise `--max-new-tokens`, or leave out `--warm-start`",
         )
-    lengths = sorted(by_length)
-    chosen = [rng.choice(by_length[rng.choice(lengths)]) for _ in styles]
+    chosen = _drawn(by_length, len(styles), rng)
     return [
         (puzzle, demonstration(puzzle, style=style, impatient=rng.random() < give_up) or text)
         for (puzzle, text), style in zip(chosen, styles, strict=True)
     ]
+
+
+def _drawn(by_length: Mapping[int, Sequence[T]], count: int, rng: random.Random) -> list[T]:
+    """Draw from all lengths equally often, none twice before all were drawn once."""
+    left: dict[int, list[T]] = {}
+    drawn = []
+    for _ in range(count):
+        left = left or {length: rng.sample(own, len(own)) for length, own in sorted(by_length.items())}
+        length = rng.choice(list(left))
+        drawn.append(left[length].pop())
+        if not left[length]:
+            del left[length]
+    return drawn
 
 
 def lessons(settings: Settings, problems: Problems, tokenizer: PreTrainedTokenizerBase) -> list[Lesson]:
