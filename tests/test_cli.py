@@ -2,11 +2,12 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from grpo_cli.cli.models import load
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.sampling.decode import ShrinkingSampler
 from grpo_cli.core.task.countdown import Countdown
+from grpo_cli.core.task.files import load_puzzles
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.scoring import score
 
@@ -429,3 +431,83 @@ def test_a_model_is_freed_before_the_next_is_evaluated(
     monkeypatch.setattr(eval_command, "load", load_alone)
     assert countdown("eval", tiny_folder, tiny_folder, "--limit", 2, "--max-new-tokens", 2).code == 0
     assert len(loaded) == 2
+
+
+MIXED: list[dict[str, object]] = [
+    {"numbers": [3, 5, 2], "target": 13}, {"numbers": [2, 4, 6], "target": 20}, {"nums": [1, 2, 3, 4], "target": 10}
+]  # fmt: skip
+
+
+def puzzle_file(folder: Path, rows: Sequence[dict[str, object]]) -> Path:
+    path = folder / "mine.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    load_puzzles.cache_clear()
+    return path
+
+
+def test_eval_evaluates_all_puzzles_of_a_file(countdown: Command, tiny_folder: Path, tmp_path: Path) -> None:
+    few = ["--json", "--max-new-tokens", 4, "--puzzles"]
+    done = countdown("eval", tiny_folder, *few, puzzle_file(tmp_path, MIXED))
+    assert (json.loads(done.out)["count"], json.loads(done.out)["numbers"]) == (3, 0)
+    assert "2 of 3 puzzles have an odd number: the side that is trained on without a file" in " ".join(done.err.split())
+    odd = countdown("eval", tiny_folder, *few, puzzle_file(tmp_path, [{**MIXED[0], "split": "train"}]))
+    assert (json.loads(odd.out)["count"], json.loads(odd.out)["numbers"]) == (1, 3)
+    marked = countdown("eval", tiny_folder, *few, puzzle_file(tmp_path, [MIXED[0], {**MIXED[1], "split": "val"}]))
+    assert json.loads(marked.out)["count"] == 1
+    train = countdown("eval", tiny_folder, *few, puzzle_file(tmp_path, MIXED * 3), "--split", "train")
+    assert json.loads(train.out)["split"] == "train"
+
+
+def test_a_suite_has_a_files_puzzles_of_each_size(countdown: Command, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('[suite.s]\n"val 3 natural" = 1.0\n"val 4 natural" = 1.0\n')
+    rows = [{"numbers": [2, 4, 6], "target": 20}, {"numbers": [2, 4, 6, 8], "target": 20}]
+    asked = ["eval", tiny_folder, "--suite", "s", "--max-new-tokens", 4, "--json", "--out", "out.jsonl", "--puzzles"]
+    done = countdown(*asked, puzzle_file(tmp_path, rows))
+    assert done.code == 0, done.err
+    cells = json.loads(done.out)["models"][0]["cells"]
+    assert [(cell["numbers"], cell["count"]) for cell in cells] == [(3, 1), (4, 1)]
+    assert [json.loads(line)["cell"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [
+        "val 3 natural", "val 4 natural"
+    ]  # fmt: skip
+    none = countdown(*asked, puzzle_file(tmp_path, rows[:1]), "--overwrite")
+    assert none.code == 2 and "there are no puzzles for the cell `val 4 natural`" in none.err
+
+
+def test_a_suite_evaluates_a_task_in_each_cell(countdown: Command, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('[suite.s]\n"val 3 natural" = 1.0\n"train 4 one-shot" = 1.0\n')
+    (tmp_path / "echo.py").write_text(
+        "def problems(split): return [split]\ndef prompt(x): return x\ndef score(text, x): return 0.0\n"
+    )
+    asked = ["eval", tiny_folder, "--suite", "s", "--max-new-tokens", 4, "--task", "echo.py", "--out", "out.jsonl"]
+    done = countdown(*asked)
+    assert done.code == 0, done.err
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("question", "given", "added", "answer"),
+    [
+        ("3 3 8 8 = 24", [], ["--operations", "+-*/"], "8 / (3 - 8 / 3)"),
+        ("25 75 4 = 100", [], ["--no-use-all"], "4 * 25"),
+        ("5 3 = 2", ["--operations", "+"], ["--operations", "+-"], "5 - 3"),
+        ("9 3 7 = 3", ["--operations", "+"], ["--no-use-all"], "3"),
+        ("8 2 50 = 4", ["--operations", "+"], ["--operations", "+*/", "--no-use-all"], "8 / 2"),
+    ],
+)
+def test_a_puzzle_without_a_solution_names_the_rules_that_have_one(
+    countdown: Command, question: str, given: list[str], added: list[str], answer: str
+) -> None:
+    """The hint works when it is typed."""
+    found = countdown("solve", question, *given)
+    hint = found.err.partition("hint: ")[2].strip()
+    assert found.code == 1 and " has no solution with " in found.err and hint.startswith(f"{answer} with "), found.err
+    typed = shlex.split(hint.partition(" with ")[2].replace("`", "").replace(" and ", " "))
+    assert typed == added
+    flags = {**dict(zip(given[::2], given[1::2], strict=True))} if "--operations" not in typed else {}
+    asked = [part for pair in flags.items() for part in pair] + typed
+    again = countdown("solve", question, *asked, "--max-new-tokens", 4, "--show-solution", "--json")
+    assert answer in json.loads(again.out)["solutions"]
+
+
+def test_a_puzzle_that_no_rules_solve_is_said_so(countdown: Command) -> None:
+    assert "hint: change a number" in countdown("solve", "1 1 = 100").err

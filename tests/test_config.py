@@ -508,6 +508,7 @@ def test_a_misspelled_preset_is_refused(tmp_path: Path) -> None:
         ("train.batch_size", "100000", "at least 1 and at most 10000"),
         ("train.max_new_tokens", "1000000", "at least 1 and at most 100000"),
         ("train.num_generations", "100000", "at least 2 and at most 10000"),
+        ("train.dynamic_sampling", "1000", "at least 0 and at most 20"),
         ("model.memory", "1e300", "at least 0 and at most 1000000"),
         ("loss.epsilon_high", "1e300", "above 0 and at most 1000"),
         ("eval.batch_size", "10000000", "at least 1 and at most 1000000"),

@@ -17,7 +17,7 @@ from grpo_cli.core.task.expression import parse
 from grpo_cli.core.task.prompts import STYLES, instruction, prompt, worked_example
 from grpo_cli.core.task.puzzle import Puzzle, judge
 from grpo_cli.core.task.question import read_question
-from grpo_cli.core.task.rules import Rules, operations_in
+from grpo_cli.core.task.rules import ORIGINAL, Rules, operations_in
 from grpo_cli.core.task.scoring import score
 from grpo_cli.core.task.solver import needs_parentheses, solution, solve, targets
 
@@ -235,3 +235,19 @@ def test_every_listed_solution_is_correct_in_prose_where_not_all_must_be_used() 
             assert score(f"Let us see.\nThe expression is {text}", puzzle, style="natural", rules=some).correct, text
             assert score(f"<think></think><answer>{text}</answer>", puzzle, rules=some).correct
     assert not score("The expression is 7", Puzzle((7, 3, 2), 7), style="natural", rules=ALL).correct
+
+
+def test_draws_of_rare_targets_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo_cli.core.task.data.MOST_TRIES", 100_000)
+    rare, started = Rules("+-*/", 1, 10, 900, 1_000), time.process_time()
+    few = puzzle_set(6, "train", rare)
+    puzzle_set.cache_clear()
+    assert 0 < len(few) < 500 and few == puzzle_set(6, "train", rare)
+    assert time.process_time() - started < 5
+    puzzle_set.cache_clear()
+
+
+def test_drawing_reports_progress() -> None:
+    counts: list[tuple[int, int]] = []
+    generate(3, rules=ORIGINAL, progress=lambda done, total: counts.append((done, total)))
+    assert counts == [(1, 3), (2, 3), (3, 3)]

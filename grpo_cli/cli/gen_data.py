@@ -43,7 +43,8 @@ def run(
             "draw some with `--count`",
         )
     if count:
-        puzzles = generate(count, numbers=numbers, split=split, seed=seed, rules=rules)
+        with tables.progress("drawing puzzles", quiet=False) as progress:
+            puzzles = generate(count, numbers=numbers, split=split, seed=seed, rules=rules, progress=progress)
     else:
         puzzles = list(enumerate_puzzles(numbers, split, rules))
     if not puzzles:

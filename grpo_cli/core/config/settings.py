@@ -158,7 +158,7 @@ class Train(Table):
         "share of them that give up after five failed tries", "Optimization", ge=0, le=1
     )
     dynamic_sampling: int = setting(
-        "rounds of replacing groups with equal rewards by new puzzles", "Sampling", ge=0, le=1000
+        "rounds of replacing groups with equal rewards by new puzzles", "Sampling", ge=0, le=20
     )
     micro_batch_size: int = setting(
         "completions per forward and backward pass; 0 is as many as fit",

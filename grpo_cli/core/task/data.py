@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from itertools import combinations_with_replacement, islice
+from itertools import count as forever
 from operator import add, mul, sub
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from grpo_cli.core.task.solver import needs_parentheses, solution, solve, target
 
 ENUMERABLE = 4, 1_000  # most numbers, and choices of them, for which all puzzles are enumerated
 SAMPLED = 2_000  # distinct puzzles that represent a larger split
-MOST_DRAWS = 200_000  # to find them
+MOST_DRAWS = 200_000  # to find them, and draws in a row that may fail
+MOST_TRIES = 4_000_000  # draws for such a sample, also failed ones
 RATED = 200
 _APPLY: dict[str, Callable[[int | Fraction, int], int | Fraction]] = {"+": add, "-": sub, "*": mul, "/": Fraction}
 
@@ -43,11 +45,20 @@ def enumerate_puzzles(numbers: int = 3, split: Side | None = None, rules: Rules 
 
 
 def generate(
-    count: int, *, numbers: int = 3, split: Side | None = None, seed: int = 0, rules: Rules = ORIGINAL
+    count: int,
+    *,
+    numbers: int = 3,
+    split: Side | None = None,
+    seed: int = 0,
+    rules: Rules = ORIGINAL,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Puzzle]:
     """`count` random puzzles as in the original: `((a op b) op c) ...`, kept if the target is allowed."""
     check_size(numbers)
-    puzzles = list(islice(_draws(numbers, split, seed, rules), count))
+    puzzles: list[Puzzle] = []
+    for puzzle in islice(_draws(numbers, split, seed, rules), count):
+        puzzles.append(puzzle)
+        progress(len(puzzles), count)
     if len(puzzles) < count:
         raise CountdownError(f"{MOST_DRAWS:,} draws in a row made no such puzzle", "allow more numbers or targets")
     return puzzles
@@ -59,7 +70,7 @@ def puzzle_set(numbers: int, split: Side, rules: Rules = ORIGINAL) -> list[Puzzl
     if is_enumerable(numbers, rules):
         return list(enumerate_puzzles(numbers, split, rules))
     distinct: dict[Puzzle, Puzzle] = {}
-    for puzzle in islice(_draws(numbers, split, 0, rules), MOST_DRAWS):
+    for puzzle in islice(_draws(numbers, split, 0, rules, tries=MOST_TRIES), MOST_DRAWS):
         distinct.setdefault(puzzle.canonical, puzzle)
         if len(distinct) == SAMPLED:
             break
@@ -74,12 +85,14 @@ def sampling_note(size: int, rules: Rules = ORIGINAL) -> str | None:
     return f"{space}: too many puzzles to enumerate, each split is a fixed sample of up to {SAMPLED:,}"
 
 
-def _draws(size: int, split: Side | None, seed: int, rules: Rules) -> Iterator[Puzzle]:
-    """Random puzzles, until MOST_DRAWS in a row fail."""
+def _draws(size: int, split: Side | None, seed: int, rules: Rules, *, tries: int | None = None) -> Iterator[Puzzle]:
+    """Random puzzles, until MOST_DRAWS in a row fail, or after `tries` draws."""
     below, numbers, allowed = _below(random.Random(seed)), rules.numbers, rules.targets
     operations = [_APPLY[name] for name in rules.operations]
     missed = 0
-    while missed < MOST_DRAWS:
+    for _ in forever() if tries is None else range(tries):
+        if missed == MOST_DRAWS:
+            return
         drawn = tuple([numbers[below(len(numbers))] for _ in range(size)])
         chosen = [operations[below(len(operations))] for _ in drawn[1:]]
         missed += 1

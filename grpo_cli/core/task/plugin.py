@@ -198,7 +198,9 @@ def _number(value: Any) -> float | None:
 def load_task(name: str, on_error: OnError = "stop") -> FileTask:
     """The task of `FILE.py` or `gym:NAME`; raises CountdownError with the problem."""
     if name.startswith("gym:"):
-        return FileTask(name, gym.functions(name.removeprefix("gym:")), on_error=on_error)
+        task = FileTask(name, gym.functions(name.removeprefix("gym:")), on_error=on_error)
+        task.problems("train", 0)  # a data set may need settings that it has no defaults for
+        return task
     functions = _functions(Path(name))
     for needed, parameters in PARAMETERS.items():
         if needed in functions:
