@@ -25,6 +25,8 @@ from grpo_cli.core.task.curriculum import Curriculum
 from grpo_cli.core.task.task import Problem, Score, Task
 from grpo_cli.core.world import World
 
+ANNOUNCED = 5  # rounds of dynamic sampling between messages
+
 
 @dataclass
 class Collector:
@@ -66,6 +68,9 @@ class Collector:
             places = flat.nonzero()[:, 0].tolist()
             if not places:
                 break
+            if turn % ANNOUNCED == 0:
+                left = f"{len(places)} of {len(flat)} groups still have equal rewards"
+                self.observer.message(f"step {batch.number}: {left} after {turn - 1} rounds of dynamic sampling")
             groups, drawn = self._draw(batch.number, places, turn)
             batch.tokens += drawn.tokens
             batch.replace(groups)
