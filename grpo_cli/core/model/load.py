@@ -20,7 +20,7 @@ from transformers.models.auto import modeling_auto
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.folder_checks import check_config, check_memory, weight_files
-from grpo_cli.core.model.gguf import unpacked
+from grpo_cli.core.model.gguf import ENDS, unpacked
 from grpo_cli.core.model.hub import check_download, check_repository
 from grpo_cli.core.model.names import is_gguf, require_model
 from grpo_cli.core.model.policy import PROBE, Policy, checkpoint_layers, encode, set_attention
@@ -114,9 +114,9 @@ def load(
     model = _load_model(name, source, config, local=local, dtype=dtype)
     if gradient_checkpointing:
         use_checkpointing(name, model)
-    end_ids = _end_ids(name, model, tokenizer)
+    ends = end_ids(name, model, tokenizer)
     model.generation_config = transformers.GenerationConfig(
-        eos_token_id=list(end_ids), pad_token_id=tokenizer.pad_token_id
+        eos_token_id=list(ends), pad_token_id=tokenizer.pad_token_id
     )
     plain = not (attends_in_full(model.config.get_text_config()) and set_attention(model, plain=False))
     if plain:
@@ -124,7 +124,7 @@ def load(
     fused = place.type == "cuda" and not plain
     cached = caches_right(model.config)
     model = model if on_host else model.to(place)
-    return Policy(model, tokenizer, name, chosen, end_ids, plain=plain, cached=cached, fused=fused)
+    return Policy(model, tokenizer, name, chosen, ends, plain=plain, cached=cached, fused=fused)
 
 
 def use_checkpointing(name: str, model: transformers.PreTrainedModel) -> None:
@@ -328,14 +328,14 @@ def _check_vocabulary(
         )
 
 
-def _end_ids(
+def end_ids(
     name: str, model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase
 ) -> tuple[int, ...]:
-    """Every end-of-sequence id: those of the generation settings, the config and the tokenizer."""
-    end_ids: set[int] = set()
+    """Every end-of-sequence id: of the generation settings, the config, the tokenizer, and usual ends of a turn."""
+    ends = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special and str(token) in ENDS}
     configs = (model.generation_config, model.config, model.config.get_text_config())
     for ids in (*(getattr(config, "eos_token_id", None) for config in configs), tokenizer.eos_token_id):
-        end_ids |= {end for end in (ids if isinstance(ids, list) else [ids]) if isinstance(end, int)}
-    if not end_ids:
+        ends |= {end for end in (ids if isinstance(ids, list) else [ids]) if isinstance(end, int)}
+    if not ends:
         raise CountdownError(f"`{name}` has no end-of-sequence token", "set `eos_token` in its tokenizer_config.json")
-    return tuple(sorted(end_ids))
+    return tuple(sorted(ends))

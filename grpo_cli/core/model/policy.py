@@ -94,6 +94,12 @@ class Policy:
         """Completion ids -> text, without the end-of-sequence token."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    @property
+    def end_id(self) -> int:
+        """The end-of-sequence token that completes an answer: the tokenizer's, or the model's."""
+        end = self.tokenizer.eos_token_id
+        return end if isinstance(end, int) else self.end_ids[0]
+
     def autocast(self) -> AbstractContextManager[object]:
         """The arithmetic of a forward pass: bfloat16 over float32 weights if the precision says so."""
         enabled = self.precision == "bf16-master" and not self.has_masters
