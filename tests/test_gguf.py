@@ -1,12 +1,14 @@
 """GGUF files of tiny models, written with the format's own package, against the folders that they were made from."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import Command
+from conftest import Command, configure, save_tiny_model
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model import gguf, gguf_write
@@ -60,22 +62,20 @@ def facts(split: str) -> dict[str, object]:
     }
 
 
-def save_tiny_llama(folder: Path) -> Path:
+def save_tiny_llama(folder: Path, **changes: object) -> Path:
     """A Llama model whose heads are grouped and whose tokenizer splits digits, as SmolLM2's does."""
     gguf.build_tokenizer(facts("smollm")).save_pretrained(folder)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.25,
-        eos_token_id=len(LETTERS),
-    )
+    settings: dict[str, object] = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "initializer_range": 0.25, "eos_token_id": len(LETTERS),
+    }  # fmt: skip
     torch.manual_seed(7)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, **changes}))
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -95,6 +95,80 @@ def test_a_written_file_reads_back_as_the_same_model(
     first, second = (transformers.AutoTokenizer.from_pretrained(path) for path in (folder, back))
     assert first("25 = 3*4\n it's")["input_ids"] == second("25 = 3*4\n it's")["input_ids"]
     assert first.chat_template == second.chat_template
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("llama", {"attention_bias": True}),
+        ("llama", {"mlp_bias": True}),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 12, "tie_word_embeddings": True}),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rms_norm_eps": 0.01}),
+        ("qwen2", {"head_dim": 16}),
+    ],
+)
+def test_a_file_holds_biases_and_widths_of_heads(architecture: str, changes: dict[str, object], tmp_path: Path) -> None:
+    save: Callable[..., Path] = save_tiny_llama if architecture == "llama" else save_tiny_model
+    gguf_write.write(save(tmp_path / "model", **changes), tmp_path / "x.gguf", kind="f32")
+    back = gguf.unpacked(tmp_path / "x.gguf")
+    first, second = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder)(torch.arange(20)[None]).logits
+        for folder in (tmp_path / "model", back)
+    )
+    assert torch.allclose(first, second, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "sentence"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "would differ from LlamaForCausalLM in log-probabilities"),
+        ("qwen2", {"hidden_act": "relu"}, "would differ from Qwen2ForCausalLM in log-probabilities"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "windows"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 1}, "windows"),
+    ],
+)
+def test_a_file_that_would_be_another_model_is_refused(
+    architecture: str, changes: dict[str, object], sentence: str, tmp_path: Path
+) -> None:
+    save: Callable[..., Path] = save_tiny_llama if architecture == "llama" else save_tiny_model
+    with pytest.raises(CountdownError, match=sentence):
+        gguf_write.write(save(tmp_path / "model", **changes), tmp_path / "x.gguf", kind="f16")
+    assert not (tmp_path / "x.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        ({"blk.0.attn_q.bias": "rope_freqs.weight"}, "Qwen2ForCausalLM does not use `rope_freqs.weight`"),
+        ({"blk.1.attn_k.weight": "blk.1.attn_sinks.weight"}, "Qwen2ForCausalLM does not use `blk.1.attn_sinks.weight`"),
+        ({"output_norm.weight": "output.weight"}, "."),
+    ],
+)
+def test_a_file_with_tensors_that_its_model_does_not_use_is_refused(
+    names: dict[str, str], sentence: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_write, "_require_equal", lambda *_, **__: None)
+    add = format_package.GGUFWriter.add_tensor
+    monkeypatch.setattr(
+        format_package.GGUFWriter, "add_tensor", lambda self, name, *rest: add(self, names.get(name, name), *rest)
+    )
+    gguf_write.write(tiny_folder, tmp_path / "x.gguf", kind="f32")
+    with pytest.raises(CountdownError, match=sentence):
+        gguf.unpacked(tmp_path / "x.gguf")
+
+
+def test_an_end_only_in_the_config_and_named_templates_are_written(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    end = transformers.AutoTokenizer.from_pretrained(folder).eos_token_id
+    configure(folder, "tokenizer_config.json", **{**settings, "eos_token": None})
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    assert isinstance(transformers.AutoTokenizer.from_pretrained(folder).chat_template, dict)
+    gguf_write.write(folder, tmp_path / "x.gguf", kind="f32")
+    back = transformers.AutoTokenizer.from_pretrained(gguf.unpacked(tmp_path / "x.gguf"))
+    assert (back.eos_token_id, back.chat_template) == (end, template)
 
 
 def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Loading refuses what does not fit; log-probabilities and their gradients are those of the plain model, row by row."""
 
+import json
 import socket
 import warnings
 from collections.abc import Callable
@@ -7,20 +8,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import configure
+from conftest import configure, save_tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model import attention as attention_module
 from grpo_cli.core.model.load import fix_order, load
 from grpo_cli.core.model.logprobs import token_logprobs
-from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.model.policy import Policy, Sequences, _write_older_rotary
 from grpo_cli.core.model.reference import Reference
+from grpo_cli.core.rl import warm_start
+from grpo_cli.core.rl.warm_start import Lesson
 from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import Engine, uniforms
-from grpo_cli.core.task.prompts import SYSTEM
+from grpo_cli.core.task.prompts import SYSTEM, prompt
+from grpo_cli.core.task.puzzle import Puzzle
 
 MESSAGES = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Make 13 of [3, 5, 2]."}]
 TEMPERATURE = 1.3
@@ -204,6 +217,18 @@ def not_a_number(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def changed(change: Callable[[torch.Tensor], torch.Tensor], *names: str) -> Callable[[Path], None]:
+    """Changes the weights whose names contain one of `names`, all by default."""
+
+    def write(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        for name in [name for name in weights if not names or any(part in name for part in names)]:
+            weights[name] = change(weights[name]).contiguous()
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return write
+
+
 SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing weights": (one_layer_more, "missing keys: model.layers.2.input_layernorm.weight and 11 more"),
     "unexpected weights": (one_layer_less, "unexpected keys: model.layers.1.input_layernorm.weight and 11 more"),
@@ -226,6 +251,12 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a negative width": (lambda f: configure(f, intermediate_size=-5), "cannot load"),
     "layers by name": (lambda f: configure(f, num_hidden_layers="many"), "describes many layers"),
     "weights that are not numbers": (not_a_number, "are not finite: model.layers.1.mlp.up_proj.weight"),
+    "zeros": (changed(torch.zeros_like), "are zeros: model.embed_tokens.weight"),
+    "embeddings of zeros": (changed(torch.zeros_like, "embed"), "are zeros: model.embed_tokens.weight"),
+    "layers of zeros": (changed(torch.zeros_like, "proj.weight"), "are zeros: model.layers.0"),
+    "integers": (changed(torch.Tensor.int), "are not floats of 16 bits or more: model.embed_tokens.weight (I32)"),
+    "bytes in a layer": (changed(torch.Tensor.byte, "layers.1.mlp.up"), "mlp.up_proj.weight (U8)"),
+    "8-bit floats": (changed(lambda one: one.to(torch.float8_e4m3fn), "mlp.up"), "mlp.up_proj.weight (F8_E4M3)"),
     "config nested deeply": (containing("config.json", b"[" * 100_000), "cannot load"),
     "a list for a config": (containing("config.json", b"[]"), "cannot load"),
     "two text models": (lambda f: configure(f, model_type="musicgen"), "Multiple valid text configs"),
@@ -307,7 +338,8 @@ def test_generation_settings_of_a_model_change_nothing(tiny_policy: Policy, fold
 def test_every_end_of_sequence_id_is_found(folder: Path) -> None:
     configure(folder, "generation_config.json", eos_token_id=[5, 7])
     policy = load(str(folder), device="cpu", precision="float32")
-    assert policy.end_ids == (5, 7, policy.tokenizer.eos_token_id)
+    usual = policy.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert policy.end_ids == (5, 7, policy.tokenizer.eos_token_id, usual)
 
 
 @pytest.mark.faults
@@ -381,3 +413,58 @@ def test_kernels_add_up_in_a_fixed_order_on_request() -> None:
 def test_attention_never_goes_to_cudnn(tiny_policy: Policy) -> None:
     """It plans anew for each shape, and every batch has another."""
     assert tiny_policy and not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "older"),
+    [
+        (Qwen2Config, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {"rope_theta": 5e5}),
+        (
+            LlamaConfig,
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 7e5, "factor": 2.0}},
+            {"rope_theta": 7e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        ),
+        (GPTNeoXConfig, {"rotary_pct": 0.5}, {"partial_rotary_factor": 0.5, "rope_theta": 10000}),
+        (GPT2Config, {}, {}),
+    ],
+)
+def test_a_saved_model_has_the_rotary_settings_that_transformers_4_reads(
+    kind: type[PretrainedConfig], changes: dict[str, object], older: dict[str, object], tmp_path: Path
+) -> None:
+    policy = load(str(save_tiny_model(tmp_path / "first", kind, **changes)), device="cpu", precision="float32")
+    policy.save(tmp_path / "second")
+    config = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert {key: config.get(key) for key in older} == older
+    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("first", "second"))
+    assert getattr(first.config, "rope_parameters", None) == getattr(second.config, "rope_parameters", None)
+    row = torch.arange(20)[None]
+    assert torch.equal(first(input_ids=row).logits, second(input_ids=row).logits)
+
+
+def test_rotary_settings_by_kind_of_layer_are_written_for_transformers_4(tmp_path: Path) -> None:
+    rope = {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"rope_parameters": rope}}))
+    _write_older_rotary(tmp_path / "config.json")
+    text = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    assert text == {"rope_parameters": rope, "rope_theta": 1e6, "rope_local_base_freq": 1e4}
+
+
+@pytest.mark.parametrize("end", ["<end_of_turn>", "<|eot_id|>", "<|end|>"])
+def test_a_usual_end_of_a_turn_ends_a_completion(end: str, folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([end], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    number = tokenizer.convert_tokens_to_ids(end)
+    assert {number, tokenizer.eos_token_id} <= set(load(str(folder), device="cpu", precision="float32").end_ids)
+
+
+def test_an_end_that_only_the_config_names_completes_an_answer(folder: Path) -> None:
+    end = json.loads((folder / "config.json").read_text())["eos_token_id"]
+    configure(folder, "tokenizer_config.json", eos_token=None)
+    policy = load(str(folder), device="cpu", precision="float32")
+    assert policy.tokenizer.eos_token_id is None and policy.end_id == end
+    lesson = Lesson(Puzzle((3, 5, 2), 13), prompt(Puzzle((3, 5, 2), 13), "zero-shot"), "5 * 2 + 3")
+    assert warm_start._sequences(policy, [lesson]).completions[0][-1] == end

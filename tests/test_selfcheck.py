@@ -208,3 +208,9 @@ def test_logits_scaled_or_capped_after_the_head_are_seen_in_every_precision(kind
     policy, outcome = checked(replace(loaded(model), precision=precision), SHORT)
     assert outcome.path == "packed, own logits"
     assert "changes logits after its output matrix" in outcome.sentence(policy)
+
+
+def test_a_model_whose_logits_are_all_zero_is_refused_on_every_path(tiny_policy: Policy) -> None:
+    torch.nn.init.zeros_(tiny_policy.model.get_output_embeddings().weight)
+    with pytest.raises(CountdownError, match="all zero or not finite"):
+        checked(tiny_policy)

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.names import require_gguf
 
-ENDS = {"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>"}
+ENDS = {"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<turn|>", "<|end|>"}
 CONTROL, USER_DEFINED = 3, 4  # token types of the format
 LLAMA3 = (  # of Llama 3's tokenizer
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -66,7 +66,7 @@ def unpacked(path: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unpacking-"))
         try:
-            with _errors(path):
+            with reading(path):
                 unpack(path, made)
             made.rename(folder)
         except OSError:
@@ -81,13 +81,20 @@ def unpack(path: Path, folder: Path) -> None:
     """Write the model of a GGUF file to `folder`: config.json, float32 safetensors, tokenizer, generation settings."""
     from gguf import GGUFReader
 
-    facts = {key: field.contents() for key, field in GGUFReader(path).fields.items()}
+    reader = GGUFReader(path)
+    facts = {key: field.contents() for key, field in reader.fields.items()}
+    tensors = {tensor.name for tensor in reader.tensors}
     tokenizer = build_tokenizer(facts)
     with _bar_for_terminals():
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, trust_remote_code=False, local_files_only=True, dtype="float32"
+        local: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
+        config = transformers.AutoConfig.from_pretrained(path.parent, **local)
+        for name, value in _settings(facts, tensors).items():
+            setattr(config, name, value)
+        loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, config=config, dtype="float32", output_loading_info=True, **local
         )
     model = cast("transformers.PreTrainedModel", loaded)
+    _require_used(model, str(facts["general.architecture"]), tensors, report["missing_keys"])
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights are dequantised; transformers would refuse to save them
@@ -98,6 +105,34 @@ def unpack(path: Path, folder: Path) -> None:
     plain.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _settings(facts: Mapping[str, Any], tensors: set[str]) -> dict[str, Any]:
+    """Settings of a Llama or Qwen2 config that transformers does not take from the file."""
+    architecture = facts["general.architecture"]
+    settings: dict[str, Any] = {}
+    if architecture in ("llama", "qwen2") and f"{architecture}.attention.key_length" in facts:
+        settings["head_dim"] = int(facts[f"{architecture}.attention.key_length"])
+    if architecture == "llama":
+        biases = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_gate.bias"}
+        settings |= {setting: True for setting, name in biases.items() if name in tensors}
+    return settings
+
+
+def _require_used(
+    model: transformers.PreTrainedModel, architecture: str, tensors: set[str], missing: Collection[str]
+) -> None:
+    """Refuse a file with tensors that the model does not use, or without some that it needs."""
+    loader = modeling_gguf_pytorch_utils
+    processor = loader.TENSOR_PROCESSORS.get(architecture, loader.TensorProcessor)(config=model.config.to_dict())
+    used = loader.get_gguf_hf_weights_map(model, processor)
+    unused = sorted(name for name in tensors - used.keys() if "_exps" not in name)  # experts are joined or split
+    for kind, names in (("does not use", unused), ("needs and the file lacks", sorted(missing))):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CountdownError(
+                f"{type(model).__name__} {kind} `{names[0]}`{more}", "use the model's Hugging Face folder"
+            )
 
 
 def build_tokenizer(facts: Mapping[str, Any]) -> transformers.PreTrainedTokenizerBase:
@@ -152,7 +187,7 @@ def _bar_for_terminals() -> Iterator[None]:
 
 
 @contextmanager
-def _errors(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """Turn the readers' errors for a damaged file, which have no common base, into one sentence."""
     noisy = logging.getLogger("transformers")
     level = noisy.level

@@ -6,6 +6,8 @@ For Qwen2 and Llama architectures with byte-level BPE tokenizers; others are ref
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -15,10 +17,14 @@ from tokenizers import pre_tokenizers
 from torch import Tensor
 
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.model.gguf import CONTROL, PRETOKENIZERS, USER_DEFINED
+from grpo_cli.core.model.gguf import CONTROL, PRETOKENIZERS, USER_DEFINED, reading, unpack
+from grpo_cli.core.model.load import attends_in_full, end_ids
+from grpo_cli.core.model.policy import PROBE, encode
 
 NORMAL, UNUSED = 1, 5  # token types of the format
 ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}
+PROBED, LARGEST = 48, 1e-3  # tokens of the probe; difference of a log-probability
+CONVERTER = "export without `--gguf`, and run llama.cpp's convert_hf_to_gguf.py on the folder"
 SPLIT_PROBE = "Make 25 of 3, 1234 and 2:  it's 3*(4+1)\n\n= 15 HELLO\tÄö"
 
 Type = Literal["f16", "f32"]
@@ -27,17 +33,18 @@ Type = Literal["f16", "f32"]
 def write(folder: Path, path: Path, *, kind: Type) -> None:
     """Write the model and tokenizer of `folder` to `path`; matrices in `kind`, vectors always in float32.
 
-    Raises CountdownError for an architecture, rotary scaling or tokenizer that cannot be written.
+    Reads the file back. Raises CountdownError for an architecture, rotary scaling or tokenizer that cannot be written,
+    and for a file that predicts otherwise than the folder.
     """
     from gguf import MODEL_ARCH, GGUFWriter, LlamaFileType, get_tensor_name_map
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     config, architecture = model.config, ARCHITECTURES.get(type(model).__name__)
-    if architecture is None or config.rope_parameters["rope_type"] != "default":
+    if architecture is None or config.rope_parameters["rope_type"] != "default" or not attends_in_full(config):
         raise CountdownError(
-            f"no GGUF writer for {type(model).__name__} with these rotary positions",
-            "export without `--gguf`, and run llama.cpp's convert_hf_to_gguf.py on the folder",
+            f"no GGUF writer for {type(model).__name__} with these rotary positions or windows", CONVERTER
         )
+    head = model.get_decoder().layers[0].self_attn.head_dim
     writer = GGUFWriter(path, architecture)
     writer.add_name(path.stem)
     writer.add_file_type(LlamaFileType.MOSTLY_F16 if kind == "f16" else LlamaFileType.ALL_F32)
@@ -48,16 +55,19 @@ def write(folder: Path, path: Path, *, kind: Type) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(model.get_decoder().layers[0].self_attn.head_dim)
+    writer.add_rope_dimension_count(head)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    _add_tokenizer(writer, folder, rows=config.vocab_size)
+    tokenizer = cast("Any", transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    _add_tokenizer(writer, tokenizer, end_ids(folder.name, model, tokenizer), rows=config.vocab_size)
     names = get_tensor_name_map(getattr(MODEL_ARCH, architecture.upper()), config.num_hidden_layers)
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        if architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            query = name.endswith("q_proj.weight")
+        if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
+            query = ".q_proj." in name
             weight = _interleaved(weight, config.num_attention_heads if query else config.num_key_value_heads)
         dtype = torch.float16 if kind == "f16" and weight.dim() > 1 else torch.float32
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), weight.to(dtype).numpy())
@@ -65,15 +75,34 @@ def write(folder: Path, path: Path, *, kind: Type) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    _require_equal(model, tokenizer, path, kind=kind)
+
+
+@torch.no_grad()
+def _require_equal(model: transformers.PreTrainedModel, tokenizer: Any, path: Path, *, kind: Type) -> None:
+    """Raise CountdownError unless the file reads back as the model, with matrices in `kind`, and its tokenizer."""
+    with reading(path), tempfile.TemporaryDirectory() as scratch:
+        unpack(path, Path(scratch))
+        back = transformers.AutoModelForCausalLM.from_pretrained(scratch, local_files_only=True, dtype=torch.float32)
+        prompts = [encode(one, PROBE) for one in (tokenizer, transformers.AutoTokenizer.from_pretrained(scratch))]
+    for weight in model.parameters() if kind == "f16" else ():
+        weight.copy_(weight.half() if weight.dim() > 1 else weight)
+    row = torch.linspace(0, model.config.vocab_size - 1, PROBED).long()[None]  # (1, T)
+    first, second = (one.eval()(input_ids=row).logits.log_softmax(dim=-1) for one in (model, back))
+    difference = float((first - second).abs().max())
+    if not difference <= LARGEST or prompts[0] != prompts[1]:
+        path.unlink()
+        what = f"log-probabilities by {difference:.2g}" if not difference <= LARGEST else "how it reads a prompt"
+        raise CountdownError(f"the GGUF file would differ from {type(model).__name__} in {what}", CONVERTER)
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:
     """Reorder a Llama head's rows: llama.cpp rotates neighbouring rows, transformers rotates halves."""
-    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape).contiguous()
+    return weight.view(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape).contiguous()
 
 
-def _add_tokenizer(writer: Any, folder: Path, *, rows: int) -> None:
-    tokenizer = cast("Any", transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True))
+def _add_tokenizer(writer: Any, tokenizer: Any, ends: Sequence[int], *, rows: int) -> None:
+    end = ends[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     added = tokenizer.added_tokens_decoder
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     unused = [f"[PAD{index}]" for index in range(len(tokens), rows)]
@@ -83,9 +112,9 @@ def _add_tokenizer(writer: Any, folder: Path, *, rows: int) -> None:
     writer.add_token_list([*tokens, *unused])
     writer.add_token_types([*kinds, *[UNUSED] * len(unused)])
     writer.add_token_merges([" ".join(pair) for pair in _merges(tokenizer)])
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_pad_token_id(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
-    writer.add_chat_template(tokenizer.chat_template)
+    writer.add_eos_token_id(end)
+    writer.add_pad_token_id(end if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    writer.add_chat_template(tokenizer.get_chat_template())  # `default`, of several named ones
     writer.add_add_bos_token(False)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,7 @@ from transformers.models.auto import modeling_auto
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.folder_checks import check_config, check_memory, weight_files
-from grpo_cli.core.model.gguf import unpacked
+from grpo_cli.core.model.gguf import ENDS, unpacked
 from grpo_cli.core.model.hub import check_download, check_repository
 from grpo_cli.core.model.names import is_gguf, require_model
 from grpo_cli.core.model.policy import Policy, checkpoint_layers, set_attention
@@ -31,6 +31,8 @@ CAUSAL = {
     for names in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     for architecture in ([names] if isinstance(names, str) else names)
 }
+FLOATS = ("F16", "BF16", "F32", "F64")
+RESAVE = "use an earlier save of the model"
 BUILTIN = Path(__file__).parents[1] / "builtin" / "model"
 
 
@@ -114,9 +116,9 @@ def load(
     model = _load_model(name, source, config, local=local, dtype=dtype)
     if gradient_checkpointing:
         use_checkpointing(name, model)
-    end_ids = _end_ids(name, model, tokenizer)
+    ends = end_ids(name, model, tokenizer)
     model.generation_config = transformers.GenerationConfig(
-        eos_token_id=list(end_ids), pad_token_id=tokenizer.pad_token_id
+        eos_token_id=list(ends), pad_token_id=tokenizer.pad_token_id
     )
     plain = not (attends_in_full(model.config.get_text_config()) and set_attention(model, plain=False))
     if plain:
@@ -124,7 +126,7 @@ def load(
     fused = place.type == "cuda" and not plain
     cached = caches_right(model.config)
     model = model if on_host else model.to(place)
-    return Policy(model, tokenizer, name, chosen, end_ids, plain=plain, cached=cached, fused=fused)
+    return Policy(model, tokenizer, name, chosen, ends, plain=plain, cached=cached, fused=fused)
 
 
 def use_checkpointing(name: str, model: transformers.PreTrainedModel) -> None:
@@ -195,26 +197,38 @@ def _check_size(name: str, folder: Path, config: transformers.PreTrainedConfig, 
         return  # said better where the weights are loaded
     check_memory(name, sum(path.stat().st_size for path in files), 1, free)
     with _load_errors(name):
-        tensors = [shape for path in files for shape in _shapes(path)]
-        held = sum(map(math.prod, tensors))
+        tensors = {key: stored for path in files for key, stored in _tensors(path).items()}
+        held = sum(math.prod(shape) for shape, _ in tensors.values())
         layers = int(getattr(config.get_text_config(), "num_hidden_layers", 0))
-        described = 0
+        described, weights = 0, list[str]()
         if layers <= len(tensors):
             with torch.device("meta"):
                 model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             described = sum(math.prod(parameter.shape) for parameter in model.parameters())
+            weights = [key for key, _ in model.named_parameters()]
     if layers > len(tensors) or not described <= 2 * held <= 4 * described:
         size = f"{described:,} weights" if described else f"{layers} layers"
         raise CountdownError(
             f"the config.json of `{name}` describes {size}, its files hold {held:,} in {len(tensors)} tensors",
             "save the model again",
         )
+    _require_floats(name, weights, tensors)
     check_memory(name, described, itemsize, free)
 
 
-def _shapes(path: Path) -> list[list[int]]:
+def _tensors(path: Path) -> dict[str, tuple[list[int], str]]:
+    """Shape and dtype of each tensor in a safetensors file."""
     with safe_open(path, framework="pt") as file:
-        return [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118 (it is no mapping)
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+        return {key: (tensor.get_shape(), tensor.get_dtype()) for key, tensor in slices.items()}
+
+
+def _require_floats(name: str, weights: Sequence[str], tensors: Mapping[str, tuple[list[int], str]]) -> None:
+    """Refuse integers and 8-bit floats in place of these weights, which would be read as if they were their values."""
+    ends = {key[start:] for key in weights for start in (0, *(i + 1 for i, char in enumerate(key) if char == "."))}
+    for key, (_, dtype) in tensors.items():
+        if dtype not in FLOATS and key in ends:  # others are buffers, such as masks
+            raise CountdownError(f"the weights of `{name}` are not floats of 16 bits or more: {key} ({dtype})", RESAVE)
 
 
 def _load_model(
@@ -240,11 +254,23 @@ def _load_model(
             raise CountdownError(
                 f"the weights of `{name}` do not fit its config.json ({problem})", "save the model again"
             )
-    for key, weight in model.named_parameters():
-        if not bool(torch.isfinite(weight).all()):
-            raise CountdownError(f"the weights of `{name}` are not finite: {key}", "use an earlier save of the model")
+    _check_values(name, model)
     model.eval()
     return model
+
+
+def _check_values(name: str, model: transformers.PreTrainedModel) -> None:
+    """Refuse weights that are not finite, embeddings of zeros, and models most of whose matrices are zeros."""
+    matrices, zeros = 0, []
+    embeddings = [part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part]
+    for key, weight in model.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise CountdownError(f"the weights of `{name}` are not finite: {key}", RESAVE)
+        matrices += weight.dim() > 1
+        if weight.dim() > 1 and not bool(weight.any()):
+            zeros.append((key, any(weight is one for one in embeddings)))
+    if any(embeds for _, embeds in zeros) or 2 * len(zeros) > matrices:
+        raise CountdownError(f"the weights of `{name}` are zeros: {zeros[0][0]}", RESAVE)
 
 
 def attends_in_full(config: transformers.PreTrainedConfig) -> bool:
@@ -328,14 +354,14 @@ def _check_vocabulary(
         )
 
 
-def _end_ids(
+def end_ids(
     name: str, model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase
 ) -> tuple[int, ...]:
-    """Every end-of-sequence id: those of the generation settings, the config and the tokenizer."""
-    end_ids: set[int] = set()
+    """Every end-of-sequence id: of the generation settings, the config, the tokenizer, and usual ends of a turn."""
+    ends = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special and str(token) in ENDS}
     configs = (model.generation_config, model.config, model.config.get_text_config())
     for ids in (*(getattr(config, "eos_token_id", None) for config in configs), tokenizer.eos_token_id):
-        end_ids |= {end for end in (ids if isinstance(ids, list) else [ids]) if isinstance(end, int)}
-    if not end_ids:
+        ends |= {end for end in (ids if isinstance(ids, list) else [ids]) if isinstance(end, int)}
+    if not ends:
         raise CountdownError(f"`{name}` has no end-of-sequence token", "set `eos_token` in its tokenizer_config.json")
-    return tuple(sorted(end_ids))
+    return tuple(sorted(ends))

@@ -108,6 +108,12 @@ class Policy:
         """The end of every prompt that counts for the completion: a tag that the template opens."""
         return opening(self.tokenizer)
 
+    @property
+    def end_id(self) -> int:
+        """The end-of-sequence token that completes an answer: the tokenizer's, or the model's."""
+        end = self.tokenizer.eos_token_id
+        return end if isinstance(end, int) else self.end_ids[0]
+
     def autocast(self) -> AbstractContextManager[object]:
         """The arithmetic of a forward pass: bfloat16 over float32 weights if the precision says so."""
         enabled = self.precision == "bf16-master" and not self.has_masters
@@ -261,8 +267,26 @@ class Policy:
         state = lora.merged_state(self.model) if self.adapter else None
         self.model.save_pretrained(path, safe_serialization=True, state_dict=state)
         self.tokenizer.save_pretrained(path)
+        _write_older_rotary(path / "config.json")
         for weights in path.glob("*.safetensors"):
             shutil.copymode(path / "config.json", weights)  # safetensors creates files that only the owner can read
+
+
+def _write_older_rotary(path: Path) -> None:
+    """Add the rotary settings in the form that transformers 4 reads: it ignores `rope_parameters`."""
+    config = json.loads(path.read_text("utf-8"))
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        rope = part.get("rope_parameters")
+        if not isinstance(rope, dict):
+            continue
+        rope, local = (rope.get(kind, rope) for kind in ("full_attention", "sliding_attention"))
+        older = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+        if rope.get("rope_type", "default") != "default":
+            older["rope_scaling"] = {key: value for key, value in rope.items() if key not in older}
+        if local is not rope and "rope_theta" in local:
+            older["rope_local_base_freq"] = local["rope_theta"]
+        part.update({key: value for key, value in older.items() if part.get(key) is None})
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def set_attention(model: transformers.PreTrainedModel, *, plain: bool) -> bool:

@@ -288,7 +288,7 @@ def _backward(policy: Policy, sequences: Sequences, count: int, micro_batch: Mic
 
 def _sequences(policy: Policy, batch: Sequence[Lesson]) -> Sequences:
     """Prompts with their completions, each followed by the first end-of-sequence token."""
-    end = policy.tokenizer.eos_token_id
+    end = policy.end_id
     answers = (policy.encode_completion(lesson.completion) for lesson in batch)
     prompts = [policy.encode(lesson.messages) for lesson in batch]
     return Sequences(prompts, [[*answer, end] for answer in answers], list(range(len(batch))))

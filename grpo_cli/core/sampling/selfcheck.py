@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 import time
@@ -77,6 +78,10 @@ class Outcome:
 
 class Disagreement(Exception):
     """A path computes something else than the model."""
+
+
+class NotNumbersError(Disagreement):
+    """What the model computes are not numbers to compare."""
 
 
 def load_checked(
@@ -152,7 +157,7 @@ def checked(
             candidate = _on(policy, path)
             try:
                 gap = _gap(candidate, prompts, checkpointing=checkpointing)
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, NotNumbersError):
                 raise
             except Exception as error:  # whatever an unknown architecture raises, or a disagreement
                 reasons.append(_one_line(error))
@@ -316,7 +321,11 @@ def _arithmetic(policy: Policy) -> str:
 
 
 def _ratio(difference: Tensor, whole: Tensor) -> float:
-    return float(difference.norm() / whole.norm())
+    """Relative difference from the plain forward's numbers; raises NotNumbersError if they are all 0 or not finite."""
+    norm = float(whole.norm())
+    if not 0 < norm < math.inf:
+        raise NotNumbersError("its logits or gradients are all zero or not finite")
+    return float(difference.norm()) / norm
 
 
 def _agree(policy: Policy, differences: Tensor) -> bool:
