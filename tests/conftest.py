@@ -18,7 +18,7 @@ os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"  # be
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
 
 from grpo_cli.cli import app as cli
-from grpo_cli.cli import train as train_command
+from grpo_cli.cli import artifacts
 from grpo_cli.core.builtin.tokenizer import train_tokenizer
 from grpo_cli.core.config.settings import Loss, Settings
 from grpo_cli.core.evals.evaluate import Evaluation
@@ -143,7 +143,7 @@ def countdown(
 ) -> Command:
     """Run `countdown ARGUMENTS` in an empty folder; trainings draw no curves, half the time of a small one."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_command, "draw", lambda *_: [])
+    monkeypatch.setattr(artifacts, "draw", lambda *_: [])
     monkeypatch.setattr(Path, "home", lambda: tmp_path_factory.getbasetemp())  # where outcomes of self-checks are kept
     for name in [name for name in os.environ if name.startswith("COUNTDOWN_")]:
         monkeypatch.delenv(name)

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["grpo_cli.cli.train", "transformers.models.qwen2.modeling_qwen2"])
+CONTEXT.set_forkserver_preload(
+    ["grpo_cli.cli.app", "grpo_cli.core.rl.build", "transformers.models.qwen2.modeling_qwen2"]
+)
 
 
 class Forked:
@@ -54,7 +56,7 @@ def _countdown(
 ) -> None:
     from grpo_cli.cli.app import main
 
-    vars(import_module("grpo_cli.cli.train"))["draw"] = lambda *_: []
+    vars(import_module("grpo_cli.cli.artifacts"))["draw"] = lambda *_: []
     os.chdir(folder)
     os.environ.update(environ)
     for descriptor in (1, 2):

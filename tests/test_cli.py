@@ -9,14 +9,15 @@ import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import SMALL, Command
 from forked import Forked
 
 import grpo_cli.cli.eval as eval_command
-from grpo_cli.cli.checks import Chosen
-from grpo_cli.cli.models import load
+from grpo_cli.cli.models import Chosen, load
+from grpo_cli.core.config import resolve as config
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.sampling.decode import ShrinkingSampler
 from grpo_cli.core.task.countdown import Countdown
@@ -30,6 +31,26 @@ def test_help_lists_the_five_commands(countdown: Command) -> None:
     assert found.code == 0
     for command in ("gen-data", "train", "eval", "solve", "plot"):
         assert f" {command} " in found.out
+
+
+@pytest.mark.parametrize("purpose", [["--run", "one"], ["--dry-run"]])
+def test_a_training_resolves_its_settings_and_builds_its_task_once(
+    countdown: Command, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, purpose: list[str]
+) -> None:
+    """A reward of one's own says when its file is run."""
+    name = f"own{len(purpose)}.py"
+    (tmp_path / name).write_text("print('loaded')\ndef even(completion, puzzle):\n    return len(completion) % 2\n")
+    resolved, resolve = list[object](), config.resolve
+
+    def counted(**given: Any) -> config.Resolved:
+        resolved.append(given)
+        return resolve(**given)
+
+    monkeypatch.setattr(config, "resolve", counted)
+    result = countdown("train", "--model", tiny_folder, *SMALL, "--reward", f"{name}:even", *purpose)
+    assert result.code == 0, result.err
+    assert len(resolved) == 1
+    assert (result.out + result.err).count("loaded") == 1
 
 
 def test_gen_data_loads_neither_torch_nor_matplotlib() -> None:
@@ -145,7 +166,10 @@ def test_dry_run_shows_sources_and_a_prompt_and_trains_nothing(
     assert found.code == 0
     assert "train.batch_size 3 flag --batch-size" in shown
     assert "train.seed 7 COUNTDOWN_TRAIN_SEED" in shown
-    assert "a prompt of" in shown and "<|im_start|>" in shown
+    assert "fits: " in shown and "<|im_start|>" in shown and "train.learning_rate" not in shown
+    found = countdown("train", "--dry-run", "--batch-size", 3, "-v")
+    shown = " ".join(found.out.split())
+    assert "a prompt of" in shown and "train.learning_rate" in shown and "memory in GB" in shown
     assert not (tmp_path / "runs").exists()
 
 
@@ -304,12 +328,15 @@ def test_a_puzzle_without_a_solution_is_told_before_a_model_loads(countdown: Com
 
 @pytest.mark.faults
 def test_what_is_no_puzzle_is_refused_before_torch_is_loaded(tmp_path: Path) -> None:
-    code = (
-        "import sys; from grpo_cli.cli.app import app\nfor question in ('what is love', '4 7 3 = 2 5', '-1 2 = x'):\n"
-    )
+    code = "import sys; from grpo_cli.cli.app import app\nfor question in ('what is love', '4 7 3 = 2 5', '1 2 = x'):\n"
     code += "    try: app(['solve', question])\n    except Exception as error: print(error, 'torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert found.stdout == "there is no puzzle in the question False\n" * 3, found.stderr
+
+
+def test_a_puzzle_that_begins_with_a_negative_number_is_explained(countdown: Command) -> None:
+    found = countdown("solve", "-1 2 = 3")
+    assert found.code == 2 and "a puzzle has positive numbers" in found.err
 
 
 def test_gen_data_does_not_compress_and_dash_is_stdout(countdown: Command, tmp_path: Path) -> None:
@@ -411,7 +438,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
 
 @pytest.mark.faults
 def test_ctrl_c_elsewhere_is_exit_code_130(countdown: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grpo_cli.cli.gen_data.generate", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("grpo_cli.core.task.data.generate", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     found = countdown("gen-data", "--count", 5)
     assert found.code == 130
     assert "Traceback" not in found.err

@@ -35,8 +35,8 @@ from grpo_cli.core.task.data import puzzle_set
 pytestmark = pytest.mark.faults
 
 # Commands are imported when they are called; here before a test patches what they import.
-for _command in ("train", "eval", "solve", "plot"):
-    import_module(f"grpo_cli.cli.{_command}")
+for _module in ("core.rl.build", "core.evals.compare", "ui.eval_tables", "ui.live", "ui.report", "ui.figures"):
+    import_module(f"grpo_cli.{_module}")
 import_module("multiprocessing.popen_fork")  # `read_only` is another user, who may have no right to import
 
 Damage = Callable[[Path], None]
@@ -185,13 +185,13 @@ def test_a_disk_that_fills_up_while_saving_leaves_what_was_there(run: Run, tiny_
 def test_a_run_that_goes_on_stays_what_it_is(tmp_path: Path, key: str, value: object) -> None:
     saved = config.resolve(has_cuda=lambda: False).settings.model_dump()
     with pytest.raises(CountdownError, match=f"cannot change {key} from .* to {value}"):
-        config.go_on(saved, tmp_path / "config.json", flags={key: value})
+        config.resume_settings(saved, tmp_path / "config.json", flags={key: value})
 
 
 def test_a_run_that_goes_on_may_be_longer_and_log_otherwise(tmp_path: Path) -> None:
     saved = config.resolve(has_cuda=lambda: False).settings.model_dump()
     flags = {"train.num_iterations": 7, "train.eval_every": 3, "train.save_every": 2, "train.keep_last": 5}
-    found = config.go_on(saved, tmp_path / "config.json", flags=flags).settings.train
+    found = config.resume_settings(saved, tmp_path / "config.json", flags=flags).settings.train
     assert (found.num_iterations, found.eval_every, found.save_every, found.keep_last) == (7, 3, 2, 5)
 
 
@@ -330,7 +330,7 @@ def test_curves_that_cannot_be_drawn_do_not_end_a_training(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("grpo_cli.cli.train.draw", full)
+    monkeypatch.setattr("grpo_cli.cli.artifacts.draw", full)
     found = countdown("train", "--model", tiny_folder, "--run", "first", *SHORT)
     assert found.code == 0
     assert found.err.count("the curves were not drawn: ") == 3
@@ -690,7 +690,7 @@ def test_a_signal_at_any_moment_saves_the_last_completed_step_and_changes_nothin
     number: int,
     code: int,
 ) -> None:
-    monkeypatch.setattr("grpo_cli.cli.train.draw", lambda *_: [])  # most of the time of so small a training
+    monkeypatch.setattr("grpo_cli.cli.artifacts.draw", lambda *_: [])  # most of the time of so small a training
     place, wrap, saved = MOMENTS[moment]
     handlers = [signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)]
     with monkeypatch.context() as patch:

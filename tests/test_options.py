@@ -58,7 +58,7 @@ def test_single_settings_can_be_chosen() -> None:
 @pytest.mark.parametrize("width", [80, 140])
 @pytest.mark.parametrize("names", [EVERYTHING, ("eval",)])
 def test_every_setting_is_in_the_help_in_full(names: tuple[str, ...], width: int) -> None:
-    output, _ = invoke(names, "--help", width=width)
+    output, _ = invoke(names, "--help" if names == ("eval",) else "--help-all", width=width)
     words = output.split()
     keys = [key for key in FIELDS if key in names or key.partition(".")[0] in names]
     assert [key for key in keys if flag(key) not in words] == []
@@ -66,7 +66,7 @@ def test_every_setting_is_in_the_help_in_full(names: tuple[str, ...], width: int
 
 
 def test_the_help_shows_panel_default_and_choices() -> None:
-    output, _ = invoke(EVERYTHING, "--help", width=140)
+    output, _ = invoke(EVERYTHING, "--help-all", width=140)
     panels = [line.split()[1] for line in output.splitlines() if line.startswith("╭")]
     assert panels[-6:] == ["Model", "Sampling", "Loss", "Optimization", "Schedule", "Output"]
     text = " ".join(output.replace("│", "").split())
@@ -78,13 +78,13 @@ def test_choices_are_completed() -> None:
     command = settings_command("loss")("x", callback=lambda: None)
     assert isinstance(command, TyperCommand)
     ctx = command.make_context("x", [])
-    option = next(param for param in command.params if "--loss-type" in param.opts)
+    option = next(param for param in command.get_params(ctx) if "--loss-type" in param.opts)
     items = [item.value for item in option.shell_complete(ctx, "d")]
     assert items == [choice for choice in choices("loss.loss_type") if choice.startswith("d")] == ["dapo", "dr_grpo"]
 
 
 def help_text(*line: str) -> str:
-    output, _ = invoke(EVERYTHING, *line, "--help", width=160)
+    output, _ = invoke(EVERYTHING, *line, "--help-all", width=160)
     return " ".join(output.replace("│", "").split())
 
 

@@ -21,7 +21,7 @@ from forked import Forked
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from grpo_cli.cli.launch import Place, place
+from grpo_cli.cli.launch import ProcessInfo, process_info
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.world import World, join
 
@@ -113,13 +113,13 @@ def test_a_launcher_is_known_by_its_environment() -> None:
         "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "TORCHELASTIC_RESTART_COUNT": "2",
     }  # fmt: skip
     slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}
-    assert place(torchrun) == Place(3, 8, 1, restarts=2)
-    assert place(slurm) == place({}) == Place()
-    assert place(slurm | {"MASTER_ADDR": "node1"}) == Place(5, 16, 1)
+    assert process_info(torchrun) == ProcessInfo(3, 8, 1, restarts=2)
+    assert process_info(slurm) == process_info({}) == ProcessInfo()
+    assert process_info(slurm | {"MASTER_ADDR": "node1"}) == ProcessInfo(5, 16, 1)
     with pytest.raises(CountdownError, match="RANK=x"):
-        place(torchrun | {"RANK": "x"})
+        process_info(torchrun | {"RANK": "x"})
     with pytest.raises(CountdownError, match="a rank 3 among 3 processes"):
-        place(torchrun | {"WORLD_SIZE": "3"})
+        process_info(torchrun | {"WORLD_SIZE": "3"})
 
 
 def test_one_process_sums_and_gathers_nothing() -> None:
@@ -154,7 +154,7 @@ def test_one_process_never_starts_torch_distributed(tiny_folder: Path, tmp_path:
     code += "def refuse(*_, **__): raise SystemExit(9)\ndist.init_process_group = refuse\n"
     code += "def loaded(): print('torch.distributed.rendezvous' in set(sys.modules) - before, dist.is_initialized())\n"
     code += "import grpo_cli.cli.train as train; shown = train.write_card\n"
-    code += "train.write_card = lambda run: (shown(run), loaded())"
+    code += "train.write_card = lambda *given: (shown(*given), loaded())"
     process = Forked(tmp_path, "train", "--model", tiny_folder, "--run", "one", *SMALL, code=code)
     ended, output = process.ended()
     assert ended == 0, output
@@ -387,7 +387,9 @@ def wait_for(found: Callable[[], bool], seconds: float = 60) -> None:
 
 def test_nccl_is_bound_to_the_device_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
-    monkeypatch.setattr(sys.modules["torch.distributed.rendezvous"], "rendezvous", lambda *_, **__: iter([(None, 1, 2)]))
+    monkeypatch.setattr(
+        sys.modules["torch.distributed.rendezvous"], "rendezvous", lambda *_, **__: iter([(None, 1, 2)])
+    )
     monkeypatch.setattr(c10d, "PrefixStore", lambda *_: None)
     monkeypatch.setattr(c10d, "init_process_group", lambda *_, **options: given.update(options))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)

@@ -2,49 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import typer
 
-from grpo_cli.cli.checks import resolve
-from grpo_cli.cli.runs import best_step_of
-from grpo_cli.core.config.resolve import restore
-from grpo_cli.core.config.settings import values
+from grpo_cli.cli.artifacts import card_of
+from grpo_cli.cli.options import ConfigFile, Overwrite, completion, resolve
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.model.names import HUB_ID
-from grpo_cli.core.run.export import CARD, check_destination, export, license_of
-from grpo_cli.core.run.folder import Run
-from grpo_cli.core.run.models import model_source
 from grpo_cli.ui import text
-from grpo_cli.ui.card import CardFacts, model_card
+
+SETTINGS = ("runs",)
 
 
-def run(
+def export(
     ctx: typer.Context,
-    *,
-    name: str,
-    folder: Path,
-    merge: bool,
-    gguf: Literal["f16", "f32"] | None,
-    push: str | None,
-    overwrite: bool,
-    config: Path | None,
+    name: Annotated[
+        str, typer.Argument(metavar="RUN", help="run whose best model to export", autocompletion=completion("run"))
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder to write", show_default=False)],
+    merge: Annotated[bool, typer.Option("--merge", help="merge a LoRA adapter into its base model")] = False,
+    gguf: Annotated[
+        Literal["f16", "f32"] | None, typer.Option(help="add a GGUF file, with matrices of this type")
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(help="upload the folder to this repository of the hub", metavar="<owner/name>")
+    ] = None,
+    overwrite: Overwrite = False,
+    config: ConfigFile = None,
 ) -> None:
-    """Write the folder, print the path of each file, and upload it if `push` names a repository."""
+    """Write a run's best model and its model card to a folder in Hugging Face format.
+
+    Nothing is uploaded without --push. Example: countdown export first shared/first
+    """
+    from grpo_cli.core.config.resolve import restore
+    from grpo_cli.core.model.names import HUB_ID
+    from grpo_cli.core.run import export as files
+    from grpo_cli.core.run.folder import Run
+    from grpo_cli.core.run.models import model_source
+
     root = Path(resolve(ctx, config).settings.runs)
-    chosen = Run.open(root, name)
-    model_source(root, chosen.name)
-    chosen.read_origin()
-    check_destination(folder, overwrite=overwrite)
+    run = Run.open(root, name)
+    model_source(root, run.name)
+    run.read_origin()
+    files.check_destination(folder, overwrite=overwrite)
     if push is not None and not HUB_ID.fullmatch(push):
         raise CountdownError(f"`{push}` cannot name a repository", "use `owner/name`")
-    is_adapter = chosen.adapter_path.is_dir()
-    if merge and not is_adapter:
-        raise CountdownError(f"run `{chosen.name}` has no adapter to merge", "leave out `--merge`")
-    if gguf and is_adapter and not merge:
+    has_adapter = run.adapter_path.is_dir()
+    if merge and not has_adapter:
+        raise CountdownError(f"run `{run.name}` has no adapter to merge", "leave out `--merge`")
+    if gguf and has_adapter and not merge:
         raise CountdownError("a GGUF file holds a whole model, not an adapter", "add `--merge`")
     if gguf and find_spec("gguf") is None:
         raise CountdownError("`--gguf` needs the extra `gguf`", "pip install 'countdown-grpo[gguf]'")
@@ -53,45 +61,14 @@ def run(
         if gguf:
             from grpo_cli.core.model.gguf_write import write  # loads torch
 
-            write(staged, staged / f"{chosen.name}-{gguf}.gguf", kind=gguf)
+            write(staged, staged / f"{run.name}-{gguf}.gguf", kind=gguf)
 
-    is_adapter = is_adapter and not merge
-    source, card = (chosen.adapter_path if is_adapter else chosen.model_path), card_of(chosen, is_adapter=is_adapter)
-    for path in export(source, folder, card, overwrite=overwrite, convert=convert):
+    is_adapter = has_adapter and not merge
+    settings = restore(run.read_config(), run.config_path).settings
+    card, source = card_of(run, settings, is_adapter=is_adapter), run.adapter_path if is_adapter else run.model_path
+    for path in files.export(source, folder, card, overwrite=overwrite, convert=convert):
         print(path)
     if push is not None:
         from grpo_cli.core.run.hub import push as upload  # imports huggingface_hub; the only network access
 
         text.note(f"pushed to {upload(folder, push)}")
-
-
-def _contamination(summary: Mapping[str, object]) -> str:
-    if not summary:
-        return "evaluation puzzles that were trained on are counted when the training ends"
-    overlap, count = summary.get("overlap"), summary.get("puzzles")
-    if not isinstance(overlap, int):
-        return "which evaluation puzzles the base model was trained on is not known"
-    return f"{overlap} of the {count} evaluation puzzles are known to have been trained on"
-
-
-def write_card(chosen: Run) -> None:
-    """Write the model card beside a run's best model, if there is one."""
-    if chosen.model_path.is_dir():
-        (chosen.model_path / CARD).write_text(card_of(chosen), encoding="utf-8")
-
-
-def card_of(chosen: Run, *, is_adapter: bool = False) -> str:
-    """The model card of a run's best model, or of its adapter."""
-    settings = values(restore(chosen.read_config(), chosen.config_path).settings)
-    base = str(settings["model.model"])
-    facts = CardFacts(
-        name=chosen.name,
-        base_model=base,
-        license=license_of(base),
-        settings=settings,
-        evaluations=chosen.evaluations(),
-        best_step=best_step_of(chosen.metrics()),
-        contamination=_contamination(chosen.read_summary() or {}),
-        is_adapter=is_adapter,
-    )
-    return model_card(facts)

@@ -9,15 +9,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Self, TextIO, cast
+from typing import TYPE_CHECKING, Any, Self, TextIO, cast
 
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.rl.observer import Control
+from grpo_cli.core.rl.observer import Control, Interrupted
 from grpo_cli.ui import text as show
+
+if TYPE_CHECKING:
+    from grpo_cli.core.config.settings import Settings
+    from grpo_cli.core.world import World
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessInfo:
     """The rank of this process among `size`, and its `local_rank` on its machine."""
 
     rank: int = 0
@@ -31,14 +35,14 @@ class Place:
 _NAMES = [("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")]
 
 
-def place(environ: Mapping[str, str] = os.environ) -> Place:
+def process_info(environ: Mapping[str, str] = os.environ) -> ProcessInfo:
     """This process's rank; rank 0 of 1 without a launcher.
 
     A SLURM job counts as a launcher if MASTER_ADDR and MASTER_PORT are set.
     """
     names = next((names for names in _NAMES if all(name in environ for name in names)), None)
     if names is None or "MASTER_ADDR" not in environ:
-        return Place()
+        return ProcessInfo()
     variables = [*names, "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"]
     values = [environ.get(name, "0") for name in variables]
     bad = [f"{name}={text}" for name, text in zip(variables, values, strict=True) if not text.isdecimal()]
@@ -47,7 +51,52 @@ def place(environ: Mapping[str, str] = os.environ) -> Place:
     rank, size, *rest = map(int, values)
     if rank >= size:
         raise CountdownError(f"the launcher's environment has a rank {rank} among {size} processes")
-    return Place(rank, size, *rest)
+    return ProcessInfo(rank, size, *rest)
+
+
+@contextmanager
+def joined(settings: Settings) -> Iterator[World]:
+    """The world of the processes that a launcher started, one GPU each; of one process without a launcher.
+
+    An error names its rank, and is shown by the first rank to fail; the others end in silence.
+    """
+    from grpo_cli.core.world import World
+
+    process = process_info()
+    if process.size == 1:
+        yield World()
+        return
+    world = _join(process, settings)
+    try:
+        yield world
+    except Interrupted:
+        raise
+    except Exception as error:  # of any kind: it must not be lost among the launcher's own
+        show.silence(not world.fails_first())
+        sentence = error.message if isinstance(error, CountdownError) else " ".join(str(error).split())
+        hint = getattr(error, "hint", "the last checkpoint is intact: continue with `--resume`")
+        code = getattr(error, "exit_code", 1)
+        name = f"rank {world.rank} of {world.size}"
+        raise CountdownError(f"{name}: {sentence or type(error).__name__}", hint, exit_code=code) from error
+    world.leave()
+
+
+def _join(process: ProcessInfo, settings: Settings) -> World:
+    import torch
+
+    from grpo_cli.core.model.load import detect_device
+    from grpo_cli.core.world import join
+
+    device = detect_device(settings.model.device)
+    if device.type == "cuda":
+        devices = torch.cuda.device_count()
+        if process.local_rank >= devices:
+            raise CountdownError(
+                f"process {process.local_rank} of this machine has no GPU of its own: there are {devices}",
+                "start one process per GPU with `--nproc-per-node`",
+            )
+        torch.cuda.set_device(process.local_rank)
+    return join(process.rank, process.size, device=device, timeout=settings.ranks.timeout, attempt=process.restarts)
 
 
 @contextmanager

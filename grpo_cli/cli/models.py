@@ -1,73 +1,93 @@
-"""Load models and join the ranks, for commands that run a model."""
+"""The models that commands run: their settings, how they are loaded, and how many completions are decoded at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import gc
+import os
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+import typer
 
-from grpo_cli.cli.checks import Chosen
-from grpo_cli.cli.launch import place
-from grpo_cli.core.config.settings import Settings
-from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.microbatch import MicroBatch
-from grpo_cli.core.model.load import detect_device
-from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.perf import memory
-from grpo_cli.core.rl.observer import Interrupted
-from grpo_cli.core.sampling.selfcheck import load_checked
-from grpo_cli.core.world import World, join
+from grpo_cli.cli.launch import process_info
+from grpo_cli.cli.options import flags, resolve
 from grpo_cli.ui import text as show
+
+if TYPE_CHECKING:
+    from grpo_cli.core.config.settings import Settings
+    from grpo_cli.core.microbatch import MicroBatch
+    from grpo_cli.core.model.policy import Policy
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A model's name, the folder or hub id to load it from, and its settings."""
+
+    name: str
+    source: str
+    settings: Settings
+
+
+def choose(ctx: typer.Context, config_file: Path | None, names: list[str] | None) -> list[Chosen]:
+    """Each model with its settings; without names the newest run, else builtin.
+
+    A run has its own settings, other models those of the invocation. Raises CountdownError if there is no such model.
+    """
+    from grpo_cli.core.config.resolve import restore
+    from grpo_cli.core.run.folder import Run, find_run
+    from grpo_cli.core.run.models import model_source
+
+    asked = resolve(ctx, config_file).settings
+    root, given = Path(asked.runs), flags(ctx)
+    if not names:
+        newest = Run.newest(root)
+        names = [newest.name if newest is not None else "builtin"]
+    chosen = []
+    for name in names:
+        settings, run = asked, find_run(root, name)
+        source = model_source(root, name)
+        if run is not None:
+            kept = {key: value for key, value in given.items() if key not in ("preset", "runs")}
+            settings = restore(run.read_config(), run.config_path, flags=kept).settings
+        elif name == "builtin" and "preset" not in given and asked.preset != "builtin":
+            settings = resolve(ctx, config_file, preset="builtin").settings
+        warn_of_folder(root, name)
+        chosen.append(Chosen(name, source, settings))
+    return chosen
+
+
+def warn_of_folder(root: Path, name: str) -> None:
+    """Warn if a folder has the name of the built-in model."""
+    if name == "builtin" and os.path.isdir(root / name):
+        show.warning(f"`{name}` is the built-in model, not the folder `{root / name}`")
+
+
+def import_libraries() -> None:
+    """Import torch and transformers with garbage collection paused, which takes a third of the time."""
+    gc.disable()
+    try:
+        import_module("grpo_cli.core.sampling.selfcheck")
+    finally:
+        gc.enable()
 
 
 def load(chosen: Chosen) -> Policy:
     """Load a model for sampling."""
+    import_libraries()
+    from grpo_cli.core.sampling.selfcheck import load_checked
+
     model = chosen.settings.model
     return load_checked(chosen.source, name=chosen.name, device=model.device, precision=model.precision, note=show.note)
 
 
 def at_once(settings: Settings, rows: int = 0) -> MicroBatch:
     """At most `rows` completions at once, 0 for all; fewer if memory runs out, on a CPU before it does."""
+    from grpo_cli.core.microbatch import MicroBatch
+    from grpo_cli.core.model.load import detect_device
+    from grpo_cli.core.perf import memory
+
     on_cpu = detect_device(settings.model.device).type == "cpu"
-    return MicroBatch(rows, limit=memory.host_limit(ranks=place().size) if on_cpu else 0, report=show.note)
-
-
-@contextmanager
-def joined(settings: Settings) -> Iterator[World]:
-    """The world of the processes that a launcher started, one GPU each; of one process without a launcher.
-
-    A rank that fails raises its error with its name, on the first of them to fail; the others end in silence.
-    """
-    world = _join(settings)
-    if world.size == 1:
-        yield world
-        return
-    try:
-        yield world
-    except Interrupted:
-        raise
-    except Exception as error:  # of any kind: it must not be lost among the launcher's own
-        show.silence(not world.fails_first())
-        sentence = error.message if isinstance(error, CountdownError) else " ".join(str(error).split())
-        hint = getattr(error, "hint", "the last checkpoint is intact: continue with `--resume`")
-        code = getattr(error, "exit_code", 1)
-        name = f"rank {world.rank} of {world.size}"
-        raise CountdownError(f"{name}: {sentence or type(error).__name__}", hint, exit_code=code) from error
-    world.leave()
-
-
-def _join(settings: Settings) -> World:
-    process = place()
-    if process.size == 1:
-        return World()
-    device = detect_device(settings.model.device)
-    if device.type == "cuda":
-        devices = torch.cuda.device_count()
-        if process.local_rank >= devices:
-            raise CountdownError(
-                f"process {process.local_rank} of this machine has no GPU of its own: there are {devices}",
-                "start one process per GPU with `--nproc-per-node`",
-            )
-        torch.cuda.set_device(process.local_rank)
-    return join(process.rank, process.size, device=device, timeout=settings.ranks.timeout, attempt=process.restarts)
+    limit = memory.host_limit(ranks=process_info().size) if on_cpu else 0
+    return MicroBatch(rows, limit=limit, report=show.note)

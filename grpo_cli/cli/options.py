@@ -1,22 +1,32 @@
-"""Make one command-line option for every setting, from its declaration.
+"""The options of commands: one for every setting, made from its declaration, and the settings that they give.
 
-Options are built when a command parses its line or shows its help, so `countdown --help` does not import pydantic.
+Options are made when a command parses its line or shows its help, so `countdown --help` does not import pydantic.
 `config.resolve` validates the values of all layers.
 """
 
 from __future__ import annotations
 
-import inspect
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer._coercion import resolve_type_descriptor
+from typer.core import TyperCommand, TyperGroup, TyperOption
+from typer.models import OptionInfo
+
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.ui import text as show
+
+if TYPE_CHECKING:
+    from grpo_cli.core.config.resolve import Resolved
+    from grpo_cli.core.config.settings import Settings
+    from grpo_cli.core.task.task import Task
 
 PANELS = ("Model", "Sampling", "Loss", "Optimization", "Schedule", "Output", "Ranks")
+MANY = 40  # settings from which a command hides its advanced ones
 _METAVARS: dict[object, str] = {int: "<int>", float: "<float>"}
 _COMPLETED: dict[str, Any] = {
     "preset": "preset",
@@ -24,16 +34,57 @@ _COMPLETED: dict[str, Any] = {
     "model.model": "model",
     "model.ref_model": "model",
 }
-_HELP = {"-h", "--help"}
-_NEGATIVE = re.compile(r"-[0-9].*[\s=]")  # a puzzle that begins with a negative number is not an option
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, either of them in WSL
+_TEXT = resolve_type_descriptor(annotation=str, parameter_info=OptionInfo())
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="settings file; default: ./config.toml", metavar="<file>")
+]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace existing output")]
 
 
-def settings_command(*names: str) -> type[TyperCommand]:
-    """A command class, for `@app.command(cls=...)`, with an option per setting in `names`: tables or single settings.
+def resolve(ctx: typer.Context, config_file: Path | None, **given: object) -> Resolved:
+    """The settings of this invocation; `given` settings replace its flags, as `task__task="countdown"`.
 
-    The command reads the options with `flags(ctx)`. Example: `settings_command("task", "model.device")`.
+    The preset may depend on whether there is a GPU: torch is imported to find out if there is a driver.
     """
-    return type("SettingsCommand", (_SettingsCommand,), {"names": names})
+    from grpo_cli.core.config.resolve import resolve
+
+    replaced = {key.replace("__", "."): value for key, value in given.items()}
+    return resolve(flags=flags(ctx) | replaced, environ=os.environ, config_file=config_file, has_cuda=_has_cuda)
+
+
+def _has_cuda() -> bool:
+    if not _has_driver():
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _has_driver() -> bool:
+    return any(map(os.path.exists, _GPU_DRIVERS)) and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+
+
+def require_package(package: str) -> None:
+    """Raise CountdownError if a package that is imported later is missing."""
+    if find_spec(package) is None:
+        raise CountdownError(
+            f"the package `{package}` is not installed", "install `countdown-grpo` again, with all it needs"
+        )
+
+
+def read_files(settings: Settings) -> Task:
+    """The task of the settings, with its puzzle files read and its code files run."""
+    from grpo_cli.core.task.countdown import task_of
+
+    for path in (settings.task.task, settings.reward.reward.rpartition(":")[0]):
+        if path.endswith(".py") and Path(path).is_file():
+            show.note(f"running `{path}`")
+    task = task_of(settings)
+    _ = task.files
+    return task
 
 
 def flags(ctx: typer.Context) -> dict[str, object]:
@@ -46,12 +97,133 @@ def give(ctx: typer.Context, key: str, value: int) -> None:
     ctx.meta.setdefault(__name__, {})[key] = str(value)
 
 
+def settings_command(*names: str) -> type[TyperCommand]:
+    """A command class, for `@app.command(cls=...)`, with an option per setting in `names`: tables or single settings.
+
+    The command reads the options with `flags(ctx)`. Example: `settings_command("task", "model.device")`.
+    """
+    return type("SettingsCommand", (_SettingsCommand,), {"names": names})
+
+
+class Commands(TyperGroup):
+    """All commands."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_type(super().get_params(ctx))
+
+
+class _SettingsCommand(TyperCommand):
+    names: ClassVar[tuple[str, ...]]
+    _made: list[Any] | None = None
+    _shows_all = False
+    _line: Sequence[str] = ()
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        if self._made is None:
+            self._made = list(_options(self.names))
+        return _without_type([*self._made, *super().get_params(ctx)])
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        self._line = list(args)  # for the help, which is shown before other options are parsed
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self._made = list(_options(self.names, _values(self._line), shows_all=self._shows_all))
+        super().format_help(ctx, formatter)
+
+    def show_all(self, ctx: typer.Context, asked: bool) -> None:
+        """Show the help with the advanced settings too, and exit; the callback of `--help-all`."""
+        if asked:
+            self._shows_all = True
+            ctx.get_help()
+            raise typer.Exit
+
+
+def _without_type(parameters: Sequence[Any]) -> list[Any]:
+    """Show no type beside a switch."""
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = " "
+    return list(parameters)
+
+
+def _help_all(ctx: Any, _: object, asked: bool | None) -> None:
+    ctx.command.show_all(ctx, bool(asked))
+
+
+def _options(
+    names: Sequence[str], shown: Mapping[str, object] | None = None, *, shows_all: bool = False
+) -> Iterator[TyperOption]:
+    """The options of `names`, with the values `shown` in the help; advanced ones are hidden if there are many."""
+    from grpo_cli.core.config.resolve import defaults, flag
+    from grpo_cli.core.config.settings import FIELDS, choices, describe, is_advanced, panel
+
+    values = shown or defaults()
+    keys = sorted(
+        (key for key in FIELDS if key in names or key.rpartition(".")[0] in names),
+        key=lambda key: PANELS.index(panel(key)),
+    )
+    hides = len(keys) >= MANY and not shows_all
+    for key in keys:
+        name, kind, hidden = flag(key), FIELDS[key].annotation, hides and is_advanced(key)
+        text = describe(key).replace("[", "\\[")  # no markup
+        look: dict[str, Any] = {"rich_help_panel": panel(key), "hidden": hidden}
+        if kind is bool:
+            off = name.replace("--", "--no-")
+            state = f"; on, {off} turns it off" if values[key] else ""
+            yield _option(key, name, help=text + state, stored=True, **look)
+            yield _option(key, off, hidden=True, stored=False)
+            continue
+        yield _option(
+            key,
+            name,
+            help=text,
+            metavar=_METAVARS.get(kind, "<name>"),
+            show_default=str(values[key]),
+            autocompletion=_completed(key, choices(key)),
+            **look,
+        )
+    if hides or shows_all:
+        yield TyperOption(
+            param_decls=["help_all", "--help-all"],
+            type_descriptor=_TEXT,
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_help_all,
+            help="show this with the advanced settings too, and exit",
+        )
+
+
+def _option(key: str, name: str, *, stored: bool | None = None, **look: Any) -> TyperOption:
+    """An option that stores its text, or `stored` if it is a switch, under `key` for `flags`."""
+
+    def store(ctx: typer.Context, _: object, given: str | bool | None) -> None:
+        if given is not None:
+            ctx.meta.setdefault(__name__, {})[key] = given if stored is None else stored
+
+    declared = [f"setting{name.replace('-', '_')}", name]  # differs from the command's own parameters
+    return TyperOption(
+        param_decls=declared,
+        type_descriptor=_TEXT,
+        is_flag=stored is not None,
+        callback=store,
+        expose_value=False,
+        **look,
+    )
+
+
+def _completed(key: str, choices: Sequence[str]) -> Callable[[Any, Any, str], list[str]]:
+    """Completes existing names, or the choices of a setting."""
+    names = completion(_COMPLETED[key]) if key in _COMPLETED else lambda _: [*choices]
+    return lambda ctx, _, __: names(ctx)
+
+
 def completion(kind: Literal["run", "model", "preset", "suite"]) -> Callable[[typer.Context], list[str]]:
     """An `autocompletion` of existing names, using the settings file and `--runs` of the line typed so far."""
 
     def names(ctx: typer.Context) -> list[str]:
         from grpo_cli.core.config.resolve import presets, resolve
-        from grpo_cli.core.errors import CountdownError
         from grpo_cli.core.run.folder import list_runs
 
         place = {key: value for key, value in flags(ctx).items() if key == "runs"}
@@ -70,125 +242,32 @@ def completion(kind: Literal["run", "model", "preset", "suite"]) -> Callable[[ty
     return names
 
 
-class _SettingsCommand(TyperCommand):
-    names: ClassVar[tuple[str, ...]]
-    complete = False
+def _values(args: Sequence[str]) -> dict[str, object]:
+    """Every setting with its value from the chosen preset, the user's file and the environment, for the help.
 
-    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
-        args = [f" {argument}" if _NEGATIVE.match(argument) else argument for argument in args]
-        if not self.complete:
-            own = [_without_type(parameter) for parameter in self.params]
-            self.params = [*_options(self.names, args), *own]
-            self.complete = True
-        return super().make_context(info_name, args, *rest, **extra)
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        return [_without_type(parameter) for parameter in super().get_params(ctx)]  # including --help
-
-
-class Commands(TyperGroup):
-    """All commands."""
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        return [_without_type(parameter) for parameter in super().get_params(ctx)]
-
-
-def _without_type(parameter: Any) -> Any:
-    """Show no type beside a switch."""
-    if getattr(parameter, "is_flag", False):
-        parameter.metavar = " "
-    return parameter
-
-
-def _options(names: tuple[str, ...], args: Sequence[str]) -> list[Any]:
-    """The options of `names`, made by Typer from a function with these parameters."""
-    from grpo_cli.core.config.resolve import defaults
-    from grpo_cli.core.config.settings import FIELDS, panel
-
-    shown = _values(args) if _HELP & set(args) else defaults()
-    keys = sorted((key for key in FIELDS if _named(key, names)), key=lambda key: PANELS.index(panel(key)))
-
-    def options() -> None: ...
-
-    parameters = [parameter for key in keys for parameter in _parameters(key, panel(key), shown[key])]
-    options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    app = typer.Typer(add_completion=False)
-    app.command()(options)
-    return typer.main.get_command(app).params
-
-
-def _values(args: Sequence[str], environ: Mapping[str, str] = os.environ) -> dict[str, object]:
-    """Every setting with its value from the chosen preset, the user's file and the environment.
-
-    Help does not import torch, so the driver's device file indicates CUDA. Errors in a file are reported when it is
-    used.
+    Help does not import torch: a driver indicates CUDA. Errors in a file are reported when it is used.
     """
     from grpo_cli.core.config.resolve import defaults, resolve
     from grpo_cli.core.config.settings import values
-    from grpo_cli.core.errors import CountdownError
 
     def given(name: str) -> str | None:
         return next(
             (
                 argument.partition("=")[2] or following
-                for argument, following in zip(args, [*args[1:], ""], strict=True)
+                for argument, following in zip(args, [*args[1:], ""], strict=False)
                 if argument == name or argument.startswith(f"{name}=")
             ),
             None,
         )
 
     preset, file = given("--preset"), given("--config")
-    has_cuda = Path("/dev/nvidiactl").exists() and environ.get("CUDA_VISIBLE_DEVICES") != ""
     try:
         resolved = resolve(
             flags={"preset": preset} if preset else {},
-            environ=environ,
+            environ=os.environ,
             config_file=Path(os.path.expanduser(file)) if file else None,
-            has_cuda=lambda: has_cuda,
+            has_cuda=_has_driver,
         )
     except CountdownError:
         return defaults()
     return values(resolved.settings)
-
-
-def _named(key: str, names: tuple[str, ...]) -> bool:
-    return key in names or key.rpartition(".")[0] in names
-
-
-def _parameters(key: str, panel: str, default: object) -> Iterator[inspect.Parameter]:
-    """The option of a setting; a switch has a second, hidden option that turns it off, named in its help."""
-    from grpo_cli.core.config.resolve import flag
-    from grpo_cli.core.config.settings import FIELDS, choices, describe
-
-    name, text, kind = flag(key), describe(key).replace("[", "\\["), FIELDS[key].annotation  # no markup
-    if kind is bool:
-        off = name.replace("--", "--no-")
-        state = f"; on, {off} turns it off" if default else ""
-        yield _parameter(key, name, help=text + state, rich_help_panel=panel, value=True)
-        yield _parameter(key, off, hidden=True, value=False)
-        return
-    yield _parameter(
-        key,
-        name,
-        help=text,
-        metavar=_METAVARS.get(kind, "<name>"),
-        show_default=str(default),
-        rich_help_panel=panel,
-        autocompletion=completion(_COMPLETED[key]) if key in _COMPLETED else lambda: [*choices(key)],
-    )
-
-
-def _parameter(key: str, name: str, *, value: bool | None = None, **shown: Any) -> inspect.Parameter:
-    """An option that stores its text, or `value` if it takes none, under `key` for `flags`."""
-
-    def store(ctx: typer.Context, given: str | bool | None) -> None:
-        if given is not None:
-            ctx.meta.setdefault(__name__, {})[key] = given if value is None else value
-
-    kind = str | None if value is None else bool | None
-    return inspect.Parameter(
-        f"setting{name.replace('-', '_')}",  # differs from the command's own parameters
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[kind, typer.Option(name, callback=store, expose_value=False, **shown)],
-    )

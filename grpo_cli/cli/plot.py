@@ -5,26 +5,48 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grpo_cli.cli.checks import require_package, resolve
-from grpo_cli.core.config.resolve import defaults, restore
-from grpo_cli.core.config.settings import Plot, values
+from grpo_cli.cli.artifacts import draw, images, run_curves
+from grpo_cli.cli.options import ConfigFile, Overwrite, completion, require_package, resolve
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import check_writable
-from grpo_cli.core.run.folder import Run, at, find_run, require_outside_runs, suggestion
-from grpo_cli.ui import figures, report, tables
-from grpo_cli.ui.account import Account
-from grpo_cli.ui.figures import Curves
 
+if TYPE_CHECKING:
+    from grpo_cli.core.config.settings import Plot
+    from grpo_cli.core.run.folder import Run
+    from grpo_cli.ui.account import Account
+    from grpo_cli.ui.figures import Curves
+
+SETTINGS = ("runs", "plot")
 MOST_CHARACTERS = 64  # in a folder name joined from runs' names
 
 
-def run(
-    ctx: typer.Context, *, runs: list[str] | None, out: Path | None, report: bool, overwrite: bool, config: Path | None
+def plot(
+    ctx: typer.Context,
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN", help="runs, or metrics files; default: the newest run", autocompletion=completion("run")
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="output folder; default: the run's, or plots/ for several runs", metavar="<folder>"),
+    ] = None,
+    report: Annotated[bool, typer.Option("--report", help="write report.html too, one page about the run")] = False,
+    overwrite: Overwrite = False,
+    config: ConfigFile = None,
 ) -> None:
-    """Draw both figures of the runs and, with `report`, write report.html beside them."""
+    """Draw the training curve and the KL curve, of one run or of several overlaid.
+
+    Example: countdown plot first second --smooth --report
+    """
+    from grpo_cli.core.run.folder import Run, at, require_outside_runs
+    from grpo_cli.ui import figures, tables
+
     settings = resolve(ctx, config).settings
     root, style = Path(settings.runs), settings.plot
     newest = Run.newest(root)
@@ -44,7 +66,7 @@ def run(
     folder = out or own or _folder_for(sources)
     require_outside_runs(folder, own=single)
     page = folder / "report.html"
-    for path in [*_images(folder, style), *([page] * report)]:
+    for path in [*images(folder, style), *([page] * report)]:
         check_writable(path, overwrite=overwrite or folder == own)  # a run's own images may be replaced
     if report:
         _write_report([_account(source, drawn) for source, drawn in zip(sources, curves, strict=True)], page, style)
@@ -55,6 +77,8 @@ def run(
 
 def _folder_for(sources: Sequence[Run | Path]) -> Path:
     """Make `plots/first+second`, the folder for plots of several runs; a single metrics file is drawn in `.`."""
+    from grpo_cli.core.run.folder import Run
+
     if len(sources) == 1:
         return Path(".")
     names = [source.name if isinstance(source, Run) else source.stem for source in sources]
@@ -67,25 +91,10 @@ def _folder_for(sources: Sequence[Run | Path]) -> Path:
     return folder
 
 
-def run_curves(run: Run) -> Curves:
-    """The curves of a run."""
-    return figures.from_metrics(run.name, run.metrics())
-
-
-def draw(curves: Sequence[Curves], folder: Path, style: Plot) -> list[Path]:
-    """Draw both figures into a folder; returns their paths."""
-    paths = _images(folder, style)
-    for path, drawer in zip(paths, (figures.training_curve, figures.kl_curve), strict=True):
-        drawer(curves, path, smooth=style.smooth, window=style.window)
-    return paths
-
-
-def _images(folder: Path, style: Plot) -> list[Path]:
-    return [folder / f"{name}.{style.format}" for name in ("training_curve", "kl_divergence")]
-
-
 def _source(root: Path, name: str) -> Run | Path:
     """The run of this name, or the metrics file at this path."""
+    from grpo_cli.core.run.folder import at, find_run, suggestion
+
     if (run := find_run(root, name)) is None and not os.path.exists(name):
         hint = suggestion(root, name) or f"list runs with `countdown runs{at(root)}`, or name a file of metrics"
         raise CountdownError(f"no run `{name}` in `{root}`, and no such file", hint)
@@ -94,6 +103,10 @@ def _source(root: Path, name: str) -> Run | Path:
 
 def _account(source: Run | Path, curves: Curves) -> Account:
     """Collect the report data of a run or a metrics file."""
+    from grpo_cli.core.config.resolve import restore
+    from grpo_cli.core.config.settings import values
+    from grpo_cli.ui.account import Account
+
     if isinstance(source, Path):
         return Account(curves)
     return Account(
@@ -108,4 +121,7 @@ def _account(source: Run | Path, curves: Curves) -> Account:
 
 
 def _write_report(accounts: Sequence[Account], path: Path, style: Plot) -> None:
+    from grpo_cli.core.config.resolve import defaults
+    from grpo_cli.ui import report
+
     report.write(report.page(accounts, defaults=defaults(), smooth=style.smooth, window=style.window), path)

@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grpo_cli.cli.checks import resolve
-from grpo_cli.core.config.resolve import resolve as resolve_settings
-from grpo_cli.core.config.resolve import restore
-from grpo_cli.core.config.settings import values
+from grpo_cli.cli.options import ConfigFile, Json, completion, resolve
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.evals.statistics import wilson
-from grpo_cli.core.run.folder import Run, at, list_runs
-from grpo_cli.ui import tables, text
+from grpo_cli.core.metrics import best_step, evaluations
+from grpo_cli.ui import text
 
+if TYPE_CHECKING:
+    from grpo_cli.core.run.folder import Run
+
+SETTINGS = ("runs",)
 UNLISTED = ("runs", "preset", "model.model", "train.num_iterations")  # in columns of their own, or places
 
 
-def run(ctx: typer.Context, *, delete: list[str] | None, yes: bool, as_json: bool, config: Path | None) -> None:
-    """List all runs, or delete the named ones after asking."""
+def runs(
+    ctx: typer.Context,
+    delete: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--delete", help="run to delete; may be repeated", metavar="<name>", autocompletion=completion("run")
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="delete without asking")] = False,
+    as_json: Json = False,
+    config: ConfigFile = None,
+) -> None:
+    """List the runs: model, steps, accuracy of base and best model, time, settings that differ from the preset.
+
+    Example: countdown runs --delete run-1
+    """
+    from grpo_cli.core.run.folder import Run, at, list_runs
+    from grpo_cli.ui import tables
+
     root = Path(resolve(ctx, config).settings.runs)
     if delete:
         _delete([Run.open(root, name) for name in delete], yes=yes)
@@ -36,6 +54,10 @@ def run(ctx: typer.Context, *, delete: list[str] | None, yes: bool, as_json: boo
 
 def _describe(entry: Run) -> dict[str, object]:
     """One run as plain data; what cannot be read is named in `error` instead."""
+    from grpo_cli.core.config.resolve import restore
+    from grpo_cli.core.config.settings import values
+    from grpo_cli.core.evals.statistics import wilson
+
     try:
         settings = values(restore(entry.read_config(), entry.config_path).settings)
         metrics = entry.metrics()
@@ -43,8 +65,8 @@ def _describe(entry: Run) -> dict[str, object]:
         return {"run": entry.name, "error": problem.message}
     except OSError as problem:
         return {"run": entry.name, "error": f"cannot read `{problem.filename}`: {problem.strerror}"}
-    evaluated, best_step = _evaluated(metrics), best_step_of(metrics)
-    best = evaluated[best_step]["val_accuracy"] if best_step else None
+    evaluated, chosen = evaluations(metrics), best_step(metrics)
+    best = evaluated[chosen]["val_accuracy"] if chosen else None
     count = _puzzles(entry)
     return {
         "run": entry.name,
@@ -54,41 +76,29 @@ def _describe(entry: Run) -> dict[str, object]:
         "base_accuracy": evaluated.get(0, {}).get("val_accuracy"),
         "best_accuracy": best,
         "interval": list(wilson(best, count)) if best is not None and count else None,
-        "best_step": best_step or None,
+        "best_step": chosen or None,
         "seconds": sum(line.get("time/total", 0.0) + line.get("time/eval", 0.0) for line in metrics),
         "settings": _changed(settings),
     }
 
 
-def best_step_of(metrics: Iterable[Mapping[str, float]]) -> int:
-    """The step of a run's best model, by its metrics; 0 before the first evaluation of a trained model."""
-    evaluated = _evaluated(metrics)
-    return max(filter(None, evaluated), key=lambda step: (_chosen_by(evaluated[step]), -step), default=0)
-
-
-def _evaluated(metrics: Iterable[Mapping[str, float]]) -> dict[int, Mapping[str, float]]:
-    return {int(line["step"]): line for line in metrics if "val_accuracy" in line}
-
-
-def _chosen_by(line: Mapping[str, float]) -> float:
-    """The accuracy that chooses the best model: on dev, or in runs without dev on val."""
-    return line.get("dev_accuracy", line["val_accuracy"])
-
-
 def _puzzles(entry: Run) -> int:
     """How many puzzles the run's last evaluation had; 0 before the first."""
     try:
-        evaluations = entry.evaluations()
+        logged = entry.evaluations()
     except CountdownError:
         return 0
-    first = next(iter(evaluations.values()), {})
+    first = next(iter(logged.values()), {})
     return next(reversed(first.values())).count if first else 0
 
 
 def _changed(settings: Mapping[str, object]) -> dict[str, object]:
     """The settings that differ from those of the run's preset."""
+    from grpo_cli.core.config.resolve import resolve
+    from grpo_cli.core.config.settings import values
+
     try:
-        from_preset = values(resolve_settings(flags={"preset": settings["preset"]}, has_cuda=lambda: False).settings)
+        from_preset = values(resolve(flags={"preset": settings["preset"]}, has_cuda=lambda: False).settings)
     except CountdownError:  # a preset of a settings file that is elsewhere
         return {}
     differing = {key: value for key, value in settings.items() if from_preset.get(key, value) not in (value, "auto")}

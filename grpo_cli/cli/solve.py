@@ -2,40 +2,63 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grpo_cli.cli.checks import choose
-from grpo_cli.cli.models import load
-from grpo_cli.core.config.settings import Settings
-from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import Engine, uniforms
-from grpo_cli.core.task.countdown import task_of
-from grpo_cli.core.task.puzzle import Puzzle
-from grpo_cli.core.task.question import read_question
-from grpo_cli.core.task.solver import solve
-from grpo_cli.core.task.task import Score
-from grpo_cli.ui import tables
+from grpo_cli.cli.gen_data import RULES
+from grpo_cli.cli.models import choose, load
+from grpo_cli.cli.options import ConfigFile, Json, completion
+from grpo_cli.core.errors import CountdownError
 from grpo_cli.ui import text as show
 
+if TYPE_CHECKING:
+    from grpo_cli.core.config.settings import Settings
+    from grpo_cli.core.model.policy import Policy
+    from grpo_cli.core.task.puzzle import Puzzle
+    from grpo_cli.core.task.rules import Rules
+    from grpo_cli.core.task.task import Score
 
-def run(
+SETTINGS = ("preset", "runs", "task.style", *RULES)
+SETTINGS += ("model.device", "model.precision", "eval.max_new_tokens", "eval.temperature")
+
+
+def solve(
     ctx: typer.Context,
-    *,
-    question: list[str],
-    model: str | None,
-    attempts: int,
-    show_solution: bool,
-    as_json: bool,
-    config: Path | None,
+    question: Annotated[list[str], typer.Argument(metavar="PUZZLE", help='"4 7 3 = 25", "4,7,3 -> 25", or a sentence')],
+    model: Annotated[
+        str | None,
+        typer.Option(help="run, folder, hub id, or `builtin`", metavar="<name>", autocompletion=completion("model")),
+    ] = None,
+    attempts: Annotated[
+        int, typer.Option(min=1, help="completions to sample until one is correct", metavar="<int>")
+    ] = 1,
+    show_solution: Annotated[bool, typer.Option("--show-solution", help="show the solver's own solutions too")] = False,
+    as_json: Json = False,
+    config: ConfigFile = None,
 ) -> None:
-    """Sample until an answer is correct; exit with 1 if none is."""
-    chosen = choose(ctx, config, model)
+    """Ask a model a puzzle; by default the newest run's best model.
+
+    The first attempt is greedy, later ones are sampled. Example: countdown solve "4 7 3 = 25"
+    """
+    from grpo_cli.core.task import solver
+    from grpo_cli.core.task.question import parse, read_question
+    from grpo_cli.ui import tables
+
+    asked = " ".join(question)
+    parse(asked)
+    chosen = choose(ctx, config, [model] if model is not None else None)[0]
     rules = chosen.settings.task.rules
-    puzzle = read_question(" ".join(question), rules)
-    solutions = solve(puzzle, rules)
+    puzzle = read_question(asked, rules)
+    solutions = solver.solve(puzzle, rules)
+    if not solutions:
+        use = "every number exactly" if rules.use_all else "each number at most"
+        raise CountdownError(
+            f"{show.question(puzzle.numbers, puzzle.target)} has no solution with {rules.operations}, {use} once",
+            _other_rules(puzzle, rules),
+            exit_code=1,
+        )
     result, tried = _attempt(load(chosen), puzzle, chosen.settings, attempts=attempts, quiet=as_json)
     if as_json:
         answer = {"numbers": list(puzzle.numbers), "target": puzzle.target, "answer": result.answer}
@@ -50,9 +73,29 @@ def run(
         raise typer.Exit(1)
 
 
+def _other_rules(puzzle: Puzzle, rules: Rules) -> str:
+    """The flags under which a puzzle has a solution, as few as possible."""
+    from grpo_cli.core.task.rules import OPERATIONS
+    from grpo_cli.core.task.solver import solution
+
+    for use_all in sorted({rules.use_all, False}, reverse=True):
+        for operations in (rules.operations, "+-", "+*", "+-*", "+*/", OPERATIONS):
+            wider = replace(rules, operations=operations, use_all=use_all)
+            if set(operations) >= set(rules.operations) and (solved := solution(puzzle, wider)):
+                added = [f'`--operations "{operations}"`'] * (operations != rules.operations)
+                added += ["`--no-use-all`"] * (use_all != rules.use_all)
+                return f"{solved} with {' and '.join(added)}"
+    return "change a number"
+
+
 def _attempt(policy: Policy, puzzle: Puzzle, settings: Settings, *, attempts: int, quiet: bool) -> tuple[Score, int]:
     """Make up to `attempts` attempts, the first greedy by default: (last score, number of attempts)."""
     import torch
+
+    from grpo_cli.core.sampling.params import SamplingParams
+    from grpo_cli.core.sampling.rollout import Engine, uniforms
+    from grpo_cli.core.task.countdown import task_of
+    from grpo_cli.ui import tables
 
     if policy.model.num_parameters() < 10_000_000:
         torch.set_num_threads(1)  # a small model loses more to thread synchronisation than it gains

@@ -2,148 +2,118 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grpo_cli.cli.checks import Chosen, require_package, resolve_for_model, resumed
-from grpo_cli.cli.export import write_card
-from grpo_cli.cli.launch import Place, Signals, ignoring_requests, place
-from grpo_cli.cli.models import at_once, joined, load
-from grpo_cli.cli.options import flags, give
-from grpo_cli.cli.plot import draw, run_curves
-from grpo_cli.core.config.resolve import Resolved
-from grpo_cli.core.config.settings import Settings
+from grpo_cli.cli.artifacts import Artifacts, write_card
+from grpo_cli.cli.launch import ProcessInfo, Signals, ignoring_requests, joined, process_info
+from grpo_cli.cli.models import Chosen, at_once, import_libraries, load, warn_of_folder
+from grpo_cli.cli.options import (
+    ConfigFile,
+    Overwrite,
+    completion,
+    flags,
+    give,
+    read_files,
+    require_package,
+    resolve,
+)
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.evals.evaluate import Evaluator
-from grpo_cli.core.model.load import detect_device, prompt_tokens
-from grpo_cli.core.rl import probe as probing
-from grpo_cli.core.rl.build import build, demonstrated, finish, for_ranks, plan_memory
-from grpo_cli.core.rl.observer import Interrupted, Observer, Observers, Validated
-from grpo_cli.core.rl.schedule import Problems
-from grpo_cli.core.rl.state import choose_optimizer
-from grpo_cli.core.rl.train import Trainer
-from grpo_cli.core.run.folder import Run, run_name
-from grpo_cli.core.run.models import model_source
-from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import Engine
-from grpo_cli.core.task.audit import audit
-from grpo_cli.core.task.countdown import task_of
-from grpo_cli.ui import tables
+from grpo_cli.core.rl.observer import Interrupted, Observer, Observers
 from grpo_cli.ui import text as show
-from grpo_cli.ui.live import TrainingView
+
+if TYPE_CHECKING:
+    from grpo_cli.core.config.resolve import Resolved
+    from grpo_cli.core.config.settings import Settings
+    from grpo_cli.core.rl.train import Trainer
+    from grpo_cli.core.task.task import Task
+
+SETTINGS = ("preset", "runs", "task", "model", "train", "loss", "reward", "ranks")
 
 
-def run(
+def train(
     ctx: typer.Context,
-    *,
-    run: str | None,
-    resume: bool,
-    step: int | None,
-    overwrite: bool,
-    dry_run: bool,
-    batch_size_per_rank: int | None,
-    probe: bool,
-    config: Path | None,
+    run: Annotated[
+        str | None,
+        typer.Option(
+            help="name of the run; default: run-1, run-2, ...", metavar="<name>", autocompletion=completion("run")
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue --run from its last checkpoint")] = False,
+    step: Annotated[
+        int | None, typer.Option(min=1, help="with --resume: continue from this checkpoint", metavar="<int>")
+    ] = None,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show whether it fits in memory, its settings and a prompt; do not train")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="with --dry-run: all settings, token ids and the memory plan")
+    ] = False,
+    batch_size_per_rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="prompts per step and process under torchrun; replaces --batch-size",
+            metavar="<int>",
+            hidden=True,
+        ),
+    ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="sample the starting model and estimate what it can learn; do not train")
+    ] = False,
+    config: ConfigFile = None,
 ) -> None:
-    """Train, print the plan (`dry_run`), or probe the starting model (`probe`)."""
-    process = place()
+    """Train a model with GRPO.
+
+    Ctrl-C saves a checkpoint and stops; SIGUSR1 saves one and continues.
+
+    Example: countdown train --run first --num-iterations 100
+    """
+    process = process_info()
     _set_batch_size(ctx, batch_size_per_rank, process)
-    resolved = resolve_for_model(ctx, config)
+    if resume and (run is None or overwrite):
+        raise CountdownError("`--resume` needs the name of a run, and no `--overwrite`", "say `--run NAME --resume`")
+    _require_one_purpose(resume=resume, step=step, dry_run=dry_run, probe=probe)
+    resolved = resolve(ctx, config)
     root = Path(resolved.settings.runs)
-    run = None if run is None else run_name(root, run)
-    if process.restarts and run is not None:
-        overwrite, resume = True, Run(root / run).config_path.is_file()
+    run, resume, overwrite = _run_to_open(root, run, process, resume=resume, overwrite=overwrite)
     if resume and run is not None:
-        resolved = resumed(ctx, root, run)
-    if not dry_run:  # a dry run shows it above the settings
-        show.note(f"preset {resolved.settings.preset}: {resolved.preset_reason}")
-    model = resolved.settings.model
-    chosen = Chosen(model.model, model_source(root, model.model), resolved.settings)
-    if model.ref_model != "same":
-        model_source(root, model.ref_model)
-    if dry_run:
-        _show_plan(resolved, chosen, process)
-    if probe and process.rank == 0:
-        _probe(chosen)
-    if dry_run or probe:
-        return
-    require_package("matplotlib")
+        resolved = _resumed(ctx, root, run, step)
     settings = resolved.settings.model_copy(update={"runs": str(root)})  # the run may have moved
-    if choose_optimizer(settings.train.optimizer, detect_device(model.device)) == "adamw8bit":
-        require_package("bitsandbytes")
-    signals = Signals(launched=process.size > 1)
-    try:
-        with ignoring_requests(), joined(settings) as world:
-            is_first = world.is_first
-            view = TrainingView(settings.train.num_iterations) if is_first else None
-            observer = Observers([view, _Files(settings, view.message)]) if view else Observer()
-            with (
-                view or nullcontext(),
-                build(
-                    settings,
-                    run,
-                    overwrite=overwrite,
-                    resume=resume,
-                    step=step,
-                    world=world,
-                    observer=observer,
-                    control=signals,
-                ) as trainer,
-            ):
-                _train(trainer)
-    except Interrupted:
-        sys.exit(128 + (signals.stop or signal.SIGTERM))
+    chosen = _chosen(settings, resume=resume)
+    task = read_files(settings) if not resume else _read_files_of(root, run or "", settings)
+    if dry_run:
+        _show_plan(resolved, chosen, task, process, verbose=verbose)
+        return
+    show.note(f"preset {settings.preset}: {resolved.preset_reason}")
+    if probe:
+        if process.rank == 0:
+            _probe(chosen, task)
+        return
+    _train(settings, task, run, process, overwrite=overwrite, resume=resume, step=step)
 
 
-class _Files(Observer):
-    """Rewrites the run's curves and model card after each evaluation."""
-
-    def __init__(self, settings: Settings, report: Callable[[str], None]) -> None:
-        self._style, self._report = settings.plot, report
-        self._run: Run | None = None
-
-    def begin(self, run: Run, step: int) -> None:
-        self._run = run
-
-    def evaluated(self, result: Validated) -> None:
-        if self._run and result.step:
-            run = self._run
-            self._attempt(lambda: write_card(run), "the model card was not written")
-            self._attempt(lambda: draw([run_curves(run)], run.path, self._style), "the curves were not drawn")
-
-    def _attempt(self, write: Callable[[], object], failure: str) -> None:
-        try:
-            write()
-        except Exception as problem:  # a training never depends on its plots, whatever matplotlib raises
-            self._report(f"{failure}: {problem}")
+def _require_one_purpose(*, resume: bool, step: int | None, dry_run: bool, probe: bool) -> None:
+    """Raise CountdownError for options that exclude each other."""
+    if dry_run and probe:
+        raise CountdownError("`--dry-run` and `--probe` exclude each other", "leave one of them out")
+    if step is not None and not resume:
+        raise CountdownError("`--step` names a checkpoint to resume from", "say `--run NAME --resume --step STEP`")
+    if probe and resume:
+        raise CountdownError(
+            "`--probe` samples the starting model of a new training",
+            "leave out `--resume`, and name the model with `--model`",
+        )
 
 
-def _train(trainer: Trainer) -> None:
-    """Train to the end or until a signal; show the result."""
-    run, state, world = trainer.run, trainer.state, trainer.world
-    policy, step = state.policy, state.progress.step
-    among = f", by {world.size} processes" if world.size > 1 else ""
-    trainer.observer.message(
-        f"run {run.path}: {policy.name} on {policy.device}, {policy.precision}, from step {step}{among}"
-    )
-    if trainer.memory:
-        trainer.observer.message(tables.memory_line(trainer.memory))
-    try:
-        result = finish(trainer)
-    except Interrupted:
-        trainer.observer.message(f"stopped after step {state.progress.step}; resume with: {run.resume_command}")
-        raise
-    if world.is_first:
-        write_card(run)
-        tables.training_summary(result.summary, run.path, overlap=result.overlap)
-
-
-def _set_batch_size(ctx: typer.Context, per_rank: int | None, process: Place) -> None:
+def _set_batch_size(ctx: typer.Context, per_rank: int | None, process: ProcessInfo) -> None:
     """Set the total batch size from a batch size per rank; it stays the same across restarts."""
     if per_rank is None or process.restarts:
         return
@@ -152,26 +122,170 @@ def _set_batch_size(ctx: typer.Context, per_rank: int | None, process: Place) ->
     give(ctx, "train.batch_size", per_rank * process.size)
 
 
-def _show_plan(resolved: Resolved, chosen: Chosen, process: Place) -> None:
-    """Print every setting with its source, the first prompt as token ids, and the memory plan."""
+def _run_to_open(
+    root: Path, name: str | None, process: ProcessInfo, *, resume: bool, overwrite: bool
+) -> tuple[str | None, bool, bool]:
+    """The name of the run, whether to resume it, and whether to overwrite it: a launcher restarts the same line."""
+    from grpo_cli.core.run.folder import Run, run_name
+
+    if process.max_restarts and name is None:
+        raise CountdownError("a training with restarts needs a run name", "name it with `--run`")
+    if not resume and not process.restarts:
+        Run.check(root, name, overwrite=overwrite)
+    if name is None:
+        return None, resume, overwrite
+    name = run_name(root, name)
+    if process.restarts:
+        return name, Run(root / name).config_path.is_file(), True
+    return name, resume, overwrite
+
+
+def _resumed(ctx: typer.Context, root: Path, name: str, step: int | None) -> Resolved:
+    """The settings of a run to resume, with the changes that the flags make."""
+    from grpo_cli.core.config.resolve import restore, resume_settings
+    from grpo_cli.core.rl.schedule import rate_jump
+    from grpo_cli.core.run.folder import Run
+
+    run = Run.open(root, name)
+    saved, given = run.read_config(), {key: value for key, value in flags(ctx).items() if key != "runs"}
+    resolved = resume_settings(saved, run.config_path, flags=given)
+    done = step or max((saved_step for saved_step, _ in run.checkpoints()), default=0)
+    before = restore(saved, run.config_path).settings.train
+    if sentence := rate_jump(before, resolved.settings.train, done):
+        show.note(sentence)
+    return resolved
+
+
+def _chosen(settings: Settings, *, resume: bool) -> Chosen:
+    """The model to train; raises CountdownError if it or the reference does not exist."""
+    from grpo_cli.core.run.models import model_source
+
+    model, root = settings.model, Path(settings.runs)
+    if not resume:
+        warn_of_folder(root, model.model)
+        if settings.train.warm_start and model.model == "builtin":
+            show.warning("`builtin` already answers in this format: a warm start teaches it another way to search")
+    if model.ref_model != "same":
+        model_source(root, model.ref_model)
+    source = model.model if resume else model_source(root, model.model)
+    return Chosen(model.model, source, settings)
+
+
+def _read_files_of(root: Path, name: str, settings: Settings) -> Task:
+    """Read a resumed run's files, and find its model; the run may name them relative to another folder."""
+    from grpo_cli.core.run.folder import Run
+    from grpo_cli.core.run.models import model_source
+
+    try:
+        model_source(root, settings.model.model)
+        return read_files(settings)
+    except CountdownError as error:
+        saved, place = Path(str(Run(root / name).read_config()["runs"])), Path(os.path.realpath(root))
+        start = Path(*place.parts[: -len(saved.parts)])
+        if start / saved != place or start == Path(os.path.realpath(".")):
+            raise
+        raise CountdownError(error.message, f"resume it in `{start}`, where the run was started") from error
+
+
+def _train(
+    settings: Settings,
+    task: Task,
+    run: str | None,
+    process: ProcessInfo,
+    *,
+    overwrite: bool,
+    resume: bool,
+    step: int | None,
+) -> None:
+    """Train to the end, or until a signal stops it."""
+    import_libraries()
+    from grpo_cli.core.model.load import detect_device
+    from grpo_cli.core.rl.build import build
+    from grpo_cli.core.rl.state import choose_optimizer
+    from grpo_cli.ui.live import TrainingView
+
+    require_package("matplotlib")
+    if choose_optimizer(settings.train.optimizer, detect_device(settings.model.device)) == "adamw8bit":
+        require_package("bitsandbytes")
+    signals = Signals(launched=process.size > 1)
+    try:
+        with ignoring_requests(), joined(settings) as world:
+            view = TrainingView(settings.train.num_iterations) if world.is_first else None
+            opening = build(
+                settings,
+                run,
+                task=task,
+                overwrite=overwrite,
+                resume=resume,
+                step=step,
+                world=world,
+                observer=Observers([view, Artifacts(settings, view.message)]) if view else Observer(),
+                control=signals,
+            )
+            with view or nullcontext(), opening as trainer:
+                _finish(trainer)
+    except Interrupted:
+        sys.exit(128 + (signals.stop or signal.SIGTERM))
+
+
+def _finish(trainer: Trainer) -> None:
+    """Train to the end or until a signal; show the result."""
+    from grpo_cli.core.rl.build import finish
+    from grpo_cli.ui import tables
+
+    run, state, world, tell = trainer.run, trainer.state, trainer.world, trainer.observer.message
+    policy, step = state.policy, state.progress.step
+    among = f", by {world.size} processes" if world.size > 1 else ""
+    tell(f"run {run.path}: {policy.name} on {policy.device}, {policy.precision}, from step {step}{among}")
+    if trainer.memory:
+        tell(tables.memory_line(trainer.memory))
+    try:
+        result = finish(trainer)
+    except Interrupted:
+        tell(f"stopped after step {state.progress.step}; resume with: {run.resume_command}")
+        raise
+    if world.is_first:
+        write_card(run, trainer.settings)
+        tables.training_summary(result.summary, run.path, overlap=result.overlap)
+
+
+def _show_plan(resolved: Resolved, chosen: Chosen, task: Task, process: ProcessInfo, *, verbose: bool) -> None:
+    """Print whether the training fits, what differs from the preset, and a prompt; with `verbose` everything else."""
+    from grpo_cli.core.model.load import prompt_tokens
+    from grpo_cli.core.rl.build import demonstrated, for_ranks, plan_memory
+    from grpo_cli.core.rl.schedule import Problems
+    from grpo_cli.core.run.models import model_source
+    from grpo_cli.core.task.audit import audit
+    from grpo_cli.ui import tables
+
     settings = for_ranks(chosen.settings, process.size)
-    problems = Problems.of(settings)
+    problems = Problems.of(settings, task)
     demonstrated(settings, problems)
-    tables.config_table(resolved)
-    task = problems.task
     for sentence in problems.notes():
         show.note(sentence)
     if settings.task.task != "countdown":
         for check in audit(task, settings.task.numbers):
             show.note(f"{'passed' if check.passed else 'FAILED'}: {check.name} {check.result}")
+    plan = plan_memory(settings, problems, ranks=process.size)
     puzzle, style = problems.curriculum.prompts(1)[0]
-    tables.prompt_tokens(prompt_tokens(chosen.source, task.prompt(puzzle, style)))
-    tables.memory_plan(plan_memory(settings, problems, ranks=process.size))
+    source = model_source(Path(settings.runs), settings.model.model)
+    tokens = prompt_tokens(source, task.prompt(puzzle, style))
+    tables.plan_summary(resolved, plan, "".join(piece for _, piece in tokens))
+    if verbose:
+        tables.config_table(resolved)
+        tables.prompt_tokens(tokens)
+        tables.memory_plan(plan)
 
 
-def _probe(chosen: Chosen) -> None:
+def _probe(chosen: Chosen, task: Task) -> None:
     """Sample the starting model in every style as training would, and show how much it can learn."""
-    asked, settings, task = chosen.settings.task, chosen.settings.train, task_of(chosen.settings)
+    from grpo_cli.core.evals.evaluate import Evaluator
+    from grpo_cli.core.rl import probe as probing
+    from grpo_cli.core.sampling.params import SamplingParams
+    from grpo_cli.core.sampling.rollout import Engine
+    from grpo_cli.ui import tables
+
+    asked, settings = chosen.settings.task, chosen.settings.train
     engine = Engine(load(chosen))
     if settings.warm_start:
         show.note("the probe samples the model as it is before the warm start")

@@ -6,7 +6,7 @@ with a `title`, `width` and `rank` is a column of the live table; `in_report` ad
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 CHEATS = {  # kind -> what such completions do
@@ -102,3 +102,18 @@ PHASES = tuple(one for one in METRICS if one.line_only)
 def metric(name: str) -> Metric:
     """The declaration of a metric or of its family; raises KeyError if there is none."""
     return _BY_NAME[name] if name in _BY_NAME else _BY_NAME[f"{name.partition('/')[0]}/"]
+
+
+def evaluations(metrics: Iterable[Mapping[str, float]]) -> dict[int, Mapping[str, float]]:
+    """The lines of a run's metrics with an evaluation, by step."""
+    return {int(line["step"]): line for line in metrics if "val_accuracy" in line}
+
+
+def best_step(metrics: Iterable[Mapping[str, float]]) -> int:
+    """The step of a run's best model: the first that is best on dev, or in runs without dev on val.
+
+    0 before the first evaluation of a trained model.
+    """
+    trained = {step: line for step, line in evaluations(metrics).items() if step}
+    scores = {step: line.get("dev_accuracy", line["val_accuracy"]) for step, line in trained.items()}
+    return max(scores, key=lambda step: (scores[step], -step), default=0)

@@ -119,6 +119,24 @@ def runs(rows: Sequence[Mapping[str, Any]]) -> None:
     out.print(table)
 
 
+def plan_summary(resolved: Resolved, plan: MemoryPlan, prompt: str) -> None:
+    """Whether a training fits in memory, the settings that are not the preset's, and a prompt."""
+    out.print(Text(f"fits: {memory_line(plan).removeprefix('memory: ')}", style="bold"))
+    out.print(Text(printable(f"preset {resolved.settings.preset}: {resolved.preset_reason}")))
+    table = grid("setting", "value", "source")
+    shipped = ("config.toml", f"preset {resolved.settings.preset}")
+    for name, value in _flatten(resolved.settings.model_dump(exclude={"suite"})):
+        if (source := resolved.sources[name]) not in shipped and name != "preset":
+            table.add_row(name, Text(printable(json.dumps(value, ensure_ascii=False))), Text(printable(source)))
+    if table.row_count:
+        out.print()
+        out.print(table)
+    out.print()
+    out.print(Text("a prompt", style="bold"))
+    out.print(Padding(Text(printable(prompt, keep_newlines=True).rstrip()), (0, 0, 0, 2)))
+    out.print(Text("all settings, token ids and the memory plan: add `-v`", style="dim"))
+
+
 def config_table(resolved: Resolved) -> None:
     """Every setting with its value and source; values that differ from the shipped default are highlighted."""
     table = grid("setting", "value", "source")

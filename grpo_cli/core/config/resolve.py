@@ -118,7 +118,7 @@ def restore(saved: Mapping[str, object], path: Path, *, flags: Mapping[str, obje
     return _resolved(layer | _flags(flags), f"saved in {path}")
 
 
-def go_on(saved: Mapping[str, object], path: Path, *, flags: Mapping[str, object]) -> Resolved:
+def resume_settings(saved: Mapping[str, object], path: Path, *, flags: Mapping[str, object]) -> Resolved:
     """The settings of a resumed run; `flags` may change only those that keep its curve comparable.
 
     Raises CountdownError with the other changes.

@@ -34,9 +34,12 @@ class Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def setting(description: str, panel: str, *, resumable: bool = False, **bounds: float) -> Any:
-    """A setting: its help text, its panel in the help, its bounds, and whether a resumed run may change it."""
-    extra: dict[str, Any] = {"panel": panel, "resumable": resumable}
+def setting(description: str, panel: str, *, resumable: bool = False, advanced: bool = False, **bounds: float) -> Any:
+    """A setting: its help text, its panel in the help, its bounds, whether a resumed run may change it.
+
+    `advanced`: hidden in the help of a command with many settings.
+    """
+    extra: dict[str, Any] = {"panel": panel, "resumable": resumable, "advanced": advanced}
     return Field(description=description, json_schema_extra=extra, **cast("Any", bounds))
 
 
@@ -79,19 +82,21 @@ class Task(Table):
         "file of puzzles to train or evaluate on: JSON Lines, CSV or Parquet; or `none`", "Sampling", min_length=1
     )
     dev_puzzles: PathText = setting(
-        "file of puzzles that select the best model; `none`: a part of train", "Sampling", min_length=1
+        "file of puzzles that select the best model; `none`: a part of train", "Sampling", min_length=1, advanced=True
     )
-    val_puzzles: PathText = setting("file of val puzzles to report accuracy on; or `none`", "Sampling", min_length=1)
+    val_puzzles: PathText = setting(
+        "file of val puzzles to report accuracy on; or `none`", "Sampling", min_length=1, advanced=True
+    )
     numbers: int = setting("numbers in a puzzle", "Sampling", ge=2, le=6)
     style: Literal["one-shot", "zero-shot", "natural"] = setting("prompt style", "Sampling")
     operations: Annotated[str, AfterValidator(operations_in)] = setting(
-        "operations allowed: some of + - * /", "Sampling"
+        "operations allowed: some of + - * /", "Sampling", advanced=True
     )
-    min_number: int = setting("smallest number", "Sampling", ge=1, le=1000)
-    max_number: int = setting("largest number", "Sampling", ge=1, le=1000)
-    min_target: int = setting("smallest target", "Sampling", ge=1, le=100_000)
-    max_target: int = setting("largest target", "Sampling", ge=1, le=100_000)
-    use_all: bool = setting("use every number exactly once; else each at most once", "Sampling")
+    min_number: int = setting("smallest number", "Sampling", ge=1, le=1000, advanced=True)
+    max_number: int = setting("largest number", "Sampling", ge=1, le=1000, advanced=True)
+    min_target: int = setting("smallest target", "Sampling", ge=1, le=100_000, advanced=True)
+    max_target: int = setting("largest target", "Sampling", ge=1, le=100_000, advanced=True)
+    use_all: bool = setting("use every number exactly once; else each at most once", "Sampling", advanced=True)
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -111,22 +116,28 @@ class Model(Table):
         "`builtin`, a folder in Hugging Face format, a GGUF file, or a hub id", "Model", min_length=1
     )
     ref_model: PathText = setting(
-        "frozen reference of the KL penalty; `same`: the starting model", "Model", min_length=1
+        "frozen reference of the KL penalty; `same`: the starting model", "Model", min_length=1, advanced=True
     )
     device: Literal["auto", "cuda", "mps", "cpu"] = setting("where the model runs", "Model", resumable=True)
     precision: Literal["auto", "float32", "bf16-master", "bf16"] = setting(
         "weight dtype; `bf16-master` adds float32 masters", "Model"
     )
     gradient_checkpointing: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switched)] = setting(
-        "trade time for memory in the backward pass; `auto`: if needed", "Model", resumable=True
+        "trade time for memory in the backward pass; `auto`: if needed", "Model", resumable=True, advanced=True
     )
     reference: Literal["auto", "device", "host"] = setting(
-        "where the reference model is kept; `host`: in RAM", "Model", resumable=True
+        "where the reference model is kept; `host`: in RAM", "Model", resumable=True, advanced=True
     )
     lora_rank: int = setting("rank of the LoRA adapter; 0 trains all weights instead", "Model", ge=0, le=4096)
-    lora_alpha: float = setting("LoRA alpha: the adapter is scaled by alpha / rank", "Model", gt=0, le=10**6)
-    lora_targets: str = setting("linear layers to adapt, such as q_proj, v_proj; or `all`", "Model", min_length=1)
-    quantize: Literal["none", "nf4"] = setting("quantize the base model under a LoRA adapter to 4 bits", "Model")
+    lora_alpha: float = setting(
+        "LoRA alpha: the adapter is scaled by alpha / rank", "Model", gt=0, le=10**6, advanced=True
+    )
+    lora_targets: str = setting(
+        "linear layers to adapt, such as q_proj, v_proj; or `all`", "Model", min_length=1, advanced=True
+    )
+    quantize: Literal["none", "nf4"] = setting(
+        "quantize the base model under a LoRA adapter to 4 bits", "Model", advanced=True
+    )
     memory: float = setting(
         "memory budget in GB; 0 is 95% of free GPU memory, or 70% of free RAM",
         "Model",
@@ -138,27 +149,35 @@ class Model(Table):
 
 class Train(Table):
     learning_rate: float = setting("peak learning rate", "Optimization", gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = setting("learning rate schedule after warm-up", "Optimization")
-    warmup_steps: int = setting("steps of linear learning rate warm-up", "Optimization", ge=0, le=10**12)
+    schedule: Literal["constant", "linear", "cosine"] = setting(
+        "learning rate schedule after warm-up", "Optimization", advanced=True
+    )
+    warmup_steps: int = setting("steps of linear learning rate warm-up", "Optimization", ge=0, le=10**12, advanced=True)
     batch_size: int = setting("prompts per step", "Sampling", ge=1, le=10_000)
     num_generations: int = setting("completions per prompt: the size of a group", "Sampling", ge=2, le=10_000)
     max_new_tokens: int = setting("longest completion, in tokens", "Sampling", ge=1, le=100_000)
     temperature: float = setting("sampling temperature", "Sampling", gt=0, le=10**6)
     num_iterations: int = setting("training steps", "Schedule", ge=1, le=10**12, resumable=True)
-    num_inner_updates: int = setting("updates of the policy per sampled batch", "Optimization", ge=1, le=10**6)
-    clip_grad_norm: float = setting("maximum gradient norm", "Optimization", gt=0)
-    optimizer: Literal["auto", "adamw", "adamw8bit"] = setting(
-        "AdamW of torch, or 8-bit AdamW of bitsandbytes", "Optimization"
+    num_inner_updates: int = setting(
+        "updates of the policy per sampled batch", "Optimization", ge=1, le=10**6, advanced=True
     )
-    weight_decay: float = setting("decoupled weight decay", "Optimization", ge=0)
-    prompt_style: StyleSchedule = setting("schedule of prompt styles; `task` is the style above", "Sampling")
-    prompt_numbers: SizeSchedule = setting("schedule of puzzle sizes; `task` is the number above", "Sampling")
+    clip_grad_norm: float = setting("maximum gradient norm", "Optimization", gt=0, advanced=True)
+    optimizer: Literal["auto", "adamw", "adamw8bit"] = setting(
+        "AdamW of torch, or 8-bit AdamW of bitsandbytes", "Optimization", advanced=True
+    )
+    weight_decay: float = setting("decoupled weight decay", "Optimization", ge=0, advanced=True)
+    prompt_style: StyleSchedule = setting(
+        "schedule of prompt styles; `task` is the style above", "Sampling", advanced=True
+    )
+    prompt_numbers: SizeSchedule = setting(
+        "schedule of puzzle sizes; `task` is the number above", "Sampling", advanced=True
+    )
     warm_start: int = setting("worked solutions to fine-tune on before GRPO; 0 is none", "Optimization", ge=0, le=10**6)
     warm_start_give_up: float = setting(
-        "share of them that give up after five failed tries", "Optimization", ge=0, le=1
+        "share of them that give up after five failed tries", "Optimization", ge=0, le=1, advanced=True
     )
     dynamic_sampling: int = setting(
-        "rounds of replacing groups with equal rewards by new puzzles", "Sampling", ge=0, le=20
+        "rounds of replacing groups with equal rewards by new puzzles", "Sampling", ge=0, le=20, advanced=True
     )
     micro_batch_size: int = setting(
         "completions per forward and backward pass; 0 is as many as fit",
@@ -166,65 +185,82 @@ class Train(Table):
         ge=0,
         le=10**9,
         resumable=True,
+        advanced=True,
     )
     seed: int = setting("seed of the puzzles drawn and of sampling", "Sampling", ge=0, lt=2**32)
     eval_every: int = setting("steps between evaluations", "Schedule", ge=1, resumable=True)
-    eval_puzzles: int = setting("val puzzles per evaluation; 0 is all of them", "Schedule", ge=0, le=10**12)
+    eval_puzzles: int = setting(
+        "val puzzles per evaluation; 0 is all of them", "Schedule", ge=0, le=10**12, advanced=True
+    )
     eval_suite: str = setting(
-        "suite to evaluate too; its mean on dev selects the best model; or `none`", "Schedule", min_length=1
+        "suite to evaluate too; its mean on dev selects the best model; or `none`",
+        "Schedule",
+        min_length=1,
+        advanced=True,
     )
     patience: int = setting(
         "stop after this many evaluations without improvement; 0 is never",
         "Schedule",
         ge=0,
         resumable=True,
+        advanced=True,
     )
-    save_every: int = setting("steps between checkpoints", "Schedule", ge=1, resumable=True)
+    save_every: int = setting("steps between checkpoints", "Schedule", ge=1, resumable=True, advanced=True)
     save_minutes: float = setting(
-        "minutes between checkpoints, besides save_every; 0 is never", "Schedule", ge=0, le=10**12, resumable=True
+        "minutes between checkpoints, besides save_every; 0 is never",
+        "Schedule",
+        ge=0,
+        le=10**12,
+        resumable=True,
+        advanced=True,
     )
-    keep_last: int = setting("checkpoints to keep", "Schedule", ge=2, resumable=True)
+    keep_last: int = setting("checkpoints to keep", "Schedule", ge=2, resumable=True, advanced=True)
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = setting(
         "experiment tracker to log to", "Output", resumable=True
     )
-    deterministic: bool = setting("on a GPU: runs repeat bit for bit, but are slower", "Schedule")
+    deterministic: bool = setting("on a GPU: runs repeat bit for bit, but are slower", "Schedule", advanced=True)
     max_bad_steps: int = setting(
         "stop after this many consecutive steps with a non-finite loss or gradient",
         "Schedule",
         ge=1,
         resumable=True,
+        advanced=True,
     )
     stop_on_collapse: bool = setting(
-        "stop when KL or length explodes, or only the format is learned", "Schedule", resumable=True
+        "stop when KL or length explodes, or only the format is learned", "Schedule", resumable=True, advanced=True
     )
 
 
 class Loss(Table):
     loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo", "gspo"] = setting("ratio and normaliser of the loss", "Loss")
     beta: float = setting("weight of the KL penalty", "Loss", ge=0, le=10**6)
-    epsilon: float = setting("clip range below 1", "Loss", gt=0, lt=1)
-    epsilon_high: float = setting("clip range above 1", "Loss", gt=0, le=10**9)
+    epsilon: float = setting("clip range below 1", "Loss", gt=0, lt=1, advanced=True)
+    epsilon_high: float = setting("clip range above 1", "Loss", gt=0, le=10**9, advanced=True)
     kl_estimator: Literal["k3", "original"] = setting(
-        "KL estimator; `original` flips the sign of the log-ratio", "Loss"
+        "KL estimator; `original` flips the sign of the log-ratio", "Loss", advanced=True
     )
     scale_rewards: Literal["group", "batch", "none"] = setting(
-        "divide advantages by the standard deviation of rewards in", "Loss"
+        "divide advantages by the standard deviation of rewards in", "Loss", advanced=True
     )
 
 
 class Reward(Table):
-    format_reward: float = setting("reward of each well-formed tag pair of a wrong answer", "Loss", ge=0)
+    format_reward: float = setting("reward of each well-formed tag pair of a wrong answer", "Loss", ge=0, advanced=True)
     numbers_reward: float = setting(
-        "reward added to format_reward if a wrong answer uses the right numbers", "Loss", ge=0
+        "reward added to format_reward if a wrong answer uses the right numbers", "Loss", ge=0, advanced=True
     )
-    correct_reward: float = setting("reward of a correct answer, instead of all others", "Loss", gt=0)
+    correct_reward: float = setting("reward of a correct answer, instead of all others", "Loss", gt=0, advanced=True)
     length_penalty: float = setting(
-        "penalty at max_new_tokens (1 in DAPO's soft overlong punishment); 0 is none", "Loss", ge=0, le=10**6
+        "penalty at max_new_tokens (1 in DAPO's soft overlong punishment); 0 is none",
+        "Loss",
+        ge=0,
+        le=10**6,
+        advanced=True,
     )
-    soft_limit: int = setting("length in tokens above which length_penalty applies", "Loss", ge=0)
+    soft_limit: int = setting("length in tokens above which length_penalty applies", "Loss", ge=0, advanced=True)
     reward: PathText = setting("FILE.py:function, your own reward function; or `none`", "Loss", min_length=1)
     reward_errors: Literal["stop", "skip"] = setting(
-        "exception in your reward function: end the run, or reward 0", "Loss"
+        "exception in your reward function: end the run, or reward 0", "Loss", advanced=True
     )
 
     @property
@@ -244,22 +280,24 @@ class Eval(Table):
 
 class Plot(Table):
     smooth: bool = setting("draw moving averages", "Output", resumable=True)
-    window: int = setting("steps in a moving average", "Output", ge=1, le=10**12, resumable=True)
-    format: Literal["png", "svg"] = setting("image format of the curves", "Output", resumable=True)
+    window: int = setting("steps in a moving average", "Output", ge=1, le=10**12, resumable=True, advanced=True)
+    format: Literal["png", "svg"] = setting("image format of the curves", "Output", resumable=True, advanced=True)
 
 
 class Ranks(Table):
     timeout: float = setting(
-        "seconds to wait for other processes under torchrun", "Ranks", gt=0, le=10**9, resumable=True
+        "seconds to wait for other processes under torchrun", "Ranks", gt=0, le=10**9, resumable=True, advanced=True
     )
-    shard: bool = setting("shard weights, gradients and optimizer state over processes (FSDP)", "Ranks", resumable=True)
+    shard: bool = setting(
+        "shard weights, gradients and optimizer state over processes (FSDP)", "Ranks", resumable=True, advanced=True
+    )
 
 
 class Settings(Table):
     """All settings of one invocation; after `resolve`, `preset` is never `auto`."""
 
     preset: str = setting("preset of settings for a model: `auto`, a shipped one, or your own", "Model", min_length=1)
-    runs: PathText = setting("folder of the runs", "Output", min_length=1, resumable=True)
+    runs: PathText = setting("folder of the runs", "Output", min_length=1, resumable=True, advanced=True)
     task: Task
     model: Model
     train: Train
@@ -326,6 +364,11 @@ def digest(settings: Settings) -> str:
 
 def _declared(key: str) -> dict[str, Any]:
     return cast("dict[str, Any]", FIELDS[key].json_schema_extra)
+
+
+def is_advanced(key: str) -> bool:
+    """Whether a setting is hidden in the help of a command with many settings."""
+    return bool(_declared(key)["advanced"])
 
 
 def panel(key: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
 
-from grpo_cli.core.config.settings import Settings
+from grpo_cli.core.config.settings import Settings, Train
 from grpo_cli.core.task.countdown import task_of
 from grpo_cli.core.task.curriculum import Curriculum, schedule
 from grpo_cli.core.task.prompts import STYLES
@@ -27,6 +27,28 @@ def learning_rate_at(step: int, *, peak: float, schedule: str, warmup_steps: int
     done = (step - 1 - warmup_steps) / max(1, num_iterations - warmup_steps)
     shapes = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
     return peak * shapes[schedule]
+
+
+def rate_jump(before: Train, after: Train, done: int) -> str | None:
+    """A sentence if the learning rate jumps after step `done` because the end of its schedule moves."""
+    if not done or before.num_iterations == after.num_iterations or after.schedule == "constant":
+        return None
+    last, following = scheduled_rate(before, done), scheduled_rate(after, done + 1)
+    return (
+        f"the {after.schedule} schedule now ends at step {after.num_iterations}: the learning rate jumps from "
+        f"{last:.2g} at step {done} to {following:.2g} at step {done + 1}"
+    )
+
+
+def scheduled_rate(train: Train, step: int) -> float:
+    """Learning rate of a step of a training."""
+    return learning_rate_at(
+        step,
+        peak=train.learning_rate,
+        schedule=train.schedule,
+        warmup_steps=train.warmup_steps,
+        num_iterations=train.num_iterations,
+    )
 
 
 @dataclass(frozen=True)

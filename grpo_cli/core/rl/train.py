@@ -30,7 +30,7 @@ from grpo_cli.core.rl.collect import Collector
 from grpo_cli.core.rl.grpo import advantages
 from grpo_cli.core.rl.health import collapses, warnings
 from grpo_cli.core.rl.observer import Control, Interrupted, Observer, Validated
-from grpo_cli.core.rl.schedule import learning_rate_at
+from grpo_cli.core.rl.schedule import scheduled_rate
 from grpo_cli.core.rl.state import State
 from grpo_cli.core.rl.update import Diverged, NotFinite, Objective, reference_logprobs, update
 from grpo_cli.core.rl.validate import Validation
@@ -131,13 +131,7 @@ class Trainer:
     def _update(self, batch: Batch, ref_logprobs: Tensor | None, *, has_gradient: bool) -> dict[str, float]:
         """Update the policy; returns the metrics, without those of the update if it is skipped."""
         state, train, loss = self.state, self.settings.train, self.settings.loss
-        rate = learning_rate_at(
-            batch.number,
-            peak=train.learning_rate,
-            schedule=train.schedule,
-            warmup_steps=train.warmup_steps,
-            num_iterations=train.num_iterations,
-        )
+        rate = scheduled_rate(train, batch.number)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         with self.clock.phase("update"):

@@ -1,0 +1,98 @@
+"""The files that commands write about a run besides its own: curves and model card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from grpo_cli.core.rl.observer import Observer
+
+if TYPE_CHECKING:
+    from grpo_cli.core.config.settings import Plot, Settings
+    from grpo_cli.core.rl.observer import Validated
+    from grpo_cli.core.run.folder import Run
+    from grpo_cli.ui.figures import Curves
+
+
+class Artifacts(Observer):
+    """Rewrites a run's curves and model card after each evaluation; a training never depends on them."""
+
+    def __init__(self, settings: Settings, report: Callable[[str], None]) -> None:
+        self._settings, self._report = settings, report
+        self._run: Run | None = None
+
+    def begin(self, run: Run, step: int) -> None:
+        self._run = run
+
+    def evaluated(self, result: Validated) -> None:
+        if self._run and result.step:
+            run, settings = self._run, self._settings
+            self._attempt(lambda: write_card(run, settings), "the model card was not written")
+            self._attempt(lambda: draw([run_curves(run)], run.path, settings.plot), "the curves were not drawn")
+
+    def _attempt(self, write: Callable[[], object], failure: str) -> None:
+        try:
+            write()
+        except Exception as problem:  # whatever matplotlib raises
+            self._report(f"{failure}: {problem}")
+
+
+def run_curves(run: Run) -> Curves:
+    """The curves of a run."""
+    from grpo_cli.ui import figures
+
+    return figures.from_metrics(run.name, run.metrics())
+
+
+def draw(curves: Sequence[Curves], folder: Path, style: Plot) -> list[Path]:
+    """Draw both figures into a folder; returns their paths."""
+    from grpo_cli.ui import figures
+
+    paths = images(folder, style)
+    for path, drawer in zip(paths, (figures.training_curve, figures.kl_curve), strict=True):
+        drawer(curves, path, smooth=style.smooth, window=style.window)
+    return paths
+
+
+def images(folder: Path, style: Plot) -> list[Path]:
+    """The files of `draw`."""
+    return [folder / f"{name}.{style.format}" for name in ("training_curve", "kl_divergence")]
+
+
+def write_card(run: Run, settings: Settings) -> None:
+    """Write the model card beside a run's best model, if there is one."""
+    from grpo_cli.core.run.export import CARD
+
+    if run.model_path.is_dir():
+        (run.model_path / CARD).write_text(card_of(run, settings), encoding="utf-8")
+
+
+def card_of(run: Run, settings: Settings, *, is_adapter: bool = False) -> str:
+    """The model card of a run's best model, or of its adapter; `settings` are the run's."""
+    from grpo_cli.core.config.settings import values
+    from grpo_cli.core.metrics import best_step
+    from grpo_cli.core.run.export import license_of
+    from grpo_cli.ui.card import CardFacts, model_card
+
+    base = settings.model.model
+    facts = CardFacts(
+        name=run.name,
+        base_model=base,
+        license=license_of(base),
+        settings=values(settings),
+        evaluations=run.evaluations(),
+        best_step=best_step(run.metrics()),
+        contamination=_contamination(run.read_summary() or {}),
+        is_adapter=is_adapter,
+    )
+    return model_card(facts)
+
+
+def _contamination(summary: Mapping[str, object]) -> str:
+    if not summary:
+        return "evaluation puzzles that were trained on are counted when the training ends"
+    overlap, count = summary.get("overlap"), summary.get("puzzles")
+    if not isinstance(overlap, int):
+        return "which evaluation puzzles the base model was trained on is not known"
+    return f"{overlap} of the {count} evaluation puzzles are known to have been trained on"
