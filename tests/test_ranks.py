@@ -387,7 +387,9 @@ def wait_for(found: Callable[[], bool], seconds: float = 60) -> None:
 
 def test_nccl_is_bound_to_the_device_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
-    monkeypatch.setattr(sys.modules["torch.distributed.rendezvous"], "rendezvous", lambda *_, **__: iter([(None, 1, 2)]))
+    monkeypatch.setattr(
+        sys.modules["torch.distributed.rendezvous"], "rendezvous", lambda *_, **__: iter([(None, 1, 2)])
+    )
     monkeypatch.setattr(c10d, "PrefixStore", lambda *_: None)
     monkeypatch.setattr(c10d, "init_process_group", lambda *_, **options: given.update(options))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
