@@ -1,5 +1,7 @@
 """Data sets of reasoning-gym as tasks."""
 
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -15,6 +17,7 @@ NAMES = sorted(reasoning_gym.factory.DATASETS)
 UNSOLVED = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}  # no solution of their own
 NEEDS_SETTINGS = {"composite"}
 QUICK = ["arc_agi", "bf", "boxnet", "game_of_life_halting", "list_functions", "prime_factorization", "countdown"]
+PARTIAL = {"figlet_font": 0.5}  # a share for each right letter
 MALFORMED = ["banana", "((((", "[1,", "x" * 1_000, "1/0", "None"]
 
 
@@ -47,8 +50,10 @@ def check(name: str) -> None:
         assert solved is None or again.score(solved, problem, style="").reward == 1.0, "the solution scores below 1"
         assert again.score("no tags", problem, style="").reward == 0.0
         own = str(problem.value["answer"]).strip()
-        paid = {text: again.score(answered(text), problem, style="").reward for text in MALFORMED if text != own}
-        assert not any(paid.values()), f"malformed answers earn {paid}"
+        paid = {
+            text[:9]: again.score(answered(text), problem, style="").reward for text in MALFORMED if own not in text
+        }
+        assert max(paid.values()) <= PARTIAL.get(name, 0), f"malformed answers earn {paid}"
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -66,3 +71,19 @@ def test_every_data_set_is_a_sound_task(name: str) -> None:
 def test_a_data_set_without_default_settings_is_refused(name: str) -> None:
     with pytest.raises(CountdownError, match=f"reasoning-gym has no default settings for `{name}`"):
         load_task(f"gym:{name}")
+
+
+PRINT = """
+from grpo_cli.core.task import gym
+gym.GYM_SIZE = {"train": 5, "val": 5}
+print(gym.functions("polynomial_multiplication")["problems"]("train"))
+"""
+
+
+def test_every_process_makes_the_same_problems() -> None:
+    """The questions of this data set follow the order of a set of strings, which depends on the hash seed."""
+    made = [
+        subprocess.run(["env", f"PYTHONHASHSEED={seed}", sys.executable, "-c", PRINT], capture_output=True, text=True)
+        for seed in (1, 2)
+    ]
+    assert made[0].stdout == made[1].stdout != ""

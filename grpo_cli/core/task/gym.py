@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-import random
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -13,6 +15,17 @@ from grpo_cli.core.errors import CountdownError
 GYM_SIZE = {"train": 1_000, "val": 200}
 TAGS = "Think inside <think> </think>, then write the answer inside <answer> </answer>."
 NONSENSE = "?"
+# A process of its own: some data sets draw from the global generators, or depend on the order of a set of strings.
+MAKE = """
+import pickle, random, sys, numpy, reasoning_gym
+out, sys.stdout = sys.stdout.buffer, sys.stderr
+name, size, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+random.seed(seed)
+numpy.random.seed(seed)
+data = reasoning_gym.create_dataset(name, size=size, seed=seed)
+pickle.dump([dict(data[index]) for index in range(len(data))], out)
+"""
+CONSOLATION = 0.05  # at most, what some scorers pay for any answer
 
 
 def functions(name: str) -> dict[str, Callable[..., Any]]:
@@ -29,13 +42,17 @@ def functions(name: str) -> dict[str, Callable[..., Any]]:
     @cache
     def data(split: str) -> tuple[Any, list[dict[str, Any]]]:
         seed = 0 if split == "train" else 1_000_000
-        random.seed(seed)  # a few data sets draw from the global generator
         try:
             made = reasoning_gym.create_dataset(name, size=GYM_SIZE[split], seed=seed)
         except Exception as error:
             hint = "choose another data set, or write a task file that makes this one"
             raise CountdownError(f"reasoning-gym has no default settings for `{name}`: {error}", hint) from error
-        return made, [dict(made[index]) for index in range(len(made))]
+        arguments = [sys.executable, "-c", MAKE, name, str(GYM_SIZE[split]), str(seed)]
+        done = subprocess.run(["env", "PYTHONHASHSEED=0", *arguments], capture_output=True)
+        if done.returncode:
+            reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+            raise CountdownError(f"reasoning-gym failed to make `{name}`: {reason}", "choose another data set")
+        return made, pickle.loads(done.stdout)
 
     def problems(split: str) -> list[dict[str, Any]]:
         trained = {entry["question"] for entry in data("train")[1]} if split != "train" else set()
@@ -58,14 +75,14 @@ def functions(name: str) -> dict[str, Callable[..., Any]]:
         return score if math.isfinite(score) else 0.0
 
     def score(completion: str, problem: dict[str, Any]) -> float:
-        """1.0 for the data set's own solution; another answer earns its score if that is above nonsense's."""
+        """1.0 for the data set's own solution; another answer earns its score if nonsense earns less."""
         answer = completion.rpartition("</answer>")[0].rpartition("<answer>")[2].strip()
         if "<answer>" not in completion:
             return 0.0
         if problem["answer"] is not None and answer == str(problem["answer"]).strip():
             return 1.0
         paid = earned(answer, problem)
-        return paid if paid > earned(NONSENSE, problem) else 0.0
+        return paid if paid > max(CONSOLATION, earned(NONSENSE, problem)) else 0.0
 
     def solution(problem: dict[str, Any]) -> str | None:
         answer = problem["answer"]
