@@ -19,7 +19,7 @@ from torch import Tensor
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.gguf import CONTROL, PRETOKENIZERS, USER_DEFINED, reading, unpack
 from grpo_cli.core.model.load import attends_in_full, end_ids
-from grpo_cli.core.model.policy import PROBE, encode
+from grpo_cli.core.model.templates import PROBE, encode
 
 NORMAL, UNUSED = 1, 5  # token types of the format
 ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}
