@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from grpo_cli.core.run.folder import Run
+if TYPE_CHECKING:
+    from grpo_cli.core.run.folder import Run
 
 
 class Interrupted(Exception):
