@@ -102,7 +102,7 @@ def test_a_run_is_opened_by_its_name(run: Run) -> None:
 
 def test_opening_what_is_not_there_says_how_to_make_it(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for name in ("none", "empty"):
+    for name in ("missing", "empty"):
         with pytest.raises(CountdownError, match=f"no run `{name}` in") as caught:
             Run.open(tmp_path, name)
         assert caught.value.hint is not None

@@ -58,7 +58,7 @@ def facts(split: str) -> dict[str, object]:
         "tokenizer.ggml.token_type": [1] * len(LETTERS) + [gguf.CONTROL],
         "tokenizer.ggml.merges": ["2 5", "Ġ 25"],
         "tokenizer.ggml.eos_token_id": len(LETTERS),
-        "tokenizer.chat_template": "{{ messages[-1]['content'] }}",
+        "tokenizer.chat_template": "{% for message in messages %}{{ message['content'] }}{% endfor %}",
     }
 
 

@@ -134,7 +134,7 @@ def test_export_writes_the_adapter_or_the_merged_model(countdown: Command, tiny_
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--quantize", "nf4"], "`--quantize` needs an adapter"),
+        (["--quantize", "nf4"], "`--quantize` has no effect without `--lora-rank`"),
         (["--lora-rank", "4", "--warm-start", "8"], "that run's `warm_start` folder"),
         (["--lora-rank", "4", "--shard"], "`--shard`"),
         (["--lora-rank", "4", "--lora-targets", "q_proj, qq"], "is called `qq`"),

@@ -24,7 +24,7 @@ def check_destination(folder: Path, *, overwrite: bool) -> None:
     """
     require_outside_runs(folder)
     parent = Path(os.path.realpath(folder)).parent
-    if any((run.path / "origin.json").is_file() for run in list_runs(parent)):
+    if any(os.path.isfile(run.path / "origin.json") for run in list_runs(parent)):
         raise CountdownError(f"`{folder}` would be taken for a run", f"choose a folder outside `{folder.parent}`")
     if not folder.absolute().parent.is_dir():
         raise CountdownError(f"`{folder.parent}` is not a folder", "create it, or choose another folder")

@@ -413,7 +413,7 @@ def require_outside_runs(path: Path, *, own: Run | None = None) -> None:
     """Raise CountdownError if `path` is in a run other than `own`: only a run's training writes there."""
     place = Path(os.path.realpath(path))
     for folder in (place, *place.parents):
-        is_run = (folder / "origin.json").is_file() or ((folder / _LOCK).is_file() and _only_begun(folder))
+        is_run = os.path.isfile(folder / "origin.json") or (os.path.isfile(folder / _LOCK) and _only_begun(folder))
         if is_run and not (own and own.path.samefile(folder)):
             raise CountdownError(
                 f"`{path}` is in the run `{folder}`, where only its training writes", "write elsewhere"
