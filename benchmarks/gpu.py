@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from grpo_cli.core.dist.parallel import Replicated
 from measured import Seconds, peak_bytes, table, timed, write
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
@@ -186,12 +185,12 @@ def steps(asked: Load, variant: Variant) -> dict[str, Any]:
             seconds |= rollout.seconds
             sequences = Sequences(prompts, rollout.completions, prompt_index)
             with timed(seconds, "reference"):
-                ref_logprobs = reference_logprobs(reference, sequences, temperature=TEMPERATURE, fit=fit)
+                ref_logprobs = reference_logprobs(reference, sequences, temperature=TEMPERATURE, micro_batch=fit)
             with timed(seconds, "update"):
                 examples = Examples(sequences, advantages(rewards).flatten(), ref_logprobs=ref_logprobs)
                 objective = Objective(LOSS, TEMPERATURE, asked.tokens, clip_grad_norm=0.5)
                 timer = partial(timed, seconds, "optimizer")
-                update(Replicated(policy), optimizer, examples, objective, fit=fit, stepping=timer)
+                update(policy, optimizer, examples, objective, micro_batch=fit, stepping=timer)
         seconds["update"] -= seconds["optimizer"]
         rounds.append(seconds)
     medians = {phase: statistics.median(one[phase] for one in rounds[1:]) for phase in (*PHASES, "total")}

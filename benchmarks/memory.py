@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from grpo_cli.core.rl.session import start
 
 from grpo_cli.core.config.resolve import resolve
 from grpo_cli.core.microbatch import resident
 from grpo_cli.core.model.load import BUILTIN
+from grpo_cli.core.rl.build import build, finish
 from grpo_cli.core.rl.observer import Observer
 from grpo_cli.core.sampling.params import SamplingParams
 
@@ -93,11 +93,12 @@ def main() -> None:
     SamplingParams.training = classmethod(  # type: ignore[method-assign,assignment]
         lambda cls, train: cls(rows.limit, train.temperature, train.num_generations)
     )
-    with start(resolve(flags=flags).settings, "grown", overwrite=True, note=rows.message) as session:
-        print(f"planned: {session.memory.peak / GB:.2f} GB in {session.memory.choices}")
+    with build(resolve(flags=flags).settings, "grown", overwrite=True, observer=rows) as trainer:
+        assert trainer.memory is not None
+        print(f"planned: {trainer.memory.peak / GB:.2f} GB in {trainer.memory.choices}")
         print("| step | tokens | resident, GB | peak, GB | seconds |\n|---|---|---|---|---|", flush=True)
-        session.train(rows)
-    print(f"largest peak: {rows.largest:.2f} GB of {session.memory.peak / GB:.2f} planned")
+        finish(trainer)
+    print(f"largest peak: {rows.largest:.2f} GB of {trainer.memory.peak / GB:.2f} planned")
 
 
 if __name__ == "__main__":

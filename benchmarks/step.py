@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from grpo_cli.core.dist.parallel import Replicated
 from measured import Seconds, peak_bytes, table, timed, write
 from rich.console import Console
 from rich.progress import Progress
@@ -139,7 +138,7 @@ def countdown(work: Work, turn: Turn) -> None:
                     ref_logprobs = reference_logprobs(reference, sequences, temperature=TEMPERATURE)
                 with timed(seconds, "update"):
                     examples = Examples(sequences, advantage, ref_logprobs=ref_logprobs)
-                    update(Replicated(policy), optimizer, examples, Objective(LOSS, TEMPERATURE, work.tokens))
+                    update(policy, optimizer, examples, Objective(LOSS, TEMPERATURE, work.tokens))
         turn(round_of(seconds, rollout.completions))
 
 

@@ -1,0 +1,34 @@
+"""The examples run as they stand."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+from conftest import SMALL, Command
+
+from grpo_cli.core.task.puzzle import Puzzle
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_first_file_to_read_is_short_and_trains() -> None:
+    assert len((EXAMPLES / "minimal_train.py").read_text().splitlines()) <= 150
+    curve = example("minimal_train").train(steps=2, prompts=2, held_out=2)
+    assert len(curve) == 2 and all(0 <= reward <= 1 for reward in curve)
+
+
+def test_a_short_right_answer_earns_more_than_a_long_one(countdown: Command, tiny_folder: Path) -> None:
+    short = example("reward").short
+    puzzle, right = Puzzle((3, 5, 2), 13), "<think>a</think><answer>5 * 2 + 3</answer>"
+    assert short("nothing", puzzle) == 0
+    assert 1 < short(right.replace("a", "a" * 300), puzzle) < short(right, puzzle) <= 1.2
+    result = countdown("train", "--model", tiny_folder, *SMALL, "--reward", f"{EXAMPLES / 'reward.py'}:short")
+    assert result.code == 0, result.err
