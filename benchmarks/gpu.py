@@ -40,6 +40,7 @@ from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.perf.utilization import Groups, operations, peak_tflops
 from grpo_cli.core.rl.batch import Examples
+from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.grpo import advantages
 from grpo_cli.core.rl.state import build_optimizer
 from grpo_cli.core.rl.update import Objective, reference_logprobs, update
@@ -189,8 +190,9 @@ def steps(asked: Load, variant: Variant) -> dict[str, Any]:
             with timed(seconds, "update"):
                 examples = Examples(sequences, advantages(rewards).flatten(), ref_logprobs=ref_logprobs)
                 objective = Objective(LOSS, TEMPERATURE, asked.tokens, clip_grad_norm=0.5)
-                timer = partial(timed, seconds, "optimizer")
-                update(policy, optimizer, examples, objective, micro_batch=fit, stepping=timer)
+                clock = Clock()
+                update(policy, optimizer, examples, objective, micro_batch=fit, clock=clock)
+        seconds["optimizer"] = clock.lap()["time/optimizer"]
         seconds["update"] -= seconds["optimizer"]
         rounds.append(seconds)
     medians = {phase: statistics.median(one[phase] for one in rounds[1:]) for phase in (*PHASES, "total")}

@@ -29,6 +29,7 @@ from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.rl import update as update_module
 from grpo_cli.core.rl.batch import Examples
 from grpo_cli.core.rl.build import assemble
+from grpo_cli.core.rl.context import Context
 from grpo_cli.core.rl.observer import Control, Observer
 from grpo_cli.core.rl.state import Progress, State, build_optimizer
 from grpo_cli.core.rl.update import Objective
@@ -217,7 +218,8 @@ def train(
     control: Control | None = None,
 ) -> Evaluation:
     """Train by one process, without a memory limit."""
-    return assemble(settings, state, reference, run, observer=observer, control=control).train()
+    context = Context(observer=observer, control=control or Control())
+    return assemble(settings, state, reference, run, context=context).train()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ The command line, notebooks and benchmarks all use this module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,7 +32,8 @@ from grpo_cli.core.perf.memory import MemoryPlan
 from grpo_cli.core.perf.utilization import Meter, operations
 from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.collect import Collector
-from grpo_cli.core.rl.observer import Control, Observer, Observers, no_poll
+from grpo_cli.core.rl.context import Context
+from grpo_cli.core.rl.observer import Control, Observer, Observers
 from grpo_cli.core.rl.schedule import Problems, longest_prompt
 from grpo_cli.core.rl.state import (
     Progress,
@@ -80,7 +81,7 @@ def train(
 
 def finish(trainer: Trainer) -> Result:
     """Train to the end and write the summary. If its control says stop, saves and raises Interrupted."""
-    with trainer.control:
+    with trainer.context.control:
         evaluation = trainer.train()
     run = trainer.run
     seen = contamination.known(run.name, run.path.parent)
@@ -112,8 +113,7 @@ def build(
     *,
     task: Task | None = None,
     overwrite: bool = False,
-    resume: bool = False,
-    step: int | None = None,
+    resume: bool | int = False,
     world: World | None = None,
     observer: Observer | None = None,
     control: Control | None = None,
@@ -121,76 +121,45 @@ def build(
     """Load everything, open the run and warm-start if asked to; the run stays locked until the block ends.
 
     A new run is created only after its models have loaded. `resume` continues run `name` from its newest intact
-    checkpoint, or from that of `step`. `task`: the task of the settings, if it is loaded already. `control` can stop a
+    checkpoint, or from that of a step. `task`: the task of the settings, if it is loaded already. `control` can stop a
     warm start, which raises Interrupted.
     """
-    world, observer, control = world or World(), observer or Observer(), control or Control()
+    context = Context(world or World(), observer or Observer(), control or Control())
     require_tracker(settings.train.tracker)
-    settings = for_ranks(settings, world.size)
+    settings = for_ranks(settings, context.world.size)
     problems = Problems.of(settings, task)
     for sentence in problems.notes():
-        observer.message(sentence)
+        context.note(sentence)
     with ExitStack() as stack:
-        if settings.train.tracker != "none" and world.is_first:
-            tracked = Tracked(settings.train.tracker, settings, observer.message)
-            stack.callback(tracked.close)
-            observer = Observers([observer, tracked])
         # 1. Choose the checkpoint to continue from.
-        past = Past()
-        if resume and name:
-            old = Run.open(Path(settings.runs), name)
-            world.first(partial(_lock, old, stack, observer.message))
-            past = Past(old, *world.first(partial(choose_checkpoint, old, settings, step, observer.message)))
+        context = _tracked(settings, context, stack)
+        past = _past(settings, name, resume, context, stack)
         # 2. Load the policy, plan its memory, load the reference that `ref_model` names.
         examples = [] if past.checkpoint or past.warmed else demonstrated(settings, problems)
-        policy, plan = _load_policy(settings, problems, past, world, observer.message)
+        policy, plan = _load_policy(settings, problems, past, context)
         settings = settled(settings, policy)
         named = _named_reference(settings, policy, plan)
         # 3. Open the run, and imitate.
         if examples:
-            imitated = State(policy, build_optimizer(policy, name="adamw", weight_decay=0.0), policy)
-            require_space(Path(settings.runs), _kept(settings) * imitated.checkpoint_bytes())
-        run = world.first(partial(_open_run, settings, name, past, stack, overwrite=overwrite, note=observer.message))
-        run = replace(run, writes=world.is_first)
+            require_space(Path(settings.runs), _kept(settings) * _imitator(policy).checkpoint_bytes())
+        run = past.run or context.world.first(partial(_create, settings, name, stack, overwrite, context.note))
+        run = replace(run, writes=context.world.is_first)
         origin = _origin_of(policy, past, problems)
         if examples:
-            rows = plan.choices.rows or settings.train.batch_size * settings.train.num_generations
-            origin = warm_start(
-                imitated,
-                examples,
-                run,
-                settings,
-                origin,
-                world=world,
-                micro_batch=_micro_batch(plan, observer.message, rows),
-                control=control,
-                observer=observer,
-            )
-            if policy.adapter:  # its base is from now on the warm-started model, for the reference too
-                policy = _load(settings, str(run.warm_start_path), policy.name, _ignore, adapter=policy.adapter)
+            policy, origin = _imitate(policy, examples, run, settings, origin, plan, context)
         # 4. Build the state and the reference, or restore them.
-        state = _state(settings, policy, world)
-        reference = _reference(settings, state, plan, past, named, world)
+        state = _state(settings, policy, context.world)
+        reference = _reference(settings, state, plan, past, named, context.world)
         if past.run and past.checkpoint:
-            current = _known_origin(policy, reference, named, past) | problems.hashes
-            require_origin(past.run, current, model=settings.model.model, reference=settings.model.ref_model)
+            known = _known_origin(policy, reference, named, past) | problems.hashes
+            require_origin(past.run, known, model=settings.model.model, reference=settings.model.ref_model)
             state.restore(past.checkpoint)
         elif named:
             origin["reference"] = named.policy.fingerprint()["weights"]
         # 5. Record what this training is.
         with nullcontext() if past.run or examples else run.starting():
-            world.first(partial(_record, run, state, settings, past, origin, world.size, observer.message))
-        yield assemble(
-            settings,
-            state,
-            reference,
-            run,
-            problems=problems,
-            world=world,
-            plan=plan,
-            observer=observer,
-            control=control,
-        )
+            context.world.first(partial(_record, run, state, settings, past, origin, context))
+        yield assemble(settings, state, reference, run, problems=problems, plan=plan, context=context)
 
 
 def assemble(
@@ -200,29 +169,16 @@ def assemble(
     run: Run,
     *,
     problems: Problems | None = None,
-    world: World | None = None,
     plan: MemoryPlan | None = None,
-    observer: Observer | None = None,
-    control: Control | None = None,
+    context: Context | None = None,
 ) -> Trainer:
     """A trainer of what is loaded already; without a `plan`, memory has no limit."""
-    world, observer, control = world or World(), observer or Observer(), control or Control()
-    problems = problems or Problems.of(settings)
-    micro_batch = _micro_batch(plan, observer.message, settings.train.micro_batch_size)
-    engine, clock = Engine(state.policy), Clock(world)
-    poll = control.poll if world.size == 1 else no_poll  # several ranks decide together, at the end of a step
+    context, problems = context or Context(), problems or Problems.of(settings)
+    micro_batch = _micro_batch(plan, context.note, settings.train.micro_batch_size)
+    engine, clock = Engine(state.policy), Clock(context.world)
+    meter = Meter(state.policy, operations(state.policy))
     collector = Collector(
-        engine,
-        problems.task,
-        problems.curriculum,
-        settings.train,
-        settings.reward,
-        world,
-        micro_batch.unlimited(),
-        clock,
-        Meter(state.policy, operations(state.policy)),
-        observer,
-        poll,
+        engine, problems, settings.train, settings.reward, context, clock, meter, micro_batch.unlimited()
     )
     evaluator = Evaluator(
         engine,
@@ -230,13 +186,53 @@ def assemble(
         problems.task,
         settings.eval.batch_size,
         micro_batch=micro_batch.unlimited(),
-        world=world,
-        poll=poll,
+        world=context.world,
+        poll=context.poll,
     )
-    validation = Validation(evaluator, settings, clock, observer)
-    return Trainer(
-        settings, state, reference, collector, validation, run, world, clock, plan, micro_batch, observer, control, poll
-    )
+    validation = Validation(evaluator, settings, clock, context.observer)
+    return Trainer(settings, state, reference, collector, validation, run, context, clock, plan, micro_batch)
+
+
+def _tracked(settings: Settings, context: Context, stack: ExitStack) -> Context:
+    """The context, whose observer also logs to the tracker of the settings, on the rank that writes the run."""
+    if settings.train.tracker == "none" or not context.world.is_first:
+        return context
+    tracked = Tracked(settings.train.tracker, settings, context.note)
+    stack.callback(tracked.close)
+    return replace(context, observer=Observers([context.observer, tracked]))
+
+
+def _past(settings: Settings, name: str | None, resume: bool | int, context: Context, stack: ExitStack) -> Past:
+    """The run and checkpoint to continue from, if the training is resumed."""
+    if not resume or name is None:
+        return Past()
+    run, first = Run.open(Path(settings.runs), name), context.world.first
+    first(partial(_lock, run, stack, context.note))
+    step = None if resume is True else resume
+    return Past(run, *first(partial(choose_checkpoint, run, settings, step, context.note)))
+
+
+def _imitator(policy: Policy) -> State:
+    """The state of a warm start before its first step."""
+    return State(policy, build_optimizer(policy, name="adamw", weight_decay=0.0), policy)
+
+
+def _imitate(
+    policy: Policy,
+    examples: Sequence[Lesson],
+    run: Run,
+    settings: Settings,
+    origin: Mapping[str, object],
+    plan: MemoryPlan,
+    context: Context,
+) -> tuple[Policy, dict[str, object]]:
+    """The warm-started policy, and the origin with its hash."""
+    rows = plan.choices.rows or settings.train.batch_size * settings.train.num_generations
+    micro_batch = _micro_batch(plan, context.note, rows)
+    known = warm_start(_imitator(policy), examples, run, settings, origin, micro_batch=micro_batch, context=context)
+    if policy.adapter:  # its base is from now on the warm-started model, for the reference too
+        policy = _load(settings, str(run.warm_start_path), policy.name, _ignore, adapter=policy.adapter)
+    return policy, known
 
 
 def for_ranks(settings: Settings, ranks: int) -> Settings:
@@ -285,12 +281,8 @@ def _lock(run: Run, stack: ExitStack, note: Note) -> None:
         note(f"taking over run {run.name}: process {left_by}, which wrote it, no longer holds its lock")
 
 
-def _open_run(
-    settings: Settings, name: str | None, past: Past, stack: ExitStack, *, overwrite: bool, note: Note
-) -> Run:
-    """The run to resume, or a new one, locked until the end of the training."""
-    if past.run:
-        return past.run
+def _create(settings: Settings, name: str | None, stack: ExitStack, overwrite: bool, note: Note) -> Run:
+    """A new run, locked until the end of the training."""
     run = Run.create(Path(settings.runs), name, overwrite=overwrite)
     _lock(run, stack, note)
     return run
@@ -302,14 +294,12 @@ def _load(settings: Settings, source: str, name: str, note: Note, **options: Any
     return load_checked(source, name=name, device=model.device, precision=model.precision, note=note, **options)
 
 
-def _load_policy(
-    settings: Settings, problems: Problems, past: Past, world: World, note: Note
-) -> tuple[Policy, MemoryPlan]:
+def _load_policy(settings: Settings, problems: Problems, past: Past, context: Context) -> tuple[Policy, MemoryPlan]:
     """The policy on the fastest path that computes right, and the plan of its memory.
 
     All ranks choose the same plan: that for the least free memory.
     """
-    device, adapter = detect_device(settings.model.device), Lora.of(settings)
+    device, adapter, world, note = detect_device(settings.model.device), Lora.of(settings), context.world, context.note
     if settings.train.deterministic:
         fix_order()
     free = min(world.gather(free_memory(device)))
@@ -397,25 +387,19 @@ def _kept(settings: Settings) -> int:
 
 
 def _record(
-    run: Run,
-    state: State,
-    settings: Settings,
-    past: Past,
-    origin: Mapping[str, object],
-    ranks: int,
-    note: Note,
+    run: Run, state: State, settings: Settings, past: Past, origin: Mapping[str, object], context: Context
 ) -> None:
     """Write the settings, the environment and the origin; cut a resumed run back to its checkpoint."""
     run.end_warming()
     require_space(run.path, _kept(settings) * state.checkpoint_bytes())
     run.write_config(settings.model_dump())
-    run.write_environment(environment(state.policy) | {"ranks": ranks}, step=past.step)
+    run.write_environment(environment(state.policy) | {"ranks": context.world.size}, step=past.step)
     if past.checkpoint is None:
         run.write_origin(origin)
     if past.run:
         pending = state.progress.unlogged is not None
         for sentence in past.run.go_back_to(past.step if past.checkpoint else -1, pending=pending):
-            note(sentence)
+            context.note(sentence)
 
 
 def _ignore(_: str) -> None:

@@ -5,7 +5,7 @@ The samples are a function of (seed, step, prompt index), whatever the number of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -17,41 +17,38 @@ from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.perf.utilization import Meter
 from grpo_cli.core.rl.batch import Batch, Group, Tally
 from grpo_cli.core.rl.clock import Clock
+from grpo_cli.core.rl.context import Context
 from grpo_cli.core.rl.grpo import overlong_penalty, zero_variance
-from grpo_cli.core.rl.observer import Observer
+from grpo_cli.core.rl.schedule import Problems
 from grpo_cli.core.sampling.params import SamplingParams
 from grpo_cli.core.sampling.rollout import Engine, uniforms
-from grpo_cli.core.task.curriculum import Curriculum
 from grpo_cli.core.task.task import Problem, Score, Task
-from grpo_cli.core.world import World
 
 ANNOUNCED = 5  # rounds of dynamic sampling between messages
 
 
 @dataclass
 class Collector:
-    """Collects each step's groups; each rank samples its share of the prompts.
-
-    `poll` is called after each token; it may raise.
-    """
+    """Collects each step's groups; each rank samples its share of the prompts."""
 
     engine: Engine
-    task: Task
-    curriculum: Curriculum
+    problems: Problems
     settings: Train
     reward: Reward
-    world: World
-    micro_batch: MicroBatch
+    context: Context
     clock: Clock
     meter: Meter
-    observer: Observer
-    poll: Callable[[], None]
+    micro_batch: MicroBatch
+
+    @property
+    def task(self) -> Task:
+        return self.problems.task
 
     def collect(self, step: int) -> Batch:
         """Sample and score a step; with dynamic sampling, replace groups of equal rewards."""
         self.meter.reset()
         groups, tally = self._draw(step, range(self.settings.batch_size), 0)
-        metrics = tally.means() | self.curriculum.shares(self.curriculum.prompts(step))
+        metrics = tally.means() | self.problems.curriculum.shares(self.problems.curriculum.prompts(step))
         batch = Batch(step, groups, tally, metrics, tally.tokens)
         if self.settings.dynamic_sampling:
             self._replace(batch)
@@ -70,7 +67,9 @@ class Collector:
                 break
             if turn % ANNOUNCED == 0:
                 left = f"{len(places)} of {len(flat)} groups still have equal rewards"
-                self.observer.message(f"step {batch.number}: {left} after {turn - 1} rounds of dynamic sampling")
+                self.context.observer.message(
+                    f"step {batch.number}: {left} after {turn - 1} rounds of dynamic sampling"
+                )
             groups, drawn = self._draw(batch.number, places, turn)
             batch.tokens += drawn.tokens
             batch.replace(groups)
@@ -80,14 +79,14 @@ class Collector:
 
     def _draw(self, step: int, places: Sequence[int], turn: int) -> tuple[list[Group], Tally]:
         """This rank's groups of the prompts at `places`, and the tally of all ranks. Later turns use other prompts."""
-        mine = [place for place in self.world.share(self.settings.batch_size) if place in places]
+        mine = [place for place in self.context.world.share(self.settings.batch_size) if place in places]
         groups = self._sample(step, mine, turn)
         return groups, self._tally(groups)
 
     def _tally(self, groups: Sequence[Group]) -> Tally:
         """The tally of all ranks' groups."""
         own = Tally.of(groups, size=self.settings.num_generations, cheats=self.task.cheats)
-        return reduce(add, self.world.gather(own))
+        return reduce(add, self.context.world.gather(own))
 
     def _score(self, text: str, problem: Problem, style: str, truncated: bool, length: int) -> Score:
         """The task's score minus the length penalty of `length` tokens."""
@@ -99,12 +98,12 @@ class Collector:
         return replace(score, reward=score.reward - penalty, parts={**score.parts, "length": -penalty})
 
     def _on_token(self, count: int) -> None:
-        self.observer.progress("sampling token", count, self.settings.max_new_tokens)
-        self.poll()
+        self.context.observer.progress("sampling token", count, self.settings.max_new_tokens)
+        self.context.poll()
 
     def _sample(self, step: int, places: list[int], turn: int) -> list[Group]:
         settings, size = self.settings, self.settings.num_generations
-        prompts = self.curriculum.prompts(step, turn=turn)
+        prompts = self.problems.curriculum.prompts(step, turn=turn)
         drawn = [prompts[place] for place in places]
         policy = self.engine.policy
         encoded = [policy.encode(self.task.prompt(problem, style)) for problem, style in drawn]

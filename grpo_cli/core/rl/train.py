@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 
 from torch import Tensor
@@ -27,9 +26,10 @@ from grpo_cli.core.perf.memory import MemoryPlan
 from grpo_cli.core.rl.batch import Batch
 from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.collect import Collector
+from grpo_cli.core.rl.context import Context
 from grpo_cli.core.rl.grpo import advantages
 from grpo_cli.core.rl.health import collapses, warnings
-from grpo_cli.core.rl.observer import Control, Interrupted, Observer, Validated
+from grpo_cli.core.rl.observer import Interrupted, Observer, Validated
 from grpo_cli.core.rl.schedule import scheduled_rate
 from grpo_cli.core.rl.state import State
 from grpo_cli.core.rl.update import Diverged, NotFinite, Objective, reference_logprobs, update
@@ -53,16 +53,21 @@ class Trainer:
     collector: Collector
     validation: Validation
     run: Run
-    world: World
+    context: Context
     clock: Clock
     memory: MemoryPlan | None
     micro_batch: MicroBatch  # of updates and reference passes
-    observer: Observer
-    control: Control
-    poll: Callable[[], None]  # raises Interrupted, between tokens and micro-batches
     history: list[Mapping[str, float]] = field(default_factory=list)  # metrics of all steps
     warned: set[str] = field(default_factory=set)
     saved_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def world(self) -> World:
+        return self.context.world
+
+    @property
+    def observer(self) -> Observer:
+        return self.context.observer
 
     def train(self) -> Evaluation:
         """Train from the state's step to the end; returns the last evaluation of val.
@@ -103,7 +108,8 @@ class Trainer:
             # 5. Log the step; evaluate and save if due.
             self._log(batch, updated)
             evaluation = self._finish_step() or evaluation
-            self._stop_if_asked()
+            if self.context.is_stopped:
+                raise Interrupted
             self._check_health()
         return evaluation or self.validation.evaluate(self.validation.val)
 
@@ -125,7 +131,7 @@ class Trainer:
                 temperature=self.settings.train.temperature,
                 world=self.world,
                 micro_batch=self.micro_batch,
-                poll=self.poll,
+                poll=self.context.poll,
             )
 
     def _update(self, batch: Batch, ref_logprobs: Tensor | None, *, has_gradient: bool) -> dict[str, float]:
@@ -141,11 +147,10 @@ class Trainer:
                     state.optimizer,
                     batch.examples(ref_logprobs, has_gradient=has_gradient or loss.beta > 0),
                     Objective.of(train, loss),
-                    world=self.world,
+                    clock=self.clock,
                     micro_batch=self.micro_batch,
                     compare_with=state.policy if batch.number % COMPARE_EVERY == 1 else None,
-                    poll=self.poll,
-                    stepping=partial(self.clock.phase, "optimizer"),
+                    poll=self.context.poll,
                 )
                 state.progress.bad_in_a_row = 0
                 if state.learner.is_sharded:
@@ -225,7 +230,7 @@ class Trainer:
         """Whether a checkpoint was requested, or the last one is `save_minutes` old."""
         minutes = self.settings.train.save_minutes
         old = self.state.progress.step > 0 and 0 < minutes * 60 <= time.monotonic() - self.saved_at
-        return self.control.should_save() or old
+        return self.context.control.should_save() or old
 
     def save(self) -> None:
         """Save a checkpoint of the last completed step."""
@@ -303,7 +308,3 @@ class Trainer:
             if sign not in self.warned:
                 self.warned.add(sign)
                 self.observer.message(sentence if sign == "right" else f"warning: {sentence}")
-
-    def _stop_if_asked(self) -> None:
-        if self.world.size > 1 and any(self.world.gather(self.control.should_stop())):
-            raise Interrupted

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import reduce
 from operator import add
@@ -18,6 +17,7 @@ from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.rl.batch import Examples
+from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.diagnostics import WeightProbe, logprob_gap, optimized, plain_logprobs_of_ends
 from grpo_cli.core.rl.grpo import Step, batch_loss, normalizer
 from grpo_cli.core.rl.observer import no_poll
@@ -84,24 +84,22 @@ def update(
     examples: Examples,
     objective: Objective,
     *,
-    world: World | None = None,
+    clock: Clock | None = None,
     micro_batch: MicroBatch | None = None,
     compare_with: Policy | None = None,
     poll: Callable[[], None] = no_poll,
-    stepping: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, float]:
     """Update the weights `num_inner_updates` times; returns metrics, means over the inner updates.
 
-    Each rank of `world` passes its own `examples`. `micro_batch` sets how many are computed at once. `poll` is called
-    before each micro-batch of the first inner update; an exception it raises leaves the weights unchanged. `stepping`
-    wraps each optimizer step. `compare_with`: measure `logprob_gap` by the own forward of this policy, which has the
-    same weights.
+    Each rank passes its own `examples`. `clock` times the optimizer, and knows the ranks. `micro_batch` sets how many
+    are computed at once. `poll` is called before each micro-batch of the first inner update; an exception it raises leaves
+    the weights unchanged. `compare_with`: a policy of the same weights, whose own forward measures `logprob_gap`.
 
     Raises NotFinite on all ranks, before the weights change, if the loss or the gradient is not finite, and Diverged if
     the weights are not finite afterwards.
     """
-    world, micro_batch = world or World(), micro_batch or MicroBatch()
-    inputs = _Inputs.of(policy, examples, objective, compare_with)
+    clock, micro_batch = clock or Clock(), micro_batch or MicroBatch()
+    world, inputs = clock.world, _Inputs.of(policy, examples, objective, compare_with)
     probe, history = WeightProbe(optimizer), list[dict[str, float]]()
     try:
         for number in range(objective.num_inner_updates):
@@ -121,7 +119,7 @@ def update(
             # 2. Clip them, and step.
             norm = torch.zeros(())
             if inputs.step.has_gradient:
-                with stepping():
+                with clock.phase("optimizer"):
                     norm = optimizer_step(policy, optimizer, sums.loss, objective.clip_grad_norm, world)
             # 3. Describe the step.
             history.append(sums.means(norm, has_kl=examples.ref_logprobs is not None))

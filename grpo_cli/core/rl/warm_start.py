@@ -20,7 +20,8 @@ from grpo_cli.core.config.settings import Settings, digest
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.policy import Policy, Sequences
-from grpo_cli.core.rl.observer import Control, Interrupted, Observer, no_poll
+from grpo_cli.core.rl.context import Context
+from grpo_cli.core.rl.observer import Interrupted, no_poll
 from grpo_cli.core.rl.schedule import Problems
 from grpo_cli.core.rl.state import State
 from grpo_cli.core.rl.update import Diverged, NotFinite, optimizer_step
@@ -164,10 +165,8 @@ def warm_start(
     settings: Settings,
     origin: Mapping[str, object],
     *,
-    world: World,
     micro_batch: MicroBatch,
-    control: Control,
-    observer: Observer,
+    context: Context,
 ) -> dict[str, object]:
     """Imitate with a checkpoint every `save_minutes`, and save the model; returns `origin` with its hash.
 
@@ -175,30 +174,29 @@ def warm_start(
     starting model and puzzles, have changed since then, or if the loss or the weights are not finite. If `control` says
     stop, saves the last completed step and raises Interrupted.
     """
-    checkpoints = run.warming
-    _restore(state, run, settings, origin, observer)
+    checkpoints, world, control, note = run.warming, context.world, context.control, context.note
+    _restore(state, run, settings, origin, note)
     if world.is_first:
         run.write_config(settings.model_dump())
         run.write_origin(origin)
         run.write_lessons(lesson.record() for lesson in examples)
-    observer.message(f"warm start: imitating {len(examples):,} searches")
+    note(f"warm start: imitating {len(examples):,} searches")
     seconds, saved_at = 60 * settings.train.save_minutes, time.monotonic()
-    poll = control.poll if world.size == 1 else no_poll
     try:
         with control:
-            for step, steps, loss in imitate(state, examples, world=world, micro_batch=micro_batch, poll=poll):
-                observer.progress(f"warm start: loss {loss:.3f}, step", step, steps)
+            for step, steps, loss in imitate(state, examples, micro_batch=micro_batch, world=world, poll=context.poll):
+                context.observer.progress(f"warm start: loss {loss:.3f}, step", step, steps)
                 if step % max(1, steps // 10) == 0 or step == steps:
-                    observer.message(f"warm start: step {step} of {steps}, loss {loss:.3f}")
+                    note(f"warm start: step {step} of {steps}, loss {loss:.3f}")
                 if world.gather(control.should_save() or 0 < seconds <= time.monotonic() - saved_at)[0]:
                     _save(state, checkpoints, settings, world)
                     saved_at = time.monotonic()
-                if world.size > 1 and any(world.gather(control.should_stop())):
+                if context.is_stopped:
                     raise Interrupted
     except Interrupted:
         _save(state, checkpoints, settings, world)
         step = state.progress.step
-        observer.message(f"stopped in the warm start, after step {step}; resume with: {run.resume_command}")
+        note(f"stopped in the warm start, after step {step}; resume with: {run.resume_command}")
         raise
     if world.is_first:
         with state.reported(run), run.saving(run.warm_start_path) as folder:
@@ -258,12 +256,14 @@ def _save(state: State, checkpoints: Run, settings: Settings, world: World) -> N
         state.save(checkpoints, settings)
 
 
-def _restore(state: State, run: Run, settings: Settings, origin: Mapping[str, object], observer: Observer) -> None:
+def _restore(
+    state: State, run: Run, settings: Settings, origin: Mapping[str, object], note: Callable[[str], None]
+) -> None:
     """Restore the newest intact checkpoint of the run's warm start, if there is one."""
     checkpoints = run.warming
     for step, folder in reversed(checkpoints.checkpoints()):
         if problem := checkpoints.damage(step):
-            observer.message(f"skipping the checkpoint of step {step}: {problem}")
+            note(f"skipping the checkpoint of step {step}: {problem}")
             continue
         if run.read_origin() != origin or checkpoints.manifest(step).get("config") != digest(settings):
             raise CountdownError(
@@ -272,7 +272,7 @@ def _restore(state: State, run: Run, settings: Settings, origin: Mapping[str, ob
             )
         state.fall_back(folder)
         state.progress.step = step
-        observer.message(f"warm start: continuing after step {step}")
+        note(f"warm start: continuing after step {step}")
         break
 
 
