@@ -210,6 +210,7 @@ def test_a_terminal_gets_no_control_character_from_a_completion(no_colour: bool)
 def test_the_cursor_comes_back_when_training_is_interrupted() -> None:
     console = terminal()
     with pytest.raises(KeyboardInterrupt), TrainingView(200, console=console) as view:
+        view.begin(Run(Path("run")), 0)
         view.step(metrics(1), sample())
         raise KeyboardInterrupt
     shown = written(console)

@@ -307,6 +307,18 @@ def test_a_request_to_save_does_not_end_a_warm_start(
     assert "warm start: imitating 16 searches" in result.err
 
 
+def test_an_interrupt_between_imitation_and_the_first_step_is_said_and_the_run_resumes(
+    countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["train", "--model", tiny_folder, *WARM, "--num-iterations", 1, "--run", "first"]
+    with monkeypatch.context() as patch:
+        patch.setattr("grpo_cli.core.rl.build._state", lambda *_: signal.raise_signal(signal.SIGINT))
+        stopped = countdown(*arguments)
+    assert stopped.code == 130 and "interrupted before the first step" in stopped.err
+    resumed = countdown("train", "--run", "first", "--resume")
+    assert resumed.code == 0 and "warm start: step" not in resumed.err
+
+
 def test_a_warm_start_takes_no_more_completions_at_once_than_were_planned(
     countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -207,7 +207,7 @@ def _train(
     require_package("matplotlib")
     if choose_optimizer(settings.train.optimizer, detect_device(settings.model.device)) == "adamw8bit":
         require_package("bitsandbytes")
-    signals = Signals(launched=process.size > 1)
+    signals, is_prepared = Signals(launched=process.size > 1), False
     try:
         with ignoring_requests(), joined(settings) as world:
             view = TrainingView(settings.train.num_iterations) if world.is_first else None
@@ -222,9 +222,14 @@ def _train(
                 control=signals,
             )
             with view or nullcontext(), opening as trainer:
+                is_prepared = True
                 _finish(trainer)
     except Interrupted:
         sys.exit(128 + (signals.stop or signal.SIGTERM))
+    except SystemExit:
+        if not is_prepared:
+            show.note("interrupted before the first step; `countdown runs` lists what is kept, such as a warm start")
+        raise
 
 
 def _finish(trainer: Trainer) -> None:

@@ -89,8 +89,9 @@ class Trainer:
 
     def _train(self) -> Evaluation:
         progress = self.state.progress
-        self._report_base()
+        self._announce()
         evaluation = self._finish_step()  # the starting model's, or one that was interrupted
+        self.history = [line for line in self.world.first(self.run.metrics) if line["step"] > 0]
         for step in range(progress.step + 1, self.settings.train.num_iterations + 1):
             if self._out_of_patience():
                 break
@@ -113,13 +114,12 @@ class Trainer:
             self._check_health()
         return evaluation or self.validation.evaluate(self.validation.val)
 
-    def _report_base(self) -> None:
-        """Announce the training, and the base accuracy of a resumed run; read its earlier metrics."""
+    def _announce(self) -> None:
+        """Announce the training, and the base accuracy of a resumed run."""
         self.observer.begin(self.run, self.state.progress.step)
         base, count = self.state.progress.base_accuracy, self.validation.count
         if base is not None:
             self.observer.evaluated(Validated(0, base, count, wilson(base, count)))
-        self.history = [line for line in self.world.first(self.run.metrics) if line["step"] > 0]
 
     def _reference_logprobs(self, batch: Batch) -> Tensor | None:
         if self.reference is None:
