@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,6 +12,9 @@ from grpo_cli.cli.artifacts import card_of
 from grpo_cli.cli.options import ConfigFile, Overwrite, completion, resolve
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.ui import text
+
+if TYPE_CHECKING:
+    from grpo_cli.core.run.folder import Run
 
 SETTINGS = ("runs",)
 
@@ -49,13 +52,7 @@ def export(
     files.check_destination(folder, overwrite=overwrite)
     if push is not None and not HUB_ID.fullmatch(push):
         raise CountdownError(f"`{push}` cannot name a repository", "use `owner/name`")
-    has_adapter = run.adapter_path.is_dir()
-    if merge and not has_adapter:
-        raise CountdownError(f"run `{run.name}` has no adapter to merge", "leave out `--merge`")
-    if gguf and has_adapter and not merge:
-        raise CountdownError("a GGUF file holds a whole model, not an adapter", "add `--merge`")
-    if gguf and find_spec("gguf") is None:
-        raise CountdownError("`--gguf` needs the extra `gguf`", "pip install 'countdown-grpo[gguf]'")
+    is_adapter = _writes_adapter(run, merge=merge, gguf=gguf is not None)
 
     def convert(staged: Path) -> None:
         if gguf:
@@ -63,7 +60,6 @@ def export(
 
             write(staged, staged / f"{run.name}-{gguf}.gguf", kind=gguf)
 
-    is_adapter = has_adapter and not merge
     settings = restore(run.read_config(), run.config_path).settings
     card, source = card_of(run, settings, is_adapter=is_adapter), run.adapter_path if is_adapter else run.model_path
     for path in files.export(source, folder, card, overwrite=overwrite, convert=convert):
@@ -72,3 +68,15 @@ def export(
         from grpo_cli.core.run.hub import push as upload  # imports huggingface_hub; the only network access
 
         text.note(f"pushed to {upload(folder, push)}")
+
+
+def _writes_adapter(run: Run, *, merge: bool, gguf: bool) -> bool:
+    """Whether the run's adapter is written, not a whole model; raises CountdownError for options that do not fit it."""
+    has_adapter = run.adapter_path.is_dir()
+    if merge and not has_adapter:
+        raise CountdownError(f"run `{run.name}` has no adapter to merge", "leave out `--merge`")
+    if gguf and has_adapter and not merge:
+        raise CountdownError("a GGUF file holds a whole model, not an adapter", "add `--merge`")
+    if gguf and find_spec("gguf") is None:
+        raise CountdownError("`--gguf` needs the extra `gguf`", "pip install 'countdown-grpo[gguf]'")
+    return has_adapter and not merge

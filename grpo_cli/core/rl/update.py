@@ -103,19 +103,8 @@ def update(
     probe, history = WeightProbe(optimizer), list[dict[str, float]]()
     try:
         for number in range(objective.num_inner_updates):
-            is_first = number == 0
             # 1. Sum gradients over micro-batches and ranks.
-            for attempt in micro_batch.attempts(len(inputs.learning), "update"):
-                with attempt:
-                    optimizer.zero_grad(set_to_none=True)
-                    sums = Sums()
-                    for rows in _passes(inputs.learning, policy, micro_batch, world):
-                        if is_first:
-                            poll()
-                        sums += _backward(inputs, rows, micro_batch, is_first=is_first)
-                    for rows in _passes(inputs.equal, policy, micro_batch, world):
-                        sums += _entropy(inputs, rows, micro_batch)
-            sums = reduce(add, world.gather(sums))
+            sums = _accumulate(inputs, optimizer, micro_batch, world, poll=poll, is_first=number == 0)
             # 2. Clip them, and step.
             norm = torch.zeros(())
             if inputs.step.has_gradient:
@@ -129,6 +118,29 @@ def update(
         optimizer.zero_grad(set_to_none=True)
     means = {key: fmean(entry[key] for entry in history if key in entry) for key in history[0]}
     return {**means, "weights_changed": probe.changed(world)}
+
+
+def _accumulate(
+    inputs: _Inputs,
+    optimizer: torch.optim.Optimizer,
+    micro_batch: MicroBatch,
+    world: World,
+    *,
+    poll: Callable[[], None],
+    is_first: bool,
+) -> Sums:
+    """Set this rank's gradients, micro-batch by micro-batch; returns the sums of all ranks."""
+    for attempt in micro_batch.attempts(len(inputs.learning), "update"):
+        with attempt:
+            optimizer.zero_grad(set_to_none=True)
+            sums = Sums()
+            for rows in _passes(inputs.learning, inputs.policy, micro_batch, world):
+                if is_first:
+                    poll()
+                sums += _backward(inputs, rows, micro_batch, is_first=is_first)
+            for rows in _passes(inputs.equal, inputs.policy, micro_batch, world):
+                sums += _entropy(inputs, rows, micro_batch)
+    return reduce(add, world.gather(sums))
 
 
 def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, loss: float, most: float, world: World) -> Tensor:

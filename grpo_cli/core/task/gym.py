@@ -7,7 +7,6 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 from grpo_cli.core.errors import CountdownError
@@ -29,63 +28,76 @@ CONSOLATION = 0.05  # at most, what some scorers pay for any answer
 
 
 def functions(name: str) -> dict[str, Callable[..., Any]]:
-    """The functions of a task file for a data set. Entry i uses seed + i, so the splits' seeds are far apart."""
-    try:
-        import reasoning_gym
-    except ImportError as error:
-        hint = 'install it with `pip install "countdown-grpo[gym]"`'
-        raise CountdownError("reasoning-gym is not installed", hint) from error
-    known = sorted(reasoning_gym.factory.DATASETS)
-    if name not in known:
-        raise CountdownError(f"reasoning-gym has no data set `{name}`", f"it has {', '.join(known[:8])}, ...")
+    """The functions of a task file for a data set."""
+    data = DataSet(name)
+    return {"problems": data.problems, "prompt": data.prompt, "score": data.score, "solution": data.solution}
 
-    @cache
-    def data(split: str) -> tuple[Any, list[dict[str, Any]]]:
-        seed = 0 if split == "train" else 1_000_000
+
+class DataSet:
+    """A data set of reasoning-gym. Entry i uses seed + i, so the splits' seeds are far apart."""
+
+    def __init__(self, name: str) -> None:
         try:
-            made = reasoning_gym.create_dataset(name, size=GYM_SIZE[split], seed=seed)
+            import reasoning_gym
+        except ImportError as error:
+            hint = 'install it with `pip install "countdown-grpo[gym]"`'
+            raise CountdownError("reasoning-gym is not installed", hint) from error
+        known = sorted(reasoning_gym.factory.DATASETS)
+        if name not in known:
+            raise CountdownError(f"reasoning-gym has no data set `{name}`", f"it has {', '.join(known[:8])}, ...")
+        self.name, self._made = name, dict[str, tuple[Any, list[dict[str, Any]]]]()
+
+    def _data(self, split: str) -> tuple[Any, list[dict[str, Any]]]:
+        """The data set of a split, which scores, and its entries, made in a process of their own."""
+        if split in self._made:
+            return self._made[split]
+        import reasoning_gym
+
+        size, seed = GYM_SIZE[split], 0 if split == "train" else 1_000_000
+        try:
+            made = reasoning_gym.create_dataset(self.name, size=size, seed=seed)
         except Exception as error:
             hint = "choose another data set, or write a task file that makes this one"
-            raise CountdownError(f"reasoning-gym has no default settings for `{name}`: {error}", hint) from error
-        arguments = [sys.executable, "-c", MAKE, name, str(GYM_SIZE[split]), str(seed)]
+            raise CountdownError(f"reasoning-gym has no default settings for `{self.name}`: {error}", hint) from error
+        arguments = [sys.executable, "-c", MAKE, self.name, str(size), str(seed)]
         done = subprocess.run(["env", "PYTHONHASHSEED=0", *arguments], capture_output=True)
         if done.returncode:
             reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-            raise CountdownError(f"reasoning-gym failed to make `{name}`: {reason}", "choose another data set")
-        return made, pickle.loads(done.stdout)
+            raise CountdownError(f"reasoning-gym failed to make `{self.name}`: {reason}", "choose another data set")
+        self._made[split] = made, pickle.loads(done.stdout)
+        return self._made[split]
 
-    def problems(split: str) -> list[dict[str, Any]]:
-        trained = {entry["question"] for entry in data("train")[1]} if split != "train" else set()
+    def problems(self, split: str) -> list[dict[str, Any]]:
+        """The problems of a split; none that is trained on is in another."""
+        trained = {entry["question"] for entry in self._data("train")[1]} if split != "train" else set()
         return [
             {"split": split, "entry": index, "question": entry["question"], "answer": entry["answer"]}
-            for index, entry in enumerate(data(split)[1])
+            for index, entry in enumerate(self._data(split)[1])
             if entry["question"] not in trained
         ]
 
-    def prompt(problem: dict[str, Any]) -> str:
+    def prompt(self, problem: dict[str, Any]) -> str:
         return f"{problem['question']}\n{TAGS}"
 
-    def earned(answer: str, problem: dict[str, Any]) -> float:
+    def _earned(self, answer: str, problem: dict[str, Any]) -> float:
         """The data set's own score; 0 if its scorer fails, as some do for an answer that they cannot parse."""
-        made, entries = data(problem["split"])
+        made, entries = self._data(problem["split"])
         try:
             score = float(made.score_answer(answer, entries[problem["entry"]]))
         except Exception:
             return 0.0
         return score if math.isfinite(score) else 0.0
 
-    def score(completion: str, problem: dict[str, Any]) -> float:
+    def score(self, completion: str, problem: dict[str, Any]) -> float:
         """1.0 for the data set's own solution; another answer earns its score if nonsense earns less."""
         answer = completion.rpartition("</answer>")[0].rpartition("<answer>")[2].strip()
         if "<answer>" not in completion:
             return 0.0
         if problem["answer"] is not None and answer == str(problem["answer"]).strip():
             return 1.0
-        paid = earned(answer, problem)
-        return paid if paid > max(CONSOLATION, earned(NONSENSE, problem)) else 0.0
+        paid = self._earned(answer, problem)
+        return paid if paid > max(CONSOLATION, self._earned(NONSENSE, problem)) else 0.0
 
-    def solution(problem: dict[str, Any]) -> str | None:
+    def solution(self, problem: dict[str, Any]) -> str | None:
         answer = problem["answer"]
         return None if answer is None else f"<think>\n</think>\n<answer>{answer}</answer>"
-
-    return {"problems": problems, "prompt": prompt, "score": score, "solution": solution}
