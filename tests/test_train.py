@@ -25,12 +25,15 @@ from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.rl import grpo
 from grpo_cli.core.rl import update as update_module
 from grpo_cli.core.rl.batch import Batch
+from grpo_cli.core.rl.build import assemble
 from grpo_cli.core.rl.collect import Collector
 from grpo_cli.core.rl.observer import Control, Interrupted, Observer, Validated
 from grpo_cli.core.rl.schedule import learning_rate_at
 from grpo_cli.core.rl.state import State, choose_checkpoint
 from grpo_cli.core.rl.summary import summary
 from grpo_cli.core.run.folder import Run
+from grpo_cli.core.sampling.params import SamplingParams
+from grpo_cli.core.sampling.rollout import Rollout
 from grpo_cli.core.task import countdown, scoring
 from grpo_cli.core.task.countdown import Countdown
 from grpo_cli.core.task.curriculum import problems_of_step
@@ -643,6 +646,31 @@ def test_long_completions_pay_a_penalty_that_is_logged(
         ]
         assert line["reward/length"] == pytest.approx(-sum(paid) / len(paid))
     assert any(line["reward/length"] < 0 for line in run.metrics()[1:])
+
+
+class Fixed:
+    """A rollout engine that answers every prompt with the same completions of 1 to G tokens."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    def sample(self, prompts: Sequence[list[int]], params: SamplingParams, **_: object) -> Rollout:
+        size = params.num_generations
+        completions = [[5] * length for _ in prompts for length in range(1, size + 1)]
+        logprobs = [[-1.0] * len(tokens) for tokens in completions]
+        return Rollout(completions, logprobs, [False] * len(completions), {"prefill": 0.0, "decode": 0.0}, 0)
+
+
+def test_another_rollout_engine_needs_nothing_but_sample(tiny_folder: Path, tmp_path: Path) -> None:
+    settings = small(tiny_folder, **{"train.num_iterations": 1, "train.eval_puzzles": 2})
+    state, run = start(settings), Run.create(tmp_path, "fixed")
+    trainer = assemble(settings, state, Reference.of(state.policy), run)
+    trainer.collector.engine = Fixed(state.policy)  # type: ignore[assignment]
+    before = [weight.detach().clone() for weight in weights_of(state)]
+    trainer.train()
+    line = run.metrics()[1]
+    assert line["completion_length"] == (1 + 2 + 3 + 4) / 4
+    assert not all(map(torch.equal, before, weights_of(state)))
 
 
 def question(problem: Problem) -> tuple[tuple[int, ...], int]:
