@@ -567,6 +567,13 @@ def test_only_schedules_have_the_hint_of_schedules(tmp_path: Path) -> None:
     assert "a schedule is" in str(refused(tmp_path, flags={"train.prompt_style": "x"}).hint)
 
 
+def test_a_switch_is_no_schedule_and_the_form_in_the_hint_is_one(tmp_path: Path) -> None:
+    problem = refused(tmp_path, flags={"train.prompt_numbers": "3 then 4 after 20 steps"})
+    assert "`3 then 4 after 20 steps` is not one of 2, 3, 4, 5, 6" in problem.message
+    for line in re.findall("`([^`]*)`", str(problem.hint)):
+        assert resolve(flags={"train.prompt_numbers": line}, directory=tmp_path).settings.train.prompt_numbers == line
+
+
 def test_settings_of_a_library_need_no_arguments(tmp_path: Path) -> None:
     resolved = resolve(flags={"train.num_iterations": 20}, directory=tmp_path)
     assert (resolved.settings.train.num_iterations, resolved.settings.model.model) == (20, "builtin")

@@ -39,10 +39,6 @@ NUMBERS = ("3", "4")
             "one-shot = 1, zero-shot = 1 -> natural over 2 steps",
             {2: {"one-shot": 0.25, "zero-shot": 0.25, "natural": 0.5}},
         ),
-        (
-            "zero-shot then natural after 3 steps",
-            {3: {"zero-shot": 1.0, "natural": 0.0}, 4: {"zero-shot": 0.0, "natural": 1.0}},
-        ),
     ],
 )
 def test_the_weights_of_a_schedule_worked_out_by_hand(text: str, expected: dict[int, dict[str, float]]) -> None:
@@ -55,8 +51,9 @@ def test_the_weights_of_a_schedule_worked_out_by_hand(text: str, expected: dict[
     [
         "", "one", "oneshot", "one-shot, zero-shot", "one-shot = 0", "one-shot = -1, zero-shot = 2", "one-shot = nan",
         "one-shot = 1, one-shot = 2", "one-shot -> zero-shot", "one-shot -> zero-shot over 0 steps",
-        "one-shot then after 3 steps", "one-shot -> zero-shot -> natural over 3 steps", "one-shot = 1e999", "=", "3",
-        "one-shot then zero-shot after 99999999999 steps", "one-shot = ", "{}", "one-shot over 3 steps",
+        "one-shot then zero-shot after 3 steps", "one-shot = 1, zero-shot = 1 then natural after 2 steps",
+        "one-shot -> zero-shot -> natural over 3 steps", "one-shot = 1e999", "=", "3",
+        "one-shot -> zero-shot over 99999999999 steps", "one-shot = ", "{}", "one-shot over 3 steps",
     ],
 )  # fmt: skip
 def test_what_is_no_schedule_is_refused(text: str) -> None:
@@ -127,10 +124,10 @@ def test_choices_are_all_that_is_ever_drawn() -> None:
     assert Schedule({"a": 1.0}, {"b": 0.5, "a": 0.5}, 3).choices == ["a", "b"]
 
 
-def test_memory_is_planned_for_prompts_of_a_late_change() -> None:
+def test_memory_is_planned_for_the_longest_prompt_of_a_fade() -> None:
     def longest(style: str) -> int:
         settings = resolve(flags={"train.prompt_style": style}, has_cuda=lambda: False).settings
         problems = Problems.of(settings)
         return longest_prompt(settings, problems, lambda messages: [0] * sum(len(part["content"]) for part in messages))
 
-    assert longest("zero-shot") < longest("zero-shot then one-shot after 9 steps")
+    assert longest("zero-shot") < longest("zero-shot -> one-shot over 9 steps")

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL, Command
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo_cli.cli import train
+from grpo_cli.cli import artifacts
 from grpo_cli.core.config.resolve import resolve
 from grpo_cli.core.config.settings import values
 from grpo_cli.core.run.export import license_of
@@ -96,7 +97,7 @@ def test_a_new_best_model_has_its_card_before_the_training_ends(
 ) -> None:
     cards: list[str] = []
     card = tmp_path / "runs" / "first" / "model" / "README.md"
-    monkeypatch.setattr(train, "draw", lambda *_: cards.append(card.read_text("utf-8")))
+    monkeypatch.setattr(artifacts, "draw", lambda *_: cards.append(card.read_text("utf-8")))
     assert countdown("train", "--run", "first", *SMALL, "--model", tiny_folder, "--eval-every", "1").code == 0
     assert len(cards) == 2
     assert "| val 3 one-shot | trained | 1 |" in cards[0] and "counted when the training ends" in cards[0]
@@ -122,6 +123,30 @@ def test_a_card_names_the_warm_start_and_mixed_prompts() -> None:
     assert "Trained from `smollm` by imitating 480 worked searches, then by GRPO" in card
     assert "| val 3 one-shot | after the warm start | 0 | 25.0% |" in card
     assert "prompts in `one-shot = 1, zero-shot = 1` style" in card
+
+
+@pytest.mark.parametrize(
+    ("base", "named"),
+    [("owner/base", "owner/base"), ("builtin", None), ("models/mine", None), ("../models/mine", None)],
+)
+def test_a_card_names_the_base_model_to_the_hub_only_if_it_is_there(
+    base: str, named: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work" if base.startswith("..") else tmp_path)
+    settings = values(resolve(has_cuda=lambda: False).settings)
+    card = ModelCard(model_card(CardFacts("first", base, "mit", settings, {}, 0, "not known")))
+    header = vars(card.data)
+    assert header.get("base_model") == named and header["license"] == "mit" and "grpo" in header["tags"]
+
+
+def test_the_text_of_a_run_cannot_act_in_its_card() -> None:
+    settings = {**values(resolve(has_cuda=lambda: False).settings), "task.task": "a`b|c\n# {{ 7 * 7 }}"}
+    start = Evaluated(0, "x|y\n", 4, 0.25, None, None, None, None, {}, "1000", [])
+    card = model_card(CardFacts("n\n|`", "b|`", None, settings, {"x|y\n": {0: start}}, 0, "not\nknown"))
+    assert "# n\\n\\|'\n" in card and "`a'b\\|c\\n# {{ 7 * 7 }}`" in card
+    assert "| x\\|y\\n | base | 0 | 25.0% | - | 4 |" in card and "Not\\nknown." in card
 
 
 def test_an_exported_folder_holds_the_model_and_a_card_with_its_results(trained: Command, tmp_path: Path) -> None:
@@ -236,7 +261,7 @@ def test_a_training_does_not_depend_on_its_plots(
     def fail(*_: object) -> None:
         raise KeyError("a style that is not there")
 
-    monkeypatch.setattr(train, "draw", fail)
+    monkeypatch.setattr(artifacts, "draw", fail)
     done = countdown("train", "--model", tiny_folder, "--run", "first", *SMALL)
     assert done.code == 0 and "the curves were not drawn: " in done.err
     assert (tmp_path / "runs" / "first" / "summary.json").is_file()

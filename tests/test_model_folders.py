@@ -82,7 +82,6 @@ def a_hundred_words(folder: Path) -> None:
 
 
 BOTH = "{{ messages[0].content }} {{ messages[1].content }}"
-LOOPS = "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}" + BOTH
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('No system role!') }}{% endif %}"
 EACH = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
@@ -94,22 +93,20 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "an index of nothing": (index(), "names no file of weights"),
     "an index nested deeply": (a_nested_index, "is not an index of weights"),
     "a missing shard": (index("model-1.safetensors"), "names `model-1.safetensors`, which is missing"),
-    "a FIFO for weights": (
-        replace("model.safetensors", os.mkfifo),
-        "model.safetensors` is neither a file nor a folder",
-    ),
-    "a FIFO for a tokenizer": (replace("tokenizer.json", os.mkfifo), "tokenizer.json` is neither a file nor a folder"),
+    "a FIFO for weights": (replace("model.safetensors", os.mkfifo), "model.safetensors` is not a file inside"),
+    "a FIFO for a tokenizer": (replace("tokenizer.json", os.mkfifo), "tokenizer.json` is not a file inside"),
     "a link to a device": (
         replace("model.safetensors", lambda path: path.symlink_to("/dev/zero")),
-        "model.safetensors` links to a file outside its model folder",
+        "model.safetensors` is not a file inside its model folder",
     ),
-    "a link that leaves": (
-        a_linked_shard,
-        "a.safetensors` links to a file outside its model folder",
-    ),
+    "a link that leaves": (a_linked_shard, "a.safetensors` is not a file inside its model folder"),
     "a link to itself": (
         replace("model.safetensors", lambda path: path.symlink_to("model.safetensors")),
-        "model.safetensors` is neither a file nor a folder",
+        "model.safetensors` is not a file inside its model folder",
+    ),
+    "a folder of templates elsewhere": (
+        lambda folder: (folder / "additional_chat_templates").symlink_to(folder.parent),
+        "additional_chat_templates` is not a file inside its model folder",
     ),
     "an adapter": (an_adapter, "is an adapter without its base model"),
     "GPTQ": (quantised("gptq"), "are quantised (gptq)"),
@@ -120,14 +117,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "an encoder-decoder": (an_architecture("T5ForConditionalGeneration", model_type="t5"), "but a `T5For"),
     "a small vocabulary": (a_hundred_words, "tokens, its model only 100"),
     "no template": (lambda f: (f / "chat_template.jinja").unlink(), "has no chat template"),
-    "nested loops": (a_template(LOOPS), "fails: it takes more than 2 seconds"),
-    "a gigabyte": (a_template(BOTH + "{{ 'x' * 10**9 }}"), "fails: it takes more than 512 MB"),
-    "a megabyte": (a_template(BOTH + "{{ 'x' * 10**6 }}"), "two short messages become 1,000,0"),
-    "a gigabyte unseen": (
-        a_template("{% set a = 'x' * (10**9 + (messages | length)) %}" + BOTH),
-        "takes more than 512 MB",
-    ),
+    "a megabyte": (a_template(BOTH + "{{ 'x' * 10**6 }}"), "makes 1,000,0"),
     "no system message": (a_template(NO_SYSTEM + EACH), "rejects a system message: No system role!"),
+    "no turns": (a_template("{{ 1 / 0 }}"), "fails: division by zero"),
+    "an attribute outside the sandbox": (a_template("{{ messages.__class__.__mro__[1] }}"), "fails: access to"),
     "an unknown function": (a_template("{{ nothing.here() }}"), "fails: 'nothing' is undefined"),
     "messages ignored": (a_template("Hello."), "leaves out the system message"),
     "the user ignored": (a_template("{{ messages[0].content }}"), "leaves out the user message"),
@@ -297,10 +290,3 @@ def test_a_hub_out_of_reach_leaves_models_of_the_local_cache(monkeypatch: pytest
     hub.check_repository("owner/name")
     hub.check_download("owner/name", itemsize=4, free=0)
     hub._info.cache_clear()
-
-
-def test_a_well_behaved_template_costs_little(tiny_folder: Path) -> None:
-    load_tokenizer(str(tiny_folder))
-    start = time.monotonic()
-    load_tokenizer(str(tiny_folder))
-    assert time.monotonic() - start < 1

@@ -25,10 +25,7 @@ _PACKAGE = Path(__file__).parents[2]
 SHIPPED = next(path for path in (_PACKAGE / "config.toml", _PACKAGE.parent / "config.toml") if path.exists())
 _PREFIX = "COUNTDOWN_"
 _LARGEST = 2**20  # bytes of a settings file
-_SCHEDULES = (
-    "a schedule is one of them, a mixture (`3 = 0.5, 4 = 0.5`), or a change (`one-shot -> zero-shot over 20 steps`,"
-    " `3 then 4 after 20 steps`)"
-)
+_SCHEDULES = "a schedule is one of them, a mixture (`3 = 0.5, 4 = 0.5`), or a fade (`3 -> 4 over 20 steps`)"
 
 
 @dataclass(frozen=True)

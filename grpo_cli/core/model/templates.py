@@ -1,17 +1,13 @@
-"""Chat messages -> the text and token ids of a prompt, by a model's chat template, an untrusted program.
+"""Chat messages -> the text and token ids of a prompt, by a model's chat template.
 
-Every prompt has the same date. A template is checked once, in a child process with limits.
+Every prompt has the same date. transformers renders templates in a sandbox; `check_template` tries one once.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import re
-import resource
 from collections.abc import Sequence
 from datetime import datetime, tzinfo
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Self, cast
 
 import jinja2
@@ -23,11 +19,14 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.task.prompts import ANSWER, THINK
 from grpo_cli.core.task.task import Message
 
-SECONDS, CHARACTERS, BYTES = 2, 100_000, 1 << 29
+CHARACTERS = 100_000  # most that two short messages may become
 HINT = "use an instruction-tuned model whose template takes system and user messages, or fix its chat_template.jinja"
 
 
-PROBE = [{"role": "system", "content": "Solve it."}, {"role": "user", "content": "Make 13 of 3, 5 and 2."}]
+PROBE: list[Message] = [
+    {"role": "system", "content": "Solve it."},
+    {"role": "user", "content": "Make 13 of 3, 5 and 2."},
+]
 
 
 class _FixedDate(datetime):
@@ -100,76 +99,24 @@ def _rendered(tokenizer: transformers.PreTrainedTokenizerBase, messages: Sequenc
         chat_template_utils.datetime = clock
 
 
-class TemplateError(Exception):
-    """Why a template could not be rendered."""
-
-
-class TooCostlyError(TemplateError):
-    """The template takes too much time or memory, or crashes."""
-
-
-def check_template(name: str, tokenizer: transformers.PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> None:
-    """Refuse a template that fails on `messages` (the system's first), drops one, or is too costly."""
+def check_template(name: str, tokenizer: transformers.PreTrainedTokenizerBase, messages: list[Message]) -> None:
+    """Refuse a template that fails on `messages` (the system's first), drops one, or writes far more than they say."""
     try:
-        text = render(tokenizer, messages)
-    except TemplateError as error:
-        rejected = not isinstance(error, TooCostlyError) and _takes(tokenizer, messages[1:])
-        fault = "rejects a system message" if rejected else "fails"
-        raise CountdownError(f"the chat template of `{name}` {fault}: {error}", HINT) from error
+        text = _rendered(tokenizer, messages)
+    except Exception as error:  # templates may raise anything
+        fault = "rejects a system message" if _takes(tokenizer, messages[1:]) else "fails"
+        reason = " ".join(str(error)[:500].split()) or type(error).__name__
+        raise CountdownError(f"the chat template of `{name}` {fault}: {reason}", HINT) from error
+    if len(text) > CHARACTERS:
+        raise CountdownError(f"the chat template of `{name}` makes {len(text):,} characters of two messages", HINT)
     for message in messages:
         if message["content"] not in text:
             raise CountdownError(f"the chat template of `{name}` leaves out the {message['role']} message", HINT)
 
 
-def _takes(tokenizer: transformers.PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> bool:
+def _takes(tokenizer: transformers.PreTrainedTokenizerBase, messages: list[Message]) -> bool:
     try:
-        render(tokenizer, messages)
-    except TemplateError:
+        _rendered(tokenizer, messages)
+    except Exception:  # as above
         return False
     return True
-
-
-def render(tokenizer: transformers.PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> str:
-    """The text of `messages`. Forks, so imports are already loaded and it takes hundredths of a second."""
-    context = multiprocessing.get_context("fork")
-    reader, writer = context.Pipe(duplex=False)
-    child = context.Process(target=_render, args=(tokenizer, list(messages), writer), daemon=True)
-    child.start()
-    writer.close()
-    try:
-        if not reader.poll(SECONDS):
-            raise TooCostlyError(f"it takes more than {SECONDS} seconds")
-        text, error = reader.recv()
-    except EOFError:
-        raise TooCostlyError("rendering it ends the process") from None
-    finally:
-        child.kill()
-        child.join()
-        reader.close()
-    if error:
-        raise TemplateError(error)
-    return str(text)
-
-
-def _render(
-    tokenizer: transformers.PreTrainedTokenizerBase, messages: list[dict[str, str]], writer: Connection
-) -> None:
-    _limit_resources()
-    text, error = "", ""
-    try:
-        text = _rendered(tokenizer, messages)
-    except MemoryError:
-        error = f"it takes more than {BYTES >> 20} MB of memory"
-    except Exception as problem:  # templates may raise anything
-        error = " ".join(str(problem)[:500].split()) or type(problem).__name__
-    if len(text) > CHARACTERS:
-        text, error = "", f"two short messages become {len(text):,} characters"
-    writer.send((text, error))
-
-
-def _limit_resources() -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS + 1, SECONDS + 1))  # if the parent cannot stop it
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        limit = int(statm.read_text().split()[0]) * resource.getpagesize() + BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from grpo_cli.core.config.settings import Settings, values
 from grpo_cli.core.errors import CountdownError
@@ -34,24 +34,15 @@ COLUMNS = ("step", "problem", "completion", "reward", "reason")
 Row = tuple[int | float | str, ...]
 
 
-class Tracker(Protocol):
-    """Where metrics and samples go."""
-
-    def scalars(self, step: int, metrics: Mapping[str, float]) -> None: ...
-    def samples(self, step: int, rows: Sequence[Row]) -> None: ...
-    def close(self) -> None: ...
-
-
 class TensorBoard:
     """Event files in the run's folder; `tensorboard --logdir runs` shows them."""
 
-    def __init__(self, identity: str, folder: Path, config: Mapping[str, Any], *, start: int) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any], *, start: int) -> None:
         module = import_module("torch.utils.tensorboard")
         self.writer = module.SummaryWriter(str(folder), purge_step=start + 1 if start else None)
         if not start:
-            summary = import_module("torch.utils.tensorboard.summary")
             chosen = {key: value for key, value in config.items() if not key.startswith(("eval.", "plot.", "ranks."))}
-            for part in summary.hparams(chosen, {"eval/accuracy": 0.0}):
+            for part in import_module("torch.utils.tensorboard.summary").hparams(chosen, {"eval/accuracy": 0.0}):
                 self.writer.file_writer.add_summary(part)
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -69,61 +60,34 @@ class TensorBoard:
         self.writer.close()
 
 
-class Trackio:
-    """Trackio's local store; `trackio show` opens it."""
+class Dashboard:
+    """Trackio's local store, which `trackio show` opens, or a W&B run in the run's folder, for `wandb sync`."""
 
-    def __init__(self, identity: str, folder: Path, config: Mapping[str, Any], *, start: int) -> None:
+    def __init__(self, name: str, identity: str, folder: Path, config: Mapping[str, Any]) -> None:
+        self.module, self.is_wandb = import_module(name), name == "wandb"
+        options: dict[str, Any] = {"embed": False, "auto_log_cpu": False}
+        if self.is_wandb:
+            folder.mkdir(exist_ok=True)
+            quiet = self.module.Settings(silent=True, console="off", disable_git=True, save_code=False)
+            options = {"id": identity, "dir": str(folder), "settings": quiet}
         with redirect_stdout(io.StringIO()):  # stdout is data
-            self.module = import_module("trackio")
-            self.run = self.module.init(
-                PROJECT, identity, config=dict(config), resume="allow", embed=False, auto_log_cpu=False
-            )
+            self.run = self.module.init(project=PROJECT, name=identity, config=dict(config), resume="allow", **options)
+        if self.is_wandb:
+            self.run.define_metric("*", step_metric="step")  # its own steps never go back, those of a resumed run do
 
-    def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.run.log(dict(metrics), step=step)
+    def scalars(self, step: int, metrics: Mapping[str, Any]) -> None:
+        if self.is_wandb:
+            self.run.log({"step": step, **metrics})
+        else:
+            self.run.log(dict(metrics), step=step)
 
     def samples(self, step: int, rows: Sequence[Row]) -> None:
-        self.run.log({"samples": self.module.Table(columns=list(COLUMNS), data=[list(row) for row in rows])}, step=step)
+        table = [[str(value) if self.is_wandb else value for value in row] for row in rows]  # W&B's columns are typed
+        self.scalars(step, {"samples": self.module.Table(columns=list(COLUMNS), data=table)})
 
     def close(self) -> None:
         with redirect_stdout(io.StringIO()):
             self.module.finish()
-
-
-class Wandb:
-    """A run in the run's folder, which `wandb sync` uploads; with WANDB_MODE=online also on the service at once."""
-
-    def __init__(self, identity: str, folder: Path, config: Mapping[str, Any], *, start: int) -> None:
-        self.module = import_module("wandb")
-        quiet = self.module.Settings(silent=True, console="off", disable_git=True, save_code=False)
-        folder.mkdir(exist_ok=True)
-        self.run = self.module.init(
-            project=PROJECT,
-            id=identity,
-            name=identity,
-            dir=str(folder),
-            config=dict(config),
-            resume="allow",
-            settings=quiet,
-        )
-        self.run.define_metric("*", step_metric="step")  # a resumed run may log a step again
-
-    def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.run.log({"step": step, **metrics})
-
-    def samples(self, step: int, rows: Sequence[Row]) -> None:
-        table = self.module.Table(columns=list(COLUMNS), data=[list(map(str, row)) for row in rows])
-        self.run.log({"step": step, "samples": table})
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-TRACKERS: dict[str, type[TensorBoard] | type[Trackio] | type[Wandb]] = {
-    "tensorboard": TensorBoard,
-    "trackio": Trackio,
-    "wandb": Wandb,
-}
 
 
 def require_tracker(name: str) -> None:
@@ -140,22 +104,25 @@ class Tracked(Observer):
     settings: Settings
     report: Callable[[str], None]
     rows: list[Row] = field(default_factory=list)
-    tracker: Tracker | None = None
+    tracker: TensorBoard | Dashboard | None = None
     run: Run | None = None
     start: int = 0
 
     def begin(self, run: Run, step: int) -> None:
         self.run, self.start = run, step
         with self._tolerated():
-            make, folder = TRACKERS[self.name], run.path / self.name
-            self.tracker = make(run.tracker_id(), folder, values(self.settings), start=step)
+            folder, config = run.path / self.name, values(self.settings)
+            if self.name == "tensorboard":
+                self.tracker = TensorBoard(folder, config, start=step)
+            else:
+                self.tracker = Dashboard(self.name, run.tracker_id(), folder, config)
 
     def step(self, metrics: Mapping[str, float], sample: Mapping[str, object]) -> None:
         with self._tolerated():
-            step = int(metrics["step"])
             self.rows.append(_row(sample))
             if self.tracker:
-                self.tracker.scalars(step, {_named(key): value for key, value in metrics.items() if key != "step"})
+                named = {_named(key): value for key, value in metrics.items() if key != "step"}
+                self.tracker.scalars(int(metrics["step"]), named)
 
     def evaluated(self, result: Validated) -> None:
         with self._tolerated():

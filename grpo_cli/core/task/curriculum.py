@@ -5,7 +5,6 @@ A schedule is one line:
     one-shot                                              a single choice
     one-shot = 0.5, zero-shot = 0.5                       a mixture, drawn independently per prompt
     one-shot -> zero-shot, linear over 20 steps           the first fades into the second
-    3 then 4 after 20 steps                               a switch
 
 All draws are functions of (seed, step, prompt), so a resumed training draws the same prompts.
 """
@@ -21,24 +20,22 @@ from dataclasses import dataclass
 from grpo_cli.core.task.task import Problem
 
 _FADE = re.compile(r"(.+?)\s*->\s*(.+?)\s*,?\s+(?:linear\s+)?over\s+([0-9]{1,9})\s+steps?")
-_CHANGE = re.compile(r"(.+?)\s+then\s+(.+?)\s+after\s+([0-9]{1,9})\s+steps?")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Weights of the choices at the start and at the end, and the `steps` between, over which they fade or hold."""
+    """Weights of the choices at the start and at the end, and the `steps` of the linear fade between them."""
 
     first: Mapping[str, float]
     last: Mapping[str, float]
     steps: int = 0
-    fades: bool = False
 
     def weights(self, step: int) -> dict[str, float]:
         """Probability of each choice in a step, from 1."""
-        done = min(1.0, (step - 1) / self.steps) if self.steps else 1.0
-        share = done if self.fades else float(step > self.steps)
-        names = [*self.first, *(name for name in self.last if name not in self.first)]
-        return {name: (1 - share) * self.first.get(name, 0.0) + share * self.last.get(name, 0.0) for name in names}
+        share = min(1.0, (step - 1) / self.steps) if self.steps else 1.0
+        return {
+            name: (1 - share) * self.first.get(name, 0.0) + share * self.last.get(name, 0.0) for name in self.choices
+        }
 
     @property
     def choices(self) -> list[str]:
@@ -54,11 +51,10 @@ class Schedule:
 def schedule(text: str, choices: Collection[str]) -> Schedule:
     """Parse `text` as a schedule of some of `choices`; raises ValueError with the problem."""
     text = text.strip()
-    for pattern, fades in ((_FADE, True), (_CHANGE, False)):
-        if match := pattern.fullmatch(text):
-            if int(match[3]) < 1:
-                raise ValueError("a change takes at least 1 step")
-            return Schedule(_mixture(match[1], choices), _mixture(match[2], choices), int(match[3]), fades)
+    if match := _FADE.fullmatch(text):
+        if int(match[3]) < 1:
+            raise ValueError("a fade takes at least 1 step")
+        return Schedule(_mixture(match[1], choices), _mixture(match[2], choices), int(match[3]))
     mixture = _mixture(text, choices)
     return Schedule(mixture, mixture)
 
