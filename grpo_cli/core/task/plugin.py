@@ -93,7 +93,7 @@ class FileTask:
         if not self._known:
             asked: dict[str, str] = {}
             train, dev = divided(self.items("train", asked))
-            self._known.update(train=train, dev=dev, val=self.items("val", asked))
+            self._known.update({"train": train, "dev": dev, "val": self.items("val", asked)})
         return [*self._known[split]]
 
     def items(self, side: Side, asked: dict[str, str]) -> list[Item]:
