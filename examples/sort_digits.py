@@ -7,7 +7,7 @@ def problems(split):
     """All problems of a split; val has lists that train never shows."""
     rng = random.Random(split)
     drawn = dict.fromkeys(tuple(rng.sample(range(10), 4)) for _ in range(400))  # each once
-    return [digits for digits in drawn if (sum(digits[:2]) % 4 == 0) == (split == "val")]
+    return [list(digits) for digits in drawn if (sum(digits[:2]) % 4 == 0) == (split == "val")]
 
 
 def prompt(digits):

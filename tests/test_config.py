@@ -298,7 +298,11 @@ def test_a_variable_without_a_table_is_met_with_that_of_the_training(tmp_path: P
         ({"plot.window": "5"}, "`--window` has no effect without `--smooth`"),
         ({"reward.reward_errors": "skip"}, "`--reward-errors` has no effect without `--reward`"),
         ({"task.task": "mine.py", "task.numbers": "4"}, "`--numbers` has no effect with `--task mine.py`"),
-        ({"task.task": "gym:bf", "task.use_all": False}, "`--use-all` has no effect with `--task gym:bf`"),
+        ({"task.task": "gym:bf", "task.use_all": False}, "`--no-use-all` has no effect with `--task gym:bf`"),
+        ({"task.task": "gym:bf", "task.style": "natural"}, "`--style` has no effect with `--task gym:bf`"),
+        ({"task.task": "a.py", "train.prompt_style": "natural"}, "`--prompt-style` has no effect with `--task a.py`"),
+        ({"task.task": "a.py", "train.warm_start": "8"}, "`--warm-start` has no effect with `--task a.py`"),
+        ({"task.puzzles": "a.csv", "train.warm_start": "8"}, "`--warm-start` has no effect with `--puzzles a.csv`"),
         (
             {"task.puzzles": "a.csv", "train.prompt_numbers": "4"},
             "`--prompt-numbers` has no effect with `--puzzles a.csv`",

@@ -1,6 +1,7 @@
 """`countdown export` and `countdown runs`: the folder, the model card, the upload, the list."""
 
 import base64
+import errno
 import json
 import os
 import shutil
@@ -195,6 +196,18 @@ def test_what_cannot_be_exported_is_refused(
     assert result.code == 2
     assert message in result.err
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(("number", "hint"), [(errno.ENOSPC, "make room"), (errno.EACCES, "change its permissions")])
+def test_a_failed_copy_names_what_mends_it(
+    trained: Command, monkeypatch: pytest.MonkeyPatch, number: int, hint: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise shutil.Error([("a", "b", str(OSError(number, os.strerror(number))))])
+
+    monkeypatch.setattr(shutil, "copytree", fail)
+    result = trained("export", "first", "out")
+    assert result.code == 1 and f"hint: {hint}" in result.err and not Path("out").exists()
 
 
 def test_a_model_without_weights_is_not_exported(trained: Command, tmp_path: Path) -> None:

@@ -56,6 +56,13 @@ def test_what_a_reward_changes_is_restored(tmp_path: Path) -> None:
     assert state() == before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
+@pytest.mark.parametrize("code", ["sys.stdout.close()", "sys.stderr.close()", "closing(sys.stdout).__exit__()"])
+def test_a_reward_cannot_close_the_streams(tmp_path: Path, code: str) -> None:
+    (tmp_path / "shut.py").write_text(f"import sys\nfrom contextlib import closing\ndef mine(a, b): {code}; return 1\n")
+    rewarded(Countdown(), f"{tmp_path}/shut.py:mine")
+    assert not sys.stdout.closed and not sys.stderr.closed
+
+
 def test_a_users_code_keeps_its_own_directory_environment_and_random_states(tmp_path: Path) -> None:
     (tmp_path / "data.txt").write_text("0.25")
     (tmp_path / "own.py").write_text(

@@ -104,6 +104,7 @@ def test_what_a_collapse_says_is_not_said_again() -> None:
 def test_health_needs_a_whole_window_and_the_metrics_that_it_judges() -> None:
     assert warnings([{**HEALTHY, "logprob_gap": 1.0, "truncated": 1.0}] * (WINDOW - 1)) == {}
     assert warnings([{"step": 1.0}] * WINDOW) == {}
+    assert "failed for 50.0% of the completions" in warnings([{**HEALTHY, "reward/failed": 0.5}])["failed"]
     updated_once = {key: value for key, value in HEALTHY.items() if key != "entropy"}
     assert warnings([HEALTHY] * WINDOW + [updated_once] * WINDOW) == {}
 

@@ -2,6 +2,9 @@
 
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +56,30 @@ def test_a_checkpoint_s_folder_names_the_model_in_it(trained: Command) -> None:
     assert refused.code == 2 and "hint: name `runs/first/checkpoints/step-2/model`" in refused.err
     assert trained("eval", "runs/first/checkpoints/step-2/model", "--limit", 1).code == 0
     assert "or a run" in trained("eval", "runs/first/checkpoints", "--limit", 1).err
+
+
+@pytest.mark.parametrize(
+    "line", [("train", "--use-all=false"), ("export", "first", "x", "--gguf"), ("eval", "--limit")]
+)
+def test_a_line_that_is_not_understood_points_to_the_help_of_its_command(line: tuple[str, ...]) -> None:
+    refused = subprocess.run([sys.executable, "-m", "grpo_cli", *line], capture_output=True, text=True)
+    assert refused.returncode == 2 and f"hint: see `countdown {line[0]} --help`" in refused.stderr
+
+
+def test_a_question_in_a_hint_has_no_comma(trained: Command) -> None:
+    assert (
+        "hint: did you mean `first`? or train one with `countdown train --run firs`"
+        in trained("export", "firs", "x").err
+    )
+
+
+def test_a_finished_run_whose_model_is_gone_is_not_to_be_resumed(trained: Command, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "runs" / "first" / "model")
+    refused = trained("eval", "first", "--limit", 1)
+    folder = re.search("`(runs/first/checkpoints/step-.*/model)`", refused.err)
+    assert refused.code == 2 and folder and "--resume" not in refused.err
+    assert trained("eval", folder[1], "--limit", 1).code == 0
+    assert "checkpoints/step-" in trained("export", "first", "x").err
 
 
 @pytest.mark.parametrize("name", ["builtin", "none", "smollm2-135m"])

@@ -55,6 +55,8 @@ def test_the_example_is_trained_and_evaluated(countdown: Command, tmp_path: Path
     result = json.loads(asked.out)
     assert result["overlap"] == 12 and result["files"] == {"task": hashlib.sha256(EXAMPLE.read_bytes()).hexdigest()}
     assert "was trained on" in asked.err
+    solved = countdown("solve", "4 7 3 = 25", "--model", "sort", "--max-new-tokens", 8)
+    assert solved.code == 1 and "running" not in solved.err and "one solution" not in solved.err
 
 
 def test_countdown_is_a_sound_task() -> None:
@@ -64,11 +66,10 @@ def test_countdown_is_a_sound_task() -> None:
 def test_an_audit_finds_what_pays_without_an_answer(tmp_path: Path) -> None:
     name = written(
         tmp_path,
-        "import random\ndef problems(split): return [random.random() for _ in range(30)]\n"
+        "def problems(split): return [[split, i] for i in range(30)]\n"
         "def prompt(x): return str(x)\ndef score(text, x): return 1.0\n",
     )
     assert failed(name) == [
-        "same problems at every call",
         "an empty completion scores below 0.5",
         "the question itself scores below 0.5",
         "tags alone scores below 0.5",
@@ -82,6 +83,7 @@ def test_an_audit_finds_what_pays_without_an_answer(tmp_path: Path) -> None:
 
 
 GOOD = "def problems(split): return [1]\ndef prompt(x): return 'q'\ndef score(text, x): return 0.5\n"
+RANDOM = "import random\n" + GOOD.replace("[1]", "[random.random() for _ in range(30)]")
 
 
 @pytest.mark.faults
@@ -93,6 +95,11 @@ GOOD = "def problems(split): return [1]\ndef prompt(x): return 'q'\ndef score(te
         ("x = 1\ny = x / 0\n", "mine.py` cannot be run: line 2: ZeroDivisionError: division by zero"),
         (GOOD.replace("[1]", "[]"), "`problems` of `mine.py` must return a non-empty list for `train`"),
         (GOOD.replace("[1]", "[{1}]"), "a problem of `mine.py` is not plain JSON"),
+        (GOOD.replace("[1]", "[(1, 2)]"), "not plain JSON: (1, 2) is read back as [1, 2]"),
+        (GOOD.replace("[1]", "[{1: 2}]"), "is not plain JSON: {1: 2} is read back as {"),
+        (GOOD.replace("[1]", "[float('nan')]"), "is not plain JSON"),
+        (RANDOM, "`problems` of `mine.py` returns other problems when it is called again"),
+        (RANDOM.replace("import random", "import random; random.seed(0)"), "returns other problems"),
         (GOOD.replace("'q'", "5"), "`prompt` of `mine.py` must return a text, or messages"),
         (GOOD.replace("0.5", "'high'"), "`mine.py` must return a finite number or a dict of them, not 'high'"),
         (GOOD.replace("0.5", "float('nan')"), "`mine.py` must return a finite number"),
@@ -221,6 +228,14 @@ def test_a_scorer_that_raises_ends_the_run_or_is_skipped_and_counted(tmp_path: P
         load_task(name).score("rare", problem, style="")
     score = load_task(name, "skip").score("rare", problem, style="")
     assert (score.reward, score.correct, score.parts) == (0.0, False, {"failed": 1.0})
+
+
+def test_problems_are_made_once_and_checked_once(tmp_path: Path) -> None:
+    made = "asked = []\ndef problems(split): asked.append(split); return [split, len(asked) * 0]\n"
+    task = load_task(written(tmp_path, made + "def prompt(x): return str(x)\ndef score(text, x): return 0.0\n"))
+    assert task.functions["problems"].__globals__["asked"].count("train") == 2
+    assert task.problems("train", 3).pop() in task.problems("train", 3)
+    assert task.functions["problems"].__globals__["asked"].count("train") == 2
 
 
 def test_problems_with_the_same_prompt_stay_on_one_side(tmp_path: Path) -> None:

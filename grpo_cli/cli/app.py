@@ -93,7 +93,8 @@ def _set_environment() -> None:
 
 def _usage(problem: Any) -> CountdownError:
     """The error for a line that cannot be parsed, with a suggestion for an unknown option."""
-    command = problem.ctx.command_path if problem.ctx else "countdown"
+    named = [word for word in sys.argv[1:2] if word in COMMANDS]
+    command = problem.ctx.command_path if problem.ctx else " ".join(["countdown", *named])
     message, hint = problem.format_message().replace("Value error, ", "").rstrip("."), f"see `{command} --help`"
     if hasattr(problem, "possibilities"):
         known = [name for parameter in problem.ctx.command.get_params(problem.ctx) for name in parameter.opts]

@@ -94,12 +94,12 @@ def _attempt(policy: Policy, puzzle: Puzzle, settings: Settings, *, attempts: in
 
     from grpo_cli.core.sampling.params import SamplingParams
     from grpo_cli.core.sampling.rollout import Engine, uniforms
-    from grpo_cli.core.task.countdown import task_of
+    from grpo_cli.core.task.countdown import Countdown
     from grpo_cli.ui import tables
 
     if policy.model.num_parameters() < 10_000_000:
         torch.set_num_threads(1)  # a small model loses more to thread synchronisation than it gains
-    task, style, limit = task_of(settings), settings.task.style, settings.eval.max_new_tokens
+    task, style, limit = Countdown(settings.task.rules), settings.task.style, settings.eval.max_new_tokens
     tokens = policy.encode(task.prompt(puzzle, style))
     engine = Engine(policy)
     for attempt in range(attempts):

@@ -318,8 +318,10 @@ def _require_effect(settings: Settings, sources: Mapping[str, str]) -> None:
         idle = [key for key in keys if sources[key].startswith("flag ") and chosen[key] != usual[key]]
         if idle and not works(value := chosen[needed]):
             beside = f"without `{flag(needed)}`" if value in (False, "none") else f"with `{flag(needed)} {value}`"
-            hint = f"leave out `{flag(idle[0])}`, or change `{flag(needed)}`"
-            raise CountdownError(f"`{flag(idle[0])}` has no effect {beside}", hint)
+            given = flag(idle[0]) if chosen[idle[0]] is not False else flag(idle[0]).replace("--", "--no-")
+            raise CountdownError(
+                f"`{given}` has no effect {beside}", f"leave out `{given}`, or change `{flag(needed)}`"
+            )
 
 
 def _shown(value: object) -> str:

@@ -334,13 +334,14 @@ NEEDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ("reward.reward", "none".__eq__, ("reward.format_reward", "reward.numbers_reward", "reward.correct_reward")),
     ("train.warm_start", bool, ("train.warm_start_give_up",)),
     ("plot.smooth", bool, ("plot.window",)),
-    ("task.puzzles", "none".__eq__, ("task.numbers", "train.prompt_numbers")),
+    ("task.puzzles", "none".__eq__, ("task.numbers", "train.prompt_numbers", "train.warm_start")),
     (
         "task.task",
         "countdown".__eq__,
         (
-            *(f"task.{name}" for name in Task.model_fields if name not in ("task", "style")),
-            *("train.prompt_numbers", "reward.format_reward", "reward.numbers_reward", "reward.correct_reward"),
+            *(f"task.{name}" for name in Task.model_fields if name != "task"),
+            *("train.prompt_style", "train.prompt_numbers", "train.warm_start"),
+            *("reward.format_reward", "reward.numbers_reward", "reward.correct_reward"),
         ),
     ),
 )

@@ -59,13 +59,19 @@ def warnings(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
     gap: sampling or training disagrees with the model's own forward. right (good news), wrong, settled: nearly all
     groups have equal rewards. truncated: many completions reach the token limit. entropy: completions hardly differ.
     moved: weight updates are rounded away. notation: correct answers in a wrong notation. cheat/...: a kind of cheating
-    spreads.
+    spreads. failed: a reward function or scorer raised an exception, in any step.
     """
     late, early = history[-WINDOW:], history[:WINDOW]
+    messages = {}
+    if failed := _mean(late, "reward/failed"):
+        messages["failed"] = (
+            f"scoring failed for {failed:.1%} of the completions, which got reward 0:"
+            " see the exception with `--reward-errors stop`"
+        )
     if len(late) < WINDOW:
-        return {}
+        return messages
     gone = collapses(history)
-    messages = {} if "format" in gone else _equal_rewards(late)
+    messages |= {} if "format" in gone else _equal_rewards(late)
     gap = median(_values(late, "logprob_gap") or [0.0])
     if gap > GAP_LIMIT:
         messages["gap"] = (

@@ -139,7 +139,7 @@ def lessons(settings: Settings, problems: Problems, tokenizer: PreTrainedTokeniz
     if task.task != "countdown" or task.puzzles != "none" or not set("+-*") <= set(task.operations):
         raise CountdownError(
             "`--warm-start` shows searches with + - * on the generated countdown puzzles",
-            "leave out `--warm-start`, or `--task`, `--puzzles` and `--operations`",
+            "train without it: `--warm-start 0`",
         )
 
     def fits(text: str) -> bool:

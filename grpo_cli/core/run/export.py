@@ -54,7 +54,8 @@ def export(
             shutil.copytree(model, staged, dirs_exist_ok=True)
         except shutil.Error as error:
             file, _, reason = error.args[0][0]
-            raise CountdownError(f"cannot copy `{file}`: {reason}", "change its permissions", exit_code=1) from error
+            hint = "change its permissions" if "Permission" in reason else "make room, or write elsewhere"
+            raise CountdownError(f"cannot copy `{file}`: {reason}", hint, exit_code=1) from error
         (staged / CARD).write_text(card, encoding="utf-8")
         convert(staged)
     return sorted(path for path in folder.iterdir() if path.is_file())

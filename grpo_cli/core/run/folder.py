@@ -90,7 +90,7 @@ class Run:
         if not run.config_path.is_file():
             hint = suggestion(root, run.name) or f"list runs with `countdown runs{at(root)}`"
             if run.name not in RESERVED | shipped_presets():
-                hint += f", or train one with `countdown train --run {run.name}{at(root)}`"
+                hint += f"{',' * (hint[-1] != '?')} or train one with `countdown train --run {run.name}{at(root)}`"
             raise CountdownError(f"no run `{run.name}` in `{root}`", hint)
         for path in (run.path, *sorted(run.path.iterdir())):
             if path.is_symlink():

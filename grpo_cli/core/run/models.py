@@ -16,5 +16,9 @@ def model_source(root: Path, name: str) -> str:
         require_model(name, suggestion=suggestion(root, name))
         return name
     if not run.model_path.is_dir():
+        saved = run.checkpoints()
+        if saved and run.read_summary() is not None:  # resuming a finished run saves no model
+            folder = run.checkpoint_path(max(step for step, _ in saved)) / "model"
+            raise CountdownError(f"`{run.model_path}` is gone", f"the model of the last checkpoint is `{folder}`")
         raise CountdownError(f"run `{run.name}` has no saved model yet", f"resume it with `{run.resume_command}`")
     return str(run.model_path)

@@ -69,7 +69,8 @@ def apart() -> Iterator[None]:
     for name, (_, write) in kept.items():
         if begun[name] != host[name]:
             write(begun[name])
-    setattr(sys, "stdout", getattr(sys, "stderr"))  # noqa: B009, B010 - the core has no stream of its own
+    stream = host["sys.stderr"] and _Shared(host["sys.stderr"])
+    vars(sys).update(stdout=stream, stderr=stream)
     try:
         with _signals():
             yield
@@ -81,6 +82,19 @@ def apart() -> Iterator[None]:
                 _own[name] = now
             if now != host[name]:
                 write(host[name])
+
+
+class _Shared:
+    """A stream that the user's code can write to, but not close."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def close(self) -> None:
+        self._stream.flush()
 
 
 def _kept() -> dict[str, Part]:

@@ -84,26 +84,31 @@ class FileTask:
     cheats: Sequence[str] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     on_error: OnError = "stop"
+    _known: dict[Split, list[Item]] = field(default_factory=dict, repr=False, compare=False)
 
     def notes(self, sizes: Sequence[int]) -> list[str]:
         return []
 
     def problems(self, split: Split, size: int) -> list[Item]:
-        asked: dict[str, str] = {}
-        train, dev = divided(self._items("train", asked))
-        if split == "val":
-            return self._items("val", asked)
-        return dev if split == "dev" else train
+        if not self._known:
+            asked: dict[str, str] = {}
+            train, dev = divided(self.items("train", asked))
+            self._known.update({"train": train, "dev": dev, "val": self.items("val", asked)})
+        return [*self._known[split]]
 
-    def _items(self, side: Side, asked: dict[str, str]) -> list[Item]:
-        """The problems of a side. `asked` is the first problem with each prompt."""
+    def items(self, side: Side, asked: dict[str, str]) -> list[Item]:
+        """The problems of a side, from the file. `asked` is the first problem with each prompt."""
         values = self._call("problems", side)
         if not isinstance(values, list | tuple) or not values:
             raise CountdownError(f"`problems` of `{self.name}` must return a non-empty list for `{side}`")
         try:
-            texts = [json.dumps(value, sort_keys=True) for value in values]
+            texts = [json.dumps(value, sort_keys=True, allow_nan=False) for value in values]
         except (TypeError, ValueError, RecursionError) as error:
             raise CountdownError(f"a problem of `{self.name}` is not plain JSON: {error}") from None
+        for value, text in zip(values, texts, strict=True):
+            if json.loads(text) != value:
+                problem = f"a problem of `{self.name}` is not plain JSON: {value!r:.100} is read back as {text:.100}"
+                raise CountdownError(problem, "use lists instead of tuples, and texts as keys")
         with apart():
             prompts = [json.dumps(self.prompt(Item(text), "")) for text in texts]
         return [Item(text, asked.setdefault(prompt, text)) for text, prompt in zip(texts, prompts, strict=True)]
@@ -210,6 +215,9 @@ def load_task(name: str, on_error: OnError = "stop") -> FileTask:
                 f"`{name}` defines no function `{needed}`", "a task defines `problems`, `prompt` and `score`"
             )
     task = FileTask(Path(name).name, functions, files={"task": _sha256(name)}, on_error=on_error)
+    if {*task.items("train", {})} != {*task.problems("train", 0), *task.problems("dev", 0)}:
+        hint = "draw them from a generator with a seed, made inside it: `random.Random(0)`"
+        raise CountdownError(f"`problems` of `{task.name}` returns other problems when it is called again", hint)
     if on_error == "stop":
         _try(task)
     return task
