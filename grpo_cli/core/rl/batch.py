@@ -44,10 +44,36 @@ class Group:
             "prompt_index": self.prompt_index,
             "sample_index": sample,
             "completion": self.texts[sample],
-            "reward": score.reward if math.isfinite(score.reward) else str(score.reward),
+            "reward": _number(score.reward),
             "reason": score.reason,
             "answer": score.answer,
         }
+
+    def whole(self, step: int) -> dict[str, object]:
+        """All completions, with rewards and advantages, as a line of groups.jsonl.gz."""
+        rows = zip(self.texts, self.scores, self.advantages.tolist(), self.completions, self.truncated, strict=True)
+        completions = [
+            {
+                "completion": text,
+                "reward": _number(score.reward),
+                "parts": {name: _number(value) for name, value in score.parts.items()},
+                "advantage": _number(advantage),
+                "length": len(tokens),
+                "truncated": cut,
+                "correct": score.correct,
+                "reason": score.reason,
+                "answer": score.answer,
+                "sample_index": sample,
+            }
+            for sample, (text, score, advantage, tokens, cut) in enumerate(rows)
+        ]
+        place = {"style": self.style, "prompt_index": self.prompt_index}
+        return {"step": step, **self.problem.record(), **place, "completions": completions}
+
+
+def _number(value: float) -> float | str:
+    """The value, as text if JSON has no such number."""
+    return value if math.isfinite(value) else str(value)
 
 
 @dataclass(frozen=True)
@@ -164,3 +190,8 @@ class Batch:
     def shown(self) -> list[dict[str, object]]:
         """One completion per prompt, another one of the group each step."""
         return [group.record(self.number, self.number % len(group.completions)) for group in self.groups]
+
+    def whole(self, count: int) -> list[dict[str, object]]:
+        """The groups of the step's first `count` prompts; -1: of all."""
+        kept = [group for group in self.groups if count < 0 or group.prompt_index < count]
+        return [group.whole(self.number) for group in kept]

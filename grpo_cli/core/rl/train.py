@@ -178,6 +178,8 @@ class Trainer:
         self.history.append(metrics)
         self.observer.step(metrics, records[batch.number % len(records)])
         self.run.log_samples(records)
+        whole = batch.whole(self.settings.train.keep_groups)
+        self.run.log_groups(list(chain.from_iterable(self.world.gather(whole))))
 
     def _finish_step(self) -> Evaluation | None:
         """Evaluate the last step if due, log its metrics, save if due; returns the evaluation of val.

@@ -92,8 +92,8 @@ def update(
     """Update the weights `num_inner_updates` times; returns metrics, means over the inner updates.
 
     Each rank passes its own `examples`. `clock` times the optimizer, and knows the ranks. `micro_batch` sets how many
-    are computed at once. `poll` is called before each micro-batch of the first inner update; an exception it raises leaves
-    the weights unchanged. `compare_with`: a policy of the same weights, whose own forward measures `logprob_gap`.
+    are computed at once. `poll` is called before each micro-batch of the first inner update; an exception that it
+    raises leaves the weights unchanged. `compare_with`: a policy of the same weights, whose own forward measures `logprob_gap`.
 
     Raises NotFinite on all ranks, before the weights change, if the loss or the gradient is not finite, and Diverged if
     the weights are not finite afterwards.
