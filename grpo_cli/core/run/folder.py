@@ -9,6 +9,7 @@ runs/<name>/  config.json  origin.json  environment.json  summary.json  metrics.
 from __future__ import annotations
 
 import fcntl
+import gzip
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import secrets
 import shlex
 import shutil
 import stat
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from typing import Self
 
 from grpo_cli.core.config.resolve import defaults, shipped_presets
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.files import append_lines, can_write, read_json, write_json, write_lines
+from grpo_cli.core.files import append_lines, can_write, read_json, write, write_json, write_lines
 from grpo_cli.core.run import checkpoint
 from grpo_cli.core.run.groups import GroupLog
 from grpo_cli.core.run.logs import Evaluated, Example, Log, evaluated, example, numbers, problem_key
@@ -355,6 +357,22 @@ class Run:
     def groups(self, step: int) -> list[dict[str, object]]:
         """The groups that were kept of a step; [] if there are none."""
         return list(self._groups.read(step))
+
+    def write_replay(self, step: int, content: bytes) -> None:
+        """Keep the replay of a step in the folder why/."""
+        path = self._replay(step)
+        path.parent.mkdir(exist_ok=True)
+        write(path, gzip.compress(content, mtime=0))
+
+    def read_replay(self, step: int) -> bytes | None:
+        """The replay of a step as it was written, or None if there is none that can be read."""
+        try:
+            return gzip.decompress(self._replay(step).read_bytes())
+        except (OSError, EOFError, zlib.error):
+            return None
+
+    def _replay(self, step: int) -> Path:
+        return self.path / "why" / f"step-{step}.json.gz"
 
     def trained_on(self) -> Iterator[str]:
         """The key of the problem of every sample and of the warm start, without the damaged lines."""
