@@ -292,7 +292,7 @@ def _compare(trainer: Trainer, taken: Taken, loss: Loss) -> list[Variant]:
     for name, values in coefficients.items():
         gradient = own if torch.equal(values, coefficients[OWN]) else _gradient(trainer, taken.batch, values)
         norm = float(gradient.norm())
-        cosine = float(gradient @ own) / (norm * size) if norm * size else 0.0
+        cosine = float(gradient.double() @ own.double()) / (norm * size) if norm * size else 0.0
         found.append(Variant(name, cosine, norm))
     return found
 
