@@ -7,7 +7,7 @@ A group holds its tokens, the sampler's log-probabilities, texts, scores, reward
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -97,7 +97,8 @@ class Tally:
             "truncated": sum(sum(group.truncated) for group in groups),
             "lenient_accuracy": sum(score.lenient for score in scores),
             **{f"cheat/{kind}": sum(score.cheat == kind for score in scores) for kind in cheats},
-            **_parts(scores),
+            **_named("reward", [score.parts for score in scores]),
+            **_named("behaviour", [score.behaviour for score in scores]),
         }
         rewards = torch.stack([group.rewards for group in groups]) if groups else torch.zeros(0, size)
         return cls(rewards, sums, tokens)
@@ -113,13 +114,10 @@ class Tally:
         return {**means, "zero_variance": float(zero_variance(self.rewards).float().mean())}
 
 
-def _parts(scores: Sequence[Score]) -> dict[str, float]:
-    """Sums of the named parts of rewards."""
-    parts: dict[str, float] = {}
-    for score in scores:
-        for name, value in score.parts.items():
-            parts[f"reward/{name}"] = parts.get(f"reward/{name}", 0.0) + value
-    return parts
+def _named(family: str, parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Sums of named values, as metrics of a family."""
+    names = dict.fromkeys(name for own in parts for name in own)
+    return {f"{family}/{name}": sum(own.get(name, 0.0) for own in parts) for name in names}
 
 
 @dataclass(frozen=True)
