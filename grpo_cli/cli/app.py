@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from grpo_cli import __version__
-from grpo_cli.cli import eval, export, gen_data, plot, runs, solve, train
+from grpo_cli.cli import eval, export, gen_data, plot, runs, solve, train, why
 from grpo_cli.cli.launch import process_info
 from grpo_cli.cli.options import Commands, settings_command
 from grpo_cli.core.config.names import nearest
@@ -33,10 +33,11 @@ COMMANDS: dict[str, ModuleType] = {
     "eval": eval,
     "solve": solve,
     "plot": plot,
+    "why": why,
     "runs": runs,
     "export": export,
 }
-PATH_OPTIONS = ("config", "out", "folder", "model", "models", "run", "runs", "name")  # whose `~` is expanded
+PATH_OPTIONS = ("config", "out", "folder", "model", "models", "run", "runs", "name", "html")  # whose `~` is expanded
 
 app = typer.Typer(
     cls=Commands,

@@ -134,8 +134,13 @@ def read_json(path: Path) -> dict[str, object]:
 
 def append_lines(path: Path, records: Iterable[Mapping[str, object]]) -> None:
     """Append one line per record."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(f"{json.dumps(dict(record), allow_nan=False)}\n" for record in records))
+    append_bytes(path, "".join(f"{json.dumps(dict(record), allow_nan=False)}\n" for record in records).encode())
+
+
+def append_bytes(path: Path, content: bytes) -> None:
+    """Append to a file, which need not exist."""
+    with path.open("ab") as file:
+        file.write(content)
 
 
 @dataclass(frozen=True)

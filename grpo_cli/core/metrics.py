@@ -76,6 +76,7 @@ METRICS = (
         for kind, act in CHEATS.items()
     ),
     Metric("reward/", "mean of a named part of the reward", "", "{:.3f}"),
+    Metric("behaviour/", "how completions search: tries, slips, repetitions; see docs/why.md", "", "{:.3f}"),
     Metric("prompts/", "prompts of a style or size, if mixed", "share", SHARE),
     Metric("refilled", "groups that dynamic sampling replaced", "share", SHARE),
     Metric("tokens_per_second", "tokens sampled in the step over its time", "1/s", "{:,.0f}", "tok/s", 7, 11),

@@ -215,6 +215,9 @@ class Train(Table):
         advanced=True,
     )
     keep_last: int = setting("checkpoints to keep", "Schedule", ge=2, resumable=True, advanced=True)
+    keep_groups: int = setting(
+        "groups of each step to keep, for `countdown why`; -1 is all", "Output", ge=-1, resumable=True, advanced=True
+    )
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = setting(
         "experiment tracker to log to", "Output", resumable=True
     )

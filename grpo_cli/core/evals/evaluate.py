@@ -155,6 +155,12 @@ class Evaluation:
             "reasons": self.reasons,
         }
 
+    @property
+    def behaviour(self) -> dict[str, float]:
+        """Mean of each kind of behaviour over completions; {} if the task observes none."""
+        names = dict.fromkeys(name for one in self._all for name in one.score.behaviour)
+        return {name: _mean([one.score.behaviour.get(name, 0.0) for one in self._all]) for name in names}
+
     def to_json(self) -> dict[str, object]:
         """The machine-readable result."""
         return {
@@ -167,6 +173,7 @@ class Evaluation:
             "protocol": self.protocol,
             **self._figures,
             "cheats": self.cheats,
+            "behaviour": self.behaviour,
             "pass_at_k": self.pass_at_k,
             "overlap": self.overlap,
             "files": dict(self.task.files),

@@ -7,7 +7,7 @@ A group holds its tokens, the sampler's log-probabilities, texts, scores, reward
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -44,10 +44,36 @@ class Group:
             "prompt_index": self.prompt_index,
             "sample_index": sample,
             "completion": self.texts[sample],
-            "reward": score.reward if math.isfinite(score.reward) else str(score.reward),
+            "reward": _number(score.reward),
             "reason": score.reason,
             "answer": score.answer,
         }
+
+    def whole(self, step: int) -> dict[str, object]:
+        """All completions, with rewards and advantages, as a line of groups.jsonl.gz."""
+        rows = zip(self.texts, self.scores, self.advantages.tolist(), self.completions, self.truncated, strict=True)
+        completions = [
+            {
+                "completion": text,
+                "reward": _number(score.reward),
+                "parts": {name: _number(value) for name, value in score.parts.items()},
+                "advantage": _number(advantage),
+                "length": len(tokens),
+                "truncated": cut,
+                "correct": score.correct,
+                "reason": score.reason,
+                "answer": score.answer,
+                "sample_index": sample,
+            }
+            for sample, (text, score, advantage, tokens, cut) in enumerate(rows)
+        ]
+        place = {"style": self.style, "prompt_index": self.prompt_index}
+        return {"step": step, **self.problem.record(), **place, "completions": completions}
+
+
+def _number(value: float) -> float | str:
+    """The value, as text if JSON has no such number."""
+    return value if math.isfinite(value) else str(value)
 
 
 @dataclass(frozen=True)
@@ -71,7 +97,8 @@ class Tally:
             "truncated": sum(sum(group.truncated) for group in groups),
             "lenient_accuracy": sum(score.lenient for score in scores),
             **{f"cheat/{kind}": sum(score.cheat == kind for score in scores) for kind in cheats},
-            **_parts(scores),
+            **_named("reward", [score.parts for score in scores]),
+            **_named("behaviour", [score.behaviour for score in scores]),
         }
         rewards = torch.stack([group.rewards for group in groups]) if groups else torch.zeros(0, size)
         return cls(rewards, sums, tokens)
@@ -87,13 +114,10 @@ class Tally:
         return {**means, "zero_variance": float(zero_variance(self.rewards).float().mean())}
 
 
-def _parts(scores: Sequence[Score]) -> dict[str, float]:
-    """Sums of the named parts of rewards."""
-    parts: dict[str, float] = {}
-    for score in scores:
-        for name, value in score.parts.items():
-            parts[f"reward/{name}"] = parts.get(f"reward/{name}", 0.0) + value
-    return parts
+def _named(family: str, parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Sums of named values, as metrics of a family."""
+    names = dict.fromkeys(name for own in parts for name in own)
+    return {f"{family}/{name}": sum(own.get(name, 0.0) for own in parts) for name in names}
 
 
 @dataclass(frozen=True)
@@ -164,3 +188,8 @@ class Batch:
     def shown(self) -> list[dict[str, object]]:
         """One completion per prompt, another one of the group each step."""
         return [group.record(self.number, self.number % len(group.completions)) for group in self.groups]
+
+    def whole(self, count: int) -> list[dict[str, object]]:
+        """The groups of the step's first `count` prompts; -1: of all."""
+        kept = [group for group in self.groups if count < 0 or group.prompt_index < count]
+        return [group.whole(self.number) for group in kept]

@@ -114,6 +114,7 @@ def build(
     task: Task | None = None,
     overwrite: bool = False,
     resume: bool | int = False,
+    replay: int | None = None,
     world: World | None = None,
     observer: Observer | None = None,
     control: Control | None = None,
@@ -121,8 +122,9 @@ def build(
     """Load everything, open the run and warm-start if asked to; the run stays locked until the block ends.
 
     A new run is created only after its models have loaded. `resume` continues run `name` from its newest intact
-    checkpoint, or from that of a step. `task`: the task of the settings, if it is loaded already. `control` can stop a
-    warm start, which raises Interrupted.
+    checkpoint, or from that of a step. `replay` starts from the run's checkpoint of a step, or its start if 0, to take
+    steps again: then nothing is written. `task`: the task of the settings, if it is loaded already. `control` can stop
+    a warm start, which raises Interrupted.
     """
     context = Context(world or World(), observer or Observer(), control or Control())
     require_tracker(settings.train.tracker)
@@ -133,7 +135,7 @@ def build(
     with ExitStack() as stack:
         # 1. Choose the checkpoint to continue from.
         context = _tracked(settings, context, stack)
-        past = _past(settings, name, resume, context, stack)
+        past = _past(settings, name, resume, replay, context, stack)
         # 2. Load the policy, plan its memory, load the reference that `ref_model` names.
         examples = [] if past.checkpoint or past.warmed else demonstrated(settings, problems)
         policy, plan = _load_policy(settings, problems, past, context)
@@ -143,7 +145,7 @@ def build(
         if examples:
             require_space(Path(settings.runs), _kept(settings) * _imitator(policy).checkpoint_bytes())
         run = past.run or context.world.first(partial(_create, settings, name, stack, overwrite, context.note))
-        run = replace(run, writes=context.world.is_first)
+        run = replace(run, writes=context.world.is_first and replay is None)
         origin = _origin_of(policy, past, problems)
         if examples:
             policy, origin = _imitate(policy, examples, run, settings, origin, plan, context)
@@ -156,9 +158,12 @@ def build(
             state.restore(past.checkpoint)
         elif named:
             origin["reference"] = named.policy.fingerprint()["weights"]
+        if past.run and replay == 0:
+            require_origin(past.run, origin, model=settings.model.model, reference=settings.model.ref_model)
         # 5. Record what this training is.
         with nullcontext() if past.run or examples else run.starting():
-            context.world.first(partial(_record, run, state, settings, past, origin, context))
+            if replay is None:
+                context.world.first(partial(_record, run, state, settings, past, origin, context))
         yield assemble(settings, state, reference, run, problems=problems, plan=plan, context=context)
 
 
@@ -202,8 +207,18 @@ def _tracked(settings: Settings, context: Context, stack: ExitStack) -> Context:
     return replace(context, observer=Observers([context.observer, tracked]))
 
 
-def _past(settings: Settings, name: str | None, resume: bool | int, context: Context, stack: ExitStack) -> Past:
-    """The run and checkpoint to continue from, if the training is resumed."""
+def _past(
+    settings: Settings,
+    name: str | None,
+    resume: bool | int,
+    replay: int | None,
+    context: Context,
+    stack: ExitStack,
+) -> Past:
+    """The run and checkpoint to continue from, if the training is resumed or replayed."""
+    if replay is not None and name is not None:
+        run = Run.open(Path(settings.runs), name)
+        return Past(run, *choose_checkpoint(run, settings, replay, context.note)) if replay else Past(run)
     if not resume or name is None:
         return Past()
     run, first = Run.open(Path(settings.runs), name), context.world.first

@@ -1,10 +1,11 @@
-"""Warnings from metrics: a training has collapsed, or is unhealthy."""
+"""Rules about metrics: whether a training has collapsed or is unhealthy, how it learns, and the page on each."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 
+from grpo_cli.core.config.settings import Loss
 from grpo_cli.core.metrics import CHEATS
 
 WINDOW = 20  # steps per judgement
@@ -20,7 +21,66 @@ ENTROPY_LIMIT = 0.01  # nats a token
 ENTROPY_LEFT = 0.1  # share of the entropy in the first window
 MOVED_LIMIT = 0.1  # share of weights; float32 changes nearly all, bf16 a few percent if steps are small
 NOTATION_LIMIT = 0.1  # share of completions that are correct except for their notation
+FORMAT_GAIN = 0.2  # rise of the format rate that, with a tenth of it in accuracy, is only the format
 CHEAT_LIMIT = 0.1  # share of completions, and twice as many as in the first window
+
+
+PAGES = {  # finding -> the page that explains it
+    "gradient": "docs/how-it-works.md",
+    "progress": "docs/study.md",
+    "loss": "docs/why.md",
+    "limit": "docs/training.md",
+    "spread": "docs/why.md",
+    "selection": "docs/evaluation.md",
+    "estimator": "docs/how-it-works.md",
+    "moved": "docs/gpus.md",
+    "gap": "docs/models.md",
+    "format": "docs/pretrained.md",
+}
+PAGE = "docs/training.md"  # of all other findings
+
+
+def diagnose(history: Sequence[Mapping[str, float]], loss: Loss) -> list[dict[str, str]]:
+    """What the metrics of all steps say, good and bad: findings with `name`, `text` and `page`; failures first."""
+    late, early = history[-WINDOW:], history[:WINDOW]
+    steps = "1 step" if len(late) == 1 else f"{len(late)} steps"
+    found = {**collapses(history), **warnings(history)}
+    mixed = 1 - _mean(late, "zero_variance")
+    found["gradient"] = f"{mixed:.0%} of the groups of the last {steps} had unequal rewards, and so a gradient"
+    found["progress"] = _progress(early, late)
+    found["loss"] = (
+        f"{_mean(late, 'loss'):.2g}, which does not measure progress: ratios are near 1, and the advantages of a group"
+        f" sum to 0; the gradient's norm is {_mean(late, 'grad_norm'):.2g}"
+    )
+    length, cut = _mean(late, "completion_length"), _mean(late, "truncated")
+    found["limit"] = f"completions have {length:.0f} tokens on average; {cut:.0%} reach the limit"
+    found["spread"] = (
+        f"the entropy is {_mean(late, 'entropy'):.2g} nats per token, {_mean(early, 'entropy'):.2g} at first"
+    )
+    if values := _values(late, "kl"):
+        found["spread"] += f"; the KL from the reference is {fmean(values):.2g}"
+    evaluated = [line for line in history if "val_accuracy" in line and "dev_accuracy" in line]
+    if evaluated:
+        dev, val = evaluated[-1]["dev_accuracy"], evaluated[-1]["val_accuracy"]
+        found["selection"] = (
+            f"dev accuracy {dev:.0%}, which selects the model; val accuracy {val:.0%}, which is reported"
+        )
+    if loss.beta and loss.kl_estimator == "original":
+        found["estimator"] = (
+            "`original` flips the sign of the log-ratio and does not estimate this KL: train with `--kl-estimator k3`"
+        )
+    return [{"name": name, "text": text, "page": PAGES.get(name, PAGE)} for name, text in found.items()]
+
+
+def _progress(early: Sequence[Mapping[str, float]], late: Sequence[Mapping[str, float]]) -> str:
+    """How reward, accuracy and format changed from the first window to the last."""
+    names = {"reward": "reward", "accuracy": "accuracy", "format_rate": "format"}
+    pairs = {name: (_mean(early, name), _mean(late, name)) for name in names}
+    text = ", ".join(f"{names[name]} {before:.2f} -> {after:.2f}" for name, (before, after) in pairs.items())
+    accuracy, well_formed = (after - before for before, after in (pairs["accuracy"], pairs["format_rate"]))
+    if well_formed > FORMAT_GAIN and accuracy < FORMAT_GAIN / 10:
+        text += ": the format was learned and the task was not; start from a model that solves some puzzles"
+    return text
 
 
 def collapses(history: Sequence[Mapping[str, float]]) -> dict[str, str]:

@@ -32,12 +32,21 @@ from grpo_cli.core.rl.health import collapses, warnings
 from grpo_cli.core.rl.observer import Interrupted, Observer, Validated
 from grpo_cli.core.rl.schedule import scheduled_rate
 from grpo_cli.core.rl.state import State
-from grpo_cli.core.rl.update import Diverged, NotFinite, Objective, reference_logprobs, update
+from grpo_cli.core.rl.update import Diverged, NotFinite, Objective, Watch, reference_logprobs, update
 from grpo_cli.core.rl.validate import Validation
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.world import World
 
 COMPARE_EVERY = 10  # steps between measurements of `logprob_gap`
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step that was taken; `metrics` are the update's."""
+
+    batch: Batch
+    ref_logprobs: Tensor | None
+    metrics: Mapping[str, float]
 
 
 @dataclass
@@ -95,24 +104,29 @@ class Trainer:
         for step in range(progress.step + 1, self.settings.train.num_iterations + 1):
             if self._out_of_patience():
                 break
-            with self.clock.phase("total"):
-                # 1. Draw prompts, sample a group of completions of each, score them.
-                batch = self.collector.collect(step)
-                # 2. Compare each completion with its group.
-                everyone = advantages(batch.tally.rewards, scale=self.settings.loss.scale_rewards)  # (P, G), all ranks
-                batch.set_advantages(everyone)
-                # 3. Compute log-probabilities under the frozen reference.
-                ref_logprobs = self._reference_logprobs(batch)
-                # 4. Make completions better than their group more likely.
-                updated = self._update(batch, ref_logprobs, has_gradient=bool(everyone.any()))
-            progress.step = step
+            taken = self.step(step)
             # 5. Log the step; evaluate and save if due.
-            self._log(batch, updated)
+            self._log(taken.batch, taken.metrics)
             evaluation = self._finish_step() or evaluation
             if self.context.is_stopped:
                 raise Interrupted
             self._check_health()
         return evaluation or self.validation.evaluate(self.validation.val)
+
+    def step(self, number: int, watch: Watch | None = None) -> Taken:
+        """Take a step, but log and save nothing. `watch` receives the log-probabilities of its update."""
+        with self.clock.phase("total"):
+            # 1. Draw prompts, sample a group of completions of each, score them.
+            batch = self.collector.collect(number)
+            # 2. Compare each completion with its group.
+            everyone = advantages(batch.tally.rewards, scale=self.settings.loss.scale_rewards)  # (P, G), all ranks
+            batch.set_advantages(everyone)
+            # 3. Compute log-probabilities under the frozen reference.
+            ref_logprobs = self._reference_logprobs(batch)
+            # 4. Make completions better than their group more likely.
+            updated = self._update(batch, ref_logprobs, watch, has_gradient=bool(everyone.any()))
+        self.state.progress.step = number
+        return Taken(batch, ref_logprobs, updated)
 
     def _announce(self) -> None:
         """Announce the training, and the base accuracy of a resumed run."""
@@ -134,7 +148,9 @@ class Trainer:
                 poll=self.context.poll,
             )
 
-    def _update(self, batch: Batch, ref_logprobs: Tensor | None, *, has_gradient: bool) -> dict[str, float]:
+    def _update(
+        self, batch: Batch, ref_logprobs: Tensor | None, watch: Watch | None, *, has_gradient: bool
+    ) -> dict[str, float]:
         """Update the policy; returns the metrics, without those of the update if it is skipped."""
         state, train, loss = self.state, self.settings.train, self.settings.loss
         rate = scheduled_rate(train, batch.number)
@@ -151,6 +167,7 @@ class Trainer:
                     micro_batch=self.micro_batch,
                     compare_with=state.policy if batch.number % COMPARE_EVERY == 1 else None,
                     poll=self.context.poll,
+                    watch=watch,
                 )
                 state.progress.bad_in_a_row = 0
                 if state.learner.is_sharded:
@@ -178,6 +195,8 @@ class Trainer:
         self.history.append(metrics)
         self.observer.step(metrics, records[batch.number % len(records)])
         self.run.log_samples(records)
+        whole = batch.whole(self.settings.train.keep_groups)
+        self.run.log_groups(list(chain.from_iterable(self.world.gather(whole))))
 
     def _finish_step(self) -> Evaluation | None:
         """Evaluate the last step if due, log its metrics, save if due; returns the evaluation of val.

@@ -23,6 +23,9 @@ from grpo_cli.core.rl.grpo import Step, batch_loss, normalizer
 from grpo_cli.core.rl.observer import no_poll
 from grpo_cli.core.world import World
 
+Watch = Callable[[int, list[int], Tensor], None]
+"""Called with an inner update, some of its rows, and their log-probabilities (B, T)."""
+
 DUMMY = Sequences([[0]], [[0]], [0])  # input of a dummy pass: with FSDP, all ranks make the same number of passes
 
 
@@ -88,12 +91,14 @@ def update(
     micro_batch: MicroBatch | None = None,
     compare_with: Policy | None = None,
     poll: Callable[[], None] = no_poll,
+    watch: Watch | None = None,
 ) -> dict[str, float]:
     """Update the weights `num_inner_updates` times; returns metrics, means over the inner updates.
 
     Each rank passes its own `examples`. `clock` times the optimizer, and knows the ranks. `micro_batch` sets how many
     are computed at once. `poll` is called before each micro-batch of the first inner update; if it raises, the weights
-    are unchanged. `compare_with`: a policy of the same weights, whose own forward measures `logprob_gap`.
+    are unchanged. `compare_with`: a policy of the same weights, whose own forward measures `logprob_gap`. `watch`
+    receives the log-probabilities of each micro-batch.
 
     Raises NotFinite on all ranks, before the weights change, if the loss or the gradient is not finite, and Diverged if
     the weights are not finite afterwards.
@@ -104,7 +109,7 @@ def update(
     try:
         for number in range(objective.num_inner_updates):
             # 1. Sum gradients over micro-batches and ranks.
-            sums = _accumulate(inputs, optimizer, micro_batch, world, poll=poll, is_first=number == 0)
+            sums = _accumulate(inputs, optimizer, micro_batch, world, poll=poll, number=number, watch=watch)
             # 2. Clip them, and step.
             norm = torch.zeros(())
             if inputs.step.has_gradient:
@@ -127,17 +132,18 @@ def _accumulate(
     world: World,
     *,
     poll: Callable[[], None],
-    is_first: bool,
+    number: int,
+    watch: Watch | None,
 ) -> Sums:
-    """Set this rank's gradients, micro-batch by micro-batch; returns the sums of all ranks."""
+    """Set this rank's gradients in inner update `number`, by micro-batches; returns the sums of all ranks."""
     for attempt in micro_batch.attempts(len(inputs.learning), "update"):
         with attempt:
             optimizer.zero_grad(set_to_none=True)
             sums = Sums()
             for rows in _passes(inputs.learning, inputs.policy, micro_batch, world):
-                if is_first:
+                if number == 0:
                     poll()
-                sums += _backward(inputs, rows, micro_batch, is_first=is_first)
+                sums += _backward(inputs, rows, micro_batch, number, watch)
             for rows in _passes(inputs.equal, inputs.policy, micro_batch, world):
                 sums += _entropy(inputs, rows, micro_batch)
     return reduce(add, world.gather(sums))
@@ -203,9 +209,11 @@ class _Inputs:
         return cls(policy, examples, objective, step, advantages, weight, old_logprobs, learning, equal, plain)
 
 
-def _backward(inputs: _Inputs, rows: list[int], micro_batch: MicroBatch, *, is_first: bool) -> Sums:
-    """Add the gradient of these rows' part of the loss; an empty list makes a dummy pass."""
-    policy, examples, objective = inputs.policy, inputs.examples, inputs.objective
+def _backward(
+    inputs: _Inputs, rows: list[int], micro_batch: MicroBatch, number: int, watch: Watch | None = None
+) -> Sums:
+    """Add the gradient of these rows' part of the loss in an inner update; an empty list makes a dummy pass."""
+    policy, examples, objective, is_first = inputs.policy, inputs.examples, inputs.objective, number == 0
     if not rows:
         (policy.logprobs(DUMMY, temperature=1.0)[0].sum() * 0).backward()
         return Sums()
@@ -228,6 +236,8 @@ def _backward(inputs: _Inputs, rows: list[int], micro_batch: MicroBatch, *, is_f
             objective.loss,
         )
         total.backward()
+    if watch:
+        watch(number, rows, logprobs.detach())
     sums = Sums.of(total.detach(), kl, entropy, clipped, mask)
     for row in inputs.plain.keys() & rows if is_first else ():
         trained = logprobs[rows.index(row)].detach()

@@ -1,13 +1,15 @@
 """A run's folder: the only place that knows its file names.
 
 runs/<name>/  config.json  origin.json  environment.json  summary.json  metrics.jsonl  evaluations.jsonl
-              tracker.json  tensorboard/  wandb/  samples.jsonl  training_curve.png  kl_divergence.png  report.html
+              tracker.json  tensorboard/  wandb/  samples.jsonl  groups.jsonl.gz  why/  report.html
+              training_curve.png  kl_divergence.png
               model/  adapter/  checkpoints/step-50/  bad_steps/  warm_start/  warm_start.jsonl  warming/  .lock
 """
 
 from __future__ import annotations
 
 import fcntl
+import gzip
 import json
 import os
 import re
@@ -15,7 +17,8 @@ import secrets
 import shlex
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -25,8 +28,9 @@ from typing import Self
 
 from grpo_cli.core.config.resolve import defaults, shipped_presets
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.files import append_lines, can_write, read_json, write_json, write_lines
+from grpo_cli.core.files import append_lines, can_write, read_json, write, write_json, write_lines
 from grpo_cli.core.run import checkpoint
+from grpo_cli.core.run.groups import GroupLog
 from grpo_cli.core.run.logs import Evaluated, Example, Log, evaluated, example, numbers, problem_key
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -244,6 +248,7 @@ class Run:
                 checkpoint.discard(folder)
         cuts = [(log.path, log.cut(step - pending)) for log in (self._metrics, self._evaluations)]
         cuts.append((self._samples.path, self._samples.cut(step)))
+        cuts.append((self._groups.path, self._groups.cut(step)))
         return [
             f"moved {damaged} damaged line{'s' * (damaged > 1)} of `{path}` to `{path.name}.damaged`"
             for path, damaged in cuts
@@ -313,6 +318,11 @@ class Run:
         """Append one line per completion, each with its `step`, to samples.jsonl."""
         self._append(self._samples.path, samples)
 
+    def log_groups(self, groups: Sequence[Mapping[str, object]]) -> None:
+        """Append the groups of one step, each an object with its `step` and `completions`, to groups.jsonl.gz."""
+        if self.writes:
+            self._groups.append(groups)
+
     def log_evaluations(self, records: Iterable[Mapping[str, object]]) -> None:
         """Append one line per evaluated cell, each with its `step`, to evaluations.jsonl."""
         self._append(self._evaluations.path, records)
@@ -344,6 +354,26 @@ class Run:
         """Every logged completion, [] before the first."""
         return list(self._samples.read())
 
+    def groups(self, step: int) -> list[dict[str, object]]:
+        """The groups that were kept of a step; [] if there are none."""
+        return list(self._groups.read(step))
+
+    def write_replay(self, step: int, content: bytes) -> None:
+        """Keep the replay of a step in the folder why/."""
+        path = self._replay(step)
+        path.parent.mkdir(exist_ok=True)
+        write(path, gzip.compress(content, mtime=0))
+
+    def read_replay(self, step: int) -> bytes | None:
+        """The replay of a step as it was written, or None if there is none that can be read."""
+        try:
+            return gzip.decompress(self._replay(step).read_bytes())
+        except (OSError, EOFError, zlib.error):
+            return None
+
+    def _replay(self, step: int) -> Path:
+        return self.path / "why" / f"step-{step}.json.gz"
+
     def trained_on(self) -> Iterator[str]:
         """The key of the problem of every sample and of the warm start, without the damaged lines."""
         return chain.from_iterable(log.readable() for log in self._problems)
@@ -363,6 +393,10 @@ class Run:
     @property
     def _samples(self) -> Log[Example]:
         return Log(self.path / "samples.jsonl", example)
+
+    @property
+    def _groups(self) -> GroupLog:
+        return GroupLog(self.path / "groups.jsonl.gz")
 
     @property
     def _problems(self) -> list[Log[str]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from grpo_cli.core.metrics import CHEATS
+from grpo_cli.core.task.behaviour import observe
 from grpo_cli.core.task.data import puzzle_set, sampling_note
 from grpo_cli.core.task.files import PuzzleFile, load_puzzles
 from grpo_cli.core.task.plugin import Item, load_task, rewarded
@@ -109,7 +110,9 @@ class Countdown:
 
     def score(self, completion: str, problem: Problem, *, style: str, truncated: bool = False) -> Score:
         puzzle, style = _puzzle(problem), cast(Style, style)
-        return score(completion, puzzle, style=style, truncated=truncated, rules=self.rules, rewards=self.rewards)
+        found = score(completion, puzzle, style=style, truncated=truncated, rules=self.rules, rewards=self.rewards)
+        seen = observe(completion, puzzle, self.rules, correct=found.correct, truncated=truncated)
+        return replace(found, behaviour=seen)
 
     def solution(self, problem: Problem) -> str | None:
         """A completion with the shortest solution, if there is one."""

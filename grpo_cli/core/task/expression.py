@@ -139,6 +139,11 @@ def last_expression(text: str, numbers: Sequence[int], operations: str = "+-*", 
     return None
 
 
+def spans(line: str) -> list[str]:
+    """Spans of a line that look like arithmetic, equations among them; at most MAX_SPANS."""
+    return [span[0] for span in islice(_SPAN.finditer(line), MAX_SPANS) if len(span[0]) <= MAX_CHARACTERS]
+
+
 def _is_stated(text: str, start: int, end: int) -> bool:
     before = text[max(0, start - 20) : start].rpartition("\n")[2]
     return bool(_STATED.search(before) and _LINE_END.match(text, end))

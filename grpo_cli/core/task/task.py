@@ -50,7 +50,7 @@ class Score:
 
     `answer`: the text read as the answer. `well_formed`: the format is right. `lenient`: correct if typographic
     operators and a true `= N` are allowed (never a reward). `cheat`: the kind of cheating, if any; not penalised.
-    `parts`: named parts of the reward, each logged as a metric.
+    `parts`: named parts of the reward, `behaviour`: how the completion searches; each is logged as a metric.
     """
 
     reward: float
@@ -61,6 +61,7 @@ class Score:
     lenient: bool = False
     cheat: str | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
+    behaviour: Mapping[str, float] = field(default_factory=dict)
 
 
 class Problem(Protocol):

@@ -1,0 +1,132 @@
+"""`countdown why`: explain a step of a training token by token, or diagnose a whole run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from grpo_cli.cli.models import import_libraries
+from grpo_cli.cli.options import ConfigFile, Json, Overwrite, completion, resolve
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.ui import text
+
+if TYPE_CHECKING:
+    from grpo_cli.core.config.settings import Settings
+    from grpo_cli.core.rl.replay import Replay
+    from grpo_cli.core.run.folder import Run
+
+SETTINGS = ("runs",)
+
+
+def why(
+    ctx: typer.Context,
+    run: Annotated[
+        str | None,
+        typer.Argument(metavar="RUN", help="run; default: the newest", autocompletion=completion("run")),
+    ] = None,
+    step: Annotated[int | None, typer.Option(min=1, help="step to take again and explain", metavar="<int>")] = None,
+    prompt: Annotated[
+        int | None, typer.Option(min=0, help="group to show; default: the most instructive", metavar="<int>")
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option(min=0, help="completion of the group to show token by token", metavar="<int>")
+    ] = None,
+    losses: Annotated[bool, typer.Option("--losses", help="compare the gradient under every other loss")] = False,
+    html: Annotated[Path | None, typer.Option(help="write one HTML page too", metavar="<file>")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    config: ConfigFile = None,
+) -> None:
+    """Explain why a run learns, or not: the whole run, or one step down to its tokens.
+
+    Example: countdown why run-1 --step 2 --sample 0
+    """
+    from grpo_cli.core.config.resolve import restore
+    from grpo_cli.core.files import check_writable
+    from grpo_cli.core.run.folder import at
+
+    chosen = _run(Path(resolve(ctx, config).settings.runs), run)
+    settings = restore(chosen.read_config(), chosen.config_path).settings
+    if step is None:
+        asked = {"--prompt": prompt, "--sample": sample, "--html": html, "--losses": losses or None}
+        if given := [name for name, value in asked.items() if value is not None]:
+            again = f"countdown why {chosen.name}{at(chosen.path.parent)} --step 1"
+            raise CountdownError(f"`{given[0]}` shows a part of one step", f"name it: `{again} ...`")
+        _diagnose(chosen, settings, as_json=as_json)
+        return
+    _require_in_step(settings, prompt, sample)
+    if html:
+        check_writable(html, overwrite=overwrite)
+    _explain(_replayed(chosen, step, losses=losses), chosen, prompt, sample, html, as_json=as_json)
+
+
+def _run(root: Path, name: str | None) -> Run:
+    """The run of this name, or the newest."""
+    from grpo_cli.core.run.folder import Run, at
+
+    if name is not None:
+        return Run.open(root, name)
+    if (newest := Run.newest(root)) is None:
+        raise CountdownError(f"no run in `{root}` yet", f"train one with `countdown train{at(root)}`")
+    return newest
+
+
+def _require_in_step(settings: Settings, prompt: int | None, sample: int | None) -> None:
+    counts = (("--prompt", prompt, settings.train.batch_size), ("--sample", sample, settings.train.num_generations))
+    for name, value, count in counts:
+        if value is not None and value >= count:
+            raise CountdownError(f"a step has no `{name} {value}`", f"choose one from 0 to {count - 1}")
+
+
+def _diagnose(run: Run, settings: Settings, *, as_json: bool) -> None:
+    from grpo_cli.core.rl.health import diagnose
+    from grpo_cli.ui import why as show
+
+    history = [line for line in run.metrics() if line["step"] > 0]
+    if not history:
+        raise CountdownError(f"run `{run.name}` has no steps yet", "wait for its first step, or resume it")
+    findings = diagnose(history, settings.loss)
+    if as_json:
+        text.json_object({"run": run.name, "steps": len(history), "findings": findings})
+    else:
+        show.diagnosis(findings, run.name)
+
+
+def _replayed(run: Run, step: int, *, losses: bool) -> Replay:
+    """The replay that the run keeps, or a new one; says first what must be computed."""
+    import_libraries()
+    from grpo_cli.core.rl.observer import Observer
+    from grpo_cli.core.rl.replay import cached, plan, replay
+    from grpo_cli.ui import tables
+
+    planned = plan(run, step)
+    if known := cached(run, step, losses=losses):
+        return known
+    start = f"the checkpoint of step {planned.start}" if planned.start else "the starting model"
+    steps = text.counted(step - planned.start, "step")
+    text.note(f"replaying from {start}: {steps}, which took {planned.seconds:,.0f} s in the training")
+    with tables.progress(f"step {step}", quiet=False) as advance:
+
+        class Shown(Observer):
+            def progress(self, phase: str, done: int, total: int) -> None:
+                advance(done, total)
+
+        return replay(run, planned, losses=losses, observer=Shown())
+
+
+def _explain(
+    replay: Replay, run: Run, prompt: int | None, sample: int | None, html: Path | None, *, as_json: bool
+) -> None:
+    from grpo_cli.ui import why as show
+
+    data = show.explained(replay, run.name, prompt=prompt, sample=sample)
+    if html:
+        show.write_page(data, html)
+    if as_json:
+        text.json_object(data)
+    else:
+        show.show(data)
+    if html:
+        text.note(f"written: {html}")

@@ -1,0 +1,351 @@
+"""Replay a step of a run: take it again from the nearest earlier checkpoint, or from the start, and record it.
+
+The samples of a step are a function of (seed, step, weights), so the replay is checked against the logged metrics:
+equal bit for bit on the same CPU with as many threads. Nothing in the run changes, except that a finished replay is
+kept there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from grpo_cli.core.config.resolve import restore
+from grpo_cli.core.config.settings import Loss
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.rl.batch import Batch, Group
+from grpo_cli.core.rl.build import build
+from grpo_cli.core.rl.explain import OWN, Fork, Terms, fork, terms, variants
+from grpo_cli.core.rl.grpo import Step, advantages, normalizer
+from grpo_cli.core.rl.observer import Observer
+from grpo_cli.core.rl.train import Taken, Trainer
+from grpo_cli.core.run.folder import Run
+
+CHECKED = ("reward", "accuracy", "completion_length", "entropy", "loss", "kl", "grad_norm")  # metrics to compare
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What must be computed: the steps after checkpoint `start`, 0 for the starting model, up to `step`."""
+
+    step: int
+    start: int
+    seconds: float  # that these steps took in the training
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A completion with its tokens, and their log-probabilities at each stage; `updates`: of each inner update.
+
+    `after` is the policy's after the step, `last` that of the run's last checkpoint.
+    """
+
+    text: str
+    tokens: list[int]
+    pieces: list[str]
+    reward: float
+    parts: dict[str, float]
+    advantage: float
+    reason: str
+    truncated: bool
+    sampled: list[float]
+    updates: list[list[float]]
+    after: list[float]
+    reference: list[float] | None = None
+    last: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class ReplayedGroup:
+    """The completions of one prompt."""
+
+    problem: str
+    prompt: str
+    completions: list[Completion]
+
+    @property
+    def fork(self) -> Fork | None:
+        return fork([one.tokens for one in self.completions], [one.advantage for one in self.completions])
+
+    def chances(self, parting: Fork) -> dict[str, tuple[float, float]]:
+        """Probability of the better and the worse branch of a fork, by stage: sampled, after the step, last."""
+        ends = [self.completions[branch.samples[0]] for branch in (parting.better, parting.worse)]
+        stages = {"sampled": [one.sampled for one in ends], "after": [one.after for one in ends]}
+        stages |= {"last": [one.last for one in ends if one.last is not None]}
+        chosen = {stage: [_chance(row, parting.position) for row in rows] for stage, rows in stages.items() if rows}
+        return {stage: (better, worse) for stage, (better, worse) in chosen.items()}
+
+    @property
+    def change(self) -> float:
+        """Mean absolute change of the completions' log-probabilities by the step."""
+        moved = [abs(sum(one.after) - sum(one.updates[0])) for one in self.completions]
+        return sum(moved) / len(moved)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The gradient of the same batch under another loss: its cosine with that of the run, and the ratio of norms."""
+
+    name: str
+    cosine: float
+    norm: float
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A step, taken again: its groups, the metrics as logged and as replayed, and the loss."""
+
+    step: int
+    start: int
+    last_step: int | None  # of the checkpoint of `Completion.last`
+    loss: Loss
+    max_new_tokens: int
+    logged: dict[str, float]
+    replayed: dict[str, float]
+    groups: list[ReplayedGroup]
+    variants: list[Variant] = field(default_factory=list)
+
+    @property
+    def gap(self) -> float:
+        """The largest relative distance between a logged metric and the replayed one; 0 if equal bit for bit."""
+        pairs = [(self.logged[name], self.replayed[name]) for name in self.replayed]
+        return max((abs(old - new) / max(abs(old), 1e-6) for old, new in pairs), default=0.0)
+
+    @property
+    def completions(self) -> list[Completion]:
+        return [one for group in self.groups for one in group.completions]
+
+    @property
+    def instructive(self) -> int:
+        """The group to show: of those with unequal advantages, the one whose completions changed most."""
+        mixed = [index for index, group in enumerate(self.groups) if any(one.advantage for one in group.completions)]
+        return max(mixed or range(len(self.groups)), key=lambda index: self.groups[index].change)
+
+    def terms(self) -> list[Terms]:
+        """The loss of each inner update, token by token; the mean of their losses is the step's."""
+        rows = self.completions
+        lengths = torch.tensor([len(one.tokens) for one in rows])
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        whole = Step(len(rows), int(lengths.sum()), has_gradient=True)
+        weight = normalizer(lengths, loss_type=self.loss.loss_type, max_new_tokens=self.max_new_tokens, step=whole)
+        gain = torch.tensor([one.advantage for one in rows])
+        kept = [one.reference for one in rows if one.reference is not None]
+        reference = _padded(kept) if kept else None
+        updates = [_padded([one.updates[number] for one in rows]) for number in range(len(rows[0].updates))]
+        return [terms(own, updates[0], reference, gain, mask, weight, self.loss) for own in updates]
+
+
+_REPLAY = TypeAdapter(Replay)
+
+
+def plan(run: Run, step: int) -> Plan:
+    """The plan of a replay; raises CountdownError if the run has no such step."""
+    seconds = {int(line["step"]): line.get("time/total", 0.0) for line in run.metrics() if line["step"] > 0}
+    if step not in seconds:
+        hint = f"choose one from 1 to {max(seconds)}" if seconds else "wait for its first step, or resume it"
+        raise CountdownError(f"run `{run.name}` has no step {step}", hint)
+    starts = [saved for saved, _ in run.checkpoints() if saved < step and run.damage(saved) is None]
+    start = max(starts, default=0)
+    return Plan(step, start, sum(spent for number, spent in seconds.items() if start < number <= step))
+
+
+def cached(run: Run, step: int, *, losses: bool) -> Replay | None:
+    """The kept replay of a step, if the run still has the same metrics and last checkpoint."""
+    text = run.read_replay(step)
+    try:
+        known = None if text is None else _REPLAY.validate_json(text)
+    except ValidationError:
+        return None
+    if known is None or (losses and not known.variants):
+        return None
+    same = known.logged == _logged(run, step) and known.last_step == _last(run)
+    return known if same else None
+
+
+def replay(run: Run, planned: Plan, *, losses: bool = False, observer: Observer | None = None) -> Replay:
+    """Take the step again and keep the result in the run; `losses`: compare gradients under other losses too."""
+    settings = restore(run.read_config(), run.config_path).settings
+    changes = {"train": {"tracker": "none"}, "ranks": {"shard": False}}
+    tables = {name: getattr(settings, name).model_copy(update=change) for name, change in changes.items()}
+    settings = settings.model_copy(update={"runs": str(run.path.parent), **tables})
+    with build(settings, run.name, replay=planned.start, observer=observer) as trainer:
+        for number in range(planned.start + 1, planned.step):
+            trainer.step(number)
+        before = [weight.detach().clone() for weight in trainer.state.learner.trainable] if losses else []
+        updates: dict[int, dict[int, list[float]]] = {}
+
+        def watch(number: int, rows: list[int], logprobs: Tensor) -> None:
+            updates.setdefault(number, {}).update(zip(rows, logprobs.float().tolist(), strict=True))
+
+        taken = trainer.step(planned.step, watch)
+        found = _record(run, trainer, planned, taken, updates)
+        if losses:
+            _put(trainer.state.learner, before)
+            found = replace(found, variants=_compare(trainer, taken, settings.loss))
+    run.write_replay(planned.step, _REPLAY.dump_json(found))
+    return found
+
+
+def _record(
+    run: Run, trainer: Trainer, planned: Plan, taken: Taken, updates: Mapping[int, Mapping[int, Sequence[float]]]
+) -> Replay:
+    """The step as plain data; leaves the weights of the last checkpoint in the trainer."""
+    batch, settings = taken.batch, trainer.settings
+    after = _logprobs(trainer, batch)
+    last_step, last = _last(run), None
+    if last_step is not None:
+        kept = [weight.detach().clone() for weight in trainer.state.learner.trainable]
+        trainer.state.fall_back(run.checkpoint_path(last_step))
+        last = _logprobs(trainer, batch)
+        _put(trainer.state.learner, kept)
+    rows = _Rows(taken, updates, after, last, trainer.state.policy)
+    logged, values = _logged(run, planned.step), {**batch.metrics, **taken.metrics}
+    return Replay(
+        planned.step,
+        planned.start,
+        last_step,
+        settings.loss,
+        settings.train.max_new_tokens,
+        logged,
+        {name: float(values[name]) for name in logged if name in values},
+        rows.groups(),
+    )
+
+
+@dataclass
+class _Rows:
+    """The rows of a batch with their log-probabilities (B, T)."""
+
+    taken: Taken
+    updates: Mapping[int, Mapping[int, Sequence[float]]]
+    after: Tensor
+    last: Tensor | None
+    policy: Policy
+
+    def groups(self) -> list[ReplayedGroup]:
+        numbers = iter(range(len(self.taken.batch.completions)))
+        return [
+            ReplayedGroup(
+                str(group.problem),
+                str(self.policy.tokenizer.decode(group.prompt)),
+                [self._completion(group, sample, next(numbers)) for sample in range(len(group.completions))],
+            )
+            for group in self.taken.batch.groups
+        ]
+
+    def _completion(self, group: Group, sample: int, row: int) -> Completion:
+        tokens, score, count = group.completions[sample], group.scores[sample], len(group.completions[sample])
+        sampled, reference = group.logprobs[sample][:count], self.taken.ref_logprobs
+        updates = [list(own[row])[:count] for own in self.updates.values() if row in own]
+        return Completion(
+            text=group.texts[sample],
+            tokens=tokens,
+            pieces=[str(self.policy.tokenizer.decode([token])) for token in tokens],
+            reward=score.reward,
+            parts=dict(score.parts),
+            advantage=float(group.advantages[sample]),
+            reason=score.reason,
+            truncated=group.truncated[sample],
+            sampled=sampled,
+            updates=updates or [sampled] * max(1, len(self.updates)),  # no update had this row: it has no gradient
+            after=self.after[row, :count].tolist(),
+            reference=None if reference is None else reference[row, :count].tolist(),
+            last=None if self.last is None else self.last[row, :count].tolist(),
+        )
+
+
+@torch.no_grad()
+def _logprobs(trainer: Trainer, batch: Batch) -> Tensor:
+    """Log-probabilities (B, T) of the batch under the policy as it is now."""
+    sequences = batch.sequences
+    found = torch.zeros(sequences.mask().shape)
+    for attempt in trainer.micro_batch.attempts(len(found), "replay"):
+        with attempt:
+            for rows in trainer.micro_batch.split(range(len(found))):
+                part = _pass(trainer, sequences.subset(rows))
+                found[rows, : part.shape[1]] = part.cpu()
+    return found
+
+
+def _pass(trainer: Trainer, sequences: Sequences) -> Tensor:
+    logprobs, _ = trainer.state.learner.logprobs(
+        sequences,
+        temperature=trainer.settings.train.temperature,
+        entropy=False,
+        logit_chunk=trainer.micro_batch.logit_chunk,
+    )
+    return logprobs
+
+
+def _compare(trainer: Trainer, taken: Taken, loss: Loss) -> list[Variant]:
+    """The gradients of the batch under other losses, at the weights before the step, compared with the run's own."""
+    logprobs = _logprobs(trainer, taken.batch)
+    coefficients = {name: _coefficients(trainer, taken, own, logprobs) for name, own in variants(loss).items()}
+    own = _gradient(trainer, taken.batch, coefficients[OWN])
+    size, found = float(own.norm()), list[Variant]()
+    for name, values in coefficients.items():
+        gradient = own if torch.equal(values, coefficients[OWN]) else _gradient(trainer, taken.batch, values)
+        norm = float(gradient.norm())
+        cosine = float(gradient.double() @ own.double()) / (norm * size) if norm * size else 0.0
+        found.append(Variant(name, cosine, norm))
+    return found
+
+
+def _coefficients(trainer: Trainer, taken: Taken, loss: Loss, logprobs: Tensor) -> Tensor:
+    """The derivative (B, T) of a loss with respect to log-probabilities, in the first inner update."""
+    batch = taken.batch
+    gain = advantages(torch.stack([group.rewards for group in batch.groups]), scale=loss.scale_rewards).flatten()
+    lengths = torch.tensor([len(one) for one in batch.completions])
+    limit = trainer.settings.train.max_new_tokens
+    weight = normalizer(lengths, loss_type=loss.loss_type, max_new_tokens=limit)
+    reference = taken.ref_logprobs
+    own = None if reference is None else reference.cpu()
+    return terms(logprobs, logprobs, own, gain, batch.sequences.mask(), weight, loss).coefficient
+
+
+def _gradient(trainer: Trainer, batch: Batch, coefficients: Tensor) -> Tensor:
+    """The gradient (N,) of the sum of log-probabilities times `coefficients` (B, T)."""
+    learner, sequences = trainer.state.learner, batch.sequences
+    learner.model.zero_grad(set_to_none=True)
+    for rows in trainer.micro_batch.split(coefficients.any(dim=1).nonzero()[:, 0].tolist()):
+        logprobs = _pass(trainer, sequences.subset(rows))
+        own = coefficients[rows, : logprobs.shape[1]].to(logprobs.device)
+        (logprobs * own).sum().backward()
+    parts = [torch.zeros_like(one) if one.grad is None else one.grad for one in learner.trainable]
+    found = torch.cat([part.detach().float().flatten() for part in parts])
+    learner.model.zero_grad(set_to_none=True)
+    return found
+
+
+@torch.no_grad()
+def _put(policy: Policy, weights: Sequence[Tensor]) -> None:
+    for weight, kept in zip(policy.trainable, weights, strict=True):
+        weight.copy_(kept)
+
+
+def _chance(logprobs: Sequence[float], position: int) -> float:
+    """The probability of the token at a position; 1 past the end, where nothing is sampled."""
+    return math.exp(logprobs[position]) if position < len(logprobs) else 1.0
+
+
+def _padded(rows: Sequence[Sequence[float]]) -> Tensor:
+    """Rows of different lengths as one tensor (B, T), padded with 0."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[0.0] * (longest - len(row))] for row in rows])
+
+
+def _logged(run: Run, step: int) -> dict[str, float]:
+    """The logged metrics of a step that a replay is checked against."""
+    line = next(line for line in run.metrics() if line["step"] == step)
+    return {name: line[name] for name in CHECKED if name in line}
+
+
+def _last(run: Run) -> int | None:
+    """The step of the last intact checkpoint."""
+    return max((step for step, _ in run.checkpoints() if run.damage(step) is None), default=None)

@@ -1,0 +1,296 @@
+"""`countdown why`: a replayed step as sentences, a group, a completion; in a terminal, as JSON and as a page.
+
+`explained` makes plain data of a replay, which the terminal and the page show and `--json` prints.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.padding import Padding
+from rich.text import Text
+
+from grpo_cli import __version__
+from grpo_cli.core.files import write
+from grpo_cli.ui.tables import EXPLANATIONS, facts, grid
+from grpo_cli.ui.text import counted, out, percent, printable
+
+if TYPE_CHECKING:
+    from grpo_cli.core.rl.explain import Fork, Terms
+    from grpo_cli.core.rl.replay import Completion, Replay, ReplayedGroup
+
+TEMPLATE = Path(__file__).with_suffix(".html.j2")
+STYLE = Path(__file__).with_name("report.css")
+BEFORE_FORK = 6  # tokens shown before a fork
+STAGES = {"sampled": "when sampled", "after": "after the step", "last": "last checkpoint"}
+VERDICTS = {"correct": "green", "truncated": "yellow"}
+
+
+def explained(replay: Replay, run: str, *, prompt: int | None = None, sample: int | None = None) -> dict[str, Any]:
+    """What `why` says of a step; `prompt` None picks the most instructive group, `sample` None no completion."""
+    chosen = replay.instructive if prompt is None else prompt
+    updates, group = replay.terms(), replay.groups[chosen]
+    first = sum(len(one.completions) for one in replay.groups[:chosen])
+    rows = range(first, first + len(group.completions))
+    shares = [float(sum(update.share[row].sum() for update in updates)) / len(updates) for row in rows]
+    adds = [sum(float(update.contribution[row].double().sum()) for update in updates) / len(updates) for row in rows]
+    data = {
+        "run": run,
+        "step": replay.step,
+        "start": replay.start,
+        "last_step": replay.last_step,
+        "difference": replay.gap,
+        "logged": replay.logged,
+        "replayed": replay.replayed,
+        "loss": sum(update.loss for update in updates) / len(updates),
+        "sentences": sentences(replay, updates),
+        "prompt": chosen,
+        "problem": group.problem,
+        "prompt_text": group.prompt,
+        "completions": [
+            _row(index, one, share, added)
+            for index, (one, share, added) in enumerate(zip(group.completions, shares, adds, strict=True))
+        ],
+        "fork": _fork(group),
+        "losses": [{"name": one.name, "cosine": one.cosine, "norm": one.norm} for one in replay.variants],
+    }
+    if sample is not None:
+        data["sample"] = sample
+        data["tokens"] = _tokens(group.completions[sample], updates, rows[sample])
+        data["formula"] = _formula(replay, group.completions[sample], updates, rows[sample])
+    return data
+
+
+def sentences(replay: Replay, updates: Sequence[Terms]) -> list[str]:
+    """The step in three sentences: what had a gradient, what the loss is, what changed most."""
+    mixed = sum(any(one.advantage for one in group.completions) for group in replay.groups)
+    pulled = ", except the pull of the KL term towards the reference" if replay.loss.beta else ""
+    groups = f"{mixed} of {counted(len(replay.groups), 'group')} had unequal rewards, and so a gradient"
+    if mixed < len(replay.groups):
+        groups += f"; the others have no effect on the weights{pulled}"
+    return [f"{groups}.", _loss_sentence(replay, updates), _change_sentence(replay)]
+
+
+def _loss_sentence(replay: Replay, updates: Sequence[Terms]) -> str:
+    loss, beta = sum(update.loss for update in updates) / len(updates), replay.loss.beta
+    kl = beta * sum(float((update.kl * update.weight).double().sum()) for update in updates) / len(updates)
+    text = f"The loss is {loss:.3g}"
+    if beta:
+        text += f", of which the KL term is {kl:.3g}"
+    if len(updates) == 1 and replay.loss.loss_type != "cispo":
+        text += ": every ratio is 1 in the first update and the advantages of a group sum to 0, so it is near 0"
+    norm = replay.replayed.get("grad_norm", 0.0)
+    return f"{text}; learning shows in the gradient, whose norm is {norm:.3g}."
+
+
+def _change_sentence(replay: Replay) -> str:
+    group = replay.groups[replay.instructive]
+    if (parting := group.fork) is None:
+        return f"No group has better and worse completions; the step moved log-probabilities by {group.change:.2g}."
+    chances, piece = group.chances(parting), _piece(group, parting, parting.better.samples[0])
+    before, after = chances["sampled"][0], chances["after"][0]
+    return (
+        f"In prompt {replay.instructive}, {group.problem}, better completions continue with {piece} after token"
+        f" {parting.position}: its probability went from {before:.3f} to {after:.3f}."
+    )
+
+
+def _row(index: int, one: Completion, share: float, added: float) -> dict[str, Any]:
+    return {
+        "sample": index,
+        "reason": one.reason,
+        "verdict": "correct" if one.reason == "correct" else EXPLANATIONS.get(one.reason, one.reason),
+        "reward": one.reward,
+        "parts": one.parts,
+        "advantage": one.advantage,
+        "length": len(one.tokens),
+        "truncated": one.truncated,
+        "text": one.text,
+        "gradient_share": share,
+        "loss": added,
+        "before": math.fsum(one.updates[0]),
+        "after": math.fsum(one.after),
+    }
+
+
+def _fork(group: ReplayedGroup) -> dict[str, Any] | None:
+    """Where better and worse completions part, with the probabilities of both branches by stage."""
+    if (parting := group.fork) is None:
+        return None
+    chances = group.chances(parting)
+    sides = {"better": (parting.better, 0), "worse": (parting.worse, 1)}
+    shown = group.completions[parting.better.samples[0]]
+    return {
+        "token": parting.position,
+        "before": "".join(shown.pieces[max(0, parting.position - BEFORE_FORK) : parting.position]),
+        **{
+            name: {
+                "continues": _piece(group, parting, branch.samples[0]),
+                "samples": branch.samples,
+                "probability": {stage: pair[side] for stage, pair in chances.items()},
+            }
+            for name, (branch, side) in sides.items()
+        },
+    }
+
+
+def _piece(group: ReplayedGroup, parting: Fork, sample: int) -> str:
+    pieces = group.completions[sample].pieces
+    return repr(pieces[parting.position]) if parting.position < len(pieces) else "the end"
+
+
+def _tokens(one: Completion, updates: Sequence[Terms], row: int) -> list[dict[str, Any]]:
+    """Every token with its log-probabilities and its part of the loss; the terms are those of the last update."""
+    terms, count = updates[-1], len(updates)
+    return [
+        {
+            "token": piece,
+            "sampled": one.sampled[index],
+            "reference": one.reference[index] if one.reference else None,
+            "after": one.after[index],
+            "ratio": float(terms.ratio[row, index]),
+            "clipped": bool(terms.clipped[row, index]),
+            "kl": float(terms.kl[row, index]),
+            "loss": sum(float(update.contribution[row, index]) for update in updates) / count,
+            "gradient_share": sum(float(update.share[row, index]) for update in updates) / count,
+        }
+        for index, piece in enumerate(one.pieces)
+    ]
+
+
+def _formula(replay: Replay, one: Completion, updates: Sequence[Terms], row: int) -> list[str]:
+    """The loss with this completion's numbers, up to the sum that is the step's loss."""
+    terms, loss = updates[-1], replay.loss
+    ratio, weight, kl = (float(values[row, 0]) for values in (terms.ratio, terms.weight, terms.kl))
+    own = sum(float(update.contribution[row].double().sum()) for update in updates) / len(updates)
+    whole = sum(update.loss for update in updates) / len(updates)
+    policy = "-min(ratio * A, clip(ratio) * A)"
+    if loss.loss_type == "cispo":
+        policy = "-min(ratio, 1 + epsilon_high) * A * logprob"
+    term, value = policy, f"ratio {ratio:.4f}, A {one.advantage:.4f}, weight {weight:.3g}"
+    if loss.beta:
+        term, value = f"({policy} + beta * kl)", f"{value}, beta {loss.beta:g}, kl {kl:.3g}"
+    lines = [
+        f"a token adds weight * {term}; `{loss.loss_type}` sets the weight",
+        f"its first token: {value}: {float(terms.contribution[row, 0]):.6g}",
+        f"its {counted(len(one.tokens), 'token')} add {own:.9g}; all completions of the step add {whole:.9g}",
+    ]
+    if "loss" in replay.logged:
+        lines.append(f"logged loss: {replay.logged['loss']:.9g}")
+    return lines
+
+
+# Terminal
+
+
+def show(data: Mapping[str, Any]) -> None:
+    """Print what `explained` returned."""
+    out.print(Text(_title(data), style="bold"))
+    for number, sentence in enumerate(data["sentences"], 1):
+        out.print(Padding(Text(f"{number}. {printable(sentence)}"), (0, 0, 0, 2)))
+    out.print()
+    out.print(Text(f"prompt {data['prompt']}: {printable(data['problem'])}", style="bold"))
+    columns = ("sample", "reward", "advantage", "length", "log-prob", "change", "gradient")
+    table = grid(*columns, "verdict", numeric=columns)
+    for row in data["completions"]:
+        style = VERDICTS.get(row["reason"], "red")
+        table.add_row(
+            str(row["sample"]),
+            f"{row['reward']:.2f}",
+            f"{row['advantage']:+.3f}",
+            str(row["length"]),
+            f"{row['before']:.2f}",
+            f"{row['after'] - row['before']:+.3f}",
+            percent(row["gradient_share"]),
+            Text(printable(row["verdict"]), style=style),
+        )
+    out.print(table)
+    _show_fork(data)
+    if "tokens" in data:
+        _show_tokens(data)
+    if data["losses"]:
+        _show_losses(data["losses"])
+
+
+def _title(data: Mapping[str, Any]) -> str:
+    start = f"the checkpoint of step {data['start']}" if data["start"] else "the starting model"
+    gap = data["difference"]
+    equal = "equal to the log bit for bit" if gap == 0 else f"within {gap:.1e} of the logged metrics"
+    return f"step {data['step']} of run {printable(data['run'])}, replayed from {start}: {equal}"
+
+
+def _show_fork(data: Mapping[str, Any]) -> None:
+    if not (fork := data["fork"]):
+        return
+    out.print()
+    out.print(Text(f"fork after token {fork['token']}: … {printable(repr(fork['before']))}", style="bold"))
+    names = {**STAGES, "last": f"step {data['last_step']}"}
+    stages = list(fork["better"]["probability"])
+    table = grid("branch", "continues", *[names[stage] for stage in stages], "samples", numeric=names.values())
+    for side, style in (("better", "green"), ("worse", "red")):
+        branch = fork[side]
+        chances = [f"{branch['probability'][stage]:.3f}" for stage in stages]
+        samples = ", ".join(map(str, branch["samples"]))
+        table.add_row(Text(side, style=style), printable(branch["continues"]), *chances, samples)
+    out.print(table)
+
+
+def _show_tokens(data: Mapping[str, Any]) -> None:
+    out.print()
+    out.print(Text(f"sample {data['sample']}, token by token", style="bold"))
+    with_reference = data["tokens"][0]["reference"] is not None
+    columns = ["", "token", "sampled", *(["ref"] if with_reference else []), "after", "ratio", "clip"]
+    columns += [*(["kl"] if with_reference else []), "loss", "gradient"]
+    table = grid(*columns, numeric=[name for name in columns if name != "token"])
+    for index, token in enumerate(data["tokens"]):
+        reference = [f"{token['reference']:.3f}"] if with_reference else []
+        cells = [f"{token['sampled']:.3f}", *reference, f"{token['after']:.3f}", f"{token['ratio']:.3f}"]
+        cells += ["yes" if token["clipped"] else "", *([f"{token['kl']:.4f}"] if with_reference else [])]
+        cells += [f"{token['loss']:.2e}", percent(token["gradient_share"])]
+        table.add_row(str(index), printable(repr(token["token"])), *cells)
+    out.print(table)
+    for line in data["formula"]:
+        out.print(Padding(Text(printable(line)), (0, 0, 0, 2)))
+
+
+def _show_losses(losses: Sequence[Mapping[str, Any]]) -> None:
+    out.print()
+    out.print(Text("the gradient of this batch under other losses", style="bold"))
+    table = grid("setting", "cosine", "norm", "", numeric=("cosine", "norm"))
+    own = losses[0]
+    for row in losses:
+        same = math.isclose(row["norm"], own["norm"], rel_tol=1e-4) and row["cosine"] > 0.9999
+        scaled = row["cosine"] > 0.9999
+        said = "" if row is own else "no difference" if same else "only its length differs" if scaled else ""
+        table.add_row(row["name"], f"{row['cosine']:.4f}", f"{row['norm']:.3g}", said)
+    out.print(table)
+
+
+def diagnosis(findings: Sequence[Mapping[str, str]], run: str) -> None:
+    """Print what the metrics of a run say, each finding with its page."""
+    out.print(Text(f"run {printable(run)}", style="bold"))
+    out.print(facts([(printable(one["name"]), f"{printable(one['text'])} ({one['page']})") for one in findings]))
+
+
+# Page
+
+
+def write_page(data: Mapping[str, Any], path: Path) -> None:
+    """Write one self-contained page."""
+    html = _template().render(
+        data=data, title=_title(data), stages=STAGES, style=STYLE.read_text(), version=__version__
+    )
+    write(path, html.encode("utf-8"))
+
+
+@cache
+def _template() -> Any:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"printable": printable, "percent": percent}
+    return environment.from_string(TEMPLATE.read_text("utf-8"))

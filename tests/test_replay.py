@@ -1,0 +1,107 @@
+"""A step taken again equals the one that was logged, and leaves the run as it is."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_train import reward_by_length as reward_by_length
+from test_train import small
+
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.rl.build import train
+from grpo_cli.core.rl.explain import OWN
+from grpo_cli.core.rl.replay import Replay, cached, plan, replay
+from grpo_cli.core.run.folder import Run
+
+
+@pytest.fixture(scope="module")
+def root(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, reward_by_length: Iterator[None]) -> Path:
+    root = tmp_path_factory.mktemp("replayed")
+    usual = {"runs": str(root), "train.keep_last": 2, "train.eval_every": 4, "train.num_inner_updates": 2}
+    train(small(tiny_folder, **usual), "first")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(root: Path) -> Run:
+    return Run(root / "first")
+
+
+def contents(run: Run) -> dict[str, str]:
+    files = [path for path in run.path.rglob("*") if path.is_file() and path.parent.name != "why"]
+    return {str(path): f"{path.stat().st_mtime_ns} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files}
+
+
+def test_a_replay_starts_at_the_nearest_earlier_checkpoint(run: Run) -> None:
+    assert [(one.start, one.seconds > 0) for one in (plan(run, step) for step in (1, 2, 3, 4))] == [
+        (0, True), (0, True), (2, True), (2, True),
+    ]  # fmt: skip
+    assert plan(run, 2).seconds > plan(run, 1).seconds
+
+
+@pytest.mark.parametrize("step", [0, 5, -1])
+def test_a_step_that_was_not_logged_is_refused(run: Run, step: int) -> None:
+    with pytest.raises(CountdownError, match=f"has no step {step}") as caught:
+        plan(run, step)
+    assert caught.value.hint == "choose one from 1 to 4"
+
+
+@pytest.fixture(scope="module")
+def second(run: Run) -> Replay:
+    before = contents(run)
+    found = replay(run, plan(run, 2), losses=True)
+    assert contents(run) == before
+    return found
+
+
+def test_a_replay_from_the_start_equals_the_log(run: Run, second: Replay) -> None:
+    assert second.gap == 0.0
+    assert second.replayed.keys() == second.logged.keys() >= {"reward", "loss", "kl", "grad_norm", "entropy"}
+    kept = [row for group in run.groups(2) for row in group["completions"]]  # type: ignore[attr-defined]
+    assert [row["completion"] for row in kept] == [one.text for one in second.completions]
+    assert [row["advantage"] for row in kept] == [one.advantage for one in second.completions]
+
+
+def test_the_terms_of_a_replay_add_up_to_the_logged_loss(second: Replay) -> None:
+    parts = second.terms()
+    assert len(parts) == 2
+    assert sum(part.loss for part in parts) / 2 == pytest.approx(second.logged["loss"], abs=1e-6)
+
+
+def test_a_replay_from_a_checkpoint_equals_the_log(run: Run) -> None:
+    found = replay(run, plan(run, 4))
+    assert (found.start, found.last_step, found.gap) == (2, 4, 0.0)
+    for one in found.completions:
+        assert one.last == pytest.approx(one.after, abs=1e-5)  # the last checkpoint is the one after this step
+        assert one.sampled == pytest.approx(one.updates[0], abs=1e-4)
+
+
+def test_gradients_of_other_losses_are_compared(second: Replay) -> None:
+    by_name = {variant.name: variant for variant in second.variants}
+    assert by_name[OWN].cosine == pytest.approx(1.0, abs=1e-5)
+    assert len(by_name) == 1 + 4 + 2 + 1
+    assert all(-1.0001 <= variant.cosine <= 1.0001 and variant.norm > 0 for variant in second.variants)
+    # At ratio 1, `gspo` weights tokens as `grpo` does.
+    assert by_name["loss_type gspo"].norm == pytest.approx(by_name["loss_type grpo"].norm, rel=1e-4)
+
+
+def test_a_replay_is_kept_until_the_run_changes(run: Run, second: Replay) -> None:
+    assert cached(run, 2, losses=True) == second
+    assert cached(run, 3, losses=False) is None
+    path = next((run.path / "why").glob("step-2*"))
+    content = path.read_bytes()
+    for damaged in (content[:-9], b"", b"{}"):
+        path.write_bytes(damaged)
+        assert cached(run, 2, losses=False) is None
+    path.write_bytes(content)
+
+
+def test_the_fork_of_a_group_has_its_chances(second: Replay) -> None:
+    group = second.groups[second.instructive]
+    assert any(one.advantage for one in group.completions)
+    parting = group.fork
+    assert parting is not None
+    chances = group.chances(parting)
+    assert chances.keys() == {"sampled", "after", "last"}
+    assert all(0 < share <= 1 for pair in chances.values() for share in pair)
