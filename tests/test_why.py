@@ -17,9 +17,8 @@ SCRIPT = "<script>alert(1)</script>\x1b[31m"
 
 
 def terms_of(loss_type: str = "dapo", *, beta: float = 0.0, kl_estimator: str = "k3") -> Loss:
-    return Loss(
-        loss_type=loss_type, beta=beta, epsilon=0.2, epsilon_high=0.2, kl_estimator=kl_estimator, scale_rewards="none"
-    )  # type: ignore[arg-type]
+    given: dict[str, Any] = {"loss_type": loss_type, "kl_estimator": kl_estimator, "scale_rewards": "none"}
+    return Loss(beta=beta, epsilon=0.2, epsilon_high=0.2, **given)
 
 
 def test_a_step_is_explained_down_to_its_tokens(trained: Command) -> None:
