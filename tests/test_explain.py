@@ -65,6 +65,9 @@ def test_a_token_by_hand() -> None:
     assert part.contribution[0].tolist() == pytest.approx([-math.exp(0.1), -1 + 0.25 * kl])
     # derivative: -A * ratio / 2, and -A / 2 + 0.5 * (1 - exp(1)) / 2
     assert part.coefficient[0].tolist() == pytest.approx([-math.exp(0.1), -1 + 0.25 * (1 - math.e)])
+    # the pushes are these times 1 - exp(-1) and 1 - exp(-2)
+    one, other = -math.exp(0.1) * (1 - math.exp(-1)), (-1 + 0.25 * (1 - math.e)) * (1 - math.exp(-2))
+    assert part.share[0].tolist() == pytest.approx([one / (one + other), other / (one + other)])
     assert part.ratio[0].tolist() == pytest.approx([math.exp(0.1), 1.0])
     assert part.loss == pytest.approx(-math.exp(0.1) - 1 + 0.25 * kl)
 

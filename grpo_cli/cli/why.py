@@ -107,7 +107,7 @@ def _replayed(run: Run, step: int, *, losses: bool) -> Replay:
     start = f"the checkpoint of step {planned.start}" if planned.start else "the starting model"
     steps = text.counted(step - planned.start, "step")
     text.note(f"replaying from {start}: {steps}, which took {planned.seconds:,.0f} s in the training")
-    with tables.progress(f"step {step}", quiet=False) as advance:
+    with tables.progress("replaying: token", quiet=False) as advance:
 
         class Shown(Observer):
             def progress(self, phase: str, done: int, total: int) -> None:

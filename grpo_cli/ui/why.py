@@ -16,7 +16,7 @@ from rich.text import Text
 
 from grpo_cli import __version__
 from grpo_cli.core.files import write
-from grpo_cli.ui.tables import EXPLANATIONS, facts, grid
+from grpo_cli.ui.tables import facts, grid
 from grpo_cli.ui.text import counted, out, percent, printable
 
 if TYPE_CHECKING:
@@ -27,6 +27,12 @@ TEMPLATE = Path(__file__).with_suffix(".html.j2")
 STYLE = Path(__file__).with_name("report.css")
 BEFORE_FORK = 6  # tokens shown before a fork
 STAGES = {"sampled": "when sampled", "after": "after the step", "last": "last checkpoint"}
+# At ratio 1, in the first inner update, a token adds -A times its weight.
+MEANINGS = dict.fromkeys(
+    ("grpo", "gspo"), ": at ratio 1 the advantages of a group sum to 0, so the policy loss is 0 whatever is learned"
+) | dict.fromkeys(
+    ("dapo", "dr_grpo"), ": at ratio 1 it is the sum of -advantage * length, so better completions are {longer} here"
+)
 VERDICTS = {"correct": "green", "truncated": "yellow"}
 
 
@@ -71,7 +77,7 @@ def sentences(replay: Replay, updates: Sequence[Terms]) -> list[str]:
     pulled = ", except the pull of the KL term towards the reference" if replay.loss.beta else ""
     groups = f"{mixed} of {counted(len(replay.groups), 'group')} had unequal rewards, and so a gradient"
     if mixed < len(replay.groups):
-        groups += f"; the others have no effect on the weights{pulled}"
+        groups += f"; {'the others have' if mixed else 'the step has'} no effect on the weights{pulled}"
     return [f"{groups}.", _loss_sentence(replay, updates), _change_sentence(replay)]
 
 
@@ -81,8 +87,8 @@ def _loss_sentence(replay: Replay, updates: Sequence[Terms]) -> str:
     text = f"The loss is {loss:.3g}"
     if beta:
         text += f", of which the KL term is {kl:.3g}"
-    if len(updates) == 1 and replay.loss.loss_type != "cispo":
-        text += ": every ratio is 1 in the first update and the advantages of a group sum to 0, so it is near 0"
+    if len(updates) == 1:
+        text += MEANINGS.get(replay.loss.loss_type, "").format(longer="longer" if loss - kl < 0 else "shorter")
     norm = replay.replayed.get("grad_norm", 0.0)
     return f"{text}; learning shows in the gradient, whose norm is {norm:.3g}."
 
@@ -103,7 +109,7 @@ def _row(index: int, one: Completion, share: float, added: float) -> dict[str, A
     return {
         "sample": index,
         "reason": one.reason,
-        "verdict": "correct" if one.reason == "correct" else EXPLANATIONS.get(one.reason, one.reason),
+        "verdict": one.reason.replace("_", " "),
         "reward": one.reward,
         "parts": one.parts,
         "advantage": one.advantage,
@@ -247,14 +253,19 @@ def _show_tokens(data: Mapping[str, Any]) -> None:
     columns += [*(["kl"] if with_reference else []), "loss", "gradient"]
     table = grid(*columns, numeric=[name for name in columns if name != "token"])
     for index, token in enumerate(data["tokens"]):
-        reference = [f"{token['reference']:.3f}"] if with_reference else []
-        cells = [f"{token['sampled']:.3f}", *reference, f"{token['after']:.3f}", f"{token['ratio']:.3f}"]
+        reference = [_thousandths(token["reference"])] if with_reference else []
+        cells = [_thousandths(token["sampled"]), *reference, _thousandths(token["after"]), _thousandths(token["ratio"])]
         cells += ["yes" if token["clipped"] else "", *([f"{token['kl']:.4f}"] if with_reference else [])]
         cells += [f"{token['loss']:.2e}", percent(token["gradient_share"])]
         table.add_row(str(index), printable(repr(token["token"])), *cells)
     out.print(table)
     for line in data["formula"]:
         out.print(Padding(Text(printable(line)), (0, 0, 0, 2)))
+
+
+def _thousandths(value: float) -> str:
+    """The value with three decimals, never `-0.000`."""
+    return f"{round(value, 3) + 0.0:.3f}"
 
 
 def _show_losses(losses: Sequence[Mapping[str, Any]]) -> None:

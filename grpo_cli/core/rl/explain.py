@@ -25,7 +25,8 @@ class Terms:
     """The loss of one inner update, (B, T) each, 0 in padding: `contribution` = weight * (policy + beta * kl).
 
     `coefficient` is the derivative of the loss with respect to a token's log-probability: the gradient of the loss is
-    the sum of the tokens' gradients times these.
+    the sum of the tokens' gradients times these. `push` is that with respect to the token's own logit at temperature 1,
+    coefficient * (1 - probability): a token that was certain cannot be learned from.
     """
 
     ratio: Tensor
@@ -34,6 +35,7 @@ class Terms:
     weight: Tensor
     contribution: Tensor
     coefficient: Tensor
+    push: Tensor
 
     @property
     def loss(self) -> float:
@@ -41,8 +43,8 @@ class Terms:
 
     @property
     def share(self) -> Tensor:
-        """Each token's share of the absolute coefficients; all 0 if there is no gradient."""
-        size = self.coefficient.abs()
+        """Each token's share of the gradient, by the absolute push; all 0 if there is none."""
+        size = self.push.abs()
         return size / size.sum().clamp(min=torch.finfo(size.dtype).tiny)
 
 
@@ -67,7 +69,8 @@ def terms(
     ratio = (logprobs - old_logprobs).exp()
     if loss.loss_type == "gspo":
         ratio = (((logprobs - old_logprobs) * mask).sum(1) / mask.sum(1)).exp()[:, None].expand_as(logprobs)
-    return Terms(ratio * mask, clipped & mask, kl.detach() * mask, weights, contribution.detach(), coefficient)
+    push = coefficient * (1 - logprobs.detach().exp()).clamp(min=0)
+    return Terms(ratio * mask, clipped & mask, kl.detach() * mask, weights, contribution.detach(), coefficient, push)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ PAGES = {  # finding -> the page that explains it
     "loss": "docs/why.md",
     "limit": "docs/training.md",
     "spread": "docs/why.md",
+    "search": "docs/why.md",
     "selection": "docs/evaluation.md",
     "estimator": "docs/how-it-works.md",
     "moved": "docs/gpus.md",
@@ -49,8 +50,8 @@ def diagnose(history: Sequence[Mapping[str, float]], loss: Loss) -> list[dict[st
     found["gradient"] = f"{mixed:.0%} of the groups of the last {steps} had unequal rewards, and so a gradient"
     found["progress"] = _progress(early, late)
     found["loss"] = (
-        f"{_mean(late, 'loss'):.2g}, which does not measure progress: ratios are near 1, and the advantages of a group"
-        f" sum to 0; the gradient's norm is {_mean(late, 'grad_norm'):.2g}"
+        f"{_mean(late, 'loss'):.2g}, which does not measure progress: at ratio 1 it is 0, or says only whether better"
+        f" completions are longer; the gradient's norm is {_mean(late, 'grad_norm'):.2g}"
     )
     length, cut = _mean(late, "completion_length"), _mean(late, "truncated")
     found["limit"] = f"completions have {length:.0f} tokens on average; {cut:.0%} reach the limit"
@@ -59,6 +60,8 @@ def diagnose(history: Sequence[Mapping[str, float]], loss: Loss) -> list[dict[st
     )
     if values := _values(late, "kl"):
         found["spread"] += f"; the KL from the reference is {fmean(values):.2g}"
+    if _values(late, "behaviour/tries"):
+        found["search"] = _search(early, late)
     evaluated = [line for line in history if "val_accuracy" in line and "dev_accuracy" in line]
     if evaluated:
         dev, val = evaluated[-1]["dev_accuracy"], evaluated[-1]["val_accuracy"]
@@ -81,6 +84,18 @@ def _progress(early: Sequence[Mapping[str, float]], late: Sequence[Mapping[str, 
     if well_formed > FORMAT_GAIN and accuracy < FORMAT_GAIN / 10:
         text += ": the format was learned and the task was not; start from a model that solves some puzzles"
     return text
+
+
+def _search(early: Sequence[Mapping[str, float]], late: Sequence[Mapping[str, float]]) -> str:
+    """How the search changed from the first window to the last."""
+    shares = {"gave_up": "gave up", "slips": "tries with a slip", "repeated": "repeated tries", "parsed": "lines read"}
+    tries, *others = [
+        (_mean(early, f"behaviour/{name}"), _mean(late, f"behaviour/{name}")) for name in ("tries", *shares)
+    ]
+    parts = [
+        f"{word} {before:.0%} -> {after:.0%}" for word, (before, after) in zip(shares.values(), others, strict=True)
+    ]
+    return ", ".join([f"{tries[0]:.1f} -> {tries[1]:.1f} tries a completion", *parts])
 
 
 def collapses(history: Sequence[Mapping[str, float]]) -> dict[str, str]:

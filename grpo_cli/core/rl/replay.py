@@ -29,6 +29,8 @@ from grpo_cli.core.run.folder import Run
 
 CHECKED = ("reward", "accuracy", "completion_length", "entropy", "loss", "kl", "grad_norm")  # metrics to compare
 
+AT_ONCE = 2**24  # elements of a gradient in double precision
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -288,13 +290,18 @@ def _compare(trainer: Trainer, taken: Taken, loss: Loss) -> list[Variant]:
     logprobs = _logprobs(trainer, taken.batch)
     coefficients = {name: _coefficients(trainer, taken, own, logprobs) for name, own in variants(loss).items()}
     own = _gradient(trainer, taken.batch, coefficients[OWN])
-    size, found = float(own.norm()), list[Variant]()
+    size, found = math.sqrt(_dot(own, own)), list[Variant]()
     for name, values in coefficients.items():
         gradient = own if torch.equal(values, coefficients[OWN]) else _gradient(trainer, taken.batch, values)
-        norm = float(gradient.norm())
-        cosine = float(gradient.double() @ own.double()) / (norm * size) if norm * size else 0.0
-        found.append(Variant(name, cosine, norm))
+        norm = math.sqrt(_dot(gradient, gradient))
+        found.append(Variant(name, _dot(gradient, own) / (norm * size) if norm * size else 0.0, norm))
     return found
+
+
+def _dot(left: Tensor, right: Tensor) -> float:
+    """The inner product of two vectors, in double precision, a part at a time."""
+    pairs = zip(left.split(AT_ONCE), right.split(AT_ONCE), strict=True)
+    return sum(float(one.double() @ other.double()) for one, other in pairs)
 
 
 def _coefficients(trainer: Trainer, taken: Taken, loss: Loss, logprobs: Tensor) -> Tensor:
