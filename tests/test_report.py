@@ -73,7 +73,12 @@ def by_cell(*lines: Mapping[str, object]) -> dict[str, dict[int, Evaluated]]:
 
 
 def account(*lines: Mapping[str, object], name: str = "first", steps: int = 4) -> Account:
-    rows = metrics(steps)
+    own = {one["step"]: one["accuracy"] for one in lines if one["cell"] == OWN}
+    rows: list[dict[str, float]] = []
+    for row in metrics(steps):
+        if own:
+            row.pop("val_accuracy", None)
+        rows.append(row | ({"val_accuracy": float(str(own[row["step"]]))} if row["step"] in own else {}))
     return Account(plot.from_metrics(name, rows), rows, by_cell(*lines), settings=SETTINGS)
 
 
@@ -172,12 +177,12 @@ def test_other_puzzles_are_not_compared() -> None:
 def test_the_best_step_is_the_one_that_was_kept() -> None:
     lines = [line(0, "0001"), line(2, "0111"), line(4, "0011")]
     assert account(*lines).best == 2
-    assert account(*lines).stations == [("start", 0), ("best", 2), ("last", 4)]
-    assert account(*lines[:2]).stations == [("start", 0), ("best and last", 2)]
-    assert account(lines[0]).stations == [("start", 0)]
+    assert account(*lines).milestones == [("start", 0), ("best", 2), ("last", 4)]
+    assert account(*lines[:2]).milestones == [("start", 0), ("best and last", 2)]
+    assert account(lines[0]).milestones == [("start", 0)]
     rows = [{**row, "dev_accuracy": float(row["step"])} for row in metrics(4) if row["step"] in (2, 4)]
     on_dev = Account(plot.from_metrics("first", rows), rows, by_cell(*lines), settings=SETTINGS)
-    assert on_dev.best == 4 and on_dev.looks == 1 and account(*lines).looks == 2
+    assert on_dev.best == 4 and on_dev.num_candidates == 1 and account(*lines).num_candidates == 2
     kept = Account(on_dev.curves, rows, on_dev.evaluations, settings=SETTINGS, summary={"best_step": 2})
     assert kept.best == 2
 
@@ -242,6 +247,45 @@ def test_the_environment_is_told_from_each_step_on() -> None:
     told = Account(account().curves, environment={"from step 0": {"torch": "2.13"}, "from step 7": {"threads": 2}})
     words = shown(told).words
     assert words[words.index("from step 0") :][:6] == ["from step 0", "from step 7", "torch", "2.13", "-", "threads"]
+
+
+def examples(*pairs: tuple[str, str], cell: str = OWN) -> Account:
+    """A run whose puzzles had these reasons at the start and at the best step."""
+    lines = []
+    for step in (0, 2):
+        shown = [
+            {
+                "numbers": [2, 4, 6],
+                "target": place,
+                "completion": f"{place}@{step}",
+                "reward": 0.1,
+                "reason": pair[step // 2],
+            }
+            for place, pair in enumerate(pairs)
+        ]
+        lines.append(line(step, "0111" if step else "0011", cell=cell) | {"examples": shown})
+    return account(*lines)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        (
+            [("correct", "correct"), ("no_answer", "correct"), ("correct", "no_answer"), ("no_answer", "no_answer")],
+            "12",
+        ),
+        ([("correct", "correct"), ("no_answer", "wrong_value")], "1"),
+        ([("correct", "correct")], ""),
+    ],
+)
+def test_samples_are_of_puzzles_that_changed_not_of_those_solved_both_times(
+    pairs: list[tuple[str, str]], expected: str
+) -> None:
+    words = shown(examples(*pairs)).words
+    assert [word for word in words if re.fullmatch(r"\d@\d", word)] == [
+        f"{place}@{step}" for place in expected for step in (0, 2)
+    ]
+    assert ("Samples, before and after" in words) is bool(expected)
 
 
 def test_samples_of_training_stand_in_for_examples() -> None:

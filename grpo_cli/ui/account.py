@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from grpo_cli.core.evals.statistics import changes, mcnemar, wilson
+from grpo_cli.core.metrics import best_step
 from grpo_cli.core.run.logs import Evaluated, Example
 from grpo_cli.ui.figures import Curves
 
@@ -67,38 +68,37 @@ class Account:
     @property
     def best(self) -> int | None:
         """The step of the best model so far."""
-        chosen = (self.summary or {}).get("best_step")
-        if chosen in self.own:
-            return int(str(chosen))
-        shares = self._dev or {step: evaluation.accuracy for step, evaluation in self.own.items()}
-        return max((step for step in shares if step), key=shares.__getitem__, default=None)
-
-    @property
-    def _dev(self) -> dict[int, float]:
-        """Dev accuracy by step, which selects the best; empty for runs without dev."""
-        return {int(line["step"]): line["dev_accuracy"] for line in self.metrics if "dev_accuracy" in line}
+        evaluated = [{"step": step, "val_accuracy": one.accuracy} for step, one in self.own.items()]
+        chosen = ((self.summary or {}).get("best_step"), best_step(self.metrics), best_step(evaluated))
+        return next((int(str(step)) for step in chosen if step and step in self.own), None)
 
     @property
     def chosen_on_dev(self) -> bool:
-        return bool(self._dev)
+        """Whether dev puzzles, which are not the val puzzles, selected the best step."""
+        return any("dev_accuracy" in line for line in self.metrics)
 
     @property
-    def looks(self) -> int:
+    def num_candidates(self) -> int:
         """Number of evaluations on these puzzles that the best was selected from; 1 if it was selected on dev."""
-        return 1 if self._dev else len([step for step in self.own if step])
+        return 1 if self.chosen_on_dev else len([step for step in self.own if step])
+
+    def change(self, cell: str) -> Change | None:
+        """The difference between a cell's evaluations at the start and the best step."""
+        steps = self.cells[cell]
+        return change(steps.get(0), steps.get(self.best)) if self.best else None
 
     def corrected(self, difference: Change) -> float:
         """The p-value of a change from the start to the best step, corrected for selecting on the same puzzles."""
-        return min(1.0, difference.p_value * self.looks)
+        return min(1.0, difference.p_value * self.num_candidates)
 
     @property
-    def stations(self) -> list[tuple[str, int]]:
+    def milestones(self) -> list[tuple[str, int]]:
         """(label, step) of the evaluations to report: the start, the best and the last."""
-        last = max((step for step in self.own if step), default=None)
-        best = "best and last" if self.best == last else "best"
-        stations = [("start", 0 if 0 in self.own else None), (best, self.best), ("last", last)]
-        kept = [(word, step) for word, step in stations if step is not None]
-        return kept[:-1] if best != "best" and last is not None else kept
+        best, last = self.best, max((step for step in self.own if step), default=None)
+        steps = {"start": 0 if 0 in self.own else None, "best": best, "last": last}
+        if best == last:
+            steps = {"start": steps["start"], "best and last": best}
+        return [(word, step) for word, step in steps.items() if step in self.own and step is not None]
 
 
 def change(first: Evaluated | None, second: Evaluated | None) -> Change | None:
