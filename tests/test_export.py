@@ -16,7 +16,7 @@ import pytest
 from conftest import SMALL, Command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo_cli.cli import train
+from grpo_cli.cli import artifacts
 from grpo_cli.core.config.resolve import resolve
 from grpo_cli.core.config.settings import values
 from grpo_cli.core.run.export import license_of
@@ -97,7 +97,7 @@ def test_a_new_best_model_has_its_card_before_the_training_ends(
 ) -> None:
     cards: list[str] = []
     card = tmp_path / "runs" / "first" / "model" / "README.md"
-    monkeypatch.setattr(train, "draw", lambda *_: cards.append(card.read_text("utf-8")))
+    monkeypatch.setattr(artifacts, "draw", lambda *_: cards.append(card.read_text("utf-8")))
     assert countdown("train", "--run", "first", *SMALL, "--model", tiny_folder, "--eval-every", "1").code == 0
     assert len(cards) == 2
     assert "| val 3 one-shot | trained | 1 |" in cards[0] and "counted when the training ends" in cards[0]
@@ -249,7 +249,7 @@ def test_a_training_does_not_depend_on_its_plots(
     def fail(*_: object) -> None:
         raise KeyError("a style that is not there")
 
-    monkeypatch.setattr(train, "draw", fail)
+    monkeypatch.setattr(artifacts, "draw", fail)
     done = countdown("train", "--model", tiny_folder, "--run", "first", *SMALL)
     assert done.code == 0 and "the curves were not drawn: " in done.err
     assert (tmp_path / "runs" / "first" / "summary.json").is_file()
