@@ -29,6 +29,6 @@ def test_a_short_right_answer_earns_more_than_a_long_one(countdown: Command, tin
     short = example("reward").short
     puzzle, right = Puzzle((3, 5, 2), 13), "<think>a</think><answer>5 * 2 + 3</answer>"
     assert short("nothing", puzzle) == 0
-    assert 1 < short(right.replace("a", "a" * 300), puzzle) < short(right, puzzle) <= 1.2
+    assert 1 < short(right.replace(">a<", f">{'a' * 300}<"), puzzle) < short(right, puzzle) <= 1.2
     result = countdown("train", "--model", tiny_folder, *SMALL, "--reward", f"{EXAMPLES / 'reward.py'}:short")
     assert result.code == 0, result.err

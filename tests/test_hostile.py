@@ -302,7 +302,7 @@ def test_an_encoding_that_lacks_characters_gets_escapes(
 def test_a_plan_is_shown_in_ascii(countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", written)
-    assert countdown("train", "--dry-run", "--model", tiny_folder).code == 0
+    assert countdown("train", "--dry-run", "-v", "--model", tiny_folder).code == 0
     written.seek(0)
     assert "a prompt of" in written.read()
 

@@ -153,7 +153,7 @@ def test_the_plan_counts_an_adapter_instead_of_gradients_moments_and_a_reference
 ) -> None:
     rows = {}
     for rank in ("0", "4"):
-        shown = countdown("train", "--model", tiny_folder, "--dry-run", "--lora-rank", rank).out
+        shown = countdown("train", "--model", tiny_folder, "--dry-run", "-v", "--lora-rank", rank).out
         rows[rank] = {line.split()[0] for line in shown.splitlines() if line.strip()}
     assert "reference" in rows["0"] and "adapter" not in rows["0"]
     assert "adapter" in rows["4"] and "reference" not in rows["4"]

@@ -305,7 +305,7 @@ def test_switches_of_older_files_are_still_read(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_plans_for_a_gpu_that_is_not_there(countdown: Command, qwen: Path) -> None:
-    arguments = ["train", "--preset", "qwen2.5-1.5b", "--model", qwen, "--device", "cuda", "--dry-run"]
+    arguments = ["train", "--preset", "qwen2.5-1.5b", "--model", qwen, "--device", "cuda", "--dry-run", "-v"]
     found = countdown(*arguments, "--precision", "bf16-master", "--memory", "24")
     assert found.code == 0, found.err
     assert "22.30 can be used" in " ".join(found.out.split())

@@ -232,8 +232,8 @@ if rank == 1:
     import torch
     from grpo_cli.core.rl import update
     backward, calls = update._backward, []
-    def limited(inputs, rows, micro_batch, **given):
-        sums = backward(inputs, rows, micro_batch, **given)
+    def limited(*given):
+        sums = backward(*given)
         calls.append(print("memory ran out", flush=True) if not calls else None)
         if len(calls) == 1:
             raise torch.OutOfMemoryError

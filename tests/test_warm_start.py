@@ -137,7 +137,7 @@ WARM += ["--eval-puzzles", 1, "--warm-start", 16, "--learning-rate", 1e-3, "--sa
     [
         (["--operations", "+-"], "searches with + - *"),
         (["--operations", "+-", "--dry-run"], "searches with + - *"),
-        (["--puzzles", "puzzles.jsonl"], "searches with + - *"),
+        (["--puzzles", "puzzles.jsonl"], "`--warm-start` has no effect with `--puzzles"),
         (["--numbers", 5, "--dry-run"], "shows puzzles of 3 or 4 numbers"),
         (["--prompt-numbers", "2 = 1, 5 = 1"], "shows puzzles of 3 or 4 numbers"),
         (["--max-new-tokens", 20], "no puzzle of this training"),

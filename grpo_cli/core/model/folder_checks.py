@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.files import can_read
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
@@ -30,6 +31,8 @@ def check_folder(name: str, folder: Path) -> None:
     for path in paths:
         if not Path(os.path.realpath(path)).is_relative_to(inside) or not (path.is_file() or path.is_dir()):
             raise CountdownError(f"`{path}` is not a file inside its model folder", "copy the file into the folder")
+        if not can_read(path):
+            raise CountdownError(f"`{path}` cannot be read", "change its permissions")
     refuse_adapter(name, (path.name for path in paths))
     if not (folder / WEIGHTS).exists() and (folder / INDEX).exists():
         shards(name, folder / INDEX)
