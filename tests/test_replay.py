@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from test_train import reward_by_length as reward_by_length
-from test_train import small
+from test_train import small, spoil
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.rl.build import train
@@ -140,3 +140,18 @@ def test_a_run_of_another_model_is_not_replayed(run: Run, tmp_path: Path, reward
     moved.write_origin({**moved.read_origin(), "weights": "0" * 64})
     with pytest.raises(CountdownError, match="did not start from this"):
         replay(moved, plan(moved, 1))
+
+
+def test_a_step_that_was_skipped_replays_without_writing(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reward_by_length: None
+) -> None:
+    spoil(monkeypatch, "loss", float("nan"), {2})
+    usual = {"runs": str(tmp_path), "train.eval_every": 4, "train.save_every": 1, "train.max_bad_steps": 2}
+    train(small(tiny_folder, **usual), "one")
+    run = Run(tmp_path / "one")
+    assert run.metrics()[2]["bad_steps"] == 1
+    spoil(monkeypatch, "loss", float("nan"), {2})
+    before = contents(run)
+    found = replay(run, plan(run, 2))
+    assert contents(run) == before
+    assert "loss" not in found.replayed and found.gap == 0.0

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_suffix(".html.j2")
 STYLE = Path(__file__).with_name("report.css")
 BEFORE_FORK = 6  # tokens shown before a fork
-STAGES = {"sampled": "when sampled", "after": "after the step", "last": "last checkpoint"}
 # At ratio 1, in the first inner update, a token adds -A times its weight.
 MEANINGS = dict.fromkeys(
     ("grpo", "gspo"), ": at ratio 1 the advantages of a group sum to 0, so the policy loss is 0 whatever is learned"
@@ -229,12 +228,17 @@ def _title(data: Mapping[str, Any]) -> str:
     return f"step {data['step']} of run {printable(data['run'])}, replayed from {start}: {equal}"
 
 
+def _stages(data: Mapping[str, Any]) -> dict[str, str]:
+    """The columns of a fork's probabilities."""
+    return {"sampled": "when sampled", "after": "after the step", "last": f"step {data['last_step']}"}
+
+
 def _show_fork(data: Mapping[str, Any]) -> None:
     if not (fork := data["fork"]):
         return
     out.print()
     out.print(Text(f"fork after token {fork['token']}: … {printable(repr(fork['before']))}", style="bold"))
-    names = {**STAGES, "last": f"step {data['last_step']}"}
+    names = _stages(data)
     stages = list(fork["better"]["probability"])
     table = grid("branch", "continues", *[names[stage] for stage in stages], "samples", numeric=names.values())
     for side, style in (("better", "green"), ("worse", "red")):
@@ -293,7 +297,7 @@ def diagnosis(findings: Sequence[Mapping[str, str]], run: str) -> None:
 def write_page(data: Mapping[str, Any], path: Path) -> None:
     """Write one self-contained page."""
     html = _template().render(
-        data=data, title=_title(data), stages=STAGES, style=STYLE.read_text(), version=__version__
+        data=data, title=_title(data), stages=_stages(data), style=STYLE.read_text("utf-8"), version=__version__
     )
     write(path, html.encode("utf-8"))
 
@@ -303,5 +307,5 @@ def _template() -> Any:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"printable": printable, "percent": percent}
+    environment.filters |= {"printable": printable, "percent": percent, "thousandths": _thousandths}
     return environment.from_string(TEMPLATE.read_text("utf-8"))

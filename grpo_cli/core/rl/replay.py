@@ -173,7 +173,8 @@ def cached(run: Run, step: int, *, losses: bool) -> Replay | None:
 def replay(run: Run, planned: Plan, *, losses: bool = False, observer: Observer | None = None) -> Replay:
     """Take the step again and keep the result in the run; `losses`: compare gradients under other losses too."""
     settings = restore(run.read_config(), run.config_path).settings
-    changes = {"train": {"tracker": "none"}, "ranks": {"shard": False}}
+    # Without `max_bad_steps`, no failed step ends the replay and saves a checkpoint.
+    changes = {"train": {"tracker": "none", "max_bad_steps": 10**9}, "ranks": {"shard": False}}
     tables = {name: getattr(settings, name).model_copy(update=change) for name, change in changes.items()}
     settings = settings.model_copy(update={"runs": str(run.path.parent), **tables})
     with build(settings, run.name, replay=planned.start, observer=observer) as trainer:

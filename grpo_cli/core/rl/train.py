@@ -275,8 +275,9 @@ class Trainer:
         return True
 
     def _saved_steps(self) -> list[int]:
-        """The steps of intact checkpoints, in order."""
-        return [step for step, _ in self.run.checkpoints() if self.run.damage(step) is None]
+        """The steps of intact checkpoints, in order; not of later ones, which a replayed run has."""
+        saved = [step for step, _ in self.run.checkpoints() if step <= self.state.progress.step]
+        return [step for step in saved if self.run.damage(step) is None]
 
     def _skip(self, batch: Batch, problem: NotFinite) -> None:
         """Save the batch of a failed update for a report; raises CountdownError after too many in a row."""
