@@ -1,5 +1,6 @@
 """A user's code leaves the process that trains as it was."""
 
+import importlib
 import os
 import random
 import signal
@@ -163,12 +164,11 @@ def test_a_helper_beside_the_file_is_imported_and_a_pool_pickles_its_functions(t
 
 
 def test_a_file_named_like_an_installed_module_does_not_replace_it(tmp_path: Path) -> None:
-    for name in ("random", "peft"):
+    for name in ("random", "markupsafe"):
         (tmp_path / f"{name}.py").write_text("def mine(text, puzzle): return 0.25\n")
         assert guest.call(load_reward(f"{tmp_path}/{name}.py:mine"), "it", "", P13) == 0.25
-    assert "mine" not in vars(sys.modules["random"]) and "tmp" not in str(
-        getattr(sys.modules.get("peft"), "__file__", "")
-    )
+    for name in ("random", "markupsafe"):
+        assert "mine" not in vars(importlib.import_module(name))
     assert str(tmp_path) not in sys.path
 
 
