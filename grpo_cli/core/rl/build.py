@@ -146,20 +146,19 @@ def build(
             require_space(Path(settings.runs), _kept(settings) * _imitator(policy).checkpoint_bytes())
         run = past.run or context.world.first(partial(_create, settings, name, stack, overwrite, context.note))
         run = replace(run, writes=context.world.is_first and replay is None)
-        origin = _origin_of(policy, past, problems)
+        origin = _origin_of(policy, past, problems, named)
         if examples:
             policy, origin = _imitate(policy, examples, run, settings, origin, plan, context)
         # 4. Build the state and the reference, or restore them.
         state = _state(settings, policy, context.world)
-        reference = _reference(settings, state, plan, past, named, context.world)
-        if past.run and past.checkpoint:
-            known = _known_origin(policy, reference, named, past) | problems.hashes
+        reference = _reference(settings, state, plan, past, named)
+        if past.run and (past.checkpoint or replay == 0):
+            known = _known_origin(policy, reference, named, past) | problems.hashes if past.checkpoint else origin
             require_origin(past.run, known, model=settings.model.model, reference=settings.model.ref_model)
+        if past.checkpoint:
             state.restore(past.checkpoint)
-        elif named:
-            origin["reference"] = named.policy.fingerprint()["weights"]
-        if past.run and replay == 0:
-            require_origin(past.run, origin, model=settings.model.model, reference=settings.model.ref_model)
+        if reference and state.learner.is_sharded:
+            reference = Reference(fsdp.sharded(reference.policy, context.world, policy.device))
         # 5. Record what this training is.
         with nullcontext() if past.run or examples else run.starting():
             if replay is None:
@@ -342,7 +341,7 @@ def _named_reference(settings: Settings, policy: Policy, plan: MemoryPlan) -> Re
 
 
 def _reference(
-    settings: Settings, state: State, plan: MemoryPlan, past: Past, named: Reference | None, world: World
+    settings: Settings, state: State, plan: MemoryPlan, past: Past, named: Reference | None
 ) -> Reference | None:
     """The frozen reference, if the loss needs one: `named`, or the model that reinforcement started from."""
     if settings.loss.beta == 0:
@@ -353,8 +352,6 @@ def _reference(
             source = str(past.warmed or model_source(Path(settings.runs), name))
             policy = _load(settings, source, name, _ignore)
         reference = Reference.of(policy, on_host=plan.choices.on_host or settings.ranks.shard)
-    if state.learner.is_sharded:
-        return Reference(fsdp.sharded(reference.policy, world, policy.device))
     return reference
 
 
@@ -367,13 +364,14 @@ def _state(settings: Settings, policy: Policy, world: World) -> State:
     return State(policy, optimizer, learner, progress)
 
 
-def _origin_of(policy: Policy, past: Past, problems: Problems) -> dict[str, object]:
-    """Hashes of what a training starts from: weights and tokenizer of its model, its problems."""
+def _origin_of(policy: Policy, past: Past, problems: Problems, named: Reference | None) -> dict[str, object]:
+    """Hashes of what a training starts from: weights and tokenizer of its model, its problems, a named reference."""
     start: Mapping[str, object] = policy.fingerprint()
     if past.run and past.warmed:  # whose model is no longer the one that the run started from
         saved = past.run.read_origin()
         start = {"warm_start": start["weights"], **{name: saved.get(name) for name in ("weights", "tokenizer")}}
-    return {**start, **problems.hashes}
+    reference = {"reference": named.policy.fingerprint()["weights"]} if named else {}
+    return {**start, **reference, **problems.hashes}
 
 
 def _known_origin(
