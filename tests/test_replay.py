@@ -121,6 +121,8 @@ SETTINGS = [
 def test_runs_of_other_settings_replay_bit_for_bit(
     tiny_folder: Path, tmp_path: Path, reward_by_length: None, flags: dict[str, object]
 ) -> None:
+    if "model.lora_rank" in flags:
+        pytest.importorskip("peft")
     train(
         small(tiny_folder, **{"runs": str(tmp_path), "train.eval_every": 4, "train.num_iterations": 3, **flags}), "one"
     )
