@@ -36,6 +36,7 @@ from grpo_cli.core.builtin.tokenizer import train_tokenizer
 from grpo_cli.core.config.settings import Loss
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import load
+from grpo_cli.core.model.packed import PackedPath
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.perf.utilization import Groups, operations, peak_tflops
@@ -44,8 +45,9 @@ from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.grpo import advantages
 from grpo_cli.core.rl.state import build_optimizer
 from grpo_cli.core.rl.update import Objective, reference_logprobs, update
-from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import Engine, uniforms
+from grpo_cli.core.rollout.engine import uniforms
+from grpo_cli.core.rollout.local import LocalEngine
+from grpo_cli.core.rollout.params import SamplingParams
 from grpo_cli.core.task.prompts import STYLES, prompt
 from grpo_cli.core.task.puzzle import Puzzle
 
@@ -116,20 +118,20 @@ VARIANTS = (
 )
 
 
-class Padded(Policy):
+class Padded(PackedPath):
     """Baseline log-probabilities: every row contains its prompt and is padded to one length."""
 
     def logprobs(
-        self, sequences: Sequences, *, temperature: float, entropy: bool = True, logit_chunk: int = 0
+        self, policy: Policy, sequences: Sequences, *, temperature: float, entropy: bool, logit_chunk: int
     ) -> tuple[Tensor, Tensor]:
         completions = sequences.completions
         rows = [sequences.prompts[owner] + row for owner, row in zip(sequences.prompt_index, completions, strict=True)]
         assert len(set(map(len, rows))) == 1 == len(set(map(len, completions)))
-        tokens, length = torch.tensor(rows, device=self.device), len(completions[0])
-        attention = self.model.config._attn_implementation
-        self.model.set_attn_implementation("sdpa")
-        logits = self.model(input_ids=tokens, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
-        self.model.set_attn_implementation(attention)
+        tokens, length = torch.tensor(rows, device=policy.device), len(completions[0])
+        attention = policy.model.config._attn_implementation
+        policy.model.set_attn_implementation("sdpa")
+        logits = policy.model(input_ids=tokens, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
+        policy.model.set_attn_implementation(attention)
         everything = (logits.float() / temperature).log_softmax(dim=-1)  # (B, T, V)
         spread = -(everything.detach().exp() * everything.detach()).sum(dim=-1)
         return everything.gather(-1, tokens[:, -length:, None])[..., 0], spread
@@ -154,12 +156,13 @@ def model_folder(scratch: Path, shape: str, **changes: int) -> str:
 def steps(asked: Load, variant: Variant) -> dict[str, Any]:
     """Medians by phase, peak memory, and model FLOP utilization."""
     policy = asked.policy(variant.precision)
-    policy = replace(policy, fused=policy.fused and variant.fused)
+    fused = policy.path == PackedPath(fused=True) and variant.fused
+    policy = replace(policy, path=PackedPath(fused=fused))
     if variant.gradient_checkpointing:
         policy.model.activation_checkpointing_enable()
         policy.model.train()
     if variant.padded:
-        policy = Padded(policy.model, policy.tokenizer, policy.name, policy.precision, policy.end_ids)
+        policy = replace(policy, path=Padded())
     reference = Reference.of(policy)
     notes: list[str] = []
     name = "adamw8bit"
@@ -173,7 +176,7 @@ def steps(asked: Load, variant: Variant) -> dict[str, Any]:
     prompt_index = [index for index in range(asked.prompts) for _ in range(asked.completions)]
     rewards = torch.rand(asked.prompts, asked.completions, generator=torch.Generator().manual_seed(1))
     rounds: list[Seconds] = []
-    engine = Engine(policy)
+    engine = LocalEngine(policy)
     for index in range(asked.rounds + 1):
         seconds: Seconds = {}
         with timed(seconds, "total"):
@@ -254,7 +257,7 @@ def slowest_of(events: Iterable[Any], *, cuda: bool) -> str:
 
 def decode_milliseconds(asked: Load, *, static: bool) -> str:
     """Milliseconds of one decode step of all rows."""
-    engine, prompts = Engine(asked.policy("bf16")), asked.prompt_ids()
+    engine, prompts = LocalEngine(asked.policy("bf16")), asked.prompt_ids()
     uniform = uniforms(0, 0, range(asked.prompts), asked.completions, asked.tokens)
     for _ in range(2):  # the first one captures the graph
         rollout = engine.sample(

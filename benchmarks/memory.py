@@ -22,7 +22,7 @@ from grpo_cli.core.microbatch import resident
 from grpo_cli.core.model.load import BUILTIN
 from grpo_cli.core.rl.build import build, finish
 from grpo_cli.core.rl.observer import Observer
-from grpo_cli.core.sampling.params import SamplingParams
+from grpo_cli.core.rollout.params import SamplingParams
 
 SHAPE = {
     "hidden_size": 576,

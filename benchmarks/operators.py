@@ -25,10 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from grpo_cli.core.model import kernels, llama
-from grpo_cli.core.model.load import load, set_attention
-from grpo_cli.core.model.policy import Policy, Sequences
-from grpo_cli.core.sampling.decode import Form, StaticSampler
-from grpo_cli.core.sampling.params import SamplingParams
+from grpo_cli.core.model.load import load
+from grpo_cli.core.model.packed import PackedPath
+from grpo_cli.core.model.plain import PlainPath
+from grpo_cli.core.model.policy import Policy, Sequences, set_attention
+from grpo_cli.core.rollout.decode import Form, StaticSampler
+from grpo_cli.core.rollout.params import SamplingParams
 
 LAYERS, VOCABULARY = 28, 9000  # large enough for sampling by sums of blocks
 LAUNCHED = ("_decode_attention", "_logprobs", "_logprobs_backward", "_swiglu", "_swiglu_backward")
@@ -115,7 +117,7 @@ def main() -> None:
             folder = model_folder(Path(scratch), "tiny", num_hidden_layers=layers, vocab_size=VOCABULARY)
             policy, theirs = (load(folder, device="cpu", precision="bf16") for _ in range(2))
         set_attention(theirs.model, plain=True)
-        fused, theirs = replace(policy, fused=True), replace(theirs, plain=True)
+        fused, theirs = replace(policy, path=PackedPath(fused=True)), replace(theirs, path=PlainPath())
         # Without kernels, a GPU updates through the model's own forward.
         with mock.patch.object(llama, "fits", return_value=False):
             found = {"update, packed": counted(update(policy))}

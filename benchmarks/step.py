@@ -39,8 +39,9 @@ from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.rl.batch import Examples
 from grpo_cli.core.rl.grpo import advantages, batch_loss, normalizer
 from grpo_cli.core.rl.update import Objective, reference_logprobs, update
-from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import Engine, uniforms
+from grpo_cli.core.rollout.engine import uniforms
+from grpo_cli.core.rollout.local import LocalEngine
+from grpo_cli.core.rollout.params import SamplingParams
 from grpo_cli.core.task.data import generate
 from grpo_cli.core.task.prompts import prompt
 
@@ -119,7 +120,7 @@ def countdown(work: Work, turn: Turn) -> None:
     policy = policy_of(work)
     reference = Reference.of(policy)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=LEARNING_RATE)
-    chats, engine = conversations(work), Engine(policy)
+    chats, engine = conversations(work), LocalEngine(policy)
     for index in range(work.rounds + 1):
         seconds: Seconds = {}
         with timed(seconds, "total"):

@@ -15,8 +15,9 @@ import torch
 
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
-from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import Engine, uniforms
+from grpo_cli.core.rollout.engine import Engine, uniforms
+from grpo_cli.core.rollout.local import LocalEngine
+from grpo_cli.core.rollout.params import SamplingParams
 from grpo_cli.core.task.data import enumerate_puzzles
 from grpo_cli.core.task.prompts import prompt
 from grpo_cli.core.task.puzzle import Puzzle
@@ -78,7 +79,7 @@ def train(*, steps: int, prompts: int = PROMPTS, seed: int = 0, held_out: int = 
     policy = load("builtin", device="cpu")
     frozen = copy.deepcopy(policy)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    engine, rng = Engine(policy), random.Random(seed)
+    engine, rng = LocalEngine(policy), random.Random(seed)
     train_puzzles, val_puzzles = (list(enumerate_puzzles(3, split)) for split in ("train", "val"))
     val_puzzles = rng.sample(val_puzzles, held_out)
     print(f"held-out puzzles solved before: {accuracy(engine, val_puzzles):.0%}")

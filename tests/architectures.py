@@ -14,11 +14,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.model.load import attends_in_full, caches_right
-from grpo_cli.core.model.policy import Policy, Sequences, set_attention
-from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import Engine, uniforms
-from grpo_cli.core.sampling.selfcheck import PATHS, checked
+from grpo_cli.core.model.load import fastest_path
+from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.rollout.engine import uniforms
+from grpo_cli.core.rollout.local import LocalEngine
+from grpo_cli.core.rollout.params import SamplingParams
+from grpo_cli.core.rollout.selfcheck import PATHS, checked
 
 KINDS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -147,11 +148,7 @@ def tiny_config(cls: type[PreTrainedConfig], kind: str = "", sizes: Mapping[str,
 
 def loaded(model: PreTrainedModel) -> Policy:
     """A policy as `load` makes it."""
-    plain = not (attends_in_full(model.config.get_text_config()) and set_attention(model, plain=False))
-    if plain:
-        set_attention(model, plain=True)
-    cached = caches_right(model.config)
-    return Policy(model, None, "a model", "float32", (2,), plain=plain, cached=cached)
+    return Policy(model, None, "a model", "float32", (2,), fastest_path(model))
 
 
 def run(kind: str) -> Result:
@@ -177,7 +174,7 @@ def run(kind: str) -> Result:
 def largest_difference(policy: Policy, oracle: PreTrainedModel, prompts: list[list[int]]) -> float:
     """Largest difference of sampled and trained log-probs, and of gradients relative to the largest one."""
     uniform = uniforms(1, 1, [0, 1], 3, 12)
-    rollout = Engine(policy).sample(prompts, SamplingParams(12, 1.3, 3), uniform=uniform)
+    rollout = LocalEngine(policy).sample(prompts, SamplingParams(12, 1.3, 3), uniform=uniform)
     sequences = Sequences(prompts, rollout.completions, [0, 0, 0, 1, 1, 1])
     expected = torch.cat([
         (oracle(input_ids=torch.tensor([prompts[owner] + row]), use_cache=False).logits[0, -len(row) - 1 : -1] / 1.3)

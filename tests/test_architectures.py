@@ -9,7 +9,7 @@ import transformers
 from architectures import KINDS, NOT_RUN, TRAINABLE, documented, run, tiny_model
 from conftest import Command
 
-from grpo_cli.core.sampling.selfcheck import LARGEST, PATHS
+from grpo_cli.core.rollout.selfcheck import LARGEST, PATHS
 
 QUICK = [
     "apertus", "bart", "bert", "bloom", "cohere", "cohere2", "ctrl", "deepseek_v3", "diffllama", "doge", "gemma",

@@ -13,8 +13,8 @@ from grpo_cli.core.builtin.recipe import IGNORED, Recipe, RowMaker, build_tokeni
 from grpo_cli.core.builtin.traces import drill, failure, form_tree, line, reduce, search, trace, write
 from grpo_cli.core.evals.evaluate import Evaluator
 from grpo_cli.core.model.load import BUILTIN, load
-from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import Engine
+from grpo_cli.core.rollout.local import LocalEngine
+from grpo_cli.core.rollout.params import SamplingParams
 from grpo_cli.core.task.data import enumerate_puzzles, puzzle_set
 from grpo_cli.core.task.expression import parse
 from grpo_cli.core.task.prompts import STYLES, Style, prompt
@@ -152,7 +152,7 @@ def test_the_shipped_model_opens_with_transformers_alone_and_gives_the_same_ids_
     assert type(tokenizer).__name__ == "Qwen2Tokenizer"
     assert ids == policy.encode(messages)
     peer = model.generate(torch.tensor([ids]), max_new_tokens=60, do_sample=False)[0, len(ids) :].tolist()
-    evaluator = Evaluator(Engine(policy), SamplingParams(60, 0.0))
+    evaluator = Evaluator(LocalEngine(policy), SamplingParams(60, 0.0))
     ours = evaluator.evaluate([Puzzle((2, 6, 10), 22)], style="one-shot", split="val")
     assert policy.decode(peer) == ours.completions[0][0].text
 
@@ -166,7 +166,7 @@ def test_the_shipped_model_is_small() -> None:
 @pytest.mark.parametrize("style", STYLES)
 def test_the_shipped_model_is_worth_training(style: Style) -> None:
     """It solves some puzzles of each style and gives up on more: both outcomes are what reinforcement needs."""
-    evaluator = Evaluator(Engine(load("builtin", device="cpu")), SamplingParams(400, 0.0))
+    evaluator = Evaluator(LocalEngine(load("builtin", device="cpu")), SamplingParams(400, 0.0))
     found = evaluator.evaluate(puzzle_set(3, "val")[::8], style=style, split="val")
     assert 0.15 < found.accuracy < 0.75
     assert sum("I give up." in row[0].text for row in found.completions) > 0.2 * found.count

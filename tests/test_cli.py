@@ -19,7 +19,7 @@ import grpo_cli.cli.eval as eval_command
 from grpo_cli.cli.models import Chosen, load
 from grpo_cli.core.config import resolve as config
 from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.sampling.decode import ShrinkingSampler
+from grpo_cli.core.rollout.decode import ShrinkingSampler
 from grpo_cli.core.task.countdown import Countdown
 from grpo_cli.core.task.files import load_puzzles
 from grpo_cli.core.task.puzzle import Puzzle
@@ -206,7 +206,7 @@ def test_eval_decodes_no_more_completions_at_once_than_the_batch_size(
 
     flags = ["--limit", 1, "--samples", 5, "--temperature", 1, "--max-new-tokens", 4]
     whole = countdown("eval", tiny_folder, "--json", *flags).out
-    monkeypatch.setattr("grpo_cli.core.sampling.rollout.ShrinkingSampler", Watched)
+    monkeypatch.setattr("grpo_cli.core.rollout.local.ShrinkingSampler", Watched)
     assert countdown("eval", tiny_folder, "--json", *flags, "--batch-size", 2).out == whole
     assert rows[-3:] == [2, 2, 1]
 

@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM
 from grpo_cli.core.model import attention, llama
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
-from grpo_cli.core.sampling import decode as sampler_module
-from grpo_cli.core.sampling.decode import BLOCK, KEPT, ROUNDED, StaticSampler, _inverse_cdf
-from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import Engine, Rollout, uniforms
-from grpo_cli.core.sampling.selfcheck import checked
+from grpo_cli.core.rollout import decode as sampler_module
+from grpo_cli.core.rollout.decode import BLOCK, KEPT, ROUNDED, StaticSampler, _inverse_cdf
+from grpo_cli.core.rollout.engine import Rollout, uniforms
+from grpo_cli.core.rollout.local import LocalEngine
+from grpo_cli.core.rollout.params import SamplingParams
+from grpo_cli.core.rollout.selfcheck import checked
 
 aten = torch.ops.aten
 # What looks at numbers on the host, or makes tensors of a size that depends on numbers.
@@ -77,7 +78,7 @@ def rolled(
 ) -> Rollout:  # fmt: skip
     """Sampled completions, or one greedy one of each prompt at temperature 0."""
     uniform = uniforms(1, step, range(len(prompts)), generations, tokens) if temperature else None
-    return Engine(policy, [] if kept is None else kept).sample(
+    return LocalEngine(policy, [] if kept is None else kept).sample(
         prompts,
         SamplingParams(tokens, temperature, generations if temperature else 1),
         uniform=uniform,
@@ -175,10 +176,10 @@ def test_what_is_streamed_is_what_is_sampled(tiny_policy: Policy, monkeypatch: p
     policy = with_frequent_end(tiny_policy)
     prompt = encoded(policy)[1]
     expected = rolled(policy, [prompt], static=False, temperature=0.0)
-    sampler = Engine._sampler
+    sampler = LocalEngine._sampler
     for static in (False, True):
-        monkeypatch.setattr(Engine, "_sampler", partialmethod(sampler, static=static))
-        text = "".join(Engine(policy).stream(prompt, SamplingParams(48), uniform=None))
+        monkeypatch.setattr(LocalEngine, "_sampler", partialmethod(sampler, static=static))
+        text = "".join(LocalEngine(policy).stream(prompt, SamplingParams(48), uniform=None))
         assert text == policy.decode(expected.completions[0])
 
 

@@ -15,8 +15,8 @@ from grpo_cli.core.evals.evaluate import (
 )
 from grpo_cli.core.evals.statistics import wilson
 from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import Engine
+from grpo_cli.core.rollout.local import LocalEngine
+from grpo_cli.core.rollout.params import SamplingParams
 from grpo_cli.core.task.data import puzzle_set
 from grpo_cli.core.task.plugin import FileTask, Item
 from grpo_cli.core.task.prompts import STYLES
@@ -100,7 +100,7 @@ def test_the_batch_size_does_not_change_the_completions(tiny_policy: Policy, sam
     policy = replace(tiny_policy, end_ids=tuple(range(0, 832, 16)))
     puzzles = puzzle_set(3, "val")[:5]
     found = [
-        Evaluator(Engine(policy), SamplingParams(16, temperature, samples), batch_size=batch_size).evaluate(
+        Evaluator(LocalEngine(policy), SamplingParams(16, temperature, samples), batch_size=batch_size).evaluate(
             puzzles, style="zero-shot", split="val"
         )
         for batch_size in (1, 6, 100)
@@ -201,7 +201,7 @@ def test_a_suite_is_evaluated_as_its_cells_would_be(tiny_policy: Policy) -> None
     cells = [cell("val 3 zero-shot"), cell("train 4 natural")]
     asked = {cell: puzzles_of(cell, limit) for cell, limit in zip(cells, (5, 3), strict=True)}
     told: list[tuple[int, int]] = []
-    evaluator = Evaluator(Engine(policy), SamplingParams(8, temperature=0.0), batch_size=2)
+    evaluator = Evaluator(LocalEngine(policy), SamplingParams(8, temperature=0.0), batch_size=2)
     weights = {cell.name: 1.0 for cell in cells}
     found = evaluator.evaluate_suite(asked, weights, progress=lambda done, total: told.append((done, total)))
     alone = [evaluator.evaluate(asked[cell], style=cell.style, split=cell.split) for cell in cells]

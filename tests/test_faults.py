@@ -216,7 +216,7 @@ def read_only(open_folder: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPa
     shutil.copytree(tiny_folder, run.model_path)
     for path in (open_folder, *open_folder.rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)
-    monkeypatch.setattr("grpo_cli.core.sampling.selfcheck.load", lambda *_, **__: pytest.fail("loaded a model"))
+    monkeypatch.setattr("grpo_cli.core.rollout.selfcheck.load", lambda *_, **__: pytest.fail("loaded a model"))
     monkeypatch.chdir(open_folder)
     user = os.geteuid()
     if user == 0:
@@ -290,7 +290,7 @@ def test_what_cannot_be_read_is_named(
 def test_a_file_where_a_folder_should_be_is_named(
     countdown: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
 ) -> None:
-    monkeypatch.setattr("grpo_cli.core.sampling.selfcheck.load", lambda *_, **__: pytest.fail("loaded a model"))
+    monkeypatch.setattr("grpo_cli.core.rollout.selfcheck.load", lambda *_, **__: pytest.fail("loaded a model"))
     (tmp_path / "file").write_text("kept")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
     before = everything(tmp_path)
@@ -659,7 +659,7 @@ def at_token(call: int) -> Callable[[Function, Function], Function]:
     return wrap
 
 
-SAMPLE = "grpo_cli.core.sampling.rollout.Engine.sample"  # once for each step, and twice for each evaluation
+SAMPLE = "grpo_cli.core.rollout.local.LocalEngine.sample"  # once for each step, and twice for each evaluation
 # The moment, what is interrupted there, and the step that is saved. A step asks for log-probabilities six times: for
 # two micro-batches of the reference, two of the first inner update and two of the second.
 MOMENTS: dict[str, tuple[str, Callable[[Function, Function], Function], int]] = {

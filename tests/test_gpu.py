@@ -10,7 +10,7 @@ from test_policy import gradients, ragged
 from grpo_cli.core.model import attention
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.sampling.decode import StaticSampler
+from grpo_cli.core.rollout.decode import StaticSampler
 from grpo_cli.core.task.prompts import SYSTEM
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -193,7 +193,7 @@ def test_a_package_that_is_missing_is_named_before_a_model_loads(
 ) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr("grpo_cli.core.sampling.selfcheck.load", lambda *_, **__: pytest.fail("loaded a model"))
+    monkeypatch.setattr("grpo_cli.core.rollout.selfcheck.load", lambda *_, **__: pytest.fail("loaded a model"))
     result = countdown(*[argument.format(tiny_folder) for argument in arguments])
     assert result.code == 2
     assert f"the package `{package}` is not installed" in result.err

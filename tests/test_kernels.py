@@ -17,6 +17,7 @@ from grpo_cli.core.model.attention import Prefill, StaticDecode
 from grpo_cli.core.model.llama import _turn
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.logprobs import token_logprobs
+from grpo_cli.core.model.packed import PackedPath
 from grpo_cli.core.model.policy import Sequences
 
 CUDA = torch.cuda.is_available()
@@ -141,7 +142,7 @@ def test_a_fused_policy_gives_the_log_probabilities_and_gradients_of_the_plain_o
     sequences = Sequences([[5, 9, 200], [7, 8]], [[11, 12], [13], [14, 15, 16]], [0, 0, 1])
     found = []
     for fused in (False, True):
-        chosen = replace(policy, fused=fused)
+        chosen = replace(policy, path=PackedPath(fused=fused))
         logprobs, entropy = chosen.logprobs(sequences, temperature=1.3)
         found.append([logprobs.detach(), entropy, *gradients(policy.model, logprobs).values()])
         with torch.no_grad():
@@ -152,7 +153,7 @@ def test_a_fused_policy_gives_the_log_probabilities_and_gradients_of_the_plain_o
 
 
 def test_a_fused_policy_samples_what_the_plain_one_does(kernels: ModuleType, tiny_folder: Path) -> None:
-    policy = replace(load(str(tiny_folder), device=DEVICE.type, precision="float32"), fused=True)
+    policy = replace(load(str(tiny_folder), device=DEVICE.type, precision="float32"), path=PackedPath(fused=True))
     prompts = [[5, 9, 200], [7, 8]]
     expected = rolled(policy, prompts, static=False, generations=1, tokens=3)
     assert_same(rolled(policy, prompts, static=True, generations=1, tokens=3), expected)

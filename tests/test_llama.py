@@ -20,9 +20,10 @@ from grpo_cli.core.model import llama
 from grpo_cli.core.model.attention import Decode, Packed, Prefill
 from grpo_cli.core.model.llama import Pass, _as_one, adjoin, fits
 from grpo_cli.core.model.load import load
-from grpo_cli.core.model.policy import WIDE, Policy, Sequences
-from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import Engine
+from grpo_cli.core.model.packed import WIDE, PackedPath
+from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.rollout.local import LocalEngine
+from grpo_cli.core.rollout.params import SamplingParams
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -117,7 +118,7 @@ def test_other_architectures_are_sampled_by_their_own_forward_pass(tmp_path: Pat
     policy = load(str(save_tiny_model(tmp_path, Qwen3Config)), device="cpu", precision="float32")
     assert not fits(policy.model)
     prompts = [list(range(10, 30)), list(range(40, 50))]
-    found = Engine(policy).sample(prompts, SamplingParams(24), uniform=None)
+    found = LocalEngine(policy).sample(prompts, SamplingParams(24), uniform=None)
     peer = AutoModelForCausalLM.from_pretrained(tmp_path)
     settings = GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=list(policy.end_ids), pad_token_id=0)
     for tokens, completion in zip(prompts, found.completions, strict=True):
@@ -133,7 +134,7 @@ def test_a_wide_model_is_decoded_in_bfloat16_on_a_cpu(
     policy = load(str(save_tiny_model(tmp_path, hidden_size=width)), device="cpu", precision="bf16-master")
     made: list[torch.dtype] = []
     monkeypatch.setattr(llama, "Pass", lambda model, *, dtype, **_: made.append(dtype))
-    policy.step(8)
+    PackedPath().step(policy, 8)
     assert made == [torch.bfloat16 if width == WIDE else torch.float32]
 
 

@@ -8,12 +8,14 @@ import transformers
 from conftest import SMALL, Command, timeless
 
 from grpo_cli.core.model import lora
+from grpo_cli.core.model.packed import PackedPath
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.reference import Reference
+from grpo_cli.core.rollout.engine import uniforms
+from grpo_cli.core.rollout.local import LocalEngine
+from grpo_cli.core.rollout.params import SamplingParams
+from grpo_cli.core.rollout.selfcheck import load_checked
 from grpo_cli.core.run.folder import Run
-from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import Engine, uniforms
-from grpo_cli.core.sampling.selfcheck import load_checked
 
 peft = pytest.importorskip("peft")
 
@@ -48,7 +50,7 @@ def test_adapter_separate_and_merged_weights_and_peft_itself_agree(
         separate = logprobs(policy)
         policy.save(tmp_path / "merged")
         lora.save_adapter(policy.model, tmp_path / "adapter")
-        rollout = Engine(policy).sample(
+        rollout = LocalEngine(policy).sample(
             [[5, 17, 300], [8, 9]],
             SamplingParams(5, 0.8, 2),
             uniform=uniforms(0, 0, [0, 1], 2, 5),
@@ -73,9 +75,9 @@ def test_adapter_separate_and_merged_weights_and_peft_itself_agree(
 def test_merged_weights_are_not_rounded_to_16_bits(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter, dtypes = lora.Lora(rank=4, alpha=8.0), list[torch.dtype]()
     wide = load_checked(str(tiny_folder), name="tiny", device="cpu", precision="bf16-master", adapter=adapter)
-    monkeypatch.setattr("grpo_cli.core.model.policy.WIDE", 1)
+    monkeypatch.setattr("grpo_cli.core.model.packed.WIDE", 1)
     monkeypatch.setattr("grpo_cli.core.model.llama.Pass", lambda _, **given: dtypes.append(given["dtype"]))
-    wide.step(8)
+    PackedPath().step(wide, 8)
     assert dtypes == [torch.float32]
 
 

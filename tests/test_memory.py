@@ -25,6 +25,7 @@ from grpo_cli.core.config.resolve import resolve
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.microbatch import resident
 from grpo_cli.core.model.load import load
+from grpo_cli.core.model.packed import PackedPath
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.perf import memory
@@ -124,7 +125,7 @@ def test_logits_of_the_models_own_forward_are_planned_at_once(planner: Planner, 
     room = next(size for size in range(10**10, 10**12, 10**9) if size > planner.plan(Choices(logit_chunk=1024)).peak)
     assert find(planner, room=room, rows=WORK.rows, checkpointing=False).choices.logit_chunk > 0
     with pytest.raises(CountdownError, match="this training needs at least"):
-        find(Planner(str(qwen), WORK, whole=True), room=room, rows=WORK.rows, checkpointing=False)
+        find(Planner(str(qwen), WORK, PackedPath(own_logits=True)), room=room, rows=WORK.rows, checkpointing=False)
 
 
 def saved_bytes(policy: Policy, sequences: Sequences) -> int:

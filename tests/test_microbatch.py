@@ -14,11 +14,13 @@ from grpo_cli.core import microbatch
 from grpo_cli.core.config.settings import Loss
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.microbatch import MicroBatch, ran_out
+from grpo_cli.core.model.packed import PackedPath
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.rl.update import reference_logprobs
-from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import Engine, uniforms
+from grpo_cli.core.rollout.engine import uniforms
+from grpo_cli.core.rollout.local import LocalEngine
+from grpo_cli.core.rollout.params import SamplingParams
 
 pytestmark = pytest.mark.faults
 
@@ -286,19 +288,19 @@ def test_the_same_is_sampled_when_memory_runs_out(
     prompts, uniform = [[1, 2, 3], [4, 5], [6]], uniforms(0, 1, range(3), 4, 6)
 
     def go(fit: MicroBatch | None) -> tuple[list[list[int]], list[bool]]:
-        found = Engine(tiny_policy).sample(
+        found = LocalEngine(tiny_policy).sample(
             prompts, SamplingParams(6, num_generations=4), uniform=uniform, micro_batch=fit
         )
         return found.completions, found.truncated
 
     expected = go(None)
-    step = Policy.step
+    step = PackedPath.step
 
-    def limited_step(policy: Policy, longest: int) -> Callable[..., Tensor]:
-        one = step(policy, longest)
+    def limited_step(path: PackedPath, policy: Policy, longest: int) -> Callable[..., Tensor]:
+        one = step(path, policy, longest)
         return lambda tokens, *rest: one(tokens, *rest) if len(tokens) <= rows else out_of_memory()
 
-    monkeypatch.setattr(Policy, "step", limited_step)
+    monkeypatch.setattr(PackedPath, "step", limited_step)
     fit = MicroBatch()
     assert go(fit) == expected
     assert 1 <= fit.rows <= 6

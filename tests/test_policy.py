@@ -30,8 +30,9 @@ from grpo_cli.core.model.policy import Policy, Sequences, _write_older_rotary
 from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.rl import warm_start
 from grpo_cli.core.rl.warm_start import Lesson
-from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import Engine, uniforms
+from grpo_cli.core.rollout.engine import uniforms
+from grpo_cli.core.rollout.local import LocalEngine
+from grpo_cli.core.rollout.params import SamplingParams
 from grpo_cli.core.task.prompts import SYSTEM, prompt
 from grpo_cli.core.task.puzzle import Puzzle
 
@@ -324,7 +325,7 @@ def test_generation_settings_of_a_model_change_nothing(tiny_policy: Policy, fold
     for choice in (None, uniform):
         count = 1 if choice is None else 4
         found, expected = (
-            Engine(policy).sample(
+            LocalEngine(policy).sample(
                 [policy.encode(MESSAGES)],
                 SamplingParams(24, num_generations=count),
                 uniform=choice,

@@ -9,8 +9,8 @@ from grpo_cli.core.evals.evaluate import Completion, Evaluator
 from grpo_cli.core.evals.statistics import wilson
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.rl.probe import PUZZLES, Probe, Sampled, chosen_puzzles, expected_mixed, measure, probe
-from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import Engine
+from grpo_cli.core.rollout.local import LocalEngine
+from grpo_cli.core.rollout.params import SamplingParams
 from grpo_cli.core.task.data import enumerate_puzzles
 from grpo_cli.core.task.prompts import STYLES, Style
 from grpo_cli.core.task.puzzle import Puzzle
@@ -136,7 +136,7 @@ def test_a_probe_stops_when_it_knows_enough_or_its_time_is_up(
     """A clock that advances by `step` seconds between the start and the end of each evaluation."""
     times = itertools.count()
     result = probe(
-        Evaluator(Engine(tiny_policy), SamplingParams(2, num_generations=2), batch_size=2),
+        Evaluator(LocalEngine(tiny_policy), SamplingParams(2, num_generations=2), batch_size=2),
         chosen_puzzles(list(enumerate_puzzles(3, "train")), 0),
         chosen="one-shot",
         clock=lambda: step * (next(times) // 2),  # called at the start, then before and after each evaluation
@@ -150,7 +150,7 @@ def test_every_style_is_sampled_on_the_same_puzzles_the_same_way_twice(tiny_poli
 
     def probed() -> Probe:
         return probe(
-            Evaluator(Engine(policy), SamplingParams(16, num_generations=3), batch_size=6, seed=5),
+            Evaluator(LocalEngine(policy), SamplingParams(16, num_generations=3), batch_size=6, seed=5),
             puzzles,
             chosen="zero-shot",
             progress=lambda done, total: told.append((done, total)),

@@ -1,5 +1,6 @@
 """Sampling: equal to `generate`, to the trainer's own log-probabilities, and to itself however the batch is cut."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
-from grpo_cli.core.sampling.decode import LARGE, choose
-from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import Engine, Rollout, uniforms
+from grpo_cli.core.rollout.decode import LARGE, choose
+from grpo_cli.core.rollout.engine import Rollout, uniforms
+from grpo_cli.core.rollout.local import LocalEngine
+from grpo_cli.core.rollout.params import SamplingParams
 from grpo_cli.core.task.prompts import Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle
 
@@ -29,7 +31,7 @@ def encoded(policy: Policy) -> list[list[int]]:
 
 def rolled(policy: Policy, prompts: list[list[int]], uniform: torch.Tensor | None, **settings: float) -> Rollout:
     num_generations = 1 if uniform is None else uniform.shape[1]
-    return Engine(policy).sample(
+    return LocalEngine(policy).sample(
         prompts,
         SamplingParams(int(settings.get("max_new_tokens", 48)), settings.get("temperature", 1.0), num_generations),
         uniform=uniform,
@@ -38,7 +40,7 @@ def rolled(policy: Policy, prompts: list[list[int]], uniform: torch.Tensor | Non
 
 def with_frequent_end(policy: Policy) -> Policy:
     """The same policy with more end-of-sequence ids, so that rows of a random model end at all sorts of lengths."""
-    return Policy(policy.model, policy.tokenizer, policy.name, policy.precision, tuple(range(0, 832, 16)))
+    return replace(policy, end_ids=tuple(range(0, 832, 16)))
 
 
 def test_greedy_output_equals_generate_token_for_token(tiny_policy: Policy, tiny_folder: Path) -> None:

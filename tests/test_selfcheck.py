@@ -36,12 +36,15 @@ from transformers import (
 from grpo_cli.core import model as model_package
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.load import load
+from grpo_cli.core.model.packed import PackedPath
+from grpo_cli.core.model.plain import PlainPath
 from grpo_cli.core.model.policy import Policy, Sequences, checkpoint_layers
 from grpo_cli.core.model.reference import Reference
-from grpo_cli.core.sampling import selfcheck
-from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import Engine, uniforms
-from grpo_cli.core.sampling.selfcheck import checked, plain_logprobs
+from grpo_cli.core.rollout import selfcheck
+from grpo_cli.core.rollout.engine import uniforms
+from grpo_cli.core.rollout.local import LocalEngine
+from grpo_cli.core.rollout.params import SamplingParams
+from grpo_cli.core.rollout.selfcheck import checked, plain_logprobs
 
 SHAPE = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 DECODER = {**SHAPE, "intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": 0}
@@ -81,7 +84,7 @@ def test_every_path_computes_what_the_model_computes(name: str) -> None:
     policy, outcome = checked(as_loaded(build()), SHORT)
     assert outcome.path == path and outcome.gap < 1e-4
     uniform = uniforms(1, 1, [0, 1], 3, 10)
-    rollout = Engine(policy).sample(SHORT, SamplingParams(10, 1.3, 3), uniform=uniform)
+    rollout = LocalEngine(policy).sample(SHORT, SamplingParams(10, 1.3, 3), uniform=uniform)
     sequences = Sequences(SHORT, rollout.completions, [0, 0, 0, 1, 1, 1])
     expected = torch.cat(plain_logprobs(policy, sequences, temperature=1.3))
     sampled = torch.tensor([value for row in rollout.logprobs for value in row])
@@ -138,7 +141,7 @@ def test_positions_that_depend_on_length_are_refused_beyond_the_original_context
     context = 32 if rope["rope_type"] == "dynamic" else 64
     model = LlamaForCausalLM(LlamaConfig(**DECODER, max_position_embeddings=context, rope_parameters=dict(rope)))
     policy, _ = checked(as_loaded(model), SHORT)
-    do = partial(Engine(policy).sample, SHORT)
+    do = partial(LocalEngine(policy).sample, SHORT)
     assert len(do(SamplingParams(21, num_generations=2), uniform=uniforms(0, 0, [0, 1], 2, 21)).completions) == 4
     with pytest.raises(CountdownError, match="the context of `a model` is 32: only rows of one length"):
         do(SamplingParams(22, num_generations=2), uniform=uniforms(0, 0, [0, 1], 2, 22))
@@ -147,7 +150,7 @@ def test_positions_that_depend_on_length_are_refused_beyond_the_original_context
 @pytest.mark.parametrize("kind", ["doge", "moshi"])
 def test_lengths_at_which_an_architecture_computes_otherwise_are_refused(kind: str) -> None:
     (policy, _), most = checked(loaded(tiny_model(kind)), SHORT), WINDOW - len(SHORT[1])
-    do = partial(Engine(policy).sample, SHORT)
+    do = partial(LocalEngine(policy).sample, SHORT)
     assert len(do(SamplingParams(most), uniform=None).completions) == 2
     with pytest.raises(CountdownError, match=f"context of `a model` is {WINDOW}: only rows of one length"):
         do(SamplingParams(most + 1), uniform=None)
@@ -156,12 +159,12 @@ def test_lengths_at_which_an_architecture_computes_otherwise_are_refused(kind: s
 def test_positions_that_end_are_refused_beyond_their_end() -> None:
     policy = as_loaded(GPT2LMHeadModel(GPT2Config(**GPT)))
     with pytest.raises(CountdownError, match="up to 65 tokens, and the context of `a model` is 64: it has no"):
-        Engine(policy).sample(SHORT, SamplingParams(54), uniform=None)
+        LocalEngine(policy).sample(SHORT, SamplingParams(54), uniform=None)
 
 
 def test_a_reference_stays_on_its_path() -> None:
     policy, _ = checked(as_loaded(windowed()), SHORT)
-    assert Reference.of(policy).policy.plain
+    assert Reference.of(policy).policy.path == PlainPath()
 
 
 def test_an_outcome_is_computed_once_for_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +174,7 @@ def test_an_outcome_is_computed_once_for_the_same_weights(tmp_path: Path, monkey
     assert not first.from_cache
     monkeypatch.setattr(selfcheck, "_gap", lambda *_, **__: pytest.fail("checked again"))
     again, second = checked(policy, cache=cache)
-    assert second == replace(first, from_cache=True) and not again.plain
+    assert second == replace(first, from_cache=True) and again.path == PackedPath()
     (key,) = json.loads(cache.read_text())
     next(policy.model.parameters()).data.mul_(2)
     assert selfcheck._key(policy, checkpointing=False) != key
@@ -195,8 +198,8 @@ def test_fused_kernels_that_do_not_run_are_left_in_one_line(
 ) -> None:
     monkeypatch.delattr(model_package, "kernels", raising=False)
     monkeypatch.setitem(sys.modules, "grpo_cli.core.model.kernels", None)  # as where Triton is missing
-    policy, outcome = checked(replace(tiny_policy, fused=True))
-    assert not (policy.fused or policy.plain or policy.whole)
+    policy, outcome = checked(replace(tiny_policy, path=PackedPath(fused=True)))
+    assert policy.path == PackedPath()
     assert "runs on the fast path without fused kernels: " in outcome.sentence(policy)
 
 

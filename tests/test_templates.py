@@ -14,7 +14,7 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.load import load, load_tokenizer
 from grpo_cli.core.model.policy import Policy, encode
 from grpo_cli.core.rl.warm_start import Lesson, _sequences
-from grpo_cli.core.sampling.selfcheck import load_checked
+from grpo_cli.core.rollout.selfcheck import load_checked
 from grpo_cli.core.task.prompts import prompt
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.scoring import score

@@ -31,9 +31,9 @@ from grpo_cli.core.rl.observer import Control, Interrupted, Observer, Validated
 from grpo_cli.core.rl.schedule import learning_rate_at
 from grpo_cli.core.rl.state import State, choose_checkpoint
 from grpo_cli.core.rl.summary import summary
+from grpo_cli.core.rollout.engine import Rollout
+from grpo_cli.core.rollout.params import SamplingParams
 from grpo_cli.core.run.folder import Run
-from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import Rollout
 from grpo_cli.core.task import countdown, scoring
 from grpo_cli.core.task.countdown import Countdown
 from grpo_cli.core.task.curriculum import problems_of_step

@@ -7,9 +7,10 @@ import torch
 from architectures import documented, loaded, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from grpo_cli.core.model.packed import PackedPath
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.perf.utilization import Meter, Operations, known, measure, operations, peak_tflops
-from grpo_cli.core.sampling.rollout import Rollout
+from grpo_cli.core.rollout.engine import Rollout
 
 TINY = Operations(token=10, logits=4, pair=3)
 GROUPS = [(3, [2, 1]), (2, [3])]
@@ -56,7 +57,7 @@ def test_operations_are_those_that_torch_counts_or_unknown(kind: str) -> None:
     if found is None:
         assert kind not in ("llama", "qwen2", "gpt2", "gpt_neox", "opt", "cohere")
         return
-    assert not policy.plain and policy.model.config._attn_implementation == "countdown_shared_prefix"
+    assert policy.path == PackedPath() and policy.model.config._attn_implementation == "countdown_shared_prefix"
     policy.model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         policy.model(input_ids=torch.randint(3, 96, (1, 40)), use_cache=False)

@@ -162,8 +162,8 @@ def _evaluate(
     """Evaluate all models on the same puzzles: a suite's cells, or without `weights` the one cell of the settings."""
     from grpo_cli.core.evals import contamination
     from grpo_cli.core.evals.evaluate import Evaluator, common_size, puzzles_of
-    from grpo_cli.core.sampling.params import SamplingParams
-    from grpo_cli.core.sampling.rollout import Engine
+    from grpo_cli.core.rollout.local import LocalEngine
+    from grpo_cli.core.rollout.params import SamplingParams
     from grpo_cli.core.task.suite import Cell, cell
     from grpo_cli.ui import tables
 
@@ -186,7 +186,7 @@ def _evaluate(
 
         for model, trained_on in zip(chosen, known, strict=True):
             result = Evaluator(
-                Engine(load(model)),
+                LocalEngine(load(model)),
                 SamplingParams.evaluation(settings),
                 asked,
                 settings.batch_size,

@@ -68,7 +68,7 @@ def import_libraries() -> None:
     """Import torch and transformers with garbage collection paused, which takes a third of the time."""
     gc.disable()
     try:
-        import_module("grpo_cli.core.sampling.selfcheck")
+        import_module("grpo_cli.core.rollout.selfcheck")
     finally:
         gc.enable()
 
@@ -76,7 +76,7 @@ def import_libraries() -> None:
 def load(chosen: Chosen) -> Policy:
     """Load a model for sampling."""
     import_libraries()
-    from grpo_cli.core.sampling.selfcheck import load_checked
+    from grpo_cli.core.rollout.selfcheck import load_checked
 
     model = chosen.settings.model
     return load_checked(chosen.source, name=chosen.name, device=model.device, precision=model.precision, note=show.note)

@@ -16,8 +16,8 @@ from grpo_cli.core.builtin.recipe import Recipe, make, stages
 from grpo_cli.core.builtin.traces import failure
 from grpo_cli.core.evals.evaluate import Evaluation, Evaluator
 from grpo_cli.core.model.load import BUILTIN, load
-from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import Engine
+from grpo_cli.core.rollout.local import LocalEngine
+from grpo_cli.core.rollout.params import SamplingParams
 from grpo_cli.core.task.data import puzzle_set
 from grpo_cli.core.task.puzzle import Puzzle, Side
 from grpo_cli.ui import text as show
@@ -50,7 +50,7 @@ def write(recipe: Recipe, folder: Path) -> None:
 def measure(folder: Path, split: Side, temperature: float) -> Evaluation:
     """Accuracy on all val puzzles, or on every seventh train puzzle."""
     puzzles = puzzle_set(3, split)[:: 1 if split == "val" else 7]
-    evaluator = Evaluator(Engine(load(str(folder))), SamplingParams(MAX_NEW_TOKENS, temperature), batch_size=128)
+    evaluator = Evaluator(LocalEngine(load(str(folder))), SamplingParams(MAX_NEW_TOKENS, temperature), batch_size=128)
     return evaluator.evaluate(puzzles, style="one-shot", split=split)
 
 

@@ -92,8 +92,9 @@ def _attempt(policy: Policy, puzzle: Puzzle, settings: Settings, *, attempts: in
     """Make up to `attempts` attempts, the first greedy by default: (last score, number of attempts)."""
     import torch
 
-    from grpo_cli.core.sampling.params import SamplingParams
-    from grpo_cli.core.sampling.rollout import Engine, uniforms
+    from grpo_cli.core.rollout.engine import uniforms
+    from grpo_cli.core.rollout.local import LocalEngine
+    from grpo_cli.core.rollout.params import SamplingParams
     from grpo_cli.core.task.countdown import Countdown
     from grpo_cli.ui import tables
 
@@ -101,7 +102,7 @@ def _attempt(policy: Policy, puzzle: Puzzle, settings: Settings, *, attempts: in
         torch.set_num_threads(1)  # a small model loses more to thread synchronisation than it gains
     task, style, limit = Countdown(settings.task.rules), settings.task.style, settings.eval.max_new_tokens
     tokens = policy.encode(task.prompt(puzzle, style))
-    engine = Engine(policy)
+    engine = LocalEngine(policy)
     for attempt in range(attempts):
         temperature = settings.eval.temperature or (1.0 if attempt else 0.0)
         if attempts > 1 and not quiet:

@@ -285,12 +285,12 @@ def _probe(chosen: Chosen, task: Task) -> None:
     """Sample the starting model in every style as training would, and show how much it can learn."""
     from grpo_cli.core.evals.evaluate import Evaluator
     from grpo_cli.core.rl import probe as probing
-    from grpo_cli.core.sampling.params import SamplingParams
-    from grpo_cli.core.sampling.rollout import Engine
+    from grpo_cli.core.rollout.local import LocalEngine
+    from grpo_cli.core.rollout.params import SamplingParams
     from grpo_cli.ui import tables
 
     asked, settings = chosen.settings.task, chosen.settings.train
-    engine = Engine(load(chosen))
+    engine = LocalEngine(load(chosen))
     if settings.warm_start:
         show.note("the probe samples the model as it is before the warm start")
     with tables.progress(f"probing {chosen.name}", quiet=False) as advance:

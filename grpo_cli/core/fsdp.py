@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.model.plain import PlainPath
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.model.reference import host_copy
 from grpo_cli.core.world import World
@@ -26,7 +27,7 @@ def sharded(policy: Policy, world: World, device: torch.device) -> Policy:
     Weights are float32, unless the precision is pure bfloat16. They are copied from the host unit by unit, so the
     device never holds all of them. Gradients are summed over ranks, not averaged, as for replicated weights.
     """
-    if policy.plain:
+    if isinstance(policy.path, PlainPath):
         raise CountdownError(
             f"`{policy.name}` runs on the plain path, which does not support sharded weights", "give `--no-shard`"
         )

@@ -20,8 +20,8 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evals.contamination import Known, overlap
 from grpo_cli.core.evals.statistics import wilson
 from grpo_cli.core.microbatch import MicroBatch
-from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import Engine, uniforms
+from grpo_cli.core.rollout.engine import Engine, uniforms
+from grpo_cli.core.rollout.params import SamplingParams
 from grpo_cli.core.task.countdown import Countdown
 from grpo_cli.core.task.suite import Cell, weighted_mean
 from grpo_cli.core.task.task import Problem, Score, Split, Task

@@ -23,7 +23,9 @@ from grpo_cli.core.model.folder_checks import check_config, check_memory, weight
 from grpo_cli.core.model.gguf import ENDS, unpacked
 from grpo_cli.core.model.hub import check_download, check_repository
 from grpo_cli.core.model.names import is_gguf, require_model
-from grpo_cli.core.model.policy import Policy, checkpoint_layers, set_attention
+from grpo_cli.core.model.packed import PackedPath
+from grpo_cli.core.model.plain import PlainPath
+from grpo_cli.core.model.policy import ComputePath, Policy, checkpoint_layers, set_attention
 from grpo_cli.core.model.templates import PROBE, check_template, encode
 
 CAUSAL = {
@@ -120,13 +122,16 @@ def load(
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=list(ends), pad_token_id=tokenizer.pad_token_id
     )
-    plain = not (attends_in_full(model.config.get_text_config()) and set_attention(model, plain=False))
-    if plain:
-        set_attention(model, plain=True)
-    fused = place.type == "cuda" and not plain
-    cached = caches_right(model.config)
-    model = model if on_host else model.to(place)
-    return Policy(model, tokenizer, name, chosen, ends, plain=plain, cached=cached, fused=fused)
+    path = fastest_path(model, fused=place.type == "cuda")
+    return Policy(model if on_host else model.to(place), tokenizer, name, chosen, ends, path)
+
+
+def fastest_path(model: transformers.PreTrainedModel, *, fused: bool = False) -> ComputePath:
+    """The path that the model's config allows, and its attention set to it; the self-check may choose a slower one."""
+    if attends_in_full(model.config.get_text_config()) and set_attention(model, plain=False):
+        return PackedPath(fused=fused)
+    set_attention(model, plain=True)
+    return PlainPath(caches_right(model.config))
 
 
 def use_checkpointing(name: str, model: transformers.PreTrainedModel) -> None:

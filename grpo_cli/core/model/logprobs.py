@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -40,6 +40,13 @@ def token_logprobs(
         return chosen, torch.zeros_like(chosen)
     results = _TokenLogprobs.apply(logits, targets, temperature)  # type: ignore[no-untyped-call]
     return cast("tuple[Tensor, Tensor]", results)
+
+
+def scatter(flat: Tensor, lengths: Sequence[int], order: Sequence[int]) -> Tensor:
+    """Values (M,) of tokens, row after row -> a padded matrix (B, T), zero elsewhere; row i becomes row order[i]."""
+    mask = torch.arange(max(lengths), device=flat.device) < torch.tensor(lengths, device=flat.device)[:, None]
+    padded = torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat)
+    return padded[torch.tensor(order, device=flat.device).argsort()]
 
 
 class _TokenLogprobs(Function):

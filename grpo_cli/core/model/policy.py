@@ -8,29 +8,24 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, Protocol, cast
 
 import torch
 import transformers
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from grpo_cli.core.model import llama, lora
-from grpo_cli.core.model.attention import Packed, Plan, Prefill, shared_prefix_attention
-from grpo_cli.core.model.attention import order as packing_order
-from grpo_cli.core.model.logprobs import in_chunks, token_logprobs
+from grpo_cli.core.model import lora
+from grpo_cli.core.model.attention import Plan, shared_prefix_attention
 from grpo_cli.core.model.templates import PROBE, opening
 from grpo_cli.core.model.templates import encode as encode
 
 ATTENTION = "countdown_shared_prefix"
-# Hidden size from which a CPU decodes in bfloat16 (2.5 times faster at 576; at 192 faster or slower, by processor) and
-# updates through the model's own layers (1.2 times faster at 576).
-WIDE = 512
 
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Precision = Literal["auto", "float32", "bf16-master", "bf16"]
@@ -66,6 +61,15 @@ class Sequences:
         return Sequences([self.prompts[p] for p in used], completions, [number[self.prompt_index[row]] for row in rows])
 
 
+class ComputePath(Protocol):
+    """A way to compute log-probs: `PackedPath` or `PlainPath`."""
+
+    def logprobs(
+        self, policy: Policy, sequences: Sequences, *, temperature: float, entropy: bool, logit_chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        """As `Policy.logprobs`."""
+
+
 @dataclass(frozen=True)
 class Policy:
     """A model with its tokenizer on a device."""
@@ -74,13 +78,10 @@ class Policy:
     tokenizer: transformers.PreTrainedTokenizerBase
     name: str
     precision: str
-    end_ids: tuple[int, ...] = field(default=())
-    is_sharded: bool = False  # weights are sharded; all ranks call the model together
-    plain: bool = False  # use the model's own forward, one row per completion: slower, for any causal model
-    cached: bool = True  # whether the plain path decodes with the model's own cache
+    end_ids: tuple[int, ...]
+    path: ComputePath  # how it computes
     adapter: lora.Lora | None = None  # the trained adapter, if any
-    whole: bool = False  # packed, with logits by the model's own forward, which may scale them
-    fused: bool = False  # Triton kernels, and weights read in place: on CUDA
+    is_sharded: bool = False  # weights are sharded; all ranks call the model together
 
     @property
     def device(self) -> torch.device:
@@ -143,104 +144,15 @@ class Policy:
         """Next-token logits (..., V) of hidden states (..., D)."""
         return self.model.get_output_embeddings()(hidden)  # type: ignore[no-any-return]
 
-    def prefill(self, tokens: Tensor, lengths: Tensor, plan: Prefill) -> Tensor:
-        """Logits (P, V) of the token after each of the prompts (P, L), whose first `lengths` (P,) tokens are real."""
-        rows = torch.arange(len(tokens), device=self.device)
-        positions = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
-        if self.whole:
-            kept, which = (lengths - 1).unique(return_inverse=True)
-            return self._whole_logits(tokens, positions, plan, kept)[rows, which]
-        return self.logits(self.hidden(tokens, positions, plan)[rows, lengths - 1])
-
-    def _whole_logits(self, tokens: Tensor, positions: Tensor, plan: Plan, kept: Tensor | int = 0) -> Tensor:
-        """Logits (B, T', V) at the positions `kept` (T',), all if 0, by the model's own forward."""
-        output = self.model(input_ids=tokens, position_ids=positions, use_cache=False, plan=plan, logits_to_keep=kept)
-        return cast("Tensor", output.logits)
-
-    @property
-    def can_step_in_place(self) -> bool:
-        """Whether `step` works without copies of the weights."""
-        return llama.fits(self.model) and self.adapter is None
-
-    @property
-    def _can_merge(self) -> bool:
-        """Whether an adapter can be merged into the weights: 16 bits would round small changes away."""
-        return self.adapter is None or (not self.adapter.nf4 and self.model.dtype == torch.float32)
-
-    def step(self, longest: int, *, in_place: bool = False) -> Callable[[Tensor, Tensor, Plan], Tensor]:
-        """A function that decodes a token per row: tokens (B,), positions (B,) below `longest`, plan -> logits (B, V).
-
-        With `in_place` it reads the model's weights at every call; otherwise it uses the current ones.
-        """
-        if llama.fits(self.model) and self._can_merge:
-            # On a CPU, a narrow model loses more to conversions than it gains from bfloat16.
-            wide = self.device.type != "cpu" or self.model.config.hidden_size >= WIDE
-            converted = self.precision == "bf16-master" and wide and not in_place and self.adapter is None
-            dtype = torch.bfloat16 if converted else self.model.dtype
-            fused = self.fused and in_place
-            with lora.merged_weights(self.model) if self.adapter else nullcontext():
-                written = llama.Pass(self.model, longest=longest, dtype=dtype, in_place=in_place, fused=fused)
-            return lambda tokens, positions, plan: written.logits(written.hidden(tokens, positions, plan))
-        if self.whole:
-            return lambda tokens, positions, plan: self._whole_logits(tokens[:, None], positions[:, None], plan)[:, 0]
-        return lambda tokens, positions, plan: self.logits(self.hidden(tokens[:, None], positions[:, None], plan)[:, 0])
-
-    def _hidden_of_row(self, tokens: Tensor, plan: Packed) -> Tensor:
-        """Final hidden states (N, D) of one packed row (N,). With an adapter, peft's own layers compute them."""
-        model, recomputed = self.model, bool(self.model.is_activation_checkpointing)
-        fits = llama.fits(model) and self.adapter is None
-        if self.fused and fits:
-            written = llama.Pass(
-                model, longest=plan.longest, dtype=model.dtype, in_place=True, fused=True, checkpointing=recomputed
-            )
-        elif self.device.type == "cpu" and fits and not recomputed and model.config.hidden_size < WIDE:
-            dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
-            written = llama.Pass(model, longest=plan.longest, dtype=dtype)
-        else:
-            return self.hidden(tokens[None], plan.positions, plan)[0]
-        return written.hidden(tokens, plan.positions[0], plan, packed=True)
-
     def logprobs(
         self, sequences: Sequences, *, temperature: float, entropy: bool = True, logit_chunk: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy, both (B, T) float32, of each completion token under the sampling distribution.
 
         That is softmax(logits / temperature), in float32. Padding is 0. Entropy has no gradient, and is 0 unless
-        requested. Only the logits of `logit_chunk` tokens are kept in memory at once, if not 0 and on the fast path.
+        requested. Only the logits of `logit_chunk` tokens are kept in memory at once, if not 0 and on a path that can.
         """
-        if self.plain:
-            return self._plain_logprobs(sequences, temperature)
-        order = packing_order([len(row) for row in sequences.completions], sequences.prompt_index, self.device)
-        completions = [sequences.completions[row] for row in order]
-        prompt_lengths, lengths = ([len(tokens) for tokens in part] for part in (sequences.prompts, completions))
-        plan = Packed(prompt_lengths, lengths, [sequences.prompt_index[row] for row in order], self.device)
-        packed = [token for part in (*sequences.prompts, *completions) for token in part]
-        targets = packed[sum(prompt_lengths) :]
-        tokens, labels = torch.tensor(packed, device=self.device), torch.tensor(targets, device=self.device)
-        of_logits = partial(token_logprobs, temperature=temperature, entropy=entropy, fused=self.fused)
-        with self.autocast():
-            if self.is_sharded or self.whole:  # FSDP gathers a layer's weights only within the model's own forward
-                logits = self._whole_logits(tokens[None], plan.positions, plan, plan.predecessors)[0]  # (M, V)
-                values = of_logits(logits, labels)
-            else:
-                before = self._hidden_of_row(tokens, plan)[plan.predecessors]  # (M, D)
-                values = in_chunks(lambda rows, own: of_logits(self.logits(rows), own), before, labels, logit_chunk)
-        return _scatter(values[0], lengths, order), _scatter(values[1], lengths, order)
-
-    def _plain_logprobs(self, sequences: Sequences, temperature: float) -> tuple[Tensor, Tensor]:
-        """As `logprobs`, from rows [prompt | completion | padding]: padding at the end does not affect the rest."""
-        answered = [sequences.prompts[owner] for owner in sequences.prompt_index]
-        rows = [prompt + completion for prompt, completion in zip(answered, sequences.completions, strict=True)]
-        longest = max(map(len, rows))
-        tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
-        targets = torch.tensor([token for row in sequences.completions for token in row], device=self.device)
-        lengths = [len(completion) for completion in sequences.completions]
-        with self.autocast():
-            logits = self.model(input_ids=tokens, use_cache=False).logits  # (B, T, V)
-            ends = [(len(prompt) - 1, len(prompt) - 1 + n) for prompt, n in zip(answered, lengths, strict=True)]
-            flat = torch.cat([row[start:end] for row, (start, end) in zip(logits, ends, strict=True)])  # (M, V)
-            logprobs, entropy = token_logprobs(flat, targets, temperature)
-        return _scatter(logprobs, lengths, range(len(rows))), _scatter(entropy, lengths, range(len(rows)))
+        return self.path.logprobs(self, sequences, temperature=temperature, entropy=entropy, logit_chunk=logit_chunk)
 
     def sums(self) -> list[float]:
         """The sum of each weight tensor, to compare weights."""
@@ -308,10 +220,3 @@ def checkpoint_layers(model: transformers.PreTrainedModel) -> None:
             module.training = True
             for name in [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]:
                 setattr(module, name, 0.0)
-
-
-def _scatter(flat: Tensor, lengths: Sequence[int], order: Sequence[int]) -> Tensor:
-    """Values (M,) of tokens, row after row -> a padded matrix (B, T), zero elsewhere; row i becomes row order[i]."""
-    mask = torch.arange(max(lengths), device=flat.device) < torch.tensor(lengths, device=flat.device)[:, None]
-    padded = torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat)
-    return padded[torch.tensor(order, device=flat.device).argsort()]

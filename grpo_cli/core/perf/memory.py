@@ -28,8 +28,10 @@ from grpo_cli.core.model.load import (
 )
 from grpo_cli.core.model.lora import Lora, adapter_sizes
 from grpo_cli.core.model.master_weights import AT_ONCE
-from grpo_cli.core.model.policy import ATTENTION
-from grpo_cli.core.sampling.decode import ROUNDED
+from grpo_cli.core.model.packed import PackedPath
+from grpo_cli.core.model.plain import PlainPath
+from grpo_cli.core.model.policy import ATTENTION, ComputePath
+from grpo_cli.core.rollout.decode import ROUNDED
 
 GB = 1e9
 GPU_MARGIN = 0.05  # share of a GPU's free memory reserved for fragmentation
@@ -144,8 +146,8 @@ def _size(config: transformers.PreTrainedConfig, name: str) -> int:
 class Planner:
     """Memory and time of one model for one kind of work."""
 
-    def __init__(self, name: str, work: Work, *, plain: bool = False, whole: bool = False) -> None:
-        """`plain` and `whole`: the path that the self-check chose; a plain path may also follow from the config."""
+    def __init__(self, name: str, work: Work, path: ComputePath | None = None) -> None:
+        """`path`: what the self-check chose; a plain path may also follow from the config."""
         self.work, self.layers = work, number_of_layers(name)
         self.dtype = weights_dtype(work.precision, torch.device(work.device))
         # Architectures name their layers differently; they are the first ModuleList. Some count two for each.
@@ -159,8 +161,9 @@ class Planner:
         self.count = sum(shape.numel() for shape in self.shapes)
         config = model.config.get_text_config()
         require_context(name, config, work.prompt_tokens + work.new_tokens)
-        self.plain = plain or model.config._attn_implementation != ATTENTION
-        self.can_chunk = not (self.plain or whole or work.shards > 1)  # as `Policy.logprobs`
+        self.plain = isinstance(path, PlainPath) or model.config._attn_implementation != ATTENTION
+        own_logits = isinstance(path, PackedPath) and path.own_logits
+        self.can_chunk = not (self.plain or own_logits or work.shards > 1)  # as `PackedPath.logprobs`
         self._has_scores = self.plain and not model._supports_sdpa  # (H, T, T) of each row
         # Queries and keys, normed in float32 and rotated after that.
         self._norms_heads = any(re.search(r"\b(q|query)_(layer)?norm\b", name) for name, _ in layer.named_modules())
@@ -400,11 +403,11 @@ def host_limit(*, free: int = 0, ranks: int = 1) -> int:
 
 
 def plan_for(
-    name: str, work: Work, settings: Settings, *, free: int = 0, plain: bool = False, whole: bool = False
+    name: str, work: Work, settings: Settings, *, free: int = 0, path: ComputePath | None = None
 ) -> MemoryPlan:
     """The plan for a training with these settings in the memory that `room` allows; raises as `find` does."""
     return find(
-        Planner(name, work, plain=plain, whole=whole),
+        Planner(name, work, path),
         room=room(settings, work, free=free),
         rows=settings.train.micro_batch_size,
         checkpointing={"auto": None, "on": True, "off": False}[settings.model.gradient_checkpointing],

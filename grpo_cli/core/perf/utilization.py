@@ -18,8 +18,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from grpo_cli.core.microbatch import process_peak
+from grpo_cli.core.model.plain import PlainPath
 from grpo_cli.core.model.policy import Policy, set_attention
-from grpo_cli.core.sampling.rollout import Rollout
+from grpo_cli.core.rollout.engine import Rollout
 
 Groups = Sequence[tuple[int, Sequence[int]]]  # tokens of each prompt, and of each of its completions
 COUNTED = 8  # tokens of the shorter row whose operations are counted
@@ -57,7 +58,7 @@ def _triangle(length: int) -> int:
 def operations(policy: Policy) -> Operations | None:
     """The operations of a policy's model as torch counts them, or None where the rules of this module are not right."""
     output, weights = policy.model.get_output_embeddings(), list(policy.model.parameters())
-    if policy.plain or policy.is_sharded or output is None:
+    if isinstance(policy.path, PlainPath) or policy.is_sharded or output is None:
         return None
     if any(not weight.requires_grad or weight.dim() > 2 for weight in weights):  # experts are stacked in one weight
         return None

@@ -50,11 +50,11 @@ from grpo_cli.core.rl.trackers import Tracked, require_tracker
 from grpo_cli.core.rl.train import Trainer
 from grpo_cli.core.rl.validate import Validation
 from grpo_cli.core.rl.warm_start import Lesson, lessons, warm_start
+from grpo_cli.core.rollout.local import LocalEngine
+from grpo_cli.core.rollout.params import SamplingParams
+from grpo_cli.core.rollout.selfcheck import load_checked, recheck
 from grpo_cli.core.run.folder import Run, require_space
 from grpo_cli.core.run.models import model_source
-from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import Engine
-from grpo_cli.core.sampling.selfcheck import load_checked, recheck
 from grpo_cli.core.task.task import Task
 from grpo_cli.core.world import World
 
@@ -179,7 +179,7 @@ def assemble(
     """A trainer of what is loaded already; without a `plan`, memory has no limit."""
     context, problems = context or Context(), problems or Problems.of(settings)
     micro_batch = _micro_batch(plan, context.note, settings.train.micro_batch_size)
-    engine, clock = Engine(state.policy), Clock(context.world)
+    engine, clock = LocalEngine(state.policy), Clock(context.world)
     meter = Meter(state.policy, operations(state.policy))
     collector = Collector(
         engine, problems, settings.train, settings.reward, context, clock, meter, micro_batch.unlimited()
@@ -285,8 +285,7 @@ def plan_memory(
     longest = longest_prompt(settings, problems, partial(encode, tokenizer))
     optimizer = choose_optimizer(settings.train.optimizer, device)
     work = memory.Work.of(settings, device=device, optimizer=optimizer, prompt_tokens=longest, ranks=ranks)
-    plain, whole = (policy.plain, policy.whole) if policy else (False, False)
-    return memory.plan_for(source, work, settings, free=free, plain=plain, whole=whole)
+    return memory.plan_for(source, work, settings, free=free, path=policy.path if policy else None)
 
 
 def _lock(run: Run, stack: ExitStack, note: Note) -> None:

@@ -20,8 +20,8 @@ from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.context import Context
 from grpo_cli.core.rl.grpo import overlong_penalty, zero_variance
 from grpo_cli.core.rl.schedule import Problems
-from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import Engine, uniforms
+from grpo_cli.core.rollout.engine import Engine, uniforms
+from grpo_cli.core.rollout.params import SamplingParams
 from grpo_cli.core.task.task import Problem, Score, Task
 
 ANNOUNCED = 5  # rounds of dynamic sampling between messages

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grpo_cli.core.fsdp import local
 from grpo_cli.core.model.policy import Policy, Sequences
-from grpo_cli.core.sampling.selfcheck import plain_logprobs
+from grpo_cli.core.rollout.selfcheck import plain_logprobs
 from grpo_cli.core.world import World
 
 PROBED_WEIGHTS = 4096  # weights per tensor to compare before and after a step

@@ -12,9 +12,10 @@ from inspect import signature
 import torch
 from torch import Tensor
 
+from grpo_cli.core.model.plain import PlainPath
 from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.sampling.decode import Sampler, choose
-from grpo_cli.core.sampling.params import SamplingParams
+from grpo_cli.core.rollout.decode import Sampler, choose
+from grpo_cli.core.rollout.params import SamplingParams
 
 CACHES = ("cache", "past_key_values", "cache_params", "state")  # argument names of the cache by architecture
 
@@ -25,6 +26,8 @@ class PlainSampler(Sampler):
     def __init__(
         self, policy: Policy, prompts: Sequence[list[int]], params: SamplingParams, uniform: Tensor | None
     ) -> None:
+        assert isinstance(policy.path, PlainPath)
+        self.cached = policy.path.cached
         super().__init__(policy, len(prompts) * params.num_generations, params, uniform)
         self.prompts = [prompt for prompt in prompts for _ in range(params.num_generations)]
 
@@ -39,7 +42,7 @@ class PlainSampler(Sampler):
         takes = signature(self.policy.model.forward).parameters
         last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         for time in range(self.limit):
-            output = self.policy.model(input_ids=fed, use_cache=self.policy.cached, **cache, **last)
+            output = self.policy.model(input_ids=fed, use_cache=self.cached, **cache, **last)
             self.computed += fed.numel()
             uniform = None if self.uniform is None else self.uniform[rows, time]
             chosen, logprobs = choose(output.logits[:, -1], uniform, self.params)
@@ -49,7 +52,7 @@ class PlainSampler(Sampler):
             yield time + 1
             if bool((self.ended[rows] > 0).all()):
                 break
-            cache = self._cache_of(output) if self.policy.cached else {}
+            cache = self._cache_of(output) if self.cached else {}
             tokens = torch.cat([tokens, chosen[:, None]], dim=1)
             fed = chosen[:, None] if cache else tokens
 

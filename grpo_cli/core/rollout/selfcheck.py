@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,10 +32,13 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model import lora
 from grpo_cli.core.model.load import detect_device, load, use_checkpointing
 from grpo_cli.core.model.logprobs import token_logprobs
-from grpo_cli.core.model.policy import Policy, Sequences, set_attention
+from grpo_cli.core.model.packed import PackedPath
+from grpo_cli.core.model.plain import PlainPath
+from grpo_cli.core.model.policy import ComputePath, Policy, Sequences, set_attention
 from grpo_cli.core.model.templates import PROBE, strips_thoughts
-from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import Engine, uniforms
+from grpo_cli.core.rollout.engine import uniforms
+from grpo_cli.core.rollout.local import LocalEngine
+from grpo_cli.core.rollout.params import SamplingParams
 
 PROBE_TOKENS = 24
 GENERATIONS, NEW_TOKENS = 3, 8
@@ -46,12 +50,12 @@ LOGITS = 1e-3  # relative difference of logits
 COMPARED = (0, 2, 4)  # rows of the probe that the plain forward computes
 KEPT = 200  # outcomes kept in the cache
 
-PATHS: dict[str, dict[str, bool]] = {
-    "packed": {},
-    "packed, unfused": {"fused": False},
-    "packed, own logits": {"fused": False, "whole": True},
-    "plain": {"fused": False, "plain": True},
-    "plain, uncached": {"fused": False, "plain": True, "cached": False},
+PATHS: dict[str, ComputePath] = {  # fastest first
+    "fused": PackedPath(fused=True),
+    "packed": PackedPath(),
+    "packed, own logits": PackedPath(own_logits=True),
+    "plain": PlainPath(),
+    "plain, uncached": PlainPath(cached=False),
 }
 
 
@@ -67,12 +71,13 @@ class Outcome:
 
     def sentence(self, policy: Policy) -> str:
         """One line for the user."""
-        if self.path == "packed":
-            done = "cached" if self.from_cache else f"{self.seconds:.1f} s"
-            return f"self-check of `{policy.name}`: log-probs within {self.gap:.0e} of the plain forward ({done})"
-        slower = "plain path, slower" if policy.plain else "fast path with the model's own logits"
-        if not (policy.plain or policy.whole):
-            slower = "fast path without fused kernels"
+        if not self.reason:
+            gap = f"log-probs within {self.gap:.0e} of the plain forward"
+            return f"self-check of `{policy.name}`: {gap} ({self.seconds:.1f} s)"
+        slower = "plain path, slower"
+        if isinstance(policy.path, PackedPath):
+            missing = "with the model's own logits" if policy.path.own_logits else "without fused kernels"
+            slower = f"fast path {missing}"
         return f"`{policy.name}` ({type(policy.model).__name__}) runs on the {slower}: {self.reason}"
 
 
@@ -123,7 +128,7 @@ def _checked_and_noted(policy: Policy, checkpointing: bool, note: Callable[[str]
         cache = Path.home() / ".cache" / "countdown" / "selfcheck.json"
     with lora.perturbed(policy.model):
         policy, outcome = checked(policy, checkpointing=checkpointing, cache=cache)
-    if policy.plain or policy.whole or not outcome.from_cache:
+    if not outcome.from_cache:
         note(outcome.sentence(policy))
     return policy
 
@@ -141,19 +146,12 @@ def checked(
     known = _read(cache).get(key) if cache else None
     if known:
         outcome = replace(Outcome(**known), from_cache=True)
-        return _on(policy, outcome.path), outcome
+        return _on(policy, PATHS[outcome.path]), outcome
     prompts = prompts or _pieces(policy)
-    reasons: list[str] = []
+    reasons = ["attention other than full causal attention"] if isinstance(policy.path, PlainPath) else []
     try:
         _require_causal(policy, prompts)
-        for path, flags in PATHS.items():
-            if policy.plain and not flags.get("plain"):
-                reasons = ["attention other than full causal attention"]
-                continue
-            if path == "packed, unfused" and not policy.fused:
-                continue  # as "packed"
-            if path == "plain" and not policy.cached:
-                continue
+        for name, path in dropwhile(lambda item: item[1] != policy.path, PATHS.items()):
             candidate = _on(policy, path)
             try:
                 gap = _gap(candidate, prompts, checkpointing=checkpointing)
@@ -162,8 +160,8 @@ def checked(
             except Exception as error:  # whatever an unknown architecture raises, or a disagreement
                 reasons.append(_one_line(error))
                 continue
-            outcome = Outcome(path, gap, reasons[0] if reasons else "", time.perf_counter() - start)
-            if cache:
+            outcome = Outcome(name, gap, reasons[0] if reasons else "", time.perf_counter() - start)
+            if cache and not reasons:  # a kernel that fails to compile may compile the next time
                 _write(cache, key, outcome)
             return candidate, outcome
     except Disagreement as error:
@@ -192,13 +190,12 @@ def plain_attention(policy: Policy) -> Iterator[None]:
     try:
         yield
     finally:
-        set_attention(policy.model, plain=policy.plain)
+        set_attention(policy.model, plain=isinstance(policy.path, PlainPath))
 
 
-def _on(policy: Policy, path: str) -> Policy:
-    chosen = replace(policy, **PATHS[path])  # type: ignore[arg-type]
-    set_attention(policy.model, plain=chosen.plain)
-    return chosen
+def _on(policy: Policy, path: ComputePath) -> Policy:
+    set_attention(policy.model, plain=isinstance(path, PlainPath))
+    return replace(policy, path=path)
 
 
 def _pieces(policy: Policy) -> list[list[int]]:
@@ -228,13 +225,13 @@ def _require_causal(policy: Policy, prompts: Sequence[list[int]]) -> None:
 
 def _gap(policy: Policy, prompts: Sequence[list[int]], *, checkpointing: bool) -> float:
     """Largest difference of the policy's log-probabilities from the plain ones. Raises Disagreement beyond bounds."""
-    if not (policy.plain or policy.whole):
+    if isinstance(policy.path, PackedPath) and not policy.path.own_logits:
         _compare_logits(policy, prompts[0])
     sequences, pairs = _differences(policy, prompts)
     for problem, difference in pairs.items():
         if not _agree(policy, difference):
             raise Disagreement(f"{problem} by {float(difference.max()):.2g}")
-    if checkpointing or policy.fused:
+    if checkpointing or policy.path == PATHS["fused"]:
         _compare_gradients(policy, sequences.subset([0, GENERATIONS]))
     return max(float(difference.max()) for difference in pairs.values())
 
@@ -243,7 +240,7 @@ def _differences(policy: Policy, prompts: Sequence[list[int]]) -> tuple[Sequence
     """Sampled sequences, and the distances (M,) of their log-probabilities computed in three ways."""
     vocabulary = policy.model.config.get_text_config().vocab_size
     ending = replace(policy, end_ids=tuple(range(0, vocabulary, ENDS)))
-    rollout = Engine(ending).sample(
+    rollout = LocalEngine(ending).sample(
         prompts,
         SamplingParams(NEW_TOKENS, num_generations=GENERATIONS),
         uniform=uniforms(0, 0, range(len(prompts)), GENERATIONS, NEW_TOKENS),
@@ -347,10 +344,10 @@ def _key(policy: Policy, checkpointing: bool) -> str:
     """Hash of config, evenly spaced weights of every tensor, code, versions and device."""
     config = policy.model.config.to_json_string()
     device = torch.cuda.get_device_name(policy.device) if policy.device.type == "cuda" else policy.device.type
-    facts = [config, policy.precision, device, policy.plain, policy.fused, checkpointing, policy.end_ids]
+    facts = [config, policy.precision, device, policy.path, checkpointing, policy.end_ids]
     digest = hashlib.sha256(repr([*facts, version("torch"), version("transformers")]).encode())
     core = Path(__file__).parents[1]
-    for path in sorted([*core.glob("model/*.py"), *core.glob("sampling/*.py")]):
+    for path in sorted([*core.glob("model/*.py"), *core.glob("rollout/*.py")]):
         digest.update(path.read_bytes())
     samples = [weight.detach().flatten()[:: max(1, weight.numel() // 256)] for weight in policy.model.parameters()]
     digest.update(torch.cat([part.float() for part in samples]).cpu().numpy().tobytes())

@@ -7,7 +7,6 @@ penalties, for any model.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,40 +17,17 @@ from torch import Tensor
 
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import require_context
+from grpo_cli.core.model.packed import can_step_in_place
+from grpo_cli.core.model.plain import PlainPath
 from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.sampling.decode import Form, Sampler, ShrinkingSampler, StaticSampler, static_sampler
-from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.plain import PlainSampler
+from grpo_cli.core.rollout.decode import Form, Sampler, ShrinkingSampler, StaticSampler, static_sampler
+from grpo_cli.core.rollout.engine import Rollout
+from grpo_cli.core.rollout.params import SamplingParams
+from grpo_cli.core.rollout.plain_sampler import PlainSampler
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """Completions of a batch; row p * G + g is completion g of prompt p."""
-
-    completions: list[list[int]]  # token ids, including the end-of-sequence token if there is one
-    logprobs: list[list[float]]  # per token, under the sampling distribution
-    truncated: list[bool]  # reached the token limit
-    seconds: dict[str, float] = field(compare=False)  # by phase: prefill, decode
-    computed: int = field(compare=False)  # token positions computed by the model, including padding
-
-
-def uniforms(seed: int, step: int, prompts: Sequence[int], num_generations: int, tokens: int) -> Tensor:
-    """Uniform numbers (P, G, T) in [0, 1) from a hash of (seed, step, prompt, sample), 53 bits each.
-
-    torch.Generator uses only 32 bits of a seed, so rows of a long training would coincide.
-    """
-    rows = []
-    for prompt in prompts:
-        for sample in range(num_generations):
-            bits = hashlib.shake_256(f"{seed}/{step}/{prompt}/{sample}".encode()).digest(8 * tokens)
-            integers = torch.frombuffer(bytearray(bits), dtype=torch.int64) & (2**53 - 1)
-            rows.append(integers.double() / 2**53)
-    stacked = torch.stack(rows) if rows else torch.empty(0)
-    return stacked.view(len(prompts), num_generations, tokens)
-
-
-@dataclass(frozen=True)
-class Engine:
+class LocalEngine:
     """Samples with a policy. Its static samplers serve later rollouts too, while the weights are updated in place."""
 
     policy: Policy
@@ -142,10 +118,10 @@ class Engine:
         """A sampler with the prompts prefilled. Raises CountdownError beyond the model's context."""
         policy, longest = self.policy, max(map(len, prompts))
         require_context(policy.name, policy.model.config, longest + params.max_new_tokens)
-        if policy.plain:
+        if isinstance(policy.path, PlainPath):
             return PlainSampler(policy, prompts, params, uniform)
         if static is None:
-            static = policy.device.type == "cuda" and policy.can_step_in_place
+            static = policy.device.type == "cuda" and can_step_in_place(policy)
         if static:
             form = Form(len(prompts), longest, params if uniform is not None else replace(params, temperature=0.0))
             return static_sampler(self.samplers, policy, prompts, form, uniform)

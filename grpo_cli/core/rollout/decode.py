@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from grpo_cli.core.model.attention import Decode, Prefill, StaticDecode, attention_dtype
+from grpo_cli.core.model.packed import PackedPath
 from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.sampling.params import SamplingParams
+from grpo_cli.core.rollout.params import SamplingParams
 
 DROP_BELOW = 0.8  # finished rows are dropped once live ones fit in this share of the batch
 CHECK_EVERY = 8  # steps between checks whether all rows have finished; each check synchronizes a GPU
@@ -71,6 +72,12 @@ def _first_above(weights: Tensor, aim: Tensor) -> Tensor:
     return torch.where(weights.gather(-1, places) > 0, places, weights.argmax(dim=-1, keepdim=True))
 
 
+def packed(policy: Policy) -> PackedPath:
+    """The path of a policy that decodes with shared prompts."""
+    assert isinstance(policy.path, PackedPath)
+    return policy.path
+
+
 class Sampler:
     """Completions being sampled; row p * G + g is completion g of prompt p."""
 
@@ -97,7 +104,7 @@ class Sampler:
         tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)  # (P, L)
         self.computed = tokens.numel()
         prefill = Prefill()
-        return prefill, lengths, self.policy.prefill(tokens, lengths, prefill)
+        return prefill, lengths, packed(self.policy).prefill(self.policy, tokens, lengths, prefill)
 
 
 class ShrinkingSampler(Sampler):
@@ -112,7 +119,7 @@ class ShrinkingSampler(Sampler):
         prefill, self.lengths, logits = self._prefilled(prompts)
         self.logits = logits.repeat_interleave(num_generations, dim=0)  # (P * G, V)
         self.cache = Decode(prefill, self.lengths, num_generations=num_generations, max_new_tokens=max_new_tokens)
-        self.step = policy.step(max(map(len, prompts)) + max_new_tokens)
+        self.step = packed(policy).step(policy, max(map(len, prompts)) + max_new_tokens)
         self.ids = torch.arange(rows, device=policy.device).view(len(prompts), num_generations)
 
     def run(self) -> Iterator[int]:
@@ -176,7 +183,7 @@ class StaticSampler(Sampler):
         uniform = None if form.params.greedy else torch.zeros(rows, max_new_tokens, dtype=torch.float64)
         super().__init__(policy, rows, form.params, uniform)
         self.form = form
-        self.step = policy.step(longest + max_new_tokens, in_place=True)
+        self.step = packed(policy).step(policy, longest + max_new_tokens, in_place=True)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # prompt length of each row
         self.time = torch.zeros(1, dtype=torch.long, device=device)  # index of the token to sample
         self.logits = torch.zeros(rows, model.config.vocab_size, dtype=model.dtype, device=device)
