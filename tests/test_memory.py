@@ -68,7 +68,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def planner(qwen: Path) -> Planner:
-    return Planner(str(qwen), WORK)
+    return Planner(str(qwen), WORK, PackedPath())
 
 
 # Precision, gradient checkpointing, prompts, completions of each, tokens of both, and the width of the MLP.
@@ -205,6 +205,12 @@ def test_logits_of_the_whole_step_are_there_twice_in_float32_and_once_in_bfloat1
     assert planner.plan(Choices()).phases["update"]["logits"] == 64 * 160 * 151936 * (4 + 4 + 2)
 
 
+def test_fused_kernels_keep_the_logits_and_their_gradient_alone(qwen: Path, planner: Planner) -> None:
+    fused = Planner(str(qwen), WORK)  # by default on CUDA
+    assert fused.plan(Choices()).phases["update"]["logits"] == 64 * 160 * 151936 * (2 + 2)
+    assert find(fused, room=int(26 * GB)).choices.rows == 32 == 2 * find(planner, room=int(26 * GB)).choices.rows
+
+
 @pytest.mark.parametrize(
     ("gigabytes", "expected"),
     [
@@ -229,7 +235,7 @@ ENDS = 151936 * 1536 + 1536
 
 @pytest.fixture(scope="session")
 def eighth(qwen: Path) -> Planner:
-    return Planner(str(qwen), SHARDED)
+    return Planner(str(qwen), SHARDED, PackedPath())
 
 
 def test_parts_of_eight_shards_are_those_worked_out_by_hand(eighth: Planner) -> None:

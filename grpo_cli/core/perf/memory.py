@@ -179,8 +179,11 @@ class Planner:
         self.has_masters = (
             not work.adapter and work.precision == "bf16-master" and self.dtype == torch.bfloat16 and work.shards == 1
         )
+        is_fused = work.device == "cuda" and not self.plain and path in (None, PackedPath(fused=True))
         # Bytes per value in matrix multiplications. Autocast on a CPU keeps a float32 copy beside bfloat16.
         self._computed = 4 if work.precision == "float32" or work.device == "cpu" else 2
+        # A fused kernel keeps the logits and their gradient; otherwise probabilities and a temporary in float32, too.
+        self._per_logit = 2 * self._computed if is_fused else self._computed + 8
         self._merges = work.device == "cpu" and work.shards == 1 and llama.fits(model) and not self._nf4
 
     def plan(self, choices: Choices, *, room: int = 0, reasons: Sequence[str] = ()) -> MemoryPlan:
@@ -298,7 +301,7 @@ class Planner:
         boundary = tokens * self._width * self.dtype.itemsize
         kept = (self.layers * (boundary if choices.checkpointing else layer)) if learn else boundary
         logits = min(choices.logit_chunk or rows * work.new_tokens, rows * work.new_tokens)
-        amounts = {"activations": kept + layer, "logits": logits * self._vocabulary * (self._computed + 8)}
+        amounts = {"activations": kept + layer, "logits": logits * self._vocabulary * self._per_logit}
         if self.plain:
             amounts["logits"] += tokens * self._vocabulary * self._computed
         copies = self._gathered(learn=learn)
