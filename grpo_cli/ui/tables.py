@@ -194,8 +194,9 @@ def memory_line(plan: MemoryPlan) -> str:
     choices = plan.choices
     return ", ".join(
         [
-            f"memory: {_gigabytes(plan.peak)} GB if every completion reaches the token limit, {_gigabytes(plan.room)} GB can"
-            " be used: micro-batches of " + (counted(choices.rows, "completion") if choices.rows else "the whole step"),
+            f"memory: {_gigabytes(plan.peak)} GB if every completion reaches the token limit",
+            f"{_gigabytes(plan.room)} GB can be used",
+            f"micro-batches of {counted(choices.rows, 'completion') if choices.rows else 'the whole step'}",
             f"gradient checkpointing {'on' if choices.checkpointing else 'off'}",
             *([f"logits of {choices.logit_chunk:,} tokens at a time"] if choices.logit_chunk else []),
             *([f"reference on the {'host' if choices.on_host else 'device'}"] if "reference" in plan.phases else []),
