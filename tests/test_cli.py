@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import SMALL, Command
 from forked import Forked
 
 import grpo_cli.cli.eval as eval_command
+from grpo_cli.cli import app
 from grpo_cli.cli.models import Chosen, load
 from grpo_cli.core.config import resolve as config
 from grpo_cli.core.model.policy import Policy
@@ -140,6 +142,45 @@ def test_train_says_first_which_preset_and_why(countdown: Command, tiny_folder: 
     assert found.err.splitlines()[0].startswith("preset builtin: ")
     assert "CUDA" in found.err.splitlines()[0]
     assert "\x1b" not in found.err
+
+
+def test_the_number_of_threads_is_said_and_can_be_set(countdown: Command, tiny_folder: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        done = countdown(
+            "train", "--model", tiny_folder, "--num-iterations", 1, "--max-new-tokens", 4, "--eval-puzzles", 1,
+            "--batch-size", 1, "--num-generations", 2, "--device", "cpu", "--threads", 2,
+        )  # fmt: skip
+        assert "device: CPU; threads: 2" in done.stderr
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_wait_passively_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, expected in ((None, "passive"), ("active", "active")):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if given:
+            monkeypatch.setenv("OMP_WAIT_POLICY", given)
+        app._set_environment()
+        assert os.environ["OMP_WAIT_POLICY"] == expected
+
+
+def test_windows_is_refused_in_one_sentence() -> None:
+    code = """
+import signal, sys, typer, rich.console, rich.table, rich.progress, pydantic, tomli
+from grpo_cli.ui import text
+for name in ("fcntl", "resource", "pwd"):
+    sys.modules[name] = None
+for name in ("SIGUSR1", "SIGHUP", "SIGPIPE"):
+    delattr(signal, name)
+sys.platform, sys.argv = "win32", ["countdown", "train"]
+from grpo_cli.cli.app import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (
+        2, "error: `countdown` runs on Linux and macOS\n\nhint: on Windows, use it in WSL\n"
+    )  # fmt: skip
 
 
 def test_train_goes_on_with_resume(trained: Command, tmp_path: Path) -> None:

@@ -52,6 +52,9 @@ USAGE_ERROR: Any = typer.BadParameter.__base__  # Typer does not export it
 def main() -> None:
     """Run the command line. A CountdownError is printed as one sentence, without a traceback."""
     show.prepare_streams()
+    if sys.platform == "win32":
+        show.error(CountdownError("`countdown` runs on Linux and macOS", "on Windows, use it in WSL"))
+        sys.exit(2)
     atexit.register(gc.disable)  # skip a slow last collection at interpreter exit
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     _set_environment()
@@ -86,6 +89,7 @@ def main() -> None:
 def _set_environment() -> None:
     """Set what libraries read when they are imported; the user's own values win."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors in torch on Linux
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait slow all others down
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by `--deterministic`
     os.environ.setdefault("WANDB_MODE", "offline")  # upload nothing by default
     if "PYTORCH_ALLOC_CONF" not in os.environ:  # the newer name

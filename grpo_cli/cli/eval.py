@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from grpo_cli.core.task.task import Task
     from grpo_cli.core.world import World
 
-SETTINGS = ("preset", "runs", "task", "model.device", "model.precision", "eval", "ranks")
+SETTINGS = ("preset", "runs", "task", "model.device", "model.precision", "model.threads", "eval", "ranks")
 SUITE_CELL = ("task.style", "task.numbers", "eval.split")  # settings that a suite's cells determine
 _DECODING = ("eval.limit", "eval.samples", "eval.temperature", "eval.max_new_tokens")
 

@@ -76,9 +76,11 @@ def import_libraries() -> None:
 def load(chosen: Chosen) -> Policy:
     """Load a model for sampling."""
     import_libraries()
+    from grpo_cli.core.model.load import set_threads
     from grpo_cli.core.rollout.selfcheck import load_checked
 
     model = chosen.settings.model
+    set_threads(model.threads)
     return load_checked(chosen.source, name=chosen.name, device=model.device, precision=model.precision, note=show.note)
 
 

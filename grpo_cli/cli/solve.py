@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from grpo_cli.core.task.task import Score
 
 SETTINGS = ("preset", "runs", "task.style", *RULES)
-SETTINGS += ("model.device", "model.precision", "eval.max_new_tokens", "eval.temperature")
+SETTINGS += ("model.device", "model.precision", "model.threads", "eval.max_new_tokens", "eval.temperature")
 
 
 def solve(
@@ -98,7 +98,7 @@ def _attempt(policy: Policy, puzzle: Puzzle, settings: Settings, *, attempts: in
     from grpo_cli.core.task.countdown import Countdown
     from grpo_cli.ui import tables
 
-    if policy.model.num_parameters() < 10_000_000:
+    if not settings.model.threads and policy.model.num_parameters() < 10_000_000:
         torch.set_num_threads(1)  # a small model loses more to thread synchronisation than it gains
     task, style, limit = Countdown(settings.task.rules), settings.task.style, settings.eval.max_new_tokens
     tokens = policy.encode(task.prompt(puzzle, style))

@@ -145,6 +145,7 @@ class Model(Table):
         le=10**9,
         resumable=True,
     )
+    threads: int = setting("CPU threads; 0 is one per core", "Model", ge=0, le=4096, resumable=True, advanced=True)
 
 
 class Train(Table):

@@ -49,6 +49,12 @@ def detect_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def set_threads(count: int) -> None:
+    """Compute with `count` CPU threads, or with torch's default if it is 0."""
+    if count:
+        torch.set_num_threads(count)
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes of memory that nobody uses on the device."""
     if device.type == "cuda":

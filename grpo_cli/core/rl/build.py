@@ -23,7 +23,7 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evals import contamination
 from grpo_cli.core.evals.evaluate import Evaluation, Evaluator
 from grpo_cli.core.microbatch import MicroBatch
-from grpo_cli.core.model.load import detect_device, fix_order, free_memory, load_tokenizer
+from grpo_cli.core.model.load import detect_device, fix_order, free_memory, load_tokenizer, set_threads
 from grpo_cli.core.model.lora import Lora
 from grpo_cli.core.model.policy import Policy, encode
 from grpo_cli.core.model.reference import Reference
@@ -313,6 +313,9 @@ def _load_policy(settings: Settings, problems: Problems, past: Past, context: Co
     All ranks choose the same plan: that for the least free memory.
     """
     device, adapter, world, note = detect_device(settings.model.device), Lora.of(settings), context.world, context.note
+    set_threads(settings.model.threads)
+    if device.type == "cpu":
+        note(f"device: CPU; threads: {torch.get_num_threads()}")
     if settings.train.deterministic:
         fix_order()
     free = min(world.gather(free_memory(device)))
