@@ -151,7 +151,7 @@ def test_the_number_of_threads_is_said_and_can_be_set(countdown: Command, tiny_f
             "train", "--model", tiny_folder, "--num-iterations", 1, "--max-new-tokens", 4, "--eval-puzzles", 1,
             "--batch-size", 1, "--num-generations", 2, "--device", "cpu", "--threads", 2,
         )  # fmt: skip
-        assert "device: CPU; threads: 2" in done.stderr
+        assert "device: CPU; threads: 2" in done.err
     finally:
         torch.set_num_threads(before)
 
