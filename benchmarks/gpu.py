@@ -33,9 +33,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_cli.core.builtin.tokenizer import train_tokenizer
-from grpo_cli.core.config.settings import Loss
+from grpo_cli.core.config.resolve import resolve
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import load
+from grpo_cli.core.model.logprobs import Entropy
 from grpo_cli.core.model.packed import PackedPath
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.reference import Reference
@@ -65,7 +66,7 @@ SHAPES: dict[str, dict[str, int]] = {
         "intermediate_size": 8960, "vocab_size": 151_936,
     },
 }  # fmt: skip
-LOSS = Loss(loss_type="grpo", beta=0.01, epsilon=0.2, epsilon_high=0.2, kl_estimator="k3", scale_rewards="group")
+LOSS = resolve().settings.loss.model_copy(update={"loss_type": "grpo", "beta": 0.01})
 TEMPERATURE, LEARNING_RATE = 1.2, 2e-6
 PHASES = ("prefill", "decode", "reference", "update", "optimizer")
 
@@ -122,7 +123,7 @@ class Padded(PackedPath):
     """Baseline log-probabilities: every row contains its prompt and is padded to one length."""
 
     def logprobs(
-        self, policy: Policy, sequences: Sequences, *, temperature: float, entropy: bool, logit_chunk: int
+        self, policy: Policy, sequences: Sequences, *, temperature: float, entropy: Entropy, logit_chunk: int
     ) -> tuple[Tensor, Tensor]:
         completions = sequences.completions
         rows = [sequences.prompts[owner] + row for owner, row in zip(sequences.prompt_index, completions, strict=True)]

@@ -32,7 +32,7 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from grpo_cli.core.config.settings import Loss
+from grpo_cli.core.config.resolve import resolve
 from grpo_cli.core.model.load import BUILTIN, detect_precision, load
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.reference import Reference
@@ -47,7 +47,7 @@ from grpo_cli.core.task.prompts import prompt
 
 IMPOSSIBLE = 10**6  # an end-of-sequence id that is never sampled
 TEMPERATURE, BETA, LEARNING_RATE = 1.0, 0.01, 1e-12
-LOSS = Loss(loss_type="dapo", beta=BETA, epsilon=0.2, epsilon_high=0.2, kl_estimator="k3", scale_rewards="group")
+LOSS = resolve().settings.loss.model_copy(update={"loss_type": "dapo", "beta": BETA, "scale_rewards": "group"})
 PHASES = ("rollout", "reference", "update", "total")
 SHAPES = ((4, 16, 160), (16, 8, 360), (64, 1, 360), (1, 1, 360))  # prompts, completions per prompt, most new tokens
 Conversation = list[dict[str, str]]

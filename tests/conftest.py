@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
 from grpo_cli.cli import app as cli
 from grpo_cli.cli import artifacts
 from grpo_cli.core.builtin.tokenizer import train_tokenizer
+from grpo_cli.core.config.resolve import defaults
 from grpo_cli.core.config.settings import Loss, Settings
 from grpo_cli.core.evals.evaluate import Evaluation
 from grpo_cli.core.microbatch import MicroBatch
@@ -189,10 +190,12 @@ def update(
     micro_batch: MicroBatch | None = None,
     ref_logprobs: torch.Tensor | None = None,
     sampled_logprobs: list[list[float]] | None = None,
+    num_mini_batches: int = 1,
+    truncated: Sequence[bool] = (),
 ) -> dict[str, float]:
     """An update by one process."""
-    examples = Examples(sequences, advantages, sampled_logprobs or (), ref_logprobs)
-    objective = Objective(loss, temperature, max_new_tokens, num_inner_updates, clip_grad_norm)
+    examples = Examples(sequences, advantages, sampled_logprobs or (), ref_logprobs, truncated=truncated)
+    objective = Objective(loss, temperature, max_new_tokens, num_inner_updates, clip_grad_norm, num_mini_batches)
     return update_module.update(
         policy,
         optimizer,
@@ -201,6 +204,12 @@ def update(
         micro_batch=micro_batch,
         compare_with=policy if sampled_logprobs else None,
     )
+
+
+def default_loss(**changes: object) -> Loss:
+    """The shipped loss with some settings changed."""
+    shipped = {key.removeprefix("loss."): value for key, value in defaults().items() if key.startswith("loss.")}
+    return Loss.model_validate({**shipped, **changes})
 
 
 def state_of(policy: Policy, *, optimizer: str = "adamw", step: int = 0) -> State:

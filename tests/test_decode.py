@@ -267,7 +267,7 @@ def test_real_models_decode_in_bfloat16_as_in_float32() -> None:
         exact = load(str(path), device="cpu", precision="float32")
         sequences = Sequences(prompts, found.completions, [row // 2 for row in range(6)])
         with torch.no_grad():
-            logprobs = exact.logprobs(sequences, temperature=1.0, entropy=False)[0][sequences.mask()]
+            logprobs = exact.logprobs(sequences, temperature=1.0, entropy="none")[0][sequences.mask()]
         differences = (logprobs - torch.tensor([value for row in found.logprobs for value in row])).abs()
         print(f"{path.name}: mean {differences.mean():.3f}, largest {differences.max():.2f}")
         assert differences.mean() < 0.1

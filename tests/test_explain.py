@@ -106,6 +106,6 @@ def test_equal_completions_have_no_fork() -> None:
 def test_variants_differ_from_the_run_in_one_setting() -> None:
     found = variants(a_loss("dapo", beta=0.1))
     assert found[OWN] == a_loss("dapo", beta=0.1)
-    assert len(found) == 1 + 4 + 2 + 1
+    assert len(found) == 1 + 4 + 3 + 4
     assert found["loss_type gspo"].loss_type == "gspo" and found["loss_type gspo"].beta == 0.1
     assert not any(name.startswith("kl") for name in variants(a_loss("dapo")))

@@ -3,12 +3,15 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
+from statistics import fmean, pstdev
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
 import torch
-from conftest import update
+from conftest import default_loss, update
 from torch import Tensor
 
 from grpo_cli.core.config.settings import Loss
@@ -16,7 +19,19 @@ from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.reference import Reference
-from grpo_cli.core.rl.grpo import advantages, kl_estimate, normalizer, overlong_penalty, policy_loss, zero_variance
+from grpo_cli.core.rl.batch import Batch as StepBatch
+from grpo_cli.core.rl.grpo import (
+    Step,
+    advantages,
+    best_of,
+    importance_ratio,
+    kl_estimate,
+    normalizer,
+    overlong_penalty,
+    policy_loss,
+    sampler_weight,
+    zero_variance,
+)
 from grpo_cli.core.rl.update import NotFinite, clip_gradients, reference_logprobs
 
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "cispo", "gspo")
@@ -24,15 +39,8 @@ TEMPERATURE = 1.2
 MAX_NEW_TOKENS = 20
 
 
-def a_loss(loss_type: str = "grpo", *, beta: float = 0.0, epsilon_high: float = 0.2) -> Loss:
-    return Loss(
-        loss_type=loss_type,  # type: ignore[arg-type]
-        beta=beta,
-        epsilon=0.2,
-        epsilon_high=epsilon_high,
-        kl_estimator="k3",
-        scale_rewards="group",
-    )
+def a_loss(loss_type: str = "grpo", **changes: object) -> Loss:
+    return default_loss(**{"loss_type": loss_type, "beta": 0.0, "sampler_correction": "none", **changes})
 
 
 # Advantages
@@ -54,7 +62,40 @@ def test_batch_scaling_divides_by_the_deviation_of_all_rewards() -> None:
     torch.testing.assert_close(advantages(rewards, scale="none"), torch.tensor([[0.5, -0.5], [0.0, 0.0]]))
 
 
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_leave_one_out_subtracts_the_mean_of_the_other_completions() -> None:
+    # [1, 0.2, 0]: means of the others 0.1, 0.5, 0.6
+    found = advantages(torch.tensor([[1.0, 0.2, 0.0]]), scale="none", baseline="leave_one_out")
+    torch.testing.assert_close(found, torch.tensor([[0.9, -0.3, -0.6]]))
+
+
+def test_the_mean_as_a_scale_weighs_rare_successes_more() -> None:
+    # means 1/4 and 3/4; a mean that is not positive has no such scale
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0], [-1.0, 0.0, 0.0, 0.0], [-1.0, 1.0, 0.0, 0.0]])
+    expected = [[3.0, -1.0, -1.0, -1.0], [1 / 3, 1 / 3, 1 / 3, -1.0], [0.0] * 4, [0.0] * 4]
+    torch.testing.assert_close(advantages(rewards, scale="mean"), torch.tensor(expected))
+
+
+def test_pass_at_2_of_one_success_in_four_by_hand() -> None:
+    # 3 of 6 pairs have the success: mean 1/2, deviation 1/2. A failure is in 3 pairs, one of them with the success.
+    found = advantages(torch.tensor([[0.0, 1.0, 0.0, 0.0]]), pass_at_k=2)
+    worse = (1 / 3 - 1 / 2) / 0.5001
+    torch.testing.assert_close(found, torch.tensor([[worse, 0.5 / 0.5001, worse, worse]]))
+
+
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_the_best_of_k_is_that_of_all_choices(k: int) -> None:
+    rewards = torch.randint(0, 4, (6, 5), generator=torch.Generator().manual_seed(k)) / 2
+    values, mean, deviation = best_of(rewards, k)
+    for row, own in enumerate(rewards.tolist()):
+        best = {chosen: max(own[one] for one in chosen) for chosen in combinations(range(5), k)}
+        with_it = [fmean(value for chosen, value in best.items() if one in chosen) for one in range(5)]
+        assert values[row].tolist() == pytest.approx(with_it, abs=1e-6)
+        assert (float(mean[row]), float(deviation[row])) == pytest.approx(
+            (fmean(best.values()), pstdev(best.values())), abs=1e-4
+        )
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none", "mean"])
 @pytest.mark.parametrize("reward", [0.1, 0.2, 1.0, 0.0])
 def test_equal_rewards_have_exactly_zero_advantage(scale: str, reward: float) -> None:
     for num_generations in range(2, 65):
@@ -107,7 +148,8 @@ def losses(
     logprobs = torch.full((1, len(ratios)), -1.0, dtype=torch.float64, requires_grad=True)
     old = logprobs.detach() - torch.tensor([ratios], dtype=torch.float64).log()
     gain = torch.tensor([advantage], dtype=torch.float64)
-    per_token, clipped = policy_loss(logprobs, old, gain, torch.tensor([mask]), loss)
+    ratio = importance_ratio(logprobs, old, torch.tensor([mask]), loss)
+    per_token, clipped = policy_loss(logprobs, ratio, gain, loss)
     per_token.sum().backward()
     assert logprobs.grad is not None
     return per_token[0].tolist(), clipped[0].tolist(), logprobs.grad[0].tolist()
@@ -155,6 +197,63 @@ def test_gspo_gives_every_token_the_ratio_of_its_sequence() -> None:
     assert clipped[:2] == [True, True]
 
 
+def test_dual_clip_bounds_the_loss_of_a_bad_completion() -> None:
+    # -min(-1.5, -1.2), -min(-2, -1.2) where the ratio 3 is capped at 2, -min(-0.5, -0.8)
+    per_token, clipped, gradient = losses(a_loss(dual_clip=2.0), [1.5, 3.0, 0.5], -1.0)
+    assert per_token == pytest.approx([1.5, 2.0, 0.8])
+    assert clipped == [False, True, True]
+    assert gradient == pytest.approx([1.5, 0.0, 0.0])
+    assert losses(a_loss(dual_clip=2.0), [1.5, 3.0, 0.5], 1.0) == losses(a_loss(), [1.5, 3.0, 0.5], 1.0)
+
+
+def test_the_level_of_the_ratio_is_independent_of_the_normaliser() -> None:
+    given = ([1.5, 0.5], 2.0, (True, True))
+    by_sequence, by_token = losses(a_loss("gspo"), *given), losses(a_loss(), *given)
+    assert by_sequence == losses(a_loss("dapo", ratio_level="sequence"), *given) != by_token
+    assert by_token == losses(a_loss("gspo", ratio_level="token"), *given)
+
+
+@pytest.mark.parametrize(
+    ("kind", "level", "expected"),
+    [
+        ("truncate", "token", [1.5, 2.0, 0.5]),
+        ("mask", "token", [1.5, 0.0, 0.5]),
+        ("truncate", "sequence", [2.0, 2.0, 2.0]),  # 1.5 * 3 * 0.5 = 2.25
+        ("mask", "sequence", [0.0, 0.0, 0.0]),
+    ],
+)
+def test_weights_that_correct_for_the_sampler(kind: str, level: str, expected: list[float]) -> None:
+    ratios, mask = torch.tensor([[1.5, 3.0, 0.5, 9.0]]), torch.tensor([[True, True, True, False]])
+    loss = a_loss(sampler_correction=kind, sampler_level=level)
+    found = sampler_weight(ratios.log() - 1, torch.full((1, 4), -1.0), mask, loss)
+    torch.testing.assert_close(found[0, :3], torch.tensor(expected))
+
+
+def test_kl_estimators_by_hand() -> None:
+    # d = l_ref - l = 0.5: -0.5, 0.125, exp(0.5) - 1.5 = 0.1487213, and that times a ratio of 2
+    own, reference, ratio = torch.tensor([[-1.5]]), torch.tensor([[-1.0]]), torch.tensor([[2.0]])
+    for name, expected in (("k1", -0.5), ("k2", 0.125), ("k3", 0.1487213), ("k3_unbiased", 0.2974425)):
+        found = kl_estimate(own, reference, estimator=name, ratio=ratio)
+        assert float(found) == pytest.approx(expected, abs=1e-6), name
+
+
+def test_mean_gradients_of_the_estimators_over_all_samples() -> None:
+    """Of a policy over three tokens, exactly: only k2's and k3_unbiased's is that of the KL; k1's is 0."""
+    logits = torch.tensor([0.3, -1.0, 1.2], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64).log()
+    own = logits.log_softmax(dim=0)
+    (exact,) = torch.autograd.grad((own.exp() * (own - reference)).sum(), logits, retain_graph=True)
+    mean = {}
+    for name in ("k1", "k2", "k3", "k3_unbiased"):
+        ratio = (own - own.detach()).exp()
+        expectation = (own.detach().exp() * kl_estimate(own, reference, estimator=name, ratio=ratio)).sum()
+        (mean[name],) = torch.autograd.grad(expectation, logits, retain_graph=True)
+    torch.testing.assert_close(mean["k3_unbiased"], exact)
+    torch.testing.assert_close(mean["k2"], exact)
+    torch.testing.assert_close(mean["k1"], torch.zeros_like(exact))
+    assert float((mean["k3"] - exact).abs().max()) > 0.03
+
+
 @pytest.mark.parametrize(
     ("loss_type", "expected"),
     [
@@ -184,10 +283,12 @@ class Recorder(torch.optim.Optimizer):
 
     def __init__(self, policy: Policy) -> None:
         self.gradients: list[Tensor] = []
+        self.steps: list[list[Tensor]] = []
         super().__init__(policy.model.parameters(), {})
 
     def step(self, closure: object = None) -> None:  # type: ignore[override]
         self.gradients = [parameter.grad.clone() for parameter in self.param_groups[0]["params"]]
+        self.steps.append(self.gradients)
 
 
 class Batch:
@@ -226,20 +327,43 @@ def one_update(policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, *
 
 
 def plain_update(
-    policy: Policy, batch: Batch, loss: Loss, old: list[Tensor] | None = None
+    policy: Policy,
+    batch: Batch,
+    loss: Loss,
+    old: list[Tensor] | None = None,
+    *,
+    sampled: Sequence[Sequence[float]] = (),
+    masked: Sequence[int] = (),
+    rows: Sequence[int] | None = None,
 ) -> tuple[float, list[Tensor]]:
-    """Loss and gradients by the formulas of design.md, one row at a time, with nothing skipped and nothing padded."""
+    """Loss and gradients by the formulas of design.md, one row at a time, with nothing skipped and nothing padded.
+
+    `masked` rows count as rows of the step, but not their tokens. Only `rows` contribute, by default all.
+    """
     policy.model.zero_grad()
-    total = torch.zeros(())
-    weights = normalizer(batch.lengths, loss_type=loss.loss_type, max_new_tokens=MAX_NEW_TOKENS)
-    for row, length in enumerate(batch.lengths.tolist()):
-        alone = policy.logprobs(batch.sequences.subset([row]), temperature=TEMPERATURE)[0]
+    total, kept = torch.zeros(()), [row for row in range(len(batch.lengths)) if row not in masked]
+    step = Step(len(batch.lengths), int(batch.lengths[kept].sum()), has_gradient=True)
+    weights = normalizer(batch.lengths, loss_type=loss.loss_type, max_new_tokens=MAX_NEW_TOKENS, step=step)
+    passes = {
+        row: policy.logprobs(batch.sequences.subset([row]), temperature=TEMPERATURE, entropy="gradient") for row in kept
+    }
+    entropies = torch.cat([passes[row][1][0].detach() for row in kept])
+    threshold = entropies.quantile(1 - loss.entropy_share)
+    for row in kept if rows is None else rows:
+        (alone, entropy), length = passes[row], int(batch.lengths[row])
         before = alone.detach() if old is None else old[row]
         mask = torch.ones(1, length, dtype=torch.bool)
-        per_token, _ = policy_loss(alone, before, batch.advantage[row : row + 1], mask, loss)
+        ratio = importance_ratio(alone, before, mask, loss)
+        per_token, _ = policy_loss(alone, ratio, batch.advantage[row : row + 1], loss)
+        if sampled:
+            per_token = per_token * sampler_weight(before, torch.tensor([sampled[row]]), mask, loss)
+        chosen = (entropy.detach() >= threshold).float()
+        per_token = per_token * chosen
         if loss.beta > 0:
-            per_token = per_token + loss.beta * kl_estimate(alone, batch.ref_logprobs[row : row + 1, :length])
+            reference = batch.ref_logprobs[row : row + 1, :length]
+            per_token = per_token + loss.beta * kl_estimate(alone, reference, estimator=loss.kl_estimator, ratio=ratio)
         total = total + weights[row] * per_token.sum()
+        total = total - loss.entropy_bonus * (entropy * chosen).sum() / (entropies >= threshold).sum()
     total.backward()
     gradients = [parameter.grad.clone() for parameter in policy.model.parameters() if parameter.grad is not None]
     policy.model.zero_grad()
@@ -274,6 +398,76 @@ def test_the_gradient_is_that_of_single_rows_whatever_the_micro_batches(
         assert_same(found, expected)
         assert metrics["loss"] == pytest.approx(expected_loss, abs=1e-5)
         assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+CHOICES: list[dict[str, Any]] = [
+    {"mask_truncated": True},
+    {"entropy_share": 0.3, "beta": 0.2},
+    {"entropy_bonus": 0.5, "loss_type": "dapo"},
+    {"entropy_bonus": 0.5, "entropy_share": 0.2, "mask_truncated": True, "loss_type": "cispo"},
+    {"sampler_correction": "truncate", "sampler_cap": 1.05, "loss_type": "dr_grpo"},
+    {"sampler_correction": "mask", "sampler_level": "sequence", "sampler_cap": 1.05, "entropy_share": 0.5},
+    {"kl_estimator": "k3_unbiased", "beta": 0.3},
+    {"kl_estimator": "k2", "beta": 0.3, "loss_type": "dapo", "mask_truncated": True},
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: "-".join(choice))
+@pytest.mark.parametrize("rows", [0, 3])
+def test_every_choice_gives_the_gradient_of_single_rows(tiny_policy: Policy, choice: dict[str, Any], rows: int) -> None:
+    batch, rng = Batch(tiny_policy), torch.Generator().manual_seed(2)
+    loss, cut = a_loss(**choice), [1, 6]
+    with torch.no_grad():
+        exact = tiny_policy.logprobs(batch.sequences, temperature=TEMPERATURE)[0]
+    noisy = exact + 0.3 * torch.randn(exact.shape, generator=rng)
+    sampled = [row[:length].tolist() for row, length in zip(noisy, batch.lengths.tolist(), strict=True)]
+    corrects = loss.sampler_correction != "none"
+    total, expected = plain_update(
+        tiny_policy, batch, loss, sampled=sampled if corrects else (), masked=cut if loss.mask_truncated else ()
+    )
+    metrics, found = recorded(
+        tiny_policy,
+        batch,
+        loss,
+        micro_batch=MicroBatch(rows),
+        ref_logprobs=batch.ref_logprobs if loss.beta else None,
+        sampled_logprobs=sampled,
+        truncated=[row in cut for row in range(len(batch.lengths))],
+    )
+    assert metrics["loss"] == pytest.approx(total, abs=1e-5)
+    assert metrics["sampler_gap"] > 0.1
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_each_mini_batch_has_the_gradient_of_its_prompts(tiny_policy: Policy, loss_type: str) -> None:
+    batch, recorder, loss = Batch(tiny_policy), Recorder(tiny_policy), a_loss(loss_type, beta=0.2)
+    one_update(
+        tiny_policy, recorder, batch, loss=loss, ref_logprobs=batch.ref_logprobs, num_mini_batches=3,
+        num_inner_updates=2, clip_grad_norm=math.inf, micro_batch=MicroBatch(2),
+    )  # fmt: skip
+    parts = [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]
+    assert len(recorder.steps) == 2 * len(parts)
+    for rows, found in zip(2 * parts, recorder.steps, strict=True):
+        _, expected = plain_update(tiny_policy, batch, loss, rows=rows)
+        assert_same(found, [3 * gradient for gradient in expected])
+
+
+def test_mini_batches_measure_their_ratio_from_before_the_first(tiny_policy: Policy) -> None:
+    batch, loss = Batch(tiny_policy), a_loss()
+    with torch.no_grad():
+        exact = tiny_policy.logprobs(batch.sequences, temperature=TEMPERATURE)[0]
+    old = [row[None, :length] for row, length in zip(exact, batch.lengths.tolist(), strict=True)]
+    other = copy.deepcopy(tiny_policy)
+    optimizers = [torch.optim.SGD(policy.model.parameters(), lr=0.5) for policy in (tiny_policy, other)]
+    one_update(tiny_policy, optimizers[0], batch, loss=loss, num_mini_batches=3, clip_grad_norm=math.inf)
+    for rows in ([0, 1, 2], [3, 4, 5], [6, 7, 8, 9]):
+        _, gradients = plain_update(other, batch, loss, old, rows=rows)
+        for weight, gradient in zip(other.model.parameters(), gradients, strict=True):
+            weight.grad = 3 * gradient
+        optimizers[1].step()
+    for ours, theirs in zip(tiny_policy.model.parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("prompts", [[2, 0, 1], [1, 2, 0]])
@@ -478,3 +672,14 @@ def test_the_overlong_penalty_grows_from_the_soft_limit_to_the_hard_one(length: 
 def test_the_overlong_penalty_of_the_papers_limits() -> None:
     limits = {"soft_limit": 20_480 - 4_096, "max_new_tokens": 20_480}
     assert [overlong_penalty(length, **limits) for length in (16_384, 17_408, 18_432, 20_480)] == [0, 0.25, 0.5, 1]
+
+
+def test_the_kl_of_a_completion_is_the_sum_of_its_log_ratios() -> None:
+    groups = [
+        SimpleNamespace(prompt_index=3, completions=[[1, 2], [1]], logprobs=[[-1.0, -0.5], [-2.0]]),
+        SimpleNamespace(prompt_index=5, completions=[[1], [1, 2]], logprobs=[[-0.25], [-1.0, -3.0]]),
+    ]
+    batch: Any = StepBatch(1, groups, None, {}, 6)  # type: ignore[arg-type]
+    reference = torch.tensor([[-2.0, -1.0], [-1.5, 0.0], [-0.25, 0.0], [-1.0, -1.0]])  # zeros are padding
+    found = batch.kl_to(reference)
+    assert {prompt: kl.tolist() for prompt, kl in found.items()} == {3: [1.5, -0.5], 5: [0.0, -2.0]}

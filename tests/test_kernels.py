@@ -146,7 +146,7 @@ def test_a_fused_policy_gives_the_log_probabilities_and_gradients_of_the_plain_o
         logprobs, entropy = chosen.logprobs(sequences, temperature=1.3)
         found.append([logprobs.detach(), entropy, *gradients(policy.model, logprobs).values()])
         with torch.no_grad():
-            again, _ = chosen.logprobs(sequences, temperature=1.3, entropy=False)
+            again, _ = chosen.logprobs(sequences, temperature=1.3, entropy="none")
         torch.testing.assert_close(again, logprobs.detach(), atol=1e-5, rtol=0)
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5 * float(theirs.abs().max()), rtol=2e-5)

@@ -7,11 +7,10 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from conftest import Command, update
+from conftest import Command, default_loss, update
 from torch import Tensor
 
 from grpo_cli.core import microbatch
-from grpo_cli.core.config.settings import Loss
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.microbatch import MicroBatch, ran_out
 from grpo_cli.core.model.packed import PackedPath
@@ -24,7 +23,7 @@ from grpo_cli.core.rollout.params import SamplingParams
 
 pytestmark = pytest.mark.faults
 
-LOSS = Loss(loss_type="grpo", beta=0.1, epsilon=0.2, epsilon_high=0.2, kl_estimator="k3", scale_rewards="group")
+LOSS = default_loss(loss_type="grpo", beta=0.1, scale_rewards="group")
 COMPLETIONS = [[5, 6, 7], [9, 8], [30, 31, 32, 33], [7], [11, 12, 13], [40, 41]]
 SEQUENCES = Sequences([[1, 2, 3], [4, 5]], COMPLETIONS, [0, 0, 0, 1, 1, 1])
 ADVANTAGE = torch.tensor([1.0, -0.5, 0.25, -1.0, 0.5, 2.0])

@@ -676,3 +676,41 @@ def test_another_rollout_engine_needs_nothing_but_sample(tiny_folder: Path, tmp_
 def question(problem: Problem) -> tuple[tuple[int, ...], int]:
     assert isinstance(problem, Puzzle)
     return problem.numbers, problem.target
+
+
+CHOICES: list[dict[str, object]] = [
+    {"loss.kl_in": "reward", "loss.loss_type": "grpo", "loss.beta": 0.5, "loss.baseline": "leave_one_out"},
+    {"loss.pass_at_k": 2, "loss.dual_clip": 2.0, "train.num_mini_batches": 2, "train.num_inner_updates": 2},
+    {"loss.entropy_share": 0.5, "loss.entropy_bonus": 0.01, "loss.scale_rewards": "mean"},
+    {"loss.sampler_correction": "mask", "loss.sampler_level": "sequence", "loss.ratio_level": "sequence"},
+]
+
+
+@pytest.mark.parametrize("flags", CHOICES, ids=lambda flags: "-".join(key.rpartition(".")[2] for key in flags))
+def test_a_training_takes_every_choice_of_the_loss(
+    tiny_folder: Path, tmp_path: Path, reward_by_length: None, flags: dict[str, object]
+) -> None:
+    settings = small(tiny_folder, **{"train.num_iterations": 2, "train.eval_every": 2, **flags})
+    state, run, _ = trained(settings, tmp_path, "one")
+    before = start(settings).policy
+    lines = [line for line in run.metrics() if line["step"]]
+    assert [line["step"] for line in lines] == [1, 2] and all(0 < line["sampler_gap"] < 1e-5 for line in lines)
+    assert any(
+        not torch.equal(*pair) for pair in zip(state.policy.model.parameters(), before.model.parameters(), strict=True)
+    )
+    if flags.get("loss.kl_in") == "reward":
+        assert lines[0]["kl"] < 1e-9 < lines[1]["kl"]
+        assert [line["loss"] for line in lines] == pytest.approx(
+            [0, 0], abs=1e-6
+        )  # advantages sum to 0, and there is no other term
+
+
+def test_a_step_whose_completions_are_all_masked_moves_nothing(
+    tiny_folder: Path, tmp_path: Path, reward_by_length: None
+) -> None:
+    settings = small(tiny_folder, **{"train.num_iterations": 1, "train.max_new_tokens": 2, "loss.mask_truncated": True})
+    state, run, _ = trained(settings, tmp_path, "one")
+    (line,) = [line for line in run.metrics() if line["step"]]
+    assert line["truncated"] == 1.0 and line["weights_changed"] == 0.0 and line["entropy"] > 0
+    pairs = zip(state.policy.model.parameters(), start(settings).policy.model.parameters(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)

@@ -3,10 +3,10 @@
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
-from conftest import Command
+from conftest import Command, default_loss
 from rich.console import Console
 
 from grpo_cli.core.config.settings import Loss
@@ -16,10 +16,8 @@ from grpo_cli.ui import why as view
 SCRIPT = "<script>alert(1)</script>\x1b[31m"
 
 
-def a_loss(*, beta: float = 0.0, kl_estimator: Literal["k3", "original"] = "k3") -> Loss:
-    return Loss(
-        loss_type="dapo", beta=beta, epsilon=0.2, epsilon_high=0.2, kl_estimator=kl_estimator, scale_rewards="none"
-    )
+def a_loss(*, beta: float = 0.0, kl_estimator: str = "k3") -> Loss:
+    return default_loss(loss_type="dapo", beta=beta, kl_estimator=kl_estimator, scale_rewards="none")
 
 
 def test_a_step_is_explained_down_to_its_tokens(trained: Command) -> None:

@@ -68,6 +68,7 @@ METRICS = (
     Metric(
         "logprob_gap", "sampled and trained log-probs: distance from plain ones", "nats/token", "{:.1e}", in_report=True
     ),
+    Metric("sampler_gap", "mean distance of the trainer's log-probs from the sampler's", "nats/token", "{:.1e}"),
     Metric("learning_rate", "learning rate of the step", "", "{:.2g}"),
     Metric("bad_steps", "steps skipped so far: loss or gradient not finite", "", COUNT, in_report=True),
     Metric("lenient_accuracy", "correct answers in any notation", "share", SHARE, in_report=True),

@@ -162,6 +162,9 @@ class Train(Table):
     num_inner_updates: int = setting(
         "updates of the policy per sampled batch", "Optimization", ge=1, le=10**6, advanced=True
     )
+    num_mini_batches: int = setting(
+        "parts of a sampled batch, each with an update of its own", "Optimization", ge=1, le=10_000, advanced=True
+    )
     clip_grad_norm: float = setting("maximum gradient norm", "Optimization", gt=0, advanced=True)
     optimizer: Literal["auto", "adamw", "adamw8bit"] = setting(
         "AdamW of torch, or 8-bit AdamW of bitsandbytes", "Optimization", advanced=True
@@ -240,12 +243,52 @@ class Loss(Table):
     beta: float = setting("weight of the KL penalty", "Loss", ge=0, le=10**6)
     epsilon: float = setting("clip range below 1", "Loss", gt=0, lt=1, advanced=True)
     epsilon_high: float = setting("clip range above 1", "Loss", gt=0, le=10**9, advanced=True)
-    kl_estimator: Literal["k3", "original"] = setting(
-        "KL estimator; `original` flips the sign of the log-ratio", "Loss", advanced=True
+    dual_clip: float = setting(
+        "largest ratio of a completion with a negative advantage; 0 is no limit", "Loss", ge=0, le=10**9, advanced=True
     )
-    scale_rewards: Literal["group", "batch", "none"] = setting(
-        "divide advantages by the standard deviation of rewards in", "Loss", advanced=True
+    ratio_level: Literal["auto", "token", "sequence"] = setting(
+        "one ratio per token or per sequence; `auto`: sequence for gspo", "Loss", advanced=True
     )
+    kl_estimator: Literal["k1", "k2", "k3", "k3_unbiased", "original"] = setting(
+        "KL estimator; `original` flips a sign", "Loss", advanced=True
+    )
+    kl_in: Literal["loss", "reward"] = setting("where the KL penalty is added", "Loss", advanced=True)
+    scale_rewards: Literal["group", "batch", "none", "mean"] = setting(
+        "divide advantages by a standard deviation, or by the group's mean", "Loss", advanced=True
+    )
+    baseline: Literal["mean", "leave_one_out"] = setting(
+        "subtract the mean reward of the group, or of its other completions", "Loss", advanced=True
+    )
+    pass_at_k: int = setting(
+        "train the best of this many completions; 1 is each by itself", "Loss", ge=1, le=10_000, advanced=True
+    )
+    mask_truncated: bool = setting(
+        "leave completions that reach the token limit out of the loss", "Loss", advanced=True
+    )
+    entropy_share: float = setting(
+        "share of tokens that learn, those with the highest entropy; 1 is all", "Loss", gt=0, le=1, advanced=True
+    )
+    entropy_bonus: float = setting(
+        "weight of the mean entropy, which is maximised", "Loss", ge=0, le=10**6, advanced=True
+    )
+    sampler_correction: Literal["auto", "none", "truncate", "mask"] = setting(
+        "weigh tokens by trainer over sampler; `auto`: truncate if they differ", "Loss", advanced=True
+    )
+    sampler_level: Literal["token", "sequence"] = setting("one such weight for each", "Loss", advanced=True)
+    sampler_cap: float = setting("largest such weight", "Loss", gt=0, le=10**9, advanced=True)
+
+    @property
+    def always_has_gradient(self) -> bool:
+        """Whether completions without an advantage have a gradient too."""
+        return (self.beta > 0 and self.kl_in == "loss") or self.entropy_bonus > 0
+
+    @model_validator(mode="after")
+    def _choices_fit(self) -> Self:
+        if self.dual_clip and self.dual_clip <= 1 + self.epsilon_high:
+            raise ValueError(f"`dual_clip` must be 0 or more than 1 + `epsilon_high`, {1 + self.epsilon_high:g}")
+        if self.pass_at_k > 1 and self.baseline != "mean":
+            raise ValueError("`pass_at_k` has its own baseline: leave `baseline` at `mean`")
+        return self
 
 
 class Reward(Table):
@@ -318,6 +361,14 @@ class Settings(Table):
             raise ValueError(f"`soft_limit` must be less than `max_new_tokens`, {self.train.max_new_tokens}")
         return self
 
+    @model_validator(mode="after")
+    def _groups_can_be_split(self) -> Self:
+        if self.loss.pass_at_k > self.train.num_generations:
+            raise ValueError(f"`pass_at_k` must be at most `num_generations`, {self.train.num_generations}")
+        if self.train.batch_size % self.train.num_mini_batches:
+            raise ValueError(f"`num_mini_batches` must divide `batch_size`, {self.train.batch_size}")
+        return self
+
 
 TABLES: dict[str, type[Table]] = {
     name: info.annotation
@@ -332,7 +383,8 @@ FIELDS: dict[str, FieldInfo] = {
 # A setting, the values of it that give other settings their effect, and those others.
 NEEDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ("model.lora_rank", bool, ("model.lora_alpha", "model.lora_targets", "model.quantize")),
-    ("loss.beta", bool, ("loss.kl_estimator", "model.ref_model", "model.reference")),
+    ("loss.beta", bool, ("loss.kl_estimator", "loss.kl_in", "model.ref_model", "model.reference")),
+    ("loss.sampler_correction", "none".__ne__, ("loss.sampler_level", "loss.sampler_cap")),
     ("reward.length_penalty", bool, ("reward.soft_limit",)),
     ("reward.reward", "none".__ne__, ("reward.reward_errors",)),
     ("reward.reward", "none".__eq__, ("reward.format_reward", "reward.numbers_reward", "reward.correct_reward")),

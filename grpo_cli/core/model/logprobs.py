@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
+
+Entropy = Literal["none", "value", "gradient"]
 
 
 def in_chunks(
@@ -23,18 +25,22 @@ def in_chunks(
 
 
 def token_logprobs(
-    logits: Tensor, targets: Tensor, temperature: float, *, entropy: bool = True, fused: bool = False
+    logits: Tensor, targets: Tensor, temperature: float, *, entropy: Entropy = "value", fused: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities (M,) of `targets` (M,) under softmax(logits (M, V) / temperature), and its entropies (M,).
 
-    In float32, like log_softmax and gather, but with one float32 matrix for both directions. Entropies have no
-    gradient; without gradients they may be left out, as zeros. `fused`: by a Triton kernel.
+    In float32, like log_softmax and gather, but with one float32 matrix for both directions; entropies with a gradient
+    take three more. `fused`: by a Triton kernel.
     """
+    if entropy == "gradient" and torch.is_grad_enabled():
+        everything = (logits.float() / temperature).log_softmax(dim=-1)
+        entropies = -(everything.exp() * everything).sum(dim=-1)
+        return everything.gather(-1, targets[:, None])[:, 0], entropies
     if fused:
         from grpo_cli.core.model import kernels  # imports Triton
 
-        return kernels.token_logprobs(logits, targets, temperature, entropy=entropy)
-    if not entropy and not torch.is_grad_enabled():
+        return kernels.token_logprobs(logits, targets, temperature, entropy=entropy != "none")
+    if entropy == "none" and not torch.is_grad_enabled():
         scaled = logits.to(torch.float32, copy=True).div_(temperature)
         chosen = scaled.log_softmax(dim=-1).gather(-1, targets[:, None])[:, 0]
         return chosen, torch.zeros_like(chosen)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from grpo_cli.core.model import llama, lora
 from grpo_cli.core.model.attention import Packed, Plan, Prefill, order
-from grpo_cli.core.model.logprobs import in_chunks, scatter, token_logprobs
+from grpo_cli.core.model.logprobs import Entropy, in_chunks, scatter, token_logprobs
 from grpo_cli.core.model.policy import Policy, Sequences
 
 # Hidden size from which a CPU decodes in bfloat16 (2.5 times faster at 576; at 192 faster or slower, by processor) and
@@ -32,7 +32,7 @@ class PackedPath:
     fused: bool = False  # Triton kernels, and weights read in place: on CUDA
 
     def logprobs(
-        self, policy: Policy, sequences: Sequences, *, temperature: float, entropy: bool, logit_chunk: int
+        self, policy: Policy, sequences: Sequences, *, temperature: float, entropy: Entropy, logit_chunk: int
     ) -> tuple[Tensor, Tensor]:
         """As `Policy.logprobs`, from one row: all prompts, then all completions."""
         device = policy.device

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo_cli.core.model.logprobs import scatter, token_logprobs
+from grpo_cli.core.model.logprobs import Entropy, scatter, token_logprobs
 from grpo_cli.core.model.policy import Policy, Sequences
 
 
@@ -18,9 +18,9 @@ class PlainPath:
     cached: bool = True  # whether the model's own cache decodes right
 
     def logprobs(
-        self, policy: Policy, sequences: Sequences, *, temperature: float, entropy: bool, logit_chunk: int
+        self, policy: Policy, sequences: Sequences, *, temperature: float, entropy: Entropy, logit_chunk: int
     ) -> tuple[Tensor, Tensor]:
-        """As `Policy.logprobs`; all logits at once, always with entropies."""
+        """As `Policy.logprobs`; all logits at once."""
         answered = [sequences.prompts[owner] for owner in sequences.prompt_index]
         rows = [prompt + completion for prompt, completion in zip(answered, sequences.completions, strict=True)]
         longest = max(map(len, rows))
@@ -31,5 +31,5 @@ class PlainPath:
             logits = policy.model(input_ids=tokens, use_cache=False).logits  # (B, T, V)
             ends = [(len(prompt) - 1, len(prompt) - 1 + n) for prompt, n in zip(answered, lengths, strict=True)]
             flat = torch.cat([row[start:end] for row, (start, end) in zip(logits, ends, strict=True)])  # (M, V)
-            values = token_logprobs(flat, targets, temperature)
+            values = token_logprobs(flat, targets, temperature, entropy=entropy)
         return scatter(values[0], lengths, range(len(rows))), scatter(values[1], lengths, range(len(rows)))

@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo_cli.core.model import lora
 from grpo_cli.core.model.attention import Plan, shared_prefix_attention
+from grpo_cli.core.model.logprobs import Entropy
 from grpo_cli.core.model.templates import PROBE, opening
 from grpo_cli.core.model.templates import encode as encode
 
@@ -65,7 +66,7 @@ class ComputePath(Protocol):
     """A way to compute log-probs: `PackedPath` or `PlainPath`."""
 
     def logprobs(
-        self, policy: Policy, sequences: Sequences, *, temperature: float, entropy: bool, logit_chunk: int
+        self, policy: Policy, sequences: Sequences, *, temperature: float, entropy: Entropy, logit_chunk: int
     ) -> tuple[Tensor, Tensor]:
         """As `Policy.logprobs`."""
 
@@ -145,12 +146,12 @@ class Policy:
         return self.model.get_output_embeddings()(hidden)  # type: ignore[no-any-return]
 
     def logprobs(
-        self, sequences: Sequences, *, temperature: float, entropy: bool = True, logit_chunk: int = 0
+        self, sequences: Sequences, *, temperature: float, entropy: Entropy = "value", logit_chunk: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy, both (B, T) float32, of each completion token under the sampling distribution.
 
-        That is softmax(logits / temperature), in float32. Padding is 0. Entropy has no gradient, and is 0 unless
-        requested. Only the logits of `logit_chunk` tokens are kept in memory at once, if not 0 and on a path that can.
+        That is softmax(logits / temperature), in float32. Padding is 0. Entropy is 0, or has a gradient, where asked
+        for. Only the logits of `logit_chunk` tokens are kept in memory at once, if not 0 and on a path that can.
         """
         return self.path.logprobs(self, sequences, temperature=temperature, entropy=entropy, logit_chunk=logit_chunk)
 

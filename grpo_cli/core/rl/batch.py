@@ -83,6 +83,7 @@ class Tally:
     rewards: Tensor
     sums: dict[str, float]
     tokens: int
+    cut: int  # tokens of truncated completions
 
     @classmethod
     def of(cls, groups: Sequence[Group], *, size: int, cheats: Sequence[str]) -> Tally:
@@ -101,12 +102,14 @@ class Tally:
             **_named("behaviour", [score.behaviour for score in scores]),
         }
         rewards = torch.stack([group.rewards for group in groups]) if groups else torch.zeros(0, size)
-        return cls(rewards, sums, tokens)
+        pairs = [pair for group in groups for pair in zip(group.completions, group.truncated, strict=True)]
+        return cls(rewards, sums, tokens, sum(len(completion) for completion, cut in pairs if cut))
 
     def __add__(self, other: Tally) -> Tally:
         names = {**self.sums, **other.sums}
         sums = {name: self.sums.get(name, 0) + other.sums.get(name, 0) for name in names}
-        return Tally(torch.cat([self.rewards, other.rewards]), sums, self.tokens + other.tokens)
+        rewards = torch.cat([self.rewards, other.rewards])
+        return Tally(rewards, sums, self.tokens + other.tokens, self.cut + other.cut)
 
     def means(self) -> dict[str, float]:
         """Metrics: the mean of each sum, and the share of groups with equal rewards."""
@@ -133,6 +136,7 @@ class Examples:
     sampled_logprobs: Sequence[Sequence[float]] = ()
     ref_logprobs: Tensor | None = None
     step: Step | None = None
+    truncated: Sequence[bool] = ()
 
 
 @dataclass
@@ -169,16 +173,29 @@ class Batch:
             groups += [(len(group.prompt), lengths)] if lengths else []
         return groups
 
+    def kl_to(self, ref_logprobs: Tensor) -> dict[int, Tensor]:
+        """The KL from the reference of each of this rank's completions (G,), by prompt: k1 summed over its tokens."""
+        flat = [row for group in self.groups for row in group.logprobs]
+        totals = [sum(row) - float(ref[: len(row)].sum()) for row, ref in zip(flat, ref_logprobs, strict=True)]
+        size = len(self.groups[0].completions) if self.groups else 0
+        parts = torch.tensor(totals).split(size) if totals else ()
+        return {group.prompt_index: part for group, part in zip(self.groups, parts, strict=True)}
+
     def set_advantages(self, advantages: Tensor) -> None:
         """Give each group its row of the whole step's advantages (P, G)."""
         for group in self.groups:
             group.advantages = advantages[group.prompt_index]
 
-    def examples(self, ref_logprobs: Tensor | None, *, has_gradient: bool) -> Examples:
-        """The examples of an update; `has_gradient`: whether any rank has a nonzero gradient."""
-        step = Step(self.tally.rewards.numel(), self.tally.tokens, has_gradient)
+    def examples(self, ref_logprobs: Tensor | None, *, has_gradient: bool, mask_truncated: bool = False) -> Examples:
+        """The examples of an update; `has_gradient`: whether any rank has a nonzero gradient.
+
+        With `mask_truncated`, completions at the token limit do not count.
+        """
+        tokens = self.tally.tokens - (self.tally.cut if mask_truncated else 0)
+        step = Step(self.tally.rewards.numel(), tokens, has_gradient and tokens > 0)
         logprobs = [row for group in self.groups for row in group.logprobs]
-        return Examples(self.sequences, self.advantages, logprobs, ref_logprobs, step)
+        truncated = [cut for group in self.groups for cut in group.truncated]
+        return Examples(self.sequences, self.advantages, logprobs, ref_logprobs, step, truncated)
 
     def replace(self, groups: Sequence[Group]) -> None:
         """Replace groups by those of `groups` with the same prompt index whose rewards differ."""

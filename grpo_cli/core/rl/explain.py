@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from grpo_cli.core.config.settings import Loss
-from grpo_cli.core.rl.grpo import kl_estimate, policy_loss
+from grpo_cli.core.rl.grpo import token_loss
 
 OWN = "as trained"  # the variant of the run itself
 
@@ -59,18 +59,14 @@ def terms(
 ) -> Terms:
     """The loss of these log-probabilities (B, T), token by token; `advantages` and `weight` are (B,)."""
     leaf = logprobs.detach().clone().requires_grad_()
-    per_token, clipped = policy_loss(leaf, old_logprobs, advantages, mask, loss)
-    kl = torch.zeros_like(leaf)
-    if ref_logprobs is not None:
-        kl = kl_estimate(leaf, ref_logprobs, estimator=loss.kl_estimator)
+    tokens = token_loss(leaf, old_logprobs, ref_logprobs, advantages, mask, loss)
+    kl = torch.zeros_like(leaf) if tokens.kl is None else tokens.kl.detach()
     weights = mask * weight[:, None]
-    contribution = (per_token + loss.beta * kl) * weights
+    contribution = tokens.value * weights
     (coefficient,) = torch.autograd.grad(contribution.sum(), leaf)
-    ratio = (logprobs - old_logprobs).exp()
-    if loss.loss_type == "gspo":
-        ratio = (((logprobs - old_logprobs) * mask).sum(1) / mask.sum(1)).exp()[:, None].expand_as(logprobs)
     push = coefficient * (1 - logprobs.detach().exp()).clamp(min=0)
-    return Terms(ratio * mask, clipped & mask, kl.detach() * mask, weights, contribution.detach(), coefficient, push)
+    ratio, clipped = tokens.ratio.detach() * mask, tokens.clipped & mask
+    return Terms(ratio, clipped, kl * mask, weights, contribution.detach(), coefficient, push)
 
 
 @dataclass(frozen=True)

@@ -280,7 +280,7 @@ def _pass(trainer: Trainer, sequences: Sequences) -> Tensor:
     logprobs, _ = trainer.state.learner.logprobs(
         sequences,
         temperature=trainer.settings.train.temperature,
-        entropy=False,
+        entropy="none",
         logit_chunk=trainer.micro_batch.logit_chunk,
     )
     return logprobs

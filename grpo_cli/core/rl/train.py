@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 
+import torch
 from torch import Tensor
 
-from grpo_cli.core.config.settings import Settings
+from grpo_cli.core.config.settings import Loss, Settings
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evals.evaluate import Evaluation
 from grpo_cli.core.evals.statistics import wilson
@@ -38,6 +40,7 @@ from grpo_cli.core.run.folder import Run
 from grpo_cli.core.world import World
 
 COMPARE_EVERY = 10  # steps between measurements of `logprob_gap`
+SAMPLER_GAP = 1e-3  # nats per token; float32 rounds to 1e-6, bfloat16 to 1e-2
 
 
 @dataclass(frozen=True)
@@ -118,11 +121,11 @@ class Trainer:
         with self.clock.phase("total"):
             # 1. Draw prompts, sample a group of completions of each, score them.
             batch = self.collector.collect(number)
-            # 2. Compare each completion with its group.
-            everyone = advantages(batch.tally.rewards, scale=self.settings.loss.scale_rewards)  # (P, G), all ranks
-            batch.set_advantages(everyone)
-            # 3. Compute log-probabilities under the frozen reference.
+            # 2. Compute log-probabilities under the frozen reference.
             ref_logprobs = self._reference_logprobs(batch)
+            # 3. Compare each completion with its group.
+            everyone = self._advantages(batch, ref_logprobs)  # (P, G), all ranks
+            batch.set_advantages(everyone)
             # 4. Make completions better than their group more likely.
             updated = self._update(batch, ref_logprobs, watch, has_gradient=bool(everyone.any()))
         self.state.progress.step = number
@@ -134,6 +137,14 @@ class Trainer:
         base, count = self.state.progress.base_accuracy, self.validation.count
         if base is not None:
             self.observer.evaluated(Validated(0, base, count, wilson(base, count)))
+
+    def _advantages(self, batch: Batch, ref_logprobs: Tensor | None) -> Tensor:
+        """Advantages (P, G) of all ranks' completions."""
+        loss, rewards = self.settings.loss, batch.tally.rewards
+        if ref_logprobs is not None and loss.kl_in == "reward":
+            kl = ChainMap(*self.world.gather(batch.kl_to(ref_logprobs)))
+            rewards = rewards - loss.beta * torch.stack([kl[prompt] for prompt in sorted(kl)])
+        return advantages(rewards, scale=loss.scale_rewards, baseline=loss.baseline, pass_at_k=loss.pass_at_k)
 
     def _reference_logprobs(self, batch: Batch) -> Tensor | None:
         if self.reference is None:
@@ -152,7 +163,7 @@ class Trainer:
         self, batch: Batch, ref_logprobs: Tensor | None, watch: Watch | None, *, has_gradient: bool
     ) -> dict[str, float]:
         """Update the policy; returns the metrics, without those of the update if it is skipped."""
-        state, train, loss = self.state, self.settings.train, self.settings.loss
+        state, train, loss = self.state, self.settings.train, self._corrected()
         rate = scheduled_rate(train, batch.number)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
@@ -161,7 +172,11 @@ class Trainer:
                 updated = update(
                     state.learner,
                     state.optimizer,
-                    batch.examples(ref_logprobs, has_gradient=has_gradient or loss.beta > 0),
+                    batch.examples(
+                        ref_logprobs,
+                        has_gradient=has_gradient or loss.always_has_gradient,
+                        mask_truncated=loss.mask_truncated,
+                    ),
                     Objective.of(train, loss),
                     clock=self.clock,
                     micro_batch=self.micro_batch,
@@ -176,6 +191,13 @@ class Trainer:
                 updated = {}
                 self._skip(batch, problem)
         return {**updated, "learning_rate": rate, "bad_steps": state.progress.bad_steps}
+
+    def _corrected(self) -> Loss:
+        """The loss, with the correction for the sampler that `auto` means: by its gap at the last step."""
+        loss = self.settings.loss
+        gaps = (line["sampler_gap"] for line in reversed(self.history) if "sampler_gap" in line)
+        chosen = "truncate" if next(gaps, 0.0) > SAMPLER_GAP else "none"
+        return loss.model_copy(update={"sampler_correction": chosen}) if loss.sampler_correction == "auto" else loss
 
     def _log(self, batch: Batch, updated: Mapping[str, float]) -> None:
         """Pass the metrics of a step to the observer, and its samples to the run."""

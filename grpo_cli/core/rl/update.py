@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import reduce
+from itertools import product
 from operator import add
 from statistics import fmean
 
@@ -14,12 +15,13 @@ from torch import Tensor
 from grpo_cli.core.config.settings import Loss, Train
 from grpo_cli.core.fsdp import full, local
 from grpo_cli.core.microbatch import MicroBatch
+from grpo_cli.core.model.logprobs import scatter
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.rl.batch import Examples
 from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.diagnostics import WeightProbe, logprob_gap, optimized, plain_logprobs_of_ends
-from grpo_cli.core.rl.grpo import Step, batch_loss, normalizer
+from grpo_cli.core.rl.grpo import Step, TokenLoss, batch_loss, normalizer, sampler_weight
 from grpo_cli.core.rl.observer import no_poll
 from grpo_cli.core.world import World
 
@@ -46,10 +48,17 @@ class Objective:
     max_new_tokens: int
     num_inner_updates: int = 1
     clip_grad_norm: float = 1.0
+    num_mini_batches: int = 1
 
     @classmethod
     def of(cls, train: Train, loss: Loss) -> Objective:
-        return cls(loss, train.temperature, train.max_new_tokens, train.num_inner_updates, train.clip_grad_norm)
+        inner, parts = train.num_inner_updates, train.num_mini_batches
+        return cls(loss, train.temperature, train.max_new_tokens, inner, train.clip_grad_norm, parts)
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether all log-probs and entropies are needed before the first gradient."""
+        return self.num_mini_batches > 1 or self.loss.entropy_share < 1
 
 
 @torch.no_grad()
@@ -74,7 +83,7 @@ def reference_logprobs(
                     subset = sequences.subset(some) if some else DUMMY
                     with micro_batch.measured(tokens=subset.tokens, rows=len(some)):
                         part, _ = policy.logprobs(
-                            subset, temperature=temperature, entropy=False, logit_chunk=micro_batch.logit_chunk
+                            subset, temperature=temperature, entropy="none", logit_chunk=micro_batch.logit_chunk
                         )
                     if some:
                         logprobs[some, : part.shape[1]] = part
@@ -93,7 +102,7 @@ def update(
     poll: Callable[[], None] = no_poll,
     watch: Watch | None = None,
 ) -> dict[str, float]:
-    """Update the weights `num_inner_updates` times; returns metrics, means over the inner updates.
+    """Update the weights `num_inner_updates` times for each mini-batch; returns metrics, means over all updates.
 
     Each rank passes its own `examples`. `clock` times the optimizer, and knows the ranks. `micro_batch` sets how many
     are computed at once. `poll` is called before each micro-batch of the first inner update; if it raises, the weights
@@ -107,12 +116,16 @@ def update(
     world, inputs = clock.world, _Inputs.of(policy, examples, objective, compare_with)
     probe, history = WeightProbe(optimizer), list[dict[str, float]]()
     try:
-        for number in range(objective.num_inner_updates):
+        if objective.needs_old_logprobs:
+            _record_old_logprobs(inputs, micro_batch, world, poll)
+        for number, part in product(range(objective.num_inner_updates), inputs.parts()):
             # 1. Sum gradients over micro-batches and ranks.
-            sums = _accumulate(inputs, optimizer, micro_batch, world, poll=poll, number=number, watch=watch)
+            sums = _accumulate(inputs, part, optimizer, micro_batch, world, poll=poll, number=number, watch=watch)
             # 2. Clip them, and step.
-            norm = torch.zeros(())
-            if inputs.step.has_gradient:
+            norm, has_gradient = torch.zeros(()), inputs.step.has_gradient
+            if objective.num_mini_batches > 1:
+                has_gradient = any(world.gather(bool(part.learning)))
+            if has_gradient:
                 with clock.phase("optimizer"):
                     norm = optimizer_step(policy, optimizer, sums.loss, objective.clip_grad_norm, world)
             # 3. Describe the step.
@@ -127,6 +140,7 @@ def update(
 
 def _accumulate(
     inputs: _Inputs,
+    part: Part,
     optimizer: torch.optim.Optimizer,
     micro_batch: MicroBatch,
     world: World,
@@ -136,15 +150,15 @@ def _accumulate(
     watch: Watch | None,
 ) -> Sums:
     """Set this rank's gradients in inner update `number`, by micro-batches; returns the sums of all ranks."""
-    for attempt in micro_batch.attempts(len(inputs.learning), "update"):
+    for attempt in micro_batch.attempts(len(part.learning), "update"):
         with attempt:
             optimizer.zero_grad(set_to_none=True)
             sums = Sums()
-            for rows in _passes(inputs.learning, inputs.policy, micro_batch, world):
+            for rows in _passes(part.learning, inputs.policy, micro_batch, world):
                 if number == 0:
                     poll()
                 sums += _backward(inputs, rows, micro_batch, number, watch)
-            for rows in _passes(inputs.equal, inputs.policy, micro_batch, world):
+            for rows in _passes(part.equal, inputs.policy, micro_batch, world):
                 sums += _entropy(inputs, rows, micro_batch)
     return reduce(add, world.gather(sums))
 
@@ -175,6 +189,14 @@ def _passes(rows: Sequence[int], policy: Policy, micro_batch: MicroBatch, world:
     return own + [[]] * (most - len(own))
 
 
+@dataclass(frozen=True)
+class Part:
+    """Rows of a mini-batch: with a gradient, and without one, of which only the entropy is needed."""
+
+    learning: list[int]
+    equal: list[int]
+
+
 @dataclass
 class _Inputs:
     """This rank's part of a step, on the policy's device."""
@@ -185,28 +207,67 @@ class _Inputs:
     step: Step
     advantages: Tensor  # (B,)
     weight: Tensor  # (B,) of each token of a row in the loss
-    old_logprobs: Tensor  # (B, T), filled by the first inner update
+    old_logprobs: Tensor  # (B, T), filled by the first inner update, or before it if the objective needs them
+    sampled_logprobs: Tensor | None  # (B, T)
     learning: list[int]  # rows with a gradient
-    equal: list[int]  # rows of zero advantage without KL: only their entropy is needed
+    equal: list[int]  # rows without: of zero advantage and no KL, or masked
+    entropic: Tensor | None  # (B, T) boolean: tokens whose entropy lets them learn; None: all
+    learned_tokens: int  # of all ranks; the entropy bonus is their mean
+    masked: list[int]  # truncated rows that are left out
     plain: dict[int, Tensor]  # log-probs (C,) of some rows by the model's own forward, to measure `logprob_gap`
 
     @classmethod
     def of(cls, policy: Policy, examples: Examples, objective: Objective, compare_with: Policy | None) -> _Inputs:
         device, loss = policy.device, objective.loss
         assert examples.ref_logprobs is not None or loss.beta == 0
-        learns = (examples.advantages != 0) | (loss.beta > 0)
-        learning, equal = (rows.nonzero()[:, 0].tolist() for rows in (learns, ~learns))
         lengths = torch.tensor([len(completion) for completion in examples.sequences.completions])
-        step = examples.step or Step(len(lengths), int(lengths.sum()), has_gradient=bool(learning))
+        masked = torch.tensor(examples.truncated, dtype=torch.bool) & loss.mask_truncated
+        masked = masked if len(masked) else torch.zeros(len(lengths), dtype=torch.bool)
+        learns = ((examples.advantages != 0) | loss.always_has_gradient) & ~masked
+        learning, equal = (rows.nonzero()[:, 0].tolist() for rows in (learns, ~learns))
+        step = examples.step or Step(len(lengths), int(lengths[~masked].sum()), has_gradient=bool(learning))
         weight = normalizer(lengths, loss_type=loss.loss_type, max_new_tokens=objective.max_new_tokens, step=step)
-        old_logprobs = torch.zeros(examples.sequences.mask().shape, device=device)
+        old_logprobs, sampled = torch.zeros(examples.sequences.mask().shape, device=device), None
+        if examples.sampled_logprobs:
+            flat = torch.tensor([value for row in examples.sampled_logprobs for value in row])
+            sampled = scatter(flat, lengths.tolist(), range(len(lengths))).to(device)
         plain = {}
         if compare_with:
             plain = plain_logprobs_of_ends(
                 compare_with, examples.sequences, learning, temperature=objective.temperature
             )
-        advantages, weight = examples.advantages.to(device), weight.to(device)
-        return cls(policy, examples, objective, step, advantages, weight, old_logprobs, learning, equal, plain)
+        advantages, weight = examples.advantages.to(device), weight.to(device) * objective.num_mini_batches
+        return cls(
+            policy, examples, objective, step, advantages, weight, old_logprobs, sampled, learning, equal, None,
+            step.tokens, masked.nonzero()[:, 0].tolist(), plain,
+        )  # fmt: skip
+
+    def parts(self) -> list[Part]:
+        """The mini-batches, in the order of their prompts."""
+        count, owners = self.objective.num_mini_batches, self.examples.sequences.prompt_index
+        prompts = max(owners, default=0) + 1
+
+        def split(rows: list[int]) -> list[list[int]]:
+            return [[row for row in rows if owners[row] * count // prompts == part] for part in range(count)]
+
+        return [Part(*rows) for rows in zip(split(self.learning), split(self.equal), strict=True)]
+
+    def bonus(self, rows: list[int], entropy: Tensor, mask: Tensor) -> Tensor:
+        """These rows' part of the entropy bonus: its weight times the mean entropy of the tokens that learn."""
+        chosen = mask if self.entropic is None else self.entropic[rows, : mask.shape[1]]
+        weight = self.objective.loss.entropy_bonus * self.objective.num_mini_batches / max(1, self.learned_tokens)
+        return weight * (entropy * chosen).sum()
+
+    def share(self, rows: list[int], mask: Tensor) -> Tensor | None:
+        """Weights (B, T) of these rows' policy loss, by the sampler's correction and by entropy; None if all are 1."""
+        loss, length, share = self.objective.loss, mask.shape[1], None
+        if loss.sampler_correction in ("truncate", "mask") and self.sampled_logprobs is not None:
+            old, sampled = (part[rows, :length] for part in (self.old_logprobs, self.sampled_logprobs))
+            share = sampler_weight(old, sampled, mask, loss)
+        if self.entropic is not None:
+            chosen = self.entropic[rows, :length].float()
+            share = chosen if share is None else share * chosen
+        return share
 
 
 def _backward(
@@ -220,13 +281,17 @@ def _backward(
     sequences = examples.sequences.subset(rows)
     with micro_batch.measured(tokens=sequences.tokens, rows=len(rows), adds=policy.missing_gradients()):
         logprobs, entropy = policy.logprobs(
-            sequences, temperature=objective.temperature, logit_chunk=micro_batch.logit_chunk
+            sequences,
+            temperature=objective.temperature,
+            entropy="gradient" if objective.loss.entropy_bonus else "value",
+            logit_chunk=micro_batch.logit_chunk,
         )
         mask = sequences.mask().to(policy.device)  # (B, T)
         length = mask.shape[1]
-        if is_first:
+        if is_first and not objective.needs_old_logprobs:
             inputs.old_logprobs[rows, :length] = logprobs.detach()
-        total, clipped, kl = batch_loss(
+        share = inputs.share(rows, mask)
+        total, tokens = batch_loss(
             logprobs,
             inputs.old_logprobs[rows, :length],
             None if examples.ref_logprobs is None else examples.ref_logprobs[rows, :length],
@@ -234,16 +299,47 @@ def _backward(
             mask,
             inputs.weight[rows],
             objective.loss,
+            share,
         )
+        if objective.loss.entropy_bonus:
+            total = total - inputs.bonus(rows, entropy, mask)
         total.backward()
     if watch:
         watch(number, rows, logprobs.detach())
-    sums = Sums.of(total.detach(), kl, entropy, clipped, mask)
+    sums = Sums.of(total.detach(), tokens, entropy.detach(), mask)
+    if inputs.sampled_logprobs is not None and is_first:
+        sampled = inputs.sampled_logprobs[rows, :length]
+        sums.sampler_gap = float(((inputs.old_logprobs[rows, :length] - sampled).abs() * mask).sum())
     for row in inputs.plain.keys() & rows if is_first else ():
         trained = logprobs[rows.index(row)].detach()
         sums.gap += logprob_gap(inputs.plain[row], trained, examples.sampled_logprobs[row])
         sums.compared += len(inputs.plain[row])
     return sums
+
+
+@torch.no_grad()
+def _record_old_logprobs(inputs: _Inputs, micro_batch: MicroBatch, world: World, poll: Callable[[], None]) -> None:
+    """Compute the log-probs of all rows before the weights change, and choose the tokens that learn by entropy."""
+    policy, objective, rows = inputs.policy, inputs.objective, sorted([*inputs.learning, *inputs.equal])
+    entropies, mask = torch.zeros_like(inputs.old_logprobs), inputs.examples.sequences.mask().to(policy.device)
+    for attempt in micro_batch.attempts(len(rows), "update"):
+        with attempt:
+            for some in _passes(rows, policy, micro_batch, world):
+                poll()
+                subset = inputs.examples.sequences.subset(some) if some else DUMMY
+                with micro_batch.measured(tokens=subset.tokens, rows=len(some)):
+                    logprobs, entropy = policy.logprobs(
+                        subset, temperature=objective.temperature, logit_chunk=micro_batch.logit_chunk
+                    )
+                if some:
+                    inputs.old_logprobs[some, : logprobs.shape[1]] = logprobs
+                    entropies[some, : entropy.shape[1]] = entropy
+    if objective.loss.entropy_share < 1:
+        mask[inputs.masked] = False
+        everywhere = torch.cat(world.gather(entropies[mask].cpu()))
+        threshold = float(torch.quantile(everywhere, 1 - objective.loss.entropy_share)) if len(everywhere) else 0.0
+        inputs.entropic = mask & (entropies >= threshold)
+        inputs.learned_tokens = sum(world.gather(int(inputs.entropic.sum())))
 
 
 @torch.no_grad()
@@ -268,16 +364,19 @@ class Sums:
     clipped: float = 0.0
     gap: float = 0.0
     compared: int = 0  # number of tokens in the gap
+    sampler_gap: float = 0.0
+    learned: int = 0  # tokens of rows with a gradient
     tokens: int = 0
 
     @classmethod
-    def of(cls, loss: Tensor, kl: Tensor | None, entropy: Tensor, clipped: Tensor, mask: Tensor) -> Sums:
+    def of(cls, loss: Tensor, parts: TokenLoss, entropy: Tensor, mask: Tensor) -> Sums:
         return cls(
             loss=loss.item(),
-            kl=0.0 if kl is None else float((kl.detach() * mask).sum()),
+            kl=0.0 if parts.kl is None else float((parts.kl.detach() * mask).sum()),
             entropy=float((entropy * mask).sum()),
-            clipped=float((clipped & mask).sum()),
+            clipped=float((parts.clipped & mask).sum()),
             tokens=int(mask.sum()),
+            learned=int(mask.sum()),
         )
 
     def __add__(self, other: Sums) -> Sums:
@@ -292,6 +391,7 @@ class Sums:
             "grad_norm": float(norm),
         }
         gap = {"logprob_gap": self.gap / self.compared} if self.compared else {}
+        gap |= {"sampler_gap": self.sampler_gap / self.learned} if self.sampler_gap else {}
         return metrics | ({"kl": self.kl / self.tokens} if has_kl else {}) | gap
 
 
