@@ -157,7 +157,7 @@ def countdown(
 
 
 SMALL = ["--precision", "float32", "--batch-size", "2", "--num-generations", "2", "--max-new-tokens", "8"]
-SMALL += ["--num-iterations", "2", "--eval-every", "1", "--eval-puzzles", "4", "--save-every", "1"]
+SMALL += ["--num-iterations", "2", "--eval-every", "2", "--eval-puzzles", "2", "--save-every", "1"]
 
 
 @pytest.fixture(scope="session")
