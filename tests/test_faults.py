@@ -671,8 +671,8 @@ MOMENTS: dict[str, tuple[str, Callable[[Function, Function], Function], int]] = 
 }
 
 
-QUICK = ("first evaluation", "rollout of step 2", "scoring of step 2", "second inner update of step 2")
-QUICK += ("saving of the best model", "last evaluation")
+QUICK = ["first evaluation", "rollout of step 2", "scoring of step 2", "second inner update of step 2"]
+QUICK += ["saving of the best model", "last evaluation"]
 
 
 @pytest.mark.parametrize(
