@@ -130,6 +130,7 @@ def test_micro_batches_change_nothing_nor_does_running_out_of_memory(
 
 WARM = ["--precision", "float32", "--batch-size", 1, "--num-generations", 2, "--max-new-tokens", 60]
 WARM += ["--eval-puzzles", 1, "--warm-start", 16, "--learning-rate", 1e-3, "--save-every", 1, "--beta", 0.1]
+FEW = ["--max-number", 6]  # every puzzle's search is written before any is shown
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,7 @@ def test_an_infinite_gradient_ends_a_warm_start_with_its_weights_unchanged(tiny_
 def test_a_run_starts_from_the_warm_started_model_and_resumes_equal(
     countdown: Command, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    train = ["train", "--model", tiny_folder, *WARM]
+    train = ["train", "--model", tiny_folder, *WARM, *FEW]
     whole = countdown(*train, "--run", "whole", "--num-iterations", 2)
     assert whole.code == 0, whole.err
     assert "warm start: step 2 of 2, loss " in whole.err
@@ -222,7 +223,7 @@ def stop_after_step_2(monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -
     monkeypatch.setattr(State, "save", save_and_stop)
 
 
-OFTEN = [*WARM, "--num-iterations", 1, "--warm-start", 32, "--save-minutes", 1e-9]
+OFTEN = [*WARM, *FEW, "--num-iterations", 1, "--warm-start", 32, "--save-minutes", 1e-9]
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +305,7 @@ def test_a_request_to_save_does_not_end_a_warm_start(
     monkeypatch.setattr("grpo_cli.core.rl.warm_start.imitate", asked)
     before = signal.signal(signal.SIGUSR1, lambda *_: pytest.fail("it would have ended the process"))
     try:
-        result = countdown("train", "--model", tiny_folder, *WARM, "--num-iterations", 1)
+        result = countdown("train", "--model", tiny_folder, *WARM, *FEW, "--num-iterations", 1)
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert result.code == 0
@@ -314,7 +315,7 @@ def test_a_request_to_save_does_not_end_a_warm_start(
 def test_an_interrupt_between_imitation_and_the_first_step_is_said_and_the_run_resumes(
     countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["train", "--model", tiny_folder, *WARM, "--num-iterations", 1, "--run", "first"]
+    arguments = ["train", "--model", tiny_folder, *WARM, *FEW, "--num-iterations", 1, "--run", "first"]
     with monkeypatch.context() as patch:
         patch.setattr("grpo_cli.core.rl.build._state", lambda *_: signal.raise_signal(signal.SIGINT))
         stopped = countdown(*arguments)
@@ -334,7 +335,7 @@ def test_a_warm_start_takes_no_more_completions_at_once_than_were_planned(
 
     monkeypatch.setattr("grpo_cli.core.rl.warm_start.imitate", seen)
     for flags in ([], ["--num-generations", 4, "--micro-batch-size", 3]):
-        assert countdown("train", "--model", tiny_folder, *WARM, "--num-iterations", 1, *flags).code == 0
+        assert countdown("train", "--model", tiny_folder, *WARM, *FEW, "--num-iterations", 1, *flags).code == 0
     assert rows == [2, 3]
 
 
