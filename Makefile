@@ -8,7 +8,7 @@ UV := uv pip install --quiet --python $(VENV) --torch-backend $(or $(UV_TORCH_BA
 INSTALL ?= $(if $(shell command -v uv),$(UV),$(BIN)/python -m pip install --quiet)
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: train test test-lowest faults long coverage lint peer docs package clean
+.PHONY: train test test-lowest faults long coverage lint peer extras docs package clean
 
 train: $(VENV)/installed
 	$(BIN)/countdown train $(ARGS)
@@ -41,6 +41,10 @@ lint: $(VENV)/installed-dev
 peer: $(VENV)/installed-peer
 	$(BIN)/python -m pytest -m peer $(ARGS)
 
+# The files with tests that `make test` skips where a package of an extra is not installed.
+extras: $(VENV)/installed-extras
+	$(PYTEST) $(shell grep -l importorskip tests/*.py) $(ARGS)
+
 docs: $(VENV)/installed-docs
 	$(BIN)/mkdocs build --strict --quiet
 
@@ -60,6 +64,10 @@ $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
 
 $(VENV)/installed-peer: pyproject.toml | $(BIN)/python
 	$(INSTALL) --editable ".[dev,peer]"
+	touch $@ $(VENV)/installed-dev $(VENV)/installed
+
+$(VENV)/installed-extras: pyproject.toml | $(BIN)/python
+	$(INSTALL) --editable ".[dev,parquet,gym,lora,gguf]"
 	touch $@ $(VENV)/installed-dev $(VENV)/installed
 
 $(VENV)/installed-docs: pyproject.toml | $(BIN)/python

@@ -27,6 +27,7 @@ from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.reference import Reference
+from grpo_cli.core.perf import utilization
 from grpo_cli.core.rl import update as update_module
 from grpo_cli.core.rl.batch import Examples
 from grpo_cli.core.rl.build import assemble
@@ -66,10 +67,11 @@ def save_tiny_model(folder: Path, kind: type[PretrainedConfig] = Qwen2Config, **
 
 
 @pytest.fixture(scope="session", autouse=True)
-def unsynced() -> Iterator[None]:
-    """No test pulls the plug, so none waits for the disk."""
+def quick_machine() -> Iterator[None]:
+    """No test pulls the plug, so none waits for the disk; and none reads how fast the machine is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
+        patch.setattr(utilization, "MATRIX", 64)
         yield
 
 
@@ -158,7 +160,7 @@ def countdown(
 
 
 SMALL = ["--precision", "float32", "--batch-size", "2", "--num-generations", "2", "--max-new-tokens", "8"]
-SMALL += ["--num-iterations", "2", "--eval-every", "1", "--eval-puzzles", "4", "--save-every", "1"]
+SMALL += ["--num-iterations", "2", "--eval-every", "2", "--eval-puzzles", "2", "--save-every", "1"]
 
 
 @pytest.fixture(scope="session")

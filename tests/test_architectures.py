@@ -12,12 +12,10 @@ from conftest import Command
 from grpo_cli.core.rollout.selfcheck import LARGEST, PATHS
 
 QUICK = [
-    "apertus", "bart", "bert", "bloom", "cohere", "cohere2", "ctrl", "deepseek_v3", "diffllama", "doge", "gemma",
-    "gemma2", "glm4", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "granite", "hrm_text",
-    "llama", "mistral", "mixtral", "mpt", "nanochat", "olmo2", "openai-gpt", "opt", "phi", "phi3", "qwen2", "qwen3",
-    "roberta", "smollm3", "stablelm", "xglm",
+    "bart", "bert", "bloom", "cohere2", "deepseek_v3", "gemma", "gemma2", "gpt2", "gpt_neox", "gpt_oss", "gptj",
+    "granite", "llama", "mistral", "mixtral", "mpt", "olmo2", "opt", "phi3", "qwen2", "qwen3", "smollm3",
 ]  # fmt: skip
-TRAINED = ["bert", "bloom", "falcon_mamba", "gemma2", "gpt2", "gpt_neox", "llama", "mixtral", "opt", "qwen3_next"]
+TRAINED = ["bert", "bloom", "falcon_mamba", "gpt2", "mixtral"]
 NOT_READ = ("emu3", "mllama", "minimax")  # transformers does not read what it saved of them
 STEP = ["--precision", "float32", "--style", "zero-shot", "--batch-size", "2", "--num-generations", "4"]
 STEP += ["--max-new-tokens", "4", "--num-iterations", "1", "--eval-puzzles", "2", "--reward", "reward.py:varied"]

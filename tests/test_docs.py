@@ -76,9 +76,9 @@ def test_the_examples_of_the_api_run(
     )
     assert len(blocks) == 2
     for block in blocks:
-        exec(block.replace('"train.num_iterations": 3', '"train.num_iterations": 3, "train.max_new_tokens": 20'), {})
+        exec(block.replace('"train.num_iterations": 3', '"train.num_iterations": 1, "train.max_new_tokens": 20'), {})
     lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in lines[:3]] == ["step 1", "step 2", "step 3"]
+    assert lines[0].startswith("step 1: reward ") and "saved in runs/from-python/model" in lines[1]
     assert (tmp_path / "runs" / "from-python" / "model" / "model.safetensors").is_file()
 
 

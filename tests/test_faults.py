@@ -188,13 +188,6 @@ def test_a_run_that_goes_on_stays_what_it_is(tmp_path: Path, key: str, value: ob
         config.resume_settings(saved, tmp_path / "config.json", flags={key: value})
 
 
-def test_a_run_that_goes_on_may_be_longer_and_log_otherwise(tmp_path: Path) -> None:
-    saved = config.resolve(has_cuda=lambda: False).settings.model_dump()
-    flags = {"train.num_iterations": 7, "train.eval_every": 3, "train.save_every": 2, "train.keep_last": 5}
-    found = config.resume_settings(saved, tmp_path / "config.json", flags=flags).settings.train
-    assert (found.num_iterations, found.eval_every, found.save_every, found.keep_last) == (7, 3, 2, 5)
-
-
 # Places that cannot be written
 
 
@@ -327,13 +320,17 @@ def test_a_disk_that_fills_up_while_logging_is_one_sentence(
 def test_curves_that_cannot_be_drawn_do_not_end_a_training(
     countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    """A full disk, then a style that is not there."""
+    errors = iter([OSError(28, "No space left on device"), *[KeyError("style")] * 2])
 
-    monkeypatch.setattr("grpo_cli.cli.artifacts.draw", full)
+    def fail(*_: object) -> None:
+        raise next(errors)
+
+    monkeypatch.setattr("grpo_cli.cli.artifacts.draw", fail)
     found = countdown("train", "--model", tiny_folder, "--run", "first", *SHORT)
     assert found.code == 0
     assert found.err.count("the curves were not drawn: ") == 3
+    assert Path("runs/first/summary.json").is_file()
 
 
 # One run, two writers
@@ -387,7 +384,7 @@ def test_a_start_that_fails_leaves_nothing(
 
 
 def test_a_run_is_named_as_it_is_printed_and_a_mistyped_one_is_suggested(trained: Command) -> None:
-    for arguments in (["eval", "runs/first", "--limit", "2"], ["plot", "runs/first"], ["plot", "./runs/first/"]):
+    for arguments in (["eval", "runs/first", "--limit", "2"], ["plot", "./runs/first/"]):
         assert trained(*arguments).code == 0
     for arguments in (
         ["eval", "frist"],
@@ -462,10 +459,9 @@ def test_plots_of_several_runs_replace_nothing(trained: Command, tmp_path: Path)
     assert (tmp_path / "report.html").read_text() == (tmp_path / "training_curve.png").read_text() == "mine"
     again = trained("plot", "first", "second", "--report")
     assert again.code == 2 and "exists" in again.err and "--overwrite" in again.err
-    assert trained("plot", "first", "second", "--report", "--overwrite").code == 0
+    assert trained("plot", "first", "second", "--overwrite").code == 0
     alone = trained("plot", "runs/first/metrics.jsonl")
     assert alone.code == 2 and "`training_curve.png` exists" in alone.err
-    assert trained("plot", "first").code == trained("plot", "first").code == 0  # a run's own images
 
 
 # Resumed as something else
@@ -529,7 +525,6 @@ def test_a_reference_of_its_own_is_used_and_must_stay_what_it_was(
     assert countdown("train", "--run", "first", "--ref-model", "other", *flags).code == 0
     run = Run.open(tmp_path / "runs", "first")
     assert run.metrics()[1]["kl"] > 0.01 and "reference" in run.read_origin()
-    assert countdown("train", "--run", "first", "--resume", "--num-iterations", "3").code == 0
     other_weights(tmp_path / "other")
     found = countdown("train", "--run", "first", "--resume", "--num-iterations", "5")
     assert found.code == 2 and "`other` as its reference" in " ".join(found.err.split())
@@ -546,34 +541,30 @@ def test_a_reference_that_reads_other_tokens_is_refused(countdown: Command, tiny
     assert not list(tmp_path.glob("runs/*"))
 
 
-@pytest.mark.parametrize("beta", ["0", "0.1"])
 def test_other_puzzles_are_not_taken_for_those_of_the_run(
-    countdown: Command, tiny_folder: Path, set_puzzles: SetPuzzles, beta: str
+    countdown: Command, tiny_folder: Path, set_puzzles: SetPuzzles
 ) -> None:
     flags = [*SMALL, "--num-iterations", "1", "--eval-every", "9"]
-    assert countdown("train", "--model", tiny_folder, "--run", "first", "--beta", beta, *flags).code == 0
+    assert countdown("train", "--model", tiny_folder, "--run", "first", *flags).code == 0
     set_puzzles(lambda *asked: puzzle_set(*asked)[1:])
     found = countdown("train", "--run", "first", "--resume", "--num-iterations", "5")
     assert found.code == 2
     assert "other train problems and val problems" in found.err
 
 
-@pytest.mark.parametrize("key", ["learning_rate", "optimizer", "seed"])
-def test_settings_edited_in_the_run_folder_are_noticed(trained: Command, tmp_path: Path, key: str) -> None:
+def test_settings_edited_in_the_run_folder_are_noticed(trained: Command, tmp_path: Path) -> None:
     path = tmp_path / "runs" / "first" / "config.json"
     config = json.loads(path.read_text())
-    config["train"][key] = {"learning_rate": 0.5, "optimizer": "adamw8bit", "seed": 9}[key]
+    config["train"]["seed"] = 9
     path.write_text(json.dumps(config))
     found = trained("train", "--run", "first", "--resume")
     assert found.code == 2
     assert "has changed since step 2 was saved" in found.err
 
 
-@pytest.mark.parametrize("flag", [["--optimizer", "adamw8bit"], ["--learning-rate", "1e-3"], ["--style", "natural"]])
-def test_a_flag_that_would_change_the_run_is_refused(trained: Command, flag: list[str]) -> None:
-    found = trained("train", "--run", "first", "--resume", *flag)
-    assert found.code == 2
-    assert "a resumed run cannot change" in found.err and flag[1].replace("1e-3", "0.001") in found.err
+def test_a_flag_that_would_change_the_run_is_refused(trained: Command) -> None:
+    found = trained("train", "--run", "first", "--resume", "--learning-rate", "1e-3")
+    assert found.code == 2 and "a resumed run cannot change" in found.err and "0.001" in found.err
 
 
 def test_a_run_does_not_get_shorter(trained: Command) -> None:
@@ -606,7 +597,7 @@ def assert_same_run(found: Run, expected: Run, steps: int) -> None:
 # Signals
 
 SHORT = ["--precision", "float32", "--batch-size", "2", "--num-generations", "2", "--max-new-tokens", "8"]
-SHORT += ["--num-iterations", "3", "--eval-every", "1", "--eval-puzzles", "4", "--save-every", "3"]
+SHORT += ["--num-iterations", "3", "--eval-every", "1", "--eval-puzzles", "2", "--save-every", "3"]
 SHORT += ["--micro-batch-size", "2", "--num-inner-updates", "2", "--learning-rate", "1e-3"]
 
 
@@ -668,7 +659,11 @@ MOMENTS: dict[str, tuple[str, Callable[[Function, Function], Function], int]] = 
     "rollout of step 2": (SAMPLE, at_token(6), 1),
     "evaluation after step 2": (SAMPLE, at_token(7), 2),
     "last evaluation": (SAMPLE, at_token(10), 3),
-    "scoring of step 2": ("grpo_cli.core.task.countdown.score", before_call(8 + 4 + 8 + 1), 1),  # evaluations have 8
+    "scoring of step 2": (
+        "grpo_cli.core.task.countdown.score",
+        before_call(3 * 4 + 1),
+        1,
+    ),  # evaluations and steps have 4
     "reference pass of step 2": ("grpo_cli.core.model.policy.Policy.logprobs", before_call(6 + 1), 1),
     "update of step 2": ("grpo_cli.core.model.policy.Policy.logprobs", before_call(6 + 3), 1),
     "second inner update of step 2": ("grpo_cli.core.model.policy.Policy.logprobs", before_call(6 + 5), 2),
@@ -676,10 +671,16 @@ MOMENTS: dict[str, tuple[str, Callable[[Function, Function], Function], int]] = 
 }
 
 
+QUICK = ["first evaluation", "rollout of step 2", "scoring of step 2", "second inner update of step 2"]
+QUICK += ["saving of the best model", "last evaluation"]
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment", [pytest.param(moment, marks=() if moment in QUICK else pytest.mark.slow) for moment in MOMENTS]
+)
 def test_a_signal_at_any_moment_saves_the_last_completed_step_and_changes_nothing(
     countdown: Command,
     undisturbed: Run,
@@ -765,9 +766,7 @@ def test_a_checkpoint_is_saved_on_demand(
 def test_a_checkpoint_is_saved_by_the_clock(countdown: Command, tiny_folder: Path, tmp_path: Path) -> None:
     flags = [*SHORT, "--keep-last", "9", "--save-every", "100", "--eval-every", "100", "--num-inner-updates", "1"]
     assert countdown("train", "--model", tiny_folder, "--run", "often", *flags, "--save-minutes", "1e-9").code == 0
-    assert countdown("train", "--model", tiny_folder, "--run", "never", *flags, "--save-minutes", "0").code == 0
-    steps = [[step for step, _ in Run(tmp_path / "runs" / name).checkpoints()] for name in ("often", "never")]
-    assert steps == [[1, 2, 3], [3]]
+    assert [step for step, _ in Run(tmp_path / "runs" / "often").checkpoints()] == [1, 2, 3]
 
 
 def begin(folder: Path, tiny_folder: Path, code: str = "") -> Forked:

@@ -193,11 +193,6 @@ def test_the_cells_of_a_suite_have_a_panel_of_their_own_and_every_peak_a_star() 
     assert len(figure.legends[0].get_texts()) == 3
 
 
-def test_the_kl_curve_has_the_kl() -> None:
-    figure = plot.kl_figure([RUN], smooth=False, window=10)
-    assert lines(figure, 0) == [("KL", RUN.kl)]
-
-
 def test_smoothing_draws_the_raw_curve_faintly_behind_its_average() -> None:
     raw, average, val = plot.training_figure([RUN], smooth=True, window=2).axes[0].lines
     assert points(raw) == [(1, 0.1), (2, 0.3), (3, 0.8)]
@@ -228,13 +223,6 @@ def test_any_number_of_runs_can_be_told_apart() -> None:
             (line.get_color(), str(vars(line)["_unscaled_dash_pattern"]), line.get_marker()) for line in axes.lines
         }
         assert len(looks) == len(axes.lines) >= 40
-
-
-def test_named_val_sets_differ_in_colour_and_marker() -> None:
-    curves = Curves("original", [], [], [], {"val a": [(0, 0.5)], "val b": [(0, 0.6)]})
-    first, second = plot.training_figure([curves], smooth=False, window=10).axes[0].lines
-    assert first.get_color() != second.get_color()
-    assert first.get_marker() != second.get_marker()
 
 
 @pytest.mark.parametrize("name", ["$\\frac$", "_hidden", "x" * 300, "a\x1b\nb", "%d {x}"])

@@ -173,10 +173,23 @@ def test_a_file_named_like_an_installed_module_does_not_replace_it(tmp_path: Pat
 
 
 @pytest.mark.faults
-def test_a_training_is_the_same_whatever_its_reward_changes(countdown: Command, tmp_path: Path) -> None:
+def test_a_training_is_the_same_whatever_its_reward_changes(
+    countdown: Command, tiny_folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "mean2.py").write_text(MEAN.replace("return 0.5", "return len(text) / 1000"))
     (tmp_path / "kind.py").write_text("def mine(text, puzzle): return len(text) / 1000\n")
-    small = ["--batch-size", 2, "--num-generations", 4, "--max-new-tokens", 12, "--num-iterations", 2]
+    small = [
+        "--model",
+        tiny_folder,
+        "--batch-size",
+        2,
+        "--num-generations",
+        4,
+        "--max-new-tokens",
+        12,
+        "--num-iterations",
+        2,
+    ]
     for name in ("mean2", "kind"):
         done = countdown("train", "--run", name, "--reward", f"{name}.py:mine", *small, "--eval-puzzles", 2)
         assert done.code == 0, done.err

@@ -3,8 +3,6 @@
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -61,9 +59,11 @@ def test_a_checkpoint_s_folder_names_the_model_in_it(trained: Command) -> None:
 @pytest.mark.parametrize(
     "line", [("train", "--use-all=false"), ("export", "first", "x", "--gguf"), ("eval", "--limit")]
 )
-def test_a_line_that_is_not_understood_points_to_the_help_of_its_command(line: tuple[str, ...]) -> None:
-    refused = subprocess.run([sys.executable, "-m", "grpo_cli", *line], capture_output=True, text=True)
-    assert refused.returncode == 2 and f"hint: see `countdown {line[0]} --help`" in refused.stderr
+def test_a_line_that_is_not_understood_points_to_the_help_of_its_command(
+    line: tuple[str, ...], countdown: Command
+) -> None:
+    refused = countdown(*line)
+    assert refused.code == 2 and f"hint: see `countdown {line[0]} --help`" in refused.err
 
 
 def test_a_question_in_a_hint_has_no_comma(trained: Command) -> None:

@@ -10,7 +10,6 @@ from rich.console import Console
 from grpo_cli.core.metrics import PHASES, TABLE
 from grpo_cli.core.rl.observer import Validated
 from grpo_cli.core.run.folder import Run
-from grpo_cli.ui import text as show
 from grpo_cli.ui.live import TrainingView, fitting
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202e\u200b\r[bold]markup[/bold]"
@@ -215,9 +214,3 @@ def test_the_cursor_comes_back_when_training_is_interrupted() -> None:
         raise KeyboardInterrupt
     shown = written(console)
     assert shown.index("\x1b[?25l") < shown.rindex("\x1b[?25h")
-
-
-def test_the_view_writes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    TrainingView(2).message("hello")
-    assert capsys.readouterr() == ("", "hello\n")
-    assert show.err.stderr

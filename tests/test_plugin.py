@@ -45,15 +45,15 @@ def test_the_example_is_a_sound_task() -> None:
 
 
 def test_the_example_is_trained_and_evaluated(countdown: Command, tmp_path: Path) -> None:
-    steps = ["--num-iterations", 3, "--batch-size", 4, "--num-generations", 4, "--max-new-tokens", 60]
-    done = countdown("train", "--task", EXAMPLE, "--run", "sort", *steps, "--eval-every", 3, "--eval-puzzles", 4)
+    steps = ["--num-iterations", 2, "--batch-size", 2, "--num-generations", 4, "--max-new-tokens", 60]
+    done = countdown("train", "--task", EXAMPLE, "--run", "sort", *steps, "--eval-every", 2, "--eval-puzzles", 2)
     assert done.code == 0, done.err
     metrics = [json.loads(line) for line in (tmp_path / "runs" / "sort" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["weights_changed"] > 0.9 for line in metrics if line["step"]] == [True] * 3
+    assert [line["weights_changed"] > 0.9 for line in metrics if line["step"]] == [True] * 2
     assert any(line["reward/format"] > 0 for line in metrics[1:])
-    asked = countdown("eval", "sort", "--task", EXAMPLE, "--split", "train", "--max-new-tokens", 20, "--json")
+    asked = countdown("eval", "sort", "--task", EXAMPLE, "--split", "train", "--max-new-tokens", 4, "--json")
     result = json.loads(asked.out)
-    assert result["overlap"] == 12 and result["files"] == {"task": hashlib.sha256(EXAMPLE.read_bytes()).hexdigest()}
+    assert result["overlap"] == 4 and result["files"] == {"task": hashlib.sha256(EXAMPLE.read_bytes()).hexdigest()}
     assert "was trained on" in asked.err
     solved = countdown("solve", "4 7 3 = 25", "--model", "sort", "--max-new-tokens", 8)
     assert solved.code == 1 and "running" not in solved.err and "one solution" not in solved.err

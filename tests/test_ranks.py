@@ -283,12 +283,23 @@ def test_memory_that_runs_out_on_one_rank_changes_nothing(tiny_folder: Path, tmp
 
 
 @pytest.mark.faults
+def test_a_rank_that_is_killed_stops_the_other_with_one_message(tiny_folder: Path, tmp_path: Path) -> None:
+    arguments = ["train", "--model", tiny_folder, "--run", "two", *LONG, "--timeout", "6"]
+    codes, output = forked(tmp_path, 2, *arguments, plugin=DIES)
+    assert codes == [1, -signal.SIGKILL], output
+    (error,) = [line for line in output.splitlines() if line.startswith("error:")]
+    assert error.startswith("error: rank 0 of 2: the other ranks no longer answer")
+    assert [path.name for path in (tmp_path / "runs" / "two" / "checkpoints").iterdir()] == ["step-1"]
+
+
+@pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plugin", "sentence"),
     [
-        pytest.param(RAISES, "error: rank 1 of 2: out of luck", marks=pytest.mark.slow),
+        (RAISES, "error: rank 1 of 2: out of luck"),
         (DIES, "error: rank 0 of 2: the other ranks no longer answer"),
-        pytest.param(HANGS, "error: rank 0 of 2: the other ranks no longer answer", marks=pytest.mark.slow),
+        (HANGS, "error: rank 0 of 2: the other ranks no longer answer"),
     ],
 )
 def test_a_rank_that_fails_stops_all_with_one_message(

@@ -244,18 +244,6 @@ def test_the_configuration_shows_every_setting_with_its_source(capsys: pytest.Ca
     assert set(rows) == set(resolved.sources)
 
 
-def test_a_prompt_shows_its_tokens_apart_and_their_ids(capsys: pytest.CaptureFixture[str]) -> None:
-    display.prompt_tokens([(5, "<|im_start|>"), (17, "user"), (2, "\n"), (40, "Using"), (41, " the")])
-    assert [line.rstrip() for line in STYLE_CODES.sub("", capsys.readouterr().out).splitlines()] == [
-        "a prompt of 5 tokens",
-        "",
-        r"  <|im_start|>·user·\n",
-        "  Using· the·",
-        "",
-        "  5 17 2 40 41",
-    ]
-
-
 def test_an_evaluation_shows_rates_outcomes_slices_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
     right, wrong = "<think>a</think><answer>4 * 7 - 3</answer>", "<think>b</think><answer>4 + 7 + 3</answer>"
     result = evaluation(right, wrong, wrong, "<think>c")
@@ -450,18 +438,6 @@ def test_a_pipe_gets_no_progress_bar(capsys: pytest.CaptureFixture[str]) -> None
     with display.progress("evaluating", quiet=False) as advance:
         advance(1, 2)
     assert capsys.readouterr() == ("", "")
-
-
-def test_sparklines_show_first_and_last_value_of_each_curve(capsys: pytest.CaptureFixture[str]) -> None:
-    points = [(1, 0.25), (2, 0.5)]
-    display.sparklines([Curves("first", points, points, [(1, 0.0), (2, 0.01)], {"val": [(0, 0.3), (2, 0.6)]})])
-    assert [line.split() for line in STYLE_CODES.sub("", capsys.readouterr().out).splitlines()] == [
-        ["first"],
-        ["train", "accuracy", "▁█", "25.0%", "->", "50.0%"],
-        ["val", "accuracy", "▁█", "30.0%", "->", "60.0%"],
-        ["reward", "▁█", "0.250", "->", "0.500"],
-        ["kl", "▁█", "0.0000", "->", "0.0100"],
-    ]
 
 
 def test_cheats_are_shown_where_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """A step's operations by hand and as torch counts them; peak rates of devices."""
 
+import itertools
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from grpo_cli.core.model.packed import PackedPath
 from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.perf import utilization
 from grpo_cli.core.perf.utilization import Meter, Operations, known, measure, operations, peak_tflops
 from grpo_cli.core.rollout.engine import Rollout
 
@@ -110,9 +112,17 @@ def test_other_devices_are_not_mistaken_for_them(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_measured_rates_are_finite_and_positive(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grpo_cli.core.perf.utilization.MATRIX", 128)
+    monkeypatch.setattr(utilization, "MATRIX", 128)
     rate = measure(torch.device("cpu"), dtype)
     assert math.isfinite(rate) and rate > 1e-6
+
+
+def test_a_slow_device_is_measured_for_a_second_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(step=2)
+    monkeypatch.setattr(utilization, "MATRIX", 8)
+    monkeypatch.setattr("grpo_cli.core.perf.utilization.time.perf_counter", lambda: next(clock))
+    measure(torch.device("cpu"), torch.float32)
+    assert next(clock) == 4  # one product, of two seconds
 
 
 def test_a_cpu_is_measured_once() -> None:

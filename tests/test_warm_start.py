@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Command, save_tiny_model, state_of
+from conftest import Command, run_here, save_tiny_model, state_of
 from torch import Tensor
 
 from grpo_cli.core.config.resolve import resolve
@@ -128,18 +128,18 @@ def test_micro_batches_change_nothing_nor_does_running_out_of_memory(
     assert said == ["memory ran out in the warm start: repeating it with 2 completions at once"]
 
 
-WARM = ["--precision", "float32", "--batch-size", 1, "--num-generations", 2, "--max-new-tokens", 300]
+WARM = ["--precision", "float32", "--batch-size", 1, "--num-generations", 2, "--max-new-tokens", 60]
 WARM += ["--eval-puzzles", 1, "--warm-start", 16, "--learning-rate", 1e-3, "--save-every", 1, "--beta", 0.1]
+FEW = ["--max-number", 6]  # every puzzle's search is written before any is shown
 
 
 @pytest.mark.parametrize(
     ("flags", "refusal"),
     [
         (["--operations", "+-"], "searches with + - *"),
-        (["--operations", "+-", "--dry-run"], "searches with + - *"),
         (["--puzzles", "puzzles.jsonl"], "`--warm-start` has no effect with `--puzzles"),
-        (["--numbers", 5, "--dry-run"], "shows puzzles of 3 or 4 numbers"),
-        (["--prompt-numbers", "2 = 1, 5 = 1"], "shows puzzles of 3 or 4 numbers"),
+        (["--numbers", 2, "--dry-run"], "shows puzzles of 3 or 4 numbers"),
+        (["--prompt-numbers", "2 = 1, 3 = 0"], "shows puzzles of 3 or 4 numbers"),
         (["--max-new-tokens", 20], "no puzzle of this training"),
     ],
 )
@@ -186,7 +186,7 @@ def test_an_infinite_gradient_ends_a_warm_start_with_its_weights_unchanged(tiny_
 def test_a_run_starts_from_the_warm_started_model_and_resumes_equal(
     countdown: Command, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    train = ["train", "--model", tiny_folder, *WARM]
+    train = ["train", "--model", tiny_folder, *WARM, *FEW]
     whole = countdown(*train, "--run", "whole", "--num-iterations", 2)
     assert whole.code == 0, whole.err
     assert "warm start: step 2 of 2, loss " in whole.err
@@ -223,29 +223,33 @@ def stop_after_step_2(monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -
     monkeypatch.setattr(State, "save", save_and_stop)
 
 
-OFTEN = [*WARM, "--num-iterations", 1, "--warm-start", 32, "--save-minutes", 1e-9]
+OFTEN = [*WARM, *FEW, "--num-iterations", 1, "--warm-start", 32, "--save-minutes", 1e-9]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_here(folder, "train", "--model", tiny_folder, *OFTEN, "--run", "whole")
+    return Run.open(folder / "runs", "whole")
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(
-    ("number", "is_damaged"), [(signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGTERM, False)]
-)
+@pytest.mark.parametrize(("number", "is_damaged"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
 def test_a_warm_start_that_was_stopped_continues_equal(
     countdown: Command,
+    undisturbed: Run,
     tiny_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
     is_damaged: bool,
 ) -> None:
-    train = ["train", "--model", tiny_folder, *OFTEN]
-    assert countdown(*train, "--run", "whole").code == 0
     with monkeypatch.context() as patch:
         stop_after_step_2(patch, number)
-        stopped = countdown(*train, "--run", "halves")
+        stopped = countdown("train", "--model", tiny_folder, *OFTEN, "--run", "halves")
     assert stopped.code == 128 + number
     assert "after step 2; resume with: countdown train --run halves --resume" in " ".join(stopped.err.split())
-    whole, halves = (Run.open(tmp_path / "runs", name) for name in ("whole", "halves"))
+    halves = Run.open(tmp_path / "runs", "halves")
     assert [step for step, _ in halves.warming.checkpoints()] == [1, 2] and not halves.warm_start_path.exists()
     if is_damaged:
         (halves.warming.checkpoint_path(2) / "state.pt").write_bytes(b"")
@@ -253,9 +257,10 @@ def test_a_warm_start_that_was_stopped_continues_equal(
     assert resumed.code == 0, resumed.err
     assert ("skipping the checkpoint of step 2" in resumed.err) == is_damaged
     assert f"warm start: continuing after step {1 if is_damaged else 2}" in resumed.err
-    ends = [load(str(run.warm_start_path), device="cpu").fingerprint() for run in (whole, halves)]
+    ends = [load(str(run.warm_start_path), device="cpu").fingerprint() for run in (undisturbed, halves)]
     assert ends[0] == ends[1] and not halves.warming.path.exists()
-    assert [whole.read_origin(), whole.metrics()[-1]["kl"]] == [halves.read_origin(), halves.metrics()[-1]["kl"]]
+    assert undisturbed.read_origin() == halves.read_origin()
+    assert undisturbed.metrics()[-1]["kl"] == halves.metrics()[-1]["kl"]
 
 
 @pytest.mark.faults
@@ -300,7 +305,7 @@ def test_a_request_to_save_does_not_end_a_warm_start(
     monkeypatch.setattr("grpo_cli.core.rl.warm_start.imitate", asked)
     before = signal.signal(signal.SIGUSR1, lambda *_: pytest.fail("it would have ended the process"))
     try:
-        result = countdown("train", "--model", tiny_folder, *WARM, "--num-iterations", 1)
+        result = countdown("train", "--model", tiny_folder, *WARM, *FEW, "--num-iterations", 1)
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert result.code == 0
@@ -310,7 +315,7 @@ def test_a_request_to_save_does_not_end_a_warm_start(
 def test_an_interrupt_between_imitation_and_the_first_step_is_said_and_the_run_resumes(
     countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["train", "--model", tiny_folder, *WARM, "--num-iterations", 1, "--run", "first"]
+    arguments = ["train", "--model", tiny_folder, *WARM, *FEW, "--num-iterations", 1, "--run", "first"]
     with monkeypatch.context() as patch:
         patch.setattr("grpo_cli.core.rl.build._state", lambda *_: signal.raise_signal(signal.SIGINT))
         stopped = countdown(*arguments)
@@ -330,7 +335,7 @@ def test_a_warm_start_takes_no_more_completions_at_once_than_were_planned(
 
     monkeypatch.setattr("grpo_cli.core.rl.warm_start.imitate", seen)
     for flags in ([], ["--num-generations", 4, "--micro-batch-size", 3]):
-        assert countdown("train", "--model", tiny_folder, *WARM, "--num-iterations", 1, *flags).code == 0
+        assert countdown("train", "--model", tiny_folder, *WARM, *FEW, "--num-iterations", 1, *flags).code == 0
     assert rows == [2, 3]
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from grpo_cli import __version__
 from grpo_cli.core.run.logs import Evaluated
@@ -53,6 +54,20 @@ def model_card(facts: CardFacts) -> str:
         for model, step in ((start, 0), ("trained", facts.best_step))
         if step in steps
     ]
+    shown = {
+        **{key: value for key, value in vars(facts).items() if key != "evaluations"},
+        "evaluated": rows,
+        "has_dev": any(cell.startswith("dev") for cell in facts.evaluations),
+        "hyperparameters": HYPERPARAMETERS,
+        "version": __version__,
+    }
+    page = _template().render(shown, percent=percent, interval=interval)
+    return f"---\n{header.to_yaml()}\n---\n\n{page}"
+
+
+@cache
+def _template() -> Template:
+    """Compiled once: a training writes a card with every new best model."""
     pages = Environment(
         loader=PackageLoader("grpo_cli", "ui"),
         finalize=_escaped,
@@ -62,15 +77,7 @@ def model_card(facts: CardFacts) -> str:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    shown = {
-        **{key: value for key, value in vars(facts).items() if key != "evaluations"},
-        "evaluated": rows,
-        "has_dev": any(cell.startswith("dev") for cell in facts.evaluations),
-        "hyperparameters": HYPERPARAMETERS,
-        "version": __version__,
-    }
-    page = pages.get_template(TEMPLATE).render(shown, percent=percent, interval=interval)
-    return f"---\n{header.to_yaml()}\n---\n\n{page}"
+    return pages.get_template(TEMPLATE)
 
 
 def _escaped(value: object) -> str:

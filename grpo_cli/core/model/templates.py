@@ -44,7 +44,10 @@ def encode(tokenizer: transformers.PreTrainedTokenizerBase, messages: Sequence[M
     the tokenizer has them, as in completions. If the template strips a message, such as the thought of an earlier turn,
     all turns are joined in the user's; CountdownError if that does not help either.
     """
-    marked = [_marked(tokenizer, message) for message in messages]
+    control = _control_pattern(tokenizer)
+    marked: list[Message] = [
+        {"role": message["role"], "content": mark_control_tokens(message["content"], control)} for message in messages
+    ]
     text = _complete(tokenizer, marked) or _complete(tokenizer, joined(marked))
     if text is None:
         raise CountdownError("the chat template changes the text of a prompt", HINT)
@@ -74,12 +77,11 @@ def opening(tokenizer: transformers.PreTrainedTokenizerBase) -> str:
     return ""
 
 
-def _marked(tokenizer: transformers.PreTrainedTokenizerBase, message: Message) -> Message:
-    """The message with marks around control tokens."""
+def _control_pattern(tokenizer: transformers.PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches a control token, the longest first. transformers lists a tokenizer's tokens in milliseconds each time."""
     control = set(tokenizer._get_control_tokens(tokenizer.get_chat_template())) - {*THINK, *ANSWER}
     longest_first = sorted(control, key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) matches nothing
-    return {"role": message["role"], "content": mark_control_tokens(message["content"], pattern)}
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) matches nothing
 
 
 def _complete(tokenizer: transformers.PreTrainedTokenizerBase, messages: Sequence[Message]) -> str | None:

@@ -97,6 +97,7 @@ KNOWN: tuple[tuple[str, float], ...] = (
     (r"MI300X", 1307),
 )
 MATRIX, REPEATS = 1024, 8  # rows and columns, products
+SECONDS = 1.0  # after which no further product is timed: a CPU that emulates bfloat16 takes seconds for one
 
 
 def known(name: str) -> float | None:
@@ -121,6 +122,8 @@ def measure(device: torch.device, dtype: torch.dtype) -> float:
         start = time.perf_counter()
         (left @ right)[0, 0].item()  # waits for the device
         seconds.append(time.perf_counter() - start)
+        if sum(seconds) > SECONDS:
+            break
     return 2 * MATRIX**3 / min(seconds) / 1e12
 
 
