@@ -64,13 +64,13 @@ def test_a_run_keeps_every_completion_of_its_groups(finished_run: Path) -> None:
     for step, metrics in enumerate(run.metrics()[1:], 1):
         groups = run.groups(step)
         assert [one["prompt_index"] for one in groups] == [0, 1]
-        rows = [row for one in groups for row in one["completions"]]  # type: ignore[attr-defined]
+        rows = [row for one in groups for row in one["completions"]]
         assert [row["sample_index"] for row in rows] == [0, 1, 0, 1]
         assert sum(row["reward"] for row in rows) / 4 == pytest.approx(metrics["reward"])
         assert sum(row["length"] for row in rows) / 4 == metrics["completion_length"]
         assert sum(row["truncated"] for row in rows) / 4 == metrics["truncated"]
         shown = [sample for sample in run.samples() if sample.step == step]
-        assert [one["completions"][step % 2]["completion"] for one in groups] == [  # type: ignore[index]
+        assert [one["completions"][step % 2]["completion"] for one in groups] == [
             sample.completion for sample in shown
         ]
 

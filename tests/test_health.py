@@ -1,10 +1,11 @@
 """Signs of a training that has gone wrong for good, or is not healthy, each just below its limit and just above."""
 
-from typing import cast
+from typing import Any, cast
 
 import pytest
+from test_grpo import a_loss
 
-from grpo_cli.core.rl.health import WINDOW, collapses, warnings
+from grpo_cli.core.rl.health import WINDOW, collapses, flipped, warnings
 
 GOOD = {"kl": 0.02, "truncated": 0.05, "format_rate": 1.0, "accuracy": 0.4}
 
@@ -80,7 +81,16 @@ def told(late: dict[str, float], early: dict[str, float] | None = None) -> dict[
         ({"weights_changed": 0.031}, {}, "moved", "3.1% of the weights"),
         ({"weights_changed": 0.0, "zero_variance": 1.0}, {}, "settled", ""),  # there was nothing to move for
         ({"lenient_accuracy": 0.49}, {}, None, ""),
-        ({"lenient_accuracy": 0.52}, {}, "notation", "12% of the completions"),
+        ({"lenient_accuracy": 0.52}, {}, "notation", "52% of the completions"),
+        ({"reward_margin": 0.04, "reward": 0.7}, {}, None, ""),
+        ({"reward_margin": 0.03, "reward": 0.7}, {}, "margin", "earn 0.03 more than wrong ones"),
+        ({"reward_margin": -0.5, "reward": -1.0}, {}, "margin", "earn -0.5 more"),  # a penalty for being right
+        ({"reward_margin": 0.0, "reward": 1.0, "zero_variance": 1.0}, {}, "margin", "check `--reward`"),
+        ({"reward_margin": 0.0, "reward": 1.0, "zero_variance": 1.0, "accuracy": 0.95}, {}, "margin", ""),
+        ({"truncated": 1.0, "zero_variance": 1.0, "accuracy": 0.0}, {"truncated": 1.0}, "truncated", "100%"),
+        ({"format_rate": 0.9}, {"format_rate": 0.6}, "trap", "(60% -> 90%) and the task was not (40% -> 40%)"),
+        ({"format_rate": 0.9, "accuracy": 0.5}, {"format_rate": 0.6}, None, ""),
+        ({"format_rate": 0.79}, {"format_rate": 0.6}, None, ""),
         ({"cheat/numbers": 0.09}, {}, None, ""),
         ({"cheat/numbers": 0.11}, {}, "cheat/numbers", "11% of the completions reach the target"),
         ({"cheat/numbers": 0.11}, {"cheat/numbers": 0.06}, None, ""),  # common, but not growing much
@@ -131,3 +141,52 @@ def test_a_training_that_learns_is_healthy_at_every_step_and_told_when_nothing_i
     longer = warnings([*history, *history[-5:] * 3])
     assert longer.keys() == {"right"}
     assert "nothing is left to learn" in longer["right"] and "stop" in longer["right"]
+
+
+def kept(rewards: list[float], lengths: list[int], *, sign: int = 1) -> list[dict[str, Any]]:
+    """A group without std scaling, as groups.jsonl.gz has it."""
+    mean = sum(rewards) / len(rewards)
+    return [
+        {
+            "completions": [
+                {"reward": reward, "advantage": sign * (reward - mean), "length": length}
+                for reward, length in zip(rewards, lengths, strict=True)
+            ]
+        }
+    ]
+
+
+# Rewards 1 and 0 of 30 and 10 tokens, advantages 0.5 and -0.5: dapo's policy loss is -(15 - 5) / 40 = -0.25, that of
+# dr_grpo at 100 tokens -(15 - 5) / 200 = -0.05, and of grpo 0. The KL term of beta 0.1 at 0.2 nats is 0.02.
+SIGNS = [
+    ("dapo", 0.1, 1, -0.23, 0.2, None),
+    ("dapo", 0.0, 1, -0.25, None, None),
+    ("dapo", 0.1, 1, -0.27, 0.2, "the KL term is subtracted"),
+    ("dapo", 0.1, 1, 0.27, 0.2, "the policy loss is -0.25: its sign is flipped"),
+    ("dapo", 0.0, 1, 0.25, None, "the policy loss is -0.25: its sign is flipped"),
+    ("dr_grpo", 0.1, 1, -0.03, 0.2, None),
+    ("dr_grpo", 0.1, 1, -0.07, 0.2, "the KL term is subtracted"),
+    ("dr_grpo", 0.0, 1, 0.05, None, "its sign is flipped"),
+    ("grpo", 0.1, 1, 0.021, 0.2, None),  # weighted by sequence, the KL term differs from beta times the mean
+    ("grpo", 0.1, 1, -0.021, 0.2, "the KL term is subtracted"),
+    ("gspo", 0.1, 1, -0.02, 0.2, "the KL term is subtracted"),
+    ("grpo", 0.0, 1, 1e-8, None, None),
+    ("cispo", 0.1, 1, -9.0, 0.2, None),  # its loss needs log-probabilities
+    ("dapo", 0.1, 1, -0.23, -0.2, "the KL is -0.2 nats per token"),
+    ("dapo", 0.1, -1, 0.27, 0.2, "advantages fall where rewards rise"),
+    ("cispo", 0.1, 1, 0.0, -0.2, "its sign is flipped"),
+]
+
+
+@pytest.mark.parametrize(("loss_type", "beta", "sign", "value", "kl", "words"), SIGNS)
+def test_a_flipped_sign_is_named(
+    loss_type: str, beta: float, sign: int, value: float, kl: float | None, words: str | None
+) -> None:
+    line = {"step": 3.0, "loss": value, **({} if kl is None else {"kl": kl})}
+    found = flipped(line, kept([1.0, 0.0], [30, 10], sign=sign), a_loss(loss_type, beta=beta), max_new_tokens=100)
+    assert found is None if words is None else words in str(found)
+
+
+def test_a_step_without_groups_or_loss_has_no_sign_to_judge() -> None:
+    assert flipped({"step": 1.0, "loss": 1.0}, [], a_loss(beta=0.1), max_new_tokens=9) is None
+    assert flipped({"step": 1.0}, kept([1.0, 0.0], [3, 4]), a_loss(beta=0.1), max_new_tokens=9) is None

@@ -64,7 +64,7 @@ def found(one: Sampled, other: Sampled | None = None, *, numbers: int = 3) -> di
     [
         (SOME, None, 0.0, 3, {"signal"}, "there is something to learn from: in 12 of 32 one-shot groups"),
         (SOME, None, 0.29, 3, {"signal"}, "something"),
-        (SOME, None, 0.31, 3, {"signal", "tokens"}, "31% of the completions reach the token limit"),
+        (SOME, None, 0.31, 3, {"signal", "truncated"}, "31% of the completions reach the token limit"),
         ([8] * 32, None, 0.0, 3, {"signal"}, "nothing is left to learn: 100% of the completions are correct"),
         ([8] * 30 + [7] * 2, None, 0.0, 3, {"signal"}, "little is left to learn: 99%"),
         ([0] * 32, None, 0.0, 3, {"signal", "never"}, "fewer `--numbers`, another `--model`, or `--warm-start`"),

@@ -59,7 +59,7 @@ def second(run: Run) -> Replay:
 def test_a_replay_from_the_start_equals_the_log(run: Run, second: Replay) -> None:
     assert second.gap == 0.0
     assert second.replayed.keys() == second.logged.keys() >= {"reward", "loss", "kl", "grad_norm", "entropy"}
-    kept = [row for group in run.groups(2) for row in group["completions"]]  # type: ignore[attr-defined]
+    kept = [row for group in run.groups(2) for row in group["completions"]]
     assert [row["completion"] for row in kept] == [one.text for one in second.completions]
     assert [row["advantage"] for row in kept] == [one.advantage for one in second.completions]
 

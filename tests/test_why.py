@@ -48,9 +48,9 @@ def test_every_completion_of_a_group_can_be_asked_for(trained: Command) -> None:
 def test_a_run_without_a_step_is_diagnosed(trained: Command) -> None:
     found = trained("why")
     assert found.code == 0, found.err
-    assert "unequal rewards" in found.out and "docs/" in found.out
+    assert "had equal rewards, and so no gradient" in found.out and "docs/" in found.out
     names = [one["name"] for one in json.loads(trained("why", "first", "--json").out)["findings"]]
-    assert {"gradient", "progress", "loss", "limit", "spread"} <= set(names)
+    assert {"gradient", "progress", "loss", "limit", "entropy"} <= set(names)
 
 
 WRONG = [
@@ -132,12 +132,12 @@ def steps(count: int, **metrics: tuple[float, float]) -> list[dict[str, float]]:
 
 DIAGNOSES = [
     ("format", {"format_rate": (1.0, 1.0), "accuracy": (0.0, 0.0)}, {}, "only the format"),
-    ("progress", {"format_rate": (0.0, 1.0), "accuracy": (0.0, 0.0)}, {}, "the task was not"),
+    ("trap", {"format_rate": (0.0, 1.0), "accuracy": (0.0, 0.0)}, {}, "the task was not"),
     ("moved", {"weights_changed": (0.02, 0.02), "zero_variance": (0.1, 0.1)}, {}, "bf16-master"),
     ("truncated", {"truncated": (0.6, 0.6)}, {}, "--max-new-tokens"),
     ("right", {"zero_variance": (1.0, 1.0), "accuracy": (1.0, 1.0)}, {}, "nothing is left to learn"),
     ("search", {"behaviour/tries": (4.0, 8.0), "behaviour/gave_up": (0.7, 0.2)}, {}, "gave up 61% -> 28%"),
-    ("estimator", {}, {"beta": 0.1, "kl_estimator": "original"}, "k3"),
+    ("sign", {}, {"beta": 0.1, "kl_estimator": "original"}, "k3"),
 ]
 
 
@@ -151,9 +151,16 @@ def test_what_is_wrong_with_a_run_is_said(
         assert (Path(__file__).parent.parent / one["page"]).is_file(), one
 
 
+def test_a_short_run_is_judged_by_its_halves() -> None:
+    lines = steps(5, truncated=(1.0, 1.0), zero_variance=(1.0, 1.0), accuracy=(0.0, 0.0), format_rate=(0.0, 0.0))
+    assert [one["name"] for one in diagnose(lines, a_loss())] == ["truncated", "gradient"]
+    assert [one["name"] for one in diagnose(lines[:1], a_loss())] == ["truncated", "gradient"]
+
+
 def test_a_sound_run_has_findings_and_no_advice() -> None:
     sound = {"accuracy": (0.3, 0.6), "format_rate": (0.9, 1.0), "zero_variance": (0.3, 0.3), "grad_norm": (0.1, 0.1)}
-    sound |= {"weights_changed": (0.9, 0.9), "entropy": (0.5, 0.3)}
+    sound |= {"weights_changed": (0.9, 0.9), "entropy": (0.5, 0.3), "completion_length": (90, 99), "loss": (0.1, 0.1)}
+    sound |= {"reward": (0.4, 0.7), "truncated": (0.0, 0.1), "kl": (0.0, 0.01), "reward_margin": (0.8, 0.8)}
     found = diagnose(steps(60, **sound), a_loss())
-    assert [one["name"] for one in found] == ["gradient", "progress", "loss", "limit", "spread"]
+    assert [one["name"] for one in found] == ["gradient", "progress", "loss", "limit", "entropy", "kl"]
     assert not any("--" in one["text"] for one in found)

@@ -87,7 +87,10 @@ def _diagnose(run: Run, settings: Settings, *, as_json: bool) -> None:
     history = [line for line in run.metrics() if line["step"] > 0]
     if not history:
         raise CountdownError(f"run `{run.name}` has no steps yet", "wait for its first step, or resume it")
-    findings = diagnose(history, settings.loss)
+    train, groups = settings.train, run.groups(int(history[-1]["step"]))
+    rows = sum(len(group["completions"]) for group in groups)
+    whole = rows == train.batch_size * train.num_generations and train.num_inner_updates == 1
+    findings = diagnose(history, settings.loss, groups=groups if whole else [], max_new_tokens=train.max_new_tokens)
     if as_json:
         text.json_object({"run": run.name, "steps": len(history), "findings": findings})
     else:

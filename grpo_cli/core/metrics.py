@@ -76,6 +76,7 @@ METRICS = (
         Metric(f"cheat/{kind}", f"completions that {act}", "share", SHARE, in_report=True)
         for kind, act in CHEATS.items()
     ),
+    Metric("reward_margin", "reward of correct completions, less that of wrong ones", "", "{:.3f}"),
     Metric("reward/", "mean of a named part of the reward", "", "{:.3f}"),
     Metric("behaviour/", "how completions search: tries, slips, repetitions; see docs/why.md", "", "{:.3f}"),
     Metric("prompts/", "prompts of a style or size, if mixed", "share", SHARE),

@@ -97,6 +97,7 @@ class Tally:
             "completion_length": tokens,
             "truncated": sum(sum(group.truncated) for group in groups),
             "lenient_accuracy": sum(score.lenient for score in scores),
+            "reward_margin": sum(score.reward for score in scores if score.correct),
             **{f"cheat/{kind}": sum(score.cheat == kind for score in scores) for kind in cheats},
             **_named("reward", [score.parts for score in scores]),
             **_named("behaviour", [score.behaviour for score in scores]),
@@ -112,8 +113,11 @@ class Tally:
         return Tally(rewards, sums, self.tokens + other.tokens, self.cut + other.cut)
 
     def means(self) -> dict[str, float]:
-        """Metrics: the mean of each sum, and the share of groups with equal rewards."""
+        """Metrics: the mean of each sum, the share of groups with equal rewards, and what correct ones earn more."""
         means = {name: value / self.rewards.numel() for name, value in self.sums.items()}
+        earned, right = means.pop("reward_margin"), means["accuracy"]
+        if 0 < right < 1:
+            means["reward_margin"] = earned / right - (means["reward"] - earned) / (1 - right)
         return {**means, "zero_variance": float(zero_variance(self.rewards).float().mean())}
 
 

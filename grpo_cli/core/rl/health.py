@@ -1,9 +1,15 @@
-"""Rules about metrics: whether a training has collapsed or is unhealthy, how it learns, and the page on each."""
+"""Rules about metrics: whether a training has collapsed or is unhealthy, how it learns, and the page on each.
+
+RULES is the one table: a training warns by it; the probe, the report and `countdown why` read it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import nan
 from statistics import fmean, median
+from typing import Any
 
 from grpo_cli.core.config.settings import Loss
 from grpo_cli.core.metrics import CHEATS
@@ -23,192 +29,294 @@ MOVED_LIMIT = 0.1  # share of weights; float32 changes nearly all, bf16 a few pe
 NOTATION_LIMIT = 0.1  # share of completions that are correct except for their notation
 FORMAT_GAIN = 0.2  # rise of the format rate that, with a tenth of it in accuracy, is only the format
 CHEAT_LIMIT = 0.1  # share of completions, and twice as many as in the first window
+MARGIN_LIMIT = 0.05  # of the mean reward: how much more correct completions must earn
+
+Line = Mapping[str, float]
 
 
-PAGES = {  # finding -> the page that explains it
-    "gradient": "docs/how-it-works.md",
-    "progress": "docs/study.md",
-    "loss": "docs/why.md",
-    "limit": "docs/training.md",
-    "spread": "docs/why.md",
-    "search": "docs/why.md",
-    "selection": "docs/evaluation.md",
-    "estimator": "docs/how-it-works.md",
-    "moved": "docs/gpus.md",
-    "gap": "docs/models.md",
-    "format": "docs/pretrained.md",
-}
-PAGE = "docs/training.md"  # of all other findings
+@dataclass(frozen=True)
+class Window:
+    """The last and the first steps of a training; an item is the mean of a metric over the last, nan without any.
+
+    A word before the metric asks for something else: `first`: the mean over the first steps, `median` and `max`: of the
+    last steps, `learning`: the median of the last steps with a gradient, at least half of them.
+    """
+
+    late: Sequence[Line]
+    early: Sequence[Line]
+
+    def __getitem__(self, key: str) -> float:
+        word, _, name = key.rpartition(" ")
+        steps = self.early if word == "first" else self.late
+        if word == "learning":
+            steps = [step for step in steps if step.get("zero_variance", 0) != 1]
+        values = [step[name] for step in steps if name in step]
+        if not values or 2 * len(values) < len(self.late) * (word == "learning"):
+            return nan
+        if word == "max":
+            return max(values)
+        return median(values) if word in ("median", "learning") else fmean(values)
 
 
-def diagnose(history: Sequence[Mapping[str, float]], loss: Loss) -> list[dict[str, str]]:
-    """What the metrics of all steps say, good and bad: findings with `name`, `text` and `page`; failures first."""
-    late, early = history[-WINDOW:], history[:WINDOW]
-    steps = "1 step" if len(late) == 1 else f"{len(late)} steps"
-    found = {**collapses(history), **warnings(history)}
-    mixed = 1 - _mean(late, "zero_variance")
-    found["gradient"] = f"{mixed:.0%} of the groups of the last {steps} had unequal rewards, and so a gradient"
-    found["progress"] = _progress(early, late)
-    found["loss"] = (
-        f"{_mean(late, 'loss'):.2g}, which does not measure progress: at ratio 1 it is 0, or says only whether better"
-        f" completions are longer; the gradient's norm is {_mean(late, 'grad_norm'):.2g}"
+@dataclass(frozen=True)
+class Rule:
+    """A sentence about a window, its metrics in braces, and when it holds.
+
+    `collapse`: the training has failed for good. `unless`: rules that say why already.
+    """
+
+    name: str
+    holds: Callable[[Window], bool]
+    sentence: str
+    page: str = "docs/training.md"
+    collapse: bool = False
+    unless: tuple[str, ...] = ()
+
+
+def _equal(window: Window, low: float, high: float) -> bool:
+    """Whether nearly all groups have equal rewards, at an accuracy in this range."""
+    return window["zero_variance"] > EQUAL_LIMIT and low <= window["accuracy"] <= high
+
+
+def _cheat(kind: str) -> Rule:
+    name = f"cheat/{kind}"
+    return Rule(
+        name,
+        lambda window: window[name] > max(CHEAT_LIMIT, 2 * window[f"first {name}"]),
+        f"{{{name}:.0%}} of the completions {CHEATS[kind]}, {{first {name}:.0%}} at first: see `samples.jsonl`; to stay"
+        " closer to the starting model, raise `--beta` or lower `--learning-rate`",
     )
-    length, cut = _mean(late, "completion_length"), _mean(late, "truncated")
-    found["limit"] = f"completions have {length:.0f} tokens on average; {cut:.0%} reach the limit"
-    found["spread"] = (
-        f"the entropy is {_mean(late, 'entropy'):.2g} nats per token, {_mean(early, 'entropy'):.2g} at first"
-    )
-    if values := _values(late, "kl"):
-        found["spread"] += f"; the KL from the reference is {fmean(values):.2g}"
-    if _values(late, "behaviour/tries"):
-        found["search"] = _search(early, late)
-    evaluated = [line for line in history if "val_accuracy" in line and "dev_accuracy" in line]
-    if evaluated:
-        dev, val = evaluated[-1]["dev_accuracy"], evaluated[-1]["val_accuracy"]
-        found["selection"] = (
-            f"dev accuracy {dev:.0%}, which selects the model; val accuracy {val:.0%}, which is reported"
-        )
+
+
+RULES = (  # causes before symptoms
+    Rule(
+        "failed",
+        lambda window: window["reward/failed"] > 0,
+        "scoring failed for {reward/failed:.1%} of the completions, which got reward 0: see the exception with"
+        " `--reward-errors stop`",
+        "docs/data.md",
+    ),
+    Rule(
+        "margin",
+        lambda window: window["reward_margin"] <= MARGIN_LIMIT * abs(window["reward"]),
+        "correct completions earn {reward_margin:.2g} more than wrong ones, at a mean reward of {reward:.2g}: the"
+        " reward does not ask for correct answers; check `--reward`, or lower `--format-reward`",
+        "docs/data.md",
+    ),
+    Rule(
+        "kl",
+        lambda window: window["median kl"] > KL_LIMIT,
+        "the KL from the reference has exploded ({median kl:.2g} per token): lower `--learning-rate`, or raise"
+        " `--beta`",
+        collapse=True,
+    ),
+    Rule(
+        "length",
+        lambda window: window["truncated"] > TRUNCATED_LIMIT and window["first truncated"] < TRUNCATED_LIMIT / 2,
+        "completions have grown: {truncated:.0%} of them reach the token limit: lower `--learning-rate`, or raise"
+        " `--max-new-tokens`",
+        collapse=True,
+    ),
+    Rule(
+        "truncated",
+        lambda window: window["truncated"] > CUT_LIMIT,
+        "{truncated:.0%} of the completions reach the token limit, so they cannot be correct: raise `--max-new-tokens`",
+        unless=("length",),
+    ),
+    Rule(
+        "gap",
+        lambda window: window["median logprob_gap"] > GAP_LIMIT,
+        "sampling or training differs from the model's own forward by {median logprob_gap:.2g} nats per token; rounding"
+        " explains 0.07, so training does not optimize this model: try `--precision float32`",
+        "docs/models.md",
+    ),
+    Rule(
+        "moved",
+        lambda window: window["learning weights_changed"] < MOVED_LIMIT,
+        "a step changes {learning weights_changed:.1%} of the weights; smaller updates are rounded away: train with"
+        " `--precision bf16-master`, or raise `--learning-rate`",
+        "docs/gpus.md",
+    ),
+    Rule(
+        "format",
+        lambda window: window["format_rate"] > 0.99 and window["max accuracy"] == 0,
+        "every completion was well formed and none was correct, so only the format is learned: start from a model that"
+        " solves some puzzles, or use fewer `--numbers`",
+        "docs/pretrained.md",
+        collapse=True,
+    ),
+    Rule(
+        "trap",
+        lambda window: (
+            window["format_rate"] - window["first format_rate"] > FORMAT_GAIN
+            and window["accuracy"] - window["first accuracy"] < FORMAT_GAIN / 10
+        ),
+        "the format was learned ({first format_rate:.0%} -> {format_rate:.0%}) and the task was not"
+        " ({first accuracy:.0%} -> {accuracy:.0%}): start from a model that solves some puzzles, use fewer `--numbers`,"
+        " or lower `--format-reward`",
+        "docs/pretrained.md",
+        unless=("format",),
+    ),
+    Rule(
+        "right",
+        lambda window: _equal(window, LEARNED, 1),
+        "{accuracy:.0%} of the completions are correct: nothing is left to learn from these puzzles; stop, or use"
+        " harder ones with `--numbers`",
+        "docs/study.md",
+        unless=("margin",),
+    ),
+    Rule(
+        "wrong",
+        lambda window: _equal(window, 0, 1 - LEARNED),
+        "{zero_variance:.0%} of the groups have equal rewards and {accuracy:.0%} of the completions are correct, so"
+        " little is learned: start from a model that solves some puzzles, or use fewer `--numbers`",
+        "docs/pretrained.md",
+        unless=("format", "length", "truncated", "margin"),
+    ),
+    Rule(
+        "settled",
+        lambda window: _equal(window, 1 - LEARNED, LEARNED),
+        "{zero_variance:.0%} of the groups have equal rewards: each puzzle is always solved or never, so little is"
+        " learned; raise `--num-generations` or `--temperature`",
+        unless=("margin", "right", "wrong"),
+    ),
+    Rule(
+        "entropy",
+        lambda window: (
+            window["entropy"] < min(ENTROPY_LIMIT, ENTROPY_LEFT * window["first entropy"])
+            and window["accuracy"] < LEARNED
+        ),
+        "the entropy fell from {first entropy:.2g} to {entropy:.2g} nats per token at an accuracy of {accuracy:.0%}:"
+        " completions hardly differ any more; lower `--learning-rate`, or raise `--temperature` or `--beta`",
+    ),
+    Rule(
+        "notation",
+        lambda window: window["lenient_accuracy"] - window["accuracy"] > NOTATION_LIMIT,
+        "{lenient_accuracy:.0%} of the completions are correct in any notation, such as `×` or a trailing `= 13`, and"
+        " {accuracy:.0%} as the task asks: show the notation with `--style one-shot`",
+    ),
+    *map(_cheat, CHEATS),
+)
+
+FACTS = (  # of every run
+    Rule(
+        "gradient",
+        lambda window: window["zero_variance"] >= 0,
+        "{zero_variance:.0%} of the groups had equal rewards, and so no gradient",
+        "docs/how-it-works.md",
+    ),
+    Rule(
+        "progress",
+        lambda window: window["reward"] == window["reward"],
+        "reward {first reward:.2f} -> {reward:.2f}, accuracy {first accuracy:.2f} -> {accuracy:.2f}, format"
+        " {first format_rate:.2f} -> {format_rate:.2f}",
+        "docs/study.md",
+    ),
+    Rule(
+        "loss",
+        lambda window: window["loss"] == window["loss"],
+        "{loss:.2g}, which does not measure progress: at ratio 1 it is 0, or says only whether better completions are"
+        " longer; the gradient's norm is {grad_norm:.2g}",
+        "docs/why.md",
+    ),
+    Rule(
+        "limit",
+        lambda window: window["completion_length"] >= 0,
+        "completions have {completion_length:.0f} tokens on average; {truncated:.0%} reach the limit",
+    ),
+    Rule(
+        "entropy",
+        lambda window: window["entropy"] >= 0,
+        "{first entropy:.2g} -> {entropy:.2g} nats per token",
+        "docs/why.md",
+        unless=("entropy",),
+    ),
+    Rule("kl", lambda window: window["kl"] >= 0, "{kl:.2g} nats per token from the reference", unless=("kl",)),
+    Rule(
+        "search",
+        lambda window: window["behaviour/tries"] >= 0,
+        "{first behaviour/tries:.1f} -> {behaviour/tries:.1f} tries a completion, gave up"
+        " {first behaviour/gave_up:.0%} -> {behaviour/gave_up:.0%}, tries with a slip {first behaviour/slips:.0%} ->"
+        " {behaviour/slips:.0%}, repeated tries {first behaviour/repeated:.0%} -> {behaviour/repeated:.0%}, lines read"
+        " {first behaviour/parsed:.0%} -> {behaviour/parsed:.0%}",
+        "docs/why.md",
+    ),
+    Rule(
+        "selection",
+        lambda window: window["dev_accuracy"] + window["val_accuracy"] >= 0,
+        "dev accuracy {dev_accuracy:.0%}, which selects the model; val accuracy {val_accuracy:.0%}, which is reported",
+        "docs/evaluation.md",
+    ),
+)
+
+
+def judge(name: str, line: Line) -> dict[str, str]:
+    """The sentence of one rule by its name, if it holds for the metrics of a single line."""
+    return {rule.name: text for rule, text in _apply([one for one in RULES if one.name == name], [line], 1).values()}
+
+
+def _apply(rules: Sequence[Rule], history: Sequence[Line], size: int) -> dict[str, tuple[Rule, str]]:
+    """The rules that hold, by name, with their sentences."""
+    window, found = Window(history[-size:], history[:size]), dict[str, tuple[Rule, str]]()
+    for rule in rules:
+        if found.keys().isdisjoint(rule.unless) and rule.holds(window):
+            found[rule.name] = (rule, rule.sentence.format_map(window))
+    return found
+
+
+def collapses(history: Sequence[Line]) -> dict[str, str]:
+    """Failures for good in the metrics of all steps so far, by name, each with a sentence of advice."""
+    return {name: text for name, (rule, text) in _due(history).items() if rule.collapse}
+
+
+def warnings(history: Sequence[Line]) -> dict[str, str]:
+    """Warnings about the metrics of all steps so far, by name, with symptom and advice; `right` is good news."""
+    return {name: text for name, (rule, text) in _due(history).items() if not rule.collapse}
+
+
+def _due(history: Sequence[Line]) -> dict[str, tuple[Rule, str]]:
+    """The rules that hold; before a whole window only that on failed scoring is judged."""
+    return _apply(RULES if len(history) >= WINDOW else RULES[:1], history, WINDOW)
+
+
+def diagnose(
+    history: Sequence[Line], loss: Loss, *, groups: Sequence[Mapping[str, Any]] = (), max_new_tokens: int = 1
+) -> list[dict[str, str]]:
+    """What the metrics of a run say: findings with `name`, `text` and `page`; what is wrong comes first.
+
+    `groups`: all of the last step, if the loss had one inner update. Short runs are judged by their halves.
+    """
+    found = _apply((*RULES, *FACTS), history, min(WINDOW, (len(history) + 1) // 2))
+    findings = [{"name": name, "text": text, "page": rule.page} for name, (rule, text) in found.items()]
+    signs = [sign] if (sign := flipped(history[-1], groups, loss, max_new_tokens=max_new_tokens)) else []
     if loss.beta and loss.kl_estimator == "original":
-        found["estimator"] = (
+        signs.append(
             "`original` flips the sign of the log-ratio and does not estimate this KL: train with `--kl-estimator k3`"
         )
-    return [{"name": name, "text": text, "page": PAGES.get(name, PAGE)} for name, text in found.items()]
+    return [{"name": "sign", "text": text, "page": "docs/how-it-works.md"} for text in signs] + findings
 
 
-def _progress(early: Sequence[Mapping[str, float]], late: Sequence[Mapping[str, float]]) -> str:
-    """How reward, accuracy and format changed from the first window to the last."""
-    names = {"reward": "reward", "accuracy": "accuracy", "format_rate": "format"}
-    pairs = {name: (_mean(early, name), _mean(late, name)) for name in names}
-    text = ", ".join(f"{names[name]} {before:.2f} -> {after:.2f}" for name, (before, after) in pairs.items())
-    accuracy, well_formed = (after - before for before, after in (pairs["accuracy"], pairs["format_rate"]))
-    if well_formed > FORMAT_GAIN and accuracy < FORMAT_GAIN / 10:
-        text += ": the format was learned and the task was not; start from a model that solves some puzzles"
-    return text
+def flipped(line: Line, groups: Sequence[Mapping[str, Any]], loss: Loss, *, max_new_tokens: int) -> str | None:
+    """A term of a step's loss whose sign is flipped, by its groups and metrics; None if all are right, or unknown.
 
-
-def _search(early: Sequence[Mapping[str, float]], late: Sequence[Mapping[str, float]]) -> str:
-    """How the search changed from the first window to the last."""
-    shares = {"gave_up": "gave up", "slips": "tries with a slip", "repeated": "repeated tries", "parsed": "lines read"}
-    tries, *others = [
-        (_mean(early, f"behaviour/{name}"), _mean(late, f"behaviour/{name}")) for name in ("tries", *shares)
-    ]
-    parts = [
-        f"{word} {before:.0%} -> {after:.0%}" for word, (before, after) in zip(shares.values(), others, strict=True)
-    ]
-    return ", ".join([f"{tries[0]:.1f} -> {tries[1]:.1f} tries a completion", *parts])
-
-
-def collapses(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """Failures in the metrics of all steps so far, by name, each with a sentence of advice.
-
-    kl: the policy is far from the reference. length: nearly every completion reaches the token limit, unlike at first.
-    format: every completion is well formed and none is correct.
+    At ratio 1 the policy loss is the sum of -weight * advantage over tokens, and the rest is beta * KL, never negative.
     """
-    late = history[-WINDOW:]
-    if len(late) < WINDOW:
-        return {}
-    failures: dict[str, str] = {}
-    kl = median(_values(late, "kl") or [0.0])
-    if kl > KL_LIMIT:
-        failures["kl"] = (
-            f"the KL from the reference has exploded ({kl:.2g} per token): lower `--learning-rate`, or raise `--beta`"
-        )
-    truncated, before = (fmean(_values(steps, "truncated") or [0.0]) for steps in (late, history[:WINDOW]))
-    if truncated > TRUNCATED_LIMIT and before < TRUNCATED_LIMIT / 2:
-        failures["length"] = (
-            f"completions have grown: {truncated:.0%} of them reach the token limit: lower `--learning-rate`,"
-            " or raise `--max-new-tokens`"
-        )
-    well_formed, right = (_values(late, key) for key in ("format_rate", "accuracy"))
-    if well_formed and right and fmean(well_formed) > 0.99 and max(right) == 0:
-        failures["format"] = (
-            f"in {WINDOW} steps every completion was well formed and none was correct, so only the format is learned:"
-            " start from a model that solves some puzzles, or use fewer `--numbers`"
-        )
-    return failures
-
-
-def warnings(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """Warnings about the metrics of all steps so far, by name, each with the symptom and advice.
-
-    gap: sampling or training disagrees with the model's own forward. right (good news), wrong, settled: nearly all
-    groups have equal rewards. truncated: many completions reach the token limit. entropy: completions hardly differ.
-    moved: weight updates are rounded away. notation: correct answers in a wrong notation. cheat/...: a kind of cheating
-    spreads. failed: a reward function or scorer raised an exception, in any step.
-    """
-    late, early = history[-WINDOW:], history[:WINDOW]
-    messages = {}
-    if failed := _mean(late, "reward/failed"):
-        messages["failed"] = (
-            f"scoring failed for {failed:.1%} of the completions, which got reward 0:"
-            " see the exception with `--reward-errors stop`"
-        )
-    if len(late) < WINDOW:
-        return messages
-    gone = collapses(history)
-    messages |= {} if "format" in gone else _equal_rewards(late)
-    gap = median(_values(late, "logprob_gap") or [0.0])
-    if gap > GAP_LIMIT:
-        messages["gap"] = (
-            f"sampling or training differs from the model's own forward by {gap:.2g} nats per token;"
-            " rounding explains 0.07, so training does not optimize this model: try `--precision float32`"
-        )
-    truncated = _mean(late, "truncated")
-    if truncated > CUT_LIMIT and "length" not in gone:
-        messages["truncated"] = (
-            f"{truncated:.0%} of the completions reach the token limit, so they cannot be correct:"
-            " raise `--max-new-tokens`"
-        )
-    entropy, before, accuracy = _mean(late, "entropy"), _mean(early, "entropy"), _mean(late, "accuracy")
-    known = bool(_values(late, "entropy"))
-    if known and entropy < min(ENTROPY_LIMIT, ENTROPY_LEFT * before) and accuracy < LEARNED:
-        messages["entropy"] = (
-            f"the entropy fell from {before:.2g} to {entropy:.2g} nats per token at an accuracy of {accuracy:.0%}:"
-            " completions hardly differ any more; lower `--learning-rate`, or raise `--temperature` or `--beta`"
-        )
-    moved = _values([step for step in late if step.get("zero_variance", 0) < 1], "weights_changed")
-    if len(moved) >= WINDOW / 2 and median(moved) < MOVED_LIMIT:
-        messages["moved"] = (
-            f"a step changes {median(moved):.1%} of the weights; smaller updates are rounded away: train with"
-            " `--precision bf16-master`, or raise `--learning-rate`"
-        )
-    notation = _mean(late, "lenient_accuracy") - accuracy
-    if notation > NOTATION_LIMIT:
-        messages["notation"] = (
-            f"{notation:.0%} of the completions are correct except for notation, such as `×` or a trailing `= 13`,"
-            " and earn nothing: show the notation with `--style one-shot`"
-        )
-    return {**messages, **_spreading_cheats(late, early)}
-
-
-def _equal_rewards(late: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    equal, accuracy = _mean(late, "zero_variance"), _mean(late, "accuracy")
-    if equal <= EQUAL_LIMIT:
-        return {}
-    groups = f"{equal:.0%} of the groups have equal rewards"
-    if accuracy >= LEARNED:
-        good = f"{accuracy:.0%} of the completions are correct: nothing is left to learn from these puzzles"
-        return {"right": f"{good}; stop, or use harder ones with `--numbers`"}
-    if accuracy <= 1 - LEARNED:
-        advice = "start from a model that solves some puzzles, or use fewer `--numbers`"
-        return {"wrong": f"{groups} and {accuracy:.0%} of the completions are correct, so little is learned: {advice}"}
-    advice = "raise `--num-generations` or `--temperature`"
-    return {"settled": f"{groups}: each puzzle is always solved or never, so little is learned; {advice}"}
-
-
-def _spreading_cheats(late: Sequence[Mapping[str, float]], early: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    shares = {kind: (_mean(late, f"cheat/{kind}"), _mean(early, f"cheat/{kind}")) for kind in CHEATS}
-    return {
-        f"cheat/{kind}": f"{share:.0%} of the completions {CHEATS[kind]}, {before:.0%} at first: see"
-        " `samples.jsonl`; to stay closer to the starting model, raise `--beta` or lower `--learning-rate`"
-        for kind, (share, before) in shares.items()
-        if share > CHEAT_LIMIT and share > 2 * before
-    }
-
-
-def _mean(steps: Sequence[Mapping[str, float]], key: str) -> float:
-    return fmean(_values(steps, key) or [0.0])
-
-
-def _values(steps: Sequence[Mapping[str, float]], key: str) -> list[float]:
-    return [step[key] for step in steps if key in step]
+    if line.get("kl", 0.0) < 0:
+        return f"the KL is {line['kl']:.2g} nats per token, which no estimator can be: its sign is flipped"
+    rows = [row for group in groups for row in group["completions"]]
+    if not rows or "loss" not in line or loss.loss_type == "cispo":
+        return None
+    rewards = [sum(float(row["advantage"]) * float(row["reward"]) for row in group["completions"]) for group in groups]
+    if min(rewards) < 0:
+        return "advantages fall where rewards rise: their sign is flipped, and worse completions become more likely"
+    total = sum(float(row["advantage"]) * row["length"] for row in rows)
+    tokens = {"dapo": sum(row["length"] for row in rows), "dr_grpo": len(rows) * max_new_tokens}
+    policy = -total / tokens[loss.loss_type] if loss.loss_type in tokens else 0.0
+    kl, noise = loss.beta * line.get("kl", 0.0), 1e-6 + 1e-3 * abs(policy)
+    if abs(policy) > noise + 2 * kl and abs(line["loss"] + policy) < abs(line["loss"] - policy):
+        said = f"the loss is {line['loss']:.2g}, and by the kept groups the policy loss is {policy:.2g}"
+        return f"{said}: its sign is flipped, and worse completions become more likely"
+    if line["loss"] - policy < -noise and kl > noise:
+        said = f"the loss is {line['loss']:.2g}, less than the policy loss of the kept groups, {policy:.2g}"
+        return f"{said}: the KL term is subtracted, which rewards distance from the reference"
+    return None

@@ -20,7 +20,7 @@ import torch
 from grpo_cli.core.evals.evaluate import Completion, Evaluator
 from grpo_cli.core.evals.statistics import mcnemar, significant, wilson
 from grpo_cli.core.rl.grpo import zero_variance
-from grpo_cli.core.rl.health import CUT_LIMIT, LEARNED
+from grpo_cli.core.rl.health import LEARNED, judge
 from grpo_cli.core.task.task import Problem, Task
 
 PUZZLES = 32
@@ -80,12 +80,7 @@ class Probe:
     def findings(self) -> dict[str, str]:
         """Findings by name, each a sentence; the first says whether there is anything to learn."""
         sampled = self.styles[self.chosen]
-        advice = {"signal": self._signal(sampled)}
-        if sampled.truncated > CUT_LIMIT:
-            advice["tokens"] = (
-                f"{sampled.truncated:.0%} of the completions reach the token limit, so they cannot be correct:"
-                " raise `--max-new-tokens`"
-            )
+        advice = {"signal": self._signal(sampled), **judge("truncated", {"truncated": sampled.truncated})}
         if not any(sampled.right):
             advice["never"] = "no completion was correct: use " + (
                 "fewer `--numbers`, another `--model`, or `--warm-start`" if self.numbers > 2 else "another `--model`"

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import chain, count
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from grpo_cli.core.config.resolve import defaults, shipped_presets
 from grpo_cli.core.errors import CountdownError
@@ -354,7 +354,7 @@ class Run:
         """Every logged completion, [] before the first."""
         return list(self._samples.read())
 
-    def groups(self, step: int) -> list[dict[str, object]]:
+    def groups(self, step: int) -> list[dict[str, Any]]:
         """The groups that were kept of a step; [] if there are none."""
         return list(self._groups.read(step))
 

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from grpo_cli.core.files import append_bytes, require_regular, write
 
@@ -29,7 +30,7 @@ class GroupLog:
             text = "".join(f"{json.dumps(dict(group), allow_nan=False)}\n" for group in groups)
             append_bytes(self.path, gzip.compress(text.encode(), mtime=0))
 
-    def read(self, step: int | None = None) -> Iterator[dict[str, object]]:
+    def read(self, step: int | None = None) -> Iterator[dict[str, Any]]:
         """The groups of every step, or of one; those of damaged members are left out."""
         for number, _, text in self._members():
             if number is not None and step in (None, number):
