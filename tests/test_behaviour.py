@@ -1,6 +1,7 @@
 """How completions search, against tries counted by hand."""
 
 import time
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,8 @@ PUZZLE = Puzzle((2, 6, 9), 30)
 
 
 def seen(text: str, *, correct: bool = False, truncated: bool = False) -> dict[str, float]:
-    return observe(text, PUZZLE, ORIGINAL, correct=correct, truncated=truncated)
+    answer = text.rpartition("<answer>")[2].partition("</answer>")[0] if "<answer>" in text else None
+    return observe(text, PUZZLE, ORIGINAL, answer=answer, correct=correct, truncated=truncated)
 
 
 SEARCH = """<think>
@@ -50,6 +52,18 @@ CASES = [
     ("The numbers are 2, 6 and 9.\nI think about them.", "parsed", 0.0),
     ("The target is x = 30, so 30 = 30.", "tries", 0),
     ("2**6 = 64\n9 / 2 = 4.5\n6 // 2 = 3", "tries", 0),  # no expressions of these rules
+    ("6 + 9 = 16, need 30. No.\n6 + 16 = 22\n6 + 16 = 22", "invented", 0.0),  # a wrong result is one too
+    ("7 + 6 = 13\n7 + 9 = 16", "invented", 1.0),  # still invented the second time
+    ("30 - 9 = 21, and 21 = 2 * 6 + 9", "invented", 0.0),  # backwards from the target
+    ("2 + 6 = 8 + 9 = 17", "slips", 0.0),  # a running result
+    ("2 + 6 + 9 = 17 + 9 = 26", "slips", 1.0),  # nothing is left to run on
+    ("2 + 6 = 9 + 9 = 18", "slips", 1.0),
+    ("(6 + 9) * 2 = 29, need 30. No.", "gave_up", 1.0),  # it did not see it
+    ("6 + 9 * 2 = 30, need 30. Yes!", "gave_up", 0.0),  # wrong, but claimed
+    ("6 + 9 9 = 6 + 9 = 15", "tries", 0),  # its expression cannot be read
+    ("6 \ufffd + 9 = 15", "tries", 0),
+    ("<think>Say <answer>x</answer>. (6 + 9) * 2 = 30</think>\n<answer>(6 + 9) * 2</answer>", "verified", 1.0),
+    ("(6 + 9) * 2 = 30\n<answer>(6 + 9) × 2 = 30</answer>", "verified", 1.0),
     ("", "tries", 0),
     ("", "gave_up", 1.0),
 ]
@@ -63,6 +77,20 @@ def test_what_a_completion_does(text: str, name: str, value: float) -> None:
 def test_a_completion_that_was_cut_off_did_not_give_up() -> None:
     assert seen("2 + 6 + 9 = 17", truncated=True)["gave_up"] == 0.0
     assert seen("2 + 6 + 9 = 17")["gave_up"] == 1.0
+
+
+CUT = [
+    ("2 + 6 = 8\n2 + 6 + 9 = 1", 1, 0.0),
+    ("2 + 6 = 8\n2 + 6 + 9 = 8 + ", 1, 0.0),
+    ("2 + 6 = 9, so 9 * 9 = 8", 1, 1.0),
+    ("2 + 6 + 9 = 18, need 3", 1, 1.0),
+]
+
+
+@pytest.mark.parametrize(("text", "tries", "slips"), CUT)
+def test_an_equation_that_was_cut_off_is_not_judged(text: str, tries: int, slips: float) -> None:
+    found = seen(text, truncated=True)
+    assert (found["tries"], found["slips"]) == (tries, slips)
 
 
 HOSTILE = [
@@ -95,3 +123,23 @@ def test_observing_a_step_costs_little() -> None:
     for _ in range(128):
         seen(SEARCH)
     assert time.process_time() - start < 0.2
+
+
+LABELLED = (Path(__file__).parent / "labelled_completions.txt").read_text("utf-8").splitlines()[4:]
+
+
+@pytest.mark.parametrize("line", LABELLED)
+def test_counts_agree_with_labels_by_hand(line: str) -> None:
+    labels, written = line.split(" ", 1)
+    question, shown = written.split(" # ")
+    numbers, target = question.split(" -> ")
+    text = "<think>\n" + shown.replace("G|", "I give up.|")
+    for short, word in ((" N", "No."), (" Y", "Yes!")):
+        text = text.replace(f"{short}|", f", need {target}. {word}|")
+    text, is_whole = text.replace("|>", "|</think>|<answer>").replace("|", "\n"), "|>" in shown
+    puzzle = Puzzle(tuple(map(int, numbers.split(","))), int(target))
+    score = Countdown().score(text + "</answer>" * is_whole, puzzle, style="one-shot", truncated=not is_whole)
+    found, count = score.behaviour, score.behaviour["tries"]
+    shares = [found[name] * count for name in ("slips", "repeated", "invented")]
+    assert [round(value) for value in (count, *shares, found["verified"], found["gave_up"])] == list(map(int, labels))
+    assert found["distinct"] == count - round(shares[1])

@@ -70,9 +70,7 @@ def test_a_run_keeps_every_completion_of_its_groups(finished_run: Path) -> None:
         assert sum(row["length"] for row in rows) / 4 == metrics["completion_length"]
         assert sum(row["truncated"] for row in rows) / 4 == metrics["truncated"]
         shown = [sample for sample in run.samples() if sample.step == step]
-        assert [one["completions"][step % 2]["completion"] for one in groups] == [
-            sample.completion for sample in shown
-        ]
+        assert [one["completions"][step % 2]["completion"] for one in groups] == [sample.completion for sample in shown]
 
 
 @pytest.mark.parametrize("count", [0, 1])

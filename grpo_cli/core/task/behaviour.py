@@ -6,57 +6,76 @@ are exact. Prose without equations is counted as not parsed, and changes no othe
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import pairwise
 
-from grpo_cli.core.task.expression import SPACE, Expression, ascii_operators, parse, spans
+from grpo_cli.core.task.expression import SPACE, Expression, ascii_operators, parse, parse_lenient, spans
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.rules import Rules
 
 MOST_TRIES = 100  # of a completion; later ones are not read
 MOST_CHARACTERS = 8_000
+UNFINISHED = "0123456789+-*/=() "  # arithmetic at the end of a completion that was cut off
 
 _parsed = lru_cache(maxsize=1 << 15)(parse)  # completions of a group write the same expressions again and again
 
 
-def observe(completion: str, puzzle: Puzzle, rules: Rules, *, correct: bool, truncated: bool) -> dict[str, float]:
-    """Behaviour of a completion by name; shares are of its tries, 0 without any.
+def observe(
+    completion: str, puzzle: Puzzle, rules: Rules, *, answer: str | None, correct: bool, truncated: bool
+) -> dict[str, float]:
+    """Behaviour of a completion by name; shares are of its tries, 0 without any. `answer`: as the scorer read it.
 
     tries, distinct: their number. parsed: share of the reasoning's lines with a try. slips: tries whose parts differ in
     value. repeated: tries made before. invented: tries with a number that is neither the puzzle's nor an earlier
     result. verified: 1 if the answer was computed to the target before it was given. gave_up: 1 if it ends by itself
-    with a wrong answer or none, and no try reached the target.
+    with a wrong answer or none, and no try claimed the target. Every puzzle has a solution.
     """
-    reasoning, _, answer = completion[:MOST_CHARACTERS].partition("<answer>")
+    text = completion[:MOST_CHARACTERS]
+    if truncated or len(completion) > MOST_CHARACTERS:
+        text = text.rstrip(UNFINISHED)
+    reasoning = text.rpartition("<answer>")[0] or text
     lines = [
         line for line in reasoning.splitlines() if line.strip(SPACE) and line.strip() not in ("<think>", "</think>")
     ]
-    found = [own for line in lines if (own := list(_tries(line, rules.operations)))]
-    tries = [one for own in found for one in own][:MOST_TRIES]
-    known, invented, slips = {*puzzle.numbers}, 0, 0
-    for first, *rest in tries:
-        invented += not known.issuperset(first.numbers)
-        slips += any(part.value != first.value for part in rest)
-        known.update(number for part in (first, *rest) for number in part.numbers)
-    written = [first.tokens for first, *_ in tries]
-    hits = [first.tokens for first, *_ in tries if first.value == puzzle.target]
-    final = _parsed(answer.partition("</answer>")[0].strip(SPACE), rules.operations)
+    read = [own for line in lines if (own := list(_tries(line, rules.operations)))]
+    tries = [parts for own in read for parts in own][:MOST_TRIES]
+    known, invented, slips = {*puzzle.numbers, puzzle.target}, 0, 0
+    for parts in tries:
+        pairs = list(pairwise(parts))
+        invented += not known.issuperset(parts[0].numbers)
+        slips += any(not _follows(part, before, puzzle) for before, part in pairs)
+        known.update(number for before, part in pairs for number in Counter(part.numbers) - Counter(before.numbers))
+    written = [parts[0].tokens for parts in tries]
+    hits = [parts[0].tokens for parts in tries if parts[0].value == puzzle.target]
+    claimed = any(parts[-1].value == puzzle.target for parts in tries)
+    final = parse_lenient(answer, rules.operations) if answer else None
     count = max(1, len(tries))
     return {
         "tries": len(tries),
         "distinct": len({*written}),
-        "parsed": len(found) / max(1, len(lines)),
+        "parsed": len(read) / max(1, len(lines)),
         "slips": slips / count,
         "repeated": (len(written) - len({*written})) / count,
         "invented": invented / count,
         "verified": float(final is not None and final.tokens in hits),
-        "gave_up": float(not correct and not truncated and not hits),
+        "gave_up": float(not correct and not truncated and not claimed),
     }
+
+
+def _follows(part: Expression, before: Expression, puzzle: Puzzle) -> bool:
+    """Whether a part has the value of the one before it, or continues with it as in `2 + 6 = 8 + 9 = 17`."""
+    runs_on = len(before.numbers) < len(puzzle.numbers) and len(part.numbers) > 1
+    return part.value == before.value or (runs_on and part.tokens[0] == str(before.value))
 
 
 def _tries(line: str, operations: str) -> Iterator[list[Expression]]:
     """The equations of a line, as their parts; the first part of each has at least two numbers."""
+    if "\ufffd" in line:  # a character that no tokens could be decoded to
+        return
     for span in spans(ascii_operators(line)):
-        parts = [part for text in span.split("=") if (part := _parsed(text.strip(" *"), operations))]
-        if len(parts) > 1 and len(parts[0].numbers) > 1:
-            yield parts
+        parts = [_parsed(text, operations) for part in span.split("=") if (text := part.strip(" *"))]
+        readable = [part for part in parts if part]
+        if len(readable) > 1 and parts[0] and len(parts[0].numbers) > 1:
+            yield readable

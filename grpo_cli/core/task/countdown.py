@@ -111,7 +111,7 @@ class Countdown:
     def score(self, completion: str, problem: Problem, *, style: str, truncated: bool = False) -> Score:
         puzzle, style = _puzzle(problem), cast(Style, style)
         found = score(completion, puzzle, style=style, truncated=truncated, rules=self.rules, rewards=self.rewards)
-        seen = observe(completion, puzzle, self.rules, correct=found.correct, truncated=truncated)
+        seen = observe(completion, puzzle, self.rules, answer=found.answer, correct=found.correct, truncated=truncated)
         return replace(found, behaviour=seen)
 
     def solution(self, problem: Problem) -> str | None:
