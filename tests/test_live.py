@@ -10,7 +10,7 @@ from rich.console import Console
 from grpo_cli.core.metrics import PHASES, TABLE
 from grpo_cli.core.rl.observer import Validated
 from grpo_cli.core.run.folder import Run
-from grpo_cli.ui.live import TrainingView, fitting
+from grpo_cli.ui.live import TrainingView, fitting, group_line
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202e\u200b\r[bold]markup[/bold]"
 ESCAPED = r"\x1b[2J\x1b]0;owned\x07\x9b31m\u202e\u200b\r[bold]markup[/bold]"
@@ -82,6 +82,36 @@ def test_a_pipe_gets_one_plain_line_for_each_step() -> None:
         "  length 143.2  truncated 3.1%  zero-var 12.5%  clip 0.0%  grad norm 0.831  changed 100.0%  tok/s 4,210"
         "  mfu 40.7%  s/step 2.31  rollout 1.42s  score 0.00s  reference 0.21s  update 0.68s\n"
     )
+
+
+def a_group() -> list[dict[str, object]]:
+    wrong = {"reason": "wrong_value", "reward": 0.2, "advantage": -0.2, "completion": "4 + 7 = 11. No.\nI give up."}
+    right = {"reason": "correct", "reward": 1.0, "advantage": 0.6, "completion": "4 + 7 = 11. No.\n3 * 7 + 4 = 25"}
+    return [wrong, right, wrong, {**wrong, "completion": HOSTILE}]
+
+
+GROUP = "1 correct 1.00 (+0.60), 3 wrong value 0.20 (-0.20), part after "
+
+
+def test_a_step_shows_a_whole_group_in_short() -> None:
+    console = pipe()
+    with TrainingView(200, console=console) as view:
+        view.step(metrics(1), {**sample(), "group": a_group()[:3]})
+    assert written(console).endswith(
+        f"  group: {GROUP.replace('3', '2')}'4 + 7 = 11. No.\\n': '3 * 7 + 4 = 25' or 'I give up.'\n"
+    )
+    assert written(console).count("\n") == 1
+    view = TrainingView(200, console=terminal(140))
+    view.step(metrics(1), {**sample(), "group": a_group()})
+    assert GROUP in "\n".join(picture(view, width=140))
+    assert "\x1b" not in "\n".join(picture(view, width=140))
+
+
+def test_a_group_of_equal_completions_has_no_first_difference() -> None:
+    assert group_line({"group": a_group()[:1] * 8}) == "8 wrong value 0.20 (-0.20)"
+    assert group_line(sample()) == ""
+    ends = [{**a_group()[1], "completion": "ab"}, {**a_group()[0], "completion": "abc"}]
+    assert group_line({"group": ends}).endswith("part after 'ab': '' or 'c'")
 
 
 @pytest.mark.faults

@@ -15,6 +15,17 @@ CHEATS = {  # kind -> what such completions do
     "no_thought": "answer without the thought that the prompt asks for",
 }
 
+BEHAVIOUR = {  # how completions search -> meaning, unit
+    "tries": ("tries of a completion: equations in its reasoning", ""),
+    "distinct": ("different tries of a completion", ""),
+    "parsed": ("the reasoning's lines with a try; low in prose, where the next say little", "share"),
+    "slips": ("tries whose parts differ in value", "share"),
+    "repeated": ("tries made before", "share"),
+    "invented": ("tries with a number that is neither the puzzle's nor an earlier result", "share"),
+    "verified": ("completions whose answer was computed to the target first", "share"),
+    "gave_up": ("completions that end by themselves, wrong, and no try claimed the target", "share"),
+}
+
 SHARE, SECONDS, COUNT = "{:.1%}", "{:.2f}", "{:.0f}"
 PHASE = "{:.2f}s"
 SUITE = "suite/"  # prefix of a suite's cells
@@ -78,7 +89,11 @@ METRICS = (
     ),
     Metric("reward_margin", "reward of correct completions, less that of wrong ones", "", "{:.3f}"),
     Metric("reward/", "mean of a named part of the reward", "", "{:.3f}"),
-    Metric("behaviour/", "how completions search: tries, slips, repetitions; see docs/why.md", "", "{:.3f}"),
+    Metric("distinct", "different completions of a group", "share", SHARE, in_report=True),
+    *(
+        Metric(f"behaviour/{name}", meaning, unit, SHARE if unit else "{:.1f}", in_report=True)
+        for name, (meaning, unit) in BEHAVIOUR.items()
+    ),
     Metric("prompts/", "prompts of a style or size, if mixed", "share", SHARE),
     Metric("refilled", "groups that dynamic sampling replaced", "share", SHARE),
     Metric("tokens_per_second", "tokens sampled in the step over its time", "1/s", "{:,.0f}", "tok/s", 7, 11),

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -28,6 +29,7 @@ from grpo_cli.ui import text as show
 ROWS = 12
 SAMPLE_LINES = 14
 GAP = 2
+BRANCH = 16  # characters shown on each side of a group's first difference
 
 
 def fitting(widths: Mapping[Metric, int], width: int) -> list[Metric]:
@@ -63,7 +65,8 @@ class TrainingView(Observer):
         self._rows: tuple[Mapping[str, float], ...] = ()
         self._rewards: tuple[float, ...] = ()
         self._evaluations: tuple[Validated, ...] = ()
-        self._sample: Mapping[str, object] | None = None
+        self._sample: Mapping[str, Any] | None = None
+        self._group = ""
         self._phase = ""
         self._live: Live | None = None
         if show.can_redraw(console):
@@ -108,14 +111,14 @@ class TrainingView(Observer):
             dev = "" if result.dev_accuracy is None else f", dev {show.percent(result.dev_accuracy)}"
             self.message(f"step {result.step}: val accuracy {shown}{dev}{suite}")
 
-    def step(self, metrics: Mapping[str, float], sample: Mapping[str, object]) -> None:
+    def step(self, metrics: Mapping[str, float], sample: Mapping[str, Any]) -> None:
         """Show the metrics of a finished step and one of its completions, a record of samples.jsonl."""
         self._phase = ""
         self._last = (int(metrics["step"]), self._clock())
         self._first = self._first or self._last
         self._rows = (*self._rows, metrics)[-ROWS:]
         self._rewards = (*self._rewards, *([metrics["reward"]] if "reward" in metrics else []))
-        self._sample = sample
+        self._sample, self._group = sample, group_line(sample)
         if not self._live:
             self.message(self._line(metrics))
 
@@ -127,7 +130,8 @@ class TrainingView(Observer):
         cells = {column: f"{column.title} {column.cell(metrics)}" for column in (*TABLE[1:], *PHASES)}
         room = self._console.width - len(step) - GAP if self._console.is_terminal else sys.maxsize
         shown = fitting({column: len(cell) for column, cell in cells.items()}, room)
-        return (GAP * " ").join([step, *(cells[column] for column in shown)])
+        group = [f"group: {self._group}"] if self._group and not self._console.is_terminal else []
+        return (GAP * " ").join([step, *(cells[column] for column in shown), *group])
 
     def _left(self) -> str:
         """Estimated time left; the first step only starts the clock."""
@@ -142,7 +146,7 @@ class TrainingView(Observer):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The current display, sized to the terminal."""
         width, height = options.max_width, options.size.height
-        fixed = 9 if self._evaluations else 8
+        fixed = 8 + bool(self._evaluations) + bool(self._group)
         rows = min(max((height - fixed) // 2, 1), ROWS)
         lines = min(height - fixed - rows - 2, SAMPLE_LINES)
         yield self._header(width)
@@ -188,6 +192,8 @@ class TrainingView(Observer):
             lines.append(("val", accuracies, _accuracies(self._evaluations)))
         if self._rows:
             lines.append(("time", (), _phases(self._rows[-1])))
+        if self._group:
+            lines.append(("group", (), self._group))
         shown = Text("\n")
         for name, values, words in lines:
             blocks = show.sparkline(values, spark).ljust(spark + GAP if spark else 0)
@@ -222,7 +228,24 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
-def _panel(sample: Mapping[str, object], width: int, lines: int) -> Panel:
+def group_line(sample: Mapping[str, Any]) -> str:
+    """A group in one line: verdicts with reward and advantage, and where its best and worst completions part."""
+    rows = sorted(sample.get("group", ()), key=lambda row: float(row["advantage"]), reverse=True)
+    verdicts = Counter((row["reason"], float(row["reward"]), float(row["advantage"])) for row in rows)
+    shown = [
+        f"{count} {reason.replace('_', ' ')} {reward:.2f} ({advantage:+.2f})"
+        for (reason, reward, advantage), count in verdicts.items()
+    ]
+    if len(shown) > 1:
+        best, worst = rows[0]["completion"], rows[-1]["completion"]
+        pairs = enumerate(zip(best, worst, strict=False))
+        start = next((index for index, (one, other) in pairs if one != other), min(len(best), len(worst)))
+        ends = [repr(text[start : start + BRANCH]) for text in (best, worst)]
+        shown.append(f"part after {best[max(0, start - BRANCH) : start]!r}: {ends[0]} or {ends[1]}")
+    return show.printable(", ".join(shown))
+
+
+def _panel(sample: Mapping[str, Any], width: int, lines: int) -> Panel:
     puzzle = show.printable(
         str(sample.get("problem") or f"{sample.get('numbers')} -> {sample.get('target')}"), limit=80
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class Group:
             "answer": score.answer,
         }
 
-    def whole(self, step: int) -> dict[str, object]:
+    def whole(self, step: int) -> dict[str, Any]:
         """All completions, with rewards and advantages, as a line of groups.jsonl.gz."""
         rows = zip(self.texts, self.scores, self.advantages.tolist(), self.completions, self.truncated, strict=True)
         completions = [
@@ -97,6 +98,7 @@ class Tally:
             "completion_length": tokens,
             "truncated": sum(sum(group.truncated) for group in groups),
             "lenient_accuracy": sum(score.lenient for score in scores),
+            "distinct": sum(len({*group.texts}) for group in groups),
             "reward_margin": sum(score.reward for score in scores if score.correct),
             **{f"cheat/{kind}": sum(score.cheat == kind for score in scores) for kind in cheats},
             **_named("reward", [score.parts for score in scores]),
@@ -210,7 +212,6 @@ class Batch:
         """One completion per prompt, another one of the group each step."""
         return [group.record(self.number, self.number % len(group.completions)) for group in self.groups]
 
-    def whole(self, count: int) -> list[dict[str, object]]:
-        """The groups of the step's first `count` prompts; -1: of all."""
-        kept = [group for group in self.groups if count < 0 or group.prompt_index < count]
-        return [group.whole(self.number) for group in kept]
+    def whole(self) -> list[dict[str, Any]]:
+        """All completions of each prompt."""
+        return [group.whole(self.number) for group in self.groups]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from grpo_cli.core.run.folder import Run
@@ -67,8 +67,11 @@ class Observer:
     def progress(self, phase: str, done: int, total: int) -> None:
         """Progress of a phase of the current step."""
 
-    def step(self, metrics: Mapping[str, float], sample: Mapping[str, object]) -> None:
-        """The metrics of a finished step and one of its completions, a record of samples.jsonl."""
+    def step(self, metrics: Mapping[str, float], sample: Mapping[str, Any]) -> None:
+        """The metrics of a finished step and one of its completions, a record of samples.jsonl.
+
+        Its `group` holds all completions of that prompt, as groups.jsonl.gz does.
+        """
 
     def evaluated(self, result: Validated) -> None:
         """An evaluation, after its best model is saved and its log written."""
@@ -92,7 +95,7 @@ class Observers(Observer):
         for observer in self.observers:
             observer.progress(phase, done, total)
 
-    def step(self, metrics: Mapping[str, float], sample: Mapping[str, object]) -> None:
+    def step(self, metrics: Mapping[str, float], sample: Mapping[str, Any]) -> None:
         for observer in self.observers:
             observer.step(metrics, sample)
 

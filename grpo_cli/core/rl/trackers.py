@@ -117,7 +117,7 @@ class Tracked(Observer):
             else:
                 self.tracker = Dashboard(self.name, run.tracker_id(), folder, config)
 
-    def step(self, metrics: Mapping[str, float], sample: Mapping[str, object]) -> None:
+    def step(self, metrics: Mapping[str, float], sample: Mapping[str, Any]) -> None:
         with self._tolerated():
             self.rows.append(_row(sample))
             if self.tracker:

@@ -203,7 +203,9 @@ class Trainer:
         """Pass the metrics of a step to the observer, and its samples to the run."""
         times = self.clock.lap()
         times["time/update"] -= times.get("time/optimizer", 0.0)
-        records = list(chain.from_iterable(self.world.gather(batch.shown())))
+        records, groups = (
+            list(chain.from_iterable(self.world.gather(part))) for part in (batch.shown(), batch.whole())
+        )
         speed = batch.tokens / times["time/total"]
         metrics = {"step": batch.number, **batch.metrics, **updated, **times, "tokens_per_second": speed}
         metrics |= self.collector.meter.metrics(  # of the first rank's share
@@ -215,10 +217,10 @@ class Trainer:
         metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
         self.state.progress.unlogged = metrics
         self.history.append(metrics)
-        self.observer.step(metrics, records[batch.number % len(records)])
+        shown, keep = batch.number % len(records), self.settings.train.keep_groups
+        self.observer.step(metrics, {**records[shown], "group": groups[shown]["completions"]})
         self.run.log_samples(records)
-        whole = batch.whole(self.settings.train.keep_groups)
-        self.run.log_groups(list(chain.from_iterable(self.world.gather(whole))))
+        self.run.log_groups([group for group in groups if keep < 0 or group["prompt_index"] < keep])
 
     def _finish_step(self) -> Evaluation | None:
         """Evaluate the last step if due, log its metrics, save if due; returns the evaluation of val.
