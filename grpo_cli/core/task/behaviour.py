@@ -7,9 +7,10 @@ are exact. Prose without equations is counted as not parsed, and changes no othe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 from grpo_cli.core.task.expression import SPACE, Expression, ascii_operators, parse, parse_lenient, spans
 from grpo_cli.core.task.puzzle import Puzzle
@@ -19,7 +20,7 @@ MOST_TRIES = 100  # of a completion; later ones are not read
 MOST_CHARACTERS = 8_000
 UNFINISHED = "0123456789+-*/=() "  # arithmetic at the end of a completion that was cut off
 
-_parsed = lru_cache(maxsize=1 << 15)(parse)  # completions of a group write the same expressions again and again
+Value = int | Fraction | None
 
 
 def observe(
@@ -39,24 +40,22 @@ def observe(
     lines = [
         line for line in reasoning.splitlines() if line.strip(SPACE) and line.strip() not in ("<think>", "</think>")
     ]
-    read = [own for line in lines if (own := list(_tries(line, rules.operations)))]
-    tries = [parts for own in read for parts in own][:MOST_TRIES]
-    known, invented, slips = {*puzzle.numbers, puzzle.target}, 0, 0
-    for parts in tries:
-        pairs = list(pairwise(parts))
-        invented += not known.issuperset(parts[0].numbers)
-        slips += any(not _follows(part, before, puzzle) for before, part in pairs)
-        known.update(number for before, part in pairs for number in Counter(part.numbers) - Counter(before.numbers))
-    written = [parts[0].tokens for parts in tries]
-    hits = [parts[0].tokens for parts in tries if parts[0].value == puzzle.target]
-    claimed = any(parts[-1].value == puzzle.target for parts in tries)
+    read = [own for line in lines if (own := _tries(line, rules.operations, len(puzzle.numbers)))]
+    tries = [one for own in read for one in own][:MOST_TRIES]
+    known, invented = {*puzzle.numbers, puzzle.target}, 0
+    for one in tries:
+        invented += not known.issuperset(one.numbers)
+        known |= one.results
+    written = [one.tokens for one in tries]
+    hits = [one.tokens for one in tries if one.value == puzzle.target]
+    claimed = any(one.claimed == puzzle.target for one in tries)
     final = parse_lenient(answer, rules.operations) if answer else None
     count = max(1, len(tries))
     return {
         "tries": len(tries),
         "distinct": len({*written}),
         "parsed": len(read) / max(1, len(lines)),
-        "slips": slips / count,
+        "slips": sum(one.slips for one in tries) / count,
         "repeated": (len(written) - len({*written})) / count,
         "invented": invented / count,
         "verified": float(final is not None and final.tokens in hits),
@@ -64,18 +63,37 @@ def observe(
     }
 
 
-def _follows(part: Expression, before: Expression, puzzle: Puzzle) -> bool:
-    """Whether a part has the value of the one before it, or continues with it as in `2 + 6 = 8 + 9 = 17`."""
-    runs_on = len(before.numbers) < len(puzzle.numbers) and len(part.numbers) > 1
-    return part.value == before.value or (runs_on and part.tokens[0] == str(before.value))
+class _Try(NamedTuple):
+    """An equation `a = b = c`: the tokens, numbers and value of `a`, the value of `c`, and the results between."""
+
+    tokens: tuple[str, ...]
+    numbers: tuple[int, ...]
+    value: Value
+    claimed: Value
+    results: frozenset[int]
+    slips: bool
 
 
-def _tries(line: str, operations: str) -> Iterator[list[Expression]]:
-    """The equations of a line, as their parts; the first part of each has at least two numbers."""
+@lru_cache(maxsize=1 << 14)  # completions of a group write the same lines again and again
+def _tries(line: str, operations: str, size: int) -> list[_Try]:
+    """The equations of a line; the first part of each has at least two numbers. `size`: numbers in the puzzle."""
+    found: list[_Try] = []
     if "\ufffd" in line:  # a character that no tokens could be decoded to
-        return
+        return found
     for span in spans(ascii_operators(line)):
-        parts = [_parsed(text, operations) for part in span.split("=") if (text := part.strip(" *"))]
+        parts = [parse(text, operations) for part in span.split("=") if (text := part.strip(" *"))]
         readable = [part for part in parts if part]
         if len(readable) > 1 and parts[0] and len(parts[0].numbers) > 1:
-            yield readable
+            pairs = list(pairwise(readable))
+            new = [Counter(part.numbers) - Counter(before.numbers) for before, part in pairs]
+            slips = not all(_follows(part, before, size) for before, part in pairs)
+            first, last = readable[0], readable[-1]
+            results = frozenset(number for own in new for number in own)
+            found.append(_Try(first.tokens, first.numbers, first.value, last.value, results, slips))
+    return found
+
+
+def _follows(part: Expression, before: Expression, size: int) -> bool:
+    """Whether a part has the value of the one before it, or continues with it as in `2 + 6 = 8 + 9 = 17`."""
+    runs_on = len(before.numbers) < size and len(part.numbers) > 1
+    return part.value == before.value or (runs_on and part.tokens[0] == str(before.value))
