@@ -122,6 +122,16 @@ def test_a_page_escapes_what_a_model_wrote(tmp_path: Path) -> None:
     assert not re.search(r"(src|href)=", page)
 
 
+def test_tokens_without_a_gradient_are_one_row() -> None:
+    token = {"sampled": -0.5, "reference": None, "after": -0.25, "ratio": 2.0, "clipped": False, "kl": 0.0, "loss": 0.5}
+    shares = [0.0, 0.0004, 0.9, 0.0, 0.5, 0.5, *[0.0] * 9]
+    rows = view.folded([{**token, "token": f"t{share}", "gradient_share": share} for share in shares])
+    assert [row["place"] for row in rows] == ["0-1", "2", "3", "4", "5", "6-14"]
+    assert (rows[0]["sampled"], rows[0]["ratio"], rows[0]["loss"], rows[0]["reference"]) == (-1.0, 4.0, 1.0, None)
+    assert (rows[0]["token"], rows[-1]["token"]) == ("…0004", "…t0.0")
+    assert sum(row["gradient_share"] for row in rows) == pytest.approx(sum(shares))
+
+
 def steps(count: int, **metrics: tuple[float, float]) -> list[dict[str, float]]:
     """Metrics that go from a first value to a last one in even steps."""
     return [

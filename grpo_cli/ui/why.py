@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_suffix(".html.j2")
 STYLE = Path(__file__).with_name("report.css")
 BEFORE_FORK = 6  # tokens shown before a fork
+FLAT = 0.0005  # share of the gradient below which neighbouring tokens are shown as one row
+TAIL = 4  # characters shown of the end of such a row
+SUMMED = ("sampled", "reference", "after", "kl", "loss", "gradient_share")
 # At ratio 1, in the first inner update, a token adds -A times its weight.
 MEANINGS = dict.fromkeys(
     ("grpo", "gspo"), ": at ratio 1 the advantages of a group sum to 0, so the policy loss is 0 whatever is learned"
@@ -72,24 +76,27 @@ def explained(replay: Replay, run: str, *, prompt: int | None = None, sample: in
 
 def sentences(replay: Replay, updates: Sequence[Terms]) -> list[str]:
     """The step in three sentences: what had a gradient, what the loss is, what changed most."""
+    return [_gradient_sentence(replay), _loss_sentence(replay, updates), _change_sentence(replay)]
+
+
+def _gradient_sentence(replay: Replay) -> str:
     mixed = sum(any(one.advantage for one in group.completions) for group in replay.groups)
-    pulled = ", except the pull of the KL term towards the reference" if replay.loss.beta else ""
-    groups = f"{mixed} of {counted(len(replay.groups), 'group')} had unequal rewards, and so a gradient"
-    if mixed < len(replay.groups):
-        groups += f"; {'the others have' if mixed else 'the step has'} no effect on the weights{pulled}"
-    return [f"{groups}.", _loss_sentence(replay, updates), _change_sentence(replay)]
+    pull = "only the KL term pulls towards the reference" if replay.loss.beta else "nothing is learned from them"
+    count = counted(len(replay.groups), "group")
+    if mixed == len(replay.groups):
+        return f"All of {count} had unequal rewards, and so a gradient."
+    had = f"{mixed} of {count} had unequal rewards, and so a gradient; in the others" if mixed else f"None of {count}"
+    return f"{had}, {pull}." if mixed else f"{had} had unequal rewards: {pull}."
 
 
 def _loss_sentence(replay: Replay, updates: Sequence[Terms]) -> str:
     loss, beta = sum(update.loss for update in updates) / len(updates), replay.loss.beta
     kl = beta * sum(float((update.kl * update.weight).double().sum()) for update in updates) / len(updates)
-    text = f"The loss is {loss:.3g}"
-    if beta:
-        text += f", of which the KL term is {kl:.3g}"
-    if len(updates) == 1:
+    text = f"The loss is {loss:.3g}" + (f", of which the KL term is {kl:.3g}" if beta else "")
+    if len(updates) == 1 and any(one.advantage for one in replay.completions):
         text += MEANINGS.get(replay.loss.loss_type, "").format(longer="longer" if loss - kl < 0 else "shorter")
     norm = replay.replayed.get("grad_norm", 0.0)
-    return f"{text}; learning shows in the gradient, whose norm is {norm:.3g}."
+    return f"{text}. The gradient's norm is {norm:.3g}" + (": that is what learns." if norm else ".")
 
 
 def _change_sentence(replay: Replay) -> str:
@@ -165,6 +172,28 @@ def _tokens(one: Completion, updates: Sequence[Terms], row: int) -> list[dict[st
         }
         for index, piece in enumerate(one.pieces)
     ]
+
+
+def folded(tokens: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tokens as rows to show: runs of tokens without a share of the gradient are one row, with their sums."""
+    rows = []
+    for is_flat, run in groupby(enumerate(tokens), key=lambda pair: pair[1]["gradient_share"] < FLAT):
+        numbers, own = zip(*run, strict=True)
+        if not is_flat or len(own) == 1:
+            rows += [{**token, "place": str(number)} for number, token in zip(numbers, own, strict=True)]
+            continue
+        text = "".join(token["token"] for token in own)
+        rows.append(
+            {
+                "place": f"{numbers[0]}-{numbers[-1]}",
+                "token": text if len(text) <= 2 * TAIL else f"…{text[-TAIL:]}",
+                "ratio": math.prod(token["ratio"] for token in own),
+                "clipped": any(token["clipped"] for token in own),
+                **{key: sum(token[key] or 0.0 for token in own) for key in SUMMED},
+                **({"reference": None} if own[0]["reference"] is None else {}),
+            }
+        )
+    return rows
 
 
 def _formula(replay: Replay, one: Completion, updates: Sequence[Terms], row: int) -> list[str]:
@@ -256,12 +285,12 @@ def _show_tokens(data: Mapping[str, Any]) -> None:
     columns = ["", "token", "sampled", *(["ref"] if with_reference else []), "after", "ratio", "clip"]
     columns += [*(["kl"] if with_reference else []), "loss", "gradient"]
     table = grid(*columns, numeric=[name for name in columns if name != "token"])
-    for index, token in enumerate(data["tokens"]):
+    for token in folded(data["tokens"]):
         reference = [_thousandths(token["reference"])] if with_reference else []
         cells = [_thousandths(token["sampled"]), *reference, _thousandths(token["after"]), _thousandths(token["ratio"])]
         cells += ["yes" if token["clipped"] else "", *([f"{token['kl']:.4f}"] if with_reference else [])]
         cells += [f"{token['loss']:.2e}", percent(token["gradient_share"])]
-        table.add_row(str(index), printable(repr(token["token"])), *cells)
+        table.add_row(token["place"], printable(repr(token["token"])), *cells)
     out.print(table)
     for line in data["formula"]:
         out.print(Padding(Text(printable(line)), (0, 0, 0, 2)))
@@ -307,5 +336,5 @@ def _template() -> Any:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"printable": printable, "percent": percent, "thousandths": _thousandths}
+    environment.filters |= {"printable": printable, "percent": percent, "thousandths": _thousandths, "folded": folded}
     return environment.from_string(TEMPLATE.read_text("utf-8"))
