@@ -94,7 +94,9 @@ def _loss_sentence(replay: Replay, updates: Sequence[Terms]) -> str:
     kl = beta * sum(float((update.kl * update.weight).double().sum()) for update in updates) / len(updates)
     text = f"The loss is {loss:.3g}" + (f", of which the KL term is {kl:.3g}" if beta else "")
     if len(updates) == 1 and any(one.advantage for one in replay.completions):
-        text += MEANINGS.get(replay.loss.loss_type, "").format(longer="longer" if loss - kl < 0 else "shorter")
+        text += MEANINGS.get(replay.loss.loss_type, "").format(
+            longer="as long as worse ones" if abs(loss - kl) < 1e-6 else "longer" if loss < kl else "shorter"
+        )
     norm = replay.replayed.get("grad_norm", 0.0)
     return f"{text}. The gradient's norm is {norm:.3g}" + (": that is what learns." if norm else ".")
 
