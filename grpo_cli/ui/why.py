@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rich.padding import Padding
@@ -31,11 +32,9 @@ FLAT = 0.0005  # share of the gradient below which neighbouring tokens are shown
 TAIL = 4  # characters shown of the end of such a row
 SUMMED = ("sampled", "reference", "after", "kl", "loss", "gradient_share")
 # At ratio 1, in the first inner update, a token adds -A times its weight.
-MEANINGS = dict.fromkeys(
-    ("grpo", "gspo"), ": at ratio 1 the advantages of a group sum to 0, so the policy loss is 0 whatever is learned"
-) | dict.fromkeys(
-    ("dapo", "dr_grpo"), ": at ratio 1 it is the sum of -advantage * length, so better completions are {longer} here"
-)
+BY_SEQUENCE = ": at ratio 1 the advantages of a group sum to 0, so the policy loss is 0 whatever is learned"
+BY_TOKEN = ": at ratio 1 it is the sum of -advantage * length, so better completions are {longer} here"
+MEANINGS = {"grpo": BY_SEQUENCE, "gspo": BY_SEQUENCE, "dapo": BY_TOKEN, "dr_grpo": BY_TOKEN}
 VERDICTS = {"correct": "green", "truncated": "yellow"}
 
 
@@ -44,9 +43,6 @@ def explained(replay: Replay, run: str, *, prompt: int | None = None, sample: in
     chosen = replay.instructive if prompt is None else prompt
     updates, group = replay.terms(), replay.groups[chosen]
     first = sum(len(one.completions) for one in replay.groups[:chosen])
-    rows = range(first, first + len(group.completions))
-    shares = [float(sum(update.share[row].sum() for update in updates)) / len(updates) for row in rows]
-    adds = [sum(float(update.contribution[row].double().sum()) for update in updates) / len(updates) for row in rows]
     data = {
         "run": run,
         "step": replay.step,
@@ -55,22 +51,19 @@ def explained(replay: Replay, run: str, *, prompt: int | None = None, sample: in
         "difference": replay.gap,
         "logged": replay.logged,
         "replayed": replay.replayed,
-        "loss": sum(update.loss for update in updates) / len(updates),
+        "loss": fmean(update.loss for update in updates),
         "sentences": sentences(replay, updates),
         "prompt": chosen,
         "problem": group.problem,
         "prompt_text": group.prompt,
-        "completions": [
-            _row(index, one, share, added)
-            for index, (one, share, added) in enumerate(zip(group.completions, shares, adds, strict=True))
-        ],
+        "completions": [_row(index, one, updates, first + index) for index, one in enumerate(group.completions)],
         "fork": _fork(group),
         "losses": [{"name": one.name, "cosine": one.cosine, "norm": one.norm} for one in replay.variants],
     }
     if sample is not None:
         data["sample"] = sample
-        data["tokens"] = _tokens(group.completions[sample], updates, rows[sample])
-        data["formula"] = _formula(replay, group.completions[sample], updates, rows[sample])
+        data["tokens"] = _tokens(group.completions[sample], updates, first + sample)
+        data["formula"] = _formula(replay, group.completions[sample], updates, first + sample)
     return data
 
 
@@ -80,18 +73,16 @@ def sentences(replay: Replay, updates: Sequence[Terms]) -> list[str]:
 
 
 def _gradient_sentence(replay: Replay) -> str:
-    mixed = sum(any(one.advantage for one in group.completions) for group in replay.groups)
-    pull = "only the KL term pulls towards the reference" if replay.loss.beta else "nothing is learned from them"
-    count = counted(len(replay.groups), "group")
-    if mixed == len(replay.groups):
-        return f"All of {count} had unequal rewards, and so a gradient."
-    had = f"{mixed} of {count} had unequal rewards, and so a gradient; in the others" if mixed else f"None of {count}"
-    return f"{had}, {pull}." if mixed else f"{had} had unequal rewards: {pull}."
+    mixed, count = sum(any(one.advantage for one in group.completions) for group in replay.groups), len(replay.groups)
+    rest = "there is only the pull of the KL term" if replay.loss.beta else "nothing is learned"
+    text = f"{mixed or 'None'} of {counted(count, 'group')} had unequal rewards"
+    text += ", and so a gradient" if mixed else f": {rest}"
+    return f"{text}; from the others, {rest}." if 0 < mixed < count else f"{text}."
 
 
 def _loss_sentence(replay: Replay, updates: Sequence[Terms]) -> str:
-    loss, beta = sum(update.loss for update in updates) / len(updates), replay.loss.beta
-    kl = beta * sum(float((update.kl * update.weight).double().sum()) for update in updates) / len(updates)
+    loss, beta = fmean(update.loss for update in updates), replay.loss.beta
+    kl = beta * fmean(float((update.kl * update.weight).double().sum()) for update in updates)
     text = f"The loss is {loss:.3g}" + (f", of which the KL term is {kl:.3g}" if beta else "")
     if len(updates) == 1 and any(one.advantage for one in replay.completions):
         text += MEANINGS.get(replay.loss.loss_type, "").format(
@@ -113,7 +104,7 @@ def _change_sentence(replay: Replay) -> str:
     )
 
 
-def _row(index: int, one: Completion, share: float, added: float) -> dict[str, Any]:
+def _row(index: int, one: Completion, updates: Sequence[Terms], row: int) -> dict[str, Any]:
     return {
         "sample": index,
         "reason": one.reason,
@@ -124,8 +115,8 @@ def _row(index: int, one: Completion, share: float, added: float) -> dict[str, A
         "length": len(one.tokens),
         "truncated": one.truncated,
         "text": one.text,
-        "gradient_share": share,
-        "loss": added,
+        "gradient_share": fmean(float(update.share[row].sum()) for update in updates),
+        "loss": fmean(float(update.contribution[row].double().sum()) for update in updates),
         "before": math.fsum(one.updates[0]),
         "after": math.fsum(one.after),
     }
@@ -159,7 +150,7 @@ def _piece(group: ReplayedGroup, parting: Fork, sample: int) -> str:
 
 def _tokens(one: Completion, updates: Sequence[Terms], row: int) -> list[dict[str, Any]]:
     """Every token with its log-probabilities and its part of the loss; the terms are those of the last update."""
-    terms, count = updates[-1], len(updates)
+    terms = updates[-1]
     return [
         {
             "token": piece,
@@ -169,8 +160,8 @@ def _tokens(one: Completion, updates: Sequence[Terms], row: int) -> list[dict[st
             "ratio": float(terms.ratio[row, index]),
             "clipped": bool(terms.clipped[row, index]),
             "kl": float(terms.kl[row, index]),
-            "loss": sum(float(update.contribution[row, index]) for update in updates) / count,
-            "gradient_share": sum(float(update.share[row, index]) for update in updates) / count,
+            "loss": fmean(float(update.contribution[row, index]) for update in updates),
+            "gradient_share": fmean(float(update.share[row, index]) for update in updates),
         }
         for index, piece in enumerate(one.pieces)
     ]
@@ -202,8 +193,8 @@ def _formula(replay: Replay, one: Completion, updates: Sequence[Terms], row: int
     """The loss with this completion's numbers, up to the sum that is the step's loss."""
     terms, loss = updates[-1], replay.loss
     ratio, weight, kl = (float(values[row, 0]) for values in (terms.ratio, terms.weight, terms.kl))
-    own = sum(float(update.contribution[row].double().sum()) for update in updates) / len(updates)
-    whole = sum(update.loss for update in updates) / len(updates)
+    own = fmean(float(update.contribution[row].double().sum()) for update in updates)
+    whole = fmean(update.loss for update in updates)
     policy = "-min(ratio * A, clip(ratio) * A)"
     if loss.loss_type == "cispo":
         policy = "-min(ratio, 1 + epsilon_high) * A * logprob"

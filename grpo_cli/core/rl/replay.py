@@ -18,13 +18,15 @@ from torch import Tensor
 from grpo_cli.core.config.resolve import restore
 from grpo_cli.core.config.settings import Loss
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.rl.batch import Batch, Group
 from grpo_cli.core.rl.build import build
 from grpo_cli.core.rl.explain import OWN, Fork, Terms, fork, terms, variants
 from grpo_cli.core.rl.grpo import Step, advantages, normalizer
 from grpo_cli.core.rl.observer import Observer
 from grpo_cli.core.rl.train import Taken, Trainer
+from grpo_cli.core.rl.update import reference_logprobs
 from grpo_cli.core.run.folder import Run
 
 CHECKED = ("reward", "accuracy", "completion_length", "entropy", "loss", "kl", "grad_norm")  # metrics to compare
@@ -207,8 +209,31 @@ def _record(
         trainer.state.fall_back(run.checkpoint_path(last_step))
         last = _logprobs(trainer, batch)
         _put(trainer.state.learner, kept)
-    rows = _Rows(taken, updates, after, last, trainer.state.policy)
     logged, values = _logged(run, planned.step), {**batch.metrics, **taken.metrics}
+    numbers = iter(range(len(batch.completions)))
+    decode = trainer.state.policy.tokenizer.decode
+
+    def completion(group: Group, sample: int) -> Completion:
+        row, tokens, score = next(numbers), group.completions[sample], group.scores[sample]
+        count = len(tokens)
+        known, sampled = taken.ref_logprobs, group.logprobs[sample][:count]
+        own = [list(rows[row])[:count] for rows in updates.values() if row in rows]
+        return Completion(
+            text=group.texts[sample],
+            tokens=tokens,
+            pieces=[str(decode([token])) for token in tokens],
+            reward=score.reward,
+            parts=dict(score.parts),
+            advantage=float(group.advantages[sample]),
+            reason=score.reason,
+            truncated=group.truncated[sample],
+            sampled=sampled,
+            updates=own or [sampled] * max(1, len(updates)),  # no update had this row: it has no gradient
+            after=after[row, :count].tolist(),
+            reference=None if known is None else known[row, :count].tolist(),
+            last=None if last is None else last[row, :count].tolist(),
+        )
+
     return Replay(
         planned.step,
         planned.start,
@@ -217,73 +242,22 @@ def _record(
         settings.train.max_new_tokens,
         logged,
         {name: float(values[name]) for name in logged if name in values},
-        rows.groups(),
-    )
-
-
-@dataclass
-class _Rows:
-    """The rows of a batch with their log-probabilities (B, T)."""
-
-    taken: Taken
-    updates: Mapping[int, Mapping[int, Sequence[float]]]
-    after: Tensor
-    last: Tensor | None
-    policy: Policy
-
-    def groups(self) -> list[ReplayedGroup]:
-        numbers = iter(range(len(self.taken.batch.completions)))
-        return [
+        [
             ReplayedGroup(
                 str(group.problem),
-                str(self.policy.tokenizer.decode(group.prompt)),
-                [self._completion(group, sample, next(numbers)) for sample in range(len(group.completions))],
+                str(decode(group.prompt)),
+                [completion(group, sample) for sample in range(len(group.completions))],
             )
-            for group in self.taken.batch.groups
-        ]
-
-    def _completion(self, group: Group, sample: int, row: int) -> Completion:
-        tokens, score, count = group.completions[sample], group.scores[sample], len(group.completions[sample])
-        sampled, reference = group.logprobs[sample][:count], self.taken.ref_logprobs
-        updates = [list(own[row])[:count] for own in self.updates.values() if row in own]
-        return Completion(
-            text=group.texts[sample],
-            tokens=tokens,
-            pieces=[str(self.policy.tokenizer.decode([token])) for token in tokens],
-            reward=score.reward,
-            parts=dict(score.parts),
-            advantage=float(group.advantages[sample]),
-            reason=score.reason,
-            truncated=group.truncated[sample],
-            sampled=sampled,
-            updates=updates or [sampled] * max(1, len(self.updates)),  # no update had this row: it has no gradient
-            after=self.after[row, :count].tolist(),
-            reference=None if reference is None else reference[row, :count].tolist(),
-            last=None if self.last is None else self.last[row, :count].tolist(),
-        )
+            for group in batch.groups
+        ],
+    )
 
 
-@torch.no_grad()
 def _logprobs(trainer: Trainer, batch: Batch) -> Tensor:
     """Log-probabilities (B, T) of the batch under the policy as it is now."""
-    sequences = batch.sequences
-    found = torch.zeros(sequences.mask().shape)
-    for attempt in trainer.micro_batch.attempts(len(found), "replay"):
-        with attempt:
-            for rows in trainer.micro_batch.split(range(len(found))):
-                part = _pass(trainer, sequences.subset(rows))
-                found[rows, : part.shape[1]] = part.cpu()
-    return found
-
-
-def _pass(trainer: Trainer, sequences: Sequences) -> Tensor:
-    logprobs, _ = trainer.state.learner.logprobs(
-        sequences,
-        temperature=trainer.settings.train.temperature,
-        entropy="none",
-        logit_chunk=trainer.micro_batch.logit_chunk,
-    )
-    return logprobs
+    policy = replace(trainer.state.learner, adapter=None)  # a reference would switch it off
+    temperature, fit = trainer.settings.train.temperature, trainer.micro_batch
+    return reference_logprobs(Reference(policy), batch.sequences, temperature=temperature, micro_batch=fit).cpu()
 
 
 def _compare(trainer: Trainer, taken: Taken, loss: Loss) -> list[Variant]:
@@ -322,7 +296,12 @@ def _gradient(trainer: Trainer, batch: Batch, coefficients: Tensor) -> Tensor:
     learner, sequences = trainer.state.learner, batch.sequences
     learner.model.zero_grad(set_to_none=True)
     for rows in trainer.micro_batch.split(coefficients.any(dim=1).nonzero()[:, 0].tolist()):
-        logprobs = _pass(trainer, sequences.subset(rows))
+        logprobs, _ = learner.logprobs(
+            sequences.subset(rows),
+            temperature=trainer.settings.train.temperature,
+            entropy="none",
+            logit_chunk=trainer.micro_batch.logit_chunk,
+        )
         own = coefficients[rows, : logprobs.shape[1]].to(logprobs.device)
         (logprobs * own).sum().backward()
     parts = [torch.zeros_like(one) if one.grad is None else one.grad for one in learner.trainable]
