@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -274,16 +274,25 @@ def _show_fork(data: Mapping[str, Any]) -> None:
 def _show_tokens(data: Mapping[str, Any]) -> None:
     out.print()
     out.print(Text(f"sample {data['sample']}, token by token", style="bold"))
-    with_reference = data["tokens"][0]["reference"] is not None
-    columns = ["", "token", "sampled", *(["ref"] if with_reference else []), "after", "ratio", "clip"]
-    columns += [*(["kl"] if with_reference else []), "loss", "gradient"]
+    rows, chance = folded(data["tokens"]), _thousandths
+    cells: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "": lambda token: token["place"],
+        "token": lambda token: printable(repr(token["token"])),
+        "sampled": lambda token: chance(token["sampled"]),
+        "ref": lambda token: chance(token["reference"]),
+        "after": lambda token: chance(token["after"]),
+        "ratio": lambda token: chance(token["ratio"]),
+        "clip": lambda token: "yes" if token["clipped"] else "",
+        "kl": lambda token: f"{token['kl']:.4f}",
+        "loss": lambda token: f"{token['loss']:.2e}",
+        "gradient": lambda token: percent(token["gradient_share"]),
+    }
+    hidden = {"ref", "kl"} if rows[0]["reference"] is None else set()
+    hidden |= set() if any(token["clipped"] for token in rows) else {"clip"}
+    columns = [name for name in cells if name not in hidden]
     table = grid(*columns, numeric=[name for name in columns if name != "token"])
-    for token in folded(data["tokens"]):
-        reference = [_thousandths(token["reference"])] if with_reference else []
-        cells = [_thousandths(token["sampled"]), *reference, _thousandths(token["after"]), _thousandths(token["ratio"])]
-        cells += ["yes" if token["clipped"] else "", *([f"{token['kl']:.4f}"] if with_reference else [])]
-        cells += [f"{token['loss']:.2e}", percent(token["gradient_share"])]
-        table.add_row(token["place"], printable(repr(token["token"])), *cells)
+    for token in rows:
+        table.add_row(*(cells[name](token) for name in columns))
     out.print(table)
     for line in data["formula"]:
         out.print(Padding(Text(printable(line)), (0, 0, 0, 2)))

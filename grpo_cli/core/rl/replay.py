@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from grpo_cli.core.config.resolve import restore
 from grpo_cli.core.config.settings import Loss
@@ -323,8 +324,7 @@ def _chance(logprobs: Sequence[float], position: int) -> float:
 
 def _padded(rows: Sequence[Sequence[float]]) -> Tensor:
     """Rows of different lengths as one tensor (B, T), padded with 0."""
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[0.0] * (longest - len(row))] for row in rows])
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 
 def _logged(run: Run, step: int) -> dict[str, float]:
