@@ -39,13 +39,16 @@ class Window:
     """The last and the first steps of a training; an item is the mean of a metric over the last, nan without any.
 
     A word before the metric asks for something else: `first`: the mean over the first steps, `median` and `max`: of the
-    last steps, `learning`: the median of the last steps with a gradient, at least half of them.
+    last steps, `learning`: the median of the last steps with a gradient, at least half of them. `steps`: the number
+    of the last steps.
     """
 
     late: Sequence[Line]
     early: Sequence[Line]
 
     def __getitem__(self, key: str) -> float:
+        if key == "steps":
+            return len(self.late)
         word, _, name = key.rpartition(" ")
         steps = self.early if word == "first" else self.late
         if word == "learning":
@@ -140,8 +143,8 @@ RULES = (  # causes before symptoms
     Rule(
         "format",
         lambda window: window["format_rate"] > 0.99 and window["max accuracy"] == 0,
-        "every completion was well formed and none was correct, so only the format is learned: start from a model that"
-        " solves some puzzles, or use fewer `--numbers`",
+        "in {steps} steps every completion was well formed and none was correct, so only the format is learned: start"
+        " from a model that solves some puzzles, or use fewer `--numbers`",
         "docs/pretrained.md",
         collapse=True,
     ),
