@@ -187,6 +187,18 @@ def test_a_flipped_sign_is_named(
     assert found is None if words is None else words in str(found)
 
 
+OTHERS = [
+    {"kl_in": "reward"}, {"kl_estimator": "k1"}, {"mask_truncated": True}, {"entropy_share": 0.2}, {"pass_at_k": 2},
+    {"entropy_bonus": 0.1}, {"sampler_correction": "mask"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_the_sign_of_a_loss_with_other_terms_is_not_judged(change: dict[str, object]) -> None:
+    loss, groups = a_loss("dapo", beta=0.1).model_copy(update=change), kept([1.0, 0.0], [30, 10])
+    assert flipped({"step": 3.0, "loss": -0.27, "kl": 0.2}, groups, loss, max_new_tokens=100) is None
+
+
 def test_a_step_without_groups_or_loss_has_no_sign_to_judge() -> None:
     assert flipped({"step": 1.0, "loss": 1.0}, [], a_loss(beta=0.1), max_new_tokens=9) is None
     assert flipped({"step": 1.0}, kept([1.0, 0.0], [3, 4]), a_loss(beta=0.1), max_new_tokens=9) is None

@@ -30,6 +30,7 @@ NOTATION_LIMIT = 0.1  # share of completions that are correct except for their n
 FORMAT_GAIN = 0.2  # rise of the format rate that, with a tenth of it in accuracy, is only the format
 CHEAT_LIMIT = 0.1  # share of completions, and twice as many as in the first window
 MARGIN_LIMIT = 0.05  # of the mean reward: how much more correct completions must earn
+SAMPLER_GAP = 1e-3  # nats per token; above it the loss may weigh tokens, so it does not follow from advantages alone
 
 Line = Mapping[str, float]
 
@@ -304,10 +305,14 @@ def flipped(line: Line, groups: Sequence[Mapping[str, Any]], loss: Loss, *, max_
 
     At ratio 1 the policy loss is the sum of -weight * advantage over tokens, and the rest is beta * KL, never negative.
     """
-    if line.get("kl", 0.0) < 0:
+    plain = loss.kl_in == "loss" and loss.kl_estimator in ("k2", "k3", "original")
+    if plain and line.get("kl", 0.0) < 0:
         return f"the KL is {line['kl']:.2g} nats per token, which no estimator can be: its sign is flipped"
     rows = [row for group in groups for row in group["completions"]]
-    if not rows or "loss" not in line or loss.loss_type == "cispo":
+    weighted = loss.mask_truncated or loss.entropy_share < 1 or loss.entropy_bonus or loss.pass_at_k > 1
+    weighted = weighted or loss.loss_type == "cispo" or loss.sampler_correction not in ("none", "auto")
+    weighted = weighted or line.get("sampler_gap", 0.0) > SAMPLER_GAP
+    if not plain or weighted or not rows or "loss" not in line:
         return None
     rewards = [sum(float(row["advantage"]) * float(row["reward"]) for row in group["completions"]) for group in groups]
     if min(rewards) < 0:
