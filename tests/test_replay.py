@@ -81,7 +81,7 @@ def test_a_replay_from_a_checkpoint_equals_the_log(run: Run) -> None:
 def test_gradients_of_other_losses_are_compared(second: Replay) -> None:
     by_name = {variant.name: variant for variant in second.variants}
     assert by_name[OWN].cosine == pytest.approx(1.0, abs=1e-9)
-    assert len(by_name) == 1 + 4 + 2 + 1
+    assert len(by_name) == 1 + 4 + 3 + 4
     assert all(-1 <= variant.cosine <= 1 + 1e-9 and variant.norm > 0 for variant in second.variants)
     # At ratio 1, `gspo` weights tokens as `grpo` does.
     assert by_name["loss_type gspo"].norm == pytest.approx(by_name["loss_type grpo"].norm, rel=1e-4)
