@@ -157,3 +157,20 @@ def test_a_step_that_was_skipped_replays_without_writing(
     found = replay(run, plan(run, 2))
     assert contents(run) == before
     assert "loss" not in found.replayed and found.gap == 0.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"loss.entropy_share": 0.5}, "--entropy-share"),
+        ({"train.num_mini_batches": 2}, "--num-mini-batches"),
+        ({"loss.sampler_correction": "mask"}, "--sampler-correction"),
+    ],
+)
+def test_a_step_whose_tokens_have_weights_is_refused(
+    tiny_folder: Path, tmp_path: Path, reward_by_length: None, flags: dict[str, object], named: str
+) -> None:
+    given = {"runs": str(tmp_path), "train.eval_every": 1, "train.num_iterations": 1, **flags}
+    train(small(tiny_folder, **given), "one")
+    with pytest.raises(CountdownError, match=f"not explained yet: `{named}`"):
+        plan(Run(tmp_path / "one"), 1)

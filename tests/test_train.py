@@ -675,9 +675,7 @@ def test_a_training_takes_every_choice_of_the_loss(
     )
     if flags.get("loss.kl_in") == "reward":
         assert lines[0]["kl"] < 1e-9 < lines[1]["kl"]
-        assert [line["loss"] for line in lines] == pytest.approx(
-            [0, 0], abs=1e-6
-        )  # advantages sum to 0, and there is no other term
+        assert [line["loss"] for line in lines] == pytest.approx([0, 0], abs=1e-6)
 
 
 def test_a_step_whose_completions_are_all_masked_moves_nothing(

@@ -25,6 +25,7 @@ from grpo_cli.core.rl.batch import Batch, Group
 from grpo_cli.core.rl.build import build
 from grpo_cli.core.rl.explain import OWN, Fork, Terms, fork, terms, variants
 from grpo_cli.core.rl.grpo import Step, advantages, normalizer
+from grpo_cli.core.rl.health import SAMPLER_GAP
 from grpo_cli.core.rl.observer import Observer
 from grpo_cli.core.rl.train import Taken, Trainer
 from grpo_cli.core.rl.update import reference_logprobs
@@ -150,14 +151,34 @@ _REPLAY = TypeAdapter(Replay)
 
 
 def plan(run: Run, step: int) -> Plan:
-    """The plan of a replay; raises CountdownError if the run has no such step."""
+    """The plan of a replay; raises CountdownError if the run has no such step, or its loss cannot be taken apart."""
     seconds = {int(line["step"]): line.get("time/total", 0.0) for line in run.metrics() if line["step"] > 0}
     if step not in seconds:
         hint = f"choose one from 1 to {max(seconds)}" if seconds else "wait for its first step, or resume it"
         raise CountdownError(f"run `{run.name}` has no step {step}", hint)
+    _require_plain_tokens(run, step)
     starts = [saved for saved, _ in run.checkpoints() if saved < step and run.damage(saved) is None]
     start = max(starts, default=0)
     return Plan(step, start, sum(spent for number, spent in seconds.items() if start < number <= step))
+
+
+def _require_plain_tokens(run: Run, step: int) -> None:
+    """Raise CountdownError if tokens of the step's loss have weights that a replay does not record."""
+    settings = restore(run.read_config(), run.config_path).settings
+    logged = next(line for line in run.metrics() if line["step"] == step)
+    loss, flags = settings.loss, list[str]()
+    flags += ["--num-mini-batches"] if settings.train.num_mini_batches > 1 else []
+    flags += ["--mask-truncated"] if loss.mask_truncated else []
+    flags += ["--entropy-share"] if loss.entropy_share < 1 else []
+    flags += ["--entropy-bonus"] if loss.entropy_bonus else []
+    weighs = loss.sampler_correction in ("truncate", "mask")
+    by_gap = loss.sampler_correction == "auto" and logged.get("sampler_gap", 0.0) > SAMPLER_GAP
+    flags += ["--sampler-correction"] if weighs or by_gap else []
+    if flags:
+        raise CountdownError(
+            f"the loss of run `{run.name}` has weights of tokens that are not explained yet: `{flags[0]}`",
+            f"`countdown why {run.name}` describes the run as a whole",
+        )
 
 
 def cached(run: Run, step: int, *, losses: bool) -> Replay | None:

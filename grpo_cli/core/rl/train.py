@@ -30,7 +30,7 @@ from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.collect import Collector
 from grpo_cli.core.rl.context import Context
 from grpo_cli.core.rl.grpo import advantages
-from grpo_cli.core.rl.health import collapses, warnings
+from grpo_cli.core.rl.health import SAMPLER_GAP, collapses, warnings
 from grpo_cli.core.rl.observer import Interrupted, Observer, Validated
 from grpo_cli.core.rl.schedule import scheduled_rate
 from grpo_cli.core.rl.state import State
@@ -40,7 +40,6 @@ from grpo_cli.core.run.folder import Run
 from grpo_cli.core.world import World
 
 COMPARE_EVERY = 10  # steps between measurements of `logprob_gap`
-SAMPLER_GAP = 1e-3  # nats per token; float32 rounds to 1e-6, bfloat16 to 1e-2
 
 
 @dataclass(frozen=True)
