@@ -9,20 +9,25 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
 from conftest import SMALL, Command
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from grpo_cli.cli import artifacts
 from grpo_cli.core.config.resolve import resolve
 from grpo_cli.core.config.settings import values
+from grpo_cli.core.model.load import BUILTIN, load
 from grpo_cli.core.run.export import license_of
 from grpo_cli.core.run.logs import Evaluated
+from grpo_cli.core.task.plugin import load_task
 from grpo_cli.ui.card import CardFacts, model_card
 
 
@@ -111,10 +116,10 @@ def test_a_card_describes_the_task_and_data_it_was_trained_on() -> None:
         name: model_card(CardFacts("first", "builtin", None, {**settings, key: name}, {}, 0, "not known"))
         for key, name in [("task.task", "countdown"), ("task.task", "own.py"), ("task.puzzles", "mine.csv")]
     }
-    assert "expression that equals 25" in cards["countdown"] and "have even numbers only" in cards["countdown"]
+    assert "exactly once" in cards["countdown"] and "have even numbers only" in cards["countdown"]
     assert "from files" in cards["mine.csv"] and "even numbers" not in cards["mine.csv"]
     assert "the task `own.py`" in cards["own.py"]
-    assert "solves countdown puzzles" not in cards["own.py"] and "equals 25" not in cards["own.py"]
+    assert "solves countdown puzzles" not in cards["own.py"]
 
 
 def test_a_card_names_the_warm_start_and_mixed_prompts() -> None:
@@ -169,10 +174,60 @@ def test_an_exported_folder_holds_the_model_and_a_card_with_its_results(trained:
     assert model.num_parameters() > 0 and tokenizer.chat_template
 
 
+def usage(folder: Path) -> str:
+    """The code of a card's usage, on its own folder."""
+    card = (folder / "README.md").read_text("utf-8")
+    return card.partition("```python\n")[2].partition("```")[0].replace("path/to/this/folder", str(folder))
+
+
+@pytest.mark.parametrize("style", ["one-shot", "zero-shot", "natural"])
+def test_the_code_of_a_card_answers_as_solve_does(trained: Command, tmp_path: Path, style: str) -> None:
+    run = tmp_path / "runs" / "first"
+    shutil.rmtree(run / "model")
+    shutil.copytree(BUILTIN, run / "model")
+    (run / "config.json").write_text((run / "config.json").read_text().replace('"one-shot"', f'"{style}"'))
+    assert trained("export", "first", "shared").code == 0
+    names: dict[str, Any] = {}
+    with redirect_stdout(StringIO()) as printed:
+        exec(usage(tmp_path / "shared"), names)
+    messages, template = names["messages"], names["tokenizer"].apply_chat_template
+    solved = trained("solve", messages[-1]["content"], "--model", "shared", "--style", style)
+    assert len(printed.getvalue()) > 40 and printed.getvalue().strip() in solved.err
+    assert template(messages[1:], tokenize=False) == template(
+        messages, tokenize=False
+    )  # the system turn is the default
+
+
+def test_the_code_of_a_card_asks_an_own_task(countdown: Command, tiny_folder: Path, tmp_path: Path) -> None:
+    task = tmp_path / "own.py"
+    task.write_text(
+        "def problems(split): return [f'{split} {n}' for n in range(40)]\n"
+        "def prompt(problem): return [{'role': 'system', 'content': '```'}, {'role': 'user', 'content': problem}]\n"
+        "def score(completion, problem): return float('a' in completion)\n"
+    )
+    done = countdown("train", "--task", task, "--model", tiny_folder, "--run", "first", *SMALL)
+    assert done.code == 0, done.err
+    assert countdown("export", "first", "shared").code == 0
+    names: dict[str, Any] = {}
+    exec(usage(tmp_path / "shared").partition("inputs =")[0], names)
+    assert names["messages"][0]["content"] == "```" and names["messages"][1]["content"] == "val 0"
+    task.unlink()
+    load_task.cache_clear()
+    assert countdown("export", "first", "shared", "--overwrite").code == 0
+    assert '"content": "..."' in usage(tmp_path / "shared")
+
+
+def test_an_exported_model_decodes_greedily_until_its_end(trained: Command, tmp_path: Path) -> None:
+    assert trained("export", "first", "shared").code == 0
+    saved = GenerationConfig.from_pretrained(tmp_path / "shared")
+    assert (saved.do_sample, saved.max_new_tokens) == (False, 360)
+    assert set(saved.eos_token_id) == set(load(str(tmp_path / "shared")).end_ids)
+
+
 def test_an_export_may_hold_a_gguf_file(trained: Command, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     result = trained("export", "first", "shared", "--gguf", "f16")
-    assert result.code == 0
+    assert result.code == 0 and result.err == ""
     assert str(Path("shared") / "first-f16.gguf") in result.out.splitlines()
     assert (tmp_path / "shared" / "first-f16.gguf").read_bytes().startswith(b"GGUF")
 

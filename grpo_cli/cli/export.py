@@ -54,13 +54,16 @@ def export(
         raise CountdownError(f"`{push}` cannot name a repository", "use `owner/name`")
     is_adapter = _writes_adapter(run, merge=merge, gguf=gguf is not None)
 
+    settings = restore(run.read_config(), run.config_path).settings
+
     def convert(staged: Path) -> None:
+        if not is_adapter:
+            files.limit_completions(staged, settings.eval.max_new_tokens)
         if gguf:
             from grpo_cli.core.model.gguf_write import write  # loads torch
 
             write(staged, staged / f"{run.name}-{gguf}.gguf", kind=gguf)
 
-    settings = restore(run.read_config(), run.config_path).settings
     card, source = card_of(run, settings, is_adapter=is_adapter), run.adapter_path if is_adapter else run.model_path
     for path in files.export(source, folder, card, overwrite=overwrite, convert=convert):
         print(path)

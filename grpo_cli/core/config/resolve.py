@@ -301,7 +301,10 @@ def _refused(layer: _Layer, problem: ErrorDetails) -> CountdownError:
         return CountdownError(f"{item.place}: {error}", 'a cell and its weight are written `"val 3 one-shot" = 1.0`')
     if words:
         return CountdownError(f"{item.place}: {words}", _SCHEDULES if key.startswith("train.prompt_") else None)
-    return CountdownError(f"{item.place} must be {expected(key)}, not {_shown(item.value)}")
+    quoted = isinstance(item.value, str) and not isinstance(_typed(key, item.value), str)
+    shown = f'`"{item.value}"`' if quoted else _shown(item.value)
+    hint = f"remove the quotes: `{item.value}`" if quoted else None
+    return CountdownError(f"{item.place} must be {expected(key)}, not {shown}", hint)
 
 
 def _resolved(layer: _Layer, reason: str) -> Resolved:
