@@ -194,16 +194,20 @@ def executed(text: str, messages: Sequence[Message]) -> str:
     return prompted
 
 
-LLAMA = "{{ '<|start|>' + message['role'] + '<|end|>\\n\\n' + message['content'] + '<|eot|>' }}"
-ENDED = "{{ message['role'] + ': ' + message['content'] }}{{ '</s>' if message['role'] == 'assistant' else '\\n\\n' }}"
+CHAT = "{%- for message in messages %}" + TURN + "{%- endfor %}{{ '<|im_start|>assistant\\n' }}"
+LLAMA = CHAT.replace("<|im_start|>", "<|header|>").replace("\\n'", "<|end|>\\n\\n'")
+NAMED = "{{ '<s>' }}" + CHAT.replace("<|im_start|>", "").replace("<|im_end|>", "")
+MISTRAL = """{%- for message in messages %}
+{{- '[SYS]' + message.content + '[/SYS]' if message.role == 'system' else '' }}
+{{- '[INST]' + message.content + '[/INST]' if message.role == 'user' else '' }}
+{{- message.content + '</s>' if message.role == 'assistant' else '' }}{%- endfor %}"""
 
 
 @pytest.mark.parametrize("style", ["one-shot", "zero-shot"])
-@pytest.mark.parametrize("template", [{}, {"turn": LLAMA}, {"turn": ENDED}, {"turn": TURN, "start": "<s>"}])
-def test_a_modelfile_makes_the_prompt_of_the_chat_template(
-    template: dict[str, str], style: Style, folder: Path
-) -> None:
-    policy_of(with_template(folder, **template)).save(folder)
+@pytest.mark.parametrize("template", [CHAT, LLAMA, NAMED, MISTRAL])
+def test_a_modelfile_makes_the_prompt_of_the_chat_template(template: str, style: Style, folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(template)
+    policy_of(folder).save(folder)
     limit_completions(folder, 77)
     messages = prompt(Puzzle((4, 7, 3), 25), style)
     text = modelfile(folder, "first.gguf", messages)
