@@ -4,6 +4,7 @@ import base64
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -360,3 +361,70 @@ def test_runs_lists_what_differs_and_deletes_only_after_asking(trained: Command,
     assert trained("runs", "--delete", "first", "--yes").code == 0
     assert not (tmp_path / "runs" / "first").exists()
     assert trained("runs", "--delete", "first", "--yes").code == 2
+
+
+@pytest.fixture
+def several(trained: Command, tmp_path: Path) -> Command:
+    """`countdown` beside runs `first`, and `second` and `third` of other seeds with other evaluations."""
+    for seed, name in ((1, "second"), (2, "third")):
+        folder = tmp_path / "runs" / name
+        shutil.copytree(tmp_path / "runs" / "first", folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["train"]["seed"] = seed
+        (folder / "config.json").write_text(json.dumps(config))
+        for log, keys in (("metrics.jsonl", ["val_accuracy", "dev_accuracy"]), ("evaluations.jsonl", ["accuracy"])):
+            lines = [json.loads(line) for line in (folder / log).read_text().splitlines()]
+            for line in lines:
+                line |= {key: seed / 2 for key in keys if key in line and line["step"]}
+                if "solved" in line and line["step"]:
+                    line["solved"] = "1" * (line["count"] * seed // 2) + "0" * (
+                        line["count"] - line["count"] * seed // 2
+                    )
+            (folder / log).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return trained
+
+
+def test_runs_are_sorted_filtered_and_summed_up_by_seed(several: Command) -> None:
+    listed = json.loads(several("runs", "--json", "--sort", "accuracy").out)
+    assert [row["run"] for row in listed["runs"]] == ["third", "second", "first"]
+    (group,) = listed["groups"]
+    assert sorted(group["runs"]) == ["first", "second", "third"] and sorted(group["seeds"]) == [0, 1, 2]
+    assert group["mean"] == 0.5 and group["range"] == [0.0, 1.0]
+    assert "differ only in the seed: best 50.0% on average" in several("runs").out
+    for condition in ("seed=1", "train.seed=1"):
+        assert [row["run"] for row in json.loads(several("runs", "--json", "--where", condition).out)["runs"]] == [
+            "second"
+        ]
+    assert several("runs", "--where", "learning_rate=3").err == "no run has these settings\n"
+    assert len(json.loads(several("runs", "--json", "--where", "batch_size=2", "--where", "seed=2").out)["runs"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("condition", "hint"),
+    [("sed=1", "did you mean `--where seed=1`?"), ("seed", "seed="), ("zzz=", "write `--where seed=1`")],
+)
+def test_a_condition_that_is_no_setting_is_refused(several: Command, condition: str, hint: str) -> None:
+    refused = several("runs", "--where", condition)
+    assert refused.code == 2 and "is not a setting with its value" in refused.err and hint in refused.err
+
+
+def test_stored_evaluations_are_compared_without_a_model(several: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo_cli.core.model.load.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    rows = json.loads(several("compare", "first", "second", "third", "--json").out)["paired"]
+    assert [(row["first"], row["second"], row["cell"]) for row in rows] == [
+        ("first", "second", "val 3 one-shot"), ("first", "third", "val 3 one-shot"),
+    ]  # fmt: skip
+    assert [(row["gained"], row["lost"], row["count"]) for row in rows] == [(2, 0, 4), (4, 0, 4)]
+    assert rows[1]["p_value"] == 0.125  # 2 / 2^4
+    own = json.loads(several("compare", "third", "--json").out)["paired"]
+    assert (own[0]["first"], own[0]["first_accuracy"], own[0]["second_accuracy"]) == ("third, step 0", 0.0, 1.0)
+    assert "val 3 one-shot" in several("compare", "first", "second").out
+
+
+def test_runs_on_other_puzzles_are_not_compared(several: Command, tmp_path: Path) -> None:
+    log = tmp_path / "runs" / "second" / "evaluations.jsonl"
+    log.write_text(re.sub(r'"puzzles": "\w+"', '"puzzles": "0"', log.read_text()))
+    refused = several("compare", "first", "second")
+    assert refused.code == 2 and "no evaluations on the same puzzles" in refused.err
+    assert "hint: evaluate their models: `countdown eval first second`" in refused.err
+    assert several("compare", "first", "nobody").code == 2
