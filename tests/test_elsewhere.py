@@ -14,8 +14,8 @@ import pytest
 from grpo_cli.core.evals.evaluate import Evaluation, Evaluator
 from grpo_cli.core.model import gguf_write
 from grpo_cli.core.model.load import BUILTIN, load
-from grpo_cli.core.sampling.params import SamplingParams
-from grpo_cli.core.sampling.rollout import Engine
+from grpo_cli.core.rollout.local import LocalEngine
+from grpo_cli.core.rollout.params import SamplingParams
 from grpo_cli.core.task.data import enumerate_puzzles
 from grpo_cli.core.task.prompts import Style, prompt
 from grpo_cli.core.task.scoring import score
@@ -27,7 +27,7 @@ elsewhere = pytest.mark.elsewhere
 
 def evaluated(style: Style) -> Evaluation:
     puzzles = list(enumerate_puzzles(split="val"))[:COUNT]
-    evaluator = Evaluator(Engine(load("builtin", device="cpu", precision="float32")), SamplingParams(360, 0.0))
+    evaluator = Evaluator(LocalEngine(load("builtin", device="cpu", precision="float32")), SamplingParams(360, 0.0))
     return evaluator.evaluate(puzzles, style=style, split="val")
 
 
@@ -81,10 +81,8 @@ def test_lm_evaluation_harness_measures_what_eval_does() -> None:
 @elsewhere
 def test_inspect_measures_what_eval_does(tmp_path: Path) -> None:
     pytest.importorskip("inspect_ai")
-    model = ["--model", "hf/local", "-M", f"model_path={BUILTIN}", "-M", "do_sample=false", "--limit", COUNT]
-    run(
-        "inspect", "eval", "inspect_task.py", *model, "--log-dir", tmp_path, "--log-format", "json", "--display", "none"
-    )
+    model = f"--model hf/local -M model_path={BUILTIN} -M do_sample=false --limit {COUNT}"
+    run("inspect", "eval", "inspect_task.py", *f"{model} --log-dir {tmp_path} --log-format json".split())
     (log,) = tmp_path.glob("*.json")
     scores = json.loads(log.read_text("utf-8"))["results"]["scores"][0]
     assert scores["metrics"]["accuracy"]["value"] == evaluated("one-shot").accuracy
@@ -104,17 +102,11 @@ def address(tmp_path: Path) -> Iterator[str]:
 @elsewhere
 def test_verifiers_scores_what_eval_does(tmp_path: Path, address: str) -> None:
     pytest.importorskip("verifiers")
-    client: list[object] = [
-        "--client.base-url",
-        f"{address}/v1",
-        "--client.api-key-var",
-        "OPENAI_API_KEY",
-        "--model",
-        "builtin",
-    ]
-    client += ["--sampling.temperature", 0, "--sampling.max-tokens", 360, "--select.limit", COUNT]
-    run("vf-eval", "verifiers_task", "--env.agent.harness.id", "null", *client, "--output-dir", tmp_path)
+    client = f"--model builtin --client.base-url {address}/v1 --client.api-key-var OPENAI_API_KEY --no-push"
+    harness = "--env.agent.harness.id null --env.agent.runtime.type subprocess"
+    limits = f"--sampling.temperature 0 --sampling.max-tokens 360 --select.limit {COUNT} --output-dir {tmp_path}/out"
+    run("vf-eval", "verifiers_task", *f"{client} {harness} {limits}".split())
     (traces,) = tmp_path.rglob("traces.jsonl")
-    rewards = [json.loads(line)["rewards"]["reward"] for line in traces.read_text("utf-8").splitlines()]
-    solved = sum((reward if isinstance(reward, float) else reward["value"]) == 1.0 for reward in rewards)
-    assert len(rewards) == COUNT and abs(solved - evaluated("zero-shot").accuracy * COUNT) <= 2
+    traces_of = [json.loads(line)["traces"][0] for line in traces.read_text("utf-8").splitlines()]
+    solved = sum(trace["rewards"]["reward"]["score"] == 1.0 for trace in traces_of)
+    assert len(traces_of) == COUNT and abs(solved - evaluated("zero-shot").accuracy * COUNT) <= 2
