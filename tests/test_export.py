@@ -424,7 +424,14 @@ def test_stored_evaluations_are_compared_without_a_model(several: Command, monke
 def test_runs_on_other_puzzles_are_not_compared(several: Command, tmp_path: Path) -> None:
     log = tmp_path / "runs" / "second" / "evaluations.jsonl"
     log.write_text(re.sub(r'"puzzles": "\w+"', '"puzzles": "0"', log.read_text()))
-    refused = several("compare", "first", "second")
-    assert refused.code == 2 and "no evaluations on the same puzzles" in refused.err
-    assert "hint: evaluate their models: `countdown eval first second`" in refused.err
+    for root, suffix in ((), ""), (("--runs", f"{tmp_path}/runs/"), f" --runs {tmp_path}/runs"):
+        refused = several("compare", "first", "second", *root)
+        assert refused.code == 2 and "no evaluations on the same puzzles" in refused.err
+        assert f"`countdown eval first second{suffix}" in refused.err.replace("\n", "")
     assert several("compare", "first", "nobody").code == 2
+    metrics = tmp_path / "runs" / "third" / "metrics.jsonl"
+    metrics.write_text("".join(f"{line}\n" for line in metrics.read_text().splitlines() if '"step": 0' in line))
+    for names in (["third"], ["first", "third"]):
+        early = several("compare", *names)
+        assert early.code == 2 and "has not evaluated a trained model yet" in early.err
+        assert "hint: resume it with `countdown train --run third --resume" in early.err

@@ -30,16 +30,28 @@ def compare(
 
     Each run is compared with the first; a single one with its own base model. Example: countdown compare first second
     """
-    from grpo_cli.core.run.folder import Run
+    from grpo_cli.core.run.folder import Run, at
     from grpo_cli.ui import tables
 
     root = Path(resolve(ctx, config).settings.runs)
     first, *others = runs = [Run.open(root, name) for name in names]
-    stored = {run.name: _stored(run, best_step(run.metrics())) for run in runs}
+    best = {run.name: best_step(run.metrics()) for run in runs}
+    for run in runs:
+        if not best[run.name]:
+            raise CountdownError(
+                f"run `{run.name}` has not evaluated a trained model yet", f"resume it with `{run.resume_command}`"
+            )
+    stored = {run.name: _stored(run, best[run.name]) for run in runs}
     pairs = [(first.name, stored[first.name], run.name, stored[run.name]) for run in others]
     if not pairs:
         pairs = [(f"{first.name}, step 0", _stored(first, 0), first.name, stored[first.name])]
-    rows = [row for pair in pairs for row in _compared(*pair)]
+    rows = []
+    for pair in pairs:
+        rows += (own := _compared(*pair))
+        if not own:
+            command = f"countdown eval {first.name} {pair[2]}{at(root)}"
+            problem = f"`{pair[0]}` and `{pair[2]}` have no evaluations on the same puzzles"
+            raise CountdownError(problem, f"evaluate their models: `{command}`")
     if as_json:
         text.json_object({"paired": rows})
     else:
@@ -60,11 +72,6 @@ def _compared(
     from grpo_cli.core.evals.statistics import changes, holm, mcnemar
 
     shared = [(own[cell], other[cell]) for cell in own if cell in other and own[cell].puzzles == other[cell].puzzles]
-    if not shared:
-        raise CountdownError(
-            f"`{first}` and `{second}` have no evaluations on the same puzzles",
-            f"evaluate their models: `countdown eval {first.partition(',')[0]} {second}`",
-        )
     counted = [changes(one.solved, two.solved) for one, two in shared]
     tested = [mcnemar(gained, lost) for gained, lost in counted]
     return [
