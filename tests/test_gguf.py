@@ -153,9 +153,8 @@ def test_a_file_with_tensors_that_its_model_does_not_use_is_refused(
 ) -> None:
     monkeypatch.setattr(gguf_write, "_require_equal", lambda *_, **__: None)
     add = format_package.GGUFWriter.add_tensor
-    monkeypatch.setattr(
-        format_package.GGUFWriter, "add_tensor", lambda self, name, *rest: add(self, names.get(name, name), *rest)
-    )
+    renamed = lambda self, name, *rest, **kind: add(self, names.get(name, name), *rest, **kind)  # noqa: E731
+    monkeypatch.setattr(format_package.GGUFWriter, "add_tensor", renamed)
     gguf_write.write(tiny_folder, tmp_path / "x.gguf", kind="f32")
     with pytest.raises(CountdownError, match=sentence):
         gguf.unpacked(tmp_path / "x.gguf")
