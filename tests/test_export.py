@@ -414,8 +414,8 @@ def test_stored_evaluations_are_compared_without_a_model(several: Command, monke
     assert [(row["first"], row["second"], row["cell"]) for row in rows] == [
         ("first", "second", "val 3 one-shot"), ("first", "third", "val 3 one-shot"),
     ]  # fmt: skip
-    assert [(row["gained"], row["lost"], row["count"]) for row in rows] == [(2, 0, 4), (4, 0, 4)]
-    assert rows[1]["p_value"] == 0.125  # 2 / 2^4
+    assert [(row["gained"], row["lost"], row["count"]) for row in rows] == [(1, 0, 2), (2, 0, 2)]
+    assert rows[1]["p_value"] == 0.5  # 2 / 2^2
     own = json.loads(several("compare", "third", "--json").out)["paired"]
     assert (own[0]["first"], own[0]["first_accuracy"], own[0]["second_accuracy"]) == ("third, step 0", 0.0, 1.0)
     assert "val 3 one-shot" in several("compare", "first", "second").out
