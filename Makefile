@@ -8,7 +8,7 @@ UV := uv pip install --quiet --python $(VENV) --torch-backend $(or $(UV_TORCH_BA
 INSTALL ?= $(if $(shell command -v uv),$(UV),$(BIN)/python -m pip install --quiet)
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: train test test-lowest faults long coverage lint peer extras docs package clean
+.PHONY: train test test-lowest faults long coverage lint peer extras elsewhere docs package clean
 
 train: $(VENV)/installed
 	$(BIN)/countdown train $(ARGS)
@@ -20,7 +20,7 @@ faults: $(VENV)/installed-dev
 	$(PYTEST) -m faults $(ARGS)
 
 long: $(VENV)/installed-dev
-	$(PYTEST) -m "slow and not gpu and not peer and not browser" $(ARGS)
+	$(PYTEST) -m "slow and not gpu and not peer and not browser and not elsewhere" $(ARGS)
 
 coverage: $(VENV)/installed-dev
 	$(PYTEST) --cov=grpo_cli --cov-report=term-missing:skip-covered $(ARGS)
@@ -45,11 +45,16 @@ peer: $(VENV)/installed-peer
 extras: $(VENV)/installed-extras
 	$(PYTEST) $(shell grep -l importorskip tests/*.py) $(ARGS)
 
+# Exported models and the task in llama.cpp, lm-evaluation-harness, inspect-ai and verifiers.
+elsewhere:
+	$(MAKE) VENV=$(VENV)-elsewhere $(VENV)-elsewhere/installed-elsewhere
+	$(VENV)-elsewhere/bin/python -m pytest -m elsewhere $(ARGS)
+
 docs: $(VENV)/installed-docs
 	$(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-elsewhere
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -69,6 +74,10 @@ $(VENV)/installed-peer: pyproject.toml | $(BIN)/python
 $(VENV)/installed-extras: pyproject.toml | $(BIN)/python
 	$(INSTALL) --editable ".[dev,parquet,gym,lora,gguf]"
 	touch $@ $(VENV)/installed-dev $(VENV)/installed
+
+$(VENV)/installed-elsewhere: pyproject.toml | $(BIN)/python
+	$(INSTALL) --editable ".[dev,gguf,elsewhere]" uv
+	touch $@
 
 $(VENV)/installed-docs: pyproject.toml | $(BIN)/python
 	$(INSTALL) --editable ".[docs]"

@@ -1,9 +1,13 @@
 """The examples run as they stand."""
 
 import importlib.util
+import json
+import shlex
+import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
+import pytest
 from conftest import SMALL, Command
 
 from grpo_cli.core.task.puzzle import Puzzle
@@ -32,3 +36,25 @@ def test_a_short_right_answer_earns_more_than_a_long_one(countdown: Command, tin
     assert 1 < short(right.replace(">a<", f">{'a' * 300}<"), puzzle) < short(right, puzzle) <= 1.2
     result = countdown("train", "--model", tiny_folder, *SMALL, "--reward", f"{EXAMPLES / 'reward.py'}:short")
     assert result.code == 0, result.err
+
+
+def test_the_notebook_runs_cell_by_cell(
+    tiny_folder: Path, tmp_path: Path, countdown: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    cells = json.loads((EXAMPLES / "hosted.ipynb").read_text("utf-8"))["cells"]
+    assert len(cells) == 10
+    shown: list[str] = []
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(Image=shown.append))
+    for cell in cells:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and source.startswith("!countdown "):
+            line = shlex.split(source.removeprefix("!countdown "))
+            if line[0] == "train":
+                line += [*SMALL, "--model", str(tiny_folder)]
+            done = countdown(*line)
+            assert done.code == 0 or line[0] == "solve", done.err
+        elif cell["cell_type"] == "code" and not source.startswith("%pip"):
+            exec(source, {})
+    assert Path(shown[0]).is_file() and (tmp_path / "my-model" / "first-f16.gguf").is_file()

@@ -4,25 +4,31 @@ import base64
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
 from conftest import SMALL, Command
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from grpo_cli.cli import artifacts
 from grpo_cli.core.config.resolve import resolve
 from grpo_cli.core.config.settings import values
+from grpo_cli.core.model.load import BUILTIN, load
 from grpo_cli.core.run.export import license_of
 from grpo_cli.core.run.logs import Evaluated
+from grpo_cli.core.task.plugin import load_task
 from grpo_cli.ui.card import CardFacts, model_card
 
 
@@ -111,10 +117,10 @@ def test_a_card_describes_the_task_and_data_it_was_trained_on() -> None:
         name: model_card(CardFacts("first", "builtin", None, {**settings, key: name}, {}, 0, "not known"))
         for key, name in [("task.task", "countdown"), ("task.task", "own.py"), ("task.puzzles", "mine.csv")]
     }
-    assert "expression that equals 25" in cards["countdown"] and "have even numbers only" in cards["countdown"]
+    assert "exactly once" in cards["countdown"] and "have even numbers only" in cards["countdown"]
     assert "from files" in cards["mine.csv"] and "even numbers" not in cards["mine.csv"]
     assert "the task `own.py`" in cards["own.py"]
-    assert "solves countdown puzzles" not in cards["own.py"] and "equals 25" not in cards["own.py"]
+    assert "solves countdown puzzles" not in cards["own.py"]
 
 
 def test_a_card_names_the_warm_start_and_mixed_prompts() -> None:
@@ -169,11 +175,61 @@ def test_an_exported_folder_holds_the_model_and_a_card_with_its_results(trained:
     assert model.num_parameters() > 0 and tokenizer.chat_template
 
 
+def usage(folder: Path) -> str:
+    """The code of a card's usage, on its own folder."""
+    card = (folder / "README.md").read_text("utf-8")
+    return card.partition("```python\n")[2].partition("```")[0].replace("path/to/this/folder", str(folder))
+
+
+@pytest.mark.parametrize("style", ["one-shot", "zero-shot", "natural"])
+def test_the_code_of_a_card_answers_as_solve_does(trained: Command, tmp_path: Path, style: str) -> None:
+    run = tmp_path / "runs" / "first"
+    shutil.rmtree(run / "model")
+    shutil.copytree(BUILTIN, run / "model")
+    (run / "config.json").write_text((run / "config.json").read_text().replace('"one-shot"', f'"{style}"'))
+    assert trained("export", "first", "shared").code == 0
+    names: dict[str, Any] = {}
+    with redirect_stdout(StringIO()) as printed:
+        exec(usage(tmp_path / "shared"), names)
+    messages, template = names["messages"], names["tokenizer"].apply_chat_template
+    solved = trained("solve", messages[-1]["content"], "--model", "shared", "--style", style)
+    assert len(printed.getvalue()) > 40 and printed.getvalue().strip() in solved.err
+    assert template(messages[1:], tokenize=False) == template(
+        messages, tokenize=False
+    )  # the system turn is the default
+
+
+def test_the_code_of_a_card_asks_an_own_task(countdown: Command, tiny_folder: Path, tmp_path: Path) -> None:
+    task = tmp_path / "own.py"
+    task.write_text(
+        "def problems(split): return [f'{split} {n}' for n in range(40)]\n"
+        "def prompt(problem): return [{'role': 'system', 'content': '```'}, {'role': 'user', 'content': problem}]\n"
+        "def score(completion, problem): return float('a' in completion)\n"
+    )
+    done = countdown("train", "--task", task, "--model", tiny_folder, "--run", "first", *SMALL)
+    assert done.code == 0, done.err
+    assert countdown("export", "first", "shared").code == 0
+    names: dict[str, Any] = {}
+    exec(usage(tmp_path / "shared").partition("inputs =")[0], names)
+    assert names["messages"][0]["content"] == "```" and names["messages"][1]["content"] == "val 0"
+    task.unlink()
+    load_task.cache_clear()
+    assert countdown("export", "first", "shared", "--overwrite").code == 0
+    assert '"content": "..."' in usage(tmp_path / "shared")
+
+
+def test_an_exported_model_decodes_greedily_until_its_end(trained: Command, tmp_path: Path) -> None:
+    assert trained("export", "first", "shared").code == 0
+    saved = GenerationConfig.from_pretrained(tmp_path / "shared")
+    assert (saved.do_sample, saved.max_new_tokens) == (False, 360)
+    assert set(saved.eos_token_id) == set(load(str(tmp_path / "shared")).end_ids)
+
+
 def test_an_export_may_hold_a_gguf_file(trained: Command, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     result = trained("export", "first", "shared", "--gguf", "f16")
-    assert result.code == 0
-    assert str(Path("shared") / "first-f16.gguf") in result.out.splitlines()
+    assert result.code == 0 and result.err == ""
+    assert {str(Path("shared") / name) for name in ("first-f16.gguf", "Modelfile")} <= set(result.out.splitlines())
     assert (tmp_path / "shared" / "first-f16.gguf").read_bytes().startswith(b"GGUF")
 
 
@@ -305,3 +361,77 @@ def test_runs_lists_what_differs_and_deletes_only_after_asking(trained: Command,
     assert trained("runs", "--delete", "first", "--yes").code == 0
     assert not (tmp_path / "runs" / "first").exists()
     assert trained("runs", "--delete", "first", "--yes").code == 2
+
+
+@pytest.fixture
+def several(trained: Command, tmp_path: Path) -> Command:
+    """`countdown` beside runs `first`, and `second` and `third` of other seeds with other evaluations."""
+    for seed, name in ((1, "second"), (2, "third")):
+        folder = tmp_path / "runs" / name
+        shutil.copytree(tmp_path / "runs" / "first", folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["train"]["seed"] = seed
+        (folder / "config.json").write_text(json.dumps(config))
+        for log, keys in (("metrics.jsonl", ["val_accuracy", "dev_accuracy"]), ("evaluations.jsonl", ["accuracy"])):
+            lines = [json.loads(line) for line in (folder / log).read_text().splitlines()]
+            for line in lines:
+                line |= {key: seed / 2 for key in keys if key in line and line["step"]}
+                if "solved" in line and line["step"]:
+                    line["solved"] = "1" * (line["count"] * seed // 2) + "0" * (
+                        line["count"] - line["count"] * seed // 2
+                    )
+            (folder / log).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return trained
+
+
+def test_runs_are_sorted_filtered_and_summed_up_by_seed(several: Command) -> None:
+    listed = json.loads(several("runs", "--json", "--sort", "accuracy").out)
+    assert [row["run"] for row in listed["runs"]] == ["third", "second", "first"]
+    (group,) = listed["groups"]
+    assert sorted(group["runs"]) == ["first", "second", "third"] and sorted(group["seeds"]) == [0, 1, 2]
+    assert group["mean"] == 0.5 and group["range"] == [0.0, 1.0]
+    assert "differ only in the seed: best 50.0% on average" in several("runs").out
+    for condition in ("seed=1", "train.seed=1"):
+        assert [row["run"] for row in json.loads(several("runs", "--json", "--where", condition).out)["runs"]] == [
+            "second"
+        ]
+    assert several("runs", "--where", "learning_rate=3").err == "no run has these settings\n"
+    assert len(json.loads(several("runs", "--json", "--where", "batch_size=2", "--where", "seed=2").out)["runs"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("condition", "hint"),
+    [("sed=1", "did you mean `--where seed=1`?"), ("seed", "seed="), ("zzz=", "write `--where seed=1`")],
+)
+def test_a_condition_that_is_no_setting_is_refused(several: Command, condition: str, hint: str) -> None:
+    refused = several("runs", "--where", condition)
+    assert refused.code == 2 and "is not a setting with its value" in refused.err and hint in refused.err
+
+
+def test_stored_evaluations_are_compared_without_a_model(several: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grpo_cli.core.model.load.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    rows = json.loads(several("compare", "first", "second", "third", "--json").out)["paired"]
+    assert [(row["first"], row["second"], row["cell"]) for row in rows] == [
+        ("first", "second", "val 3 one-shot"), ("first", "third", "val 3 one-shot"),
+    ]  # fmt: skip
+    assert [(row["gained"], row["lost"], row["count"]) for row in rows] == [(1, 0, 2), (2, 0, 2)]
+    assert rows[1]["p_value"] == 0.5  # 2 / 2^2
+    own = json.loads(several("compare", "third", "--json").out)["paired"]
+    assert (own[0]["first"], own[0]["first_accuracy"], own[0]["second_accuracy"]) == ("third, step 0", 0.0, 1.0)
+    assert "val 3 one-shot" in several("compare", "first", "second").out
+
+
+def test_runs_on_other_puzzles_are_not_compared(several: Command, tmp_path: Path) -> None:
+    log = tmp_path / "runs" / "second" / "evaluations.jsonl"
+    log.write_text(re.sub(r'"puzzles": "\w+"', '"puzzles": "0"', log.read_text()))
+    for root, suffix in ((), ""), (("--runs", f"{tmp_path}/runs/"), f" --runs {tmp_path}/runs"):
+        refused = several("compare", "first", "second", *root)
+        assert refused.code == 2 and "no evaluations on the same puzzles" in refused.err
+        assert f"`countdown eval first second{suffix}" in refused.err.replace("\n", "")
+    assert several("compare", "first", "nobody").code == 2
+    metrics = tmp_path / "runs" / "third" / "metrics.jsonl"
+    metrics.write_text("".join(f"{line}\n" for line in metrics.read_text().splitlines() if '"step": 0' in line))
+    for names in (["third"], ["first", "third"]):
+        early = several("compare", *names)
+        assert early.code == 2 and "has not evaluated a trained model yet" in early.err
+        assert "hint: resume it with `countdown train --run third --resume" in early.err

@@ -8,11 +8,13 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import Command
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.task.countdown import Countdown, PuzzlePaths
 from grpo_cli.core.task.data import enumerate_puzzles, generate, write_puzzles
 from grpo_cli.core.task.files import SPLITS, load_puzzles
+from grpo_cli.core.task.prompts import prompt
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.rules import Rules
 from grpo_cli.core.task.task import require_apart
@@ -262,3 +264,23 @@ def test_a_device_or_a_fifo_is_not_read(tmp_path: Path) -> None:
     for path in (Path("/dev/zero"), tmp_path / "fifo", tmp_path):
         with pytest.raises(CountdownError, match="is not a regular file"):
             load_puzzles(path)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_files_for_verl_and_tinyzero_are_read_back(countdown: Command, tmp_path: Path, suffix: str) -> None:
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow")
+    path = tmp_path / f"val.{suffix}"
+    assert countdown("gen-data", "--split", "val", "--columns", "verl", "--out", path).code == 0
+    puzzles = list(enumerate_puzzles(3, "val"))
+    assert load_puzzles(path).puzzles("val") == puzzles
+    row = json.loads(countdown("gen-data", "--split", "val", "--columns", "verl").out.splitlines()[1])
+    assert row["prompt"] == prompt(puzzles[1]) and row["extra_info"] == {"split": "val", "index": 1}
+    truth = {"numbers": list(puzzles[1].numbers), "target": puzzles[1].target}
+    assert row["reward_model"] == {"style": "rule", "ground_truth": truth}
+    assert (row["data_source"], row["ability"]) == ("countdown", "math")
+
+
+def test_columns_of_verl_need_a_format_that_nests(countdown: Command, tmp_path: Path) -> None:
+    refused = countdown("gen-data", "--columns", "verl", "--out", tmp_path / "val.csv")
+    assert refused.code == 2 and "CSV cannot hold the nested columns" in refused.err

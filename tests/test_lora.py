@@ -1,5 +1,7 @@
 """LoRA and QLoRA against peft's own forward, merged weights, the plain model, and a training that is cut in two."""
 
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,13 @@ def test_export_writes_the_adapter_or_the_merged_model(countdown: Command, tiny_
     assert torch.allclose(both(row).logits, whole(row).logits, atol=1e-4)
     card = (tmp_path / "adapter" / "README.md").read_text("utf-8")
     assert "library_name: peft" in card and "PeftModel" in card
+    answers = []
+    for name in ("adapter", "whole"):
+        code = (tmp_path / name / "README.md").read_text("utf-8").partition("```python\n")[2].partition("```")[0]
+        with redirect_stdout(StringIO()) as printed:
+            exec(code.replace("path/to/this/folder", str(tmp_path / name)).replace("=360", "=12"), {})
+        answers.append(printed.getvalue())
+    assert answers[0] == answers[1] != ""
     assert countdown("eval", "first", "--limit", "2").code == 0
 
 

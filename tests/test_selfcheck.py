@@ -162,6 +162,13 @@ def test_positions_that_end_are_refused_beyond_their_end() -> None:
         LocalEngine(policy).sample(SHORT, SamplingParams(54), uniform=None)
 
 
+def test_nothing_is_said_of_a_model_on_the_fastest_path(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(selfcheck, "_read", lambda _: {})
+    selfcheck.load_checked(str(tiny_folder), name="tiny", device="cpu", precision="float32", note=notes.append)
+    assert notes == []
+
+
 def test_a_reference_stays_on_its_path() -> None:
     policy, _ = checked(as_loaded(windowed()), SHORT)
     assert Reference.of(policy).policy.path == PlainPath()
@@ -171,21 +178,23 @@ def test_an_outcome_is_computed_once_for_the_same_weights(tmp_path: Path, monkey
     policy = load(str(save_tiny_model(tmp_path / "model")), device="cpu", precision="float32")
     cache = tmp_path / "deep" / "cache.json"
     _, first = checked(policy, cache=cache)
-    assert not first.from_cache
     monkeypatch.setattr(selfcheck, "_gap", lambda *_, **__: pytest.fail("checked again"))
     again, second = checked(policy, cache=cache)
-    assert second == replace(first, from_cache=True) and again.path == PackedPath()
+    assert second == first and again.path == PackedPath()
     (key,) = json.loads(cache.read_text())
     next(policy.model.parameters()).data.mul_(2)
     assert selfcheck._key(policy, checkpointing=False) != key
 
 
 @pytest.mark.parametrize("content", ["noise", "[]", '{"a": 3}', '{"a": {"path": "other"}}'])
-def test_a_damaged_cache_is_ignored(tmp_path: Path, tiny_policy: Policy, content: str) -> None:
+def test_a_damaged_cache_is_ignored(
+    tmp_path: Path, tiny_policy: Policy, content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = tmp_path / "cache.json"
     cache.write_text(content)
     assert checked(tiny_policy, cache=cache)[1].path == "packed"
-    assert checked(tiny_policy, cache=cache)[1].from_cache
+    monkeypatch.setattr(selfcheck, "_gap", lambda *_, **__: pytest.fail("checked again"))
+    assert checked(tiny_policy, cache=cache)[1].path == "packed"
 
 
 def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path: Path, tiny_policy: Policy) -> None:

@@ -1,7 +1,8 @@
 """Prompts of chat templates as reasoning models have them; what is scored is what the model wrote."""
 
 import datetime
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -12,12 +13,16 @@ from transformers.utils import chat_template_utils
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.load import load, load_tokenizer
+from grpo_cli.core.model.modelfile import modelfile
 from grpo_cli.core.model.policy import Policy, encode
+from grpo_cli.core.model.templates import rendered
 from grpo_cli.core.rl.warm_start import Lesson, _sequences
 from grpo_cli.core.rollout.selfcheck import load_checked
-from grpo_cli.core.task.prompts import prompt
+from grpo_cli.core.run.export import limit_completions
+from grpo_cli.core.task.prompts import Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.scoring import score
+from grpo_cli.core.task.task import Message
 
 PUZZLE = Puzzle((3, 5, 2), 13)
 ANSWER = "<think>\n5 * 2 + 3 = 13\n</think>\n<answer>5 * 2 + 3</answer>"
@@ -168,3 +173,45 @@ def test_a_run_resumes_the_next_day(folder: Path, countdown: Command, on_day: Ca
     on_day(2)
     resumed = countdown("train", "--run", "first", "--resume", "--num-iterations", 2)
     assert resumed.code == 0, resumed.err
+
+
+def executed(text: str, messages: Sequence[Message]) -> str:
+    """The prompt that Ollama makes: it repeats the template for each pair of turns, the last up to `.Response`."""
+    template, prompted = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL), ""
+    assert template is not None
+    turns = {"system": "", "user": "", "assistant": ""}
+    for index, message in enumerate(messages):
+        turns[message["role"]] = message["content"]
+        last = index == len(messages) - 1
+        if message["role"] == "assistant" or last:
+            body = template[1].partition("{{ .Response }}")[0] if last else template[1]
+            system = r"\1" if turns["system"] else ""
+            body = re.sub(r"\{\{ if .System \}\}(.*?)\{\{ end \}\}", system, body, flags=re.DOTALL)
+            for name, role in (("System", "system"), ("Prompt", "user"), ("Response", "assistant")):
+                body = body.replace(f"{{{{ .{name} }}}}", turns[role])
+            prompted += body
+            turns = dict.fromkeys(turns, "")
+    return prompted
+
+
+CHAT = "{%- for message in messages %}" + TURN + "{%- endfor %}{{ '<|im_start|>assistant\\n' }}"
+LLAMA = CHAT.replace("<|im_start|>", "<|header|>").replace("\\n'", "<|end|>\\n\\n'")
+NAMED = "{{ '<s>' }}" + CHAT.replace("<|im_start|>", "").replace("<|im_end|>", "")
+MISTRAL = """{%- for message in messages %}
+{{- '[SYS]' + message.content + '[/SYS]' if message.role == 'system' else '' }}
+{{- '[INST]' + message.content + '[/INST]' if message.role == 'user' else '' }}
+{{- message.content + '</s>' if message.role == 'assistant' else '' }}{%- endfor %}"""
+
+
+@pytest.mark.parametrize("style", ["one-shot", "zero-shot"])
+@pytest.mark.parametrize("template", [CHAT, LLAMA, NAMED, MISTRAL])
+def test_a_modelfile_makes_the_prompt_of_the_chat_template(template: str, style: Style, folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(template)
+    policy_of(folder).save(folder)
+    limit_completions(folder, 77)
+    messages = prompt(Puzzle((4, 7, 3), 25), style)
+    text = modelfile(folder, "first.gguf", messages)
+    assert executed(text, messages) == rendered(load_tokenizer(str(folder)), messages)
+    assert text.startswith("FROM ./first.gguf\n") and 'PARAMETER stop "<|im_end|>"\n' in text
+    assert f'SYSTEM """{messages[0]["content"]}"""\n' in text and "PARAMETER num_predict 77\n" in text
+    assert [turn in text for turn in (messages[1]["content"], messages[-1]["content"])] == [style == "one-shot", False]

@@ -6,12 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.rl.observer import Observer
+from grpo_cli.core.task.prompts import prompt
 
 if TYPE_CHECKING:
     from grpo_cli.core.config.settings import Plot, Settings
     from grpo_cli.core.rl.observer import Validated
     from grpo_cli.core.run.folder import Run
+    from grpo_cli.core.task.task import Message
     from grpo_cli.ui.figures import Curves
 
 
@@ -85,8 +88,29 @@ def card_of(run: Run, settings: Settings, *, is_adapter: bool = False) -> str:
         best_step=best_step(run.metrics()),
         contamination=_contamination(run.read_summary() or {}),
         is_adapter=is_adapter,
+        messages=example_messages(run, settings),
     )
     return model_card(facts)
+
+
+def example_messages(run: Run, settings: Settings) -> list[Message]:
+    """The messages of one problem, as the run's model reads them; dots if the task is gone."""
+    from grpo_cli.core.model.load import load_tokenizer
+    from grpo_cli.core.model.templates import joined, strips_thoughts
+    from grpo_cli.core.task.countdown import task_of
+    from grpo_cli.core.task.data import generate
+
+    task = settings.task
+    try:
+        if task.task == "countdown":
+            puzzle = generate(1, numbers=task.numbers, rules=task.rules)[0]
+            messages = prompt(puzzle, task.style, task.rules)
+        else:
+            chosen = task_of(settings)
+            messages = chosen.prompt(chosen.problems("val", 0)[0], task.style)
+    except CountdownError:
+        return [{"role": "user", "content": "..."}]
+    return joined(messages) if strips_thoughts(load_tokenizer(str(run.model_path))) else messages
 
 
 def _contamination(summary: Mapping[str, object]) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from grpo_cli.cli.artifacts import card_of
+from grpo_cli.cli.artifacts import card_of, example_messages
 from grpo_cli.cli.options import ConfigFile, Overwrite, completion, resolve
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.ui import text
@@ -27,7 +27,8 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder to write", show_default=False)],
     merge: Annotated[bool, typer.Option("--merge", help="merge a LoRA adapter into its base model")] = False,
     gguf: Annotated[
-        Literal["f16", "f32"] | None, typer.Option(help="add a GGUF file, with matrices of this type")
+        Literal["q8_0", "f16", "f32"] | None,
+        typer.Option(help="add a GGUF file with matrices of this type, and a Modelfile"),
     ] = None,
     push: Annotated[
         str | None, typer.Option(help="upload the folder to this repository of the hub", metavar="<owner/name>")
@@ -54,13 +55,19 @@ def export(
         raise CountdownError(f"`{push}` cannot name a repository", "use `owner/name`")
     is_adapter = _writes_adapter(run, merge=merge, gguf=gguf is not None)
 
+    settings = restore(run.read_config(), run.config_path).settings
+
     def convert(staged: Path) -> None:
+        if not is_adapter:
+            files.limit_completions(staged, settings.eval.max_new_tokens)
         if gguf:
             from grpo_cli.core.model.gguf_write import write  # loads torch
+            from grpo_cli.core.model.modelfile import modelfile
 
-            write(staged, staged / f"{run.name}-{gguf}.gguf", kind=gguf)
+            file = f"{run.name}-{gguf}.gguf"
+            write(staged, staged / file, kind=gguf)
+            (staged / "Modelfile").write_text(modelfile(staged, file, example_messages(run, settings)), "utf-8")
 
-    settings = restore(run.read_config(), run.config_path).settings
     card, source = card_of(run, settings, is_adapter=is_adapter), run.adapter_path if is_adapter else run.model_path
     for path in files.export(source, folder, card, overwrite=overwrite, convert=convert):
         print(path)

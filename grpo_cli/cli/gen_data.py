@@ -25,6 +25,9 @@ def gen_data(
     ] = 0,
     seed: Annotated[int, typer.Option(min=0, help="random seed", metavar="<int>")] = 0,
     out: Annotated[Path | None, typer.Option(help="file to write; default: stdout", metavar="<file>")] = None,
+    columns: Annotated[
+        Literal["countdown", "verl"], typer.Option(help="columns: this program's, or those of verl and TinyZero")
+    ] = "countdown",
     overwrite: Overwrite = False,
     config: ConfigFile = None,
 ) -> None:
@@ -32,15 +35,12 @@ def gen_data(
 
     Example: countdown gen-data --split val --out val.jsonl
     """
-    from grpo_cli.core.run.folder import require_outside_runs
     from grpo_cli.core.task import data
     from grpo_cli.ui import tables
 
     out = None if out == Path("-") else out
-    if out is not None and out.suffix in COMPRESSED:
-        raise CountdownError(f"`{out}` would not be compressed", "end its name in `.jsonl`, `.csv` or `.parquet`")
     if out is not None:
-        require_outside_runs(out)
+        _check(out, columns)
     task = resolve(ctx, config, task__task="countdown", task__puzzles="none").settings.task
     numbers, rules = task.numbers, task.rules
     if not count and not data.is_enumerable(numbers, rules):
@@ -55,9 +55,20 @@ def gen_data(
         puzzles = list(data.enumerate_puzzles(numbers, split, rules))
     if not puzzles:
         raise CountdownError("these rules allow no puzzle", "allow more numbers, targets or operations")
+    verl = task.style if columns == "verl" else None
     if out is None:
-        for puzzle in puzzles:
-            print(data.json_line(puzzle, rules))
+        print(*data.puzzle_lines(puzzles, rules, verl), sep="\n")
     else:
-        data.write_puzzles(out, puzzles, overwrite=overwrite, rules=rules)
+        data.write_puzzles(out, puzzles, overwrite=overwrite, rules=rules, verl=verl)
     tables.gen_data_summary(data.summarize(puzzles, rules), out)
+
+
+def _check(out: Path, columns: str) -> None:
+    """Raise CountdownError for a file that would not hold what its name says, or that is in a run."""
+    from grpo_cli.core.run.folder import require_outside_runs
+
+    if out.suffix in COMPRESSED:
+        raise CountdownError(f"`{out}` would not be compressed", "end its name in `.jsonl`, `.csv` or `.parquet`")
+    if out.suffix == ".csv" and columns == "verl":
+        raise CountdownError("CSV cannot hold the nested columns of verl", "end the name in `.parquet`")
+    require_outside_runs(out)

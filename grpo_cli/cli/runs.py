@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 SETTINGS = ("runs",)
 UNLISTED = ("runs", "preset", "model.model", "train.num_iterations")  # in columns of their own, or places
 
+ORDERS = {"accuracy": "best_accuracy", "step": "step", "time": "seconds"}
+
 
 def runs(
     ctx: typer.Context,
@@ -29,12 +32,19 @@ def runs(
         ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="delete without asking")] = False,
+    sort: Annotated[
+        Literal["name", "accuracy", "step", "time"], typer.Option(help="order; the last three put the largest first")
+    ] = "name",
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="list only runs with this setting; may be repeated", metavar="<setting=value>"),
+    ] = None,
     as_json: Json = False,
     config: ConfigFile = None,
 ) -> None:
     """List the runs: model, steps, accuracy of base and best model, time, settings that differ from the preset.
 
-    Example: countdown runs --delete run-1
+    Runs that differ only in their seed are summed up below. Example: countdown runs --sort accuracy --where seed=1
     """
     from grpo_cli.core.run.folder import Run, at, list_runs
     from grpo_cli.ui import tables
@@ -43,17 +53,53 @@ def runs(
     if delete:
         _delete([Run.open(root, name) for name in delete], yes=yes)
         return
-    rows = [_describe(entry) for entry in list_runs(root)]
+    asked = dict(map(_condition, where or []))
+    described = [_describe(entry) for entry in list_runs(root)]
+    shown = [(row, own) for row, own in described if all(own.get(key) == value for key, value in asked.items())]
+    if sort != "name":
+        shown.sort(key=lambda one: -float(cast(float, one[0].get(ORDERS[sort]) or 0)))
+    rows, groups = [row for row, _ in shown], _seeds(shown)
     if as_json:
-        text.json_object({"runs": rows})
+        text.json_object({"runs": rows, "groups": groups})
     elif rows:
-        tables.runs(rows)
+        tables.runs(rows, groups)
+    elif described:
+        text.note("no run has these settings")
     else:
         text.note(f"no runs in `{root}`; train one with `countdown train{at(root)}`")
 
 
-def _describe(entry: Run) -> dict[str, object]:
-    """One run as plain data; what cannot be read is named in `error` instead."""
+def _condition(text: str) -> tuple[str, object]:
+    """`model=builtin` -> (`model.model`, `builtin`)."""
+    from grpo_cli.core.config.names import nearest
+    from grpo_cli.core.config.resolve import typed
+    from grpo_cli.core.config.settings import FIELDS
+
+    name, given, value = text.partition("=")
+    keys = [key for key in FIELDS if name in (key, key.rpartition(".")[2])]
+    if not keys or not given:
+        close = nearest(name, [key.rpartition(".")[2] for key in FIELDS])
+        hint = f"did you mean `--where {close}={value}`?" if close else "write `--where seed=1`"
+        raise CountdownError(f"`--where {text}` is not a setting with its value", hint)
+    return keys[0], typed(keys[0], value)
+
+
+def _seeds(shown: Sequence[tuple[dict[str, object], Mapping[str, object]]]) -> list[dict[str, object]]:
+    """Groups of finished evaluations whose runs differ only in their seed: names, seeds, mean and range of the best."""
+    groups: dict[str, list[tuple[str, object, float]]] = {}
+    for row, settings in shown:
+        if isinstance(best := row.get("best_accuracy"), float):
+            same = json.dumps({key: value for key, value in settings.items() if key not in ("train.seed", "runs")})
+            groups.setdefault(same, []).append((str(row["run"]), settings["train.seed"], best))
+    several = [list(zip(*group, strict=True)) for group in groups.values() if len(group) > 1]
+    return [
+        {"runs": names, "seeds": seeds, "mean": sum(best) / len(best), "range": [min(best), max(best)]}
+        for names, seeds, best in several
+    ]
+
+
+def _describe(entry: Run) -> tuple[dict[str, object], Mapping[str, object]]:
+    """One run as plain data, and its settings; what cannot be read is named in `error` instead."""
     from grpo_cli.core.config.resolve import restore
     from grpo_cli.core.config.settings import values
     from grpo_cli.core.evals.statistics import wilson
@@ -62,13 +108,13 @@ def _describe(entry: Run) -> dict[str, object]:
         settings = values(restore(entry.read_config(), entry.config_path).settings)
         metrics = entry.metrics()
     except CountdownError as problem:
-        return {"run": entry.name, "error": problem.message}
+        return {"run": entry.name, "error": problem.message}, {}
     except OSError as problem:
-        return {"run": entry.name, "error": f"cannot read `{problem.filename}`: {problem.strerror}"}
+        return {"run": entry.name, "error": f"cannot read `{problem.filename}`: {problem.strerror}"}, {}
     evaluated, chosen = evaluations(metrics), best_step(metrics)
     best = evaluated[chosen]["val_accuracy"] if chosen else None
     count = _puzzles(entry)
-    return {
+    row = {
         "run": entry.name,
         "model": settings["model.model"],
         "step": int(metrics[-1]["step"]) if metrics else 0,
@@ -80,6 +126,7 @@ def _describe(entry: Run) -> dict[str, object]:
         "seconds": sum(line.get("time/total", 0.0) + line.get("time/eval", 0.0) for line in metrics),
         "settings": _changed(settings),
     }
+    return row, settings
 
 
 def _puzzles(entry: Run) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Self
 
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -25,7 +27,7 @@ HYPERPARAMETERS = (
 
 @dataclass(frozen=True)
 class CardFacts:
-    """The contents of a card; `license` is the base model's, or None if unknown."""
+    """The contents of a card; `license` is the base model's, or None if unknown; `messages` are an example prompt."""
 
     name: str
     base_model: str
@@ -35,6 +37,15 @@ class CardFacts:
     best_step: int
     contamination: str
     is_adapter: bool = False
+    messages: Sequence[Mapping[str, str]] = ({"role": "user", "content": "..."},)
+
+
+class _Code(str):
+    """A literal of JSON and Python alike, shown as it is."""
+
+    @classmethod
+    def of(cls, value: object, indent: int | None = None) -> Self:
+        return cls(json.dumps(value, indent=indent).replace("`", "\\u0060"))  # it cannot close the block of code
 
 
 def model_card(facts: CardFacts) -> str:
@@ -60,6 +71,8 @@ def model_card(facts: CardFacts) -> str:
         "has_dev": any(cell.startswith("dev") for cell in facts.evaluations),
         "hyperparameters": HYPERPARAMETERS,
         "version": __version__,
+        "messages": _Code.of(facts.messages, indent=4),
+        "base_name": _Code.of(facts.base_model),
     }
     page = _template().render(shown, percent=percent, interval=interval)
     return f"---\n{header.to_yaml()}\n---\n\n{page}"
@@ -81,4 +94,4 @@ def _template() -> Template:
 
 
 def _escaped(value: object) -> str:
-    return printable(str(value)).replace("|", "\\|").replace("`", "'")
+    return value if isinstance(value, _Code) else printable(str(value)).replace("|", "\\|").replace("`", "'")

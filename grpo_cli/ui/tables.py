@@ -95,8 +95,8 @@ def gen_data_summary(summary: Summary, path: Path | None) -> None:
     )
 
 
-def runs(rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line per run: model, steps, base and best accuracy, time, settings that differ from its preset."""
+def runs(rows: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
+    """One line per run: model, steps, base and best accuracy, time, settings that differ from its preset; seeds."""
     table = grid("run", "model", "step", "base", "best", "time", "settings", numeric=("step", "base", "best", "time"))
     for row in rows:
         if "error" in row:
@@ -116,6 +116,21 @@ def runs(rows: Sequence[Mapping[str, Any]]) -> None:
             f"{row['seconds']:,.0f} s",
             printable(changed),
         )
+    out.print(table)
+    for group in groups:
+        names, best = printable(", ".join(group["runs"])), f"{percent(group['mean'])} on average"
+        out.print(Text(f"\n{names} differ only in the seed: best {best}, {interval(group['range'])}"))
+
+
+def compared(rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line per cell of stored evaluations that are compared puzzle by puzzle."""
+    columns = ("first", "second", "cell", "n", "accuracy", "gained", "lost", "Holm p")
+    table = grid(*columns, numeric=columns[3:])
+    for row in rows:
+        change = f"{percent(row['first_accuracy'])} -> {percent(row['second_accuracy'])}"
+        names = [Text(printable(row[name])) for name in ("first", "second", "cell")]
+        p_value = probability(row["p_holm"]).removeprefix("= ")
+        table.add_row(*names, f"{row['count']:,}", change, str(row["gained"]), str(row["lost"]), p_value)
     out.print(table)
 
 

@@ -13,21 +13,21 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, tra
 from transformers import Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from grpo_cli.core.task.prompts import ANSWER, THINK
+from grpo_cli.core.task.prompts import ANSWER, SYSTEM, THINK
 
 LARGEST_NUMBER = 200
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VERDICTS = (", need", ". No.\n", ". Yes!\n")  # one token each, so the verdict directly follows the target
 CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' %}"
-    "{{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}"
+    f"{{{{- '<|im_start|>system\\n{SYSTEM}<|im_end|>\\n' }}}}"
     "{%- endif %}"
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
-"""Qwen2.5's own template, for messages without tools."""
+"""Qwen2.5's own template for messages without tools, with the task's system message as its default."""
 
 
 def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> Qwen2Tokenizer:

@@ -229,14 +229,14 @@ def _environment(environ: Mapping[str, str]) -> _Layer:
             tables = [table for table in TABLES if bare.startswith(f"{table}_")]
             key = f"{tables[0]}.{bare.removeprefix(f'{tables[0]}_')}" if tables else bare
             raise _unknown(f"`{name}` in the environment", key, keys.values(), shown=variable)
-    return {keys[name]: _Value(_typed(keys[name], text), name, f"`{name}`") for name, text in given.items()}
+    return {keys[name]: _Value(typed(keys[name], text), name, f"`{name}`") for name, text in given.items()}
 
 
 def _flags(flags: Mapping[str, object]) -> _Layer:
-    return {key: _Value(_typed(key, value), f"flag {flag(key)}", f"`{flag(key)}`") for key, value in flags.items()}
+    return {key: _Value(typed(key, value), f"flag {flag(key)}", f"`{flag(key)}`") for key, value in flags.items()}
 
 
-def _typed(key: str, value: object) -> object:
+def typed(key: str, value: object) -> object:
     """Text converted to the setting's type; text that cannot be converted is left for validation to refuse."""
     kind = FIELDS[key].annotation
     if not isinstance(value, str):
@@ -301,7 +301,10 @@ def _refused(layer: _Layer, problem: ErrorDetails) -> CountdownError:
         return CountdownError(f"{item.place}: {error}", 'a cell and its weight are written `"val 3 one-shot" = 1.0`')
     if words:
         return CountdownError(f"{item.place}: {words}", _SCHEDULES if key.startswith("train.prompt_") else None)
-    return CountdownError(f"{item.place} must be {expected(key)}, not {_shown(item.value)}")
+    quoted = isinstance(item.value, str) and not isinstance(typed(key, item.value), str)
+    shown = f'`"{item.value}"`' if quoted else _shown(item.value)
+    hint = f"remove the quotes: `{item.value}`" if quoted else None
+    return CountdownError(f"{item.place} must be {expected(key)}, not {shown}", hint)
 
 
 def _resolved(layer: _Layer, reason: str) -> Resolved:

@@ -25,6 +25,8 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.names import require_gguf
 
+modeling_gguf_pytorch_utils.tqdm = partial(modeling_gguf_pytorch_utils.tqdm, disable=True)
+
 ENDS = {"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<turn|>", "<|end|>"}
 CONTROL, USER_DEFINED = 3, 4  # token types of the format
 LLAMA3 = (  # of Llama 3's tokenizer
@@ -85,14 +87,13 @@ def unpack(path: Path, folder: Path) -> None:
     facts = {key: field.contents() for key, field in reader.fields.items()}
     tensors = {tensor.name for tensor in reader.tensors}
     tokenizer = build_tokenizer(facts)
-    with _bar_for_terminals():
-        local: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
-        config = transformers.AutoConfig.from_pretrained(path.parent, **local)
-        for name, value in _settings(facts, tensors).items():
-            setattr(config, name, value)
-        loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent, config=config, dtype="float32", output_loading_info=True, **local
-        )
+    local: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
+    config = transformers.AutoConfig.from_pretrained(path.parent, **local)
+    for name, value in _settings(facts, tensors).items():
+        setattr(config, name, value)
+    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, config=config, dtype="float32", output_loading_info=True, **local
+    )
     model = cast("transformers.PreTrainedModel", loaded)
     _require_used(model, str(facts["general.architecture"]), tensors, report["missing_keys"])
     config = model.config
@@ -173,17 +174,6 @@ def _end_ids(facts: Mapping[str, Any]) -> list[int]:
     named = {int(facts[key]) for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in facts}
     kinds = zip(facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"], strict=True)
     return sorted(named | {index for index, (text, kind) in enumerate(kinds) if text in ENDS and kind == CONTROL})
-
-
-@contextmanager
-def _bar_for_terminals() -> Iterator[None]:
-    """Show transformers' progress bar only on a terminal."""
-    bar = modeling_gguf_pytorch_utils.tqdm
-    modeling_gguf_pytorch_utils.tqdm = partial(bar, disable=None)
-    try:
-        yield
-    finally:
-        modeling_gguf_pytorch_utils.tqdm = bar
 
 
 @contextmanager

@@ -27,16 +27,17 @@ PROBED, LARGEST = 48, 1e-3  # tokens of the probe; difference of a log-probabili
 CONVERTER = "export without `--gguf`, and run llama.cpp's convert_hf_to_gguf.py on the folder"
 SPLIT_PROBE = "Make 25 of 3, 1234 and 2:  it's 3*(4+1)\n\n= 15 HELLO\tÄö"
 
-Type = Literal["f16", "f32"]
+Type = Literal["q8_0", "f16", "f32"]
 
 
 def write(folder: Path, path: Path, *, kind: Type) -> None:
     """Write the model and tokenizer of `folder` to `path`; matrices in `kind`, vectors always in float32.
 
+    Rows that 8-bit blocks do not fill are written in f16.
     Reads the file back. Raises CountdownError for an architecture, rotary scaling or tokenizer that cannot be written,
     and for a file that predicts otherwise than the folder.
     """
-    from gguf import MODEL_ARCH, GGUFWriter, LlamaFileType, get_tensor_name_map
+    from gguf import MODEL_ARCH, GGUFWriter, LlamaFileType, get_tensor_name_map, quants
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     config, architecture = model.config, ARCHITECTURES.get(type(model).__name__)
@@ -47,7 +48,7 @@ def write(folder: Path, path: Path, *, kind: Type) -> None:
     head = model.get_decoder().layers[0].self_attn.head_dim
     writer = GGUFWriter(path, architecture)
     writer.add_name(path.stem)
-    writer.add_file_type(LlamaFileType.MOSTLY_F16 if kind == "f16" else LlamaFileType.ALL_F32)
+    writer.add_file_type(LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -69,8 +70,9 @@ def write(folder: Path, path: Path, *, kind: Type) -> None:
         if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
             query = ".q_proj." in name
             weight = _interleaved(weight, config.num_attention_heads if query else config.num_key_value_heads)
-        dtype = torch.float16 if kind == "f16" and weight.dim() > 1 else torch.float32
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), weight.to(dtype).numpy())
+        stored = _stored_as(weight, kind)
+        written = quants.quantize(weight.numpy(), stored)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), written, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -81,12 +83,15 @@ def write(folder: Path, path: Path, *, kind: Type) -> None:
 @torch.no_grad()
 def _require_equal(model: transformers.PreTrainedModel, tokenizer: Any, path: Path, *, kind: Type) -> None:
     """Raise CountdownError unless the file reads back as the model, with matrices in `kind`, and its tokenizer."""
+    from gguf import quants
+
     with reading(path), tempfile.TemporaryDirectory() as scratch:
         unpack(path, Path(scratch))
         back = transformers.AutoModelForCausalLM.from_pretrained(scratch, local_files_only=True, dtype=torch.float32)
         prompts = [encode(one, PROBE) for one in (tokenizer, transformers.AutoTokenizer.from_pretrained(scratch))]
-    for weight in model.parameters() if kind == "f16" else ():
-        weight.copy_(weight.half() if weight.dim() > 1 else weight)
+    for weight in model.parameters():
+        stored = _stored_as(weight, kind)
+        weight.copy_(torch.from_numpy(quants.dequantize(quants.quantize(weight.numpy(), stored), stored)))
     row = torch.linspace(0, model.config.vocab_size - 1, PROBED).long()[None]  # (1, T)
     first, second = (one.eval()(input_ids=row).logits.log_softmax(dim=-1) for one in (model, back))
     difference = float((first - second).abs().max())
@@ -94,6 +99,14 @@ def _require_equal(model: transformers.PreTrainedModel, tokenizer: Any, path: Pa
         path.unlink()
         what = f"log-probabilities by {difference:.2g}" if not difference <= LARGEST else "how it reads a prompt"
         raise CountdownError(f"the GGUF file would differ from {type(model).__name__} in {what}", CONVERTER)
+
+
+def _stored_as(weight: Tensor, kind: Type) -> Any:
+    """The type in which a weight of a file of this kind is stored."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    chosen = GGMLQuantizationType["F32" if weight.dim() == 1 else kind.upper()]
+    return chosen if weight.shape[-1] % GGML_QUANT_SIZES[chosen][0] == 0 else GGMLQuantizationType.F16
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:

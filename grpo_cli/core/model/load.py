@@ -126,7 +126,7 @@ def load(
         use_checkpointing(name, model)
     ends = end_ids(name, model, tokenizer)
     model.generation_config = transformers.GenerationConfig(
-        eos_token_id=list(ends), pad_token_id=tokenizer.pad_token_id
+        do_sample=False, eos_token_id=list(ends), pad_token_id=tokenizer.pad_token_id
     )
     path = fastest_path(model, fused=place.type == "cuda")
     return Policy(model if on_host else model.to(place), tokenizer, name, chosen, ends, path)

@@ -69,7 +69,7 @@ def strips_thoughts(tokenizer: transformers.PreTrainedTokenizerBase) -> bool:
 
 def opening(tokenizer: transformers.PreTrainedTokenizerBase) -> str:
     """The end of every prompt, from a tag that it opens without closing it; empty if there is none."""
-    turn = _rendered(tokenizer, PROBE).rpartition(PROBE[-1]["content"])[2]
+    turn = rendered(tokenizer, PROBE).rpartition(PROBE[-1]["content"])[2]
     for tag, closing in (THINK, ANSWER):
         start = turn.rfind(tag)
         if start >= 0 and closing not in turn[start:]:
@@ -87,13 +87,13 @@ def _control_pattern(tokenizer: transformers.PreTrainedTokenizerBase) -> re.Patt
 def _complete(tokenizer: transformers.PreTrainedTokenizerBase, messages: Sequence[Message]) -> str | None:
     """The text of the messages; None if the template rejects them or strips one."""
     try:
-        text = _rendered(tokenizer, messages)
+        text = rendered(tokenizer, messages)
     except jinja2.TemplateError:
         return None
     return text if all(message["content"].strip() in text for message in messages) else None
 
 
-def _rendered(tokenizer: transformers.PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+def rendered(tokenizer: transformers.PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
     clock, chat_template_utils.datetime = chat_template_utils.datetime, _FixedDate
     try:
         return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
@@ -104,7 +104,7 @@ def _rendered(tokenizer: transformers.PreTrainedTokenizerBase, messages: Sequenc
 def check_template(name: str, tokenizer: transformers.PreTrainedTokenizerBase, messages: list[Message]) -> None:
     """Refuse a template that fails on `messages` (the system's first), drops one, or writes far more than they say."""
     try:
-        text = _rendered(tokenizer, messages)
+        text = rendered(tokenizer, messages)
     except Exception as error:  # templates may raise anything
         fault = "rejects a system message" if _takes(tokenizer, messages[1:]) else "fails"
         reason = " ".join(str(error)[:500].split()) or type(error).__name__
@@ -118,7 +118,7 @@ def check_template(name: str, tokenizer: transformers.PreTrainedTokenizerBase, m
 
 def _takes(tokenizer: transformers.PreTrainedTokenizerBase, messages: list[Message]) -> bool:
     try:
-        _rendered(tokenizer, messages)
+        rendered(tokenizer, messages)
     except Exception:  # as above
         return False
     return True

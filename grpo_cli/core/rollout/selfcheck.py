@@ -16,7 +16,6 @@ import json
 import math
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -66,14 +65,9 @@ class Outcome:
     path: str
     gap: float
     reason: str = ""
-    seconds: float = 0.0
-    from_cache: bool = False
 
     def sentence(self, policy: Policy) -> str:
-        """One line for the user."""
-        if not self.reason:
-            gap = f"log-probs within {self.gap:.0e} of the plain forward"
-            return f"self-check of `{policy.name}`: {gap} ({self.seconds:.1f} s)"
+        """One line for the user: why it is not the fastest path."""
         slower = "plain path, slower"
         if isinstance(policy.path, PackedPath):
             missing = "with the model's own logits" if policy.path.own_logits else "without fused kernels"
@@ -128,7 +122,7 @@ def _checked_and_noted(policy: Policy, checkpointing: bool, note: Callable[[str]
         cache = Path.home() / ".cache" / "countdown" / "selfcheck.json"
     with lora.perturbed(policy.model):
         policy, outcome = checked(policy, checkpointing=checkpointing, cache=cache)
-    if not outcome.from_cache:
+    if outcome.reason:
         note(outcome.sentence(policy))
     return policy
 
@@ -141,11 +135,10 @@ def checked(
     `prompts` default to pieces of a chat in the model's own template. `cache` is a file of earlier outcomes. Raises
     CountdownError if no path agrees.
     """
-    start = time.perf_counter()
     key = _key(policy, checkpointing) if cache else ""
     known = _read(cache).get(key) if cache else None
     if known:
-        outcome = replace(Outcome(**known), from_cache=True)
+        outcome = Outcome(**known)
         return _on(policy, PATHS[outcome.path]), outcome
     prompts = prompts or _pieces(policy)
     reasons = ["attention other than full causal attention"] if isinstance(policy.path, PlainPath) else []
@@ -160,7 +153,7 @@ def checked(
             except Exception as error:  # whatever an unknown architecture raises, or a disagreement
                 reasons.append(_one_line(error))
                 continue
-            outcome = Outcome(name, gap, reasons[0] if reasons else "", time.perf_counter() - start)
+            outcome = Outcome(name, gap, reasons[0] if reasons else "")
             if cache and not reasons:  # a kernel that fails to compile may compile the next time
                 _write(cache, key, outcome)
             return candidate, outcome

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.files import read_json
 from grpo_cli.core.run import checkpoint
 from grpo_cli.core.run.folder import list_runs, require_outside_runs
 
@@ -59,6 +61,12 @@ def export(
         (staged / CARD).write_text(card, encoding="utf-8")
         convert(staged)
     return sorted(path for path in folder.iterdir() if path.is_file())
+
+
+def limit_completions(folder: Path, max_new_tokens: int) -> None:
+    """Set the length up to which a model generates by default; transformers' own is 20 tokens."""
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**read_json(path), "max_new_tokens": max_new_tokens}, indent=2) + "\n", "utf-8")
 
 
 def license_of(model: str) -> str | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import check_writable, write
 from grpo_cli.core.task.files import in_format
+from grpo_cli.core.task.prompts import Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle, Side, check_size, split_of
 from grpo_cli.core.task.rules import ORIGINAL, Rules
 from grpo_cli.core.task.solver import needs_parentheses, solution, solve, targets
@@ -134,10 +135,37 @@ def _rest_of_line(puzzle: Puzzle, rules: Rules) -> str:
     return json.dumps({"target": puzzle.target, "split": puzzle.split, "solution": solved})[1:]
 
 
-def write_puzzles(path: Path, puzzles: Iterable[Puzzle], *, overwrite: bool = False, rules: Rules = ORIGINAL) -> None:
+def _verl_line(puzzle: Puzzle, index: int, style: Style, rules: Rules) -> str:
+    truth = {"numbers": list(puzzle.numbers), "target": puzzle.target}
+    return json.dumps(
+        {
+            "data_source": "countdown",
+            "prompt": prompt(puzzle, style, rules),
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": truth},
+            "extra_info": {"split": puzzle.split, "index": index},
+        }
+    )
+
+
+def puzzle_lines(puzzles: Iterable[Puzzle], rules: Rules = ORIGINAL, verl: Style | None = None) -> list[str]:
+    """Lines of JSON with a solution each or, given the style of the prompts, in the columns of verl and TinyZero."""
+    if verl is None:
+        return [json_line(puzzle, rules) for puzzle in puzzles]
+    return [_verl_line(puzzle, index, verl, rules) for index, puzzle in enumerate(puzzles)]
+
+
+def write_puzzles(
+    path: Path,
+    puzzles: Iterable[Puzzle],
+    *,
+    overwrite: bool = False,
+    rules: Rules = ORIGINAL,
+    verl: Style | None = None,
+) -> None:
     """Write a puzzle file atomically: JSON Lines, CSV or Parquet by its extension."""
     check_writable(path, overwrite=overwrite)
-    write(path, in_format(path.suffix, [json_line(puzzle, rules) for puzzle in puzzles]))
+    write(path, in_format(path.suffix, puzzle_lines(puzzles, rules, verl)))
 
 
 @dataclass(frozen=True)
