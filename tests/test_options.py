@@ -71,7 +71,7 @@ def test_the_help_shows_panel_default_and_choices() -> None:
     assert panels[-6:] == ["Model", "Sampling", "Loss", "Optimization", "Schedule", "Output"]
     text = " ".join(output.replace("│", "").split())
     assert "--batch-size <int> prompts per step [default: (16)]" in text
-    assert "KL estimator; `original` flips the sign of the log-ratio: k3, original [default: (k3)]" in text
+    assert "where the KL penalty is added: loss, reward [default: (loss)]" in text
 
 
 def test_choices_are_completed() -> None:
