@@ -172,6 +172,7 @@ def test_the_shipped_model_is_worth_training(style: Style) -> None:
     assert sum("I give up." in row[0].text for row in found.completions) > 0.2 * found.count
 
 
+@pytest.mark.slow
 def test_the_recipe_is_reproducible(tmp_path: Path) -> None:
     from grpo_cli.core.builtin.recipe import make
 

@@ -234,7 +234,9 @@ def undisturbed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(("number", "is_damaged"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+@pytest.mark.parametrize(
+    ("number", "is_damaged"), [(signal.SIGINT, True), pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow)]
+)
 def test_a_warm_start_that_was_stopped_continues_equal(
     countdown: Command,
     undisturbed: Run,
