@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from grpo_cli.cli.launch import joined
-from grpo_cli.cli.models import Chosen, at_once, choose, load
+from grpo_cli.cli.models import RUNNING, Chosen, at_once, choose, load
 from grpo_cli.cli.options import ConfigFile, Json, Overwrite, completion, flags, read_files, resolve
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import check_writable, write_lines
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from grpo_cli.core.task.task import Task
     from grpo_cli.core.world import World
 
-SETTINGS = ("preset", "runs", "task", "model.device", "model.precision", "model.threads", "eval", "ranks")
+SETTINGS = ("preset", "runs", "task", *RUNNING, "eval", "ranks")
 SUITE_CELL = ("task.style", "task.numbers", "eval.split")  # settings that a suite's cells determine
 _DECODING = ("eval.limit", "eval.samples", "eval.temperature", "eval.max_new_tokens")
 
@@ -162,7 +162,7 @@ def _evaluate(
     """Evaluate all models on the same puzzles: a suite's cells, or without `weights` the one cell of the settings."""
     from grpo_cli.core.evals import contamination
     from grpo_cli.core.evals.evaluate import Evaluator, common_size, puzzles_of
-    from grpo_cli.core.rollout.local import LocalEngine
+    from grpo_cli.core.rollout.make import make_engine
     from grpo_cli.core.rollout.params import SamplingParams
     from grpo_cli.core.task.suite import Cell, cell
     from grpo_cli.ui import tables
@@ -186,7 +186,9 @@ def _evaluate(
 
         for model, trained_on in zip(chosen, known, strict=True):
             result = Evaluator(
-                LocalEngine(load(model)),
+                make_engine(
+                    load(model), model.settings.model, max_new_tokens=settings.max_new_tokens, ranks=world.size
+                ),
                 SamplingParams.evaluation(settings),
                 asked,
                 settings.batch_size,

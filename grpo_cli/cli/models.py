@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING
 import typer
 
 from grpo_cli.cli.launch import process_info
-from grpo_cli.cli.options import flags, resolve
+from grpo_cli.cli.options import flags, require_engine, resolve
 from grpo_cli.ui import text as show
 
 if TYPE_CHECKING:
     from grpo_cli.core.config.settings import Settings
     from grpo_cli.core.microbatch import MicroBatch
     from grpo_cli.core.model.policy import Policy
+
+
+RUNNING = ("model.device", "model.precision", "model.threads", "model.rollout")  # how a trained model is run
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ def import_libraries() -> None:
 
 def load(chosen: Chosen) -> Policy:
     """Load a model for sampling."""
+    require_engine(chosen.settings)
     import_libraries()
     from grpo_cli.core.model.load import set_threads
     from grpo_cli.core.rollout.selfcheck import load_checked

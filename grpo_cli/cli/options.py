@@ -67,12 +67,16 @@ def _has_driver() -> bool:
     return any(map(os.path.exists, _GPU_DRIVERS)) and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
 
 
-def require_package(package: str) -> None:
+def require_package(package: str, hint: str = "install `countdown-grpo` again, with all it needs") -> None:
     """Raise CountdownError if a package that is imported later is missing."""
     if find_spec(package) is None:
-        raise CountdownError(
-            f"the package `{package}` is not installed", "install `countdown-grpo` again, with all it needs"
-        )
+        raise CountdownError(f"the package `{package}` is not installed", hint)
+
+
+def require_engine(settings: Settings) -> None:
+    """Raise CountdownError if what samples completions is not installed."""
+    if settings.model.rollout == "vllm":
+        require_package("vllm", "pip install 'countdown-grpo[vllm]'; on a CPU see docs/vllm.md")
 
 
 def read_files(settings: Settings) -> Task:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from grpo_cli.cli.gen_data import RULES
-from grpo_cli.cli.models import choose, load
+from grpo_cli.cli.models import RUNNING, choose, load
 from grpo_cli.cli.options import ConfigFile, Json, completion
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.ui import text as show
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from grpo_cli.core.task.task import Score
 
 SETTINGS = ("preset", "runs", "task.style", *RULES)
-SETTINGS += ("model.device", "model.precision", "model.threads", "eval.max_new_tokens", "eval.temperature")
+SETTINGS += (*RUNNING, "eval.max_new_tokens", "eval.temperature")
 
 
 def solve(
@@ -93,7 +93,7 @@ def _attempt(policy: Policy, puzzle: Puzzle, settings: Settings, *, attempts: in
     import torch
 
     from grpo_cli.core.rollout.engine import uniforms
-    from grpo_cli.core.rollout.local import LocalEngine
+    from grpo_cli.core.rollout.make import make_engine
     from grpo_cli.core.rollout.params import SamplingParams
     from grpo_cli.core.task.countdown import Countdown
     from grpo_cli.ui import tables
@@ -102,7 +102,7 @@ def _attempt(policy: Policy, puzzle: Puzzle, settings: Settings, *, attempts: in
         torch.set_num_threads(1)  # a small model loses more to thread synchronisation than it gains
     task, style, limit = Countdown(settings.task.rules), settings.task.style, settings.eval.max_new_tokens
     tokens = policy.encode(task.prompt(puzzle, style))
-    engine = LocalEngine(policy)
+    engine = make_engine(policy, settings.model, max_new_tokens=limit)
     for attempt in range(attempts):
         temperature = settings.eval.temperature or (1.0 if attempt else 0.0)
         if attempts > 1 and not quiet:

@@ -21,6 +21,7 @@ from grpo_cli.cli.options import (
     flags,
     give,
     read_files,
+    require_engine,
     require_package,
     resolve,
 )
@@ -205,6 +206,7 @@ def _train(
     from grpo_cli.ui.live import TrainingView
 
     require_package("matplotlib")
+    require_engine(settings)
     if choose_optimizer(settings.train.optimizer, detect_device(settings.model.device)) == "adamw8bit":
         require_package("bitsandbytes")
     signals, is_prepared = Signals(launched=process.size > 1), False
@@ -285,12 +287,12 @@ def _probe(chosen: Chosen, task: Task) -> None:
     """Sample the starting model in every style as training would, and show how much it can learn."""
     from grpo_cli.core.evals.evaluate import Evaluator
     from grpo_cli.core.rl import probe as probing
-    from grpo_cli.core.rollout.local import LocalEngine
+    from grpo_cli.core.rollout.make import make_engine
     from grpo_cli.core.rollout.params import SamplingParams
     from grpo_cli.ui import tables
 
     asked, settings = chosen.settings.task, chosen.settings.train
-    engine = LocalEngine(load(chosen))
+    engine = make_engine(load(chosen), chosen.settings.model, max_new_tokens=settings.max_new_tokens)
     if settings.warm_start:
         show.note("the probe samples the model as it is before the warm start")
     with tables.progress(f"probing {chosen.name}", quiet=False) as advance:

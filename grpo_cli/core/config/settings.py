@@ -145,6 +145,12 @@ class Model(Table):
         le=10**9,
         resumable=True,
     )
+    rollout: Literal["local", "vllm"] = setting(
+        "what samples completions; `vllm`: the extra of that name", "Model", resumable=True, advanced=True
+    )
+    vllm_memory: float = setting(
+        "share of GPU memory that vLLM takes", "Model", gt=0, lt=1, resumable=True, advanced=True
+    )
     threads: int = setting("CPU threads; 0 is one per core", "Model", ge=0, le=4096, resumable=True, advanced=True)
 
 
@@ -384,6 +390,7 @@ FIELDS: dict[str, FieldInfo] = {
 NEEDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ("model.lora_rank", bool, ("model.lora_alpha", "model.lora_targets", "model.quantize")),
     ("loss.beta", bool, ("loss.kl_estimator", "loss.kl_in", "model.ref_model", "model.reference")),
+    ("model.rollout", "vllm".__eq__, ("model.vllm_memory",)),
     ("loss.sampler_correction", "none".__ne__, ("loss.sampler_level", "loss.sampler_cap")),
     ("reward.length_penalty", bool, ("reward.soft_limit",)),
     ("reward.reward", "none".__ne__, ("reward.reward_errors",)),

@@ -50,7 +50,7 @@ from grpo_cli.core.rl.trackers import Tracked, require_tracker
 from grpo_cli.core.rl.train import Trainer
 from grpo_cli.core.rl.validate import Validation
 from grpo_cli.core.rl.warm_start import Lesson, lessons, warm_start
-from grpo_cli.core.rollout.local import LocalEngine
+from grpo_cli.core.rollout.make import make_engine
 from grpo_cli.core.rollout.params import SamplingParams
 from grpo_cli.core.rollout.selfcheck import load_checked, recheck
 from grpo_cli.core.run.folder import Run, require_space
@@ -179,7 +179,10 @@ def assemble(
     """A trainer of what is loaded already; without a `plan`, memory has no limit."""
     context, problems = context or Context(), problems or Problems.of(settings)
     micro_batch = _micro_batch(plan, context.note, settings.train.micro_batch_size)
-    engine, clock = LocalEngine(state.policy), Clock(context.world)
+    engine = make_engine(
+        state.policy, settings.model, max_new_tokens=settings.train.max_new_tokens, ranks=context.world.size
+    )
+    clock = Clock(context.world)
     meter = Meter(state.policy, operations(state.policy))
     collector = Collector(
         engine, problems, settings.train, settings.reward, context, clock, meter, micro_batch.unlimited()

@@ -1,0 +1,183 @@
+"""vLLM as the engine: completions are sampled by another program, in this process, from copies of the weights.
+
+Before each rollout vLLM gets the policy's weights if they have changed, and its own sum of them is checked: a rollout
+of old weights is an error, not noise. Its log-probabilities are those of the sampling distribution, like ours, but not
+bit for bit: `sampler_gap` measures the difference, and `sampler_correction` corrects for it. On a CPU vLLM draws
+without a seed for each completion, so that a run cannot be repeated.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.microbatch import MicroBatch
+from grpo_cli.core.model import lora
+from grpo_cli.core.model.load import require_context
+from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.rollout.engine import Rollout
+from grpo_cli.core.rollout.params import SamplingParams
+
+SUMS = 1e-5  # relative difference of two sums of the same weights, in another order
+
+
+@dataclass
+class VllmEngine:
+    """Samples with vLLM. `context`: tokens of the longest prompt and completion; `memory`: its share of a GPU."""
+
+    policy: Policy
+    context: int
+    memory: float
+    _llm: Any = field(default=None, repr=False)
+    _loaded: list[float] = field(default_factory=list, repr=False)  # sums of the weights that vLLM has
+
+    def sample(
+        self,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        *,
+        uniform: Tensor | None,
+        micro_batch: MicroBatch | None = None,
+        on_token: Callable[[int], None] | None = None,
+    ) -> Rollout:
+        """As `Engine.sample`. Batches are vLLM's own, whatever `micro_batch`; `uniform` only seeds the draws."""
+        start, completions = perf_counter(), list[Any]()
+        for outputs in self._generate(prompts, params, uniform, on_token):
+            completions += sorted(outputs, key=lambda output: output.index)
+        rows = [list(output.token_ids) for output in completions]
+        return Rollout(
+            rows,
+            [_logprobs(output) for output in completions],
+            [output.finish_reason == "length" for output in completions],
+            {"decode": perf_counter() - start},
+            sum(map(len, (*prompts, *rows))),
+        )
+
+    def stream(self, prompt: list[int], params: SamplingParams, *, uniform: Tensor | None) -> Iterator[str]:
+        """Yield the text of one completion, all at once."""
+        ((output,),) = self._generate([prompt], params, uniform, None)
+        yield self.policy.decode(output.token_ids)
+
+    def _generate(
+        self,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        uniform: Tensor | None,
+        on_token: Callable[[int], None] | None,
+    ) -> list[list[Any]]:
+        """The completions of each prompt, as vLLM's outputs."""
+        engine = self._engine().llm_engine
+        vllm = import_module("vllm")
+        for number, prompt in enumerate(prompts):
+            require_context(self.policy.name, self.policy.model.config, len(prompt) + params.max_new_tokens)
+            seeded = uniform is not None and self.policy.device.type == "cuda"  # vLLM's CPU backend has no seeds
+            asked = vllm.SamplingParams(
+                n=params.num_generations,
+                temperature=0.0 if uniform is None else params.temperature,
+                max_tokens=params.max_new_tokens,
+                logprobs=0,
+                stop_token_ids=list(self.policy.end_ids),
+                ignore_eos=True,  # the list has it
+                detokenize=False,
+                seed=int(uniform[number].sum() * 2**40) % 2**31 if seeded and uniform is not None else None,
+                output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+            )
+            engine.add_request(str(number), {"prompt_token_ids": prompt}, asked)
+        finished: dict[int, list[Any]] = {}
+        try:
+            for count in range(1, 10**9):
+                if not engine.has_unfinished_requests():
+                    break
+                for output in engine.step():
+                    finished[int(output.request_id)] = output.outputs
+                if on_token is not None:
+                    on_token(min(count, params.max_new_tokens))
+        except BaseException:
+            engine.abort_request([str(number) for number in range(len(prompts))])
+            raise
+        return [finished[number] for number in range(len(prompts))]
+
+    def _engine(self) -> Any:
+        """vLLM with the policy's current weights."""
+        if self._llm is None:
+            self._llm = self._start()
+        sums = self.policy.sums()
+        if sums != self._loaded:
+            self._load_weights()
+            self._require_same_weights()
+            self._loaded = sums
+        return self._llm
+
+    def _start(self) -> Any:
+        """Start vLLM on a saved copy of the model."""
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over within the process
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        with tempfile.TemporaryDirectory(prefix="countdown-vllm-") as folder:
+            self.policy.save(Path(folder))
+            try:
+                return import_module("vllm").LLM(
+                    folder,
+                    dtype=str(self.dtype).removeprefix("torch."),
+                    max_model_len=self.context,
+                    gpu_memory_utilization=self.memory,
+                    logprobs_mode="processed_logprobs",
+                    generation_config="vllm",  # not the folder's
+                    disable_log_stats=True,
+                )
+            except Exception as error:  # vLLM's errors have no common base
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                raise CountdownError(
+                    f"vLLM does not run `{self.policy.name}`: {reason}", "use `--rollout local`"
+                ) from error
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.policy.precision == "float32" else torch.bfloat16
+
+    def _state(self) -> dict[str, Tensor]:
+        model = self.policy.model
+        state = lora.merged_state(model) if self.policy.adapter else model.state_dict()
+        names = dict(model.named_parameters()) if not self.policy.adapter else state  # tied weights once
+        return {name: tensor.to(self.dtype) for name, tensor in state.items() if name in names}
+
+    def _load_weights(self) -> None:
+        """Hand the policy's weights to vLLM."""
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(self._state().items())})
+        self._llm.reset_prefix_cache()
+
+    def _require_same_weights(self) -> None:
+        """Raise CountdownError if vLLM's weights are not the policy's, by the sum of all."""
+        (theirs,) = self._llm.collective_rpc(_sum_of_weights)
+        ours = [_total(self._state().values()), _total(tensor.abs() for tensor in self._state().values())]
+        if not math.isclose(theirs[0], ours[0], abs_tol=SUMS * ours[1]):
+            raise CountdownError(
+                f"vLLM has other weights than the policy: their sum is {theirs[0]:.6g}, not {ours[0]:.6g}",
+                "resume from the last checkpoint; if it happens again, use `--rollout local`",
+                exit_code=1,
+            )
+
+
+def _total(tensors: Any) -> float:
+    return float(sum(float(tensor.sum(dtype=torch.float64)) for tensor in tensors))
+
+
+def _sum_of_weights(worker: Any) -> list[float]:
+    """The sum of a vLLM worker's weights; padding of its vocabulary is zero."""
+    return [_total(weight.detach() for weight in worker.get_model().parameters())]
+
+
+def _logprobs(output: Any) -> list[float]:
+    """The log-probability of each sampled token."""
+    return [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
