@@ -25,6 +25,7 @@ from grpo_cli.cli.options import (
     require_package,
     resolve,
 )
+from grpo_cli.cli.seeds import train_seeds
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.rl.observer import Interrupted, Observer, Observers
 from grpo_cli.ui import text as show
@@ -51,6 +52,9 @@ def train(
         int | None, typer.Option(min=1, help="with --resume: continue from this checkpoint", metavar="<int>")
     ] = None,
     overwrite: Overwrite = False,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="train so many runs, NAME-SEED, from --seed on, and sum them up", metavar="<int>")
+    ] = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="show whether it fits in memory, its settings and a prompt; do not train")
     ] = False,
@@ -82,6 +86,11 @@ def train(
     if resume and (run is None or overwrite):
         raise CountdownError("`--resume` needs the name of a run, and no `--overwrite`", "say `--run NAME --resume`")
     _require_one_purpose(resume=resume, step=step, dry_run=dry_run, probe=probe)
+    if seeds > 1 and (run is None or resume or process.size > 1):
+        raise CountdownError(
+            "`--seeds` needs `--run NAME`, no `--resume`, and one process",
+            "the same command resumes what is unfinished",
+        )
     resolved = resolve(ctx, config)
     root = Path(resolved.settings.runs)
     run, resume, overwrite = _run_to_open(root, run, process, resume=resume, overwrite=overwrite)
@@ -92,6 +101,9 @@ def train(
     task = read_files(settings) if not resume else _read_files_of(root, run or "", settings)
     if dry_run:
         _show_plan(resolved, chosen, task, process, verbose=verbose)
+        return
+    if seeds > 1 and not probe:
+        train_seeds(settings, run or "", seeds, overwrite=overwrite)
         return
     show.note(f"preset {settings.preset}: {resolved.preset_reason}")
     if probe:

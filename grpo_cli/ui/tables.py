@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -120,6 +121,22 @@ def runs(rows: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]])
     for group in groups:
         names, best = printable(", ".join(group["runs"])), f"{percent(group['mean'])} on average"
         out.print(Text(f"\n{names} differ only in the seed: best {best}, {interval(group['range'])}"))
+
+
+def seeds(rows: Sequence[Mapping[str, Any]], intervals: Mapping[str, tuple[float, float]]) -> None:
+    """One line per seed of a training, then the means over seeds with intervals and the spread."""
+    table = grid(
+        "run", "seed", "steps", "base", "best", "at step", "last", numeric=("seed", "steps", "base", "best", "last")
+    )
+    for row in rows:
+        base = "-" if row["base"] is None else percent(row["base"])
+        best, last = percent(row["best"]), percent(row["last"])
+        table.add_row(row["run"], str(row["seed"]), str(row["steps"]), base, best, str(row["best_step"]), last)
+    out.print(table)
+    for key, bounds in intervals.items():
+        values = [row[key] for row in rows]
+        mean, spread = percent(fmean(values)), f"{percent(min(values))} to {percent(max(values))}"
+        out.print(Text(f"{key}: {mean} on average ({interval(bounds)} by bootstrap over seeds), {spread}"))
 
 
 def compared(rows: Sequence[Mapping[str, Any]]) -> None:

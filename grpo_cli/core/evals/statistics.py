@@ -4,9 +4,11 @@ Standard library only, so a report does not need torch.
 """
 
 import math
+import random
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
+from statistics import fmean
 
 Z = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 SIGNIFICANT = 0.05
@@ -41,6 +43,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
+
+
+def bootstrap(values: Sequence[float], *, draws: int = 10_000) -> tuple[float, float]:
+    """95 % percentile interval of the mean of independent runs, by resampling them (Agarwal et al. 2021)."""
+    rng = random.Random(0)
+    means = sorted(fmean(rng.choices(values, k=len(values))) for _ in range(draws))
+    return means[round(0.025 * (draws - 1))], means[round(0.975 * (draws - 1))]
 
 
 def significant(p_value: float) -> bool:
