@@ -19,6 +19,7 @@ from grpo_cli.core.rollout.vllm import VllmEngine, _parts
 from grpo_cli.core.task.prompts import prompt
 from grpo_cli.core.task.puzzle import Puzzle
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own
 PUZZLES = [Puzzle((3, 5, 2), 13), Puzzle((4, 7, 3, 9), 25)]
 
 
