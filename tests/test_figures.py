@@ -57,6 +57,7 @@ def test_metrics_become_curves_over_their_own_steps() -> None:
         accuracy=[(1, 0.1), (2, 0.3)],
         kl=[(1, 0.0)],
         val={"val": [(0, 0.3), (2, 0.6)]},
+        best=2,
     )
 
 
@@ -153,26 +154,29 @@ def test_values_too_large_for_an_axis_are_left_out(value: float, tmp_path: Path)
     ("values", "window", "expected"),
     [
         ([1, 2, 3, 4], 1, [1, 2, 3, 4]),
-        ([1, 2, 3, 4], 2, [1, 1.5, 2.5, 3.5]),
-        ([0, 3, 6, 0, 3], 3, [0, 1.5, 3, 3, 3]),
-        ([2, 4], 10, [2, 3]),
+        ([1, 2, 3, 4], 2, [1, 2, 3, 4]),
+        ([0, 3, 6, 0, 3], 3, [0, 3, 3, 3, 3]),
+        ([0, 10, 20, 30, 40, 84], 10, [0, 10, 20, 36.8, pytest.approx(154 / 3), 84]),
+        ([2, 4], 10, [2, 4]),
         ([], 10, []),
     ],
 )
-def test_a_moving_average_looks_back_only(values: list[float], window: int, expected: list[float]) -> None:
+def test_a_moving_average_is_centred_and_ends_where_the_curve_ends(
+    values: list[float], window: int, expected: list[float]
+) -> None:
     assert plot.moving_average(values, window) == expected
 
 
 def test_the_training_curve_has_accuracies_above_and_rewards_below() -> None:
     figure = plot.training_figure([RUN], smooth=False, window=10)
-    assert lines(figure, 0) == [("train", RUN.accuracy), ("val", RUN.val["val"])]
+    assert lines(figure, 0) == [("train (sampled)", RUN.accuracy), ("val (greedy)", RUN.val["val"])]
     (rewards,) = figure.axes[1].lines
     assert points(rewards) == RUN.reward
     assert [axes.get_ylabel() for axes in figure.axes] == ["accuracy", "reward"]
     assert figure.axes[0].lines[1].get_marker() == "o"
 
 
-def test_the_cells_of_a_suite_have_a_panel_of_their_own_and_every_peak_a_star() -> None:
+def test_the_cells_of_a_suite_have_a_panel_of_their_own_and_the_saved_model_a_star() -> None:
     metrics = [
         {"step": 0, "val_accuracy": 0.3, "suite/val 3 one-shot": 0.3, "suite/train 4 natural": 0.2, "suite/x": 1.0},
         {"step": 5, "reward": 0.4, "val_accuracy": 0.7, "suite/val 3 one-shot": 0.7, "suite/train 4 natural": 0.1},
@@ -187,16 +191,35 @@ def test_the_cells_of_a_suite_have_a_panel_of_their_own_and_every_peak_a_star() 
     assert [axes.get_ylabel() for axes in figure.axes] == ["accuracy", "accuracy", "reward"]
     assert dict(lines(figure, 1)) == found.cells
     stars = [np.asarray(star.get_offsets()).tolist() for star in figure.axes[1].collections]
-    assert sorted(stars) == [[[0.0, 0.2]], [[5.0, 0.7]]]
+    assert sorted(stars) == [[[5.0, 0.1]], [[5.0, 0.7]]]
     one, other = figure.axes[1].lines
     assert one.get_color() != other.get_color() and one.get_marker() != other.get_marker()
-    assert len(figure.legends[0].get_texts()) == 3
+    assert len(figure.legends[0].get_texts()) == 4
+
+
+def test_the_star_is_the_step_that_dev_chose_and_the_legend_says_so() -> None:
+    metrics = [
+        {"step": 0, "val_accuracy": 0.3, "dev_accuracy": 0.3},
+        {"step": 5, "reward": 0.4, "accuracy": 0.2, "val_accuracy": 0.8, "dev_accuracy": 0.7},
+        {"step": 9, "reward": 0.5, "accuracy": 0.3, "val_accuracy": 0.7, "dev_accuracy": 0.9},
+    ]
+    figure = plot.training_figure([plot.from_metrics("run-1", metrics, temperature=0.7)], smooth=True, window=10)
+    stars = [np.asarray(star.get_offsets()).tolist() for star in figure.axes[0].collections]
+    assert [[9.0, 0.7]] in stars and [[5.0, 0.8]] not in stars
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "train (sampled, T 0.7, centred mean of 9)",
+        "val (greedy)",
+        "best model, saved",
+    ]
+    figure.draw_without_rendering()
+    low = figure.axes[-1].get_window_extent().y0
+    assert figure.legends[0].get_window_extent().y1 < low  # below the panels, so it covers no data
 
 
 def test_smoothing_draws_the_raw_curve_faintly_behind_its_average() -> None:
-    raw, average, val = plot.training_figure([RUN], smooth=True, window=2).axes[0].lines
+    raw, average, val = plot.training_figure([RUN], smooth=True, window=3).axes[0].lines
     assert points(raw) == [(1, 0.1), (2, 0.3), (3, 0.8)]
-    assert points(average) == [(1, 0.1), (2, pytest.approx(0.2)), (3, pytest.approx(0.55))]
+    assert points(average) == [(1, 0.1), (2, pytest.approx(0.4)), (3, pytest.approx(0.8))]
     assert points(val) == [(0, 0.3), (3, 0.6)]
     assert raw.get_alpha() == 0.25
     assert average.get_alpha() is None
@@ -205,7 +228,9 @@ def test_smoothing_draws_the_raw_curve_faintly_behind_its_average() -> None:
 
 def test_several_runs_are_overlaid_each_in_its_colour_with_a_legend() -> None:
     figure = plot.training_figure([RUN, OTHER], smooth=False, window=10)
-    assert [label for label, _ in lines(figure, 0)] == ["train (run-1)", "val (run-1)", "train (run-2)", "val (run-2)"]
+    assert [label for label, _ in lines(figure, 0)] == [
+        f"{curve} ({run})" for run in ("run-1", "run-2") for curve in ("train (sampled)", "val (greedy)")
+    ]
     first, first_val, second, second_val = (line.get_color() for line in figure.axes[0].lines)
     assert first == first_val != second == second_val
     (legend,) = figure.legends

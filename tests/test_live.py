@@ -72,7 +72,7 @@ def test_a_pipe_gets_one_plain_line_for_each_step() -> None:
     console = pipe()
     with TrainingView(200, console=console) as view:
         view.message("preset builtin: no CUDA device was found")
-        view.progress("rollout", 3, 128)
+        view.progress("sampling token", 3, 128)
         view.evaluated(Validated(0, 0.355, 327, (0.305, 0.408)))
         view.step(metrics(1), sample(HOSTILE))
     assert written(console) == (
@@ -138,7 +138,50 @@ def test_a_metric_that_was_not_logged_shows_as_a_dash() -> None:
     assert "  kl -  " in written(console)
 
 
+def test_a_pipe_hears_of_every_phase_over_two_seconds_and_then_now_and_again() -> None:
+    console, clock = pipe(), Clock()
+    view = TrainingView(40, console=console, clock=clock)
+    for clock.now, token in [(100, 1), (101, 10), (103, 30), (110, 90), (119, 180)]:
+        view.progress("evaluating val 3 one-shot, cell 1 of 2, 0 of 64 puzzles done: token", token, 360)
+    view.evaluated(Validated(0, 0.4, 64, (0.3, 0.5)))
+    for clock.now, step in [(120, 1), (123, 2), (130, 3)]:
+        view.progress(f"warm start: loss 0.{step}00, step", step, 12)
+    for clock.now in (131, 140):  # a step says one line, unless it is slow
+        view.progress("sampling token", 3, 360)
+    place = "evaluating val 3 one-shot, cell 1 of 2, 0 of 64 puzzles done: token"
+    assert written(console).splitlines() == [
+        f"{place} 30 of 360",
+        f"{place} 180 of 360",
+        "step 0: val accuracy 40.0% of 64 puzzles (30.0 to 50.0%)",
+        "warm start: loss 0.200, step 2 of 12, 0:00:30 left",
+    ]
+
+
 # On a terminal
+
+
+def test_before_the_first_step_the_picture_says_what_runs_and_has_no_empty_table() -> None:
+    clock = Clock()
+    view = TrainingView(40, console=pipe(), clock=clock)
+    view.progress("evaluating val 3 one-shot, cell 1 of 2, 0 of 64 puzzles done: token", 30, 360)
+    lines = picture(view)
+    assert lines[0].startswith("starting model ")
+    assert lines[1] == "evaluating val 3 one-shot, cell 1 of 2, 0 of 64 puzzles done: token 30 of 360"
+    assert not any("reward" in line for line in lines)
+
+
+def test_a_warm_start_has_a_bar_and_the_time_left() -> None:
+    console, clock = terminal(), Clock()
+    with TrainingView(40, console=console, clock=clock) as view:
+        for clock.now, step in [(10, 1), (20, 2), (30, 3)]:
+            view.progress("warm start: loss 0.312, step", step, 12)
+        lines = picture(view)
+        assert lines[0].startswith("warm start ") and "━" in lines[0]
+        assert lines[0].endswith(" 25%  0:00:30 elapsed, 0:01:30 left")
+        assert lines[1] == "warm start: loss 0.312, step 3 of 12, 0:01:30 left"
+        view.begin(Run(Path("run")), 0)
+        assert picture(view)[0].startswith("step 0 of 40")
+    assert "warm start" in written(console)  # the display has begun
 
 
 @pytest.mark.faults

@@ -26,7 +26,7 @@ from grpo_cli.core.run.folder import Run
 from grpo_cli.core.run.logs import Evaluated, Example
 from grpo_cli.ui import figures as plot
 from grpo_cli.ui import report
-from grpo_cli.ui.account import Account, Change, change
+from grpo_cli.ui.account import UNTESTED, Account, Change, change
 
 DEFAULTS = config.defaults()
 SETTINGS = values(config.resolve(has_cuda=lambda: False).settings)
@@ -173,7 +173,7 @@ def test_without_a_record_of_puzzles_solved_nothing_is_claimed() -> None:
     rows = metrics(4)
     told = Account(plot.from_metrics("first", rows), rows, settings=SETTINGS, summary={"puzzles": 100, "best_step": 4})
     page = shown(told)
-    assert report.UNTESTED in page.words
+    assert UNTESTED in page.words
     assert "95 % interval 17.5 to 34.3%, 100 puzzles" in page.words
     assert "improved" not in page.text
 

@@ -551,8 +551,8 @@ def test_the_best_model_is_that_of_the_suite_on_dev_and_the_summary_says_what_go
     assert (outcome["best_step"], outcome["steps"]) == (2, 4)
     one, other = outcome["peaks"]["val 3 one-shot"], outcome["peaks"]["val 4 natural"]
     assert (one["step"], one["accuracy"], one["kept"], one["last"]) == (3, 1.0, 0.5, pytest.approx(5 / 6))
-    assert (one["gained"], one["lost"], one["p_value"]) == (2, 0, 0.5)
-    assert (other["step"], other["kept"], other["last"], other["lost"]) == (1, 1.0, 0.0, 6)
+    assert (one["gained"], one["lost"], one["p_value"]) == (3, 0, 0.25)  # from the start to the best step
+    assert (other["step"], other["kept"], other["last"], other["gained"]) == (1, 1.0, 0.0, 6)
     assert other["p_value"] == 2 * 0.5**6
     assert outcome["peaks"]["dev 4 natural"]["p_value"] is None  # chose the best step
     times = {line["step"]: line["time/total"] for line in run.metrics()[1:]}

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from grpo_cli.core.rl.observer import Validated
     from grpo_cli.core.run.folder import Run
     from grpo_cli.core.task.task import Message
+    from grpo_cli.ui.account import Account
     from grpo_cli.ui.figures import Curves
 
 
@@ -43,9 +44,30 @@ class Artifacts(Observer):
 
 def run_curves(run: Run) -> Curves:
     """The curves of a run."""
+    from grpo_cli.core.config.resolve import restore
     from grpo_cli.ui import figures
 
-    return figures.from_metrics(run.name, run.metrics())
+    train = restore(run.read_config(), run.config_path).settings.train
+    return figures.from_metrics(run.name, run.metrics(), temperature=train.temperature)
+
+
+def account_of(source: Run | Path, curves: Curves) -> Account:
+    """The report data of a run or a metrics file."""
+    from grpo_cli.core.config.resolve import restore
+    from grpo_cli.core.config.settings import values
+    from grpo_cli.ui.account import Account
+
+    if isinstance(source, Path):
+        return Account(curves)
+    return Account(
+        curves,
+        source.metrics(),
+        source.evaluations(),
+        source.samples(),
+        values(restore(source.read_config(), source.config_path).settings),
+        source.read_summary(),
+        source.read_environment(),
+    )
 
 
 def draw(curves: Sequence[Curves], folder: Path, style: Plot) -> list[Path]:

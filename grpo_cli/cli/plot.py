@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grpo_cli.cli.artifacts import draw, images, run_curves
+from grpo_cli.cli.artifacts import account_of, draw, images, run_curves
 from grpo_cli.cli.options import ConfigFile, Overwrite, completion, require_package, resolve
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import check_writable
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from grpo_cli.core.config.settings import Plot
     from grpo_cli.core.run.folder import Run
     from grpo_cli.ui.account import Account
-    from grpo_cli.ui.figures import Curves
 
 SETTINGS = ("runs", "plot")
 MOST_CHARACTERS = 64  # in a folder name joined from runs' names
@@ -69,7 +68,7 @@ def plot(
     for path in [*images(folder, style), *([page] * report)]:
         check_writable(path, overwrite=overwrite or folder == own)  # a run's own images may be replaced
     if report:
-        _write_report([_account(source, drawn) for source, drawn in zip(sources, curves, strict=True)], page, style)
+        _write_report([account_of(source, drawn) for source, drawn in zip(sources, curves, strict=True)], page, style)
     for path in [*draw(curves, folder, style), *([page] * report)]:
         print(path)
     tables.sparklines(curves)
@@ -99,25 +98,6 @@ def _source(root: Path, name: str) -> Run | Path:
         hint = suggestion(root, name) or f"list runs with `countdown runs{at(root)}`, or name a file of metrics"
         raise CountdownError(f"no run `{name}` in `{root}`, and no such file", hint)
     return run or Path(name)
-
-
-def _account(source: Run | Path, curves: Curves) -> Account:
-    """Collect the report data of a run or a metrics file."""
-    from grpo_cli.core.config.resolve import restore
-    from grpo_cli.core.config.settings import values
-    from grpo_cli.ui.account import Account
-
-    if isinstance(source, Path):
-        return Account(curves)
-    return Account(
-        curves,
-        source.metrics(),
-        source.evaluations(),
-        source.samples(),
-        values(restore(source.read_config(), source.config_path).settings),
-        source.read_summary(),
-        source.read_environment(),
-    )
 
 
 def _write_report(accounts: Sequence[Account], path: Path, style: Plot) -> None:

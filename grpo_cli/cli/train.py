@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grpo_cli.cli.artifacts import Artifacts, write_card
+from grpo_cli.cli.artifacts import Artifacts, account_of, run_curves, write_card
 from grpo_cli.cli.launch import ProcessInfo, Signals, ignoring_requests, joined, process_info
 from grpo_cli.cli.models import Chosen, at_once, import_libraries, load, warn_of_folder
 from grpo_cli.cli.options import (
@@ -250,6 +250,7 @@ def _finish(trainer: Trainer) -> None:
     """Train to the end or until a signal; show the result."""
     from grpo_cli.core.rl.build import finish
     from grpo_cli.ui import tables
+    from grpo_cli.ui.account import verdict
 
     run, state, world, tell = trainer.run, trainer.state, trainer.world, trainer.observer.message
     policy, step = state.policy, state.progress.step
@@ -264,7 +265,8 @@ def _finish(trainer: Trainer) -> None:
         raise
     if world.is_first:
         write_card(run, trainer.settings)
-        tables.training_summary(result.summary, run.path, overlap=result.overlap)
+        change = verdict(account_of(run, run_curves(run)))
+        tables.training_summary(result.summary, run.path, overlap=result.overlap, change=change)
 
 
 def _show_plan(resolved: Resolved, chosen: Chosen, task: Task, process: ProcessInfo, *, verbose: bool) -> None:

@@ -9,10 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from grpo_cli.core.evals.statistics import changes, mcnemar, wilson
+from grpo_cli.core.evals.statistics import changes, mcnemar, significant, wilson
 from grpo_cli.core.metrics import best_step
 from grpo_cli.core.run.logs import Evaluated, Example
 from grpo_cli.ui.figures import Curves
+from grpo_cli.ui.text import probability
+
+UNTESTED = "Solved puzzles were not recorded, so the difference cannot be tested."
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,23 @@ class Account:
         if best == last:
             steps = {"start": steps["start"], "best and last": best}
         return [(word, step) for word, step in steps.items() if step in self.own and step is not None]
+
+
+def verdict(account: Account) -> str:
+    """One sentence; claims only differences that the exact test supports."""
+    best = account.own.get(account.best or 0)
+    if best is None or best.step == 0:
+        return "Nothing has been evaluated after training yet."
+    difference = change(account.own.get(0), best)
+    if difference is None:
+        return UNTESTED if 0 in account.own else "The starting model was not evaluated, so there is no comparison."
+    p_value, count = account.corrected(difference), account.num_candidates
+    chosen = f", corrected for choosing the best of {count} evaluations" if count > 1 else ""
+    counts = f"{difference.gained:,} of {best.count:,} puzzles gained and {difference.lost:,} lost"
+    test = f"{counts} (exact McNemar p {probability(p_value)}{chosen})"
+    if not significant(p_value):
+        return f"Not significant: {test}."
+    return f"The model {'improved' if difference.gained > difference.lost else 'got worse'}: {test}."
 
 
 def change(first: Evaluated | None, second: Evaluated | None) -> Change | None:

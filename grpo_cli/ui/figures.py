@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import write
-from grpo_cli.core.metrics import SUITE, metric
+from grpo_cli.core.metrics import SUITE, best_step, metric
 from grpo_cli.core.task.suite import CELLS
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v")
 MOST_MARKERS = 30
 STYLE_COLOURS = {"one-shot": COLOURS[0], "zero-shot": COLOURS[1], "natural": COLOURS[2]}
-NAME_CHARACTERS = 24
+NAME_CHARACTERS = 48
 LEGEND_CHARACTERS = 100
 FORMATS = ("png", "svg")
 SVG_METADATA = ("Creator", "Date", "Format", "Type")
@@ -59,6 +59,8 @@ class Curves:
     kl: Series
     val: dict[str, Series]
     cells: dict[str, Series] = field(default_factory=dict)
+    best: int | None = None  # step of the best model, which the run saves
+    temperature: float | None = None  # of sampling, if known
 
     @property
     def is_empty(self) -> bool:
@@ -91,7 +93,7 @@ def load(path: Path) -> Curves:
     return curves
 
 
-def from_metrics(name: str, lines: Iterable[Mapping[str, float]]) -> Curves:
+def from_metrics(name: str, lines: Iterable[Mapping[str, float]], *, temperature: float | None = None) -> Curves:
     """The curves in a run's metrics. A missing value, or one that cannot be drawn, adds no point."""
     rows = list(lines)
 
@@ -99,7 +101,9 @@ def from_metrics(name: str, lines: Iterable[Mapping[str, float]]) -> Curves:
         return [(int(row["step"]), row[key]) for row in rows if key in row and _can_be_drawn(row[key])]
 
     cells = {cell: points for cell in CELLS if (points := series(SUITE + cell))}
-    return Curves(name, series("reward"), series("accuracy"), series("kl"), {"val": series("val_accuracy")}, cells)
+    val = {"val": series("val_accuracy")}
+    best = best_step(rows) or None
+    return Curves(name, series("reward"), series("accuracy"), series("kl"), val, cells, best, temperature)
 
 
 def _metrics(path: Path, text: str) -> Iterable[dict[str, float]]:
@@ -157,14 +161,19 @@ def _number(where: str, value: object) -> float:
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:
-    """The mean of each value and up to `window` - 1 values before it, one per value."""
-    return [fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
+    """The mean of each value and as many before as after it, at most `window` in all, fewer near the ends.
+
+    Centred, so it does not trail the curve: a straight line stays as it is.
+    """
+    last, half = len(values) - 1, (window - 1) // 2
+    radii = [min(half, place, last - place) for place in range(len(values))]
+    return [fmean(values[place - radius : place + radius + 1]) for place, radius in enumerate(radii)]
 
 
 def training_curve(curves: Sequence[Curves], path: Path, *, smooth: bool = False, window: int = 10) -> None:
     """Write train and val accuracy, the suite's cells if there are any, and the reward below, by step.
 
-    Stars mark peaks. PNG or SVG by the extension of `path`.
+    Stars mark the best model, which the run saved. PNG or SVG by the extension of `path`.
     """
     _write(training_figure(curves, smooth=smooth, window=window), path)
 
@@ -193,22 +202,29 @@ def training_figure(curves: Sequence[Curves], *, smooth: bool, window: int) -> F
     for index, run in enumerate(curves):
         dots, place = divmod(index, len(COLOURS))
         colour = COLOURS[place]
-        _line(upper, run.accuracy, colour, dots, _label("train", run, curves), smooth=smooth, window=window)
+        sampled = "train (sampled)" if run.temperature is None else f"train (sampled, T {run.temperature:g})"
+        averaged = f"{sampled[:-1]}, centred mean of {window - 1 + window % 2:,})" if smooth else sampled
+        _line(upper, run.accuracy, colour, dots, _label(averaged, run, curves), smooth=smooth, window=window)
         for order, (name, points) in enumerate(run.val.items()):
             val_colour = colour if len(curves) > 1 else COLOURS[(order + 1) % len(COLOURS)]
             marker = MARKERS[order % len(MARKERS)]
-            _markers(upper, points, val_colour, marker, _dashes(4, 2, dots=dots), _label(name, run, curves))
+            greedy = f"{name} (greedy)" if name == "val" else name
+            _markers(upper, points, val_colour, marker, _dashes(4, 2, dots=dots), _label(greedy, run, curves), run.best)
         for name, points in run.cells.items():
             split, numbers, style = name.split(" ", 2)
             cell_colour = STYLE_COLOURS[style] if len(curves) == 1 else colour
             dashes = _dashes(4, 2, dots=dots) if split == "val" else _dashes(1, 4, dots=dots)
-            _markers(panels[1], points, cell_colour, MARKERS[int(numbers) - 3], dashes, _label(name, run, curves))
+            _markers(
+                panels[1], points, cell_colour, MARKERS[int(numbers) - 3], dashes, _label(name, run, curves), run.best
+            )
         _line(lower, run.reward, colour, dots, "", smooth=smooth, window=window)
     for axes in panels[:-1]:
         axes.set(ylabel=metric("accuracy").axis, ylim=(0, 1.02))
         axes.yaxis.set_major_formatter("{x:.0%}")
     lower.set_ylabel(metric("reward").axis)
     lower.set_ylim(bottom=0)
+    if any(run.best for run in curves):
+        upper.scatter([], [], s=100, color="#555555", marker="*", label="best model, saved")
     _legend(figure, *panels[:-1])
     return figure
 
@@ -262,15 +278,19 @@ def _line(axes: Axes, points: Series, colour: str, dots: int, label: str, *, smo
     axes.plot(steps, values, color=colour, marker=marker, linestyle=style, label=label)
 
 
-def _markers(axes: Axes, points: Series, colour: str, marker: str, dashes: Dashes, label: str) -> None:
-    """Draw a curve with markers, on some of its points if there are many. Its first peak is a star."""
+def _markers(
+    axes: Axes, points: Series, colour: str, marker: str, dashes: Dashes, label: str, best: int | None
+) -> None:
+    """Draw a curve with markers, on some of its points if there are many. A star marks the best step."""
     if not points:
         return
     steps, values = zip(*points, strict=True)
     (line,) = axes.plot(steps, values, color=colour, marker=marker, linestyle=dashes, linewidth=1, label=label)
     line.set(markevery=math.ceil(len(points) / MOST_MARKERS), clip_on=False, zorder=3, markersize=4)
-    peak = max(points, key=lambda point: point[1])
-    axes.scatter(*peak, s=140, color=colour, marker="*", edgecolors="white", clip_on=False, zorder=4)
+    if best is not None and best in steps:
+        axes.scatter(
+            best, dict(points)[best], s=140, color=colour, marker="*", edgecolors="white", clip_on=False, zorder=4
+        )
 
 
 def _label(curve: str, run: Curves, curves: Sequence[Curves]) -> str:

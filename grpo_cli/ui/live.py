@@ -5,10 +5,12 @@ core/metrics.py declares which metrics it shows.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from types import TracebackType
 from typing import Any, Self
@@ -29,6 +31,8 @@ from grpo_cli.ui import text as show
 ROWS = 12
 SAMPLE_LINES = 14
 GAP = 2
+QUIET_SECONDS = 2.0  # of a phase, after which a pipe gets a first line
+STEP_SECONDS = 15.0  # between further lines, and before the first one of a step
 BRANCH = 16  # characters shown on each side of a group's first difference
 
 
@@ -41,6 +45,37 @@ def fitting(widths: Mapping[Metric, int], width: int) -> list[Metric]:
             break
         chosen.add(column)
     return [column for column in widths if column in chosen]
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """What a training is doing, and since when."""
+
+    name: str
+    done: int
+    total: int
+    since: float
+
+    @property
+    def kind(self) -> str:
+        return _kind(self.name)
+
+    @property
+    def is_steps(self) -> bool:
+        """Whether it counts steps, whose time left can be estimated; completions rarely reach the token limit."""
+        return self.name.endswith("step")
+
+    def left(self, now: float) -> str:
+        return _clock((now - self.since) / (self.done - 1) * (self.total - self.done)) if self.done > 1 else "-:--:--"
+
+    def line(self, now: float) -> str:
+        left = f", {self.left(now)} left" if self.is_steps else ""
+        return f"{self.name} {self.done:,} of {self.total:,}{left}"
+
+
+def _kind(phase: str) -> str:
+    """The part of a phase's name without numbers that change: `warm start: loss 0.3, step` -> `warm start`."""
+    return re.split("[,:]", phase)[0]
 
 
 class TrainingView(Observer):
@@ -67,7 +102,8 @@ class TrainingView(Observer):
         self._evaluations: tuple[Validated, ...] = ()
         self._sample: Mapping[str, Any] | None = None
         self._group = ""
-        self._phase = ""
+        self._phase: _Phase | None = None
+        self._said = self._opened  # when a pipe got its last line
         self._live: Live | None = None
         if show.can_redraw(console):
             self._live = Live(self, console=console, refresh_per_second=2, redirect_stdout=False)
@@ -78,7 +114,7 @@ class TrainingView(Observer):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._phase = ""
+        self._phase = None
         if self._live:
             self._live.stop()
 
@@ -86,23 +122,31 @@ class TrainingView(Observer):
 
     def begin(self, run: Run, step: int) -> None:
         """Start the display after `step`."""
-        self._last = (step, self._clock())
+        self._last, self._phase = (step, self._clock()), None
         if self._live:
             self._live.start(refresh=True)
 
     def message(self, text: str) -> None:
         """Print a line above the display."""
+        self._said = self._clock()
         self._console.print(
             Text(show.printable(text, keep_newlines=True)), soft_wrap=not (self._live and self._live.is_started)
         )
 
     def progress(self, phase: str, done: int, total: int) -> None:
-        """Update the phase of the current step; only on a terminal."""
-        self._phase = f"{phase} {done:,} of {total:,}"
+        """Update the phase; a pipe gets a line if it has heard nothing for a while."""
+        now, before = self._clock(), self._phase
+        since = before.since if before and before.kind == _kind(phase) else now
+        self._phase = _Phase(phase, done, total, since)
+        if self._live and not self._live.is_started:  # a warm start, before the first step
+            self._live.start(refresh=True)
+        pause = STEP_SECONDS if phase.startswith("sampling") or self._said > since else QUIET_SECONDS
+        if not self._live and now - max(since, self._said) >= pause:
+            self.message(self._phase.line(now))
 
     def evaluated(self, result: Validated) -> None:
         """Show val accuracy with its 95 % interval, dev accuracy, and the suite's weighted mean."""
-        self._phase = ""
+        self._phase = None
         self._evaluations = (*self._evaluations, result)
         if not self._live:
             counted, interval = show.counted(result.count, "puzzle"), show.interval(result.interval)
@@ -113,7 +157,7 @@ class TrainingView(Observer):
 
     def step(self, metrics: Mapping[str, float], sample: Mapping[str, Any]) -> None:
         """Show the metrics of a finished step and one of its completions, a record of samples.jsonl."""
-        self._phase = ""
+        self._phase = None
         self._last = (int(metrics["step"]), self._clock())
         self._first = self._first or self._last
         self._rows = (*self._rows, metrics)[-ROWS:]
@@ -150,24 +194,31 @@ class TrainingView(Observer):
         rows = min(max((height - fixed) // 2, 1), ROWS)
         lines = min(height - fixed - rows - 2, SAMPLE_LINES)
         yield self._header(width)
-        yield Text(self._phase, style="dim", no_wrap=True, overflow="ellipsis")
-        yield self._table(width, rows)
+        phase = self._phase.line(self._clock()) if self._phase else ""
+        yield Text(phase, style="dim", no_wrap=True, overflow="ellipsis")
+        if self._rows:
+            yield self._table(width, rows)
         yield self._curves(width)
         if self._sample is not None and lines > 0:
             yield _panel(self._sample, width, lines)
         yield Text()  # room for an echoed `^C`: if it wrapped, the next redraw would start a line too low
 
     def _header(self, width: int) -> Table:
-        step = self._last[0]
+        step, phase = self._last[0], self._phase
+        title, done, total, left = f"step {step} of {self._total}", step, self._total, self._left()
+        if phase and phase.is_steps:  # a warm start
+            title, done, total, left = phase.kind, phase.done, phase.total, phase.left(self._clock())
+        elif phase and not self._rows and step == 0:
+            title = "starting model"
         grid = Table.grid(padding=(0, 1), expand=True)
         grid.add_column(no_wrap=True)
         grid.add_column(ratio=1)
         grid.add_column(no_wrap=True)
         elapsed = f"{_clock(self._clock() - self._opened)} elapsed, " if width >= 60 else ""
         grid.add_row(
-            Text(f"step {step} of {self._total}", style="bold"),
-            ProgressBar(total=self._total, completed=step),
-            Text(f"{step / self._total:4.0%}  {elapsed}{self._left()} left"),
+            Text(title, style="bold"),
+            ProgressBar(total=total, completed=done),
+            Text(f"{done / total:4.0%}  {elapsed}{left} left"),
         )
         return grid
 

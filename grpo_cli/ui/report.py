@@ -24,14 +24,13 @@ from grpo_cli.core.metrics import METRICS, Metric
 from grpo_cli.core.rl.health import collapses, warnings
 from grpo_cli.core.run.logs import Evaluated, Example
 from grpo_cli.ui import figures as plot
-from grpo_cli.ui.account import Account, Change, change, puzzles
+from grpo_cli.ui.account import UNTESTED, Account, Change, change, puzzles, verdict
 from grpo_cli.ui.figures import Curves, Series
 from grpo_cli.ui.text import EXCERPT_CHARACTERS, interval, percent, printable, probability
 
 SMALLER = 0.8  # scale of images, to match the page's text size
 TITLED = 3  # most runs named in the title
 DRAWN = 2  # completions shown per training step
-UNTESTED = "Solved puzzles were not recorded, so the difference cannot be tested."
 Side = tuple[int, Example]  # a completion, and its step
 
 
@@ -109,23 +108,6 @@ def story(account: Account) -> str:
     )
 
 
-def verdict(account: Account) -> str:
-    """One sentence; claims only differences that the exact test supports."""
-    best = account.own.get(account.best or 0)
-    if best is None or best.step == 0:
-        return "Nothing has been evaluated after training yet."
-    difference = change(account.own.get(0), best)
-    if difference is None:
-        return UNTESTED if 0 in account.own else "The starting model was not evaluated, so there is no comparison."
-    p_value, count = account.corrected(difference), account.num_candidates
-    chosen = f", corrected for choosing the best of {count} evaluations" if count > 1 else ""
-    counts = f"{difference.gained:,} of {best.count:,} puzzles gained and {difference.lost:,} lost"
-    test = f"{counts} (exact McNemar p {probability(p_value)}{chosen})"
-    if not significant(p_value):
-        return f"Not significant: {test}."
-    return f"The model {'improved' if difference.gained > difference.lost else 'got worse'}: {test}."
-
-
 def _duration(seconds: float) -> str:
     minutes, left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -135,7 +117,7 @@ def _duration(seconds: float) -> str:
 def _figures(curves: Sequence[Curves], *, smooth: bool, window: int) -> dict[str, Markup]:
     """SVG by caption."""
     drawn = {
-        "Accuracy and reward; stars are peaks": plot.training_figure(curves, smooth=smooth, window=window),
+        "Accuracy and reward; stars mark the saved model": plot.training_figure(curves, smooth=smooth, window=window),
         "KL from the reference model": plot.kl_figure(curves, smooth=smooth, window=window),
     }
     for figure in drawn.values():

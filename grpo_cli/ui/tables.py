@@ -18,8 +18,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from grpo_cli.core.evals.statistics import holm, significant
+from grpo_cli.core.evals.statistics import holm
 from grpo_cli.core.metrics import SUITE, metric
+from grpo_cli.core.run.folder import at
 from grpo_cli.ui.text import (
     can_redraw,
     counted,
@@ -349,8 +350,11 @@ def progress(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]
         yield advance
 
 
-def training_summary(summary: Mapping[str, Any], folder: Path, *, overlap: str) -> None:
-    """Summary of a finished training on stdout; `overlap` is a sentence on val puzzles that were trained on."""
+def training_summary(summary: Mapping[str, Any], folder: Path, *, overlap: str, change: str) -> None:
+    """Summary of a finished training on stdout, then what to do next on stderr.
+
+    `overlap` is a sentence on val puzzles that were trained on, `change` the verdict from the start to the best step.
+    """
     base, final, best = (percent(summary[f"{name}_accuracy"]) for name in ("base", "final", "best"))
     spent, on_dev = summary["seconds"], summary.get("best_dev_accuracy")
     dev = "" if on_dev is None else f", the best on dev ({percent(on_dev)})"
@@ -360,6 +364,7 @@ def training_summary(summary: Mapping[str, Any], folder: Path, *, overlap: str) 
         ("base", f"{base}, after the warm start" if summary.get("warm_start") else base),
         ("final", f"{final}  (95% interval {interval(summary['final_interval'])})"),
         ("best", f"{best}, after step {summary['best_step']}{dev}, saved as the run's model"),
+        ("change", printable(change)),
         ("time", f"{whole:,.0f} s, {percent(spent['evaluation'] / whole if whole else 0.0)} of it in evaluations"),
         ("overlap", printable(overlap)),
         ("run", printable(str(folder))),
@@ -374,6 +379,9 @@ def training_summary(summary: Mapping[str, Any], folder: Path, *, overlap: str) 
     if summary.get("phases"):
         out.print()
         out.print(_phases(summary["phases"]))
+    name, place = printable(folder.name), at(folder.parent)
+    for command in (f'solve "4 6 10 = 64" --model {name}', f"why {name}", f"plot {name} --report"):
+        note(f"next: countdown {command}{place}")
 
 
 def _phases(phases: Mapping[str, Mapping[str, float]]) -> Table:
@@ -385,7 +393,7 @@ def _phases(phases: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def _peaks(summary: Mapping[str, Any]) -> Group:
-    """When each cell of a suite peaked, and what changed after the best step."""
+    """When each cell of a suite peaked, and what changed from the start to the best step."""
     best, last = f"step {summary['best_step']}", f"step {summary['steps']}"
     columns = dict.fromkeys(["cell", "n", "start", "peak", best, last, "change", "Holm p"])
     tested = [name for name, cell in summary["peaks"].items() if cell["p_value"] is not None]
@@ -400,10 +408,6 @@ def _peaks(summary: Mapping[str, Any]) -> Group:
             "Holm p": probability(p_values[name]).removeprefix("= ") if name in p_values else "-",
         }
         table.add_row(*(cells[column] for column in columns))
-    spent = f"{summary['seconds_after_best']:,.0f} s after {best}"
-    sure = [name for name, p_value in p_values.items() if significant(p_value)]
-    words = "no cell has changed by more than chance" if not sure else f"changed by more than chance: {', '.join(sure)}"
-    went = (
-        f"later steps took {spent}; {words}" if summary["steps"] > summary["best_step"] else "the last step is the best"
-    )
-    return Group(table, Text(f"\n{went} (exact McNemar from {best} to {last}, cell by cell)"))
+    spent = f"later steps took {summary['seconds_after_best']:,.0f} s after {best}; "
+    later = spent if summary["steps"] > summary["best_step"] else "the last step is the best; "
+    return Group(table, Text(f"\n{later}change: start to best (exact McNemar); dev chose the best, so is not tested"))

@@ -39,7 +39,7 @@ class Resolved:
 
 def flag(key: str) -> str:
     """`train.batch_size` -> `--batch-size`."""
-    return "--" + key.rpartition(".")[2].replace("_", "-")
+    return "--break" if key == "train.broken" else "--" + key.rpartition(".")[2].replace("_", "-")
 
 
 def variable(key: str) -> str:

@@ -242,6 +242,9 @@ class Train(Table):
     stop_on_collapse: bool = setting(
         "stop when KL or length explodes, or only the format is learned", "Schedule", resumable=True, advanced=True
     )
+    broken: Literal[
+        "none", "kl", "end", "temperature", "groups", "baseline", "prompt", "bf16", "template", "reward", "mystery"
+    ] = setting("plant a bug on purpose, for docs/labs.md; `mystery` draws one by the seed", "Schedule", advanced=True)
 
 
 class Loss(Table):

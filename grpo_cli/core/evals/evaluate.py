@@ -283,7 +283,7 @@ class Evaluator:
     micro_batch: MicroBatch = field(default_factory=MicroBatch)
     world: World = field(default_factory=World)
     known: Known | None = None
-    poll: Callable[[], None] | None = None  # called after each token; it may raise
+    on_token: Callable[[int], None] | None = None  # receives the length of the unfinished rows; it may raise
 
     def evaluate(
         self,
@@ -338,14 +338,10 @@ class Evaluator:
             if params.greedy
             else uniforms(self.seed, 0, indices, params.num_generations, params.max_new_tokens),
             micro_batch=self.micro_batch,
-            on_token=None if self.poll is None else self._on_token,
+            on_token=self.on_token,
         )
         rows = zip(rollout.completions, rollout.truncated, strict=True)
         return [[self._score(puzzle, style, *next(rows)) for _ in range(params.num_generations)] for puzzle in chosen]
-
-    def _on_token(self, _: int) -> None:
-        if self.poll:
-            self.poll()
 
     def _score(self, puzzle: Problem, style: str, tokens: list[int], truncated: bool) -> Completion:
         text = self.engine.policy.decode(tokens)

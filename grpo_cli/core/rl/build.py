@@ -33,6 +33,7 @@ from grpo_cli.core.perf.utilization import Meter, operations
 from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.collect import Collector
 from grpo_cli.core.rl.context import Context
+from grpo_cli.core.rl.labs import broken
 from grpo_cli.core.rl.observer import Control, Observer, Observers
 from grpo_cli.core.rl.schedule import Problems, longest_prompt
 from grpo_cli.core.rl.state import (
@@ -133,6 +134,7 @@ def build(
     for sentence in problems.notes():
         context.note(sentence)
     with ExitStack() as stack:
+        stack.enter_context(broken(settings))
         # 1. Choose the checkpoint to continue from.
         context = _tracked(settings, context, stack)
         past = _past(settings, name, resume, replay, context, stack)
@@ -194,9 +196,8 @@ def assemble(
         settings.eval.batch_size,
         micro_batch=micro_batch.unlimited(),
         world=context.world,
-        poll=context.poll,
     )
-    validation = Validation(evaluator, settings, clock, context.observer)
+    validation = Validation(evaluator, settings, clock, context)
     return Trainer(settings, state, reference, collector, validation, run, context, clock, plan, micro_batch)
 
 

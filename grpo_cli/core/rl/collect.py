@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
+from statistics import fmean
 
 import torch
 
 from grpo_cli.core.config.settings import Reward, Train
 from grpo_cli.core.microbatch import MicroBatch
+from grpo_cli.core.model.templates import encode
 from grpo_cli.core.perf.utilization import Meter
 from grpo_cli.core.rl.batch import Batch, Group, Tally
 from grpo_cli.core.rl.clock import Clock
@@ -50,6 +52,7 @@ class Collector:
         groups, tally = self._draw(step, range(self.settings.batch_size), 0)
         metrics = tally.means() | self.problems.curriculum.shares(self.problems.curriculum.prompts(step))
         batch = Batch(step, groups, tally, metrics, tally.tokens)
+        metrics["templated"] = fmean(self.context.world.gather(self._templated(groups)))
         if self.settings.dynamic_sampling:
             self._replace(batch)
         return batch
@@ -87,6 +90,12 @@ class Collector:
         """The tally of all ranks' groups."""
         own = Tally.of(groups, size=self.settings.num_generations, cheats=self.task.cheats)
         return reduce(add, self.context.world.gather(own))
+
+    def _templated(self, groups: Sequence[Group]) -> float:
+        """Share of prompts that are what the model's chat template makes of their messages."""
+        tokenizer, task = self.engine.policy.tokenizer, self.task
+        own = [encode(tokenizer, task.prompt(one.problem, one.style)) == one.prompt for one in groups]
+        return sum(own) / len(own) if own else 1.0
 
     def _score(self, text: str, problem: Problem, style: str, truncated: bool, length: int) -> Score:
         """The task's score minus the length penalty of `length` tokens."""

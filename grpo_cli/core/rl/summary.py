@@ -38,7 +38,7 @@ def summary(progress: Progress, evaluation: Evaluation, run: Run) -> dict[str, o
 
 
 def _peaks(run: Run, best_step: int) -> dict[str, dict[str, float | None]]:
-    """Per cell: accuracy at first, at its peak, of the best model, and last, with a test of best against last.
+    """Per cell: accuracy at first, at its peak, of the best model, and last, with a test of the start against the best.
 
     Dev cells chose the best step, so they are not tested: their p-value is None.
     """
@@ -47,7 +47,7 @@ def _peaks(run: Run, best_step: int) -> dict[str, dict[str, float | None]]:
         steps = list(history)
         peak = max(steps, key=lambda step: history[step].accuracy)
         kept, last = history.get(best_step, history[steps[-1]]), history[steps[-1]]
-        gained, lost = changes(kept.solved, last.solved)
+        gained, lost = changes(history[steps[0]].solved, kept.solved)
         peaks[name] = {
             "count": last.count,
             "start": history[steps[0]].accuracy,

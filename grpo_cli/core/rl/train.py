@@ -125,6 +125,8 @@ class Trainer:
             # 3. Compare each completion with its group.
             everyone = self._advantages(batch, ref_logprobs)  # (P, G), all ranks
             batch.set_advantages(everyone)
+            batch.metrics |= {"advantage": float(everyone.mean().abs())}
+            batch.metrics |= {"group_advantage": float(everyone.mean(dim=1).abs().max())}
             # 4. Make completions better than their group more likely.
             updated = self._update(batch, ref_logprobs, watch, has_gradient=bool(everyone.any()))
         self.state.progress.step = number

@@ -114,7 +114,7 @@ def update(
     """
     clock, micro_batch = clock or Clock(), micro_batch or MicroBatch()
     world, inputs = clock.world, _Inputs.of(policy, examples, objective, compare_with)
-    probe, history = WeightProbe(optimizer), list[dict[str, float]]()
+    probe, history, covered = WeightProbe(optimizer), list[dict[str, float]](), 0
     try:
         if objective.needs_old_logprobs:
             _record_old_logprobs(inputs, micro_batch, world, poll)
@@ -129,13 +129,16 @@ def update(
                 with clock.phase("optimizer"):
                     norm = optimizer_step(policy, optimizer, sums.loss, objective.clip_grad_norm, world)
             # 3. Describe the step.
+            covered += sums.tokens
             history.append(sums.means(norm, has_kl=examples.ref_logprobs is not None))
             if not inputs.step.has_gradient:
                 break
     finally:
         optimizer.zero_grad(set_to_none=True)
     means = {key: fmean(entry[key] for entry in history if key in entry) for key in history[0]}
-    return {**means, "weights_changed": probe.changed(world)}
+    whole = inputs.step.tokens * len(history) / objective.num_mini_batches
+    share = {} if objective.loss.mask_truncated else {"loss_tokens": covered / whole}
+    return {**means, **share, "weights_changed": probe.changed(world)}
 
 
 def _accumulate(

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 
 from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.evals.evaluate import Evaluation, Evaluator, puzzles_of
 from grpo_cli.core.rl.clock import Clock
-from grpo_cli.core.rl.observer import Observer
+from grpo_cli.core.rl.context import Context
 from grpo_cli.core.task.suite import Cell, cell, weighted_mean
 
 
 class Validation:
     """Evaluates the policy greedily on every cell."""
 
-    def __init__(self, evaluator: Evaluator, settings: Settings, clock: Clock, observer: Observer) -> None:
-        self.evaluator, self.clock, self.observer = evaluator, clock, observer
+    def __init__(self, evaluator: Evaluator, settings: Settings, clock: Clock, context: Context) -> None:
+        self.evaluator, self.clock, self.context = evaluator, clock, context
         self.val = Cell("val", settings.task.numbers, settings.task.style)
         self.weights: Mapping[str, float] = settings.suite.get(settings.train.eval_suite, {})
         self.dev = {Cell("dev", self.val.numbers, self.val.style): 1.0}
@@ -55,8 +54,19 @@ class Validation:
 
     def evaluate(self, one: Cell) -> Evaluation:
         """Evaluate one cell."""
-        progress = partial(self.observer.progress, f"evaluating {one.name}: puzzle")
-        return self.evaluator.evaluate(self.puzzles[one], style=one.style, split=one.split, progress=progress)
+        place, puzzles = f"evaluating {one.name}, cell {[*self.puzzles].index(one) + 1} of {len(self.puzzles)}", 0
+
+        def advance(done: int, _: int) -> None:
+            nonlocal puzzles
+            puzzles = done
+
+        def on_token(token: int) -> None:
+            phase = f"{place}, {puzzles} of {len(self.puzzles[one])} puzzles done: token"
+            self.context.observer.progress(phase, token, self.evaluator.params.max_new_tokens)
+            self.context.poll()
+
+        evaluator = replace(self.evaluator, on_token=on_token)
+        return evaluator.evaluate(self.puzzles[one], style=one.style, split=one.split, progress=advance)
 
 
 def _on_dev(weights: Mapping[str, float]) -> dict[Cell, float]:

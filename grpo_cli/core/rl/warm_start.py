@@ -186,7 +186,7 @@ def warm_start(
         with control:
             for step, steps, loss in imitate(state, examples, micro_batch=micro_batch, world=world, poll=context.poll):
                 context.observer.progress(f"warm start: loss {loss:.3f}, step", step, steps)
-                if step % max(1, steps // 10) == 0 or step == steps:
+                if step == steps:
                     note(f"warm start: step {step} of {steps}, loss {loss:.3f}")
                 if world.gather(control.should_save() or 0 < seconds <= time.monotonic() - saved_at)[0]:
                     _save(state, checkpoints, settings, world)
