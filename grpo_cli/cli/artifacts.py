@@ -43,12 +43,13 @@ class Artifacts(Observer):
 
 
 def run_curves(run: Run) -> Curves:
-    """The curves of a run."""
+    """The curves of a run, whose name says if it is broken on purpose."""
     from grpo_cli.core.config.resolve import restore
     from grpo_cli.ui import figures
 
     train = restore(run.read_config(), run.config_path).settings.train
-    return figures.from_metrics(run.name, run.metrics(), temperature=train.temperature)
+    name = run.name if train.broken == "none" else f"{run.name} (broken on purpose: {train.broken})"
+    return figures.from_metrics(name, run.metrics(), temperature=train.temperature)
 
 
 def account_of(source: Run | Path, curves: Curves) -> Account:

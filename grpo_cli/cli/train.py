@@ -256,6 +256,8 @@ def _finish(trainer: Trainer) -> None:
     policy, step = state.policy, state.progress.step
     among = f", by {world.size} processes" if world.size > 1 else ""
     tell(f"run {run.path}: {policy.name} on {policy.device}, {policy.precision}, from step {step}{among}")
+    if trainer.settings.train.broken != "none":
+        tell(f"warning: a bug is planted on purpose: `--break {trainer.settings.train.broken}`")
     if trainer.memory:
         tell(tables.memory_line(trainer.memory))
     try:

@@ -33,6 +33,7 @@ def why(
     sample: Annotated[
         int | None, typer.Option(min=0, help="completion of the group to show token by token", metavar="<int>")
     ] = None,
+    reveal: Annotated[bool, typer.Option("--reveal", help="name the bug that `train --break` planted")] = False,
     losses: Annotated[bool, typer.Option("--losses", help="compare the gradient under every other loss")] = False,
     html: Annotated[Path | None, typer.Option(help="write one HTML page too", metavar="<file>")] = None,
     overwrite: Overwrite = False,
@@ -49,6 +50,9 @@ def why(
 
     chosen = _run(Path(resolve(ctx, config).settings.runs), run)
     settings = restore(chosen.read_config(), chosen.config_path).settings
+    if reveal:
+        _reveal(chosen, settings)
+        return
     if step is None:
         asked = {"--prompt": prompt, "--sample": sample, "--html": html, "--losses": losses or None}
         if given := [name for name, value in asked.items() if value is not None]:
@@ -73,6 +77,16 @@ def _run(root: Path, name: str | None) -> Run:
     return newest
 
 
+def _reveal(run: Run, settings: Settings) -> None:
+    """Print the planted bug; raises CountdownError if there is none."""
+    import_libraries()
+    from grpo_cli.core.rl.labs import BUGS, planted
+
+    if (name := planted(settings)) is None:
+        raise CountdownError(f"run `{run.name}` has no planted bug", "plant one with `countdown train --break mystery`")
+    print(f"{name}: {BUGS[name].says}")
+
+
 def _require_in_step(settings: Settings, prompt: int | None, sample: int | None) -> None:
     counts = (("--prompt", prompt, settings.train.batch_size), ("--sample", sample, settings.train.num_generations))
     for name, value, count in counts:
@@ -90,7 +104,16 @@ def _diagnose(run: Run, settings: Settings, *, as_json: bool) -> None:
     train, groups = settings.train, run.groups(int(history[-1]["step"]))
     rows = sum(len(group["completions"]) for group in groups)
     whole = rows == train.batch_size * train.num_generations and train.num_inner_updates == 1
-    findings = diagnose(history, settings.loss, groups=groups if whole else [], max_new_tokens=train.max_new_tokens)
+    findings = diagnose(
+        history,
+        settings.loss,
+        groups=groups if whole else [],
+        max_new_tokens=train.max_new_tokens,
+        exact=settings.model.precision == "float32",
+    )
+    if train.broken != "none":
+        said = f"a bug is planted on purpose: `--break {train.broken}`; `countdown why {run.name} --reveal` names it"
+        findings.insert(0, {"name": "broken", "text": said, "page": "docs/labs.md"})
     if as_json:
         text.json_object({"run": run.name, "steps": len(history), "findings": findings})
     else:

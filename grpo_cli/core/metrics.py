@@ -88,6 +88,10 @@ METRICS = (
         for kind, act in CHEATS.items()
     ),
     Metric("reward_margin", "reward of correct completions, less that of wrong ones", "", "{:.3f}"),
+    Metric("advantage", "mean advantage of the step, without its sign: 0 if centred", "", "{:.2g}"),
+    Metric("group_advantage", "largest mean advantage of a group: 0 if centred", "", "{:.2g}"),
+    Metric("templated", "prompts that follow the model's chat template", "share", SHARE),
+    Metric("loss_tokens", "tokens in the loss over tokens sampled: 1 if the mask is right", "", "{:.3f}"),
     Metric("reward/", "mean of a named part of the reward", "", "{:.3f}"),
     Metric("distinct", "different completions of a group", "share", SHARE, in_report=True),
     *(

@@ -369,6 +369,8 @@ def training_summary(summary: Mapping[str, Any], folder: Path, *, overlap: str, 
         ("overlap", printable(overlap)),
         ("run", printable(str(folder))),
     ]
+    if (broken := summary.get("broken", "none")) != "none":
+        rows.append(("broken", f"a bug is planted on purpose: `--break {broken}`"))
     if summary["bad_steps"]:
         count = summary["bad_steps"]
         rows.append(("skipped", f"{counted(count, 'step')} whose loss or gradient was not finite"))

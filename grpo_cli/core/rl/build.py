@@ -87,7 +87,7 @@ def finish(trainer: Trainer) -> Result:
     run = trainer.run
     seen = contamination.known(run.name, run.path.parent)
     evaluation = replace(evaluation, known=seen)
-    facts = summary(trainer.state.progress, evaluation, run)
+    facts = summary(trainer.state.progress, evaluation, run, broken=trainer.settings.train.broken)
     run.write_summary(facts)
     return Result(run, evaluation, facts, seen.statement(evaluation.puzzles))
 

@@ -30,6 +30,7 @@ NOTATION_LIMIT = 0.1  # share of completions that are correct except for their n
 FORMAT_GAIN = 0.2  # rise of the format rate that, with a tenth of it in accuracy, is only the format
 CHEAT_LIMIT = 0.1  # share of completions, and twice as many as in the first window
 MARGIN_LIMIT = 0.05  # of the mean reward: how much more correct completions must earn
+EXACT = 1e-4  # distance from what arithmetic makes exact, up to rounding
 SAMPLER_GAP = 1e-3  # nats per token, above which `auto` corrects: float32 rounds to 1e-6, bfloat16 to 1e-2
 
 Line = Mapping[str, float]
@@ -66,7 +67,8 @@ class Window:
 class Rule:
     """A sentence about a window, its metrics in braces, and when it holds.
 
-    `collapse`: the training has failed for good. `unless`: rules that say why already.
+    `collapse`: the training has failed for good. `unless`: rules that say why already. `at_once`: no chance can make
+    it hold, so it is judged from the first step on.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Rule:
     page: str = "docs/training.md"
     collapse: bool = False
     unless: tuple[str, ...] = ()
+    at_once: bool = False
 
 
 def _equal(window: Window, low: float, high: float) -> bool:
@@ -99,6 +102,40 @@ RULES = (  # causes before symptoms
         "scoring failed for {reward/failed:.1%} of the completions, which got reward 0: see the exception with"
         " `--reward-errors stop`",
         "docs/data.md",
+        at_once=True,
+    ),
+    Rule(
+        "template",
+        lambda window: window["templated"] < 1,
+        "{templated:.0%} of the prompts follow the model's chat template: the model reads text that it was not trained"
+        " on",
+        "docs/labs.md",
+        at_once=True,
+    ),
+    Rule(
+        "mask",
+        lambda window: abs(window["loss_tokens"] - 1) > EXACT,
+        "the loss covers {loss_tokens:.3f} tokens for each token sampled: below 1, completions or their ends are not"
+        " learned; above 1, prompts are",
+        "docs/labs.md",
+        at_once=True,
+    ),
+    Rule(
+        "baseline",
+        lambda window: window["advantage"] > EXACT,
+        "the advantages of a step have a mean of {advantage:.2g}, not 0: no baseline is subtracted, so whatever was"
+        " sampled becomes more likely",
+        "docs/labs.md",
+        at_once=True,
+    ),
+    Rule(
+        "groups",
+        lambda window: window["group_advantage"] > EXACT,
+        "the advantages of a group have a mean of up to {group_advantage:.2g}, those of the step 0: completions are"
+        " compared with those of other prompts",
+        "docs/labs.md",
+        unless=("baseline",),
+        at_once=True,
     ),
     Rule(
         "margin",
@@ -279,20 +316,32 @@ def warnings(history: Sequence[Line]) -> dict[str, str]:
 
 
 def _due(history: Sequence[Line]) -> dict[str, tuple[Rule, str]]:
-    """The rules that hold; before a whole window only that on failed scoring is judged."""
-    return _apply(RULES if len(history) >= WINDOW else RULES[:1], history, WINDOW)
+    """The rules that hold; before a whole window only those that need none."""
+    return _apply([rule for rule in RULES if rule.at_once or len(history) >= WINDOW], history, WINDOW)
 
 
 def diagnose(
-    history: Sequence[Line], loss: Loss, *, groups: Sequence[Mapping[str, Any]] = (), max_new_tokens: int = 1
+    history: Sequence[Line],
+    loss: Loss,
+    *,
+    groups: Sequence[Mapping[str, Any]] = (),
+    max_new_tokens: int = 1,
+    exact: bool = False,
 ) -> list[dict[str, str]]:
     """What the metrics of a run say: findings with `name`, `text` and `page`; what is wrong comes first.
 
-    `groups`: all of the last step, if the loss had one inner update. Short runs are judged by their halves.
+    `groups`: all of the last step, if the loss had one inner update. `exact`: sampler and trainer compute in float32.
+    Short runs are judged by their halves.
     """
     found = _apply((*RULES, *FACTS), history, min(WINDOW, (len(history) + 1) // 2))
     findings = [{"name": name, "text": text, "page": rule.page} for name, (rule, text) in found.items()]
     signs = [sign] if (sign := flipped(history[-1], groups, loss, max_new_tokens=max_new_tokens)) else []
+    gap = Window(history[-WINDOW:], history[:WINDOW])["median sampler_gap"]
+    if exact and gap > SAMPLER_GAP:
+        signs.append(
+            f"the update's log-probs differ from the sampler's by {gap:.2g} nats per token, in float32 where rounding"
+            " makes 1e-6: it computes another distribution, such as one without the temperature"
+        )
     if loss.beta and loss.kl_estimator == "original":
         signs.append(
             "`original` flips the sign of the log-ratio and does not estimate this KL: train with `--kl-estimator k3`"

@@ -10,12 +10,13 @@ from grpo_cli.core.rl.state import Progress
 from grpo_cli.core.run.folder import Run
 
 
-def summary(progress: Progress, evaluation: Evaluation, run: Run) -> dict[str, object]:
-    """The summary of a finished progress."""
+def summary(progress: Progress, evaluation: Evaluation, run: Run, *, broken: str = "none") -> dict[str, object]:
+    """The summary of a finished progress; `broken` names the bug that was planted."""
     metrics = run.metrics()
     spent = {name: sum(line.get(f"time/{name}", 0.0) for line in metrics) for name in ("total", "eval", "suite")}
     return {
         "steps": progress.step,
+        "broken": broken,
         "puzzles": evaluation.count,
         "overlap": evaluation.overlap,
         "warm_start": run.warm_start_path.is_dir(),
