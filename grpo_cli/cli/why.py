@@ -36,6 +36,9 @@ def why(
     reveal: Annotated[bool, typer.Option("--reveal", help="name the bug that `train --break` planted")] = False,
     losses: Annotated[bool, typer.Option("--losses", help="compare the gradient under every other loss")] = False,
     html: Annotated[Path | None, typer.Option(help="write one HTML page too", metavar="<file>")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="draw where better and worse completions part: PNG or SVG", metavar="<file>")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
     config: ConfigFile = None,
@@ -47,6 +50,7 @@ def why(
     from grpo_cli.core.config.resolve import restore
     from grpo_cli.core.files import check_writable
     from grpo_cli.core.run.folder import at
+    from grpo_cli.ui.figures import require_drawable
 
     chosen = _run(Path(resolve(ctx, config).settings.runs), run)
     settings = restore(chosen.read_config(), chosen.config_path).settings
@@ -54,16 +58,19 @@ def why(
         _reveal(chosen, settings)
         return
     if step is None:
-        asked = {"--prompt": prompt, "--sample": sample, "--html": html, "--losses": losses or None}
+        asked = {"--prompt": prompt, "--sample": sample, "--html": html, "--figure": figure, "--losses": losses or None}
         if given := [name for name, value in asked.items() if value is not None]:
             again = f"countdown why {chosen.name}{at(chosen.path.parent)} --step 1"
             raise CountdownError(f"`{given[0]}` shows a part of one step", f"name it: `{again} ...`")
         _diagnose(chosen, settings, as_json=as_json)
         return
     _require_in_step(settings, prompt, sample)
-    if html:
-        check_writable(html, overwrite=overwrite)
-    _explain(_replayed(chosen, step, losses=losses), chosen, prompt, sample, html, as_json=as_json)
+    for path in (html, figure):
+        if path:
+            check_writable(path, overwrite=overwrite)
+    if figure:
+        require_drawable(figure)
+    _explain(_replayed(chosen, step, losses=losses), chosen, prompt, sample, html, figure, as_json=as_json)
 
 
 def _run(root: Path, name: str | None) -> Run:
@@ -143,16 +150,27 @@ def _replayed(run: Run, step: int, *, losses: bool) -> Replay:
 
 
 def _explain(
-    replay: Replay, run: Run, prompt: int | None, sample: int | None, html: Path | None, *, as_json: bool
+    replay: Replay,
+    run: Run,
+    prompt: int | None,
+    sample: int | None,
+    html: Path | None,
+    figure: Path | None,
+    *,
+    as_json: bool,
 ) -> None:
+    from grpo_cli.ui import fork
     from grpo_cli.ui import why as show
 
     data = show.explained(replay, run.name, prompt=prompt, sample=sample)
     if html:
         show.write_page(data, html)
+    if figure:
+        fork.write_fork(data, show.stages(data), figure)
     if as_json:
         text.json_object(data)
     else:
         show.show(data)
-    if html:
-        text.note(f"written: {html}")
+    for path in (html, figure):
+        if path:
+            text.note(f"written: {path}")

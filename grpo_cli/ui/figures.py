@@ -175,12 +175,12 @@ def training_curve(curves: Sequence[Curves], path: Path, *, smooth: bool = False
 
     Stars mark the best model, which the run saved. PNG or SVG by the extension of `path`.
     """
-    _write(training_figure(curves, smooth=smooth, window=window), path)
+    save(training_figure(curves, smooth=smooth, window=window), path)
 
 
 def kl_curve(curves: Sequence[Curves], path: Path, *, smooth: bool = False, window: int = 10) -> None:
     """Write the KL estimate by step; PNG or SVG by the extension of `path`."""
-    _write(kl_figure(curves, smooth=smooth, window=window), path)
+    save(kl_figure(curves, smooth=smooth, window=window), path)
 
 
 def svg(figure: Figure, *, prefix: str) -> str:
@@ -313,13 +313,20 @@ def _legend(figure: Figure, *panels: Axes) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def _write(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG or SVG, by the extension of `path`."""
     import matplotlib
 
-    kind = path.suffix.removeprefix(".")
-    if kind not in FORMATS:
-        raise CountdownError(f"cannot draw `{path}`: not a PNG or SVG file", "end its name in `.png` or `.svg`")
+    kind = require_drawable(path)
     drawn = BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "countdown"}):
         figure.savefig(drawn, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     write(path, drawn.getvalue())
+
+
+def require_drawable(path: Path) -> str:
+    """The format of a figure; raises CountdownError for one that cannot be drawn."""
+    kind = path.suffix.removeprefix(".")
+    if kind not in FORMATS:
+        raise CountdownError(f"cannot draw `{path}`: not a PNG or SVG file", "end its name in `.png` or `.svg`")
+    return kind

@@ -136,6 +136,7 @@ def _fork(group: ReplayedGroup) -> dict[str, Any] | None:
             name: {
                 "continues": _piece(group, parting, branch.samples[0]),
                 "samples": branch.samples,
+                "endings": {str(one): _ending(group.completions[one], parting.position) for one in branch.samples},
                 "probability": {stage: pair[side] for stage, pair in chances.items()},
             }
             for name, (branch, side) in sides.items()
@@ -146,6 +147,12 @@ def _fork(group: ReplayedGroup) -> dict[str, Any] | None:
 def _piece(group: ReplayedGroup, parting: Fork, sample: int) -> str:
     pieces = group.completions[sample].pieces
     return repr(pieces[parting.position]) if parting.position < len(pieces) else "the end"
+
+
+def _ending(one: Completion, position: int) -> str:
+    """The text from a token on, without an end-of-sequence token."""
+    pieces = one.pieces[position:]
+    return "".join(pieces if pieces and one.text.endswith(pieces[-1]) else pieces[:-1])
 
 
 def _tokens(one: Completion, updates: Sequence[Terms], row: int) -> list[dict[str, Any]]:
@@ -250,7 +257,7 @@ def _title(data: Mapping[str, Any]) -> str:
     return f"step {data['step']} of run {printable(data['run'])}, replayed from {start}: {equal}"
 
 
-def _stages(data: Mapping[str, Any]) -> dict[str, str]:
+def stages(data: Mapping[str, Any]) -> dict[str, str]:
     """The columns of a fork's probabilities."""
     return {"sampled": "when sampled", "after": "after the step", "last": f"step {data['last_step']}"}
 
@@ -260,12 +267,12 @@ def _show_fork(data: Mapping[str, Any]) -> None:
         return
     out.print()
     out.print(Text(f"fork after token {fork['token']}: … {printable(repr(fork['before']))}", style="bold"))
-    names = _stages(data)
-    stages = list(fork["better"]["probability"])
-    table = grid("branch", "continues", *[names[stage] for stage in stages], "samples", numeric=names.values())
+    names = stages(data)
+    shown = list(fork["better"]["probability"])
+    table = grid("branch", "continues", *[names[stage] for stage in shown], "samples", numeric=names.values())
     for side, style in (("better", "green"), ("worse", "red")):
         branch = fork[side]
-        chances = [f"{branch['probability'][stage]:.3f}" for stage in stages]
+        chances = [f"{branch['probability'][stage]:.3f}" for stage in shown]
         samples = ", ".join(map(str, branch["samples"]))
         table.add_row(Text(side, style=style), printable(branch["continues"]), *chances, samples)
     out.print(table)
@@ -328,7 +335,7 @@ def diagnosis(findings: Sequence[Mapping[str, str]], run: str) -> None:
 def write_page(data: Mapping[str, Any], path: Path) -> None:
     """Write one self-contained page."""
     html = _template().render(
-        data=data, title=_title(data), stages=_stages(data), style=STYLE.read_text("utf-8"), version=__version__
+        data=data, title=_title(data), stages=stages(data), style=STYLE.read_text("utf-8"), version=__version__
     )
     write(path, html.encode("utf-8"))
 
