@@ -244,7 +244,7 @@ class Train(Table):
     )
     broken: Literal[
         "none", "kl", "end", "temperature", "groups", "baseline", "prompt", "bf16", "template", "reward", "mystery"
-    ] = setting("plant a bug on purpose, for docs/labs.md; `mystery` draws one by the seed", "Schedule", advanced=True)
+    ] = setting("plant a bug, for docs/labs.md; `mystery` draws one", "Schedule", advanced=True)
 
 
 class Loss(Table):

@@ -41,6 +41,7 @@ class Collector:
     clock: Clock
     meter: Meter
     micro_batch: MicroBatch
+    templated: float = 1.0  # share of this rank's last prompts that the model's chat template made
 
     @property
     def task(self) -> Task:
@@ -52,7 +53,7 @@ class Collector:
         groups, tally = self._draw(step, range(self.settings.batch_size), 0)
         metrics = tally.means() | self.problems.curriculum.shares(self.problems.curriculum.prompts(step))
         batch = Batch(step, groups, tally, metrics, tally.tokens)
-        metrics["templated"] = fmean(self.context.world.gather(self._templated(groups)))
+        metrics["templated"] = fmean(self.context.world.gather(self.templated))
         if self.settings.dynamic_sampling:
             self._replace(batch)
         return batch
@@ -91,12 +92,6 @@ class Collector:
         own = Tally.of(groups, size=self.settings.num_generations, cheats=self.task.cheats)
         return reduce(add, self.context.world.gather(own))
 
-    def _templated(self, groups: Sequence[Group]) -> float:
-        """Share of prompts that are what the model's chat template makes of their messages."""
-        tokenizer, task = self.engine.policy.tokenizer, self.task
-        own = [encode(tokenizer, task.prompt(one.problem, one.style)) == one.prompt for one in groups]
-        return sum(own) / len(own) if own else 1.0
-
     def _score(self, text: str, problem: Problem, style: str, truncated: bool, length: int) -> Score:
         """The task's score minus the length penalty of `length` tokens."""
         score, reward = self.task.score(text, problem, style=style, truncated=truncated), self.reward
@@ -115,7 +110,10 @@ class Collector:
         prompts = self.problems.curriculum.prompts(step, turn=turn)
         drawn = [prompts[place] for place in places]
         policy = self.engine.policy
-        encoded = [policy.encode(self.task.prompt(problem, style)) for problem, style in drawn]
+        messages = [self.task.prompt(problem, style) for problem, style in drawn]
+        encoded = [policy.encode(one) for one in messages]
+        same = [encode(policy.tokenizer, one) == tokens for one, tokens in zip(messages, encoded, strict=True)]
+        self.templated = fmean(same) if same else 1.0
         with self.clock.phase("rollout"):
             rollout = self.engine.sample(
                 encoded,
