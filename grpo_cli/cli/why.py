@@ -103,6 +103,7 @@ def _require_in_step(settings: Settings, prompt: int | None, sample: int | None)
 
 def _diagnose(run: Run, settings: Settings, *, as_json: bool) -> None:
     from grpo_cli.core.rl.health import diagnose
+    from grpo_cli.core.run.folder import at
     from grpo_cli.ui import why as show
 
     history = [line for line in run.metrics() if line["step"] > 0]
@@ -119,7 +120,8 @@ def _diagnose(run: Run, settings: Settings, *, as_json: bool) -> None:
         exact=settings.model.precision == "float32",
     )
     if train.broken != "none":
-        said = f"a bug is planted on purpose: `--break {train.broken}`; `countdown why {run.name} --reveal` names it"
+        again = f"countdown why {run.name} --reveal{at(run.path.parent)}"
+        said = f"a bug is planted on purpose: `--break {train.broken}`; `{again}` names it"
         findings.insert(0, {"name": "broken", "text": said, "page": "docs/labs.md"})
     if as_json:
         text.json_object({"run": run.name, "steps": len(history), "findings": findings})
