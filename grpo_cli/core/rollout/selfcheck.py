@@ -312,10 +312,10 @@ def _arithmetic(policy: Policy) -> str:
 
 def _ratio(difference: Tensor, whole: Tensor) -> float:
     """Relative difference from the plain forward's numbers; raises NotNumbersError if they are all 0 or not finite."""
-    norm = float(whole.norm())
+    norm = float(torch.linalg.vector_norm(whole))
     if not 0 < norm < math.inf:
         raise NotNumbersError("its logits or gradients are all zero or not finite")
-    return float(difference.norm()) / norm
+    return float(torch.linalg.vector_norm(difference)) / norm
 
 
 def _agree(policy: Policy, differences: Tensor) -> bool:
