@@ -8,11 +8,13 @@ import pytest
 import torch
 import transformers
 from conftest import SMALL, Command, timeless
+from test_decode import assert_same, rolled
 
 from grpo_cli.core.model import lora
-from grpo_cli.core.model.packed import PackedPath
+from grpo_cli.core.model.packed import PackedPath, can_step_in_place
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.reference import Reference
+from grpo_cli.core.rollout.decode import StaticSampler
 from grpo_cli.core.rollout.engine import uniforms
 from grpo_cli.core.rollout.local import LocalEngine
 from grpo_cli.core.rollout.params import SamplingParams
@@ -168,3 +170,18 @@ def test_the_plan_counts_an_adapter_instead_of_gradients_moments_and_a_reference
         rows[rank] = {line.split()[0] for line in shown.splitlines() if line.strip()}
     assert "reference" in rows["0"] and "adapter" not in rows["0"]
     assert "adapter" in rows["4"] and "reference" not in rows["4"]
+
+
+def test_a_static_step_reads_the_adapter_in_place(tiny_folder: Path) -> None:
+    policy = adapted(tiny_folder, targets=("q_proj", "o_proj", "up_proj", "down_proj"))
+    kept: list[StaticSampler] = []
+    prompts = [[5, 17, 300], [8, 9]]
+    drawn = []
+    for scale in (1.0, 2.0):  # the same sampler, after the adapter has changed
+        with lora.perturbed(policy.model), torch.no_grad():
+            for layer in lora.adapted(policy.model).values():
+                layer.lora_B[lora.ADAPTER].weight.mul_(scale)
+            drawn.append(rolled(policy, prompts, static=True, kept=kept))
+            assert_same(drawn[-1], rolled(policy, prompts, static=False))
+    assert len(kept) == 1 and drawn[0].completions != drawn[1].completions
+    assert can_step_in_place(policy) and not can_step_in_place(adapted(tiny_folder, nf4=True))

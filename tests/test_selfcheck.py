@@ -51,12 +51,12 @@ DECODER = {**SHAPE, "intermediate_size": 48, "num_key_value_heads": 2, "pad_toke
 GPT = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
 
-def as_loaded(model: PreTrainedModel) -> Policy:
+def as_loaded(model: PreTrainedModel, scale: float = 0.25, seed: int = 1) -> Policy:
     """A policy of weights so large that its distributions are far from uniform."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
-            weight.add_(0.25 * torch.randn(weight.shape, generator=generator))
+            weight.add_(scale * torch.randn(weight.shape, generator=generator))
     return loaded(model.eval())
 
 
@@ -226,3 +226,32 @@ def test_a_model_whose_logits_are_all_zero_is_refused_on_every_path(tiny_policy:
     torch.nn.init.zeros_(tiny_policy.model.get_output_embeddings().weight)
     with pytest.raises(CountdownError, match="all zero or not finite"):
         checked(tiny_policy)
+
+
+ROWS = Sequences(SHORT, [[5, 6, 7, 8], [9, 10, 11]], [0, 1])
+
+
+def in_bfloat16(precision: str, scale: float, seed: int) -> Policy:
+    torch.manual_seed(seed)
+    policy = as_loaded(LlamaForCausalLM(LlamaConfig(**DECODER)), scale, seed)
+    if precision == "bf16":
+        policy.model.to(torch.bfloat16)
+    return replace(policy, precision=precision)
+
+
+@pytest.mark.parametrize(
+    ("precision", "scale", "seed"), [("bf16", 0.25, 0), ("bf16", 0.5, 9), ("bf16", 1.0, 4), ("bf16-master", 0.5, 15)]
+)
+def test_a_right_gradient_passes_however_sharp_the_model(precision: str, scale: float, seed: int) -> None:
+    policy = in_bfloat16(precision, scale, seed)
+    before = [(weight.data_ptr(), weight.dtype) for weight in policy.model.parameters()]
+    selfcheck._compare_gradients(policy, ROWS)
+    assert [(weight.data_ptr(), weight.dtype) for weight in policy.model.parameters()] == before
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-master"])
+def test_a_wrong_gradient_is_rejected_in_bfloat16(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, right = in_bfloat16(precision, 0.25, 0), Policy.logprobs
+    monkeypatch.setattr(Policy, "logprobs", lambda *given, **options: [1.4 * right(*given, **options)[0]])
+    with pytest.raises(selfcheck.Disagreement, match="gradients differ by"):
+        selfcheck._compare_gradients(policy, ROWS)

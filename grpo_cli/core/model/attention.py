@@ -38,6 +38,11 @@ def attention_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else dtype
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of exact sums: float64, which MPS lacks."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def maskless(device: torch.device) -> bool:
     """Whether completions attend without a mask in memory; flash attention on CUDA does not support one."""
     return device.type == "cuda"

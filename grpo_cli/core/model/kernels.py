@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 
-KEYS = 64  # keys per read of `decode_attention`
+KEYS = 64  # most keys per read of `decode_attention`
+NUMBERS = {2: 8192, 4: 2048}  # most numbers per read, by their bytes: more spill, or exceed the 99 kB of sm_86 and 120
 COLUMNS = 4096  # logits or inner values per read
 
 
@@ -36,10 +37,12 @@ def decode_attention(
     queries = heads.shape[1] - 2 * key_heads
     assert heads.is_contiguous() and all(cache.is_contiguous() for cache in (*prompts, *own))
     attended = heads.new_empty(len(heads), queries, width)
+    padded = max(16, triton.next_power_of_2(width))
     _decode_attention[(count * generations, key_heads)](
         heads, cosines.contiguous(), sines.contiguous(), *prompts, *own, lengths, slot, attended, scaling,
         generations, prompts[1].shape[2], own[0].shape[3], key_heads, queries // key_heads, width,
-        max(16, triton.next_power_of_2(queries // key_heads)), max(16, triton.next_power_of_2(width)), KEYS,
+        max(16, triton.next_power_of_2(queries // key_heads)), padded,
+        max(16, min(KEYS, NUMBERS[heads.element_size()] // padded)),
     )  # fmt: skip
     return attended
 

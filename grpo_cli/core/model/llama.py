@@ -83,35 +83,34 @@ class _Direct:
 
     def projected(self, hidden: Tensor) -> Tensor:
         attention, weight = self.layer.self_attn, self.layer.input_layernorm.weight
-        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
         normed = rms_norm(hidden, weight.shape, weight, self.epsilon)
-        return _product(normed, [part.weight for part in parts], _biases(parts))
+        return _joined(normed, (attention.q_proj, attention.k_proj, attention.v_proj))
 
     def mixed(self, attended: Tensor) -> Tensor:
-        return linear(attended, self.layer.self_attn.o_proj.weight)
+        return cast("Tensor", self.layer.self_attn.o_proj(attended))
 
     def fed_forward(self, hidden: Tensor) -> Tensor:
         mlp, weight = self.layer.mlp, self.layer.post_attention_layernorm.weight
         normed = rms_norm(hidden, weight.shape, weight, self.epsilon)
-        gate, up = _product(normed, [mlp.gate_proj.weight, mlp.up_proj.weight]).chunk(2, dim=-1)
+        gate, up = _joined(normed, (mlp.gate_proj, mlp.up_proj)).chunk(2, dim=-1)
         if self.fused:
             from grpo_cli.core.model import kernels  # imports Triton
 
-            return linear(kernels.swiglu(gate, up), mlp.down_proj.weight)
-        return linear(mlp.act_fn(gate) * up, mlp.down_proj.weight)
+            return cast("Tensor", mlp.down_proj(kernels.swiglu(gate, up)))
+        return cast("Tensor", mlp.down_proj(mlp.act_fn(gate) * up))
 
 
 def adjoin(model: PreTrainedModel) -> None:
     """Move weights with the same input next to each other, so one product serves them all.
 
-    The parameters keep their names and values. Does nothing if they are already adjacent.
+    The parameters keep their names and values. Does nothing if they are already adjacent, or have adapters.
     """
     for layer in model.get_decoder().layers:
         attention, mlp = layer.self_attn, layer.mlp
-        heads = (attention.q_proj, attention.k_proj, attention.v_proj)
-        gate_up = [mlp.gate_proj.weight, mlp.up_proj.weight]
-        groups = ([part.weight for part in heads], _biases(heads), gate_up)
-        for parts in filter(None, groups):
+        groups = ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj))
+        plain = [group for group in groups if _are_plain(group)]
+        weights = [[part.weight for part in group] for group in plain]
+        for parts in filter(None, [*weights, *map(_biases, plain)]):
             # Inference tensors cannot be used in a backward pass.
             with torch.inference_mode(False), torch.no_grad():
                 if _as_one(parts) is None:
@@ -129,6 +128,18 @@ def _as_one(parts: Sequence[Tensor]) -> Tensor | None:
             return None
         end += part.nbytes
     return first.detach().as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+
+
+def _are_plain(projections: Sequence[torch.nn.Module]) -> bool:
+    """Whether none of the layers has an adapter."""
+    return all(type(part) is torch.nn.Linear for part in projections)
+
+
+def _joined(hidden: Tensor, projections: Sequence[torch.nn.Module]) -> Tensor:
+    """Outputs of linear layers for the same hidden states (M, D), joined; layers with adapters compute themselves."""
+    if not _are_plain(projections):
+        return torch.cat([part(hidden) for part in projections], dim=-1)
+    return _product(hidden, [cast("Tensor", part.weight) for part in projections], _biases(projections))
 
 
 def _product(hidden: Tensor, weights: list[Tensor], biases: Sequence[Tensor] = ()) -> Tensor:

@@ -68,12 +68,12 @@ class PackedPath:
         With `in_place` it reads the model's weights at every call; otherwise it uses the current ones.
         """
         model = policy.model
-        if llama.fits(model) and _can_merge(policy):
+        if llama.fits(model) and (in_place or _can_merge(policy)):
             # On a CPU, a narrow model loses more to conversions than it gains from bfloat16.
             wide = policy.device.type != "cpu" or model.config.hidden_size >= WIDE
             converted = policy.precision == "bf16-master" and wide and not in_place and policy.adapter is None
             dtype = torch.bfloat16 if converted else model.dtype
-            with lora.merged_weights(model) if policy.adapter else nullcontext():
+            with lora.merged_weights(model) if policy.adapter and not in_place else nullcontext():
                 written = llama.Pass(
                     model, longest=longest, dtype=dtype, in_place=in_place, fused=self.fused and in_place
                 )
@@ -101,8 +101,8 @@ class PackedPath:
 
 
 def can_step_in_place(policy: Policy) -> bool:
-    """Whether `PackedPath.step` works without copies of the weights."""
-    return llama.fits(policy.model) and policy.adapter is None
+    """Whether `PackedPath.step` works without copies of the weights; 4-bit weights were never captured."""
+    return llama.fits(policy.model) and not (policy.adapter and policy.adapter.nf4)
 
 
 def _can_merge(policy: Policy) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo_cli.core.model import lora
-from grpo_cli.core.model.attention import Plan, shared_prefix_attention
+from grpo_cli.core.model.attention import Plan, shared_prefix_attention, sum_dtype
 from grpo_cli.core.model.logprobs import Entropy
 from grpo_cli.core.model.templates import PROBE, opening
 from grpo_cli.core.model.templates import encode as encode
@@ -157,7 +157,7 @@ class Policy:
 
     def sums(self) -> list[float]:
         """The sum of each weight tensor, to compare weights."""
-        return [float(weight.detach().sum(dtype=torch.float64)) for weight in self.model.parameters()]
+        return [float(weight.detach().sum(dtype=sum_dtype(self.device))) for weight in self.model.parameters()]
 
     def fingerprint(self) -> dict[str, str]:
         """SHA-256 of the weights and their names, without an adapter's, and of the tokenizer.

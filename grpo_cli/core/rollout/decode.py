@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from grpo_cli.core.model.attention import Decode, Prefill, StaticDecode, attention_dtype
+from grpo_cli.core.model.attention import Decode, Prefill, StaticDecode, attention_dtype, sum_dtype
 from grpo_cli.core.model.packed import PackedPath
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.rollout.params import SamplingParams
@@ -46,15 +46,15 @@ def choose(logits: Tensor, uniform: Tensor | None, params: SamplingParams) -> tu
 def _inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """The first tokens (B,) whose cumulative probabilities, of (B, V), exceed `uniform` (B,) times the row's sum.
 
-    A large vocabulary is searched by sums of blocks, then within one block: a scan of 152,000 float64 numbers per row
-    is slow on a GPU.
+    Sums have the dtype of `uniform`. A large vocabulary is searched by sums of blocks, then within one block: a scan of
+    152,000 float64 numbers per row is slow on a GPU.
     """
-    rows, vocabulary = probabilities.shape
+    (rows, vocabulary), dtype = probabilities.shape, uniform.dtype
     if vocabulary < LARGE:
-        total = probabilities.sum(dim=-1, keepdim=True, dtype=torch.float64)
+        total = probabilities.sum(dim=-1, keepdim=True, dtype=dtype)
         return _first_above(probabilities, uniform[:, None] * total)[:, 0]
     blocks = pad(probabilities, (0, -vocabulary % BLOCK)).view(rows, -1, BLOCK)  # (B, N, S)
-    sums = blocks.sum(dim=-1, dtype=torch.float64)  # (B, N)
+    sums = blocks.sum(dim=-1, dtype=dtype)  # (B, N)
     aim = uniform[:, None] * sums.sum(dim=-1, keepdim=True)
     block = _first_above(sums, aim)  # (B, 1)
     before = (sums.cumsum(dim=-1) - sums).gather(1, block)
@@ -67,7 +67,7 @@ def _first_above(weights: Tensor, aim: Tensor) -> Tensor:
 
     Where rounding of the sums leads to a weight of 0, the largest weight's index instead.
     """
-    places = torch.searchsorted(weights.cumsum(dim=-1, dtype=torch.float64), aim, right=True)
+    places = torch.searchsorted(weights.cumsum(dim=-1, dtype=aim.dtype), aim, right=True)
     places = places.clamp(max=weights.shape[-1] - 1)
     return torch.where(weights.gather(-1, places) > 0, places, weights.argmax(dim=-1, keepdim=True))
 
@@ -84,7 +84,7 @@ class Sampler:
     def __init__(self, policy: Policy, rows: int, params: SamplingParams, uniform: Tensor | None) -> None:
         device, max_new_tokens = policy.device, params.max_new_tokens
         self.policy, self.params, self.limit = policy, params, max_new_tokens
-        self.uniform = None if uniform is None else uniform.view(rows, -1).to(device)  # (B, T)
+        self.uniform = None if uniform is None else uniform.view(rows, -1).to(device, sum_dtype(device))  # (B, T)
         self.ends = torch.tensor(policy.end_ids, device=device)
         self.tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(rows, max_new_tokens, device=device)
@@ -180,7 +180,7 @@ class StaticSampler(Sampler):
     def __init__(self, policy: Policy, form: Form) -> None:
         num_generations, max_new_tokens = form.params.num_generations, form.params.max_new_tokens
         rows, device, model, longest = form.prompts * num_generations, policy.device, policy.model, form.longest
-        uniform = None if form.params.greedy else torch.zeros(rows, max_new_tokens, dtype=torch.float64)
+        uniform = None if form.params.greedy else torch.zeros(rows, max_new_tokens, dtype=sum_dtype(device))
         super().__init__(policy, rows, form.params, uniform)
         self.form = form
         self.step = packed(policy).step(policy, longest + max_new_tokens, in_place=True)
@@ -256,7 +256,8 @@ def record(work: Callable[[], None], device: torch.device) -> Callable[[], None]
             work()
     torch.cuda.current_stream(device).wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=aside):
+    # torch leaves the side stream current where a capture fails; the outer context does not.
+    with torch.cuda.stream(torch.cuda.current_stream(device)), torch.cuda.graph(graph, stream=aside):
         work()
     return graph.replay
 
