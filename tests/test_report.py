@@ -246,7 +246,7 @@ def test_every_section_has_its_place() -> None:
     assert re.findall("<h2>(.*?)</h2>", text) == [*sections, "Configuration"]
     page = Page(text)
     assert {"50.0%", "75.0%", "no_answer", "76.2", OWN, OTHER, "+1 −0"} <= set(page.words)
-    assert "builtin, trained on one-shot puzzles of 3 numbers: 4 of 40 steps so far" in page.text
+    assert "builtin, trained on one-shot puzzles of 3 numbers: 4 of 16 steps so far" in page.text
     assert "in 14 s." in page.text
 
 
@@ -254,7 +254,7 @@ def test_settings_that_differ_from_the_defaults_come_first() -> None:
     text = report.page([account()], defaults=DEFAULTS)
     first, rest = text.partition("<h2>Configuration</h2>")[2].split("<details>")
     first, rest = first.replace("<wbr>", ""), rest.replace("<wbr>", "")
-    assert "train.learning_rate" in first and "<code>3e-05</code>" in first and "<code>2e-06</code>" in first
+    assert "train.learning_rate" in first and "<code>0.0001</code>" in first and "<code>2e-06</code>" in first
     assert "loss.epsilon_high" not in first
     assert all(f"<code>{key}</code>" in rest for key in DEFAULTS)
 

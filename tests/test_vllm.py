@@ -48,8 +48,10 @@ def test_weights_that_vllm_merges_are_found_under_their_own_names() -> None:
 @pytest.fixture(scope="module")
 def engine(request: pytest.FixtureRequest) -> VllmEngine:
     pytest.importorskip("vllm")
+    from grpo_cli.cli import app
     from grpo_cli.core.model.load import load
 
+    app._set_environment()
     return VllmEngine(load("builtin", device="cpu", precision="float32"), 1024, 0.3)
 
 

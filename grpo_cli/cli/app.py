@@ -93,6 +93,9 @@ def _set_environment() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait slow all others down
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by `--deterministic`
     os.environ.setdefault("WANDB_MODE", "offline")  # upload nothing by default
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over within the process
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GB
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if "PYTORCH_ALLOC_CONF" not in os.environ:  # the newer name
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # less fragmentation
 

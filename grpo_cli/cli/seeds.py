@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from grpo_cli.core.config.settings import Settings
     from grpo_cli.core.run.folder import Run
 
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 OWN = ("--seeds", "--seed", "--run")  # options of the command that each process gets its own of
 
 
@@ -81,7 +81,8 @@ def _arguments(given: Sequence[str]) -> list[str]:
 def _run(arguments: Sequence[str]) -> int:
     """The exit code of `countdown ARGUMENTS` in a process of its own, which gets this one's signals."""
     with subprocess.Popen([sys.executable, "-m", "grpo_cli", *arguments], start_new_session=True) as process:
-        before = {number: signal.signal(number, lambda got, _: process.send_signal(got)) for number in FORWARDED}
+        numbers = [getattr(signal, name) for name in FORWARDED]
+        before = {number: signal.signal(number, lambda got, _: process.send_signal(got)) for number in numbers}
         try:
             return process.wait()
         finally:

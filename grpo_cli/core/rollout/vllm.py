@@ -9,7 +9,6 @@ without a seed for each completion, so that a run cannot be repeated.
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +33,10 @@ SUMS = 1e-5  # relative difference of two sums of the same weights, in another o
 
 @dataclass
 class VllmEngine:
-    """Samples with vLLM. `context`: tokens of the longest prompt and completion; `memory`: its share of a GPU."""
+    """Samples with vLLM. `context`: tokens of the longest prompt and completion; `memory`: its share of a GPU.
+
+    VLLM_ENABLE_V1_MULTIPROCESSING must be 0: weights are handed over within the process. The command line sets it.
+    """
 
     policy: Policy
     context: int
@@ -121,9 +123,6 @@ class VllmEngine:
 
     def _start(self) -> Any:
         """Start vLLM on a saved copy of the model."""
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over within the process
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         with tempfile.TemporaryDirectory(prefix="countdown-vllm-") as folder:
             self.policy.save(Path(folder))
             try:
