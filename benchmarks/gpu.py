@@ -1,44 +1,38 @@
-"""Measure the original's workload, with Qwen2.5-1.5B's shape, on one GPU: probes, and training steps by phase.
+"""Measure the original's workload, with Qwen2.5-1.5B's shape, on one GPU, in one process of at most ten minutes.
 
     python benchmarks/gpu.py --out gpu.json
 
-4 prompts of 290 tokens by 16 completions of 160, bfloat16, 8-bit AdamW, KL to a frozen reference. Weights are random:
-speed and memory do not depend on them. Each probe and each variant of a step runs in its own process, which isolates
-its peak memory and its failures; `--out` is written after each. Times are medians. Without CUDA, the same code runs a
-tiny shape on the CPU, only to show that it works. Predictions made before any measurement are printed beside the
-probes.
+4 prompts of 290 tokens by 16 completions of 160, bfloat16 with float32 masters, KL to a frozen reference. Weights are
+random: speed and memory do not depend on them. The model is loaded once, and each row is printed and written as it
+comes, most knowledge first, so that a machine that is lost costs only the rest. A row that fails says why and ends
+nothing else. Times are medians. Without CUDA, the same code runs a tiny shape on the CPU, only to show that it works.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import multiprocessing
+import gc
 import os
 import statistics
 import tempfile
-import traceback
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing.connection import Connection
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from measured import Seconds, peak_bytes, table, timed, write
-from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_cli.core.builtin.tokenizer import train_tokenizer
 from grpo_cli.core.config.resolve import resolve
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import load
-from grpo_cli.core.model.logprobs import Entropy
 from grpo_cli.core.model.packed import PackedPath
-from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.model.policy import Policy, Sequences, checkpoint_layers
 from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.perf.utilization import Groups, operations, peak_tflops
 from grpo_cli.core.rl.batch import Examples
@@ -46,7 +40,8 @@ from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.grpo import advantages
 from grpo_cli.core.rl.state import build_optimizer
 from grpo_cli.core.rl.update import Objective, reference_logprobs, update
-from grpo_cli.core.rollout.engine import uniforms
+from grpo_cli.core.rollout import selfcheck
+from grpo_cli.core.rollout.engine import Rollout, uniforms
 from grpo_cli.core.rollout.local import LocalEngine
 from grpo_cli.core.rollout.params import SamplingParams
 from grpo_cli.core.task.prompts import STYLES, prompt
@@ -69,14 +64,16 @@ SHAPES: dict[str, dict[str, int]] = {
 LOSS = resolve().settings.loss.model_copy(update={"loss_type": "grpo", "beta": 0.01})
 TEMPERATURE, LEARNING_RATE = 1.2, 2e-6
 PHASES = ("prefill", "decode", "reference", "update", "optimizer")
+PACKAGES = ("torch", "triton", "transformers", "bitsandbytes")
+CAP = 24 * 10**9  # bytes of a smaller GPU
+KERNELS = 20  # shown of a rollout
 
 
 @dataclass(frozen=True)
 class Load:
-    """The workload of a step."""
+    """The workload of a step, and the model that is loaded for it, without end-of-sequence ids."""
 
-    folder: str
-    device: str
+    policy: Policy
     prompts: int
     prompt_tokens: int
     completions: int  # per prompt
@@ -88,54 +85,20 @@ class Load:
         rng = torch.Generator().manual_seed(0)
         return torch.randint(0, 400, (self.prompts, self.prompt_tokens), generator=rng).tolist()
 
-    def policy(self, precision: str) -> Policy:
-        """A policy without end-of-sequence ids, so all completions have full length."""
-        return replace(load(self.folder, device=self.device, precision=precision), end_ids=(10**6,))
-
     def groups(self) -> Groups:
         return [(self.prompt_tokens, [self.tokens] * self.completions)] * self.prompts
 
+    def sample(self, engine: LocalEngine, *, static: bool = True, index: int = 0) -> Rollout:
+        return engine.sample(
+            self.prompt_ids(),
+            SamplingParams(self.tokens, TEMPERATURE, self.completions),
+            uniform=uniforms(0, index, range(self.prompts), self.completions, self.tokens),
+            static=static,
+        )
 
-@dataclass(frozen=True)
-class Variant:
-    """A configuration of the step."""
-
-    name: str
-    precision: str = "bf16"
-    static: bool = True
-    padded: bool = False
-    gradient_checkpointing: bool = False
-    fused: bool = True  # on a GPU
-    at_once: int = 0  # completions in a micro-batch
-
-
-VARIANTS = (
-    Variant("graph, shared prefix, bf16"),
-    Variant("the same, bf16-master", precision="bf16-master"),
-    Variant("without fused kernels", fused=False),
-    Variant("eager decoding", static=False),
-    Variant("rows padded, each with its prompt", padded=True, at_once=16),
-    Variant("gradient checkpointing", gradient_checkpointing=True),
-)
-
-
-class Padded(PackedPath):
-    """Baseline log-probabilities: every row contains its prompt and is padded to one length."""
-
-    def logprobs(
-        self, policy: Policy, sequences: Sequences, *, temperature: float, entropy: Entropy, logit_chunk: int
-    ) -> tuple[Tensor, Tensor]:
-        completions = sequences.completions
-        rows = [sequences.prompts[owner] + row for owner, row in zip(sequences.prompt_index, completions, strict=True)]
-        assert len(set(map(len, rows))) == 1 == len(set(map(len, completions)))
-        tokens, length = torch.tensor(rows, device=policy.device), len(completions[0])
-        attention = policy.model.config._attn_implementation
-        policy.model.set_attn_implementation("sdpa")
-        logits = policy.model(input_ids=tokens, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
-        policy.model.set_attn_implementation(attention)
-        everything = (logits.float() / temperature).log_softmax(dim=-1)  # (B, T, V)
-        spread = -(everything.detach().exp() * everything.detach()).sum(dim=-1)
-        return everything.gather(-1, tokens[:, -length:, None])[..., 0], spread
+    def fused(self, fused: bool = True) -> Policy:
+        """The policy on the packed path, with Triton's kernels where there is a GPU."""
+        return replace(self.policy, path=PackedPath(fused=fused and self.policy.device.type == "cuda"))
 
 
 def model_folder(scratch: Path, shape: str, **changes: int) -> str:
@@ -151,241 +114,141 @@ def model_folder(scratch: Path, shape: str, **changes: int) -> str:
     return str(scratch)
 
 
-# Steps
+# Rows
 
 
-def steps(asked: Load, variant: Variant) -> dict[str, Any]:
-    """Medians by phase, peak memory, and model FLOP utilization."""
-    policy = asked.policy(variant.precision)
-    fused = policy.path == PackedPath(fused=True) and variant.fused
-    policy = replace(policy, path=PackedPath(fused=fused))
-    if variant.gradient_checkpointing:
-        policy.model.activation_checkpointing_enable()
-        policy.model.train()
-    if variant.padded:
-        policy = replace(policy, path=Padded())
-    reference = Reference.of(policy)
-    notes: list[str] = []
-    name = "adamw8bit"
-    if not importlib.util.find_spec("bitsandbytes"):
-        name = "adamw"
-        notes.append("AdamW in float32, since bitsandbytes is missing")
-    optimizer = build_optimizer(policy, name=name, weight_decay=0.0)
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return {**found, "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+
+
+def gap(load: Load, path: str) -> float:
+    """The largest difference of a path's log-probabilities from the model's own; raises if it disagrees."""
+    policy = selfcheck._on(load.policy, selfcheck.PATHS[path])
+    return selfcheck._gap(policy, selfcheck._pieces(policy), checkpointing=False)
+
+
+def decode(load: Load, *, static: bool, fused: bool) -> dict[str, float]:
+    """Milliseconds of a decode step of all rows, and of the prefill."""
+    engine = LocalEngine(load.fused(fused))
+    for _ in range(2):  # the first one captures the graph
+        seconds = load.sample(engine, static=static).seconds
+    return {"ms a token": 1000 * seconds["decode"] / (load.tokens - 1), "prefill, ms": 1000 * seconds["prefill"]}
+
+
+def kernels(load: Load) -> list[tuple[str, int, float]]:
+    """The kernels that take most time in a rollout: name, calls, milliseconds."""
+    engine = LocalEngine(load.fused())
+    load.sample(engine)
+    with torch.profiler.profile() as profiler:
+        load.sample(engine)
+    return slowest(profiler.key_averages(), cuda=torch.cuda.is_available())
+
+
+def slowest(events: Iterable[Any], *, cuda: bool) -> list[tuple[str, int, float]]:
+    """The profiler's events with most self time, among those of the device."""
+    device = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    taken = "self_device_time_total" if cuda else "self_cpu_time_total"
+    there = [event for event in events if event.device_type == device]
+    most = sorted(there, key=lambda event: -getattr(event, taken))[:KERNELS]
+    return [(str(event.key)[:70], event.count, getattr(event, taken) / 1000) for event in most]
+
+
+def steps(load: Load, *, fused: bool = True, checkpointing: bool = False, at_once: int = 0) -> dict[str, Any]:
+    """Medians by phase, peaks of memory, model FLOP utilization, and what the micro-batch reported."""
+    policy, notes = load.fused(fused), list[str]()
+    if checkpointing:
+        checkpoint_layers(policy.model)
+    try:
+        rounds = _rounds(load, policy, MicroBatch(at_once, report=notes.append))
+    finally:
+        if checkpointing:
+            policy.model.activation_checkpointing_disable()
+    medians = {phase: statistics.median(one[phase] for one in rounds[1:]) for phase in (*PHASES, "total")}
+    return {"seconds": medians, "mfu": utilization(load, policy, medians), "notes": notes, **peaks()}
+
+
+def _rounds(load: Load, policy: Policy, micro_batch: MicroBatch) -> list[Seconds]:
+    reference, optimizer = Reference.of(policy), build_optimizer(policy, name="auto", weight_decay=0.0)
     for group in optimizer.param_groups:
         group["lr"] = LEARNING_RATE
-    prompts, fit = asked.prompt_ids(), MicroBatch(variant.at_once, report=notes.append)
-    prompt_index = [index for index in range(asked.prompts) for _ in range(asked.completions)]
-    rewards = torch.rand(asked.prompts, asked.completions, generator=torch.Generator().manual_seed(1))
-    rounds: list[Seconds] = []
-    engine = LocalEngine(policy)
-    for index in range(asked.rounds + 1):
+    prompts, engine, rounds = load.prompt_ids(), LocalEngine(policy), list[Seconds]()
+    prompt_index = [index for index in range(load.prompts) for _ in range(load.completions)]
+    rewards = torch.rand(load.prompts, load.completions, generator=torch.Generator().manual_seed(1))
+    objective, clock = Objective(LOSS, TEMPERATURE, load.tokens, clip_grad_norm=0.5), Clock()
+    for index in range(load.rounds + 1):
         seconds: Seconds = {}
         with timed(seconds, "total"):
-            rollout = engine.sample(
-                prompts,
-                SamplingParams(asked.tokens, TEMPERATURE, asked.completions),
-                uniform=uniforms(0, index, range(asked.prompts), asked.completions, asked.tokens),
-                static=variant.static,
-            )
-            seconds |= rollout.seconds
+            rollout = load.sample(engine, index=index)
             sequences = Sequences(prompts, rollout.completions, prompt_index)
             with timed(seconds, "reference"):
-                ref_logprobs = reference_logprobs(reference, sequences, temperature=TEMPERATURE, micro_batch=fit)
+                ref = reference_logprobs(reference, sequences, temperature=TEMPERATURE, micro_batch=micro_batch)
             with timed(seconds, "update"):
-                examples = Examples(sequences, advantages(rewards).flatten(), ref_logprobs=ref_logprobs)
-                objective = Objective(LOSS, TEMPERATURE, asked.tokens, clip_grad_norm=0.5)
-                clock = Clock()
-                update(policy, optimizer, examples, objective, micro_batch=fit, clock=clock)
-        seconds["optimizer"] = clock.lap()["time/optimizer"]
+                examples = Examples(sequences, advantages(rewards).flatten(), ref_logprobs=ref)
+                update(policy, optimizer, examples, objective, micro_batch=micro_batch, clock=clock)
+        seconds |= {**rollout.seconds, "optimizer": clock.lap()["time/optimizer"]}
         seconds["update"] -= seconds["optimizer"]
         rounds.append(seconds)
-    medians = {phase: statistics.median(one[phase] for one in rounds[1:]) for phase in (*PHASES, "total")}
-    return {"seconds": medians, "peak": peak_bytes(), "mfu": utilization(asked, policy, medians), "notes": notes}
+    return rounds
 
 
-def utilization(asked: Load, policy: Policy, seconds: Seconds) -> dict[str, float]:
+def capped(load: Load) -> dict[str, Any]:
+    """The step in the memory of a smaller GPU: it must retry with smaller micro-batches, and end."""
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(CAP / torch.cuda.get_device_properties(0).total_memory)
+    return steps(replace(load, rounds=1), checkpointing=True)
+
+
+def peaks() -> dict[str, float]:
+    """Gigabytes allocated and reserved at most since the row began; of a CPU, resident since the start."""
+    reserved = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else peak_bytes()
+    return {"allocated, GB": peak_bytes() / 1e9, "reserved, GB": reserved / 1e9}
+
+
+def utilization(load: Load, policy: Policy, seconds: Seconds) -> dict[str, float]:
     """Model FLOP utilization of the update and of the whole step; empty if the operations are not known."""
     known = operations(policy)
     if known is None:
         return {}
-    rate, forward = 1e12 * peak_tflops(policy.device, policy.precision), known.forward(asked.groups())
-    whole = known.sample(asked.groups()) + 4 * forward  # reference and update
+    rate, forward = 1e12 * peak_tflops(policy.device, policy.precision), known.forward(load.groups())
+    whole = known.sample(load.groups()) + 4 * forward  # reference and update
     return {"update": 3 * forward / rate / seconds["update"], "total": whole / rate / seconds["total"]}
 
 
-# Probes
-
-
-def kernel(asked: Load, *, masked: bool, backward: bool) -> str:
-    """The kernel that takes most time in attention of a group's completions to their prompt and themselves."""
-    heads, key_value_heads, width, longest = 12, 2, 128, asked.prompt_tokens + asked.tokens
-    device, dtype = torch.device(asked.device), torch.bfloat16
-    query, key, value = (
-        torch.randn(asked.completions, count, tokens, width, device=device, dtype=dtype, requires_grad=True)
-        for count, tokens in ((heads, asked.tokens), (key_value_heads, longest), (key_value_heads, longest))
-    )
-    bias: Tensor = causal_lower_right(asked.tokens, longest)
-    if masked:
-        bias = torch.zeros(asked.completions, 1, asked.tokens, longest, device=device, dtype=dtype)
-
-    def attend() -> None:
-        attended = scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True)
-        if backward:
-            attended.sum().backward()
-
-    torch.backends.cuda.enable_cudnn_sdp(False)  # as `load` does
-    attend()  # warm-up
-    return slowest_kernel(attend, cuda=asked.device == "cuda")
-
-
-def slowest_kernel(work: Callable[[], None], *, cuda: bool) -> str:
-    """The kernel that takes most time in `work`: on CUDA, among the device's kernels."""
-    activity = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if cuda else [])]) as profiler:
-        work()
-        if cuda:
-            torch.cuda.synchronize()
-    return slowest_of(profiler.key_averages(), cuda=cuda)
-
-
-def slowest_of(events: Iterable[Any], *, cuda: bool) -> str:
-    """The name of the profiler's event with most self time, among the device's."""
-    device = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
-    there = [event for event in events if event.device_type == device]
-    slowest = max(there, key=lambda event: event.self_device_time_total if cuda else event.self_cpu_time_total)
-    return str(slowest.key)[:60]
-
-
-def decode_milliseconds(asked: Load, *, static: bool) -> str:
-    """Milliseconds of one decode step of all rows."""
-    engine, prompts = LocalEngine(asked.policy("bf16")), asked.prompt_ids()
-    uniform = uniforms(0, 0, range(asked.prompts), asked.completions, asked.tokens)
-    for _ in range(2):  # the first one captures the graph
-        rollout = engine.sample(
-            prompts,
-            SamplingParams(asked.tokens, TEMPERATURE, asked.completions),
-            uniform=uniform,
-            static=static,
-        )
-    return f"{1000 * rollout.seconds['decode'] / (asked.tokens - 1):.2f}"
-
-
-def probes(asked: Load) -> dict[str, Callable[[], str]]:
-    works: dict[str, Callable[[], str]] = {
-        f"{name}, ms a token": partial(decode_milliseconds, asked, static=name == "graph")
-        for name in ("eager", "graph")
+def rows(load: Load) -> dict[str, Callable[[], Any]]:
+    """The work of each row, most knowledge first."""
+    return {
+        "versions": versions,
+        "self-check, fused": partial(gap, load, "fused" if torch.cuda.is_available() else "packed"),
+        "self-check, not fused": partial(gap, load, "packed"),
+        "decode, graph, fused": partial(decode, load, static=True, fused=True),
+        "decode, graph": partial(decode, load, static=True, fused=False),
+        "decode, eager": partial(decode, load, static=False, fused=False),
+        "kernels of a rollout": partial(kernels, load),
+        "step, fused": partial(steps, load),
+        "step, not fused": partial(steps, load, fused=False),
+        "step, checkpointing, 16 at once": partial(steps, load, checkpointing=True, at_once=16),
+        "step, checkpointing, at most 24 GB": partial(capped, load),
     }
-    for masked, backward in ((False, False), (False, True), (True, False), (True, True)):
-        name = f"{'masked' if masked else 'aligned'}, {'forward and backward' if backward else 'forward'}"
-        works[name] = partial(kernel, asked, masked=masked, backward=backward)
-    return works
 
 
-PREDICTED = {
-    "eager, ms a token": "25: launching kernels",
-    "graph, ms a token": "2 to 3; reading the weights takes 0.9",
-    "aligned, forward": "flash, which shares keys among query heads",
-    "aligned, forward and backward": "flash",
-    "masked, forward": "none that is fused takes a mask and shared keys: plain products",
-    "masked, forward and backward": "plain products",
-}
-
-
-# In processes of their own
-
-
-class Failed(Exception):
-    """Why there is no result: the work raised, its process ended, or it timed out."""
-
-
-def _child(connection: Connection, work: Callable[[], object]) -> None:
+def measure(work: Callable[[], Any]) -> dict[str, Any]:
+    """The value of a row or why it failed, and its time; memory of the row before is freed first."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
     try:
-        connection.send((work(), None))
-    except Exception as error:
-        traceback.print_exc()
-        connection.send((None, " ".join(f"{type(error).__name__}: {error}".split())[:200]))
-
-
-def apart(work: Callable[[], Any], *, limit: float = 600) -> Any:
-    """Run `work` in a fresh process and return its result; raises Failed after `limit` seconds."""
-    processes = multiprocessing.get_context("spawn")
-    connection, theirs = processes.Pipe()
-    process = processes.Process(target=_child, args=(theirs, work))
-    process.start()
-    theirs.close()
-    try:
-        if not connection.poll(limit):
-            process.kill()
-            raise Failed(f"cut off after {limit:g} s")
-        result, problem = connection.recv()
-    except EOFError:
-        raise Failed("its process died") from None
-    finally:
-        process.join()
-    if problem is not None:
-        raise Failed(f"failed: {problem}")
-    return result
-
-
-def trl(asked: Load) -> dict[str, Any]:
-    """TRL's GRPOTrainer with transformers' generation: bfloat16 weights, 8-bit AdamW, its default checkpointing."""
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-
-    rows = asked.prompts * asked.completions
-    seconds: list[Seconds] = []
-
-    class Timed(GRPOTrainer):  # type: ignore[misc]
-        def training_step(self, *arguments: object, **options: object) -> object:
-            seconds.append({})
-            with timed(seconds[-1], "total"):
-                return super().training_step(*arguments, **options)
-
-        def _generate_single_turn(self, prompts: list[list[int]], *arguments: object, **options: object) -> object:
-            with timed(seconds[-1], "decode"):
-                return super()._generate_single_turn(ids, *arguments, **options)
-
-    ids = [prompt for prompt in asked.prompt_ids() for _ in range(asked.completions)]
-    settings = GRPOConfig(
-        output_dir=tempfile.mkdtemp(),
-        max_steps=asked.rounds + 1,
-        per_device_train_batch_size=rows,
-        num_generations=asked.completions,
-        max_completion_length=asked.tokens,
-        generation_kwargs={"eos_token_id": 10**6},
-        temperature=TEMPERATURE,
-        beta=LOSS.beta,
-        learning_rate=LEARNING_RATE,
-        optim="adamw_bnb_8bit",
-        model_init_kwargs={"dtype": "bfloat16"},
-        bf16=asked.device == "cuda",
-        use_cpu=asked.device == "cpu",
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    trainer = Timed(
-        model=asked.folder,
-        reward_funcs=lambda completions, **_: [len(turns[0]["content"]) / 1000 for turns in completions],
-        args=settings,
-        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": "."}]} for _ in range(asked.prompts)]),
-    )
-    trainer.eos_token_ids = [10**6]
-    trainer.train()
-    return {"seconds": {"total": statistics.median(one["total"] for one in seconds[1:])}, "peak": peak_bytes()}
-
-
-def row(name: str, found: dict[str, Any], best: float) -> list[str]:
-    """Table cells of a variant: seconds by phase and in total, utilization, memory."""
-    seconds, used = found["seconds"], found.get("mfu", {})
-    times = [f"{seconds[phase]:.3f}" if phase in seconds else "" for phase in PHASES]
-    shares = [f"{used[phase]:.0%}" if phase in used else "" for phase in ("update", "total")]
-    total = f"{seconds['total']:.3f} ({seconds['total'] / best:.1f}x)"
-    notes = "; ".join(found.get("notes", []))
-    return [name, *times, total, *shares, f"{found['peak'] / 1e9:.1f}", notes]
-
-
-HEAD = ["seconds", *PHASES, "total (times the first)", "MFU of the update", "of the step", "peak, GB", "notes"]
+        found = {"value": work()}
+    except Exception as error:  # whatever a GPU raises: the next row may work
+        found = {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+    return {**found, "seconds": round(time.perf_counter() - start, 2)}
 
 
 def main() -> None:
@@ -396,45 +259,25 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=290)
     parser.add_argument("--completions", type=int, default=16, help="of each prompt")
     parser.add_argument("--tokens", type=int, default=160, help="of each completion")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that are timed, after one that is not")
-    parser.add_argument("--limit", type=float, default=600, help="seconds for each probe and variant")
+    parser.add_argument("--rounds", type=int, default=3, help="steps that are timed, after one that is not")
+    parser.add_argument("--limit", type=float, default=540, help="seconds after which no row begins")
     parser.add_argument("--out", type=Path, help="write everything as JSON, after each row")
     given = parser.parse_args()
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the command line does
 
-    results: dict[str, Any] = {}
-
-    def taken(name: str, work: Callable[[], Any]) -> Any:
-        """The result of a row, kept and written; None, with the reason kept, if there is none."""
-        try:
-            results[name] = apart(work, limit=given.limit)
-        except Failed as problem:
-            results[name] = {"failed": str(problem)}
-        # In its own process: querying a GPU uses its memory.
-        apart(partial(write, given.out, {"asked": str(given), **results}))
-        return None if isinstance(results[name], dict) and "failed" in results[name] else results[name]
-
+    start, results = time.perf_counter(), {"asked": str(given)}
+    print(table(["row", "seconds", "measured"], []), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = apart(partial(model_folder, Path(scratch), given.shape))
-        asked = Load(
-            folder, "cuda" if cuda else "cpu", given.prompts, given.prompt_tokens, given.completions, given.tokens,
-            given.rounds,
-        )  # fmt: skip
-        print("| probe | predicted | measured |\n| --- | --- | --- |")
-        for name, probe in probes(asked).items():
-            value = taken(name, probe)
-            print(f"| {name} | {PREDICTED[name]} | {value or results[name]['failed']} |", flush=True)
-        print()
-        works: dict[str, Callable[[], Any]] = {one.name: partial(steps, asked, one) for one in VARIANTS}
-        if importlib.util.find_spec("trl"):
-            works["TRL"] = partial(trl, asked)
-        print(table(HEAD, []), flush=True)
-        best = 0.0
-        for name, work in works.items():
-            measured = taken(name, work)
-            best = best or (measured["seconds"]["total"] if measured else 0.0)
-            cells = row(name, measured, best) if measured else [name, results[name]["failed"]]
-            print(f"| {' | '.join(cells)} |", flush=True)
+        folder = model_folder(Path(scratch), given.shape)
+        loaded = load(folder, device="cuda" if cuda else "cpu", precision="bf16-master" if cuda else "float32")
+    policy = replace(loaded, end_ids=(10**6,))
+    asked = Load(policy, given.prompts, given.prompt_tokens, given.completions, given.tokens, given.rounds)
+    for name, work in rows(asked).items():
+        late = time.perf_counter() - start > given.limit
+        results[name] = {"failed": "no time left", "seconds": 0} if late else measure(work)
+        shown = results[name].get("value", results[name].get("failed"))
+        print(f"| {name} | {results[name]['seconds']} | {shown} |", flush=True)
+        write(given.out, results)
 
 
 if __name__ == "__main__":

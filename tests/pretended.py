@@ -202,6 +202,8 @@ def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None
 @contextmanager
 def pretended(kind: str, monkeypatch: pytest.MonkeyPatch, *, fused: bool = False) -> Iterator[None]:
     """A machine with one device of this kind, `cuda` or `mps`; `fused`: with Triton."""
+    import bitsandbytes  # noqa: F401 (looks for CUDA when it is imported)
+
     monkeypatch.setattr(State, "kind", kind)
     to = nn.Module.to
 

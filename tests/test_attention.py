@@ -167,6 +167,7 @@ def test_decode_scores_in_the_hundreds_keep_float32_precision() -> None:
     torch.testing.assert_close(attended, expected, atol=0.02, rtol=0.02)
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # by torch 2.11
 def test_gradients_of_a_shared_prompt_are_summed_in_a_fixed_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """`index_add`, which an index into the prompts leaves for the backward pass, adds by atomics on a GPU."""
     monkeypatch.setattr(attention, "maskless", lambda device: True)

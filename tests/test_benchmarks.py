@@ -8,7 +8,6 @@ import os
 import runpy
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -110,38 +109,36 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("gpu")
 
 
-def test_a_probe_counts_kernels_of_the_device_alone(gpu: Any) -> None:
-    left, right = torch.randn(2, 300, 300)
-    assert gpu.slowest_kernel(lambda: left @ right, cuda=False) == "aten::mm"
+def test_a_profile_counts_kernels_of_the_device_alone(gpu: Any) -> None:
     kinds = torch.autograd.DeviceType  # type: ignore[attr-defined]
     events = [
-        SimpleNamespace(key="cudaLaunchKernel", device_type=kinds.CPU, self_device_time_total=9, self_cpu_time_total=9),
-        SimpleNamespace(
-            key="flash_fwd_kernel", device_type=kinds.CUDA, self_device_time_total=5, self_cpu_time_total=0
-        ),
-        SimpleNamespace(key="memset", device_type=kinds.CUDA, self_device_time_total=1, self_cpu_time_total=0),
+        SimpleNamespace(key=key, device_type=kind, count=2, self_device_time_total=1000 * ms, self_cpu_time_total=9)
+        for key, kind, ms in (("launch", kinds.CPU, 9), ("memset", kinds.CUDA, 1), ("flash_fwd", kinds.CUDA, 5))
     ]
-    assert gpu.slowest_of(events, cuda=True) == "flash_fwd_kernel"
+    assert gpu.slowest(events, cuda=True) == [("flash_fwd", 2, 5.0), ("memset", 2, 1.0)]
 
 
-@pytest.mark.slow
-def test_a_row_that_fails_or_hangs_is_named_and_ends_nothing_else(gpu: Any) -> None:
-    with pytest.raises(gpu.Failed, match=r"failed: ZeroDivisionError"):
-        gpu.apart(partial(divmod, 1, 0))
-    with pytest.raises(gpu.Failed, match=r"cut off after 0.1 s"):
-        gpu.apart(partial(time.sleep, 60), limit=0.1)
-    with pytest.raises(gpu.Failed, match=r"its process died"):
-        gpu.apart(partial(os._exit, 3))
-    assert gpu.apart(partial(divmod, 7, 2)) == (3, 1)
+def test_a_row_that_fails_says_why(gpu: Any) -> None:
+    assert gpu.measure(partial(divmod, 1, 0))["failed"].startswith("ZeroDivisionError: ")
+    assert gpu.measure(partial(divmod, 7, 2))["value"] == (3, 1)
+
+
+SMALL = ["--shape", "tiny", "--prompts", 2, "--prompt-tokens", 8, "--completions", 2, "--tokens", 4, "--rounds", 1]
 
 
 @pytest.mark.slow
 def test_the_benchmark_of_a_gpu_runs_without_one(tmp_path: Path) -> None:
-    small = ["--shape", "tiny", "--prompts", 2, "--prompt-tokens", 8, "--completions", 2, "--tokens", 4]
-    shown, written = run("gpu.py", tmp_path / "gpu.json", "--rounds", 1, *small)
-    assert "failed" not in shown
-    shared = written["results"]["graph, shared prefix, bf16"]
-    assert shared["mfu"].keys() == {"update", "total"} and all(0 < share < 1 for share in shared["mfu"].values())
+    shown, written = run("gpu.py", tmp_path / "gpu.json", *SMALL)
+    assert "failed" not in shown and len(written["results"]) == 12
+    step = written["results"]["step, fused"]["value"]
+    assert step["mfu"].keys() == {"update", "total"} and all(0 < share < 1 for share in step["mfu"].values())
+    assert {"allocated, GB", "reserved, GB"} < step.keys()
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_gpu_begins_no_row_when_its_time_is_over(tmp_path: Path) -> None:
+    shown, written = run("gpu.py", tmp_path / "gpu.json", *SMALL, "--limit", 0)
+    assert shown.count("no time left") == 11 and written["results"]["versions"]["failed"] == "no time left"
 
 
 @pytest.mark.slow

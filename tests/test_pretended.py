@@ -103,6 +103,10 @@ CASES: dict[str, tuple[type[PretrainedConfig], dict[str, object], dict[str, obje
         GPT2Config, {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 1024},
         {"precision": "float32", "path": "fused"},
     ),
+    "LoRA": (
+        Qwen2Config, WIDE,
+        {"precision": "bf16-master", "path": "fused", "adapter": Lora(4, 8.0, ("q_proj", "down_proj"))},
+    ),
     "a window": (MistralConfig, {**WIDE, "sliding_window": 32}, {"precision": "float32", "path": "plain"}),
 }  # fmt: skip
 
@@ -113,6 +117,8 @@ def test_every_path_and_precision_trains_on_a_pretended_gpu(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind, changes, given = CASES[name]
+    if "adapter" in given:
+        pytest.importorskip("peft")
     save_tiny_model(tmp_path, kind, **changes)
     on_device("cuda", tmp_path, monkeypatch, **given)  # type: ignore[arg-type]
 
