@@ -360,7 +360,7 @@ def flipped(line: Line, groups: Sequence[Mapping[str, Any]], loss: Loss, *, max_
     rows = [row for group in groups for row in group["completions"]]
     weighted = loss.mask_truncated or loss.entropy_share < 1 or loss.entropy_bonus or loss.pass_at_k > 1
     weighted = weighted or loss.loss_type == "cispo" or loss.sampler_correction not in ("none", "auto")
-    weighted = weighted or line.get("sampler_gap", 0.0) > SAMPLER_GAP
+    weighted = weighted or line.get("sampler_gap", 0.0) > SAMPLER_GAP or line.get("group_advantage", 0.0) > EXACT
     if not plain or weighted or not rows or "loss" not in line:
         return None
     rewards = [sum(float(row["advantage"]) * float(row["reward"]) for row in group["completions"]) for group in groups]

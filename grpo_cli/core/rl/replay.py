@@ -25,9 +25,8 @@ from grpo_cli.core.rl.batch import Batch, Group
 from grpo_cli.core.rl.build import build
 from grpo_cli.core.rl.explain import OWN, Fork, Terms, fork, terms, variants
 from grpo_cli.core.rl.grpo import Step, advantages, normalizer
-from grpo_cli.core.rl.health import SAMPLER_GAP
 from grpo_cli.core.rl.observer import Observer
-from grpo_cli.core.rl.train import Taken, Trainer
+from grpo_cli.core.rl.train import Taken, Trainer, corrected
 from grpo_cli.core.rl.update import reference_logprobs
 from grpo_cli.core.run.folder import Run
 
@@ -162,18 +161,20 @@ def plan(run: Run, step: int) -> Plan:
     return Plan(step, start, sum(spent for number, spent in seconds.items() if start < number <= step))
 
 
+def _before(run: Run, step: int) -> list[Mapping[str, float]]:
+    """The logged metrics of the steps before this one."""
+    return [line for line in run.metrics() if 0 < line["step"] < step]
+
+
 def _require_plain_tokens(run: Run, step: int) -> None:
     """Raise CountdownError if tokens of the step's loss have weights that a replay does not record."""
     settings = restore(run.read_config(), run.config_path).settings
-    logged = next(line for line in run.metrics() if line["step"] == step)
-    loss, flags = settings.loss, list[str]()
+    loss, flags = corrected(settings.loss, _before(run, step)), list[str]()
     flags += ["--num-mini-batches"] if settings.train.num_mini_batches > 1 else []
     flags += ["--mask-truncated"] if loss.mask_truncated else []
     flags += ["--entropy-share"] if loss.entropy_share < 1 else []
     flags += ["--entropy-bonus"] if loss.entropy_bonus else []
-    weighs = loss.sampler_correction in ("truncate", "mask")
-    by_gap = loss.sampler_correction == "auto" and logged.get("sampler_gap", 0.0) > SAMPLER_GAP
-    flags += ["--sampler-correction"] if weighs or by_gap else []
+    flags += ["--sampler-correction"] if loss.sampler_correction != "none" else []
     if flags:
         raise CountdownError(
             f"the loss of run `{run.name}` has weights of tokens that are not explained yet: `{flags[0]}`",
@@ -203,7 +204,9 @@ def replay(run: Run, planned: Plan, *, losses: bool = False, observer: Observer 
     settings = settings.model_copy(update={"runs": str(run.path.parent), **tables})
     with build(settings, run.name, replay=planned.start, observer=observer) as trainer:
         for number in range(planned.start + 1, planned.step):
+            trainer.history = _before(run, number)
             trainer.step(number)
+        trainer.history = _before(run, planned.step)
         before = [weight.detach().clone() for weight in trainer.state.learner.trainable] if losses else []
         updates: dict[int, dict[int, list[float]]] = {}
 

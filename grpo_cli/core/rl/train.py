@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -164,7 +164,7 @@ class Trainer:
         self, batch: Batch, ref_logprobs: Tensor | None, watch: Watch | None, *, has_gradient: bool
     ) -> dict[str, float]:
         """Update the policy; returns the metrics, without those of the update if it is skipped."""
-        state, train, loss = self.state, self.settings.train, self._corrected()
+        state, train, loss = self.state, self.settings.train, corrected(self.settings.loss, self.history)
         rate = scheduled_rate(train, batch.number)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
@@ -192,13 +192,6 @@ class Trainer:
                 updated = {}
                 self._skip(batch, problem)
         return {**updated, "learning_rate": rate, "bad_steps": state.progress.bad_steps}
-
-    def _corrected(self) -> Loss:
-        """The loss, with the correction for the sampler that `auto` means: by its gap at the last step."""
-        loss = self.settings.loss
-        gaps = (line["sampler_gap"] for line in reversed(self.history) if "sampler_gap" in line)
-        chosen = "truncate" if next(gaps, 0.0) > SAMPLER_GAP else "none"
-        return loss.model_copy(update={"sampler_correction": chosen}) if loss.sampler_correction == "auto" else loss
 
     def _log(self, batch: Batch, updated: Mapping[str, float]) -> None:
         """Pass the metrics of a step to the observer, and its samples to the run."""
@@ -353,3 +346,10 @@ class Trainer:
             if sign not in self.warned:
                 self.warned.add(sign)
                 self.observer.message(sentence if sign == "right" else f"warning: {sentence}")
+
+
+def corrected(loss: Loss, history: Sequence[Mapping[str, float]]) -> Loss:
+    """The loss of the step after `history`, with the sampler's correction that `auto` means: by the last gap."""
+    gaps = (line["sampler_gap"] for line in reversed(history) if "sampler_gap" in line)
+    chosen = "truncate" if next(gaps, 0.0) > SAMPLER_GAP else "none"
+    return loss.model_copy(update={"sampler_correction": chosen}) if loss.sampler_correction == "auto" else loss

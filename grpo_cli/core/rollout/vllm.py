@@ -79,30 +79,28 @@ class VllmEngine:
         on_token: Callable[[int], None] | None,
     ) -> list[list[Any]]:
         """The completions of each prompt, as vLLM's outputs."""
-        engine = self._engine().llm_engine
-        vllm = import_module("vllm")
-        for number, prompt in enumerate(prompts):
+        for prompt in prompts:
             require_context(self.policy.name, self.policy.model.config, len(prompt) + params.max_new_tokens)
-            seeded = uniform is not None and self.policy.device.type == "cuda"  # vLLM's CPU backend has no seeds
-            asked = vllm.SamplingParams(
-                n=params.num_generations,
-                temperature=0.0 if uniform is None else params.temperature,
-                max_tokens=params.max_new_tokens,
-                logprobs=0,
-                stop_token_ids=list(self.policy.end_ids),
-                ignore_eos=True,  # the list has it
-                detokenize=False,
-                seed=int(uniform[number].sum() * 2**40) % 2**31 if seeded and uniform is not None else None,
-                output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
-            )
-            engine.add_request(str(number), {"prompt_token_ids": prompt}, asked)
+        engine, vllm, count = self._engine().llm_engine, import_module("vllm"), 0
         finished: dict[int, list[Any]] = {}
         try:
-            for count in range(1, 10**9):
-                if not engine.has_unfinished_requests():
-                    break
-                for output in engine.step():
-                    finished[int(output.request_id)] = output.outputs
+            for number, prompt in enumerate(prompts):
+                seeded = uniform is not None and self.policy.device.type == "cuda"  # vLLM's CPU backend has no seeds
+                asked = vllm.SamplingParams(
+                    n=params.num_generations,
+                    temperature=0.0 if uniform is None else params.temperature,
+                    max_tokens=params.max_new_tokens,
+                    logprobs=0,
+                    stop_token_ids=list(self.policy.end_ids),
+                    ignore_eos=True,  # the list has it
+                    detokenize=False,
+                    seed=int(uniform[number].sum() * 2**40) % 2**31 if seeded and uniform is not None else None,
+                    output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+                )
+                engine.add_request(str(number), {"prompt_token_ids": prompt}, asked)
+            while engine.has_unfinished_requests():
+                finished |= {int(output.request_id): output.outputs for output in engine.step()}
+                count += 1
                 if on_token is not None:
                     on_token(min(count, params.max_new_tokens))
         except BaseException:
