@@ -8,6 +8,9 @@ UV := uv pip install --quiet --python $(VENV) --torch-backend $(or $(UV_TORCH_BA
 INSTALL ?= $(if $(shell command -v uv),$(UV),$(BIN)/python -m pip install --quiet)
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
+# The tests start many processes: let the first one keep its compiled modules.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: train test test-lowest faults long coverage lint peer extras elsewhere docs package clean vllm
 
 train: $(VENV)/installed

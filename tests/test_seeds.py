@@ -1,7 +1,7 @@
 """`train --seeds`: one run per seed, kept, resumed or refused; their summary."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,9 +18,9 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
     """Trains in this process, and keeps the command lines."""
     lines = list[Sequence[str]]()
 
-    def run(arguments: Sequence[str]) -> int:
-        lines.append(arguments)
-        return main(*arguments)
+    def run(due: Sequence[Sequence[str]], at_once: int, *, quiet: bool, ended: Callable[[int], None]) -> int:
+        lines.extend(due)
+        return max(main(*arguments) for arguments in due)
 
     monkeypatch.setattr(seeds, "_run", run)
     return lines
@@ -57,7 +57,7 @@ def test_seeds_need_a_name_and_no_resume(countdown: Command) -> None:
 def test_a_failed_seed_ends_all_and_says_how_to_go_on(
     countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(seeds, "_run", lambda arguments: 130)
+    monkeypatch.setattr(seeds, "_run", lambda *_, **__: 130)
     found = countdown("train", "--model", tiny_folder, "--run", "two", "--seeds", 2)
     assert found.code == 130 and "the same command goes on from here" in found.err
 

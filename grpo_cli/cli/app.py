@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from grpo_cli import __version__
-from grpo_cli.cli import compare, eval, export, gen_data, plot, runs, solve, train, why
+from grpo_cli.cli import compare, eval, export, gen_data, plot, runs, solve, study, train, why
 from grpo_cli.cli.launch import process_info
 from grpo_cli.cli.options import Commands, settings_command
 from grpo_cli.core.config.names import nearest
@@ -36,9 +36,21 @@ COMMANDS: dict[str, ModuleType] = {
     "why": why,
     "runs": runs,
     "compare": compare,
+    "study": study,
     "export": export,
 }
-PATH_OPTIONS = ("config", "out", "folder", "model", "models", "run", "runs", "name", "html")  # whose `~` is expanded
+PATH_OPTIONS = (
+    "config",
+    "out",
+    "folder",
+    "model",
+    "models",
+    "run",
+    "runs",
+    "name",
+    "html",
+    "file",
+)  # whose `~` is expanded
 
 app = typer.Typer(
     cls=Commands,

@@ -1,13 +1,17 @@
-"""`countdown train --seeds N`: the same training with several seeds, one process after the other, and their summary."""
+"""Several trainings, each in a process of its own: `countdown train --seeds N`, and the runs of a study."""
 
 from __future__ import annotations
 
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryFile
+from typing import IO, TYPE_CHECKING, Any
 
 import typer
 
@@ -22,6 +26,27 @@ if TYPE_CHECKING:
 
 FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 OWN = ("--seeds", "--seed", "--run")  # options of the command that each process gets its own of
+LAST_CHARACTERS = 2_000  # of the output of a failed process
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training: its run, its settings, and the words of `countdown` that start it."""
+
+    run: Run
+    settings: Settings
+    words: Sequence[str]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.run.config_path.is_file() and self.run.read_summary() is not None
+
+    def line(self, *, overwrite: bool) -> list[str]:
+        """The command line that starts the run anew, or resumes it."""
+        root = str(self.run.path.parent)
+        if self.run.config_path.is_file() and not overwrite:
+            return ["train", "--runs", root, "--run", self.run.name, "--resume"]
+        return [*self.words, "--run", self.run.name, "--seed", str(self.settings.train.seed)]
 
 
 def train_seeds(settings: Settings, name: str, count: int, *, overwrite: bool) -> None:
@@ -33,37 +58,63 @@ def train_seeds(settings: Settings, name: str, count: int, *, overwrite: bool) -
     from grpo_cli.ui import tables
 
     root, first = Path(settings.runs), settings.train.seed
-    runs = {seed: Run(root / f"{name}-{seed}") for seed in range(first, first + count)}
-    for seed, run in runs.items():
-        Run.check(root, run.name, overwrite=True)
-        if run.config_path.is_file() and not overwrite:
-            _require_same(run, settings, seed)
-    for seed, run in runs.items():
-        kept = run.config_path.is_file() and not overwrite
-        if kept and run.read_summary():
-            show.note(f"run {run.name} is finished")
-            continue
-        resumed = ["train", "--runs", str(root), "--run", run.name, "--resume"]
-        code = _run(resumed if kept else [*_arguments(sys.argv[1:]), "--run", run.name, "--seed", str(seed)])
-        if code:
-            show.note("the same command goes on from here")
-            raise typer.Exit(code)
-    rows = [_row(seed, run) for seed, run in runs.items()]
+    jobs = [
+        Job(Run(root / f"{name}-{seed}"), with_seed(settings, seed), _arguments(sys.argv[1:]))
+        for seed in range(first, first + count)
+    ]
+    train_all(jobs, overwrite=overwrite)
+    rows = [_row(job) for job in jobs]
     tables.seeds(rows, {key: bootstrap([row[key] for row in rows]) for key in ("best", "last")})
-    show.note(f"curves: countdown plot {' '.join(run.name for run in runs.values())}{at(root)}")
+    show.note(f"curves: countdown plot {' '.join(job.run.name for job in jobs)}{at(root)}")
 
 
-def _require_same(run: Run, settings: Settings, seed: int) -> None:
-    """Raise CountdownError unless a run has these settings, its seed and what a resumed run may change aside."""
+def with_seed(settings: Settings, seed: int) -> Settings:
+    return settings.model_copy(update={"train": settings.train.model_copy(update={"seed": seed})})
+
+
+def check(jobs: Sequence[Job], *, overwrite: bool) -> None:
+    """Raise CountdownError for a name that no run can have, and for a run that has other settings."""
+    from grpo_cli.core.run.folder import Run
+
+    for job in jobs:
+        Run.check(job.run.path.parent, job.run.name, overwrite=True)
+        if job.run.config_path.is_file() and not overwrite:
+            _require_same(job)
+
+
+def train_all(
+    jobs: Sequence[Job],
+    *,
+    overwrite: bool,
+    at_once: int = 1,
+    quiet: bool = False,
+    ended: Callable[[Job], None] = lambda job: None,
+) -> None:
+    """Train what is not finished, `at_once` at a time; `quiet` ones show their output only if they fail.
+
+    The first failure starts no more, waits for the others, and exits with its code.
+    """
+    check(jobs, overwrite=overwrite)
+    kept = [] if overwrite else [job for job in jobs if job.is_finished]
+    for job in kept:
+        show.note(f"run {job.run.name} is finished")
+    due = [job for job in jobs if job not in kept]
+    lines = [job.line(overwrite=overwrite) for job in due]
+    if code := _run(lines, at_once, quiet=quiet, ended=lambda place: ended(due[place])):
+        show.note("the same command goes on from here")
+        raise typer.Exit(code)
+
+
+def _require_same(job: Job) -> None:
+    """Raise CountdownError unless the run has the job's settings, what a resumed run may change aside."""
     from grpo_cli.core.config.resolve import restore
     from grpo_cli.core.config.settings import fixed
 
-    own = fixed(restore(run.read_config(), run.config_path).settings)
-    asked = {**fixed(settings), "train.seed": seed}
+    own, asked = fixed(restore(job.run.read_config(), job.run.config_path).settings), fixed(job.settings)
     for key in (key for key, value in asked.items() if value not in (own[key], "auto")):  # what `auto` means is stored
         raise CountdownError(
-            f"run `{run.name}` has another `{key}`: {own[key]}, not {asked[key]}",
-            "choose another `--run`, or replace it with `--overwrite`",
+            f"run `{job.run.name}` has another `{key}`: {own[key]}, not {asked[key]}",
+            "choose another name, or replace it with `--overwrite`",
         )
 
 
@@ -78,22 +129,55 @@ def _arguments(given: Sequence[str]) -> list[str]:
     return kept
 
 
-def _run(arguments: Sequence[str]) -> int:
-    """The exit code of `countdown ARGUMENTS` in a process of its own, which gets this one's signals."""
-    with subprocess.Popen([sys.executable, "-m", "grpo_cli", *arguments], start_new_session=True) as process:
-        numbers = [getattr(signal, name) for name in FORWARDED]
-        before = {number: signal.signal(number, lambda got, _: process.send_signal(got)) for number in numbers}
-        try:
-            return process.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+def _run(lines: Sequence[Sequence[str]], at_once: int, *, quiet: bool, ended: Callable[[int], None]) -> int:
+    """Run `countdown LINE` for each line; the exit code of the first that fails, or 0.
+
+    The processes get this one's signals. `ended` is told the place of each line that succeeds.
+    """
+    waiting, running, code = deque(enumerate(lines)), dict[int, subprocess.Popen[bytes]](), 0
+    output = dict[int, IO[bytes] | None]()
+
+    def forward(number: int, _: object) -> None:
+        nonlocal code
+        code = code or (0 if number == signal.SIGUSR1 else 128 + number)
+        for process in running.values():
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (getattr(signal, name) for name in FORWARDED)}
+    try:
+        while running or (waiting and not code):
+            while waiting and len(running) < at_once and not code:
+                place, line = waiting.popleft()
+                stream: IO[bytes] | None = TemporaryFile() if quiet else None  # noqa: SIM115 (closed with the process)
+                output[place], command = stream, [sys.executable, "-m", "grpo_cli", *line]
+                running[place] = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
+            for place in [place for place, process in running.items() if process.poll() is not None]:
+                if failed := running.pop(place).returncode:
+                    code = code or (failed if failed > 0 else 128 - failed)
+                    _show_end(output[place])
+                else:
+                    ended(place)
+                if stream := output.pop(place):
+                    stream.close()
+            time.sleep(0.1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code
 
 
-def _row(seed: int, run: Run) -> Mapping[str, Any]:
+def _show_end(stream: IO[bytes] | None) -> None:
+    """Show the last lines of a failed process."""
+    if stream:
+        stream.seek(0)
+        show.note(stream.read().decode(errors="replace")[-LAST_CHARACTERS:].strip())
+
+
+def _row(job: Job) -> Mapping[str, Any]:
     """Val accuracies of one run: of the starting model, the best and the last one."""
-    metrics = run.metrics()
+    metrics = job.run.metrics()
     evaluated, best = evaluations(metrics), best_step(metrics)
     accuracies = {step: line["val_accuracy"] for step, line in evaluated.items()}
     found = {"base": accuracies.get(0), "best": accuracies[best], "last": accuracies[max(accuracies)]}
-    return {"seed": seed, "run": run.name, "best_step": best, "steps": int(metrics[-1]["step"]), **found}
+    own = {"seed": job.settings.train.seed, "run": job.run.name}
+    return own | {"best_step": best, "steps": int(metrics[-1]["step"]), **found}

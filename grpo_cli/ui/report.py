@@ -7,16 +7,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from grpo_cli import __version__
 from grpo_cli.core import files
 from grpo_cli.core.config.settings import FIELDS
 from grpo_cli.core.evals.statistics import NOT_SIGNIFICANT, holm, significant
@@ -26,7 +23,8 @@ from grpo_cli.core.run.logs import Evaluated, Example
 from grpo_cli.ui import figures as plot
 from grpo_cli.ui.account import UNTESTED, Account, Change, change, puzzles, verdict
 from grpo_cli.ui.figures import Curves, Series
-from grpo_cli.ui.text import EXCERPT_CHARACTERS, interval, percent, printable, probability
+from grpo_cli.ui.pages import render
+from grpo_cli.ui.text import interval, percent, probability
 
 SMALLER = 0.8  # scale of images, to match the page's text size
 TITLED = 3  # most runs named in the title
@@ -44,49 +42,24 @@ def page(accounts: Sequence[Account], *, defaults: Mapping[str, object], smooth:
         if isinstance(facts, Mapping)
     ]
     views = (story, verdict, about, test_note, compared, pairs_by_cell, training_samples, recorded, ordered_reasons)
-    return (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            {view.__name__: view for view in (*views, health_rows, signs, sparkline, shown, interval, probability)},
-            accounts=accounts,
-            title=", ".join(one.name for one in accounts) if len(accounts) <= TITLED else f"{len(accounts)} runs",
-            figures=_figures([account.curves for account in accounts], smooth=smooth, window=window),
-            configured=configured,
-            changed_settings=[
-                key for key in defaults if any(one.settings.get(key) != defaults[key] for one in configured)
-            ],
-            defaults=defaults,
-            fields=FIELDS,
-            places=places,
-            facts=dict.fromkeys(name for _, facts in places for name in facts),
-            version=__version__,
-        )
+    return render(
+        "report.html.j2",
+        **{view.__name__: view for view in (*views, health_rows, signs, sparkline, shown, interval, probability)},
+        accounts=accounts,
+        title=", ".join(one.name for one in accounts) if len(accounts) <= TITLED else f"{len(accounts)} runs",
+        figures=_figures([account.curves for account in accounts], smooth=smooth, window=window),
+        configured=configured,
+        changed_settings=[key for key in defaults if any(one.settings.get(key) != defaults[key] for one in configured)],
+        defaults=defaults,
+        fields=FIELDS,
+        places=places,
+        facts=dict.fromkeys(name for _, facts in places for name in facts),
     )
 
 
 def write(text: str, path: Path) -> None:
     """Write a page atomically."""
     files.write(path, text.encode())
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("grpo_cli", "ui"),
-        autoescape=True,
-        finalize=lambda value: value if isinstance(value, Markup) else printable(str(value)),
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
-        "percent": percent,
-        "share": "{:.2%}".format,  # as CSS has it
-        "comma": "{:,}".format,
-        "cut": lambda text, limit: printable(text, limit=limit),
-        "block": lambda text: Markup(escape(printable(text.strip("\n"), keep_newlines=True, limit=EXCERPT_CHARACTERS))),
-        "parts": lambda key: re.split(r"(?<=[._])", key),  # a long key may wrap between them
-    }
-    return environment
 
 
 def story(account: Account) -> str:

@@ -103,6 +103,11 @@ def interval(bounds: tuple[float, float]) -> str:
     return f"{100 * bounds[0]:.1f} to {percent(bounds[1])}"
 
 
+def thousandths(value: float) -> str:
+    """The value with three decimals, never `-0.000`."""
+    return f"{round(value, 3) + 0.0:.3f}"
+
+
 def counted(count: int, noun: str) -> str:
     """A count with its noun as `1 cell` or `2,000 cells`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -16,17 +15,15 @@ from typing import TYPE_CHECKING, Any
 from rich.padding import Padding
 from rich.text import Text
 
-from grpo_cli import __version__
 from grpo_cli.core.files import write
+from grpo_cli.ui.pages import render
 from grpo_cli.ui.tables import facts, grid
-from grpo_cli.ui.text import counted, out, percent, printable
+from grpo_cli.ui.text import counted, out, percent, printable, thousandths
 
 if TYPE_CHECKING:
     from grpo_cli.core.rl.explain import Fork, Terms
     from grpo_cli.core.rl.replay import Completion, Replay, ReplayedGroup
 
-TEMPLATE = Path(__file__).with_suffix(".html.j2")
-STYLE = Path(__file__).with_name("report.css")
 BEFORE_FORK = 6  # tokens shown before a fork
 FLAT = 0.0005  # share of the gradient below which neighbouring tokens are shown as one row
 TAIL = 4  # characters shown of the end of such a row
@@ -281,7 +278,7 @@ def _show_fork(data: Mapping[str, Any]) -> None:
 def _show_tokens(data: Mapping[str, Any]) -> None:
     out.print()
     out.print(Text(f"sample {data['sample']}, token by token", style="bold"))
-    rows, chance = folded(data["tokens"]), _thousandths
+    rows, chance = folded(data["tokens"]), thousandths
     cells: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "": lambda token: token["place"],
         "token": lambda token: printable(repr(token["token"])),
@@ -303,11 +300,6 @@ def _show_tokens(data: Mapping[str, Any]) -> None:
     out.print(table)
     for line in data["formula"]:
         out.print(Padding(Text(printable(line)), (0, 0, 0, 2)))
-
-
-def _thousandths(value: float) -> str:
-    """The value with three decimals, never `-0.000`."""
-    return f"{round(value, 3) + 0.0:.3f}"
 
 
 def _show_losses(losses: Sequence[Mapping[str, Any]]) -> None:
@@ -334,16 +326,6 @@ def diagnosis(findings: Sequence[Mapping[str, str]], run: str) -> None:
 
 def write_page(data: Mapping[str, Any], path: Path) -> None:
     """Write one self-contained page."""
-    html = _template().render(
-        data=data, title=_title(data), stages=stages(data), style=STYLE.read_text("utf-8"), version=__version__
-    )
+    tokens = folded(data["tokens"]) if "tokens" in data else []
+    html = render("why.html.j2", data=data, title=_title(data), stages=stages(data), tokens=tokens)
     write(path, html.encode("utf-8"))
-
-
-@cache
-def _template() -> Any:
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"printable": printable, "percent": percent, "thousandths": _thousandths, "folded": folded}
-    return environment.from_string(TEMPLATE.read_text("utf-8"))

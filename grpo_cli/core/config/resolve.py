@@ -42,6 +42,13 @@ def flag(key: str) -> str:
     return "--break" if key == "train.broken" else "--" + key.rpartition(".")[2].replace("_", "-")
 
 
+def as_option(key: str, value: object) -> str:
+    """A setting as a word of a command line: `--batch-size=8`, `--no-shard`."""
+    if isinstance(value, bool):
+        return flag(key) if value else flag(key).replace("--", "--no-", 1)
+    return f"{flag(key)}={value}"
+
+
 def variable(key: str) -> str:
     """`train.batch_size` -> `COUNTDOWN_TRAIN_BATCH_SIZE`."""
     return f"{_PREFIX}{key.replace('.', '_').upper()}"
@@ -147,7 +154,7 @@ class _File:
 
 
 def _shipped() -> _File:
-    file = _sections(_parse(SHIPPED), SHIPPED.name)
+    file = _sections(read_toml(SHIPPED), SHIPPED.name)
     missing = FIELDS.keys() - file.settings.keys()
     if missing:
         raise CountdownError(
@@ -160,10 +167,11 @@ def _user(config_file: Path | None, directory: Path) -> _File:
     path = config_file or directory / SHIPPED.name
     if config_file is None and (not path.exists() or path.samefile(SHIPPED)):
         return _File({}, {})
-    return _sections(_parse(path), os.path.join(path.parent, path.name))  # "./config.toml" is not the shipped one
+    return _sections(read_toml(path), os.path.join(path.parent, path.name))  # "./config.toml" is not the shipped one
 
 
-def _parse(path: Path) -> dict[str, object]:
+def read_toml(path: Path) -> dict[str, object]:
+    """The content of a settings file; raises CountdownError naming it."""
     try:
         if stat.S_ISFIFO(path.stat().st_mode):  # reading would block until a writer opens it
             raise CountdownError(f"`{path}` is not a regular file", "name a settings file")
@@ -180,6 +188,22 @@ def _parse(path: Path) -> dict[str, object]:
         raise CountdownError(f"`{path}` is nested too deeply") from None
     except ValueError as error:
         raise CountdownError(f"`{path}` is not valid TOML: {error}") from None
+
+
+def read_settings(tables: Mapping[str, object], label: str, prefix: str = "") -> dict[str, object]:
+    """The settings in the tables of the file `label`, by key (`train.batch_size`); raises CountdownError for others."""
+    given = {name: value for name, value in tables.items() if name != "preset"}
+    layer = _layer(given, label, label, prefix=prefix)
+    if suites := [item.place for key, item in layer.items() if key not in FIELDS]:
+        raise CountdownError(f"{suites[0]} cannot be set here", "define suites in `config.toml`")
+    preset = tables.get("preset", {})
+    if isinstance(preset, Mapping):
+        if more := [name for name in preset if name != "name"]:
+            raise CountdownError(
+                f"`{prefix}preset.{more[0]}` in `{label}` cannot be set here", "choose one: preset.name"
+            )
+        preset = preset.get("name")
+    return ({"preset": preset} if preset else {}) | {key: item.value for key, item in layer.items()}
 
 
 def _sections(document: Mapping[str, object], label: str) -> _File:

@@ -8,7 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
-from statistics import fmean
+from statistics import fmean, stdev
 
 Z = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 SIGNIFICANT = 0.05
@@ -50,6 +50,34 @@ def bootstrap(values: Sequence[float], *, draws: int = 10_000) -> tuple[float, f
     rng = random.Random(0)
     means = sorted(fmean(rng.choices(values, k=len(values))) for _ in range(draws))
     return means[round(0.025 * (draws - 1))], means[round(0.975 * (draws - 1))]
+
+
+def student(t: float, freedom: int) -> float:
+    """Two-sided p-value of Student's t with whole degrees of freedom (Abramowitz and Stegun 1964, 26.7.3, 26.7.4)."""
+    angle, odd = math.atan(abs(t) / math.sqrt(freedom)), freedom % 2
+    term, total = math.cos(angle) if odd else 1.0, 0.0
+    for order in range(1, (freedom - odd) // 2 + 1):
+        total += term
+        term *= math.cos(angle) ** 2 * (2 * order - 1 + odd) / (2 * order + odd)
+    inside = math.sin(angle) * total
+    return max(0.0, 1 - (2 / math.pi * (angle + inside) if odd else inside))
+
+
+def student_quantile(p_value: float, freedom: int) -> float:
+    """The t whose two-sided p-value this is, by bisection."""
+    low, high = 0.0, 1e9
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student(middle, freedom) > p_value else (low, middle)
+    return low
+
+
+def paired(differences: Sequence[float]) -> tuple[tuple[float, float], float]:
+    """95 % interval of the mean of paired differences, and the p-value that it is 0, by Student's t (1908)."""
+    mean, error = fmean(differences), stdev(differences) / math.sqrt(len(differences))
+    half = student_quantile(SIGNIFICANT, len(differences) - 1) * error
+    p_value = student(mean / error, len(differences) - 1) if error else float(mean == 0)
+    return (mean - half, mean + half), p_value
 
 
 def significant(p_value: float) -> bool:

@@ -1,0 +1,196 @@
+"""`countdown study`: train several conditions with several seeds, and say which of them differ."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from grpo_cli.cli.options import ConfigFile, Json, Overwrite, read_files, require_package, resolve
+from grpo_cli.cli.seeds import Job, check, train_all, with_seed
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.ui import text as show
+
+if TYPE_CHECKING:
+    from grpo_cli.core.evals.study import Study
+    from grpo_cli.core.run.logs import Evaluated
+
+SETTINGS = ("runs",)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A study with its jobs, by condition."""
+
+    study: Study
+    jobs: Mapping[str, Sequence[Job]]
+
+    @property
+    def all(self) -> list[Job]:
+        return [job for jobs in self.jobs.values() for job in jobs]
+
+
+def study(
+    ctx: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="study file, in TOML; see docs/evaluation.md")],
+    at_once: Annotated[
+        int, typer.Option("--jobs", min=1, help="trainings at a time; they share the cores", metavar="<int>")
+    ] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show what is left to train, how long it takes, what it can show")
+    ] = False,
+    html: Annotated[Path | None, typer.Option(help="write one HTML page too", metavar="<file>")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    config: ConfigFile = None,
+) -> None:
+    """Train several conditions with several seeds, and compare each with the first, by seed and by puzzle.
+
+    The same command goes on where it was stopped. Example: countdown study examples/study.toml --jobs 2
+    """
+    from grpo_cli.core.files import check_writable
+    from grpo_cli.ui import study as view
+
+    planned = _plan(ctx, file, config, at_once)
+    if html:
+        require_package("matplotlib")
+        check_writable(html, overwrite=overwrite)
+    check(planned.all, overwrite=overwrite)
+    _announce(planned, at_once, overwrite=overwrite)
+    if dry_run:
+        return
+    ended = partial(_ended, planned, at_once)
+    train_all(planned.all, overwrite=overwrite, at_once=at_once, quiet=at_once > 1 or as_json, ended=ended)
+    result = _result(planned)
+    if html:
+        view.write_page(result, html)
+    if as_json:
+        show.json_object(result)
+    else:
+        view.table(result)
+    if html:
+        show.note(f"written: {html}")
+
+
+def _plan(ctx: typer.Context, file: Path, config: Path | None, at_once: int) -> _Planned:
+    """The study of a file; every condition's settings and files are checked before any training."""
+    from grpo_cli.core.config.resolve import as_option
+    from grpo_cli.core.config.settings import FIELDS
+    from grpo_cli.core.evals.study import read_study
+    from grpo_cli.core.run.folder import Run
+
+    study = read_study(file)
+    threads = {"model.threads": max(1, (os.cpu_count() or 1) // at_once)} if at_once > 1 else {}
+    jobs = {}
+    for name, own in study.conditions.items():
+        given = {**threads, **own}
+        try:
+            settings = resolve(ctx, config, **{key.replace(".", "__"): value for key, value in given.items()}).settings
+        except CountdownError as problem:
+            raise CountdownError(f"condition `{name}` of `{file}`: {problem.message}", problem.hint) from None
+        read_files(settings)
+        words = ["train", *(["--config", str(config)] if config else []), "--runs", settings.runs]
+        words += [as_option(key, value) for key, value in given.items() if key in FIELDS]
+        jobs[name] = [
+            Job(Run(Path(settings.runs) / study.run_name(name, seed)), with_seed(settings, seed), words)
+            for seed in study.seeds
+        ]
+    return _Planned(study, jobs)
+
+
+def _announce(planned: _Planned, at_once: int, *, overwrite: bool) -> None:
+    """Say what is left to train, how long it takes if that is known, and the smallest difference that can be shown."""
+    from grpo_cli.core.evals.study import detectable, spread
+
+    study, jobs = planned.study, planned.all
+    finished = [] if overwrite else [job for job in jobs if job.is_finished]
+    left = len(jobs) - len(finished)
+    counts = f"{show.counted(len(planned.jobs), 'condition')} x {show.counted(study.design.seeds, 'seed')}"
+    show.note(f"{counts}: {show.counted(len(jobs), 'training')}, {len(finished)} finished, {left} to do")
+    if left:
+        show.note(_time_left(finished, left / at_once))
+    measured = None
+    if finished:
+        known = {name: {job.settings.train.seed: _evaluated(planned, job).accuracy for job in own if job in finished}
+                 for name, own in planned.jobs.items()}  # fmt: skip
+        measured = spread(known)
+    value = measured or study.design.spread
+    smallest = detectable(study.design.seeds, len(planned.jobs) - 1, value)
+    origin = "measured so far" if measured else "assumed: `study.spread`"
+    show.note(
+        f"differences of {100 * smallest:.1f} points are found with a probability of 80 %, if seeds differ by a "
+        f"standard deviation of {100 * value:.1f} ({origin})"
+    )
+
+
+def _time_left(finished: Sequence[Job], rounds: float) -> str:
+    if not finished:
+        return "time: known after the first training"
+    seconds = fmean(_seconds(job) for job in finished)
+    return f"time: about {rounds * seconds / 60:,.0f} min, at {seconds:,.0f} s each as measured"
+
+
+def _seconds(job: Job) -> float:
+    """How long a finished training took."""
+    summary = job.run.read_summary() or {}
+    spent = summary["seconds"]
+    assert isinstance(spent, dict)
+    return float(spent["training"] + spent["evaluation"])
+
+
+def _ended(planned: _Planned, at_once: int, job: Job) -> None:
+    """Note the accuracy of a training that ended, and the time left."""
+    finished = [job for job in planned.all if job.is_finished]
+    accuracy, count = show.percent(_evaluated(planned, job).accuracy), len(planned.all)
+    left = f"; {_time_left(finished, (count - len(finished)) / at_once)}" if len(finished) < count else ""
+    show.note(f"{job.run.name}: {accuracy}; {len(finished)} of {count} finished{left}")
+
+
+def _evaluated(planned: _Planned, job: Job) -> Evaluated:
+    """The evaluation of a run that the study compares, on its first val cell."""
+    cells = [cell for name, cell in job.run.evaluations().items() if not name.startswith("dev ")]
+    step = planned.study.design.step or max(cells[0])
+    if step not in cells[0]:
+        raise CountdownError(
+            f"run `{job.run.name}` has no evaluation after step {step}",
+            f"choose `study.step` from {', '.join(map(str, sorted(cells[0])[1:]))}",
+        )
+    return cells[0][step]
+
+
+def _result(planned: _Planned) -> dict[str, object]:
+    """The study's differences, curves and settings as one JSON object."""
+    from grpo_cli.core.evals.study import compare
+
+    evaluated = {name: [_evaluated(planned, job) for job in jobs] for name, jobs in planned.jobs.items()}
+    answered = {one.puzzles for own in evaluated.values() for one in own}
+    if len(answered) > 1:
+        raise CountdownError("the conditions were evaluated on different puzzles", "give them the same [eval] settings")
+    one = next(iter(evaluated.values()))[0]
+    rows = [row.record() for row in compare({name: [one.solved for one in own] for name, own in evaluated.items()})]
+    for row, own in zip(rows, evaluated.values(), strict=True):
+        row["accuracies"] = [one.accuracy for one in own]
+    return {
+        "study": planned.study.name,
+        "cell": one.cell,
+        "count": one.count,
+        "step": one.step,
+        "seeds": list(planned.study.seeds),
+        "conditions": rows,
+        "settings": {name: dict(own) for name, own in planned.study.conditions.items()},
+        "seconds": sum(map(_seconds, planned.all)),
+        "curves": {name: [_curve(job) for job in jobs] for name, jobs in planned.jobs.items()},
+    }
+
+
+def _curve(job: Job) -> list[tuple[int, float]]:
+    """(step, val accuracy) of every evaluation of a run."""
+    from grpo_cli.core.metrics import evaluations
+
+    return [(step, line["val_accuracy"]) for step, line in evaluations(job.run.metrics()).items()]
