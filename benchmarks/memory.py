@@ -21,6 +21,7 @@ from grpo_cli.core.config.resolve import resolve
 from grpo_cli.core.microbatch import resident
 from grpo_cli.core.model.load import BUILTIN
 from grpo_cli.core.rl.build import build, finish
+from grpo_cli.core.rl.context import Context
 from grpo_cli.core.rl.observer import Observer
 from grpo_cli.core.rollout.params import SamplingParams
 
@@ -93,7 +94,7 @@ def main() -> None:
     SamplingParams.training = classmethod(  # type: ignore[method-assign,assignment]
         lambda cls, train: cls(rows.limit, train.temperature, train.num_generations)
     )
-    with build(resolve(flags=flags).settings, "grown", overwrite=True, observer=rows) as trainer:
+    with build(resolve(flags=flags).settings, "grown", overwrite=True, context=Context(observer=rows)) as trainer:
         assert trainer.memory is not None
         print(f"planned: {trainer.memory.peak / GB:.2f} GB in {trainer.memory.choices}")
         print("| step | tokens | resident, GB | peak, GB | seconds |\n|---|---|---|---|---|", flush=True)

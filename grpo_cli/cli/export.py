@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,9 +15,11 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.ui import text
 
 if TYPE_CHECKING:
+    from grpo_cli.core.config.settings import Settings
     from grpo_cli.core.run.folder import Run
 
 SETTINGS = ("runs",)
+Matrices = Literal["q8_0", "f16", "f32"]
 
 
 def export(
@@ -27,7 +30,7 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder to write", show_default=False)],
     merge: Annotated[bool, typer.Option("--merge", help="merge a LoRA adapter into its base model")] = False,
     gguf: Annotated[
-        Literal["q8_0", "f16", "f32"] | None,
+        Matrices | None,
         typer.Option(help="add a GGUF file with matrices of this type, and a Modelfile"),
     ] = None,
     push: Annotated[
@@ -56,25 +59,29 @@ def export(
     is_adapter = _writes_adapter(run, merge=merge, gguf=gguf is not None)
 
     settings = restore(run.read_config(), run.config_path).settings
-
-    def convert(staged: Path) -> None:
-        if not is_adapter:
-            files.limit_completions(staged, settings.eval.max_new_tokens)
-        if gguf:
-            from grpo_cli.core.model.gguf_write import write  # loads torch
-            from grpo_cli.core.model.modelfile import modelfile
-
-            file = f"{run.name}-{gguf}.gguf"
-            write(staged, staged / file, kind=gguf)
-            (staged / "Modelfile").write_text(modelfile(staged, file, example_messages(run, settings)), "utf-8")
-
     card, source = card_of(run, settings, is_adapter=is_adapter), run.adapter_path if is_adapter else run.model_path
+    convert = partial(_convert, run, settings, is_adapter, gguf)
     for path in files.export(source, folder, card, overwrite=overwrite, convert=convert):
         print(path)
     if push is not None:
         from grpo_cli.core.run.hub import push as upload  # imports huggingface_hub; the only network access
 
         text.note(f"pushed to {upload(folder, push)}")
+
+
+def _convert(run: Run, settings: Settings, is_adapter: bool, gguf: Matrices | None, staged: Path) -> None:
+    """Complete the folder to export: a limit of tokens, and a GGUF file with its Modelfile."""
+    if not is_adapter:
+        from grpo_cli.core.run.export import limit_completions
+
+        limit_completions(staged, settings.eval.max_new_tokens)
+    if gguf:
+        from grpo_cli.core.model.gguf_write import write  # loads torch
+        from grpo_cli.core.model.modelfile import modelfile
+
+        file = f"{run.name}-{gguf}.gguf"
+        write(staged, staged / file, kind=gguf)
+        (staged / "Modelfile").write_text(modelfile(staged, file, example_messages(run, settings)), "utf-8")
 
 
 def _writes_adapter(run: Run, *, merge: bool, gguf: bool) -> bool:

@@ -39,40 +39,45 @@ if TYPE_CHECKING:
 SETTINGS = ("preset", "runs", "task", "model", "train", "loss", "reward", "ranks")
 
 
+RunName = Annotated[
+    str | None,
+    typer.Option(
+        help="name of the run; default: run-1, run-2, ...", metavar="<name>", autocompletion=completion("run")
+    ),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="continue --run from its last checkpoint")]
+Step = Annotated[int | None, typer.Option(min=1, help="with --resume: continue from this checkpoint", metavar="<int>")]
+Seeds = Annotated[
+    int, typer.Option(min=1, help="train so many runs, NAME-SEED, from --seed on, and sum them up", metavar="<int>")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="show whether it fits in memory, its settings and a prompt; do not train")
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="with --dry-run: all settings, token ids and the memory plan")
+]
+PerRank = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="prompts per step and process under torchrun; replaces --batch-size", metavar="<int>", hidden=True
+    ),
+]
+Probe = Annotated[
+    bool, typer.Option("--probe", help="sample the starting model and estimate what it can learn; do not train")
+]
+
+
 def train(
     ctx: typer.Context,
-    run: Annotated[
-        str | None,
-        typer.Option(
-            help="name of the run; default: run-1, run-2, ...", metavar="<name>", autocompletion=completion("run")
-        ),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue --run from its last checkpoint")] = False,
-    step: Annotated[
-        int | None, typer.Option(min=1, help="with --resume: continue from this checkpoint", metavar="<int>")
-    ] = None,
+    run: RunName = None,
+    resume: Resume = False,
+    step: Step = None,
     overwrite: Overwrite = False,
-    seeds: Annotated[
-        int, typer.Option(min=1, help="train so many runs, NAME-SEED, from --seed on, and sum them up", metavar="<int>")
-    ] = 1,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="show whether it fits in memory, its settings and a prompt; do not train")
-    ] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="with --dry-run: all settings, token ids and the memory plan")
-    ] = False,
-    batch_size_per_rank: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="prompts per step and process under torchrun; replaces --batch-size",
-            metavar="<int>",
-            hidden=True,
-        ),
-    ] = None,
-    probe: Annotated[
-        bool, typer.Option("--probe", help="sample the starting model and estimate what it can learn; do not train")
-    ] = False,
+    seeds: Seeds = 1,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
+    batch_size_per_rank: PerRank = None,
+    probe: Probe = False,
     config: ConfigFile = None,
 ) -> None:
     """Train a model with GRPO.
@@ -214,6 +219,7 @@ def _train(
     import_libraries()
     from grpo_cli.core.model.load import detect_device
     from grpo_cli.core.rl.build import build
+    from grpo_cli.core.rl.context import Context
     from grpo_cli.core.rl.state import choose_optimizer
     from grpo_cli.ui.live import TrainingView
 
@@ -225,15 +231,14 @@ def _train(
     try:
         with ignoring_requests(), joined(settings) as world:
             view = TrainingView(settings.train.num_iterations) if world.is_first else None
+            observer = Observers([view, Artifacts(settings, view.message)]) if view else Observer()
             opening = build(
                 settings,
                 run,
                 task=task,
                 overwrite=overwrite,
                 resume=step or resume,
-                world=world,
-                observer=Observers([view, Artifacts(settings, view.message)]) if view else Observer(),
-                control=signals,
+                context=Context(world, observer, signals),
             )
             with view or nullcontext(), opening as trainer:
                 is_prepared = True

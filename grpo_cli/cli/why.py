@@ -37,7 +37,7 @@ def why(
     losses: Annotated[bool, typer.Option("--losses", help="compare the gradient under every other loss")] = False,
     html: Annotated[Path | None, typer.Option(help="write one HTML page too", metavar="<file>")] = None,
     figure: Annotated[
-        Path | None, typer.Option(help="draw where better and worse completions part: PNG or SVG", metavar="<file>")
+        Path | None, typer.Option(help="draw the fork of completions: PNG or SVG", metavar="<file>")
     ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,

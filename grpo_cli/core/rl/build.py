@@ -34,7 +34,7 @@ from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.collect import Collector
 from grpo_cli.core.rl.context import Context
 from grpo_cli.core.rl.labs import broken
-from grpo_cli.core.rl.observer import Control, Observer, Observers
+from grpo_cli.core.rl.observer import Observer, Observers
 from grpo_cli.core.rl.schedule import Problems, longest_prompt
 from grpo_cli.core.rl.state import (
     Progress,
@@ -76,7 +76,8 @@ def train(
     settings: Settings, name: str | None = None, observer: Observer | None = None, *, overwrite: bool = False
 ) -> Result:
     """Train a new run to the end; `name` None picks run-1, run-2, ..."""
-    with build(settings, name, overwrite=overwrite, observer=observer) as trainer:
+    context = Context(observer=observer or Observer())
+    with build(settings, name, overwrite=overwrite, context=context) as trainer:
         return finish(trainer)
 
 
@@ -99,6 +100,7 @@ class Past:
     run: Run | None = None
     step: int = 0
     checkpoint: Path | None = None
+    is_replayed: bool = False  # to take steps again; nothing is written
 
     @property
     def warmed(self) -> Path | None:
@@ -116,18 +118,16 @@ def build(
     overwrite: bool = False,
     resume: bool | int = False,
     replay: int | None = None,
-    world: World | None = None,
-    observer: Observer | None = None,
-    control: Control | None = None,
+    context: Context | None = None,
 ) -> Iterator[Trainer]:
     """Load everything, open the run and warm-start if asked to; the run stays locked until the block ends.
 
     A new run is created only after its models have loaded. `resume` continues run `name` from its newest intact
     checkpoint, or from that of a step. `replay` starts from the run's checkpoint of a step, or its start if 0, to take
-    steps again: then nothing is written. `task`: the task of the settings, if it is loaded already. `control` can stop
-    a warm start, which raises Interrupted.
+    steps again: then nothing is written. `task`: the task of the settings, if it is loaded already. The control of the
+    `context` can stop a warm start, which raises Interrupted.
     """
-    context = Context(world or World(), observer or Observer(), control or Control())
+    context = context or Context()
     require_tracker(settings.train.tracker)
     settings = for_ranks(settings, context.world.size)
     problems = Problems.of(settings, task)
@@ -147,25 +147,44 @@ def build(
         if examples:
             require_space(Path(settings.runs), _kept(settings) * _imitator(policy).checkpoint_bytes())
         run = past.run or context.world.first(partial(_create, settings, name, stack, overwrite, context.note))
-        run = replace(run, writes=context.world.is_first and replay is None)
+        run = replace(run, writes=context.world.is_first and not past.is_replayed)
         origin = _origin_of(policy, past, problems, named)
         if examples:
             policy, origin = _imitate(policy, examples, run, settings, origin, plan, context)
         # 4. Build the state and the reference, or restore them.
-        state = _state(settings, policy, context.world)
-        reference = _reference(settings, state, plan, past, named)
-        if past.run and (past.checkpoint or replay == 0):
-            known = _known_origin(policy, reference, named, past) | problems.hashes if past.checkpoint else origin
-            require_origin(past.run, known, model=settings.model.model, reference=settings.model.ref_model)
-        if past.checkpoint:
-            state.restore(past.checkpoint)
-        if reference and state.learner.is_sharded:
-            reference = Reference(fsdp.sharded(reference.policy, context.world, policy.device))
+        state, reference = _restored(settings, policy, past, plan, named, origin, problems, context.world)
         # 5. Record what this training is.
         with nullcontext() if past.run or examples else run.starting():
-            if replay is None:
+            if not past.is_replayed:
                 context.world.first(partial(_record, run, state, settings, past, origin, context))
         yield assemble(settings, state, reference, run, problems=problems, plan=plan, context=context)
+
+
+def _restored(
+    settings: Settings,
+    policy: Policy,
+    past: Past,
+    plan: MemoryPlan,
+    named: Reference | None,
+    origin: Mapping[str, object],
+    problems: Problems,
+    world: World,
+) -> tuple[State, Reference | None]:
+    """The state, of the checkpoint if there is one, and the reference.
+
+    Raises CountdownError if the run to continue started from another model, other problems or another reference.
+    """
+    state = _state(settings, policy, world)
+    reference = _reference(settings, state, plan, past, named)
+    if past.run and past.checkpoint:
+        known = _known_origin(policy, reference, named, past) | problems.hashes
+        require_origin(past.run, known, model=settings.model.model, reference=settings.model.ref_model)
+        state.restore(past.checkpoint)
+    elif past.run and past.is_replayed:
+        require_origin(past.run, origin, model=settings.model.model, reference=settings.model.ref_model)
+    if reference and state.learner.is_sharded:
+        reference = Reference(fsdp.sharded(reference.policy, world, policy.device))
+    return state, reference
 
 
 def assemble(
@@ -221,7 +240,8 @@ def _past(
     """The run and checkpoint to continue from, if the training is resumed or replayed."""
     if replay is not None and name is not None:
         run = Run.open(Path(settings.runs), name)
-        return Past(run, *choose_checkpoint(run, settings, replay, context.note)) if replay else Past(run)
+        found = choose_checkpoint(run, settings, replay, context.note) if replay else (0, None)
+        return Past(run, *found, is_replayed=True)
     if not resume or name is None:
         return Past()
     run, first = Run.open(Path(settings.runs), name), context.world.first

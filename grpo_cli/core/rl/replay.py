@@ -8,7 +8,7 @@ kept there.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,6 +23,7 @@ from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.rl.batch import Batch, Group
 from grpo_cli.core.rl.build import build
+from grpo_cli.core.rl.context import Context
 from grpo_cli.core.rl.explain import OWN, Fork, Terms, fork, terms, variants
 from grpo_cli.core.rl.grpo import Step, advantages, normalizer
 from grpo_cli.core.rl.observer import Observer
@@ -202,7 +203,7 @@ def replay(run: Run, planned: Plan, *, losses: bool = False, observer: Observer 
     changes = {"train": {"tracker": "none", "max_bad_steps": 10**9}, "ranks": {"shard": False}}
     tables = {name: getattr(settings, name).model_copy(update=change) for name, change in changes.items()}
     settings = settings.model_copy(update={"runs": str(run.path.parent), **tables})
-    with build(settings, run.name, replay=planned.start, observer=observer) as trainer:
+    with build(settings, run.name, replay=planned.start, context=Context(observer=observer or Observer())) as trainer:
         for number in range(planned.start + 1, planned.step):
             trainer.history = _before(run, number)
             trainer.step(number)
@@ -235,30 +236,19 @@ def _record(
         last = _logprobs(trainer, batch)
         _put(trainer.state.learner, kept)
     logged, values = _logged(run, planned.step), {**batch.metrics, **taken.metrics}
-    numbers = iter(range(len(batch.completions)))
     decode = trainer.state.policy.tokenizer.decode
-
-    def completion(group: Group, sample: int) -> Completion:
-        row, tokens, score = next(numbers), group.completions[sample], group.scores[sample]
-        count = len(tokens)
-        known, sampled = taken.ref_logprobs, group.logprobs[sample][:count]
-        own = [list(rows[row])[:count] for rows in updates.values() if row in rows]
-        return Completion(
-            text=group.texts[sample],
-            tokens=tokens,
-            pieces=[str(decode([token])) for token in tokens],
-            reward=score.reward,
-            parts=dict(score.parts),
-            advantage=float(group.advantages[sample]),
-            reason=score.reason,
-            truncated=group.truncated[sample],
-            sampled=sampled,
-            updates=own or [sampled] * max(1, len(updates)),  # no update had this row: it has no gradient
-            after=after[row, :count].tolist(),
-            reference=None if known is None else known[row, :count].tolist(),
-            last=None if last is None else last[row, :count].tolist(),
+    rows = iter(range(len(batch.completions)))
+    groups = [
+        ReplayedGroup(
+            str(group.problem),
+            str(decode(group.prompt)),
+            [
+                _completion(group, sample, next(rows), decode, taken, updates, after, last)
+                for sample in range(len(group.completions))
+            ],
         )
-
+        for group in batch.groups
+    ]
     return Replay(
         planned.step,
         planned.start,
@@ -267,14 +257,39 @@ def _record(
         settings.train.max_new_tokens,
         logged,
         {name: float(values[name]) for name in logged if name in values},
-        [
-            ReplayedGroup(
-                str(group.problem),
-                str(decode(group.prompt)),
-                [completion(group, sample) for sample in range(len(group.completions))],
-            )
-            for group in batch.groups
-        ],
+        groups,
+    )
+
+
+def _completion(
+    group: Group,
+    sample: int,
+    row: int,
+    decode: Callable[[list[int]], object],
+    taken: Taken,
+    updates: Mapping[int, Mapping[int, Sequence[float]]],
+    after: Tensor,
+    last: Tensor | None,
+) -> Completion:
+    """A completion of a group, in row `row` of the step, as plain data."""
+    tokens, score, known = group.completions[sample], group.scores[sample], taken.ref_logprobs
+    count = len(tokens)
+    sampled = group.logprobs[sample][:count]
+    own = [list(rows[row])[:count] for rows in updates.values() if row in rows]
+    return Completion(
+        text=group.texts[sample],
+        tokens=tokens,
+        pieces=[str(decode([token])) for token in tokens],
+        reward=score.reward,
+        parts=dict(score.parts),
+        advantage=float(group.advantages[sample]),
+        reason=score.reason,
+        truncated=group.truncated[sample],
+        sampled=sampled,
+        updates=own or [sampled] * max(1, len(updates)),  # no update had this row: it has no gradient
+        after=after[row, :count].tolist(),
+        reference=None if known is None else known[row, :count].tolist(),
+        last=None if last is None else last[row, :count].tolist(),
     )
 
 
