@@ -123,10 +123,11 @@ def _announce(planned: _Planned, at_once: int, *, overwrite: bool) -> None:
     value = measured or study.design.spread
     smallest = detectable(study.design.seeds, len(planned.jobs) - 1, value)
     origin = "measured so far" if measured else "assumed: `study.spread`"
-    show.note(
-        f"differences of {100 * smallest:.1f} points are found with a probability of 80 %, if seeds differ by a "
-        f"standard deviation of {100 * value:.1f} ({origin})"
-    )
+    deviation = f"if seeds differ by a standard deviation of {100 * value:.1f} points ({origin})"
+    if smallest < 1:
+        show.note(f"differences of {100 * smallest:.1f} points are found with a probability of 80 %, {deviation}")
+    else:
+        show.warning(f"no difference can be found with so few seeds, {deviation}")
 
 
 def _time_left(finished: Sequence[Job], rounds: float) -> str:
