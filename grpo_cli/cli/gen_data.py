@@ -14,7 +14,7 @@ from grpo_cli.core.task.rules import Rules
 
 RULES = tuple(f"task.{rule.name}" for rule in fields(Rules))
 SETTINGS = ("task.numbers", *RULES)
-COMPRESSED = (".bz2", ".gz", ".xz", ".zip", ".zst")
+ENDINGS = ("", ".jsonl", ".json", ".csv", ".parquet")  # none: JSON Lines, as to a pipe
 
 
 def gen_data(
@@ -67,8 +67,9 @@ def _check(out: Path, columns: str) -> None:
     """Raise CountdownError for a file that would not hold what its name says, or that is in a run."""
     from grpo_cli.core.run.folder import require_outside_runs
 
-    if out.suffix in COMPRESSED:
-        raise CountdownError(f"`{out}` would not be compressed", "end its name in `.jsonl`, `.csv` or `.parquet`")
-    if out.suffix == ".csv" and columns == "verl":
+    if out.suffix.lower() not in ENDINGS:
+        problem = f"puzzles are not written as `{out.suffix}`"
+        raise CountdownError(problem, "end the name in `.jsonl`, `.csv` or `.parquet`")
+    if out.suffix.lower() == ".csv" and columns == "verl":
         raise CountdownError("CSV cannot hold the nested columns of verl", "end the name in `.parquet`")
     require_outside_runs(out)

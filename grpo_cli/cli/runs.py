@@ -79,7 +79,7 @@ def _condition(text: str) -> tuple[str, object]:
     keys = [key for key in FIELDS if name in (key, key.rpartition(".")[2])]
     if not keys or not given:
         close = nearest(name, [key.rpartition(".")[2] for key in FIELDS])
-        hint = f"did you mean `--where {close}={value}`?" if close else "write `--where seed=1`"
+        hint = f"did you mean `--where {close}={value}`?" if close and value else "write `--where seed=1`"
         raise CountdownError(f"`--where {text}` is not a setting with its value", hint)
     return keys[0], typed(keys[0], value)
 
