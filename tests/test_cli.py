@@ -370,7 +370,7 @@ def test_a_puzzle_that_begins_with_a_negative_number_is_explained(countdown: Com
 def test_gen_data_writes_what_a_name_says_and_dash_is_stdout(countdown: Command, tmp_path: Path) -> None:
     for name in ("x.csv.gz", "x.xlsx", "x.TSV", "x.jsonl.zip"):
         found = countdown("gen-data", "--count", 5, "--out", name)
-        assert (found.code, "end the name in `.jsonl`" in found.err) == (2, True)
+        assert (found.code, "end its name in `.jsonl`" in found.err) == (2, True)
     found = countdown("gen-data", "--count", 5, "--out", "-")
     assert len(found.out.splitlines()) == 5 and list(tmp_path.iterdir()) == []
     assert countdown("gen-data", "--count", 5, "--out", "X.CSV").code == 0

@@ -296,6 +296,8 @@ def test_export_again_needs_overwrite_and_pushes_only_when_asked(trained: Comman
         ("plot first --out runs/other --overwrite", "is in the run"),
         ("plot runs/first/metrics.jsonl --out runs/other", "is in the run"),
         ("eval builtin --limit 1 --out runs/other/samples.jsonl --overwrite", "is in the run"),
+        ("why first --step 2 --html runs/other/page.html", "is in the run"),
+        ("why first --step 2 --figure link/fork.png", "is in the run"),
         ("gen-data --out runs/other/new.jsonl", "is in the run"),
         ("gen-data --out runs/begun/new.jsonl", "is in the run"),
         ("train --runs runs/other --run inner", "is in the run"),
@@ -395,7 +397,8 @@ def test_runs_are_sorted_filtered_and_summed_up_by_seed(several: Command) -> Non
         assert [row["run"] for row in json.loads(several("runs", "--json", "--where", condition).out)["runs"]] == [
             "second"
         ]
-    assert several("runs", "--where", "learning_rate=3").err == "no run has these settings\n"
+    for none in (["learning_rate=3"], ["seed=1", "--where", "seed=2"]):
+        assert several("runs", "--where", *none).err == "no run has these settings\n"
     assert len(json.loads(several("runs", "--json", "--where", "batch_size=2", "--where", "seed=2").out)["runs"]) == 1
 
 

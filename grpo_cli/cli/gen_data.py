@@ -10,11 +10,11 @@ import typer
 
 from grpo_cli.cli.options import ConfigFile, Overwrite, resolve
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.files import require_ending
 from grpo_cli.core.task.rules import Rules
 
 RULES = tuple(f"task.{rule.name}" for rule in fields(Rules))
 SETTINGS = ("task.numbers", *RULES)
-ENDINGS = ("", ".jsonl", ".json", ".csv", ".parquet")  # none: JSON Lines, as to a pipe
 
 
 def gen_data(
@@ -67,9 +67,7 @@ def _check(out: Path, columns: str) -> None:
     """Raise CountdownError for a file that would not hold what its name says, or that is in a run."""
     from grpo_cli.core.run.folder import require_outside_runs
 
-    if out.suffix.lower() not in ENDINGS:
-        problem = f"puzzles are not written as `{out.suffix}`"
-        raise CountdownError(problem, "end the name in `.jsonl`, `.csv` or `.parquet`")
+    require_ending(out, ".jsonl", ".json", ".csv", ".parquet")
     if out.suffix.lower() == ".csv" and columns == "verl":
         raise CountdownError("CSV cannot hold the nested columns of verl", "end the name in `.parquet`")
     require_outside_runs(out)
