@@ -367,11 +367,15 @@ def test_a_puzzle_that_begins_with_a_negative_number_is_explained(countdown: Com
     assert found.code == 2 and "a puzzle has positive numbers" in found.err
 
 
-def test_gen_data_does_not_compress_and_dash_is_stdout(countdown: Command, tmp_path: Path) -> None:
-    found = countdown("gen-data", "--count", 5, "--out", "x.csv.gz")
-    assert (found.code, "end its name in `.jsonl`" in found.err) == (2, True)
+def test_gen_data_writes_what_a_name_says_and_dash_is_stdout(countdown: Command, tmp_path: Path) -> None:
+    for name in ("x.csv.gz", "x.xlsx", "x.TSV", "x.jsonl.zip"):
+        found = countdown("gen-data", "--count", 5, "--out", name)
+        assert (found.code, "end its name in `.jsonl`" in found.err) == (2, True)
     found = countdown("gen-data", "--count", 5, "--out", "-")
     assert len(found.out.splitlines()) == 5 and list(tmp_path.iterdir()) == []
+    assert countdown("gen-data", "--count", 5, "--out", "X.CSV").code == 0
+    assert (tmp_path / "X.CSV").read_text().startswith("numbers,target,")
+    assert load_puzzles(tmp_path / "X.CSV").rows["train"]
 
 
 def test_plot_draws_a_run_and_the_original_systems_file(trained: Command, tmp_path: Path) -> None:

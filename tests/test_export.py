@@ -296,6 +296,8 @@ def test_export_again_needs_overwrite_and_pushes_only_when_asked(trained: Comman
         ("plot first --out runs/other --overwrite", "is in the run"),
         ("plot runs/first/metrics.jsonl --out runs/other", "is in the run"),
         ("eval builtin --limit 1 --out runs/other/samples.jsonl --overwrite", "is in the run"),
+        ("why first --step 2 --html runs/other/page.html", "is in the run"),
+        ("why first --step 2 --figure link/fork.png", "is in the run"),
         ("gen-data --out runs/other/new.jsonl", "is in the run"),
         ("gen-data --out runs/begun/new.jsonl", "is in the run"),
         ("train --runs runs/other --run inner", "is in the run"),
@@ -395,13 +397,14 @@ def test_runs_are_sorted_filtered_and_summed_up_by_seed(several: Command) -> Non
         assert [row["run"] for row in json.loads(several("runs", "--json", "--where", condition).out)["runs"]] == [
             "second"
         ]
-    assert several("runs", "--where", "learning_rate=3").err == "no run has these settings\n"
+    for none in (["learning_rate=3"], ["seed=1", "--where", "seed=2"]):
+        assert several("runs", "--where", *none).err == "no run has these settings\n"
     assert len(json.loads(several("runs", "--json", "--where", "batch_size=2", "--where", "seed=2").out)["runs"]) == 1
 
 
 @pytest.mark.parametrize(
     ("condition", "hint"),
-    [("sed=1", "did you mean `--where seed=1`?"), ("seed", "seed="), ("zzz=", "write `--where seed=1`")],
+    [("sed=1", "did you mean `--where seed=1`?"), ("seed", "`--where seed=1`"), ("zzz=", "`--where seed=1`")],
 )
 def test_a_condition_that_is_no_setting_is_refused(several: Command, condition: str, hint: str) -> None:
     refused = several("runs", "--where", condition)
@@ -419,6 +422,26 @@ def test_stored_evaluations_are_compared_without_a_model(several: Command, monke
     own = json.loads(several("compare", "third", "--json").out)["paired"]
     assert (own[0]["first"], own[0]["first_accuracy"], own[0]["second_accuracy"]) == ("third, step 0", 0.0, 1.0)
     assert "val 3 one-shot" in several("compare", "first", "second").out
+
+
+def test_a_planted_bug_is_named_wherever_its_run_is_used(several: Command, tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "second" / "config.json"
+    config = json.loads(path.read_text())
+    config["train"]["broken"] = "groups"
+    path.write_text(json.dumps(config))
+    commands = ["compare first second", "eval second --limit 1 --json", "export second out", "solve 2,3,5=10"]
+    for command in (*commands[:3], f"{commands[3]} --model second"):
+        found = several(*command.split())
+        assert "`second` was trained with a bug planted on purpose: `--break groups`" in found.err.replace("\n", " ")
+    assert "planted on purpose, `--break groups`" in (tmp_path / "out" / "README.md").read_text()
+    assert "planted" not in several("compare", "first", "third").err
+
+
+@pytest.mark.parametrize("name", ["first/checkpoints/step-2", "runs/first/model", "./runs/first/checkpoints/step-2/"])
+def test_a_folder_within_a_run_is_refused_by_the_runs_name(trained: Command, name: str) -> None:
+    for command in (["export", name, "out"], ["why", name], ["compare", name]):
+        refused = trained(*command)
+        assert (refused.code, "hint: name the run: `first`" in refused.err) == (2, True)
 
 
 def test_runs_on_other_puzzles_are_not_compared(several: Command, tmp_path: Path) -> None:

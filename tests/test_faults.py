@@ -273,6 +273,7 @@ def test_what_cannot_be_read_is_named(
         (["eval", "builtin", "--out", "file/x"], "`file` is not a folder"),
         (["eval", "builtin", "--out", "missing/x"], "`missing` is not a folder"),
         (["eval", "builtin", "--out", "."], "`.` is a folder"),
+        (["eval", "builtin", "--out", "all.csv"], "would not be a file of the format"),
         (["plot", "metrics.jsonl", "--out", "file"], "`file` is not a folder"),
         (["plot", "metrics.jsonl", "--out", "missing"], "`missing` is not a folder"),
         (["gen-data", "--out", "file/x"], "`file` is not a folder"),

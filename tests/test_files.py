@@ -284,3 +284,10 @@ def test_files_for_verl_and_tinyzero_are_read_back(countdown: Command, tmp_path:
 def test_columns_of_verl_need_a_format_that_nests(countdown: Command, tmp_path: Path) -> None:
     refused = countdown("gen-data", "--columns", "verl", "--out", tmp_path / "val.csv")
     assert refused.code == 2 and "CSV cannot hold the nested columns" in refused.err
+
+
+@pytest.mark.parametrize("head", [" numbers, target", '"numbers", "target" ', "\ufeffnumbers ,\ttarget"])
+def test_white_space_around_the_columns_of_a_csv_file_is_ignored(head: str, tmp_path: Path) -> None:
+    path = tmp_path / "puzzles.csv"
+    path.write_text(f'{head}\n "3 5 2", 13\n')
+    assert load_puzzles(path).rows["train"] == (Puzzle((3, 5, 2), 13),)

@@ -6,12 +6,14 @@ import random
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
 from conftest import Command
+from forked import Forked
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.task import guest
@@ -131,6 +133,24 @@ def test_the_users_code_runs_in_a_thread_too() -> None:
     thread.start()
     thread.join()
     assert results == [1]
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        "threading.Thread(target=time.sleep, args=(600,)).start()",
+        "pool = concurrent.futures.ThreadPoolExecutor(1); pool.submit(time.sleep, 600)",
+        "threading.Timer(600, print).start()",
+    ],
+)
+def test_threads_of_the_users_code_do_not_outlive_the_command(tiny_folder: Path, tmp_path: Path, begin: str) -> None:
+    code = f"import concurrent.futures, threading, time\n{begin}\ndef mine(text, puzzle): return 0.5\n"
+    (tmp_path / "mine.py").write_text(code)
+    arguments = ("train", "--dry-run", "--reward", "mine.py:mine", "--model", tiny_folder)
+    process = Forked(tmp_path, *arguments, code="from grpo_cli.cli import app; app.THREADS_END = 0.1")
+    start = time.monotonic()
+    ended, output = process.ended()
+    assert ended == 0 and "mine.py" in output and time.monotonic() - start < 60
 
 
 POOLED = """

@@ -1,6 +1,7 @@
 """Prompts of chat templates as reasoning models have them; what is scored is what the model wrote."""
 
 import datetime
+import random
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -164,6 +165,13 @@ def test_every_day_has_the_same_prompt(form: str, folder: Path, on_day: Callable
         on_day(day)
         found.append(encode(tokenizer, prompt(PUZZLE)))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("drawn", ["range(1000) | random", "lipsum(1)"])
+def test_a_template_that_draws_at_random_writes_one_prompt(drawn: str, folder: Path) -> None:
+    tokenizer, state = load_tokenizer(str(with_template(folder, start=f"{{{{ {drawn} }}}}"))), random.getstate()
+    assert encode(tokenizer, prompt(PUZZLE)) == encode(tokenizer, prompt(PUZZLE))
+    assert random.getstate() == state
 
 
 def test_a_run_resumes_the_next_day(folder: Path, countdown: Command, on_day: Callable[[int], None]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count, cycle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,16 +27,19 @@ from grpo_cli.core.rl import grpo
 from grpo_cli.core.rl import update as update_module
 from grpo_cli.core.rl.batch import Batch
 from grpo_cli.core.rl.build import assemble
+from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.collect import Collector
+from grpo_cli.core.rl.context import Context
 from grpo_cli.core.rl.observer import Observer, Validated
 from grpo_cli.core.rl.schedule import learning_rate_at
 from grpo_cli.core.rl.state import State, choose_checkpoint
 from grpo_cli.core.rl.summary import summary
+from grpo_cli.core.rl.validate import Validation
 from grpo_cli.core.rollout.engine import Rollout
 from grpo_cli.core.rollout.params import SamplingParams
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task import countdown, scoring
-from grpo_cli.core.task.countdown import Countdown
+from grpo_cli.core.task.countdown import Countdown, PuzzlePaths
 from grpo_cli.core.task.curriculum import problems_of_step
 from grpo_cli.core.task.data import enumerate_puzzles
 from grpo_cli.core.task.prompts import Style, prompt
@@ -504,6 +508,30 @@ def test_a_suite_is_evaluated_cell_by_cell_whatever_the_training_is_shown(tiny_f
             assert not [key for key in line if key.startswith("suite")]
     outcome = summary(training.progress, train_again(training, run, settings), run)
     assert outcome["peaks"]["val 4 natural"]["start"] == found["val 4 natural"][0].accuracy  # type: ignore[index]
+
+
+def test_a_cell_of_a_suite_has_the_puzzles_of_a_file_that_are_of_its_size(tmp_path: Path) -> None:
+    files_of = {
+        "train": {(1, 2, 3): 6, (1, 2, 3, 4): 10},
+        "dev": {(1, 2, 5): 8, (1, 2, 3, 5): 11},
+        "val": {(2, 4, 6): 12, (2, 2, 4, 6): 14, (2, 4, 8): 14},
+    }
+    for name, puzzles in files_of.items():
+        lines = [json.dumps({"numbers": numbers, "target": target}) for numbers, target in puzzles.items()]
+        (tmp_path / name).write_text("\n".join(lines))
+    files = Countdown(paths=PuzzlePaths(*(tmp_path / name for name in files_of)))
+    evaluator: Any = SimpleNamespace(task=files)
+
+    def asked(**suite: float) -> Mapping[str, int]:
+        settings = small(tmp_path).model_copy(update={"suite": {"none": suite}})
+        validation = Validation(evaluator, settings, Clock(), Context())
+        return {one.name: len(puzzles) for one, puzzles in validation.puzzles.items()}
+
+    assert asked() == {"val one-shot": 3, "dev one-shot": 2}
+    dev = {"dev 3 one-shot": 1, "dev 4 natural": 1}
+    assert asked(**SUITE) == {"val one-shot": 3, **dev, "val 3 one-shot": 2, "val 4 natural": 1, "train 3 zero-shot": 1}
+    with pytest.raises(CountdownError, match="no puzzles for the cell `dev 5 one-shot`"):
+        asked(**{"val 5 one-shot": 1.0})
 
 
 def train_again(training: State, run: Run, settings: Settings) -> Any:

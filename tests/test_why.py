@@ -61,6 +61,7 @@ WRONG = [
     (["first", "--step", "1", "--prompt", "2"], "a step has no `--prompt 2`", "choose one from 0 to 1"),
     (["first", "--step", "1", "--sample", "7"], "a step has no `--sample 7`", "choose one from 0 to 1"),
     (["first", "--step", "1", "--html", "no/page.html"], "`no` is not a folder", "create it"),
+    (["first", "--step", "1", "--html", "page.png"], "would not be a file of the format", "in `.html`"),
     (["first", "--step", "0"], "invalid value for '--step'", "why --help"),
     (["first", "--step", "1", "--sample", "-1"], "invalid value for '--sample'", "why --help"),
 ]
@@ -165,6 +166,15 @@ def test_a_short_run_is_judged_by_its_halves() -> None:
     lines = steps(5, truncated=(1.0, 1.0), zero_variance=(1.0, 1.0), accuracy=(0.0, 0.0), format_rate=(0.0, 0.0))
     assert [one["name"] for one in diagnose(lines, a_loss())] == ["truncated", "gradient"]
     assert [one["name"] for one in diagnose(lines[:1], a_loss())] == ["truncated", "gradient"]
+
+
+def test_the_accuracies_of_a_run_are_those_of_its_last_evaluation() -> None:
+    shares = [(0.2, 0.1), (0.6, 0.5), (0.9, 0.7)]
+    lines = [{**line, "step": 2.0} for line in steps(6, reward=(0.1, 0.2))]
+    for line, (dev, val) in zip(lines[1::2], shares, strict=True):
+        line |= {"dev_accuracy": dev, "val_accuracy": val}
+    found = {one["name"]: one["text"] for one in diagnose([*lines, lines[0]], a_loss())}
+    assert "dev accuracy 90%" in found["selection"] and "val accuracy 70%" in found["selection"]
 
 
 def test_a_sound_run_has_findings_and_no_advice() -> None:

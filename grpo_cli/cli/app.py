@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import atexit
 import gc
+import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -59,10 +62,30 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+THREADS_END = 2.0  # seconds that threads of a user's code have to end; Python would wait for ever
 USAGE_ERROR: Any = typer.BadParameter.__base__  # Typer does not export it
 
 
 def main() -> None:
+    """Run the command line, and exit even if threads of a user's code are still running."""
+    before = threading.enumerate()
+    try:
+        _run()
+    except SystemExit as end:
+        deadline = time.monotonic() + THREADS_END
+        left = [one for one in threading.enumerate() if one not in before and not one.daemon]
+        for one in left:
+            one.join(max(0.0, deadline - time.monotonic()))
+        if any(one.is_alive() for one in left):
+            for process in multiprocessing.active_children():
+                process.terminate()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
+
+
+def _run() -> None:
     """Run the command line. A CountdownError is printed as one sentence, without a traceback."""
     show.prepare_streams()
     if sys.platform == "win32":

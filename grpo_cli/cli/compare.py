@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from grpo_cli.cli.models import warn_of_bug
 from grpo_cli.cli.options import ConfigFile, Json, completion, resolve
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.metrics import best_step
@@ -52,10 +53,10 @@ def compare(
             command = f"countdown eval {first.name} {pair[2]}{at(root)}"
             problem = f"`{pair[0]}` and `{pair[2]}` have no evaluations on the same puzzles"
             raise CountdownError(problem, f"evaluate their models: `{command}`")
+    _note_settings(runs)
     if as_json:
         text.json_object({"paired": rows})
     else:
-        _note_limits(runs)
         tables.compared(rows)
 
 
@@ -82,11 +83,13 @@ def _compared(
     ]
 
 
-def _note_limits(runs: Sequence[Run]) -> None:
-    """Report runs that were evaluated with other token limits than the first."""
+def _note_settings(runs: Sequence[Run]) -> None:
+    """Report planted bugs, and runs that were evaluated with other token limits than the first."""
     from grpo_cli.core.config.resolve import restore
 
-    limits = [restore(run.read_config(), run.config_path).settings.eval.max_new_tokens for run in runs]
-    for run, limit in zip(runs, limits, strict=True):
+    settings = [restore(run.read_config(), run.config_path).settings for run in runs]
+    limits = [own.eval.max_new_tokens for own in settings]
+    for run, own, limit in zip(runs, settings, limits, strict=True):
+        warn_of_bug(run.name, own)
         if limit != limits[0]:
             text.note(f"{run.name} was evaluated with up to {limit} tokens, {runs[0].name} with {limits[0]}")

@@ -15,7 +15,7 @@ from grpo_cli.cli.launch import joined
 from grpo_cli.cli.models import RUNNING, Chosen, at_once, choose, load
 from grpo_cli.cli.options import ConfigFile, Json, Overwrite, completion, flags, read_files, resolve
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.files import check_writable, write_lines
+from grpo_cli.core.files import check_writable, require_ending, write_lines
 from grpo_cli.ui import text as show
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def _check(
     if as_json and as_markdown:
         raise CountdownError("`--json` and `--markdown` exclude each other", "leave one of them out")
     if out is not None:
+        require_ending(out, ".jsonl", ".json")
         require_outside_runs(out)
         check_writable(out, overwrite=overwrite)
     for key in SUITE_CELL if suite is not None else ():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from grpo_cli.cli.artifacts import card_of, example_messages
+from grpo_cli.cli.models import warn_of_bug
 from grpo_cli.cli.options import ConfigFile, Overwrite, completion, resolve
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.ui import text
@@ -59,6 +60,7 @@ def export(
     is_adapter = _writes_adapter(run, merge=merge, gguf=gguf is not None)
 
     settings = restore(run.read_config(), run.config_path).settings
+    warn_of_bug(run.name, settings)
     card, source = card_of(run, settings, is_adapter=is_adapter), run.adapter_path if is_adapter else run.model_path
     convert = partial(_convert, run, settings, is_adapter, gguf)
     for path in files.export(source, folder, card, overwrite=overwrite, convert=convert):

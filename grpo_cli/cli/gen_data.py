@@ -10,11 +10,11 @@ import typer
 
 from grpo_cli.cli.options import ConfigFile, Overwrite, resolve
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.files import require_ending
 from grpo_cli.core.task.rules import Rules
 
 RULES = tuple(f"task.{rule.name}" for rule in fields(Rules))
 SETTINGS = ("task.numbers", *RULES)
-COMPRESSED = (".bz2", ".gz", ".xz", ".zip", ".zst")
 
 
 def gen_data(
@@ -67,8 +67,7 @@ def _check(out: Path, columns: str) -> None:
     """Raise CountdownError for a file that would not hold what its name says, or that is in a run."""
     from grpo_cli.core.run.folder import require_outside_runs
 
-    if out.suffix in COMPRESSED:
-        raise CountdownError(f"`{out}` would not be compressed", "end its name in `.jsonl`, `.csv` or `.parquet`")
-    if out.suffix == ".csv" and columns == "verl":
+    require_ending(out, ".jsonl", ".json", ".csv", ".parquet")
+    if out.suffix.lower() == ".csv" and columns == "verl":
         raise CountdownError("CSV cannot hold the nested columns of verl", "end the name in `.parquet`")
     require_outside_runs(out)

@@ -54,11 +54,18 @@ def choose(ctx: typer.Context, config_file: Path | None, names: list[str] | None
         if run is not None:
             kept = {key: value for key, value in given.items() if key not in ("preset", "runs")}
             settings = restore(run.read_config(), run.config_path, flags=kept).settings
+            warn_of_bug(name, settings)
         elif name == "builtin" and "preset" not in given and asked.preset != "builtin":
             settings = resolve(ctx, config_file, preset="builtin").settings
         warn_of_folder(root, name)
         chosen.append(Chosen(name, source, settings))
     return chosen
+
+
+def warn_of_bug(name: str, settings: Settings) -> None:
+    """Warn if a run was trained with `--break`."""
+    if settings.train.broken != "none":
+        show.warning(f"`{name}` was trained with a bug planted on purpose: `--break {settings.train.broken}`")
 
 
 def warn_of_folder(root: Path, name: str) -> None:

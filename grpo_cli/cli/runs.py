@@ -53,9 +53,9 @@ def runs(
     if delete:
         _delete([Run.open(root, name) for name in delete], yes=yes)
         return
-    asked = dict(map(_condition, where or []))
+    asked = list(map(_condition, where or []))
     described = [_describe(entry) for entry in list_runs(root)]
-    shown = [(row, own) for row, own in described if all(own.get(key) == value for key, value in asked.items())]
+    shown = [(row, own) for row, own in described if all(own.get(key) == value for key, value in asked)]
     if sort != "name":
         shown.sort(key=lambda one: -float(cast(float, one[0].get(ORDERS[sort]) or 0)))
     rows, groups = [row for row, _ in shown], _seeds(shown)
@@ -79,7 +79,7 @@ def _condition(text: str) -> tuple[str, object]:
     keys = [key for key in FIELDS if name in (key, key.rpartition(".")[2])]
     if not keys or not given:
         close = nearest(name, [key.rpartition(".")[2] for key in FIELDS])
-        hint = f"did you mean `--where {close}={value}`?" if close else "write `--where seed=1`"
+        hint = f"did you mean `--where {close}={value}`?" if close and value else "write `--where seed=1`"
         raise CountdownError(f"`--where {text}` is not a setting with its value", hint)
     return keys[0], typed(keys[0], value)
 

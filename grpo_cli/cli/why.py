@@ -48,8 +48,8 @@ def why(
     Example: countdown why run-1 --step 2 --sample 0
     """
     from grpo_cli.core.config.resolve import restore
-    from grpo_cli.core.files import check_writable
-    from grpo_cli.core.run.folder import at
+    from grpo_cli.core.files import check_writable, require_ending
+    from grpo_cli.core.run.folder import at, require_outside_runs
     from grpo_cli.ui.figures import require_drawable
 
     chosen = _run(Path(resolve(ctx, config).settings.runs), run)
@@ -67,7 +67,10 @@ def why(
     _require_in_step(settings, prompt, sample)
     for path in (html, figure):
         if path:
+            require_outside_runs(path, own=chosen)
             check_writable(path, overwrite=overwrite)
+    if html:
+        require_ending(html, ".html", ".htm")
     if figure:
         require_drawable(figure)
     _explain(_replayed(chosen, step, losses=losses), chosen, prompt, sample, html, figure, as_json=as_json)

@@ -37,6 +37,14 @@ def check_writable(path: Path, *, overwrite: bool) -> None:
         raise CountdownError(f"`{path}` cannot be written", "write elsewhere, or change its permissions")
 
 
+def require_ending(path: Path, *endings: str) -> None:
+    """Raise CountdownError if a file's name ends as one of another format does; it may have no ending."""
+    if path.suffix.lower() not in ("", *endings):
+        *others, last = [f"`{ending}`" for ending in endings]
+        hint = f"end its name in {', '.join(others)} or {last}" if others else f"end its name in {last}"
+        raise CountdownError(f"`{path}` would not be a file of the format that its name says", hint)
+
+
 def can_write(path: Path) -> bool:
     """Whether this process may write to an existing file or folder."""
     return _may(path, os.W_OK)

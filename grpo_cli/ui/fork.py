@@ -34,7 +34,7 @@ def fork_figure(data: Mapping[str, Any], stages: Mapping[str, str]) -> Figure:
     if not data["fork"]:
         raise CountdownError(
             f"prompt {data['prompt']} has no fork: its completions are equally good",
-            "leave out `--prompt` for the most instructive group, or choose another `--step`",
+            "choose another `--step`, or leave out `--prompt` if it is given",
         )
     figure = Figure(figsize=(11, 0.8 + 0.42 * (len(data["completions"]) + 2)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2.1, 1))

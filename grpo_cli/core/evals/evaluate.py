@@ -23,7 +23,7 @@ from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.rollout.engine import Engine, uniforms
 from grpo_cli.core.rollout.params import SamplingParams
 from grpo_cli.core.task.countdown import Countdown
-from grpo_cli.core.task.suite import Cell, weighted_mean
+from grpo_cli.core.task.suite import Cell, cell_name, weighted_mean
 from grpo_cli.core.task.task import Problem, Score, Split, Task
 from grpo_cli.core.world import World
 
@@ -66,7 +66,7 @@ class Evaluation:
     @property
     def cell(self) -> str:
         """Name of the cell, as in suites: `val 3 one-shot`."""
-        return f"{self.split} {self.numbers} {self.style}"
+        return cell_name(self.split, self.numbers, self.style)
 
     @property
     def decoding(self) -> dict[str, float]:

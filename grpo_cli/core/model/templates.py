@@ -1,10 +1,12 @@
 """Chat messages -> the text and token ids of a prompt, by a model's chat template.
 
-Every prompt has the same date. transformers renders templates in a sandbox; `check_template` tries one once.
+Every prompt has the same date and random draws. transformers renders templates in a sandbox; `check_template` tries one
+once.
 """
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Sequence
 from datetime import datetime, tzinfo
@@ -95,10 +97,13 @@ def _complete(tokenizer: transformers.PreTrainedTokenizerBase, messages: Sequenc
 
 def rendered(tokenizer: transformers.PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
     clock, chat_template_utils.datetime = chat_template_utils.datetime, _FixedDate
+    state = random.getstate()
+    random.seed(0)  # for Jinja's `random` and `lipsum`
     try:
         return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
     finally:
         chat_template_utils.datetime = clock
+        random.setstate(state)
 
 
 def check_template(name: str, tokenizer: transformers.PreTrainedTokenizerBase, messages: list[Message]) -> None:

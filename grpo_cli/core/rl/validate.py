@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from grpo_cli.core.config.settings import Settings
-from grpo_cli.core.evals.evaluate import Evaluation, Evaluator, puzzles_of
+from grpo_cli.core.evals.evaluate import Evaluation, Evaluator, common_size, puzzles_of
 from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.context import Context
 from grpo_cli.core.task.suite import Cell, cell, weighted_mean
+from grpo_cli.core.task.task import Split
 
 
 class Validation:
@@ -20,13 +21,17 @@ class Validation:
 
     def __init__(self, evaluator: Evaluator, settings: Settings, clock: Clock, context: Context) -> None:
         self.evaluator, self.clock, self.context = evaluator, clock, context
-        self.val = Cell("val", settings.task.numbers, settings.task.style)
         self.weights: Mapping[str, float] = settings.suite.get(settings.train.eval_suite, {})
-        self.dev = {Cell("dev", self.val.numbers, self.val.style): 1.0}
-        if self.weights:
-            self.dev = _on_dev(self.weights)
-        cells = dict.fromkeys([self.val, *self.dev, *map(cell, self.weights)])
-        self.puzzles = {one: puzzles_of(one, settings.train.eval_puzzles, evaluator.task) for one in cells}
+        limit, task = settings.train.eval_puzzles, evaluator.task
+        splits: tuple[Split, ...] = ("val",) if self.weights else ("val", "dev")
+        asked = [Cell(split, settings.task.numbers, settings.task.style) for split in splits]
+        named = [(one, puzzles_of(one, limit, task)) for one in asked]  # all sizes that a file has
+        self.puzzles = {replace(one, numbers=common_size(own)): own for one, own in named}
+        self.val, *own_dev = self.puzzles
+        self.dev = _on_dev(self.weights) or dict.fromkeys(own_dev, 1.0)
+        for one in (*self.dev, *map(cell, self.weights)):
+            if one not in self.puzzles:
+                self.puzzles[one] = puzzles_of(one, limit, task, sized=True)
 
     @property
     def count(self) -> int:
@@ -66,7 +71,9 @@ class Validation:
             self.context.poll()
 
         evaluator = replace(self.evaluator, on_token=on_token)
-        return evaluator.evaluate(self.puzzles[one], style=one.style, split=one.split, progress=advance)
+        return evaluator.evaluate(
+            self.puzzles[one], style=one.style, split=one.split, numbers=one.numbers, progress=advance
+        )
 
 
 def _on_dev(weights: Mapping[str, float]) -> dict[Cell, float]:

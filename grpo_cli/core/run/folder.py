@@ -491,10 +491,9 @@ def run_name(root: Path, name: str) -> str:
     if "/" in name and "\0" not in name and _is_in(root, Path(name)):
         name = Path(name).name
     if not _NAME.fullmatch(name):
-        raise CountdownError(
-            f"`{name}` cannot name a run",
-            "use 1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first",
-        )
+        own = [part for part in Path(name).parts if _NAME.fullmatch(part) and (root / part / "config.json").is_file()]
+        rule = "use 1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first"
+        raise CountdownError(f"`{name}` cannot name a run", f"name the run: `{own[0]}`" if own else rule)
     return name
 
 

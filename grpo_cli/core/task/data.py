@@ -165,7 +165,7 @@ def write_puzzles(
 ) -> None:
     """Write a puzzle file atomically: JSON Lines, CSV or Parquet by its extension."""
     check_writable(path, overwrite=overwrite)
-    write(path, in_format(path.suffix, puzzle_lines(puzzles, rules, verl)))
+    write(path, in_format(path.suffix.lower(), puzzle_lines(puzzles, rules, verl)))
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def _solves(answer: str, puzzle: Puzzle, rules: Rules) -> bool:
 
 def _rows(path: Path, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a file, each with its line number."""
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         yield from ((f"`{path}`, row {index}", row) for index, row in enumerate(_parquet(path, data), 1))
         return
     try:
@@ -169,7 +169,7 @@ def _rows(path: Path, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
     except UnicodeDecodeError as error:
         lines = data.count(b"\n", 0, error.start) + 1
         raise CountdownError(f"`{path}`, line {lines}: not UTF-8") from error
-    if path.suffix == ".csv":
+    if path.suffix.lower() == ".csv":
         yield from _csv_rows(path, text)
         return
     whole = text.lstrip().startswith("[")
@@ -201,9 +201,9 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a CSV file; lists are written as `[3, 5, 2]` or `3 5 2`."""
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
     try:
-        columns = reader.fieldnames or []
+        reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or []]
         if len(set(columns)) < len(columns):
             raise CountdownError(f"`{path}` has two columns of the same name", "rename or remove one")
         for row in reader:

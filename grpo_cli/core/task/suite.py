@@ -1,6 +1,6 @@
 """Suites: cells of puzzles on which models are evaluated side by side.
 
-A cell is written `val 3 one-shot`: split, numbers per puzzle, prompt style.
+A cell is written `val 3 one-shot`: split, numbers per puzzle, prompt style; `val one-shot` if sizes are mixed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,14 @@ from grpo_cli.core.task.task import Split
 SIZES = range(2, 7)  # numbers per puzzle
 
 
+def cell_name(split: Split, numbers: int, style: str) -> str:
+    """The name of a cell: `val 3 one-shot`."""
+    return " ".join([split, *([str(numbers)] if numbers else []), style])
+
+
 @dataclass(frozen=True)
 class Cell:
-    """Puzzles of one split, size and prompt style."""
+    """Puzzles of one split, size (0: mixed, or none) and prompt style."""
 
     split: Split
     numbers: int
@@ -28,7 +33,7 @@ class Cell:
     @property
     def name(self) -> str:
         """The cell's name: `val 3 one-shot`."""
-        return f"{self.split} {self.numbers} {self.style}"
+        return cell_name(self.split, self.numbers, self.style)
 
 
 CELLS = {cell.name: cell for cell in (Cell(*parts) for parts in product(get_args(Split), SIZES, STYLES))}
