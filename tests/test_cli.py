@@ -408,6 +408,8 @@ def test_plot_draws_a_run_and_the_original_systems_file(trained: Command, tmp_pa
         (["eval", "--lr", "1"], "see `countdown eval --help`"),
         (["runs", "--lr", "1"], "see `countdown runs --help`"),
         (["train", "--dry-run", "--probe"], "`--dry-run` and `--probe` exclude each other"),
+        (["train", "--probe", "--run", "x", "--seeds", "2"], "`--probe` trains nothing"),
+        (["train", "--probe", "--run", "x", "--overwrite"], "leave out `--seeds` and `--overwrite`"),
         (["gen-data", "--task", "mine.py"], "see `countdown gen-data --help`"),
         (["trian"], "Did you mean 'train'?"),
         (["export", "first"], "missing argument 'DIR'"),

@@ -1,6 +1,7 @@
 """Loading refuses what does not fit; log-probabilities and their gradients are those of the plain model, row by row."""
 
 import json
+import os
 import socket
 import warnings
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from transformers import (
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model import attention as attention_module
-from grpo_cli.core.model.load import fix_order, load
+from grpo_cli.core.model.load import fix_order, load, set_threads
 from grpo_cli.core.model.logprobs import token_logprobs
 from grpo_cli.core.model.policy import Policy, Sequences, _older_rotary, _write_older_rotary
 from grpo_cli.core.model.reference import Reference
@@ -479,3 +480,12 @@ def test_an_end_that_only_the_config_names_completes_an_answer(folder: Path) -> 
     assert policy.tokenizer.eos_token_id is None and policy.end_id == end
     lesson = Lesson(Puzzle((3, 5, 2), 13), prompt(Puzzle((3, 5, 2), 13), "zero-shot"), "5 * 2 + 3")
     assert warm_start._sequences(policy, [lesson]).completions[0][-1] == end
+
+
+def test_threads_are_at_most_the_cores() -> None:
+    before = torch.get_num_threads()
+    try:
+        set_threads(10_000)
+        assert torch.get_num_threads() == os.cpu_count()
+    finally:
+        torch.set_num_threads(before)

@@ -172,5 +172,5 @@ def test_a_step_whose_tokens_have_weights_is_refused(
 ) -> None:
     given = {"runs": str(tmp_path), "train.eval_every": 1, "train.num_iterations": 1, **flags}
     train(small(tiny_folder, **given), "one")
-    with pytest.raises(CountdownError, match=f"not explained yet: `{named}`"):
+    with pytest.raises(CountdownError, match=f"cannot be explained yet: it was trained with `{named}`"):
         plan(Run(tmp_path / "one"), 1)

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import IO, TYPE_CHECKING, Any
 
 import typer
@@ -134,6 +133,8 @@ def _run(lines: Sequence[Sequence[str]], at_once: int, *, quiet: bool, ended: Ca
 
     The processes get this one's signals. `ended` is told the place of each line that succeeds.
     """
+    from tempfile import TemporaryFile
+
     waiting, running, code = deque(enumerate(lines)), dict[int, subprocess.Popen[bytes]](), 0
     output = dict[int, IO[bytes] | None]()
 

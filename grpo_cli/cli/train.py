@@ -90,7 +90,7 @@ def train(
     _set_batch_size(ctx, batch_size_per_rank, process)
     if resume and (run is None or overwrite):
         raise CountdownError("`--resume` needs the name of a run, and no `--overwrite`", "say `--run NAME --resume`")
-    _require_one_purpose(resume=resume, step=step, dry_run=dry_run, probe=probe)
+    _require_one_purpose(resume=resume, step=step, dry_run=dry_run, probe=probe, trains=seeds > 1 or overwrite)
     if seeds > 1 and (run is None or resume or process.size > 1):
         raise CountdownError(
             "`--seeds` needs `--run NAME`, no `--resume`, and one process",
@@ -118,12 +118,14 @@ def train(
     _train(settings, task, run, process, overwrite=overwrite, resume=resume, step=step)
 
 
-def _require_one_purpose(*, resume: bool, step: int | None, dry_run: bool, probe: bool) -> None:
+def _require_one_purpose(*, resume: bool, step: int | None, dry_run: bool, probe: bool, trains: bool) -> None:
     """Raise CountdownError for options that exclude each other."""
     if dry_run and probe:
         raise CountdownError("`--dry-run` and `--probe` exclude each other", "leave one of them out")
     if step is not None and not resume:
         raise CountdownError("`--step` names a checkpoint to resume from", "say `--run NAME --resume --step STEP`")
+    if probe and trains:
+        raise CountdownError("`--probe` trains nothing", "leave out `--seeds` and `--overwrite`")
     if probe and resume:
         raise CountdownError(
             "`--probe` samples the starting model of a new training",

@@ -50,9 +50,9 @@ def detect_device(name: str) -> torch.device:
 
 
 def set_threads(count: int) -> None:
-    """Compute with `count` CPU threads, or with torch's default if it is 0."""
+    """Compute with `count` CPU threads, at most one per core, or with torch's default if it is 0."""
     if count:
-        torch.set_num_threads(count)
+        torch.set_num_threads(min(count, os.cpu_count() or count))
 
 
 def free_memory(device: torch.device) -> int:

@@ -168,7 +168,7 @@ def _before(run: Run, step: int) -> list[Mapping[str, float]]:
 
 
 def _require_plain_tokens(run: Run, step: int) -> None:
-    """Raise CountdownError if tokens of the step's loss have weights that a replay does not record."""
+    """Raise CountdownError if the loss of the step weighs tokens in a way that a replay does not record."""
     settings = restore(run.read_config(), run.config_path).settings
     loss, flags = corrected(settings.loss, _before(run, step)), list[str]()
     flags += ["--num-mini-batches"] if settings.train.num_mini_batches > 1 else []
@@ -178,7 +178,7 @@ def _require_plain_tokens(run: Run, step: int) -> None:
     flags += ["--sampler-correction"] if loss.sampler_correction != "none" else []
     if flags:
         raise CountdownError(
-            f"the loss of run `{run.name}` has weights of tokens that are not explained yet: `{flags[0]}`",
+            f"steps of run `{run.name}` cannot be explained yet: it was trained with `{flags[0]}`",
             f"`countdown why {run.name}` describes the run as a whole",
         )
 
