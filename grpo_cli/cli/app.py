@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import multiprocessing
 import os
 import signal
 import sys
@@ -18,7 +17,7 @@ from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -62,7 +61,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-THREADS_END = 2.0  # seconds that threads of a user's code have to end; Python would wait for ever
+THREADS_END = 2.0  # seconds that threads of a user's code have to end
 USAGE_ERROR: Any = typer.BadParameter.__base__  # Typer does not export it
 
 
@@ -77,12 +76,19 @@ def main() -> None:
         for one in left:
             one.join(max(0.0, deadline - time.monotonic()))
         if any(one.is_alive() for one in left):
-            for process in multiprocessing.active_children():
-                process.terminate()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
+            _exit(end.code if isinstance(end.code, int) else int(end.code is not None))
         raise
+
+
+def _exit(code: int) -> NoReturn:
+    """Exit without waiting for threads, which Python would do for ever."""
+    from multiprocessing import active_children
+
+    for process in active_children():
+        process.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _run() -> None:
