@@ -9,8 +9,8 @@ from mkdocs.structure.files import File, Files
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     readme = Path(config.config_file_path).with_name("README.md").read_text("utf-8")
-    inside = readme.replace("](docs/", "](")
-    files.append(File.generated(config, "index.md", content=re.sub(r"\[([^\]]+)\]\((?=[A-Zc])[^)]+\)", r"\1", inside)))
+    text = re.sub(r"\[([^\]]+)\]\((?!docs/|https?:)[^)]+\)", r"\1", readme).replace("](docs/", "](")
+    files.append(File.generated(config, "index.md", content=text))
     return files
 
 

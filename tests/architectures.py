@@ -1,5 +1,5 @@
 """Tiny random models of transformers' causal architectures, and how each runs: `python tests/architectures.py` writes
-the table of docs/models.md."""
+the tables of architectures.md."""
 
 import copy
 import re
@@ -22,7 +22,7 @@ from grpo_cli.core.rollout.params import SamplingParams
 from grpo_cli.core.rollout.selfcheck import PATHS, checked
 
 KINDS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+PAGE = Path(__file__).with_name("architectures.md")
 START, END = "<!-- start: python tests/architectures.py -->", "<!-- end -->"
 NOT_RUN = ("refused", "no tiny model")
 SHORT = [[5, 9, 11, 44, 7], [8, 7, 60, 61, 3, 4, 9, 20, 21, 22, 13]]
@@ -210,7 +210,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def documented() -> dict[str, str]:
-    """The outcome of each architecture in docs/models.md."""
+    """The outcome of each architecture in architectures.md."""
     rows = [line.split("|") for line in PAGE.read_text("utf-8").splitlines() if line.startswith("|")]
     outcomes = {*PATHS, *NOT_RUN}
     return {

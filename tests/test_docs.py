@@ -1,4 +1,4 @@
-"""Documentation that can be checked: links, the file tree, the README's size."""
+"""Documentation that can be checked: links, commands, the file tree, the size."""
 
 import re
 import shlex
@@ -12,11 +12,39 @@ from grpo_cli.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMING = [ROOT / name for name in ("config.toml", "Makefile", "pyproject.toml", ".ci/run", "CONTRIBUTING.md")]
+NAMING += [path for name in ("grpo_cli", "tests", "examples", "benchmarks") for path in (ROOT / name).rglob("*.py")]
 
 
-def test_every_local_link_leads_to_a_file() -> None:
-    links = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text("utf-8"))]
-    assert [(page, link) for page, link in links if "://" not in link and not (page.parent / link).exists()] == []
+def leads_to_a_heading(page: Path, link: str) -> bool:
+    """Whether a relative link of this page names a file, and a heading of it if it has an anchor."""
+    name, _, anchor = link.partition("#")
+    target = page.parent / name if name else page
+    if not target.exists() or not anchor:
+        return target.exists()
+    text = re.sub(r"^```.*?^```", "", target.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_every_local_link_leads_to_a_file_and_a_heading() -> None:
+    links = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)\s]+)[^)]*\)", page.read_text("utf-8"))]
+    assert len(links) > 50
+    assert [one for one in links if "://" not in one[1] and not leads_to_a_heading(*one)] == []
+
+
+def test_every_page_that_code_and_settings_name_exists() -> None:
+    """Hints and findings point to pages."""
+    named = [(path, link) for path in NAMING for link in re.findall(r"\bdocs/[\w-]+\.md(?:#[\w-]+)?", path.read_text())]
+    assert len(named) > 20
+    assert [one for one in named if not leads_to_a_heading(ROOT / "README.md", one[1])] == []
+
+
+def test_every_page_is_in_the_menu_and_there_are_few() -> None:
+    menu = re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text("utf-8").partition("nav:")[2])
+    pages = {page.name for page in PAGES} - {"README.md"}
+    assert sorted(menu) == sorted(pages | {"index.md"}) and len(pages) <= 12
+    assert sum(len(page.read_text("utf-8").split()) for page in PAGES) <= 17_500
 
 
 def test_the_file_tree_names_every_module() -> None:
@@ -29,14 +57,14 @@ def test_the_file_tree_names_every_module() -> None:
 
 
 def test_a_puzzle_reaches_its_plot_in_fourteen_hops_that_exist() -> None:
-    page = (ROOT / "docs" / "how-it-works.md").read_text("utf-8")
+    page = (ROOT / "docs" / "one-step.md").read_text("utf-8")
     hops = re.findall(r"\| \[.+?\]\(\.\./(.+?\.py)\) \| `(\w+)` \|", page)
     missing = [hop for hop in hops if f"def {hop[1]}(" not in (ROOT / hop[0]).read_text("utf-8")]
     assert len(hops) == 14 and missing == []
 
 
 def test_every_test_of_the_fault_matrix_exists() -> None:
-    page = (ROOT / "docs" / "faults.md").read_text("utf-8")
+    page = (ROOT / "tests" / "faults.md").read_text("utf-8")
     missing, file = [], ""
     for name, test in re.findall(r"`(test_\w+\.py)?(?:::(test_\w+))?`", page):
         file = name or file
@@ -46,7 +74,7 @@ def test_every_test_of_the_fault_matrix_exists() -> None:
     assert missing == []
 
 
-COMMAND = re.compile(r"\bcountdown ((?:train|eval|solve|plot|why|runs|export|gen-data)\b[^`\n]*)")
+COMMAND = re.compile(r"\bcountdown ((?:train|eval|solve|plot|why|runs|compare|export|gen-data)\b[^`\n]*)")
 
 
 def test_every_option_of_a_documented_command_exists(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,5 +110,7 @@ def test_the_examples_of_the_api_run(
     assert (tmp_path / "runs" / "from-python" / "model" / "model.safetensors").is_file()
 
 
-def test_the_readme_is_for_newcomers() -> None:
-    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 250
+def test_the_readme_opens_with_the_picture_and_is_short() -> None:
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+    assert len(lines) <= 120 and any("docs/fork.png" in line for line in lines[:8])
+    assert "make train" in "\n".join(lines[:40])

@@ -6,6 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import SMALL, Command
@@ -58,3 +59,21 @@ def test_the_notebook_runs_cell_by_cell(
         elif cell["cell_type"] == "code" and not source.startswith("%pip"):
             exec(source, {})
     assert Path(shown[0]).is_file() and (tmp_path / "my-model" / "first-f16.gguf").is_file()
+
+
+@pytest.mark.slow
+def test_the_notebook_takes_one_step_by_hand(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The loss is 0 and the gradient is not; better completions become more likely, worse ones less."""
+    cells = json.loads((EXAMPLES / "one_step.ipynb").read_text("utf-8"))["cells"]
+    assert len(cells) <= 12
+    names: dict[str, Any] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert abs(names["loss"].item()) < 1e-6 < names["norm"].item()
+    assert bool(((names["changed"] > 0) == (names["A"] > 0)).all())
+    chances = {side: way["probability"] for side, way in names["sides"].items()}
+    assert chances["better"]["after"] > chances["better"]["before"]
+    assert chances["worse"]["after"] < chances["worse"]["before"]
+    names["figure"].savefig(tmp_path / "fork.png")
+    assert "wrong_value" in capsys.readouterr().out

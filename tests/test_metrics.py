@@ -9,11 +9,11 @@ import pytest
 from grpo_cli.core.metrics import CHEATS, METRICS, metric
 from grpo_cli.core.task.scoring import Cheat
 
-TRAINING_PAGE = Path(__file__).parent.parent / "docs" / "training.md"
+PAGE = Path(__file__).parent.parent / "docs" / "api.md"
 
 
 def test_docs_list_every_metric_with_its_meaning_and_unit() -> None:
-    section = TRAINING_PAGE.read_text("utf-8").partition("## Metrics")[2].partition("\n## ")[0]
+    section = PAGE.read_text("utf-8").partition("## Metrics")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `(.+?)` \| (.*?) \| (.*?) \|$", section, re.MULTILINE)
     assert rows == [(one.name, one.meaning, one.unit) for one in METRICS]
 

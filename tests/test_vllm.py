@@ -1,4 +1,4 @@
-"""vLLM as the engine: `pytest -m vllm` in an environment with vLLM (docs/vllm.md); what needs no vLLM runs always."""
+"""vLLM as the engine: `pytest -m vllm` in an environment with vLLM (docs/gpus.md); what needs no vLLM runs always."""
 
 import json
 from importlib.util import find_spec

@@ -76,7 +76,7 @@ def require_package(package: str, hint: str = "install `countdown-grpo` again, w
 def require_engine(settings: Settings) -> None:
     """Raise CountdownError if what samples completions is not installed."""
     if settings.model.rollout == "vllm":
-        require_package("vllm", "pip install 'countdown-grpo[vllm]'; on a CPU see docs/vllm.md")
+        require_package("vllm", "pip install 'countdown-grpo[vllm]'; on a CPU see docs/gpus.md")
 
 
 def read_files(settings: Settings) -> Task:

@@ -1,6 +1,6 @@
 """Every metric of a training, declared once: meaning, unit, format, and where it is shown.
 
-`metrics.jsonl` holds metrics by name. The live table, figures, reports and docs/training.md use this list. A metric
+`metrics.jsonl` holds metrics by name. The live table, figures, reports and docs/api.md use this list. A metric
 with a `title`, `width` and `rank` is a column of the live table; `in_report` adds it to a report's health table.
 """
 

@@ -185,7 +185,7 @@ RULES = (  # causes before symptoms
         lambda window: window["format_rate"] > 0.99 and window["max accuracy"] == 0,
         "in {steps} steps every completion was well formed and none was correct, so only the format is learned: start"
         " from a model that solves some puzzles, or use fewer `--numbers`",
-        "docs/pretrained.md",
+        "docs/models.md",
         collapse=True,
     ),
     Rule(
@@ -197,7 +197,7 @@ RULES = (  # causes before symptoms
         "the format was learned ({first format_rate:.0%} -> {format_rate:.0%}) and the task was not"
         " ({first accuracy:.0%} -> {accuracy:.0%}): start from a model that solves some puzzles, use fewer `--numbers`,"
         " or lower `--format-reward`",
-        "docs/pretrained.md",
+        "docs/models.md",
         unless=("format",),
     ),
     Rule(
@@ -205,7 +205,7 @@ RULES = (  # causes before symptoms
         lambda window: _equal(window, LEARNED, 1),
         "{accuracy:.0%} of the completions are correct: nothing is left to learn from these puzzles; stop, or use"
         " harder ones with `--numbers`",
-        "docs/study.md",
+        "docs/measurements.md",
         unless=("margin",),
     ),
     Rule(
@@ -213,7 +213,7 @@ RULES = (  # causes before symptoms
         lambda window: _equal(window, 0, 1 - LEARNED),
         "{zero_variance:.0%} of the groups have equal rewards and {accuracy:.0%} of the completions are correct, so"
         " little is learned: start from a model that solves some puzzles, or use fewer `--numbers`",
-        "docs/pretrained.md",
+        "docs/models.md",
         unless=("format", "length", "truncated", "margin"),
     ),
     Rule(
@@ -246,14 +246,13 @@ FACTS = (  # of every run
         "gradient",
         lambda window: window["zero_variance"] >= 0,
         "{zero_variance:.0%} of the groups had equal rewards, and so no gradient",
-        "docs/how-it-works.md",
+        "docs/one-step.md",
     ),
     Rule(
         "progress",
         lambda window: window["reward"] == window["reward"],
         "reward {first reward:.2f} -> {reward:.2f}, accuracy {first accuracy:.2f} -> {accuracy:.2f}, format"
         " {first format_rate:.2f} -> {format_rate:.2f}",
-        "docs/study.md",
     ),
     Rule(
         "loss",
@@ -349,7 +348,7 @@ def diagnose(
         signs.append(
             "`original` flips the sign of the log-ratio and does not estimate this KL: train with `--kl-estimator k3`"
         )
-    return [{"name": "sign", "text": text, "page": "docs/how-it-works.md"} for text in signs] + findings
+    return [{"name": "sign", "text": text, "page": "docs/one-step.md"} for text in signs] + findings
 
 
 def flipped(line: Line, groups: Sequence[Mapping[str, Any]], loss: Loss, *, max_new_tokens: int) -> str | None:
