@@ -86,7 +86,7 @@ def draw(runs: Path, names: Sequence[str], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.axes[0].legend(frameon=False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=130)
     print(path)
 

@@ -15,4 +15,5 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    return re.sub(r"\[([^\]]+)\]\(\.\./[^)]+\)", r"`\1`", markdown)
+    inside = markdown.replace("](../README.md", "](index.md")
+    return re.sub(r"\[([^\]]+)\]\(\.\./[^)]+\)", r"`\1`", inside)
