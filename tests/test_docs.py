@@ -76,7 +76,7 @@ def test_every_test_of_the_fault_matrix_exists() -> None:
     assert missing == []
 
 
-COMMAND = re.compile(r"\bcountdown ((?:train|eval|solve|plot|why|runs|compare|export|gen-data)\b[^`\n]*)")
+COMMAND = re.compile(r"\bcountdown ((?:train|eval|solve|plot|why|runs|compare|study|export|gen-data)\b[^`\n]*)")
 
 
 def test_every_option_of_a_documented_command_exists(monkeypatch: pytest.MonkeyPatch) -> None:
