@@ -18,7 +18,7 @@ from forked import Forked
 
 import grpo_cli.cli.eval as eval_command
 from grpo_cli.cli import app
-from grpo_cli.cli.models import Chosen, load
+from grpo_cli.cli.models import ModelChoice, load
 from grpo_cli.core.config import resolve as config
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.rollout.decode import ShrinkingSampler
@@ -483,7 +483,7 @@ def test_a_model_is_freed_before_the_next_is_evaluated(
 ) -> None:
     loaded: list[weakref.ref[Policy]] = []
 
-    def load_alone(chosen: Chosen) -> Policy:
+    def load_alone(chosen: ModelChoice) -> Policy:
         assert not any(policy() for policy in loaded)
         policy = load(chosen)
         loaded.append(weakref.ref(policy))

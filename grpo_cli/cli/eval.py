@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from grpo_cli.cli.launch import joined
-from grpo_cli.cli.models import RUNNING, Chosen, at_once, choose, load
+from grpo_cli.cli.models import RUNNING, ModelChoice, choose, load, micro_batch_of
 from grpo_cli.cli.options import ConfigFile, Json, Overwrite, completion, flags, read_files, resolve
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import check_writable, require_ending, write_lines
@@ -104,7 +104,7 @@ def _weights(ctx: typer.Context, config: Path | None, suite: str) -> Mapping[str
     return settings.suite[suite]
 
 
-def _whole_file(ctx: typer.Context, chosen: Chosen) -> Chosen:
+def _whole_file(ctx: typer.Context, chosen: ModelChoice) -> ModelChoice:
     """With `--puzzles` and no `--split`, the whole file is evaluated, unless its rows say which are val."""
     from grpo_cli.core.task.files import load_puzzles
 
@@ -158,7 +158,7 @@ def _show(suite: str | None, results: Sequence[SuiteResult], pairs: Sequence[Sui
 
 
 def _evaluate(
-    chosen: Sequence[Chosen], asked: Task, weights: Mapping[str, float] | None, *, quiet: bool, world: World
+    chosen: Sequence[ModelChoice], asked: Task, weights: Mapping[str, float] | None, *, quiet: bool, world: World
 ) -> list[SuiteResult]:
     """Evaluate all models on the same puzzles: a suite's cells, or without `weights` the one cell of the settings."""
     from grpo_cli.core.evals import contamination
@@ -193,7 +193,7 @@ def _evaluate(
                 SamplingParams.evaluation(settings),
                 asked,
                 settings.batch_size,
-                micro_batch=at_once(model.settings, settings.batch_size),
+                micro_batch=micro_batch_of(model.settings, settings.batch_size),
                 world=world,
                 known=trained_on,
             ).evaluate_suite(puzzles, weights or {}, progress=progress)
@@ -201,7 +201,7 @@ def _evaluate(
     return results
 
 
-def _note_differences(chosen: Sequence[Chosen], keys: Sequence[str]) -> None:
+def _note_differences(chosen: Sequence[ModelChoice], keys: Sequence[str]) -> None:
     """Report where a model's own settings differ from those of the first, which apply to all."""
     first, *others = [{key: reduce(getattr, key.split("."), model.settings) for key in keys} for model in chosen]
     differing = [

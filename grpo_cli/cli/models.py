@@ -25,7 +25,7 @@ RUNNING = ("model.device", "model.precision", "model.threads", "model.rollout") 
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ModelChoice:
     """A model's name, the folder or hub id to load it from, and its settings."""
 
     name: str
@@ -33,7 +33,7 @@ class Chosen:
     settings: Settings
 
 
-def choose(ctx: typer.Context, config_file: Path | None, names: list[str] | None) -> list[Chosen]:
+def choose(ctx: typer.Context, config_file: Path | None, names: list[str] | None) -> list[ModelChoice]:
     """Each model with its settings; without names the newest run, else builtin.
 
     A run has its own settings, other models those of the invocation. Raises CountdownError if there is no such model.
@@ -58,7 +58,7 @@ def choose(ctx: typer.Context, config_file: Path | None, names: list[str] | None
         elif name == "builtin" and "preset" not in given and asked.preset != "builtin":
             settings = resolve(ctx, config_file, preset="builtin").settings
         warn_of_folder(root, name)
-        chosen.append(Chosen(name, source, settings))
+        chosen.append(ModelChoice(name, source, settings))
     return chosen
 
 
@@ -83,7 +83,7 @@ def import_libraries() -> None:
         gc.enable()
 
 
-def load(chosen: Chosen) -> Policy:
+def load(chosen: ModelChoice) -> Policy:
     """Load a model for sampling."""
     require_engine(chosen.settings)
     import_libraries()
@@ -95,7 +95,7 @@ def load(chosen: Chosen) -> Policy:
     return load_checked(chosen.source, name=chosen.name, device=model.device, precision=model.precision, note=show.note)
 
 
-def at_once(settings: Settings, rows: int = 0) -> MicroBatch:
+def micro_batch_of(settings: Settings, rows: int = 0) -> MicroBatch:
     """At most `rows` completions at once, 0 for all; fewer if memory runs out, on a CPU before it does."""
     from grpo_cli.core.microbatch import MicroBatch
     from grpo_cli.core.model.load import detect_device

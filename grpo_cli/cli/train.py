@@ -13,7 +13,7 @@ import typer
 
 from grpo_cli.cli.artifacts import Artifacts, account_of, run_curves, write_card
 from grpo_cli.cli.launch import ProcessInfo, Signals, ignoring_requests, joined, process_info
-from grpo_cli.cli.models import Chosen, at_once, import_libraries, load, warn_of_folder
+from grpo_cli.cli.models import ModelChoice, import_libraries, load, micro_batch_of, warn_of_folder
 from grpo_cli.cli.options import (
     ConfigFile,
     Overwrite,
@@ -176,7 +176,7 @@ def _resumed(ctx: typer.Context, root: Path, name: str, step: int | None) -> Res
     return resolved
 
 
-def _chosen(settings: Settings, *, resume: bool) -> Chosen:
+def _chosen(settings: Settings, *, resume: bool) -> ModelChoice:
     """The model to train; raises CountdownError if it or the reference does not exist."""
     from grpo_cli.core.run.models import model_source
 
@@ -188,7 +188,7 @@ def _chosen(settings: Settings, *, resume: bool) -> Chosen:
     if model.ref_model != "same":
         model_source(root, model.ref_model)
     source = model.model if resume else model_source(root, model.model)
-    return Chosen(model.model, source, settings)
+    return ModelChoice(model.model, source, settings)
 
 
 def _read_files_of(root: Path, name: str, settings: Settings) -> Task:
@@ -278,7 +278,7 @@ def _finish(trainer: Trainer) -> None:
         tables.training_summary(result.summary, run.path, overlap=result.overlap, change=change)
 
 
-def _show_plan(resolved: Resolved, chosen: Chosen, task: Task, process: ProcessInfo, *, verbose: bool) -> None:
+def _show_plan(resolved: Resolved, chosen: ModelChoice, task: Task, process: ProcessInfo, *, verbose: bool) -> None:
     """Print whether the training fits, what differs from the preset, and a prompt; with `verbose` everything else."""
     from grpo_cli.core.model.load import prompt_tokens
     from grpo_cli.core.rl.build import demonstrated, for_ranks, plan_memory
@@ -306,7 +306,7 @@ def _show_plan(resolved: Resolved, chosen: Chosen, task: Task, process: ProcessI
         tables.memory_plan(plan)
 
 
-def _probe(chosen: Chosen, task: Task) -> None:
+def _probe(chosen: ModelChoice, task: Task) -> None:
     """Sample the starting model in every style as training would, and show how much it can learn."""
     from grpo_cli.core.evals.evaluate import Evaluator
     from grpo_cli.core.rl import probe as probing
@@ -326,7 +326,7 @@ def _probe(chosen: Chosen, task: Task) -> None:
                 task,
                 settings.batch_size * settings.num_generations,
                 settings.seed,
-                at_once(chosen.settings),
+                micro_batch_of(chosen.settings),
             ),
             probing.chosen_puzzles(task.problems("train", asked.numbers), settings.seed),
             chosen=asked.style,
