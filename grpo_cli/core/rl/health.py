@@ -28,6 +28,7 @@ ENTROPY_LEFT = 0.1  # share of the entropy in the first window
 MOVED_LIMIT = 0.1  # share of weights; float32 changes nearly all, bf16 a few percent if steps are small
 NOTATION_LIMIT = 0.1  # share of completions that are correct except for their notation
 FORMAT_GAIN = 0.2  # rise of the format rate that, with a tenth of it in accuracy, is only the format
+LINEAR = ("grpo", "gspo", "dapo", "dr_grpo")  # loss types of value -weight * advantage at ratio 1
 CHEAT_LIMIT = 0.1  # share of completions, and twice as many as in the first window
 MARGIN_LIMIT = 0.05  # of the mean reward: how much more correct completions must earn
 EXACT = 1e-4  # distance from what arithmetic makes exact, up to rounding
@@ -69,8 +70,8 @@ class Window:
 class Rule:
     """A sentence about a window, its metrics in braces, and when it holds.
 
-    `collapse`: the training has failed for good. `unless`: rules that say why already. `at_once`: no chance can make
-    it hold, so it is judged from the first step on.
+    `collapse`: the training has failed for good. `unless`: rules that explain it. `at_once`: judged
+    from the first step on, because chance cannot make it hold.
     """
 
     name: str
@@ -300,11 +301,11 @@ def judge(name: str, line: Line) -> dict[str, str]:
 
 def _apply(rules: Sequence[Rule], history: Sequence[Line], size: int) -> dict[str, tuple[Rule, str]]:
     """The rules that hold, by name, with their sentences."""
-    window, found = Window(history[-size:], history[:size]), dict[str, tuple[Rule, str]]()
+    window, holding = Window(history[-size:], history[:size]), dict[str, tuple[Rule, str]]()
     for rule in rules:
-        if found.keys().isdisjoint(rule.unless) and rule.holds(window):
-            found[rule.name] = (rule, rule.sentence.format_map(window))
-    return found
+        if holding.keys().isdisjoint(rule.unless) and rule.holds(window):
+            holding[rule.name] = (rule, rule.sentence.format_map(window))
+    return holding
 
 
 def collapses(history: Sequence[Line]) -> dict[str, str]:
@@ -335,8 +336,8 @@ def diagnose(
     `groups`: all of the last step, if the loss had one inner update. `exact`: sampler and trainer compute in float32.
     Short runs are judged by their halves.
     """
-    found = _apply((*RULES, *FACTS), history, min(WINDOW, (len(history) + 1) // 2))
-    findings = [{"name": name, "text": text, "page": rule.page} for name, (rule, text) in found.items()]
+    holding = _apply((*RULES, *FACTS), history, min(WINDOW, (len(history) + 1) // 2))
+    findings = [{"name": name, "text": text, "page": rule.page} for name, (rule, text) in holding.items()]
     signs = [sign] if (sign := flipped(history[-1], groups, loss, max_new_tokens=max_new_tokens)) else []
     gap = Window(history[-WINDOW:], history[:WINDOW])["median sampler_gap"]
     if exact and gap > SAMPLER_GAP:
@@ -361,7 +362,7 @@ def flipped(line: Line, groups: Sequence[Mapping[str, Any]], loss: Loss, *, max_
         return f"the KL is {line['kl']:.2g} nats per token, which no estimator can be: its sign is flipped"
     rows = [row for group in groups for row in group["completions"]]
     weighted = loss.mask_truncated or loss.entropy_share < 1 or loss.entropy_bonus or loss.pass_at_k > 1
-    weighted = weighted or loss.loss_type == "cispo" or loss.sampler_correction not in ("none", "auto")
+    weighted = weighted or loss.loss_type not in LINEAR or loss.sampler_correction not in ("none", "auto")
     weighted = weighted or line.get("sampler_gap", 0.0) > SAMPLER_GAP or line.get("group_advantage", 0.0) > EXACT
     if not plain or weighted or not rows or "loss" not in line:
         return None
@@ -373,9 +374,9 @@ def flipped(line: Line, groups: Sequence[Mapping[str, Any]], loss: Loss, *, max_
     policy = -total / tokens[loss.loss_type] if loss.loss_type in tokens else 0.0
     kl, noise = loss.beta * line.get("kl", 0.0), 1e-6 + 1e-3 * abs(policy)
     if abs(policy) > noise + 2 * kl and abs(line["loss"] + policy) < abs(line["loss"] - policy):
-        said = f"the loss is {line['loss']:.2g}, and by the kept groups the policy loss is {policy:.2g}"
-        return f"{said}: its sign is flipped, and worse completions become more likely"
+        values = f"the loss is {line['loss']:.2g}, and by the kept groups the policy loss is {policy:.2g}"
+        return f"{values}: its sign is flipped, and worse completions become more likely"
     if line["loss"] - policy < -noise and kl > noise:
-        said = f"the loss is {line['loss']:.2g}, less than the policy loss of the kept groups, {policy:.2g}"
-        return f"{said}: the KL term is subtracted, which rewards distance from the reference"
+        values = f"the loss is {line['loss']:.2g}, less than the policy loss of the kept groups, {policy:.2g}"
+        return f"{values}: the KL term is subtracted, which rewards distance from the reference"
     return None
