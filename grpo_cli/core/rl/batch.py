@@ -35,7 +35,7 @@ class Group:
     rewards: Tensor  # (G,)
     advantages: Tensor = field(default_factory=lambda: torch.zeros(0))  # (G,), set after the whole step is scored
 
-    def record(self, step: int, sample: int) -> dict[str, object]:
+    def sample_record(self, step: int, sample: int) -> dict[str, object]:
         """One completion as a line of samples.jsonl."""
         score = self.scores[sample]
         return {
@@ -50,7 +50,7 @@ class Group:
             "answer": score.answer,
         }
 
-    def whole(self, step: int) -> dict[str, Any]:
+    def group_record(self, step: int) -> dict[str, Any]:
         """All completions, with rewards and advantages, as a line of groups.jsonl.gz."""
         rows = zip(self.texts, self.scores, self.advantages.tolist(), self.completions, self.truncated, strict=True)
         completions = [
@@ -208,10 +208,10 @@ class Batch:
         useful = {group.prompt_index: group for group in groups if not bool(zero_variance(group.rewards[None]))}
         self.groups = [useful.get(group.prompt_index, group) for group in self.groups]
 
-    def shown(self) -> list[dict[str, object]]:
-        """One completion per prompt, another one of the group each step."""
-        return [group.record(self.number, self.number % len(group.completions)) for group in self.groups]
+    def sample_records(self) -> list[dict[str, object]]:
+        """One completion per prompt for samples.jsonl, another one of the group each step."""
+        return [group.sample_record(self.number, self.number % len(group.completions)) for group in self.groups]
 
-    def whole(self) -> list[dict[str, Any]]:
-        """All completions of each prompt."""
-        return [group.whole(self.number) for group in self.groups]
+    def group_records(self) -> list[dict[str, Any]]:
+        """All completions of each prompt, for groups.jsonl.gz."""
+        return [group.group_record(self.number) for group in self.groups]

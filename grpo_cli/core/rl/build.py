@@ -94,16 +94,16 @@ def finish(trainer: Trainer) -> Result:
 
 
 @dataclass(frozen=True)
-class Past:
-    """What a training continues: a run, and the step and folder of its checkpoint. Empty for a new run."""
+class ResumePoint:
+    """The run to continue, and the step and folder of its checkpoint; empty for a new run."""
 
     run: Run | None = None
     step: int = 0
     checkpoint: Path | None = None
-    is_replayed: bool = False  # to take steps again; nothing is written
+    is_replay: bool = False  # steps are taken again, and nothing is written
 
     @property
-    def warmed(self) -> Path | None:
+    def warm_started(self) -> Path | None:
         """The model after the run's warm start."""
         folder = self.run.warm_start_path if self.run else None
         return folder if folder and folder.is_dir() else None
@@ -137,51 +137,52 @@ def build(
         stack.enter_context(broken(settings))
         # 1. Choose the checkpoint to continue from.
         context = _tracked(settings, context, stack)
-        past = _past(settings, name, resume, replay, context, stack)
+        point = _resume_point(settings, name, resume, replay, context, stack)
         # 2. Load the policy, plan its memory, load the reference that `ref_model` names.
-        examples = [] if past.checkpoint or past.warmed else demonstrated(settings, problems)
-        policy, plan = _load_policy(settings, problems, past, context)
+        examples = [] if point.checkpoint or point.warm_started else demonstrated(settings, problems)
+        policy, plan = _load_policy(settings, problems, point, context)
         settings = settled(settings, policy)
         named = _named_reference(settings, policy, plan)
         # 3. Open the run, and imitate.
         if examples:
-            require_space(Path(settings.runs), _kept(settings) * _imitator(policy).checkpoint_bytes())
-        run = past.run or context.world.first(partial(_create, settings, name, stack, overwrite, context.note))
-        run = replace(run, writes=context.world.is_first and not past.is_replayed)
-        origin = _origin_of(policy, past, problems, named)
+            needed = _num_checkpoints(settings) * _warm_start_state(policy).checkpoint_bytes()
+            require_space(Path(settings.runs), needed)
+        run = point.run or context.world.first(partial(_create, settings, name, stack, overwrite, context.note))
+        run = replace(run, writes=context.world.is_first and not point.is_replay)
+        origin = _origin_of(policy, point, problems, named)
         if examples:
             policy, origin = _imitate(policy, examples, run, settings, origin, plan, context)
         # 4. Build the state and the reference, or restore them.
-        state, reference = _restored(settings, policy, past, plan, named, origin, problems, context.world)
+        state, reference = _state_and_reference(settings, policy, point, plan, named, origin, problems, context.world)
         # 5. Record what this training is.
-        with nullcontext() if past.run or examples else run.starting():
-            if not past.is_replayed:
-                context.world.first(partial(_record, run, state, settings, past, origin, context))
+        with nullcontext() if point.run or examples else run.starting():
+            if not point.is_replay:
+                context.world.first(partial(_record, run, state, settings, point, origin, context))
         yield assemble(settings, state, reference, run, problems=problems, plan=plan, context=context)
 
 
-def _restored(
+def _state_and_reference(
     settings: Settings,
     policy: Policy,
-    past: Past,
+    point: ResumePoint,
     plan: MemoryPlan,
     named: Reference | None,
     origin: Mapping[str, object],
     problems: Problems,
     world: World,
 ) -> tuple[State, Reference | None]:
-    """The state, of the checkpoint if there is one, and the reference.
+    """The state, restored from the checkpoint if there is one, and the frozen reference.
 
     Raises CountdownError if the run to continue started from another model, other problems or another reference.
     """
     state = _state(settings, policy, world)
-    reference = _reference(settings, state, plan, past, named)
-    if past.run and past.checkpoint:
-        known = _known_origin(policy, reference, named, past) | problems.hashes
-        require_origin(past.run, known, model=settings.model.model, reference=settings.model.ref_model)
-        state.restore(past.checkpoint)
-    elif past.run and past.is_replayed:
-        require_origin(past.run, origin, model=settings.model.model, reference=settings.model.ref_model)
+    reference = _reference(settings, state, plan, point, named)
+    if point.run and point.checkpoint:
+        known = _known_origin(policy, reference, named, point) | problems.hashes
+        require_origin(point.run, known, model=settings.model.model, reference=settings.model.ref_model)
+        state.restore(point.checkpoint)
+    elif point.run and point.is_replay:
+        require_origin(point.run, origin, model=settings.model.model, reference=settings.model.ref_model)
     if reference and state.learner.is_sharded:
         reference = Reference(fsdp.sharded(reference.policy, world, policy.device))
     return state, reference
@@ -229,28 +230,28 @@ def _tracked(settings: Settings, context: Context, stack: ExitStack) -> Context:
     return replace(context, observer=Observers([context.observer, tracked]))
 
 
-def _past(
+def _resume_point(
     settings: Settings,
     name: str | None,
     resume: bool | int,
     replay: int | None,
     context: Context,
     stack: ExitStack,
-) -> Past:
+) -> ResumePoint:
     """The run and checkpoint to continue from, if the training is resumed or replayed."""
     if replay is not None and name is not None:
         run = Run.open(Path(settings.runs), name)
-        found = choose_checkpoint(run, settings, replay, context.note) if replay else (0, None)
-        return Past(run, *found, is_replayed=True)
+        checkpoint = choose_checkpoint(run, settings, replay, context.note) if replay else (0, None)
+        return ResumePoint(run, *checkpoint, is_replay=True)
     if not resume or name is None:
-        return Past()
+        return ResumePoint()
     run, first = Run.open(Path(settings.runs), name), context.world.first
     first(partial(_lock, run, stack, context.note))
     step = None if resume is True else resume
-    return Past(run, *first(partial(choose_checkpoint, run, settings, step, context.note)))
+    return ResumePoint(run, *first(partial(choose_checkpoint, run, settings, step, context.note)))
 
 
-def _imitator(policy: Policy) -> State:
+def _warm_start_state(policy: Policy) -> State:
     """The state of a warm start before its first step."""
     return State(policy, build_optimizer(policy, name="adamw", weight_decay=0.0), policy)
 
@@ -267,7 +268,8 @@ def _imitate(
     """The warm-started policy, and the origin with its hash."""
     rows = plan.choices.rows or settings.train.batch_size * settings.train.num_generations
     micro_batch = _micro_batch(plan, context.note, rows)
-    known = warm_start(_imitator(policy), examples, run, settings, origin, micro_batch=micro_batch, context=context)
+    state = _warm_start_state(policy)
+    known = warm_start(state, examples, run, settings, origin, micro_batch=micro_batch, context=context)
     if policy.adapter:  # its base is from now on the warm-started model, for the reference too
         policy = _load(settings, str(run.warm_start_path), policy.name, _ignore, adapter=policy.adapter)
     return policy, known
@@ -331,7 +333,9 @@ def _load(settings: Settings, source: str, name: str, note: Note, **options: Any
     return load_checked(source, name=name, device=model.device, precision=model.precision, note=note, **options)
 
 
-def _load_policy(settings: Settings, problems: Problems, past: Past, context: Context) -> tuple[Policy, MemoryPlan]:
+def _load_policy(
+    settings: Settings, problems: Problems, point: ResumePoint, context: Context
+) -> tuple[Policy, MemoryPlan]:
     """The policy on the fastest path that computes right, and the plan of its memory.
 
     All ranks choose the same plan: that for the least free memory.
@@ -344,7 +348,7 @@ def _load_policy(settings: Settings, problems: Problems, past: Past, context: Co
         fix_order()
     free = min(world.gather(free_memory(device)))
     memory.limit(settings, device)
-    folder = past.checkpoint / "model" if past.checkpoint and not adapter else past.warmed
+    folder = point.checkpoint / "model" if point.checkpoint and not adapter else point.warm_started
     name = settings.model.model
     source = str(folder or model_source(Path(settings.runs), name))
     policy = _load(settings, source, name, note, adapter=adapter)
@@ -367,15 +371,15 @@ def _named_reference(settings: Settings, policy: Policy, plan: MemoryPlan) -> Re
 
 
 def _reference(
-    settings: Settings, state: State, plan: MemoryPlan, past: Past, named: Reference | None
+    settings: Settings, state: State, plan: MemoryPlan, point: ResumePoint, named: Reference | None
 ) -> Reference | None:
     """The frozen reference, if the loss needs one: `named`, or the model that reinforcement started from."""
     if settings.loss.beta == 0:
         return None
     reference, policy, name = named, state.policy, settings.model.model
     if reference is None:
-        if past.checkpoint and not policy.adapter:  # an adapter's base model never changes
-            source = str(past.warmed or model_source(Path(settings.runs), name))
+        if point.checkpoint and not policy.adapter:  # an adapter's base model never changes
+            source = str(point.warm_started or model_source(Path(settings.runs), name))
             policy = _load(settings, source, name, _ignore)
         reference = Reference.of(policy, on_host=plan.choices.on_host or settings.ranks.shard)
     return reference
@@ -390,26 +394,26 @@ def _state(settings: Settings, policy: Policy, world: World) -> State:
     return State(policy, optimizer, learner, progress)
 
 
-def _origin_of(policy: Policy, past: Past, problems: Problems, named: Reference | None) -> dict[str, object]:
+def _origin_of(policy: Policy, point: ResumePoint, problems: Problems, named: Reference | None) -> dict[str, object]:
     """Hashes of what a training starts from: weights and tokenizer of its model, its problems, a named reference."""
     start: Mapping[str, object] = policy.fingerprint()
-    if past.run and past.warmed:  # whose model is no longer the one that the run started from
-        saved = past.run.read_origin()
+    if point.run and point.warm_started:  # whose model is no longer the one that the run started from
+        saved = point.run.read_origin()
         start = {"warm_start": start["weights"], **{name: saved.get(name) for name in ("weights", "tokenizer")}}
     reference = {"reference": named.policy.fingerprint()["weights"]} if named else {}
     return {**start, **reference, **problems.hashes}
 
 
 def _known_origin(
-    policy: Policy, reference: Reference | None, named: Reference | None, past: Past
+    policy: Policy, reference: Reference | None, named: Reference | None, point: ResumePoint
 ) -> dict[str, object]:
-    """What a resumed training knows of its origin: the checkpoint holds other weights, unless an adapter's base."""
+    """The hashes of its origin that a resumed training can check: a checkpoint holds other weights than the start."""
     if reference is None and not policy.adapter:
         return {}
     known = (reference.policy if reference else policy).fingerprint()
     if named:
         return {"reference": known["weights"]}
-    return {"warm_start" if past.warmed else "weights": known["weights"], "tokenizer": known["tokenizer"]}
+    return {"warm_start" if point.warm_started else "weights": known["weights"], "tokenizer": known["tokenizer"]}
 
 
 def _micro_batch(plan: MemoryPlan | None, report: Note, rows: int) -> MicroBatch:
@@ -420,24 +424,24 @@ def _micro_batch(plan: MemoryPlan | None, report: Note, rows: int) -> MicroBatch
     return MicroBatch(rows or choices.rows, limit=plan.limit, logit_chunk=choices.logit_chunk, report=report)
 
 
-def _kept(settings: Settings) -> int:
+def _num_checkpoints(settings: Settings) -> int:
     """Checkpoints on the disk at a time: old ones are removed after the new one is written."""
     return settings.train.keep_last + 1
 
 
 def _record(
-    run: Run, state: State, settings: Settings, past: Past, origin: Mapping[str, object], context: Context
+    run: Run, state: State, settings: Settings, point: ResumePoint, origin: Mapping[str, object], context: Context
 ) -> None:
     """Write the settings, the environment and the origin; cut a resumed run back to its checkpoint."""
     run.end_warming()
-    require_space(run.path, _kept(settings) * state.checkpoint_bytes())
+    require_space(run.path, _num_checkpoints(settings) * state.checkpoint_bytes())
     run.write_config(settings.model_dump())
-    run.write_environment(environment(state.policy) | {"ranks": context.world.size}, step=past.step)
-    if past.checkpoint is None:
+    run.write_environment(environment(state.policy) | {"ranks": context.world.size}, step=point.step)
+    if point.checkpoint is None:
         run.write_origin(origin)
-    if past.run:
+    if point.run:
         pending = state.progress.unlogged is not None
-        for sentence in past.run.go_back_to(past.step if past.checkpoint else -1, pending=pending):
+        for sentence in point.run.go_back_to(point.step if point.checkpoint else -1, pending=pending):
             context.note(sentence)
 
 

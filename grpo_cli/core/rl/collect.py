@@ -64,26 +64,26 @@ class Collector:
         At most `dynamic_sampling` times, with puzzles of a separate order, so later steps do not change; groups that
         are still equal then stay. Metrics describe the first draw, because the replaced groups are a biased sample.
         """
-        first = flat = zero_variance(batch.tally.rewards)
+        first = equal = zero_variance(batch.tally.rewards)  # (P,)
         for turn in range(1, self.settings.dynamic_sampling + 1):
-            places = flat.nonzero()[:, 0].tolist()
-            if not places:
+            indices = equal.nonzero()[:, 0].tolist()
+            if not indices:
                 break
             if turn % ANNOUNCED == 0:
-                left = f"{len(places)} of {len(flat)} groups still have equal rewards"
+                left = f"{len(indices)} of {len(equal)} groups still have equal rewards"
                 self.context.observer.message(
                     f"step {batch.number}: {left} after {turn - 1} rounds of dynamic sampling"
                 )
-            groups, drawn = self._draw(batch.number, places, turn)
+            groups, drawn = self._draw(batch.number, indices, turn)
             batch.tokens += drawn.tokens
             batch.replace(groups)
             batch.tally = self._tally(batch.groups)
-            flat = zero_variance(batch.tally.rewards)
-        batch.metrics["refilled"] = float(first.sum() - flat.sum()) / len(flat)
+            equal = zero_variance(batch.tally.rewards)
+        batch.metrics["refilled"] = float(first.sum() - equal.sum()) / len(equal)
 
-    def _draw(self, step: int, places: Sequence[int], turn: int) -> tuple[list[Group], Tally]:
-        """This rank's groups of the prompts at `places`, and the tally of all ranks. Later turns use other prompts."""
-        mine = [place for place in self.context.world.share(self.settings.batch_size) if place in places]
+    def _draw(self, step: int, indices: Sequence[int], turn: int) -> tuple[list[Group], Tally]:
+        """This rank's groups of the prompts at `indices`, and the tally of all ranks. Later turns use other prompts."""
+        mine = [index for index in self.context.world.share(self.settings.batch_size) if index in indices]
         groups = self._sample(step, mine, turn)
         return groups, self._tally(groups)
 
@@ -105,15 +105,16 @@ class Collector:
         self.context.observer.progress("sampling token", count, self.settings.max_new_tokens)
         self.context.poll()
 
-    def _sample(self, step: int, places: list[int], turn: int) -> list[Group]:
+    def _sample(self, step: int, indices: list[int], turn: int) -> list[Group]:
         settings, size = self.settings, self.settings.num_generations
         prompts = self.problems.curriculum.prompts(step, turn=turn)
-        drawn = [prompts[place] for place in places]
+        drawn = [prompts[index] for index in indices]
         policy = self.engine.policy
         messages = [self.task.prompt(problem, style) for problem, style in drawn]
-        encoded = [policy.encode(one) for one in messages]
-        same = [encode(policy.tokenizer, one) == tokens for one, tokens in zip(messages, encoded, strict=True)]
-        self.templated = fmean(same) if same else 1.0
+        encoded = [policy.encode(chat) for chat in messages]
+        # Encoded again, to measure whether prompts follow the template: a planted bug replaces `Policy.encode`.
+        templated = [encode(policy.tokenizer, chat) == tokens for chat, tokens in zip(messages, encoded, strict=True)]
+        self.templated = fmean(templated) if templated else 1.0
         with self.clock.phase("rollout"):
             rollout = self.engine.sample(
                 encoded,
@@ -121,7 +122,7 @@ class Collector:
                 uniform=uniforms(
                     settings.seed,
                     step,
-                    [turn * settings.batch_size + place for place in places],
+                    [turn * settings.batch_size + index for index in indices],
                     size,
                     settings.max_new_tokens,
                 ),
@@ -132,8 +133,8 @@ class Collector:
         self.meter.sampled(encoded, rollout)
         groups = []
         with self.clock.phase("score"):
-            for index, (place, (problem, style)) in enumerate(zip(places, drawn, strict=True)):
-                rows = slice(index * size, (index + 1) * size)
+            for number, (index, (problem, style)) in enumerate(zip(indices, drawn, strict=True)):
+                rows = slice(number * size, (number + 1) * size)
                 completions, truncated = rollout.completions[rows], rollout.truncated[rows]
                 texts = [policy.decode(tokens) for tokens in completions]
                 scores = [
@@ -144,7 +145,7 @@ class Collector:
                 logprobs = rollout.logprobs[rows]
                 groups.append(
                     Group(
-                        place, problem, style, encoded[index], completions, logprobs, truncated, texts, scores, rewards
+                        index, problem, style, encoded[number], completions, logprobs, truncated, texts, scores, rewards
                     )
                 )
         return groups

@@ -23,10 +23,9 @@ class Context:
 
     @property
     def poll(self) -> Callable[[], None]:
-        """Raises Interrupted between tokens and micro-batches; several ranks decide together, by `is_stopped`."""
+        """Raises Interrupted between tokens and micro-batches; several ranks decide together, by `any_stopped`."""
         return self.control.poll if self.world.size == 1 else no_poll
 
-    @property
-    def is_stopped(self) -> bool:
-        """Whether any of several ranks is asked to stop."""
+    def any_stopped(self) -> bool:
+        """Whether any of several ranks is asked to stop; a collective, at the end of a step."""
         return self.world.size > 1 and any(self.world.gather(self.control.should_stop()))

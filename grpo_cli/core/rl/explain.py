@@ -140,8 +140,8 @@ def _disorder(members: Sequence[int], advantages: Sequence[float]) -> float:
 
 def variants(loss: Loss) -> dict[str, Loss]:
     """The run's loss, and every other that differs in one setting: type, scale of rewards, or estimator of the KL."""
-    found = {OWN: loss}
+    losses = {OWN: loss}
     for name in ("loss_type", "scale_rewards", *(["kl_estimator"] if loss.beta else [])):
         others = [value for value in get_args(Loss.model_fields[name].annotation) if value != getattr(loss, name)]
-        found |= {f"{name} {value}": loss.model_copy(update={name: value}) for value in others}
-    return found
+        losses |= {f"{name} {value}": loss.model_copy(update={name: value}) for value in others}
+    return losses

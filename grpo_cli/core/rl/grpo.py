@@ -192,13 +192,13 @@ def token_loss(
     advantage: Tensor,
     mask: Tensor,
     loss: Loss,
-    share: Tensor | None = None,
+    token_weights: Tensor | None = None,
 ) -> TokenLoss:
-    """The loss token by token: `share` (B, T) * policy + beta * kl. Other arguments as for `batch_loss`."""
+    """The loss token by token: `token_weights` (B, T) * policy + beta * kl. Other arguments as for `batch_loss`."""
     ratio = importance_ratio(logprobs, old_logprobs, mask, loss)
     value, clipped = policy_loss(logprobs, ratio, advantage, loss)
-    if share is not None:
-        value = value * share
+    if token_weights is not None:
+        value = value * token_weights
     kl = None
     if ref_logprobs is not None:
         kl = kl_estimate(logprobs, ref_logprobs, estimator=loss.kl_estimator, ratio=ratio)
@@ -215,12 +215,12 @@ def batch_loss(
     mask: Tensor,
     weight: Tensor,
     loss: Loss,
-    share: Tensor | None = None,
+    token_weights: Tensor | None = None,
 ) -> tuple[Tensor, TokenLoss]:
     """The rows' part of the step's loss, and the loss of each token.
 
-    Log-probabilities, `mask` and `share`, a weight of the policy loss, are (B, T); advantages and the normaliser's
+    Log-probabilities, `mask` and `token_weights` of the policy loss are (B, T); advantages and the normaliser's
     `weight` (B,).
     """
-    tokens = token_loss(logprobs, old_logprobs, ref_logprobs, advantage, mask, loss, share)
+    tokens = token_loss(logprobs, old_logprobs, ref_logprobs, advantage, mask, loss, token_weights)
     return (tokens.value * mask * weight[:, None]).sum(), tokens

@@ -27,13 +27,13 @@ from grpo_cli.core.rl.context import Context
 from grpo_cli.core.rl.explain import OWN, Fork, Terms, fork, terms, variants
 from grpo_cli.core.rl.grpo import Step, advantages, normalizer
 from grpo_cli.core.rl.observer import Observer
-from grpo_cli.core.rl.train import Taken, Trainer, corrected
+from grpo_cli.core.rl.train import StepResult, Trainer, corrected
 from grpo_cli.core.rl.update import reference_logprobs
 from grpo_cli.core.run.folder import Run
 
 CHECKED = ("reward", "accuracy", "completion_length", "entropy", "loss", "kl", "grad_norm")  # metrics to compare
 
-AT_ONCE = 2**24  # elements of a gradient in double precision
+CHUNK = 2**24  # elements of a gradient in double precision
 
 
 @dataclass(frozen=True)
@@ -214,28 +214,28 @@ def replay(run: Run, planned: Plan, *, losses: bool = False, observer: Observer 
         def watch(number: int, rows: list[int], logprobs: Tensor) -> None:
             updates.setdefault(number, {}).update(zip(rows, logprobs.float().tolist(), strict=True))
 
-        taken = trainer.step(planned.step, watch)
-        found = _record(run, trainer, planned, taken, updates)
+        result = trainer.step(planned.step, watch)
+        replayed = _record(run, trainer, planned, result, updates)
         if losses:
-            _put(trainer.state.learner, before)
-            found = replace(found, variants=_compare(trainer, taken, settings.loss))
-    run.write_replay(planned.step, _REPLAY.dump_json(found))
-    return found
+            _set_weights(trainer.state.learner, before)
+            replayed = replace(replayed, variants=_compare(trainer, result, settings.loss))
+    run.write_replay(planned.step, _REPLAY.dump_json(replayed))
+    return replayed
 
 
 def _record(
-    run: Run, trainer: Trainer, planned: Plan, taken: Taken, updates: Mapping[int, Mapping[int, Sequence[float]]]
+    run: Run, trainer: Trainer, planned: Plan, result: StepResult, updates: Mapping[int, Mapping[int, Sequence[float]]]
 ) -> Replay:
     """The step as plain data; leaves the weights of the last checkpoint in the trainer."""
-    batch, settings = taken.batch, trainer.settings
+    batch, settings = result.batch, trainer.settings
     after = _logprobs(trainer, batch)
     last_step, last = _last(run), None
     if last_step is not None:
         kept = [weight.detach().clone() for weight in trainer.state.learner.trainable]
         trainer.state.fall_back(run.checkpoint_path(last_step))
         last = _logprobs(trainer, batch)
-        _put(trainer.state.learner, kept)
-    logged, values = _logged(run, planned.step), {**batch.metrics, **taken.metrics}
+        _set_weights(trainer.state.learner, kept)
+    logged, values = _logged(run, planned.step), {**batch.metrics, **result.metrics}
     decode = trainer.state.policy.tokenizer.decode
     rows = iter(range(len(batch.completions)))
     groups = [
@@ -243,7 +243,7 @@ def _record(
             str(group.problem),
             str(decode(group.prompt)),
             [
-                _completion(group, sample, next(rows), decode, taken, updates, after, last)
+                _completion(group, sample, next(rows), decode, result, updates, after, last)
                 for sample in range(len(group.completions))
             ],
         )
@@ -266,13 +266,13 @@ def _completion(
     sample: int,
     row: int,
     decode: Callable[[list[int]], object],
-    taken: Taken,
+    result: StepResult,
     updates: Mapping[int, Mapping[int, Sequence[float]]],
     after: Tensor,
     last: Tensor | None,
 ) -> Completion:
     """A completion of a group, in row `row` of the step, as plain data."""
-    tokens, score, known = group.completions[sample], group.scores[sample], taken.ref_logprobs
+    tokens, score, known = group.completions[sample], group.scores[sample], result.ref_logprobs
     count = len(tokens)
     sampled = group.logprobs[sample][:count]
     own = [list(rows[row])[:count] for rows in updates.values() if row in rows]
@@ -296,37 +296,37 @@ def _completion(
 def _logprobs(trainer: Trainer, batch: Batch) -> Tensor:
     """Log-probabilities (B, T) of the batch under the policy as it is now."""
     policy = replace(trainer.state.learner, adapter=None)  # a reference would switch it off
-    temperature, fit = trainer.settings.train.temperature, trainer.micro_batch
-    return reference_logprobs(Reference(policy), batch.sequences, temperature=temperature, micro_batch=fit).cpu()
+    temperature, rows = trainer.settings.train.temperature, trainer.micro_batch
+    return reference_logprobs(Reference(policy), batch.sequences, temperature=temperature, micro_batch=rows).cpu()
 
 
-def _compare(trainer: Trainer, taken: Taken, loss: Loss) -> list[Variant]:
+def _compare(trainer: Trainer, result: StepResult, loss: Loss) -> list[Variant]:
     """The gradients of the batch under other losses, at the weights before the step, compared with the run's own."""
-    logprobs = _logprobs(trainer, taken.batch)
-    coefficients = {name: _coefficients(trainer, taken, own, logprobs) for name, own in variants(loss).items()}
-    own = _gradient(trainer, taken.batch, coefficients[OWN])
-    size, found = math.sqrt(_dot(own, own)), list[Variant]()
+    logprobs = _logprobs(trainer, result.batch)
+    coefficients = {name: _coefficients(trainer, result, own, logprobs) for name, own in variants(loss).items()}
+    own = _gradient(trainer, result.batch, coefficients[OWN])
+    size, compared = math.sqrt(_dot(own, own)), list[Variant]()
     for name, values in coefficients.items():
-        gradient = own if torch.equal(values, coefficients[OWN]) else _gradient(trainer, taken.batch, values)
+        gradient = own if torch.equal(values, coefficients[OWN]) else _gradient(trainer, result.batch, values)
         norm = math.sqrt(_dot(gradient, gradient))
-        found.append(Variant(name, _dot(gradient, own) / (norm * size) if norm * size else 0.0, norm))
-    return found
+        compared.append(Variant(name, _dot(gradient, own) / (norm * size) if norm * size else 0.0, norm))
+    return compared
 
 
 def _dot(left: Tensor, right: Tensor) -> float:
-    """The inner product of two vectors, in double precision, a part at a time."""
-    pairs = zip(left.split(AT_ONCE), right.split(AT_ONCE), strict=True)
+    """The inner product of two vectors, in double precision, chunk by chunk."""
+    pairs = zip(left.split(CHUNK), right.split(CHUNK), strict=True)
     return sum(float(one.double() @ other.double()) for one, other in pairs)
 
 
-def _coefficients(trainer: Trainer, taken: Taken, loss: Loss, logprobs: Tensor) -> Tensor:
+def _coefficients(trainer: Trainer, result: StepResult, loss: Loss, logprobs: Tensor) -> Tensor:
     """The derivative (B, T) of a loss with respect to log-probabilities, in the first inner update."""
-    batch = taken.batch
+    batch = result.batch
     gain = advantages(torch.stack([group.rewards for group in batch.groups]), scale=loss.scale_rewards).flatten()
     lengths = torch.tensor([len(one) for one in batch.completions])
     limit = trainer.settings.train.max_new_tokens
     weight = normalizer(lengths, loss_type=loss.loss_type, max_new_tokens=limit)
-    reference = taken.ref_logprobs
+    reference = result.ref_logprobs
     own = None if reference is None else reference.cpu()
     return terms(logprobs, logprobs, own, gain, batch.sequences.mask(), weight, loss).coefficient
 
@@ -345,13 +345,13 @@ def _gradient(trainer: Trainer, batch: Batch, coefficients: Tensor) -> Tensor:
         own = coefficients[rows, : logprobs.shape[1]].to(logprobs.device)
         (logprobs * own).sum().backward()
     parts = [torch.zeros_like(one) if one.grad is None else one.grad for one in learner.trainable]
-    found = torch.cat([part.detach().float().flatten() for part in parts])
+    gradient = torch.cat([part.detach().float().flatten() for part in parts])
     learner.model.zero_grad(set_to_none=True)
-    return found
+    return gradient
 
 
 @torch.no_grad()
-def _put(policy: Policy, weights: Sequence[Tensor]) -> None:
+def _set_weights(policy: Policy, weights: Sequence[Tensor]) -> None:
     for weight, kept in zip(policy.trainable, weights, strict=True):
         weight.copy_(kept)
 

@@ -43,8 +43,8 @@ COMPARE_EVERY = 10  # steps between measurements of `logprob_gap`
 
 
 @dataclass(frozen=True)
-class Taken:
-    """A step that was taken; `metrics` are the update's."""
+class StepResult:
+    """The outcome of `Trainer.step`; `metrics` are the update's."""
 
     batch: Batch
     ref_logprobs: Tensor | None
@@ -106,16 +106,16 @@ class Trainer:
         for step in range(progress.step + 1, self.settings.train.num_iterations + 1):
             if self._out_of_patience():
                 break
-            taken = self.step(step)
+            result = self.step(step)
             # 5. Log the step; evaluate and save if due.
-            self._log(taken.batch, taken.metrics)
+            self._log(result.batch, result.metrics)
             evaluation = self._finish_step() or evaluation
-            if self.context.is_stopped:
+            if self.context.any_stopped():
                 raise Interrupted
             self._check_health()
         return evaluation or self.validation.evaluate(self.validation.val)
 
-    def step(self, number: int, watch: Watch | None = None) -> Taken:
+    def step(self, number: int, watch: Watch | None = None) -> StepResult:
         """Take a step, but log and save nothing. `watch` receives the log-probabilities of its update."""
         with self.clock.phase("total"):
             # 1. Draw prompts, sample a group of completions of each, score them.
@@ -130,7 +130,7 @@ class Trainer:
             # 4. Make completions better than their group more likely.
             updated = self._update(batch, ref_logprobs, watch, has_gradient=bool(everyone.any()))
         self.state.progress.step = number
-        return Taken(batch, ref_logprobs, updated)
+        return StepResult(batch, ref_logprobs, updated)
 
     def _announce(self) -> None:
         """Announce the training, and the base accuracy of a resumed run."""
@@ -198,7 +198,8 @@ class Trainer:
         times = self.clock.lap()
         times["time/update"] -= times.get("time/optimizer", 0.0)
         records, groups = (
-            list(chain.from_iterable(self.world.gather(part))) for part in (batch.shown(), batch.whole())
+            list(chain.from_iterable(self.world.gather(part)))
+            for part in (batch.sample_records(), batch.group_records())
         )
         speed = batch.tokens / times["time/total"]
         metrics = {"step": batch.number, **batch.metrics, **updated, **times, "tokens_per_second": speed}
@@ -233,7 +234,7 @@ class Trainer:
         if val is not None:
             result = Validated(step, val.accuracy, val.count, val.interval, suite_mean, dev_accuracy)
             self.observer.evaluated(result)
-        if self.world.first(self._is_due) or (step and step % train.save_every == 0) or last:
+        if self.world.first(self._save_is_due) or (step and step % train.save_every == 0) or last:
             self.save()
         return val
 
@@ -263,7 +264,7 @@ class Trainer:
         else:
             progress.waited += 1
 
-    def _is_due(self) -> bool:
+    def _save_is_due(self) -> bool:
         """Whether a checkpoint was requested, or the last one is `save_minutes` old."""
         minutes = self.settings.train.save_minutes
         old = self.state.progress.step > 0 and 0 < minutes * 60 <= time.monotonic() - self.saved_at
@@ -305,7 +306,7 @@ class Trainer:
         progress.bad_in_a_row += 1
         groups = [group for part in self.world.gather(batch.groups) for group in part]
         completions = [
-            {**group.record(step, sample), "tokens": tokens}
+            {**group.sample_record(step, sample), "tokens": tokens}
             for group in groups
             for sample, tokens in enumerate(group.completions)
         ]

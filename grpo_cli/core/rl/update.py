@@ -161,20 +161,22 @@ def _accumulate(
                 if number == 0:
                     poll()
                 sums += _backward(inputs, rows, micro_batch, number, watch)
-            for rows in _passes(part.equal, inputs.policy, micro_batch, world):
+            for rows in _passes(part.without_gradient, inputs.policy, micro_batch, world):
                 sums += _entropy(inputs, rows, micro_batch)
     return reduce(add, world.gather(sums))
 
 
-def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, loss: float, most: float, world: World) -> Tensor:
-    """Sum gradients over ranks, clip them to a norm of at most `most`, step; returns the norm before clipping.
+def optimizer_step(
+    policy: Policy, optimizer: torch.optim.Optimizer, loss: float, max_norm: float, world: World
+) -> Tensor:
+    """Sum gradients over ranks, clip them to a norm of at most `max_norm`, step; returns the norm before clipping.
 
     Raises NotFinite, before the weights change, if `loss` or the norm is not finite, and Diverged if the weights are
     not finite afterwards.
     """
     if not policy.is_sharded:  # FSDP sums gradients itself
         world.sum_gradients(policy.trainable)
-    norm = full(clip_gradients(policy.trainable, most))
+    norm = full(clip_gradients(policy.trainable, max_norm))
     if not torch.isfinite(torch.tensor(loss)):
         raise NotFinite("the loss is not finite")
     if not bool(torch.isfinite(norm)):
@@ -186,18 +188,18 @@ def optimizer_step(policy: Policy, optimizer: torch.optim.Optimizer, loss: float
 
 
 def _passes(rows: Sequence[int], policy: Policy, micro_batch: MicroBatch, world: World) -> list[list[int]]:
-    """The micro-batches of this rank; with sharded weights, filled up with empty ones to the most that any rank has."""
+    """The micro-batches of this rank; with sharded weights, padded with empty ones to the largest count of any rank."""
     own = micro_batch.split(rows)
-    most = max(world.gather(len(own))) if policy.is_sharded else len(own)
-    return own + [[]] * (most - len(own))
+    count = max(world.gather(len(own))) if policy.is_sharded else len(own)
+    return own + [[]] * (count - len(own))
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a mini-batch: with a gradient, and without one, of which only the entropy is needed."""
+    """The rows of a mini-batch. Of those without a gradient, only the entropy is computed."""
 
     learning: list[int]
-    equal: list[int]
+    without_gradient: list[int]
 
 
 @dataclass
@@ -213,7 +215,7 @@ class _Inputs:
     old_logprobs: Tensor  # (B, T), filled by the first inner update, or before it if the objective needs them
     sampled_logprobs: Tensor | None  # (B, T)
     learning: list[int]  # rows with a gradient
-    equal: list[int]  # rows without: of zero advantage and no KL, or masked
+    without_gradient: list[int]  # rows of zero advantage and no KL, or masked
     entropic: Tensor | None  # (B, T) boolean: tokens whose entropy lets them learn; None: all
     learned_tokens: int  # of all ranks; the entropy bonus is their mean
     masked: list[int]  # truncated rows that are left out
@@ -227,7 +229,7 @@ class _Inputs:
         masked = torch.tensor(examples.truncated, dtype=torch.bool) & loss.mask_truncated
         masked = masked if len(masked) else torch.zeros(len(lengths), dtype=torch.bool)
         learns = ((examples.advantages != 0) | loss.always_has_gradient) & ~masked
-        learning, equal = (rows.nonzero()[:, 0].tolist() for rows in (learns, ~learns))
+        learning, without_gradient = (rows.nonzero()[:, 0].tolist() for rows in (learns, ~learns))
         step = examples.step or Step(len(lengths), int(lengths[~masked].sum()), has_gradient=bool(learning))
         weight = normalizer(lengths, loss_type=loss.loss_type, max_new_tokens=objective.max_new_tokens, step=step)
         old_logprobs, sampled = torch.zeros(examples.sequences.mask().shape, device=device), None
@@ -241,8 +243,8 @@ class _Inputs:
             )
         advantages, weight = examples.advantages.to(device), weight.to(device) * objective.num_mini_batches
         return cls(
-            policy, examples, objective, step, advantages, weight, old_logprobs, sampled, learning, equal, None,
-            step.tokens, masked.nonzero()[:, 0].tolist(), plain,
+            policy, examples, objective, step, advantages, weight, old_logprobs, sampled, learning, without_gradient,
+            None, step.tokens, masked.nonzero()[:, 0].tolist(), plain,
         )  # fmt: skip
 
     def parts(self) -> list[Part]:
@@ -253,7 +255,7 @@ class _Inputs:
         def split(rows: list[int]) -> list[list[int]]:
             return [[row for row in rows if owners[row] * count // prompts == part] for part in range(count)]
 
-        return [Part(*rows) for rows in zip(split(self.learning), split(self.equal), strict=True)]
+        return [Part(*rows) for rows in zip(split(self.learning), split(self.without_gradient), strict=True)]
 
     def bonus(self, rows: list[int], entropy: Tensor, mask: Tensor) -> Tensor:
         """These rows' part of the entropy bonus: its weight times the mean entropy of the tokens that learn."""
@@ -261,16 +263,16 @@ class _Inputs:
         weight = self.objective.loss.entropy_bonus * self.objective.num_mini_batches / max(1, self.learned_tokens)
         return weight * (entropy * chosen).sum()
 
-    def share(self, rows: list[int], mask: Tensor) -> Tensor | None:
+    def token_weights(self, rows: list[int], mask: Tensor) -> Tensor | None:
         """Weights (B, T) of these rows' policy loss, by the sampler's correction and by entropy; None if all are 1."""
-        loss, length, share = self.objective.loss, mask.shape[1], None
+        loss, length, weights = self.objective.loss, mask.shape[1], None
         if loss.sampler_correction in ("truncate", "mask") and self.sampled_logprobs is not None:
             old, sampled = (part[rows, :length] for part in (self.old_logprobs, self.sampled_logprobs))
-            share = sampler_weight(old, sampled, mask, loss)
+            weights = sampler_weight(old, sampled, mask, loss)
         if self.entropic is not None:
             chosen = self.entropic[rows, :length].float()
-            share = chosen if share is None else share * chosen
-        return share
+            weights = chosen if weights is None else weights * chosen
+        return weights
 
 
 def _backward(
@@ -293,7 +295,6 @@ def _backward(
         length = mask.shape[1]
         if is_first and not objective.needs_old_logprobs:
             inputs.old_logprobs[rows, :length] = logprobs.detach()
-        share = inputs.share(rows, mask)
         total, tokens = batch_loss(
             logprobs,
             inputs.old_logprobs[rows, :length],
@@ -302,7 +303,7 @@ def _backward(
             mask,
             inputs.weight[rows],
             objective.loss,
-            share,
+            inputs.token_weights(rows, mask),
         )
         if objective.loss.entropy_bonus:
             total = total - inputs.bonus(rows, entropy, mask)
@@ -323,7 +324,7 @@ def _backward(
 @torch.no_grad()
 def _record_old_logprobs(inputs: _Inputs, micro_batch: MicroBatch, world: World, poll: Callable[[], None]) -> None:
     """Compute the log-probs of all rows before the weights change, and choose the tokens that learn by entropy."""
-    policy, objective, rows = inputs.policy, inputs.objective, sorted([*inputs.learning, *inputs.equal])
+    policy, objective, rows = inputs.policy, inputs.objective, sorted([*inputs.learning, *inputs.without_gradient])
     entropies, mask = torch.zeros_like(inputs.old_logprobs), inputs.examples.sequences.mask().to(policy.device)
     for attempt in micro_batch.attempts(len(rows), "update"):
         with attempt:
@@ -398,14 +399,14 @@ class Sums:
         return metrics | ({"kl": self.kl / self.tokens} if has_kl else {}) | gap
 
 
-def clip_gradients(weights: Sequence[torch.nn.Parameter], most: float) -> Tensor:
-    """Scale gradients in place to a norm of at most `most`; returns the norm before, summed in float32."""
+def clip_gradients(weights: Sequence[torch.nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients in place to a norm of at most `max_norm`; returns the norm before, summed in float32."""
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     if all(gradient.dtype == torch.float32 for gradient in gradients):
-        return torch.nn.utils.clip_grad_norm_(weights, most)
+        return torch.nn.utils.clip_grad_norm_(weights, max_norm)
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    torch.nn.utils.clip_grads_with_norm_(weights, most, norm)
+    torch.nn.utils.clip_grads_with_norm_(weights, max_norm, norm)
     return norm
 
 

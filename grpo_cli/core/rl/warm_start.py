@@ -49,7 +49,7 @@ T = TypeVar("T")
 BATCH = 8  # completions per step
 LEARNING_RATE = 1e-4
 CLIP = 1.0  # gradient norm
-PATIENT = 5  # failed tries after which an impatient search gives up
+GIVE_UP = 5  # failed tries of an impatient search
 WARMUP = 0.1  # share of the steps over which the learning rate rises; then it falls linearly to 0
 
 
@@ -58,13 +58,13 @@ def demonstration(puzzle: Puzzle, *, style: Style, impatient: bool = False) -> s
 
     SmolLM2 compares a value with the target more reliably if both stand side by side: hence `need 18` in every line,
     and the puzzle in the first. A line has no spaces (`2*6+10=12+10=22 need 18 no`), which takes fewer tokens than the
-    built-in model's traces. Parentheses come early enough to be learned. An `impatient` search gives up after PATIENT
+    built-in model's traces. Parentheses come early enough to be learned. An `impatient` search gives up after GIVE_UP
     failures and answers with its last try.
     None if no form solves the puzzle.
     """
     lines = [f"{' '.join(map(str, puzzle.numbers))} -> {puzzle.target}"]
     for tree in tries(puzzle.numbers):
-        if impatient and len(lines) > PATIENT:
+        if impatient and len(lines) > GIVE_UP:
             lines.append("give up")
             break
         expression, steps = write(tree), [write(tree)]
@@ -95,7 +95,7 @@ def demonstrations(
 
     No puzzle comes twice while there are others.
 
-    A share `give_up` of those with PATIENT or more failures is impatient. Leaves out puzzles that no form solves
+    A share `give_up` of those with GIVE_UP or more failures is impatient. Leaves out puzzles that no form solves
     and demonstrations that do not fit; CountdownError if none remain.
     """
     rng, by_length = random.Random(seed), defaultdict(list)
@@ -191,7 +191,7 @@ def warm_start(
                 if world.gather(control.should_save() or 0 < seconds <= time.monotonic() - saved_at)[0]:
                     _save(state, checkpoints, settings, world)
                     saved_at = time.monotonic()
-                if context.is_stopped:
+                if context.any_stopped():
                     raise Interrupted
     except Interrupted:
         _save(state, checkpoints, settings, world)

@@ -77,9 +77,9 @@ class _Try(NamedTuple):
 @lru_cache(maxsize=1 << 14)  # completions of a group write the same lines again and again
 def _tries(line: str, operations: str, size: int) -> list[_Try]:
     """The equations of a line; the first part of each has at least two numbers. `size`: numbers in the puzzle."""
-    found: list[_Try] = []
+    equations: list[_Try] = []
     if "\ufffd" in line:  # a character that no tokens could be decoded to
-        return found
+        return equations
     for span in spans(ascii_operators(line)):
         parts = [parse(text, operations) for part in span.split("=") if (text := part.strip(" *"))]
         readable = [part for part in parts if part]
@@ -89,8 +89,8 @@ def _tries(line: str, operations: str, size: int) -> list[_Try]:
             slips = not all(_follows(part, before, size) for before, part in pairs)
             first, last = readable[0], readable[-1]
             results = frozenset(number for own in new for number in own)
-            found.append(_Try(first.tokens, first.numbers, first.value, last.value, results, slips))
-    return found
+            equations.append(_Try(first.tokens, first.numbers, first.value, last.value, results, slips))
+    return equations
 
 
 def _follows(part: Expression, before: Expression, size: int) -> bool:
