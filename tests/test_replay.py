@@ -87,6 +87,23 @@ def test_gradients_of_other_losses_are_compared(second: Replay) -> None:
     assert by_name["loss_type gspo"].norm == pytest.approx(by_name["loss_type grpo"].norm, rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [{"loss.pass_at_k": 2}, {"loss.baseline": "leave_one_out", "loss.kl_in": "reward", "loss.beta": 0.5}],
+    ids=str,
+)
+def test_the_gradient_as_trained_has_the_norm_of_the_step(
+    tiny_folder: Path, tmp_path: Path, reward_by_length: None, flags: dict[str, object]
+) -> None:
+    train(small(tiny_folder, **{"runs": str(tmp_path), "train.num_iterations": 1, **flags}), "one")
+    run = Run(tmp_path / "one")
+    compared = replay(run, plan(run, 1), losses=True)
+    norms = {variant.name: variant.norm for variant in compared.variants}
+    assert compared.logged["grad_norm"] > 0
+    assert norms[OWN] == pytest.approx(compared.logged["grad_norm"], rel=1e-4)
+
+
 def test_a_replay_is_kept_until_the_run_changes(run: Run, second: Replay) -> None:
     assert cached(run, 2, losses=True) == second
     assert cached(run, 3, losses=False) is None

@@ -25,7 +25,7 @@ from grpo_cli.core.rl.batch import Batch, Group
 from grpo_cli.core.rl.build import build
 from grpo_cli.core.rl.context import Context
 from grpo_cli.core.rl.explain import OWN, Fork, Terms, fork, terms, variants
-from grpo_cli.core.rl.grpo import Step, advantages, normalizer
+from grpo_cli.core.rl.grpo import Step, normalizer
 from grpo_cli.core.rl.observer import Observer
 from grpo_cli.core.rl.train import StepResult, Trainer, corrected
 from grpo_cli.core.rl.update import reference_logprobs
@@ -322,7 +322,7 @@ def _dot(left: Tensor, right: Tensor) -> float:
 def _coefficients(trainer: Trainer, result: StepResult, loss: Loss, logprobs: Tensor) -> Tensor:
     """The derivative (B, T) of a loss with respect to log-probabilities, in the first inner update."""
     batch = result.batch
-    gain = advantages(torch.stack([group.rewards for group in batch.groups]), scale=loss.scale_rewards).flatten()
+    gain = trainer.advantages(batch, result.ref_logprobs, loss).flatten()
     lengths = torch.tensor([len(one) for one in batch.completions])
     limit = trainer.settings.train.max_new_tokens
     weight = normalizer(lengths, loss_type=loss.loss_type, max_new_tokens=limit)

@@ -123,7 +123,7 @@ class Trainer:
             # 2. Compute log-probabilities under the frozen reference.
             ref_logprobs = self._reference_logprobs(batch)
             # 3. Compare each completion with its group.
-            everyone = self._advantages(batch, ref_logprobs)  # (P, G), all ranks
+            everyone = self.advantages(batch, ref_logprobs, self.settings.loss)  # (P, G), all ranks
             batch.set_advantages(everyone)
             batch.metrics |= {"advantage": float(everyone.mean().abs())}
             batch.metrics |= {"group_advantage": float(everyone.mean(dim=1).abs().max())}
@@ -139,9 +139,9 @@ class Trainer:
         if base is not None:
             self.observer.evaluated(Validated(0, base, count, wilson(base, count)))
 
-    def _advantages(self, batch: Batch, ref_logprobs: Tensor | None) -> Tensor:
+    def advantages(self, batch: Batch, ref_logprobs: Tensor | None, loss: Loss) -> Tensor:
         """Advantages (P, G) of all ranks' completions."""
-        loss, rewards = self.settings.loss, batch.tally.rewards
+        rewards = batch.tally.rewards
         if ref_logprobs is not None and loss.kl_in == "reward":
             kl = ChainMap(*self.world.gather(batch.kl_to(ref_logprobs)))
             rewards = rewards - loss.beta * torch.stack([kl[prompt] for prompt in sorted(kl)])
