@@ -15,8 +15,8 @@ from transformers.utils import chat_template_utils
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.load import load, load_tokenizer
 from grpo_cli.core.model.modelfile import modelfile
-from grpo_cli.core.model.policy import Policy, encode
-from grpo_cli.core.model.templates import rendered
+from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.model.templates import encode, rendered
 from grpo_cli.core.rl.warm_start import Lesson, _sequences
 from grpo_cli.core.rollout.selfcheck import load_checked
 from grpo_cli.core.run.export import limit_completions

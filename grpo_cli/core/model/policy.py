@@ -24,8 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from grpo_cli.core.model import lora
 from grpo_cli.core.model.attention import Plan, shared_prefix_attention, sum_dtype
 from grpo_cli.core.model.logprobs import Entropy
-from grpo_cli.core.model.templates import PROBE, opening
-from grpo_cli.core.model.templates import encode as encode
+from grpo_cli.core.model.templates import PROBE, encode, opening
 
 ATTENTION = "countdown_shared_prefix"
 

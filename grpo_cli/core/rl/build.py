@@ -25,8 +25,9 @@ from grpo_cli.core.evals.evaluate import Evaluation, Evaluator
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import detect_device, fix_order, free_memory, load_tokenizer, set_threads
 from grpo_cli.core.model.lora import Lora
-from grpo_cli.core.model.policy import Policy, encode
+from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.model.reference import Reference
+from grpo_cli.core.model.templates import encode
 from grpo_cli.core.perf import memory
 from grpo_cli.core.perf.memory import MemoryPlan
 from grpo_cli.core.perf.utilization import Meter, operations

@@ -39,4 +39,4 @@ class Clock:
         own = {**self.seconds, **self.world.lap()}
         self.seconds = {}
         everyone = self.world.gather(own)
-        return {name: max(one.get(name, 0.0) for one in everyone) for one in everyone for name in one}
+        return {name: max(rank.get(name, 0.0) for rank in everyone) for rank in everyone for name in rank}
