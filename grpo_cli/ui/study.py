@@ -81,6 +81,7 @@ def write_page(result: Mapping[str, Any], path: Path) -> None:
 def _figure(result: Mapping[str, Any]) -> Figure:
     """Val accuracy by step: each seed faintly, the mean over seeds in front."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -93,6 +94,7 @@ def _figure(result: Mapping[str, Any]) -> Figure:
         means = [fmean(points[step] for points in shared) for step in steps]
         axes.plot(steps, means, color=colour, linestyle=style, marker=".", label=printable(name).replace("$", r"\$"))
     axes.set(xlabel="step", ylabel="val accuracy (greedy)", ylim=(0, 1.02))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e4e4e4")
