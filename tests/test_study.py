@@ -169,13 +169,7 @@ def test_a_study_that_was_stopped_goes_on_where_it_was(
         and "http:" not in page.replace("http://www.w3.org", "")
     )
 
-
-def test_a_study_refuses_runs_with_other_settings_and_steps_that_were_not_evaluated(
-    countdown: Command, tiny_folder: Path, here: tuple[Lines, list[int]]
-) -> None:
-    text = TINY.format(model=tiny_folder)
-    Path("tiny.toml").write_text(text)
-    assert countdown("study", "tiny.toml").code == 0
+    text = TINY.format(model=tiny_folder)  # runs with other settings, and a step that was not evaluated, are refused
     Path("tiny.toml").write_text(text.replace("1e-3", "1e-2"))
     other = countdown("study", "tiny.toml")
     assert other.code == 2 and "run `tiny-fast-0` has another `train.learning_rate`" in other.err
