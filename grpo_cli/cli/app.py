@@ -147,10 +147,15 @@ def _usage(problem: Any) -> CountdownError:
     command = problem.ctx.command_path if problem.ctx else " ".join(["countdown", *named])
     message, hint = problem.format_message().replace("Value error, ", "").rstrip("."), f"see `{command} --help`"
     if hasattr(problem, "possibilities"):
-        known = [name for parameter in problem.ctx.command.get_params(problem.ctx) for name in parameter.opts]
-        meant = nearest(problem.option_name, known)
+        names = [name for parameter in problem.ctx.command.get_params(problem.ctx) for name in parameter.opts]
+        known = [name for name in names if name.startswith("-")]
+        model = problem.option_name in ("--model", "--run")  # a model is named by an argument or by one of these
+        meant = next((name for name in ("--model", "--run") if model and name in known), None)
+        meant = meant or nearest(problem.option_name, known)
         message = f"`{command}` has no option `{problem.option_name}`"
         hint = f"did you mean `{meant}`?" if meant else hint
+        if model and {"models", "runs", "run", "names", "name"} & set(names):
+            hint = f"give the name without `{problem.option_name}`; see `{command} --help`"
         if problem.option_name[1:2].isdigit():
             hint = 'a puzzle has positive numbers, as in `countdown solve "4 7 3 = 25"`'
     return CountdownError(message[:1].lower() + message[1:], hint)
