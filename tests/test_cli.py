@@ -306,7 +306,7 @@ def test_every_evaluation_says_how_many_puzzles_its_model_was_trained_on(trained
     asked = ("eval", "first", "--numbers", 2, "--max-new-tokens", 1)
     assert json.loads(trained(*asked, "--json").out)["overlap"] == 0
     result = trained(*asked, "--split", "train")
-    assert f"2 of {count} puzzles were trained on (2 known from first" in " ".join(result.out.split())
+    assert f"2 of {count} puzzles were trained on (compared with the 2 of first" in " ".join(result.out.split())
     assert f"warning: first was trained on puzzles of this evaluation: 2 of {count} train 2" in result.err
     assert "warning" not in trained(*asked).err
 
@@ -398,6 +398,13 @@ def test_plot_draws_a_run_and_the_original_systems_file(trained: Command, tmp_pa
     [
         (["train", "--batchsize", "4"], "did you mean `--batch-size`?"),
         (["eval", "--suit", "transfer"], "did you mean `--suite`?"),
+        (["eval", "--eval-puzzles", "16"], "did you mean `--limit`?"),
+        (["eval", "--prompt-style", "natural"], "did you mean `--style`?"),
+        (["train", "--limit", "16"], "did you mean `--eval-puzzles`?"),
+        (["train", "--suite", "transfer"], "did you mean `--eval-suite`?"),
+        (["eval", "--model", "first"], "give the name without `--model`; see `countdown eval --help`"),
+        (["why", "--run", "first"], "give the name without `--run`; see `countdown why --help`"),
+        (["solve", "4 7 3 = 25", "--run", "first"], "did you mean `--model`?"),
         (["train", "--zzz"], "see `countdown train --help`"),
         (["train", "--lr", "1"], "did you mean `--learning-rate`?"),
         (["train", "--gpu", "0"], "did you mean `--device`?"),

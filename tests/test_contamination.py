@@ -90,7 +90,9 @@ def test_problems_of_other_tasks_are_counted_too(tmp_path: Path) -> None:
     run.log_samples([{"step": 1, **Item("[3, 1]").record()}])
     found = known("first", tmp_path)
     assert overlap([Item("[3, 1]"), Item("[1, 3]")], found) == 1
-    assert found.statement([Item("[3, 1]")]).startswith("1 of 1 problems were trained on (1 known from first, and all")
+    assert found.statement([Item("[3, 1]")]).startswith(
+        "1 of 1 problems were trained on (compared with the 1 of first and all"
+    )
 
 
 def test_runs_that_name_each_other_end(tmp_path: Path) -> None:
@@ -104,10 +106,10 @@ def test_the_statement_says_how_much_is_known_from_where(tmp_path: Path) -> None
     make_run(tmp_path, "other", SEEN, NEW, start=HUB)
     assert known("first", tmp_path).statement([VAL, SEEN]) == (
         "1 of 2 puzzles were trained on"
-        " (1 known from first, and all train puzzles of 3 and 4 numbers by the recipe of builtin)"
+        " (compared with the 1 of first and all train puzzles of 3 and 4 numbers by the recipe of builtin)"
     )
     assert known("other", tmp_path).statement([VAL]) == (
-        "0 of 1 puzzles were trained on (2 known from other; what owner/name was trained on is not known)"
+        "0 of 1 puzzles were trained on (compared with the 2 of other; what owner/name was trained on is not known)"
     )
 
 

@@ -36,12 +36,12 @@ class Known:
         count = overlap(problems, self)
         if count is None:
             return f"what {self.unknown} was trained on is not known"
-        parts = [f"{len(seen):,} known from {name}" for name, seen in self.runs.items()]
+        parts = [f"the {len(seen):,} of {name}" for name, seen in self.runs.items()]
         parts += [RECIPE] if self.recipe else []
         rest = f"; what {self.unknown} was trained on is not known" if self.unknown else ""
         rest += f"; {self.damaged} damaged line{'s' * (self.damaged > 1)} of samples left out" if self.damaged else ""
         noun = "puzzles" if all(problem.size for problem in problems) else "problems"
-        return f"{count:,} of {len(problems):,} {noun} were trained on ({', and '.join(parts)}{rest})"
+        return f"{count:,} of {len(problems):,} {noun} were trained on (compared with {' and '.join(parts)}{rest})"
 
 
 def overlap(problems: Iterable[Problem], known: Known) -> int | None:
