@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -184,3 +185,14 @@ def test_a_sound_run_has_findings_and_no_advice() -> None:
     found = diagnose(steps(60, **sound), a_loss())
     assert [one["name"] for one in found] == ["gradient", "progress", "loss", "limit", "entropy", "kl"]
     assert not any("--" in one["text"] for one in found)
+
+
+@pytest.mark.parametrize(
+    ("beta", "kl", "words"),
+    [(0.1, 0.02, "only the pull of the KL term"), (0.1, 0.0, "nothing is learned"), (0.0, 0.02, "nothing is learned")],
+)
+def test_groups_of_equal_rewards_are_pulled_by_a_kl_above_0_alone(beta: float, kl: float, words: str) -> None:
+    """In step 1 the policy is the reference: the KL and its gradient are 0."""
+    groups = [SimpleNamespace(completions=[SimpleNamespace(advantage=0.0)])] * 2
+    replay: Any = SimpleNamespace(groups=groups, loss=SimpleNamespace(beta=beta), logged={"kl": kl})
+    assert words in view._gradient_sentence(replay)

@@ -71,7 +71,8 @@ def sentences(replay: Replay, updates: Sequence[Terms]) -> list[str]:
 
 def _gradient_sentence(replay: Replay) -> str:
     mixed, count = sum(any(one.advantage for one in group.completions) for group in replay.groups), len(replay.groups)
-    rest = "there is only the pull of the KL term" if replay.loss.beta else "nothing is learned"
+    pulls = replay.loss.beta and replay.logged.get("kl") != 0  # the policy of step 1 is the reference
+    rest = "there is only the pull of the KL term" if pulls else "nothing is learned"
     text = f"{mixed or 'None'} of {counted(count, 'group')} had unequal rewards"
     text += ", and so a gradient" if mixed else f": {rest}"
     return f"{text}; from the others, {rest}." if 0 < mixed < count else f"{text}."
