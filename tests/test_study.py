@@ -12,6 +12,7 @@ from conftest import Command, main
 from grpo_cli.cli import seeds
 from grpo_cli.core.evals.statistics import paired, student, student_quantile
 from grpo_cli.core.evals.study import compare, detectable, read_study, spread
+from grpo_cli.core.rl.labs import BUGS
 
 TINY = """
 [study]
@@ -117,8 +118,13 @@ def test_a_study_file_is_checked_before_any_training(countdown: Command, text: s
     assert not Path("runs").exists()
 
 
-def test_the_example_file_is_a_study() -> None:
-    study = read_study(Path(__file__).parent.parent / "examples" / "study.toml")
+def test_the_example_files_are_studies() -> None:
+    examples = Path(__file__).parent.parent / "examples"
+    assert {own.get("train.broken", "none") for own in read_study(examples / "labs.toml").conditions.values()} == {
+        "none",
+        *BUGS,
+    }
+    study = read_study(examples / "study.toml")
     assert len(study.conditions) == 14 and study.conditions["grpo"]["train.num_iterations"] == 8
 
 
