@@ -162,6 +162,8 @@ def _run(lines: Sequence[Sequence[str]], at_once: int, *, quiet: bool, ended: Ca
                     stream.close()
             time.sleep(0.1)
     finally:
+        for process in running.values():  # `ended` has raised
+            process.terminate()
         for number, handler in before.items():
             signal.signal(number, handler)
     return code

@@ -18,6 +18,7 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.ui import text as show
 
 if TYPE_CHECKING:
+    from grpo_cli.core.config.settings import Train
     from grpo_cli.core.evals.study import Study
     from grpo_cli.core.run.logs import Evaluated
 
@@ -95,6 +96,7 @@ def _plan(ctx: typer.Context, file: Path, config: Path | None, at_once: int) -> 
         except CountdownError as problem:
             raise CountdownError(f"condition `{name}` of `{file}`: {problem.message}", problem.hint) from None
         read_files(settings)
+        _require_evaluated(name, study.design.step, settings.train)
         words = ["train", *(["--config", str(config)] if config else []), "--runs", settings.runs]
         words += [as_option(key, value) for key, value in given.items() if key in FIELDS]
         jobs[name] = [
@@ -102,6 +104,16 @@ def _plan(ctx: typer.Context, file: Path, config: Path | None, at_once: int) -> 
             for seed in study.seeds
         ]
     return _Planned(study, jobs)
+
+
+def _require_evaluated(condition: str, step: int | None, train: Train) -> None:
+    """Raise CountdownError if the training of a condition does not evaluate the step that is compared."""
+    every, last = train.eval_every, train.num_iterations
+    if step is not None and (step > last or (step % every and step != last)):
+        raise CountdownError(
+            f"`{condition}` is not evaluated after step {step}, but every {every} steps and after step {last}",
+            "change `study.step` or `train.eval_every`",
+        )
 
 
 def _announce(planned: _Planned, at_once: int, *, overwrite: bool) -> None:
