@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias
 
 from grpo_cli.core.model import attention
-from grpo_cli.core.model.attention import BUCKET, Decode, Packed, Prefill, order
+from grpo_cli.core.model.attention import BUCKET, WORTH, Decode, Packed, Prefill, num_shared, order
 
 HEADS, KEY_HEADS, WIDTH, SCALING = 4, 2, 8, 0.37
 CPU = torch.device("cpu")
@@ -32,6 +32,18 @@ def plain(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
 def test_packed_positions_restart_after_the_prompt_of_each_completion() -> None:
     plan = Packed([3, 2], [2, 1], [0, 1], CPU)
     assert plan.positions.tolist() == [[0, 1, 2, 0, 1, 3, 4, 2]]
+    plan = Packed([3, 2], [2, 1], [0, 1], CPU, shared=1)
+    assert plan.positions.tolist() == [[0, 1, 2, 1, 3, 4, 2]]
+
+
+def test_prompts_share_their_first_tokens_but_not_all_and_not_a_few() -> None:
+    alike = list(range(WORTH + 2))
+    assert num_shared([alike, [*alike[:-1], 0], alike]) == WORTH + 1
+    assert num_shared([alike, alike]) == WORTH + 1
+    assert num_shared([alike, alike[:-1]]) == WORTH
+    assert num_shared([alike, alike[:-2]]) == 0
+    assert num_shared([alike]) == 0
+    assert num_shared([alike, [1, *alike[1:]]]) == 0
 
 
 def test_a_first_token_is_predicted_by_the_last_token_of_its_prompt() -> None:
@@ -40,6 +52,8 @@ def test_a_first_token_is_predicted_by_the_last_token_of_its_prompt() -> None:
     crossed = Packed([3, 2], [1, 3, 2], [1, 0, 1], CPU)  # [p1: 0-2 | p2: 3-4 | c1: 5 | c2: 6-8 | c3: 9-10]
     assert crossed.predecessors.tolist() == [4, 2, 6, 7, 4, 9]
     assert crossed.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 5, 2, 3]]
+    shared = Packed([3, 2], [1, 3, 2], [1, 0, 1], CPU, shared=1)  # [s: 0 | p1: 1-2 | p2: 3 | c1: 4 | c2: 5-7 | c3: 8-9]
+    assert shared.predecessors.tolist() == [3, 2, 5, 6, 3, 8]
 
 
 @pytest.fixture(params=[False, True], ids=["masked", "maskless"])
@@ -49,25 +63,28 @@ def without_mask(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("without_mask")
+@pytest.mark.parametrize("shared", [0, 2])
 @pytest.mark.parametrize("rows", [1, BUCKET, BUCKET + 1, 3 * BUCKET - 5])
-def test_packed_attention_is_that_of_each_prompt_and_completion_on_its_own(rows: int) -> None:
+def test_packed_attention_is_that_of_each_prompt_and_completion_on_its_own(rows: int, shared: int) -> None:
     rng = torch.Generator().manual_seed(rows)
-    prompts = [5, 1, 9]
+    prompts = [5, 3, 9]
     lengths = torch.randint(1, 12, (rows,), generator=rng).tolist()
     prompt_index = torch.randint(0, 3, (rows,), generator=rng).tolist()
     chosen = order(lengths, prompt_index, CPU)
     lengths, prompt_index = ([values[row] for row in chosen] for values in (lengths, prompt_index))
-    plan = Packed(prompts, lengths, prompt_index, CPU)
-    query, key, value = random_layer(rng, 1, sum(prompts) + sum(lengths))
+    plan = Packed(prompts, lengths, prompt_index, CPU, shared=shared)
+    rests = [length - shared for length in prompts]
+    query, key, value = random_layer(rng, 1, shared + sum(rests) + sum(lengths))
     attended = plan.attend(0, query, key, value, SCALING)[0]  # (N, H, d)
-    sections = torch.split(torch.arange(attended.shape[0]), [*prompts, *lengths])
+    first, *sections = torch.split(torch.arange(attended.shape[0]), [shared, *rests, *lengths])
+    whole = [torch.cat([first, rest]) for rest in sections[:3]]
     for row, own in enumerate(sections[3:]):
-        seen = torch.cat([sections[prompt_index[row]], own])
+        seen = torch.cat([whole[prompt_index[row]], own])
         allowed = torch.ones(len(seen), len(seen), dtype=torch.bool).tril()
         expected = plain(query[0][:, seen], key[0][:, seen], value[0][:, seen], allowed)
         of_prompt = prompts[prompt_index[row]]
         torch.testing.assert_close(attended[own], expected[of_prompt:], atol=1e-6, rtol=0)
-        torch.testing.assert_close(attended[sections[prompt_index[row]]], expected[:of_prompt], atol=1e-6, rtol=0)
+        torch.testing.assert_close(attended[whole[prompt_index[row]]], expected[:of_prompt], atol=1e-6, rtol=0)
 
 
 def test_without_a_mask_completions_of_one_prompt_attend_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,12 +98,20 @@ def test_without_a_mask_completions_of_one_prompt_attend_together(monkeypatch: p
 class Conversation:
     """Prompts prefilled once, completions decoded token by token, and beside them every key and value fed in."""
 
-    def __init__(self, prompt_lengths: list[int], num_generations: int, max_new_tokens: int) -> None:
+    def __init__(self, prompt_lengths: list[int], num_generations: int, max_new_tokens: int, shared: int = 0) -> None:
         self.rng = torch.Generator().manual_seed(3)
         self.lengths, self.num_generations = prompt_lengths, num_generations
         self.prompt = random_layer(self.rng, len(prompt_lengths), max(prompt_lengths))
+        first = [tensor[:1, :, :shared] for tensor in self.prompt]
+        for tensor, alike in zip(self.prompt, first, strict=True):
+            tensor[:, :, :shared] = alike
         prefill = Prefill()
-        self.prefilled = prefill.attend(0, *self.prompt, SCALING)
+        query, key, value = first
+        before = prefill.attend(0, query, key, value, SCALING)
+        prefill = Prefill(prefill) if shared else Prefill()
+        query, key, value = (tensor[:, :, shared:] for tensor in self.prompt)
+        rest = prefill.attend(0, query, key, value, SCALING)
+        self.prefilled = torch.cat([before.expand(len(rest), -1, -1, -1), rest], dim=1)
         lengths = torch.tensor(prompt_lengths)
         self.plan = Decode(prefill, lengths, num_generations=num_generations, max_new_tokens=max_new_tokens)
         self.rows = torch.arange(len(prompt_lengths) * num_generations).view(-1, num_generations)
@@ -113,8 +138,10 @@ class Conversation:
         self.rows = self.rows[torch.tensor(prompts)].gather(1, torch.tensor(slots))
 
 
-def test_prefill_is_plain_causal_attention() -> None:
-    talk = Conversation([4, 7], num_generations=1, max_new_tokens=1)
+@pytest.mark.usefixtures("without_mask")
+@pytest.mark.parametrize("shared", [0, 3])
+def test_prefill_is_plain_causal_attention(shared: int) -> None:
+    talk = Conversation([4, 7], num_generations=1, max_new_tokens=1, shared=shared)
     allowed = torch.ones(7, 7, dtype=torch.bool).tril()
     for prompt in range(2):
         query, key, value = (tensor[prompt] for tensor in talk.prompt)
@@ -122,15 +149,17 @@ def test_prefill_is_plain_causal_attention() -> None:
         torch.testing.assert_close(talk.prefilled[prompt], expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("shared", [0, 1])
 @pytest.mark.parametrize("prompt_lengths", [[4, 7, 2], [5, 5, 5]])
-def test_decode_attends_to_the_real_prompt_and_to_its_own_tokens(prompt_lengths: list[int]) -> None:
-    talk = Conversation(prompt_lengths, num_generations=3, max_new_tokens=4)
+def test_decode_attends_to_the_real_prompt_and_to_its_own_tokens(prompt_lengths: list[int], shared: int) -> None:
+    talk = Conversation(prompt_lengths, num_generations=3, max_new_tokens=4, shared=shared)
     for _ in range(4):
         talk.step()
 
 
-def test_rows_that_are_kept_go_on_as_if_none_had_been_dropped() -> None:
-    talk = Conversation([4, 7, 2], num_generations=3, max_new_tokens=7)
+@pytest.mark.parametrize("shared", [0, 1])
+def test_rows_that_are_kept_go_on_as_if_none_had_been_dropped(shared: int) -> None:
+    talk = Conversation([4, 7, 2], num_generations=3, max_new_tokens=7, shared=shared)
     talk.step()
     talk.step()
     talk.keep([0, 2], [[2, 0], [1, 2]])

@@ -14,7 +14,7 @@ from conftest import save_tiny_model
 from test_rollout import encoded, with_frequent_end
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoModelForCausalLM
 
 from grpo_cli.core.model import attention, llama
@@ -237,9 +237,11 @@ def test_scores_in_the_hundreds_decode_in_bfloat16_as_in_float32_and_as_the_trai
     trained = policy.logprobs(sequences, temperature=1.3)[0]
     decoded: Callable[..., Tensor] = attention._decoded
 
+    def as_float32(leaf: object) -> object:
+        return leaf.float() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
     def in_float32(*tensors: Any) -> Tensor:
-        floats = [each.float() if isinstance(each, Tensor) and each.is_floating_point() else each for each in tensors]
-        return decoded(*floats).bfloat16()
+        return decoded(*tree_map(as_float32, tensors)).bfloat16()
 
     monkeypatch.setattr(attention, "_decoded", in_float32)
     exact = rolled(policy, prompts, static=False, generations=32, tokens=2)

@@ -25,7 +25,9 @@ def test_operations_by_hand() -> None:
     assert TINY.forward(GROUPS) == 10 * 11 + 4 * 6 + 3 * (19 + 15)
     # the last token of each completion is not fed in; one prediction per prompt
     assert TINY.sample(GROUPS) == 10 * 8 + 4 * (3 + 2) + 3 * (6 + 4 + 3 + (2 * 2 + 3))
-    assert TINY.forward([]) == TINY.sample([]) == 0
+    assert TINY.forward([]) == TINY.sample([]) == TINY.forward([], shared=1) == 0
+    # two shared tokens, and the three pairs among them, once instead of twice
+    assert TINY.forward(GROUPS, shared=2) == TINY.forward(GROUPS) - 10 * 2 - 3 * 3
 
 
 def rollout(completions: list[list[int]], *, computed: int) -> Rollout:
@@ -42,6 +44,18 @@ def test_metrics_of_a_step_by_hand(tiny_policy: Policy, monkeypatch: pytest.Monk
     needed = TINY.sample(sampled) + TINY.forward(sampled) + 2 * 3 * TINY.forward([(3, [1])])
     assert metrics["mfu"] == pytest.approx(needed / 700)
     assert metrics["padding"] == pytest.approx(1 - 8 / 10)
+
+
+def test_a_shared_start_counts_once_in_the_metrics_of_a_step(
+    tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grpo_cli.core.perf.utilization.peak_tflops", lambda *_: 1e-10)  # 100 operations a second
+    meter, groups = Meter(tiny_policy, TINY), [(6, [2]), (5, [3])]
+    meter.sampled([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 9]], rollout([[1, 1], [1, 1, 1]], computed=20))
+    metrics = meter.metrics(reference=groups, learned=groups, updates=1, seconds=7.0)
+    needed = TINY.sample(groups, shared=4) + 4 * TINY.forward(groups, shared=4)
+    assert metrics["mfu"] == pytest.approx(needed / 700)
+    assert metrics["padding"] == pytest.approx(1 - (4 + 2 + 1 + 1 + 2) / 20)
 
 
 def test_a_rank_without_prompts_and_an_unknown_model_leave_metrics_out(tiny_policy: Policy) -> None:

@@ -5,7 +5,7 @@ For models whose layers attend to all earlier tokens. The self-check decides whe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from grpo_cli.core.model import llama, lora
-from grpo_cli.core.model.attention import Packed, Plan, Prefill, order
+from grpo_cli.core.model.attention import Packed, Plan, Prefill, num_shared, order
 from grpo_cli.core.model.logprobs import Entropy, in_chunks, scatter, token_logprobs
 from grpo_cli.core.model.policy import Policy, Sequences
 
@@ -39,9 +39,11 @@ class PackedPath:
         rows = order([len(row) for row in sequences.completions], sequences.prompt_index, device)
         completions = [sequences.completions[row] for row in rows]
         prompt_lengths, lengths = ([len(tokens) for tokens in part] for part in (sequences.prompts, completions))
-        plan = Packed(prompt_lengths, lengths, [sequences.prompt_index[row] for row in rows], device)
-        packed = [token for part in (*sequences.prompts, *completions) for token in part]
-        targets = packed[sum(prompt_lengths) :]
+        shared, prompts = num_shared(sequences.prompts), sequences.prompts
+        plan = Packed(prompt_lengths, lengths, [sequences.prompt_index[row] for row in rows], device, shared=shared)
+        rests = (prompt[shared:] for prompt in prompts)
+        packed = [token for part in (prompts[0][:shared], *rests, *completions) for token in part]
+        targets = packed[len(packed) - sum(lengths) :]
         tokens, labels = torch.tensor(packed, device=device), torch.tensor(targets, device=device)
         of_logits = partial(token_logprobs, temperature=temperature, entropy=entropy, fused=self.fused)
         with policy.autocast():
@@ -53,14 +55,26 @@ class PackedPath:
                 values = in_chunks(lambda part, own: of_logits(policy.logits(part), own), before, labels, logit_chunk)
         return scatter(values[0], lengths, rows), scatter(values[1], lengths, rows)
 
-    def prefill(self, policy: Policy, tokens: Tensor, lengths: Tensor, plan: Prefill) -> Tensor:
-        """Logits (P, V) of the token after each of the prompts (P, L), whose first `lengths` (P,) tokens are real."""
+    def prefill(self, policy: Policy, prompts: Sequence[list[int]]) -> tuple[Prefill, Tensor, int]:
+        """Keys and values, logits (P, V) of the token after each prompt, and the number of tokens computed."""
+        shared, longest, device = num_shared(prompts), max(map(len, prompts)), policy.device
+        tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
+        positions = torch.arange(longest, device=device).expand_as(tokens)
+        last = torch.tensor([len(prompt) - shared - 1 for prompt in prompts], device=device)
+        plan = Prefill()
+        if shared:
+            self._prefilled(policy, tokens[:1, :shared], positions[:1, :shared], plan, last[:1] * 0)
+            plan = Prefill(plan)
+        logits = self._prefilled(policy, tokens[:, shared:], positions[:, shared:], plan, last)
+        return plan, logits, shared + tokens[:, shared:].numel()
+
+    def _prefilled(self, policy: Policy, tokens: Tensor, positions: Tensor, plan: Prefill, last: Tensor) -> Tensor:
+        """Logits (P, V) after the `last` (P,) of the tokens (P, L)."""
         rows = torch.arange(len(tokens), device=policy.device)
-        positions = torch.arange(tokens.shape[1], device=policy.device).expand_as(tokens)
         if self.own_logits:
-            kept, which = (lengths - 1).unique(return_inverse=True)
+            kept, which = last.unique(return_inverse=True)
             return _own_logits(policy, tokens, positions, plan, kept)[rows, which]
-        return policy.logits(policy.hidden(tokens, positions, plan)[rows, lengths - 1])
+        return policy.logits(policy.hidden(tokens, positions, plan)[rows, last])
 
     def step(self, policy: Policy, longest: int, *, in_place: bool = False) -> Callable[[Tensor, Tensor, Plan], Tensor]:
         """A function that decodes a token per row: tokens (B,), positions (B,) below `longest`, plan -> logits (B, V).

@@ -1,9 +1,9 @@
 """Model FLOP utilization of a training step, padding and peak memory.
 
 MFU (PaLM, arXiv 2204.02311) is the operations that a step needs over those that the hardware could do in its time.
-Each prompt counts once for its group, attention only its causal half, recomputation not at all. It is known where
-attention is full and causal and all weights learn; elsewhere (windows, LoRA, 4-bit weights, mixtures of experts) it
-is left out.
+Each prompt counts once for its group, the first tokens that all prompts share once for the step, attention only its
+causal half, recomputation not at all. It is known where attention is full and causal and all weights learn; elsewhere
+(windows, LoRA, 4-bit weights, mixtures of experts) it is left out.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from grpo_cli.core.microbatch import process_peak
+from grpo_cli.core.model.attention import num_shared
 from grpo_cli.core.model.plain import PlainPath
 from grpo_cli.core.model.policy import Policy, set_attention
 from grpo_cli.core.rollout.engine import Rollout
@@ -34,19 +35,23 @@ class Operations:
     logits: int  # for the logits of a token
     pair: int  # for each pair of a token and one that it attends to
 
-    def forward(self, groups: Groups) -> int:
-        """Of one pass over [prompt | completions] of each group, with the logits of its completions."""
-        return sum(
+    def forward(self, groups: Groups, shared: int = 0) -> int:
+        """Of one pass over [prompt | completions] of each group, with the logits of its completions.
+
+        The first `shared` tokens of all prompts are computed once.
+        """
+        repeated = max(len(groups) - 1, 0) * (self.token * shared + self.pair * _triangle(shared))
+        return -repeated + sum(
             self.token * (prompt + sum(lengths))
             + self.logits * sum(lengths)
             + self.pair * (_triangle(prompt) + sum(prompt * length + _triangle(length) for length in lengths))
             for prompt, lengths in groups
         )
 
-    def sample(self, groups: Groups) -> int:
+    def sample(self, groups: Groups, shared: int = 0) -> int:
         """Of sampling: the first token of a completion comes from the prompt's logits, the last is not fed back."""
         fed = [(prompt, [length - 1 for length in lengths]) for prompt, lengths in groups]
-        return self.forward(fed) + self.logits * len(groups)
+        return self.forward(fed, shared) + self.logits * len(groups)
 
 
 def _triangle(length: int) -> int:
@@ -133,12 +138,13 @@ class Meter:
 
     policy: Policy
     operations: Operations | None
+    prompts: list[Sequence[int]] = field(default_factory=list)  # token ids
     sampled_groups: list[tuple[int, list[int]]] = field(default_factory=list)
     computed: int = 0  # token positions of all rollouts
 
     def reset(self) -> None:
         """Start to measure a step."""
-        self.sampled_groups, self.computed = [], 0
+        self.prompts, self.sampled_groups, self.computed = [], [], 0
         if self.policy.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.policy.device)
 
@@ -148,22 +154,24 @@ class Meter:
         size = len(lengths) // max(len(prompts), 1)
         for index, prompt in enumerate(prompts):
             self.sampled_groups.append((len(prompt), lengths[index * size : (index + 1) * size]))
+        self.prompts += prompts
         self.computed += rollout.computed
 
     def metrics(self, *, reference: Groups, learned: Groups, updates: int, seconds: float) -> dict[str, float]:
         """Metrics of a step of `seconds`, with these groups under the reference and, `updates` times, in the update.
 
-        `padding`: share of computed token positions in the rollout without a token, including finished rows that are
-        still computed. `peak_memory`: GB, of the step on CUDA, else of the process so far. `mfu`: only if known.
+        `padding`: share of token positions in the rollout that are computed in vain: without a token, in rows that have
+        finished, or again. `peak_memory`: GB, of the step on CUDA, else of the process so far. `mfu`: only if known.
         """
         cuda = self.policy.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self.policy.device) if cuda else process_peak()
-        metrics = {"peak_memory": peak / 1e9}
+        metrics, shared = {"peak_memory": peak / 1e9}, num_shared(self.prompts)
         if self.computed:
             real = sum(prompt + sum(lengths) - len(lengths) for prompt, lengths in self.sampled_groups)
-            metrics["padding"] = 1 - real / self.computed
+            metrics["padding"] = 1 - (real - shared * max(len(self.prompts) - 1, 0)) / self.computed
         if self.operations:
             count = self.operations
-            needed = count.sample(self.sampled_groups) + count.forward(reference) + 3 * updates * count.forward(learned)
+            needed = count.sample(self.sampled_groups, shared) + count.forward(reference, shared)
+            needed += 3 * updates * count.forward(learned, shared)
             metrics["mfu"] = needed / seconds / (peak_tflops(self.policy.device, self.policy.precision) * 1e12)
         return metrics

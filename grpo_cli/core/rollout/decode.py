@@ -98,13 +98,9 @@ class Sampler:
 
     def _prefilled(self, prompts: Sequence[list[int]]) -> tuple[Prefill, Tensor, Tensor]:
         """Prefill of the prompts, their lengths (P,), and the logits (P, V) of their first new tokens."""
-        device = self.policy.device
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        longest = max(map(len, prompts))
-        tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)  # (P, L)
-        self.computed = tokens.numel()
-        prefill = Prefill()
-        return prefill, lengths, packed(self.policy).prefill(self.policy, tokens, lengths, prefill)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.policy.device)
+        prefill, logits, self.computed = packed(self.policy).prefill(self.policy, prompts)
+        return prefill, lengths, logits
 
 
 class ShrinkingSampler(Sampler):
@@ -198,9 +194,9 @@ class StaticSampler(Sampler):
         self.replay: Callable[[], None] | None = None
 
     def start(self, prompts: Sequence[list[int]], uniform: Tensor | None) -> None:
-        """Prefill a batch that the form covers; missing prompts are padded and count as finished."""
+        """Prefill a batch that the form covers; the first one stands in for missing ones, which count as finished."""
         missing = self.form.prompts - len(prompts)
-        prefill, lengths, logits = self._prefilled([*prompts, *[prompts[0][:1]] * missing])
+        prefill, lengths, logits = self._prefilled([*prompts, *[prompts[0]] * missing])
         self.cache.fill(prefill, lengths)
         self.lengths.copy_(lengths.repeat_interleave(self.params.num_generations))
         self.logits.copy_(logits.repeat_interleave(self.params.num_generations, dim=0))
