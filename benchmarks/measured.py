@@ -7,7 +7,7 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ Seconds = dict[str, float]
 
 
 @contextmanager
-def timed(seconds: Seconds, phase: str) -> Iterator[None]:
+def timed(seconds: Seconds, phase: str, clock: Callable[[], float] = time.perf_counter) -> Iterator[None]:
     """Add the block's time to a phase, including work queued on a GPU."""
-    start = time.perf_counter()
+    start = clock()
     yield
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+    seconds[phase] = seconds.get(phase, 0.0) + clock() - start
 
 
 def peak_bytes() -> int:

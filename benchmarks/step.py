@@ -3,6 +3,7 @@
     python benchmarks/step.py --rounds 9 --out step.json    completions end by themselves, as in training
     python benchmarks/step.py --ends none                   all completions have the same length
     python benchmarks/step.py --rollouts                    sampling only, in the shapes of training and evaluation
+    python benchmarks/step.py --check                       fail if a phase has lost its lead over `plain`
 
 All implementations use the same weights, one-shot prompts and end-of-sequence ids, sample at temperature 1, and take
 one AdamW update with a KL penalty. `plain` uses `generate`, a forward pass over left-padded rows, log-softmax and
@@ -20,7 +21,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -49,6 +52,8 @@ IMPOSSIBLE = 10**6  # an end-of-sequence id that is never sampled
 TEMPERATURE, BETA, LEARNING_RATE = 1.0, 0.01, 1e-12
 LOSS = resolve().settings.loss.model_copy(update={"loss_type": "dapo", "beta": BETA, "scale_rewards": "group"})
 PHASES = ("rollout", "reference", "update", "total")
+RECORDED = {"rollout": 1.0, "reference": 1.0, "update": 1.0}  # lead over `plain`, of --check on two cores
+SLOWER = 1.3  # allowed by the check
 SHAPES = ((4, 16, 160), (16, 8, 360), (64, 1, 360), (1, 1, 360))  # prompts, completions per prompt, most new tokens
 Conversation = list[dict[str, str]]
 
@@ -66,6 +71,11 @@ class Work:
     whole: bool  # a whole training step, or only its rollout
     rounds: int
     numbers: int = 3  # in each puzzle
+    of_processor: bool = False  # seconds of the processor, instead of the clock
+
+    @property
+    def timed(self) -> Callable[[Seconds, str], AbstractContextManager[None]]:
+        return partial(timed, clock=time.process_time if self.of_processor else time.perf_counter)
 
     @property
     def prompt_index(self) -> list[int]:
@@ -123,8 +133,8 @@ def countdown(work: Work, turn: Turn) -> None:
     chats, engine = conversations(work), LocalEngine(policy)
     for index in range(work.rounds + 1):
         seconds: Seconds = {}
-        with timed(seconds, "total"):
-            with timed(seconds, "rollout"):
+        with work.timed(seconds, "total"):
+            with work.timed(seconds, "rollout"):
                 prompts = [policy.encode(chat) for chat in chats]
                 rollout = engine.sample(
                     prompts,
@@ -135,9 +145,9 @@ def countdown(work: Work, turn: Turn) -> None:
             if work.whole:
                 sequences = Sequences(prompts, rollout.completions, work.prompt_index)
                 advantage = advantages_of(work, [policy.decode(tokens) for tokens in rollout.completions])
-                with timed(seconds, "reference"):
+                with work.timed(seconds, "reference"):
                     ref_logprobs = reference_logprobs(reference, sequences, temperature=TEMPERATURE)
-                with timed(seconds, "update"):
+                with work.timed(seconds, "update"):
                     examples = Examples(sequences, advantage, ref_logprobs=ref_logprobs)
                     update(policy, optimizer, examples, Objective(LOSS, TEMPERATURE, work.tokens))
         turn(round_of(seconds, rollout.completions))
@@ -152,14 +162,14 @@ def plain(work: Work, turn: Turn) -> None:
     torch.manual_seed(0)
     for _ in range(work.rounds + 1):
         seconds: Seconds = {}
-        with timed(seconds, "total"), policy.autocast():
-            with timed(seconds, "rollout"):
+        with work.timed(seconds, "total"), policy.autocast():
+            with work.timed(seconds, "rollout"):
                 completions = generated(policy, model, rows, work.tokens)
             if work.whole:
                 advantage = advantages_of(work, [policy.decode(tokens) for tokens in completions])
-                with timed(seconds, "reference"), torch.no_grad():
+                with work.timed(seconds, "reference"), torch.no_grad():
                     ref_logprobs, _ = padded_logprobs(reference, rows, completions)
-                with timed(seconds, "update"):
+                with work.timed(seconds, "update"):
                     logprobs, mask = padded_logprobs(model, rows, completions)
                     weight = normalizer(mask.sum(dim=1), loss_type=LOSS.loss_type, max_new_tokens=work.tokens)
                     loss, *_ = batch_loss(logprobs, logprobs.detach(), ref_logprobs, advantage, mask, weight, LOSS)
@@ -344,6 +354,19 @@ def rows_of(work: Work, found: dict[str, Summary]) -> Iterator[list[str]]:
         yield [shape, f"{name}, {work.precision}", *times, speed, *lengths, f"{summary.peak / 2**30:.1f}"]
 
 
+def check(work: Work) -> None:
+    """Exit with an error unless every phase keeps its lead over plain transformers code."""
+    for _ in range(2):
+        rounds = measure(work, ["plain", "countdown"])
+        plain, ours = (summarize(rounds[name], work.prompts * work.completions).seconds for name in rounds)
+        leads = {phase: plain[phase] / ours[phase] for phase in RECORDED}
+        lost = [phase for phase, lead in leads.items() if lead < RECORDED[phase] / SLOWER]
+        print(", ".join(f"{phase} {lead:.2f}x (recorded {RECORDED[phase]:.2f}x)" for phase, lead in leads.items()))
+        if not lost:
+            return
+    raise SystemExit(f"slower than recorded, relative to plain transformers code: {', '.join(lost)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="rounds that are timed, after one that is not")
@@ -355,10 +378,14 @@ def main() -> None:
     parser.add_argument("--precision", choices=("float32", "bf16-master"), action="append", help=help_precision)
     parser.add_argument("--without", choices=("TRL", "plain"), action="append", default=[], help="leave one out")
     parser.add_argument("--rollouts", action="store_true", help="time sampling alone, in several shapes")
+    parser.add_argument("--check", action="store_true", help="fail if a phase has lost its lead over `plain`")
     parser.add_argument("--model", default=str(BUILTIN), help="model folder")
     parser.add_argument("--out", type=Path, help="write every round as JSON")
     asked = parser.parse_args()
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    if asked.check:
+        shape = (asked.prompts, asked.completions, asked.tokens)
+        return check(Work(asked.model, "float32", *shape, "none", whole=True, rounds=3, of_processor=True))
 
     fastest = detect_precision("auto", torch.device("cpu"))
     precisions = asked.precision or sorted({"float32", fastest})

@@ -1,8 +1,11 @@
 """Intervals and exact tests against numbers worked out by hand."""
 
+import random
+from statistics import fmean
+
 import pytest
 
-from grpo_cli.core.evals.statistics import changes, holm, mcnemar, wilson
+from grpo_cli.core.evals.statistics import changes, clustered, holm, mcnemar, wilson
 
 
 @pytest.mark.parametrize(
@@ -33,6 +36,37 @@ def test_mcnemar_by_hand(gained: int, lost: int, p_value: float) -> None:
 )
 def test_wilson_interval(share: float, count: int, low: float, high: float) -> None:
     assert wilson(share, count) == pytest.approx((low, high), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shares", "samples", "trials"),
+    [
+        ([1, 1, 0, 0, 0], 1, 5),
+        ([1, 0.5, 0.5, 0], 4, 6),  # variance 1/6 between puzzles, 1/24 of the mean, and 1/4 of a trial
+        ([1, 1, 0, 0], 4, 4),  # 1/4 over 1/12 is 3: completions of a puzzle are all alike
+        ([0.75, 0.25, 0.5, 0.5], 4, 16),  # 24, more than there are
+        ([0.5, 0.5, 0.5], 2, 6),
+        ([1, 1, 1], 8, 3),
+        ([0.25], 4, 1),
+    ],
+)
+def test_an_interval_of_several_samples_counts_independent_trials(
+    shares: list[float], samples: int, trials: int
+) -> None:
+    assert clustered(shares, samples) == pytest.approx(wilson(fmean(shares), trials))
+
+
+@pytest.mark.parametrize("shape", [0.3, 2, 50])
+def test_an_interval_of_several_samples_covers_the_truth_95_times_of_100(shape: float) -> None:
+    """Puzzles from those that are either solved or not, to those that are alike."""
+    rng, puzzles, samples, repeats = random.Random(0), 60, 8, 1000
+    covered = 0
+    for _ in range(repeats):
+        chances = [rng.betavariate(shape, shape) for _ in range(puzzles)]
+        shares = [sum(rng.random() < chance for _ in range(samples)) / samples for chance in chances]
+        low, high = clustered(shares, samples)
+        covered += low <= 0.5 <= high
+    assert 0.935 < covered / repeats < 0.97
 
 
 @pytest.mark.parametrize(

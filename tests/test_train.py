@@ -715,3 +715,19 @@ def test_a_step_whose_completions_are_all_masked_moves_nothing(
     assert line["truncated"] == 1.0 and line["weights_changed"] == 0.0 and line["entropy"] > 0
     pairs = zip(state.policy.model.parameters(), start(settings).policy.model.parameters(), strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
+
+
+def test_sampled_accuracy_and_pass_at_k_are_logged_beside_the_greedy_one(tiny_folder: Path, tmp_path: Path) -> None:
+    flags = {"train.eval_every": 2, "train.eval_puzzles": 3}
+    _, run, _ = trained(small(tiny_folder, **flags), tmp_path / "greedy")
+    _, other, _ = trained(small(tiny_folder, **flags, **{"train.eval_samples": 4}), tmp_path / "sampled")
+    added = {"val_sampled", "val_sampled_low", "val_sampled_high", "val_pass_at_k"}
+    for line, more in zip(run.metrics(), other.metrics(), strict=True):
+        assert more.keys() - line.keys() == (added if "val_accuracy" in line else set())
+        assert [more[name] for name in ("step", "reward", "loss") if name in more] == [
+            line[name] for name in ("step", "reward", "loss") if name in line
+        ]
+        if "val_sampled" in more:
+            assert 0 <= more["val_sampled_low"] <= more["val_sampled"] <= more["val_pass_at_k"] <= 1
+            assert more["val_sampled"] <= more["val_sampled_high"]
+    assert list(other.evaluations()) == list(run.evaluations())

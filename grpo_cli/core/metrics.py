@@ -112,6 +112,10 @@ METRICS = (
     Metric("time/", "prefill, decode, optimizer, reduce, wait, eval, suite", "s", SECONDS),
     Metric("val_accuracy", "greedy accuracy on the val puzzles, only reported", "share", SHARE),
     Metric("dev_accuracy", "greedy accuracy on dev puzzles, chooses the best", "share", SHARE),
+    Metric("val_sampled", "accuracy of completions sampled for the val puzzles", "share", SHARE, in_report=True),
+    Metric("val_sampled_low", "lower end of its 95 % interval", "share", SHARE),
+    Metric("val_sampled_high", "upper end of its 95 % interval", "share", SHARE),
+    Metric("val_pass_at_k", "val puzzles that any of these completions solves", "share", SHARE, in_report=True),
     Metric(SUITE, "greedy accuracy on a cell of the suite", "share", SHARE),
     Metric("suite_mean", "weighted mean over the suite", "share", SHARE),
 )

@@ -153,7 +153,7 @@ class TrainingView(Observer):
             shown = f"{show.percent(result.accuracy)} of {counted} ({interval})"
             suite = "" if result.suite_mean is None else f", mean of the suite {show.percent(result.suite_mean)}"
             dev = "" if result.dev_accuracy is None else f", dev {show.percent(result.dev_accuracy)}"
-            self.message(f"step {result.step}: val accuracy {shown}{dev}{suite}")
+            self.message(f"step {result.step}: val accuracy {shown}{dev}{suite}{_sampled(result)}")
 
     def step(self, metrics: Mapping[str, float], sample: Mapping[str, Any]) -> None:
         """Show the metrics of a finished step and one of its completions, a record of samples.jsonl."""
@@ -259,10 +259,19 @@ def _accuracies(evaluations: tuple[Validated, ...]) -> str:
     start, latest = evaluations[0], evaluations[-1]
     accuracy, interval = show.percent(latest.accuracy), show.interval(latest.interval)
     if latest is start:
-        return f"start {accuracy} ({interval})"
+        return f"start {accuracy} ({interval}){_sampled(latest)}"
     best = show.percent(_best(evaluations[1:]).accuracy)
     suite = "" if latest.suite_mean is None else f", suite {show.percent(latest.suite_mean)}"
-    return f"start {show.percent(start.accuracy)}, step {latest.step} {accuracy} ({interval}), best {best}{suite}"
+    now = f"step {latest.step} {accuracy} ({interval}){_sampled(latest)}"
+    return f"start {show.percent(start.accuracy)}, {now}, best {best}{suite}"
+
+
+def _sampled(result: Validated) -> str:
+    """The accuracy of sampled completions, and pass@k, where they were evaluated."""
+    if result.sampled is None:
+        return ""
+    accuracy, solved = map(show.percent, result.sampled)
+    return f", sampled {accuracy}, pass@k {solved}"
 
 
 def _best(evaluations: tuple[Validated, ...]) -> Validated:

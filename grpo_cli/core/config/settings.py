@@ -202,6 +202,14 @@ class Train(Table):
     eval_puzzles: int = setting(
         "val puzzles per evaluation; 0 is all of them", "Schedule", ge=0, le=10**12, advanced=True
     )
+    eval_samples: int = setting(
+        "completions sampled per val puzzle, beside the greedy one, for pass@k; 0 is none",
+        "Schedule",
+        ge=0,
+        le=10**6,
+        resumable=True,
+        advanced=True,
+    )
     eval_suite: str = setting(
         "suite to evaluate too; its mean on dev selects the best model; or `none`",
         "Schedule",

@@ -18,7 +18,7 @@ from itertools import chain
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evals.contamination import Known, overlap
-from grpo_cli.core.evals.statistics import wilson
+from grpo_cli.core.evals.statistics import clustered
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.rollout.engine import Engine, uniforms
 from grpo_cli.core.rollout.params import SamplingParams
@@ -103,8 +103,8 @@ class Evaluation:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of the accuracy, by puzzles: completions of one puzzle are not independent."""
-        return wilson(self.accuracy, self.count)
+        """95 % interval of the accuracy over puzzles; completions of one puzzle are not independent."""
+        return clustered([_mean([one.score.correct for one in row]) for row in self.completions], self.samples)
 
     @property
     def lenient_accuracy(self) -> float:

@@ -15,12 +15,26 @@ SIGNIFICANT = 0.05
 NOT_SIGNIFICANT = "not significant"
 
 
-def wilson(share: float, count: int) -> tuple[float, float]:
+def wilson(share: float, count: float) -> tuple[float, float]:
     """95 % Wilson score interval of a share of `count` trials (Wilson 1927)."""
     spread = Z**2 / count
     centre = (share + spread / 2) / (1 + spread)
     half = Z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def clustered(shares: Sequence[float], samples: int) -> tuple[float, float]:
+    """95 % interval of the mean of `shares`, each of `samples` completions of one puzzle, which are not independent.
+
+    Wilson's, with as many trials as independent ones of the same variance: variance p (1 - p) / n of the mean is that
+    between puzzles, s^2 / puzzles (Kish 1965: the design effect). At least one trial per puzzle, at most `samples`.
+    """
+    count, mean = len(shares), fmean(shares)
+    if count == 1 or mean in (0, 1):
+        return wilson(mean, count)
+    between = stdev(shares) ** 2 / count
+    trials = mean * (1 - mean) / between if between else math.inf
+    return wilson(mean, min(max(trials, count), count * samples))
 
 
 def mcnemar(gained: int, lost: int) -> float:

@@ -16,7 +16,10 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Validated:
-    """Accuracy after a step, on `count` val puzzles with its 95 % interval, and on dev; None where not evaluated."""
+    """Accuracy after a step, on `count` val puzzles with its 95 % interval, and on dev; None where not evaluated.
+
+    `sampled`: the mean accuracy of sampled completions, and the share of puzzles that any of them solves.
+    """
 
     step: int
     accuracy: float
@@ -24,6 +27,7 @@ class Validated:
     interval: tuple[float, float]
     suite_mean: float | None = None
     dev_accuracy: float | None = None
+    sampled: tuple[float, float] | None = None
 
 
 class Control:

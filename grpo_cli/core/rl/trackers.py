@@ -140,6 +140,8 @@ class Tracked(Observer):
         """Accuracy on the val and dev puzzles, and that of each cell that the run logged at this step."""
         means = {"eval/suite_mean": result.suite_mean, "eval/dev_accuracy": result.dev_accuracy}
         metrics = {"eval/accuracy": result.accuracy, **{name: mean for name, mean in means.items() if mean is not None}}
+        if result.sampled:
+            metrics["eval/sampled_accuracy"], metrics["eval/pass_at_k"] = result.sampled
         for cell, steps in (self.run.evaluations() if self.run else {}).items():
             if measured := steps.get(result.step):
                 metrics[f"eval/{cell}/accuracy"] = measured.accuracy

@@ -228,11 +228,12 @@ class Trainer:
         step, last = progress.step, progress.step == train.num_iterations
         results = self._evaluate() if step % train.eval_every == 0 or last else {}
         self.run.log(progress.unlogged)
-        suite_mean, dev_accuracy = progress.unlogged.get("suite_mean"), progress.unlogged.get("dev_accuracy")
-        progress.unlogged = None
+        logged, progress.unlogged = progress.unlogged, None
         val = results.get(self.validation.val.name)
         if val is not None:
-            result = Validated(step, val.accuracy, val.count, val.interval, suite_mean, dev_accuracy)
+            means = (logged.get("suite_mean"), logged.get("dev_accuracy"))
+            sampled = (logged["val_sampled"], logged["val_pass_at_k"]) if "val_sampled" in logged else None
+            result = Validated(step, val.accuracy, val.count, val.interval, *means, sampled)
             self.observer.evaluated(result)
         if self.world.first(self._save_is_due) or (step and step % train.save_every == 0) or last:
             self.save()
@@ -243,7 +244,7 @@ class Trainer:
         progress = self.state.progress
         assert progress.unlogged is not None
         results = self.validation.run()
-        metrics = self.validation.metrics(results)
+        metrics = self.validation.metrics(results) | self.validation.sampled()
         self._keep_best(metrics)
         for name, seconds in self.clock.lap().items():  # of waiting for other ranks, the step has some too
             progress.unlogged[name] = progress.unlogged.get(name, 0.0) + seconds

@@ -1,5 +1,7 @@
 """Evaluation during training, on fixed problems: dev selects the best model; val and a suite are reported.
 
+Decoding is greedy; `eval_samples` adds completions of the val problems, sampled as in training.
+
 With a suite, dev has each size and style that has a weight in the suite.
 """
 
@@ -12,17 +14,19 @@ from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.evals.evaluate import Evaluation, Evaluator, common_size, puzzles_of
 from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.context import Context
+from grpo_cli.core.rollout.params import SamplingParams
 from grpo_cli.core.task.suite import Cell, cell, weighted_mean
 from grpo_cli.core.task.task import Split
 
 
 class Validation:
-    """Evaluates the policy greedily on every cell."""
+    """Evaluates the policy on every cell."""
 
     def __init__(self, evaluator: Evaluator, settings: Settings, clock: Clock, context: Context) -> None:
         self.evaluator, self.clock, self.context = evaluator, clock, context
         self.weights: Mapping[str, float] = settings.suite.get(settings.train.eval_suite, {})
-        limit, task = settings.train.eval_puzzles, evaluator.task
+        limit, task, train = settings.train.eval_puzzles, evaluator.task, settings.train
+        self.sampling = replace(SamplingParams.training(train), num_generations=train.eval_samples)
         splits: tuple[Split, ...] = ("val",) if self.weights else ("val", "dev")
         asked = [Cell(split, settings.task.numbers, settings.task.style) for split in splits]
         named = [(one, puzzles_of(one, limit, task)) for one in asked]  # all sizes that a file has
@@ -57,9 +61,20 @@ class Validation:
             metrics["suite_mean"] = weighted_mean(accuracies, self.weights)
         return metrics
 
-    def evaluate(self, one: Cell) -> Evaluation:
-        """Evaluate one cell."""
-        place, puzzles = f"evaluating {one.name}, cell {[*self.puzzles].index(one) + 1} of {len(self.puzzles)}", 0
+    def sampled(self) -> dict[str, float]:
+        """Metrics of completions of the val problems, the same draws in every evaluation; {} if none are asked for."""
+        if not self.sampling.num_generations:
+            return {}
+        with self.clock.phase("eval"):
+            result = self.evaluate(self.val, self.sampling)
+        solved = result.accuracy if result.pass_at_k is None else result.pass_at_k
+        bounds = dict(zip(("val_sampled_low", "val_sampled_high"), result.interval, strict=True))
+        return {"val_sampled": result.accuracy, **bounds, "val_pass_at_k": solved}
+
+    def evaluate(self, one: Cell, sampling: SamplingParams | None = None) -> Evaluation:
+        """Evaluate one cell, greedily unless `sampling` says how."""
+        place = f"evaluating {one.name}, cell {[*self.puzzles].index(one) + 1} of {len(self.puzzles)}"
+        place, puzzles = f"sampling {one.name}" if sampling else place, 0
 
         def advance(done: int, _: int) -> None:
             nonlocal puzzles
@@ -70,7 +85,7 @@ class Validation:
             self.context.observer.progress(phase, token, self.evaluator.params.max_new_tokens)
             self.context.poll()
 
-        evaluator = replace(self.evaluator, on_token=on_token)
+        evaluator = replace(self.evaluator, params=sampling or self.evaluator.params, on_token=on_token)
         return evaluator.evaluate(
             self.puzzles[one], style=one.style, split=one.split, numbers=one.numbers, progress=advance
         )
