@@ -8,16 +8,19 @@ import pytest
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.ui.fork import fork_figure, write_fork
 
-STAGES = {"sampled": "when sampled", "after": "after the step", "last": "step 20"}
+STAGES = {"sampled": "when sampled", "after": "after the step"}
 
 
 def data(**changes: Any) -> dict[str, Any]:
     def way(piece: str, samples: list[int], chances: tuple[float, float]) -> dict[str, Any]:
         endings = {str(sample): f"{piece} goes on {sample}\n$x$ \x1b" for sample in samples}
-        stages = dict(zip(("sampled", "after"), chances, strict=True))
+        stages = dict(zip(STAGES, chances, strict=True))
         return {"continues": repr(piece), "samples": samples, "endings": endings, "probability": stages}
 
-    fork = {"token": 3, "before": "No.\n", "better": way("2", [1], (0.25, 0.5)), "worse": way("I", [0, 3], (0.75, 0.5))}
+    fork = {
+        "token": 3, "before": "No.\n", "stages": STAGES,
+        "better": way("2", [1], (0.25, 0.5)), "worse": way("I", [0, 3], (0.75, 0.5)),
+    }  # fmt: skip
     rows = [
         {"sample": sample, "reason": "correct" if sample == 1 else "wrong_value", "verdict": "wrong value"}
         for sample in range(4)
@@ -26,7 +29,7 @@ def data(**changes: Any) -> dict[str, Any]:
 
 
 def test_each_completion_is_a_line_and_each_probability_a_bar(tmp_path: Path) -> None:
-    figure = fork_figure(data(), STAGES)
+    figure = fork_figure(data())
     left, right = figure.axes
     texts = [text.get_text() for text in left.texts]
     assert [text for text in texts if text in "✓✗"] == ["✓", "✗", "✗", "✗"]
@@ -34,11 +37,11 @@ def test_each_completion_is_a_line_and_each_probability_a_bar(tmp_path: Path) ->
     assert sum("another way" in text for text in texts) == 1
     assert [bar.get_height() for bar in right.patches] == [0.25, 0.5, 0.75, 0.5]  # type: ignore[attr-defined]
     assert [label.get_text() for label in right.get_xticklabels()] == ["when sampled", "after\nthe step"]
-    write_fork(data(), STAGES, tmp_path / "fork.svg")
+    write_fork(data(), tmp_path / "fork.svg")
     assert (tmp_path / "fork.svg").stat().st_size > 1_000
 
 
 def test_a_group_without_a_fork_is_refused_with_a_way_out() -> None:
     with pytest.raises(CountdownError, match="prompt 6 has no fork") as caught:
-        fork_figure(data(fork=None), STAGES)
+        fork_figure(data(fork=None))
     assert "--prompt" in (caught.value.hint or "")

@@ -15,6 +15,7 @@ from grpo_cli.core.rl.health import diagnose
 from grpo_cli.ui import why as view
 
 SCRIPT = "<script>alert(1)</script>\x1b[31m"
+STAGES = {"sampled": "when sampled", "after": "after the step", "last": "step 40"}
 
 
 def a_loss(*, beta: float = 0.0, kl_estimator: str = "k3") -> Loss:
@@ -93,15 +94,15 @@ def a_step() -> dict[str, Any]:
     }  # fmt: skip
     branch = {"continues": SCRIPT, "samples": [0, 1], "probability": {"sampled": 0.8, "after": 0.7, "last": 0.0}}
     token = {
-        "token": SCRIPT, "sampled": -0.2, "reference": -0.2, "after": -0.3, "ratio": 1.0, "clipped": False, "kl": 0.0,
-        "loss": -1e-4, "gradient_share": 0.01,
+        "token": SCRIPT, "sampled": -0.2, "reference": -0.2, "after": -0.3, "ratio": 1.0, "clipped": True, "kl": 0.0,
+        "factor": 0.5, "loss": -1e-4, "gradient_share": 0.01,
     }  # fmt: skip
     return {
         "run": "one", "step": 2, "start": 0, "last_step": 40, "difference": 0.0,
         "sentences": ["One.", SCRIPT, "Three."],
         "prompt": 3, "problem": SCRIPT, "completions": [{"sample": 0, **row}, {"sample": 1, **row}], "sample": 0,
-        "fork": {"token": 73, "before": SCRIPT, "better": branch, "worse": branch}, "tokens": [token] * 3,
-        "formula": [SCRIPT], "losses": [{"name": "as trained", "cosine": 1.0, "norm": 0.5}],
+        "fork": {"token": 73, "before": SCRIPT, "stages": STAGES, "better": branch, "worse": branch},
+        "tokens": [token] * 3, "formula": [SCRIPT], "losses": [{"name": "as trained", "cosine": 1.0, "norm": 0.5}],
     }  # fmt: skip
 
 
@@ -126,6 +127,7 @@ def test_a_page_escapes_what_a_model_wrote(tmp_path: Path) -> None:
 
 def test_tokens_without_a_gradient_are_one_row() -> None:
     token = {"sampled": -0.5, "reference": None, "after": -0.25, "ratio": 2.0, "clipped": False, "kl": 0.0, "loss": 0.5}
+    token["factor"] = 1.0
     shares = [0.0, 0.0004, 0.9, 0.0, 0.5, 0.5, *[0.0] * 9]
     rows = view.folded([{**token, "token": f"t{share}", "gradient_share": share} for share in shares])
     assert [row["place"] for row in rows] == ["0-1", "2", "3", "4", "5", "6-14"]
@@ -193,6 +195,6 @@ def test_a_sound_run_has_findings_and_no_advice() -> None:
 )
 def test_groups_of_equal_rewards_are_pulled_by_a_kl_above_0_alone(beta: float, kl: float, words: str) -> None:
     """In step 1 the policy is the reference: the KL and its gradient are 0."""
-    groups = [SimpleNamespace(completions=[SimpleNamespace(advantage=0.0)])] * 2
-    replay: Any = SimpleNamespace(groups=groups, loss=SimpleNamespace(beta=beta), logged={"kl": kl})
+    groups = [SimpleNamespace(learns=False)] * 2
+    replay: Any = SimpleNamespace(groups=groups, loss=a_loss(beta=beta), logged={"kl": kl}, completions=[])
     assert words in view._gradient_sentence(replay)

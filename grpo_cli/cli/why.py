@@ -171,7 +171,7 @@ def _explain(
     if html:
         show.write_page(data, html)
     if figure:
-        fork.write_fork(data, show.stages(data), figure)
+        fork.write_fork(data, figure)
     if as_json:
         text.json_object(data)
     else:

@@ -23,10 +23,10 @@ SIDES = {"better": COLOURS[2], "worse": COLOURS[1]}
 GREY = "#777777"
 
 
-def fork_figure(data: Mapping[str, Any], stages: Mapping[str, str]) -> Figure:
+def fork_figure(data: Mapping[str, Any]) -> Figure:
     """The completions of a group on the left, the probabilities at their fork by stage on the right.
 
-    `stages`: the name of each stage. Raises CountdownError if better and worse completions do not part.
+    Raises CountdownError if better and worse completions do not part.
     """
     os.environ.pop("MPLBACKEND", None)  # a notebook's backend fails elsewhere, and files need none
     from matplotlib.figure import Figure
@@ -39,13 +39,13 @@ def fork_figure(data: Mapping[str, Any], stages: Mapping[str, str]) -> Figure:
     figure = Figure(figsize=(11, 0.8 + 0.42 * (len(data["completions"]) + 2)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2.1, 1))
     _completions(left, data)
-    _bars(right, data["fork"], stages)
+    _bars(right, data["fork"])
     return figure
 
 
-def write_fork(data: Mapping[str, Any], stages: Mapping[str, str], path: Path) -> None:
+def write_fork(data: Mapping[str, Any], path: Path) -> None:
     """Write the figure as PNG or SVG, by the extension of `path`."""
-    save(fork_figure(data, stages), path)
+    save(fork_figure(data), path)
 
 
 def _completions(axes: Axes, data: Mapping[str, Any]) -> None:
@@ -67,15 +67,15 @@ def _completions(axes: Axes, data: Mapping[str, Any]) -> None:
         axes.text(1, place, row["verdict"], fontsize=9, color=colour, ha="right")
 
 
-def _bars(axes: Axes, fork: Mapping[str, Any], stages: Mapping[str, str]) -> None:
+def _bars(axes: Axes, fork: Mapping[str, Any]) -> None:
     """The probability of each way's next token, by stage."""
-    width, names = 0.38, list(fork["better"]["probability"])
+    width, stages = 0.38, fork["stages"]
     for offset, (side, colour) in zip((-width / 2, width / 2), SIDES.items(), strict=True):
-        values = [fork[side]["probability"][name] for name in names]
-        places = [place + offset for place in range(len(names))]
+        values = [fork[side]["probability"][name] for name in stages]
+        places = [place + offset for place in range(len(stages))]
         bars = axes.bar(places, values, width, color=colour, label=f"{_shown(fork[side]['continues'])} ({side})")
         axes.bar_label(bars, fmt="{:.2f}", fontsize=9)
-    axes.set_xticks(range(len(names)), [stages[name].replace(" the ", "\nthe ") for name in names], fontsize=9)
+    axes.set_xticks(range(len(stages)), [name.replace(" the ", "\nthe ") for name in stages.values()], fontsize=9)
     axes.set(ylim=(0, 1.12), yticks=())
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_title("probability of the next token", loc="left", fontsize=10)

@@ -1,12 +1,13 @@
 """`countdown why`: a replayed step as sentences, a group, a completion; in a terminal, as JSON and as a page.
 
-`explained` makes plain data of a replay, which the terminal and the page show and `--json` prints.
+`explained` makes plain data of a replay, which `--json` prints; `sections` makes tables of it for terminal and page.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +22,8 @@ from grpo_cli.ui.tables import facts, grid
 from grpo_cli.ui.text import counted, out, percent, printable, thousandths
 
 if TYPE_CHECKING:
-    from grpo_cli.core.rl.explain import Fork, Terms
+    from grpo_cli.core.config.settings import Loss
+    from grpo_cli.core.rl.explain import Fork
     from grpo_cli.core.rl.replay import Completion, Replay, ReplayedGroup
 
 BEFORE_FORK = 6  # tokens shown before a fork
@@ -31,15 +33,15 @@ SUMMED = ("sampled", "reference", "after", "kl", "loss", "gradient_share")
 # At ratio 1, in the first inner update, a token adds -A times its weight.
 BY_SEQUENCE = ": at ratio 1 the advantages of a group sum to 0, so the policy loss is 0 whatever is learned"
 BY_TOKEN = ": at ratio 1 it is the sum of -advantage * length, so better completions are {longer} here"
+TEXTS = {"verdict", "branch", "continues", "samples", "token", "clip", "setting", "compared"}  # columns of text
+STYLES = {"good": "green", "bad": "red", "": ""}
 MEANINGS = {"grpo": BY_SEQUENCE, "gspo": BY_SEQUENCE, "dapo": BY_TOKEN, "dr_grpo": BY_TOKEN}
-VERDICTS = {"correct": "green", "truncated": "yellow"}
 
 
 def explained(replay: Replay, run: str, *, prompt: int | None = None, sample: int | None = None) -> dict[str, Any]:
     """What `why` says of a step; `prompt` None picks the most instructive group, `sample` None no completion."""
     chosen = replay.instructive if prompt is None else prompt
-    updates, group = replay.terms(), replay.groups[chosen]
-    first = sum(len(one.completions) for one in replay.groups[:chosen])
+    group = replay.groups[chosen]
     data = {
         "run": run,
         "step": replay.step,
@@ -48,43 +50,53 @@ def explained(replay: Replay, run: str, *, prompt: int | None = None, sample: in
         "difference": replay.gap,
         "logged": replay.logged,
         "replayed": replay.replayed,
-        "loss": fmean(update.loss for update in updates),
-        "sentences": sentences(replay, updates),
+        "loss": replay.total("loss"),
+        "sentences": [_gradient_sentence(replay), _loss_sentence(replay), _change_sentence(replay)],
         "prompt": chosen,
         "problem": group.problem,
         "prompt_text": group.prompt,
-        "completions": [_row(index, one, updates, first + index) for index, one in enumerate(group.completions)],
-        "fork": _fork(group),
+        "completions": [_row(index, one, replay) for index, one in enumerate(group.completions)],
+        "fork": _fork(group, replay),
         "losses": [{"name": one.name, "cosine": one.cosine, "norm": one.norm} for one in replay.variants],
     }
     if sample is not None:
-        data["sample"] = sample
-        data["tokens"] = _tokens(group.completions[sample], updates, first + sample)
-        data["formula"] = _formula(replay, group.completions[sample], updates, first + sample)
+        tokens = _tokens(group.completions[sample], replay)
+        formula = _formula(replay, group.completions[sample], tokens)
+        data |= {"sample": sample, "tokens": tokens, "formula": formula}
     return data
 
 
-def sentences(replay: Replay, updates: Sequence[Terms]) -> list[str]:
-    """The step in three sentences: what had a gradient, what the loss is, what changed most."""
-    return [_gradient_sentence(replay), _loss_sentence(replay, updates), _change_sentence(replay)]
-
-
 def _gradient_sentence(replay: Replay) -> str:
-    mixed, count = sum(any(one.advantage for one in group.completions) for group in replay.groups), len(replay.groups)
+    """How many groups had a gradient."""
+    mixed, count = sum(group.learns for group in replay.groups), len(replay.groups)
     pulls = replay.loss.beta and replay.logged.get("kl") != 0  # the policy of step 1 is the reference
     rest = "there is only the pull of the KL term" if pulls else "nothing is learned"
+    rest = "only the entropy bonus is learned" if replay.loss.entropy_bonus else rest
     text = f"{mixed or 'None'} of {counted(count, 'group')} had unequal rewards"
     text += ", and so a gradient" if mixed else f": {rest}"
-    return f"{text}; from the others, {rest}." if 0 < mixed < count else f"{text}."
+    text = f"{text}; from the others, {rest}." if 0 < mixed < count else f"{text}."
+    if masked := sum(_masked(one, replay.loss) for one in replay.completions):
+        text += f" {counted(masked, 'truncated completion')} of {len(replay.completions)} added nothing to the loss."
+    return text
 
 
-def _loss_sentence(replay: Replay, updates: Sequence[Terms]) -> str:
-    loss, beta = fmean(update.loss for update in updates), replay.loss.beta
-    kl = beta * fmean(float((update.kl * update.weight).double().sum()) for update in updates)
-    text = f"The loss is {loss:.3g}" + (f", of which the KL term is {kl:.3g}" if beta else "")
-    if len(updates) == 1 and any(one.advantage for one in replay.completions):
+def _loss_sentence(replay: Replay) -> str:
+    """What the loss is, and why."""
+    if "loss" not in replay.replayed:
+        return "The update was skipped: its loss or its gradient was not finite."
+    loss, bonus, in_loss = replay.total("loss"), replay.total("bonus"), replay.loss.kl_in == "loss"
+    kl = replay.loss.beta * replay.total("pull") if in_loss else 0.0
+    parts = [f"the KL term is {kl:.3g}"] if replay.loss.beta and in_loss else []
+    parts += [f"the entropy bonus is {-bonus:.3g}"] if bonus else []
+    text = f"The loss is {loss:.3g}" + (f", of which {' and '.join(parts)}" if parts else "")
+    gains = [one for one in replay.completions if one.advantage]
+    plain = all(one.updates and {*one.mean("factor")} == {1.0} for one in gains)
+    if replay.updates > 1:
+        text += f"; it is the mean of {replay.updates} updates"
+    elif plain and gains:
+        policy = loss - kl + bonus
         text += MEANINGS.get(replay.loss.loss_type, "").format(
-            longer="as long as worse ones" if abs(loss - kl) < 1e-6 else "longer" if loss < kl else "shorter"
+            longer="as long as worse ones" if abs(policy) < 1e-6 else "longer" if policy < 0 else "shorter"
         )
     norm = replay.replayed.get("grad_norm", 0.0)
     return f"{text}. The gradient's norm is {norm:.3g}" + (": that is what learns." if norm else ".")
@@ -102,34 +114,36 @@ def _change_sentence(replay: Replay) -> str:
     )
 
 
-def _row(index: int, one: Completion, updates: Sequence[Terms], row: int) -> dict[str, Any]:
+def _row(index: int, one: Completion, replay: Replay) -> dict[str, Any]:
     return {
         "sample": index,
         "reason": one.reason,
-        "verdict": one.reason.replace("_", " "),
+        "verdict": one.reason.replace("_", " ") + (", masked" if _masked(one, replay.loss) else ""),
         "reward": one.reward,
         "parts": one.parts,
         "advantage": one.advantage,
         "length": len(one.tokens),
         "truncated": one.truncated,
         "text": one.text,
-        "gradient_share": fmean(float(update.share[row].sum()) for update in updates),
-        "loss": fmean(float(update.contribution[row].double().sum()) for update in updates),
-        "before": math.fsum(one.updates[0]),
+        "gradient_share": math.fsum(replay.shares(one)),
+        "loss": math.fsum(one.mean("loss")),
+        "before": math.fsum(one.before),
         "after": math.fsum(one.after),
     }
 
 
-def _fork(group: ReplayedGroup) -> dict[str, Any] | None:
+def _fork(group: ReplayedGroup, replay: Replay) -> dict[str, Any] | None:
     """Where better and worse completions part, with the probabilities of both branches by stage."""
     if (parting := group.fork) is None:
         return None
     chances = group.chances(parting)
+    stages = {"sampled": "when sampled", "after": "after the step", "last": f"step {replay.last_step}"}
     sides = {"better": (parting.better, 0), "worse": (parting.worse, 1)}
     shown = group.completions[parting.better.samples[0]]
     return {
         "token": parting.position,
         "before": "".join(shown.pieces[max(0, parting.position - BEFORE_FORK) : parting.position]),
+        "stages": {stage: stages[stage] for stage in chances},
         **{
             name: {
                 "continues": _piece(group, parting, branch.samples[0]),
@@ -153,20 +167,22 @@ def _ending(one: Completion, position: int) -> str:
     return "".join(pieces if pieces and one.text.endswith(pieces[-1]) else pieces[:-1])
 
 
-def _tokens(one: Completion, updates: Sequence[Terms], row: int) -> list[dict[str, Any]]:
-    """Every token with its log-probabilities and its part of the loss; the terms are those of the last update."""
-    terms = updates[-1]
+def _tokens(one: Completion, replay: Replay) -> list[dict[str, Any]]:
+    """Every token with its log-probabilities and its part of the loss; the ratio is that of the last update."""
+    factors, kl, losses, shares = one.mean("factor"), one.mean("kl"), one.mean("loss"), replay.shares(one)
+    clipped, last = one.mean("clipped"), one.updates[-1] if one.updates else None
     return [
         {
             "token": piece,
             "sampled": one.sampled[index],
             "reference": one.reference[index] if one.reference else None,
             "after": one.after[index],
-            "ratio": float(terms.ratio[row, index]),
-            "clipped": bool(terms.clipped[row, index]),
-            "kl": float(terms.kl[row, index]),
-            "loss": fmean(float(update.contribution[row, index]) for update in updates),
-            "gradient_share": fmean(float(update.share[row, index]) for update in updates),
+            "ratio": last.ratio[index] if last else 1.0,
+            "clipped": clipped[index] > 0,
+            "factor": factors[index],
+            "kl": kl[index],
+            "loss": losses[index],
+            "gradient_share": shares[index],
         }
         for index, piece in enumerate(one.pieces)
     ]
@@ -187,6 +203,7 @@ def folded(tokens: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "token": text if len(text) <= 2 * TAIL else f"…{text[-TAIL:]}",
                 "ratio": math.prod(token["ratio"] for token in own),
                 "clipped": any(token["clipped"] for token in own),
+                "factor": fmean(token["factor"] for token in own),
                 **{key: sum(token[key] or 0.0 for token in own) for key in SUMMED},
                 **({"reference": None} if own[0]["reference"] is None else {}),
             }
@@ -194,29 +211,124 @@ def folded(tokens: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _formula(replay: Replay, one: Completion, updates: Sequence[Terms], row: int) -> list[str]:
-    """The loss with this completion's numbers, up to the sum that is the step's loss."""
-    terms, loss = updates[-1], replay.loss
-    ratio, weight, kl = (float(values[row, 0]) for values in (terms.ratio, terms.weight, terms.kl))
-    own = fmean(float(update.contribution[row].double().sum()) for update in updates)
-    whole = fmean(update.loss for update in updates)
-    policy = "-min(ratio * A, clip(ratio) * A)"
-    if loss.loss_type == "cispo":
-        policy = "-min(ratio, 1 + epsilon_high) * A * logprob"
-    term, value = policy, f"ratio {ratio:.4f}, A {one.advantage:.4f}, weight {weight:.3g}"
-    if loss.beta:
-        term, value = f"({policy} + beta * kl)", f"{value}, beta {loss.beta:g}, kl {kl:.3g}"
-    lines = [
-        f"a token adds weight * {term}; `{loss.loss_type}` sets the weight",
-        f"its first token: {value}: {float(terms.contribution[row, 0]):.6g}",
-        f"its {counted(len(one.tokens), 'token')} add {own:.9g}; all completions of the step add {whole:.9g}",
+def _formula(replay: Replay, one: Completion, tokens: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The loss with the numbers of this completion's token of most gradient, up to the sum that is the step's loss."""
+    loss, weighted = replay.loss, any(token["factor"] != 1 for token in tokens)
+    ratio = f"min(ratio, {loss.dual_clip:g})" if loss.dual_clip else "ratio"
+    is_cispo, has_kl = loss.loss_type == "cispo", bool(loss.beta) and loss.kl_in == "loss"
+    policy = "-min(ratio, 1 + epsilon_high) * A * logprob" if is_cispo else f"-min({ratio} * A, clip(ratio) * A)"
+    term = f"factor * {policy}" if weighted else policy
+    term = f"({term} + {loss.beta:g} * kl)" if has_kl else term
+    lines = [f"a token adds weight * {term}{' - bonus' * bool(loss.entropy_bonus)}; `{loss.loss_type}` sets the weight"]
+    if weighted:
+        corrected = (
+            f"the trainer's probability over the sampler's, cap {loss.sampler_cap:g} (`{loss.sampler_correction}`)"
+        )
+        chosen = f"0 but for the {loss.entropy_share:.0%} of the step's tokens with most entropy"
+        reasons = [corrected] * (loss.sampler_correction != "none") + [chosen] * (loss.entropy_share < 1)
+        lines.append(f"factor: {', times '.join(reasons)}")
+    if loss.entropy_bonus:
+        lines.append(f"bonus: {loss.entropy_bonus:g} * entropy / number of tokens that learn")
+    largest = max(range(len(tokens)), key=lambda index: float(tokens[index]["gradient_share"]))
+    shown = {"ratio": 1, "policy": 1, "factor": weighted, "kl": has_kl, "weight": 1, "bonus": loss.entropy_bonus}
+    for number, update in enumerate(one.updates, start=1):
+        place = f"token {largest}" + (f" in inner update {number}" if len(one.updates) > 1 else "")
+        values = ", ".join(f"{name} {getattr(update, name)[largest]:.5g}" for name in shown if shown[name])
+        lines.append(f"{place}: A {one.advantage:.5g}, {values}: {update.loss[largest]:.6g}")
+    means = f" on average over {len(one.updates)} inner updates" if len(one.updates) > 1 else ""
+    why = "" if one.updates else ": truncated completions are masked" if _masked(one, loss) else ": its advantage is 0"
+    own = f"its {counted(len(one.tokens), 'token')} add {math.fsum(one.mean('loss')):.9g}{means}{why}"
+    lines.append(f"{own}; all completions of the step add {replay.total('loss'):.9g}")
+    return [*lines, f"logged loss: {replay.logged['loss']:.9g}"] if "loss" in replay.logged else lines
+
+
+def _masked(one: Completion, loss: Loss) -> bool:
+    return one.truncated and loss.mask_truncated
+
+
+# Tables of the terminal and the page
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table with its title, and lines below it; the style of a row is `good`, `bad` or empty."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[str]]]
+    lines: Sequence[str] = ()
+
+
+def sections(data: Mapping[str, Any]) -> list[Section]:
+    """The tables of what `explained` returned."""
+    shown = [_samples(data)]
+    shown += [_branches(data["fork"])] if data["fork"] else []
+    shown += [_token_table(data)] if "tokens" in data else []
+    return shown + ([_loss_table(data["losses"])] if data["losses"] else [])
+
+
+def _samples(data: Mapping[str, Any]) -> Section:
+    columns = ("sample", "reward", "advantage", "length", "log-prob", "change", "gradient", "verdict")
+    rows = [
+        (
+            "good" if row["reason"] == "correct" else "bad",
+            [
+                str(row["sample"]),
+                f"{row['reward']:.2f}",
+                f"{row['advantage']:+.3f}",
+                str(row["length"]),
+                f"{row['before']:.2f}",
+                f"{row['after'] - row['before']:+.3f}",
+                percent(row["gradient_share"]),
+                row["verdict"],
+            ],
+        )
+        for row in data["completions"]
     ]
-    if "loss" in replay.logged:
-        lines.append(f"logged loss: {replay.logged['loss']:.9g}")
-    return lines
+    return Section(f"prompt {data['prompt']}: {data['problem']}", columns, rows)
 
 
-# Terminal
+def _branches(fork: Mapping[str, Any]) -> Section:
+    rows = []
+    for side, style in (("better", "good"), ("worse", "bad")):
+        branch = fork[side]
+        chances = [f"{branch['probability'][stage]:.3f}" for stage in fork["stages"]]
+        rows.append((style, [side, branch["continues"], *chances, ", ".join(map(str, branch["samples"]))]))
+    columns = ("branch", "continues", *fork["stages"].values(), "samples")
+    return Section(f"fork after token {fork['token']}: … {fork['before']!r}", columns, rows)
+
+
+def _token_table(data: Mapping[str, Any]) -> Section:
+    rows, chance = folded(data["tokens"]), thousandths
+    cells: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "": lambda token: token["place"],
+        "token": lambda token: repr(token["token"]),
+        "sampled": lambda token: chance(token["sampled"]),
+        "ref": lambda token: chance(token["reference"]),
+        "after": lambda token: chance(token["after"]),
+        "ratio": lambda token: chance(token["ratio"]),
+        "clip": lambda token: "yes" if token["clipped"] else "",
+        "factor": lambda token: chance(token["factor"]),
+        "kl": lambda token: f"{token['kl']:.4f}",
+        "loss": lambda token: f"{token['loss']:.2e}",
+        "gradient": lambda token: percent(token["gradient_share"]),
+    }
+    hidden = {"ref", "kl"} if rows[0]["reference"] is None else set()
+    hidden |= set() if any(token["clipped"] for token in rows) else {"clip"}
+    hidden |= {"factor"} if all(token["factor"] == 1 for token in rows) else set()
+    columns = [name for name in cells if name not in hidden]
+    table = [("", [cells[name](token) for name in columns]) for token in rows]
+    return Section(f"sample {data['sample']}, token by token", columns, table, data["formula"])
+
+
+def _loss_table(losses: Sequence[Mapping[str, Any]]) -> Section:
+    own, rows = losses[0], []
+    for row in losses:
+        same = math.isclose(row["norm"], own["norm"], rel_tol=1e-4) and row["cosine"] > 0.9999
+        scaled = row["cosine"] > 0.9999
+        said = "" if row is own else "no difference" if same else "only its length differs" if scaled else ""
+        rows.append(("", [row["name"], f"{row['cosine']:.4f}", f"{row['norm']:.3g}", said]))
+    return Section("the gradient of this batch under other losses", ("setting", "cosine", "norm", "compared"), rows)
 
 
 def show(data: Mapping[str, Any]) -> None:
@@ -224,28 +336,21 @@ def show(data: Mapping[str, Any]) -> None:
     out.print(Text(_title(data), style="bold"))
     for number, sentence in enumerate(data["sentences"], 1):
         out.print(Padding(Text(f"{number}. {printable(sentence)}"), (0, 0, 0, 2)))
-    out.print()
-    out.print(Text(f"prompt {data['prompt']}: {printable(data['problem'])}", style="bold"))
-    columns = ("sample", "reward", "advantage", "length", "log-prob", "change", "gradient")
-    table = grid(*columns, "verdict", numeric=columns)
-    for row in data["completions"]:
-        style = VERDICTS.get(row["reason"], "red")
-        table.add_row(
-            str(row["sample"]),
-            f"{row['reward']:.2f}",
-            f"{row['advantage']:+.3f}",
-            str(row["length"]),
-            f"{row['before']:.2f}",
-            f"{row['after'] - row['before']:+.3f}",
-            percent(row["gradient_share"]),
-            Text(printable(row["verdict"]), style=style),
-        )
-    out.print(table)
-    _show_fork(data)
-    if "tokens" in data:
-        _show_tokens(data)
-    if data["losses"]:
-        _show_losses(data["losses"])
+    for section in sections(data):
+        out.print()
+        out.print(Text(printable(section.title), style="bold"))
+        table = grid(*section.columns, numeric=[name for name in section.columns if name not in TEXTS])
+        for style, row in section.rows:
+            table.add_row(*map(printable, row), style=STYLES[style])
+        out.print(table)
+        for line in section.lines:
+            out.print(Padding(Text(printable(line)), (0, 0, 0, 2)))
+
+
+def write_page(data: Mapping[str, Any], path: Path) -> None:
+    """Write one self-contained page."""
+    html = render("why.html.j2", data=data, title=_title(data), sections=sections(data), texts=TEXTS)
+    write(path, html.encode("utf-8"))
 
 
 def _title(data: Mapping[str, Any]) -> str:
@@ -255,78 +360,7 @@ def _title(data: Mapping[str, Any]) -> str:
     return f"step {data['step']} of run {printable(data['run'])}, replayed from {start}: {equal}"
 
 
-def stages(data: Mapping[str, Any]) -> dict[str, str]:
-    """The columns of a fork's probabilities."""
-    return {"sampled": "when sampled", "after": "after the step", "last": f"step {data['last_step']}"}
-
-
-def _show_fork(data: Mapping[str, Any]) -> None:
-    if not (fork := data["fork"]):
-        return
-    out.print()
-    out.print(Text(f"fork after token {fork['token']}: … {printable(repr(fork['before']))}", style="bold"))
-    names = stages(data)
-    shown = list(fork["better"]["probability"])
-    table = grid("branch", "continues", *[names[stage] for stage in shown], "samples", numeric=names.values())
-    for side, style in (("better", "green"), ("worse", "red")):
-        branch = fork[side]
-        chances = [f"{branch['probability'][stage]:.3f}" for stage in shown]
-        samples = ", ".join(map(str, branch["samples"]))
-        table.add_row(Text(side, style=style), printable(branch["continues"]), *chances, samples)
-    out.print(table)
-
-
-def _show_tokens(data: Mapping[str, Any]) -> None:
-    out.print()
-    out.print(Text(f"sample {data['sample']}, token by token", style="bold"))
-    rows, chance = folded(data["tokens"]), thousandths
-    cells: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "": lambda token: token["place"],
-        "token": lambda token: printable(repr(token["token"])),
-        "sampled": lambda token: chance(token["sampled"]),
-        "ref": lambda token: chance(token["reference"]),
-        "after": lambda token: chance(token["after"]),
-        "ratio": lambda token: chance(token["ratio"]),
-        "clip": lambda token: "yes" if token["clipped"] else "",
-        "kl": lambda token: f"{token['kl']:.4f}",
-        "loss": lambda token: f"{token['loss']:.2e}",
-        "gradient": lambda token: percent(token["gradient_share"]),
-    }
-    hidden = {"ref", "kl"} if rows[0]["reference"] is None else set()
-    hidden |= set() if any(token["clipped"] for token in rows) else {"clip"}
-    columns = [name for name in cells if name not in hidden]
-    table = grid(*columns, numeric=[name for name in columns if name != "token"])
-    for token in rows:
-        table.add_row(*(cells[name](token) for name in columns))
-    out.print(table)
-    for line in data["formula"]:
-        out.print(Padding(Text(printable(line)), (0, 0, 0, 2)))
-
-
-def _show_losses(losses: Sequence[Mapping[str, Any]]) -> None:
-    out.print()
-    out.print(Text("the gradient of this batch under other losses", style="bold"))
-    table = grid("setting", "cosine", "norm", "", numeric=("cosine", "norm"))
-    own = losses[0]
-    for row in losses:
-        same = math.isclose(row["norm"], own["norm"], rel_tol=1e-4) and row["cosine"] > 0.9999
-        scaled = row["cosine"] > 0.9999
-        said = "" if row is own else "no difference" if same else "only its length differs" if scaled else ""
-        table.add_row(row["name"], f"{row['cosine']:.4f}", f"{row['norm']:.3g}", said)
-    out.print(table)
-
-
 def diagnosis(findings: Sequence[Mapping[str, str]], run: str) -> None:
     """Print what the metrics of a run say, each finding with its page."""
     out.print(Text(f"run {printable(run)}", style="bold"))
     out.print(facts([(printable(one["name"]), f"{printable(one['text'])} ({one['page']})") for one in findings]))
-
-
-# Page
-
-
-def write_page(data: Mapping[str, Any], path: Path) -> None:
-    """Write one self-contained page."""
-    tokens = folded(data["tokens"]) if "tokens" in data else []
-    html = render("why.html.j2", data=data, title=_title(data), stages=stages(data), tokens=tokens)
-    write(path, html.encode("utf-8"))

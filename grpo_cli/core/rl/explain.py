@@ -1,8 +1,4 @@
-"""A step taken apart: what each token adds to the loss, and where right and wrong completions part.
-
-Pure: log-probabilities, advantages and the loss's settings go in, plain data comes out. `replay` provides the
-log-probabilities, `ui.why` shows the result. Shapes are those of `grpo`: B completions of at most T tokens.
-"""
+"""Where better and worse completions part, and the losses that a step's gradient is compared with. Pure."""
 
 from __future__ import annotations
 
@@ -11,62 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-import torch
-from torch import Tensor
-
 from grpo_cli.core.config.settings import Loss
-from grpo_cli.core.rl.grpo import token_loss
 
 OWN = "as trained"  # the variant of the run itself
-
-
-@dataclass(frozen=True)
-class Terms:
-    """The loss of one inner update, (B, T) each, 0 in padding: `contribution` = weight * (policy + beta * kl).
-
-    `coefficient` is the derivative of the loss with respect to a token's log-probability: the gradient of the loss is
-    the sum of the tokens' gradients times these. `push` is that with respect to the token's own logit at temperature 1,
-    coefficient * (1 - probability): a token that was certain cannot be learned from.
-    """
-
-    ratio: Tensor
-    clipped: Tensor
-    kl: Tensor
-    weight: Tensor
-    contribution: Tensor
-    coefficient: Tensor
-    push: Tensor
-
-    @property
-    def loss(self) -> float:
-        return float(self.contribution.double().sum())
-
-    @property
-    def share(self) -> Tensor:
-        """Each token's share of the gradient, by the absolute push; all 0 if there is none."""
-        size = self.push.abs()
-        return size / size.sum().clamp(min=torch.finfo(size.dtype).tiny)
-
-
-def terms(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    ref_logprobs: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor,
-    weight: Tensor,
-    loss: Loss,
-) -> Terms:
-    """The loss of these log-probabilities (B, T), token by token; `advantages` and `weight` are (B,)."""
-    leaf = logprobs.detach().clone().requires_grad_()
-    tokens = token_loss(leaf, old_logprobs, ref_logprobs, advantages, mask, loss)
-    kl = torch.zeros_like(leaf) if tokens.kl is None else tokens.kl.detach()
-    weights = mask * weight[:, None]
-    contribution = tokens.value * weights
-    (coefficient,) = torch.autograd.grad(contribution.sum(), leaf)
-    push = coefficient * (1 - logprobs.detach().exp()).clamp(min=0)
-    ratio, clipped = tokens.ratio.detach() * mask, tokens.clipped & mask
-    return Terms(ratio, clipped, kl * mask, weights, contribution.detach(), coefficient, push)
 
 
 @dataclass(frozen=True)

@@ -177,34 +177,13 @@ def normalizer(lengths: Tensor, *, loss_type: str, max_new_tokens: int, step: St
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """The loss of each token (B, T) before its normaliser, and what it consists of."""
+    """The loss of each token (B, T) before its normaliser, `value`, and what it consists of."""
 
     value: Tensor
+    policy: Tensor
     ratio: Tensor
     clipped: Tensor
     kl: Tensor | None
-
-
-def token_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    ref_logprobs: Tensor | None,
-    advantage: Tensor,
-    mask: Tensor,
-    loss: Loss,
-    token_weights: Tensor | None = None,
-) -> TokenLoss:
-    """The loss token by token: `token_weights` (B, T) * policy + beta * kl. Other arguments as for `batch_loss`."""
-    ratio = importance_ratio(logprobs, old_logprobs, mask, loss)
-    value, clipped = policy_loss(logprobs, ratio, advantage, loss)
-    if token_weights is not None:
-        value = value * token_weights
-    kl = None
-    if ref_logprobs is not None:
-        kl = kl_estimate(logprobs, ref_logprobs, estimator=loss.kl_estimator, ratio=ratio)
-        if loss.kl_in == "loss":
-            value = value + loss.beta * kl
-    return TokenLoss(value, ratio, clipped, kl)
 
 
 def batch_loss(
@@ -217,10 +196,16 @@ def batch_loss(
     loss: Loss,
     token_weights: Tensor | None = None,
 ) -> tuple[Tensor, TokenLoss]:
-    """The rows' part of the step's loss, and the loss of each token.
+    """The rows' part of the step's loss, and that of each token: `token_weights` * policy + beta * kl.
 
     Log-probabilities, `mask` and `token_weights` of the policy loss are (B, T); advantages and the normaliser's
     `weight` (B,).
     """
-    tokens = token_loss(logprobs, old_logprobs, ref_logprobs, advantage, mask, loss, token_weights)
-    return (tokens.value * mask * weight[:, None]).sum(), tokens
+    ratio = importance_ratio(logprobs, old_logprobs, mask, loss)
+    policy, clipped = policy_loss(logprobs, ratio, advantage, loss)
+    value, kl = policy if token_weights is None else policy * token_weights, None
+    if ref_logprobs is not None:
+        kl = kl_estimate(logprobs, ref_logprobs, estimator=loss.kl_estimator, ratio=ratio)
+        if loss.kl_in == "loss":
+            value = value + loss.beta * kl
+    return (value * mask * weight[:, None]).sum(), TokenLoss(value, policy, ratio, clipped, kl)

@@ -8,28 +8,30 @@ kept there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
+from statistics import fmean
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from grpo_cli.core.config.resolve import restore
 from grpo_cli.core.config.settings import Loss
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.model.reference import Reference
-from grpo_cli.core.rl.batch import Batch, Group
+from grpo_cli.core.rl.batch import Examples
 from grpo_cli.core.rl.build import build
 from grpo_cli.core.rl.context import Context
-from grpo_cli.core.rl.explain import OWN, Fork, Terms, fork, terms, variants
-from grpo_cli.core.rl.grpo import Step, normalizer
+from grpo_cli.core.rl.explain import OWN, Fork, fork, variants
 from grpo_cli.core.rl.observer import Observer
-from grpo_cli.core.rl.train import StepResult, Trainer, corrected
-from grpo_cli.core.rl.update import reference_logprobs
-from grpo_cli.core.run.folder import Run
+from grpo_cli.core.rl.train import StepResult, Trainer
+from grpo_cli.core.rl.update import NotFinite, Objective, Terms, reference_logprobs, update
+from grpo_cli.core.run.folder import Run, at
 
 CHECKED = ("reward", "accuracy", "completion_length", "entropy", "loss", "kl", "grad_norm")  # metrics to compare
 
@@ -47,9 +49,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Completion:
-    """A completion with its tokens, and their log-probabilities at each stage; `updates`: of each inner update.
+    """A completion with its tokens as the update had them, their log-probabilities at each stage, and their terms.
 
-    `after` is the policy's after the step, `last` that of the run's last checkpoint.
+    `updates`: of each inner update, none if the completion has no gradient. `after` is the policy's after the step,
+    `last` that of the run's last checkpoint.
     """
 
     text: str
@@ -61,10 +64,20 @@ class Completion:
     reason: str
     truncated: bool
     sampled: list[float]
-    updates: list[list[float]]
+    updates: list[Terms]
     after: list[float]
     reference: list[float] | None = None
     last: list[float] | None = None
+
+    @property
+    def before(self) -> list[float]:
+        """The trainer's log-probabilities before the step; the sampler's, which are the same, if it computed none."""
+        return self.updates[0].old if self.updates else self.sampled
+
+    def mean(self, name: str) -> list[float]:
+        """A term of each token, the mean over inner updates; 0 without."""
+        rows = [getattr(update, name) for update in self.updates]
+        return [fmean(values) for values in zip(*rows, strict=True)] if rows else [0.0] * len(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,11 @@ class ReplayedGroup:
     problem: str
     prompt: str
     completions: list[Completion]
+
+    @property
+    def learns(self) -> bool:
+        """Whether a completion has an advantage, and is not left out of the loss."""
+        return any(one.advantage and one.updates for one in self.completions)
 
     @property
     def fork(self) -> Fork | None:
@@ -90,7 +108,7 @@ class ReplayedGroup:
     @property
     def change(self) -> float:
         """Mean absolute change of the completions' log-probabilities by the step."""
-        moved = [abs(sum(one.after) - sum(one.updates[0])) for one in self.completions]
+        moved = [abs(sum(one.after) - sum(one.before)) for one in self.completions]
         return sum(moved) / len(moved)
 
 
@@ -111,7 +129,7 @@ class Replay:
     start: int
     last_step: int | None  # of the checkpoint of `Completion.last`
     loss: Loss
-    max_new_tokens: int
+    updates: int  # of the weights
     logged: dict[str, float]
     replayed: dict[str, float]
     groups: list[ReplayedGroup]
@@ -129,34 +147,34 @@ class Replay:
 
     @property
     def instructive(self) -> int:
-        """The group to show: of those with unequal advantages, the one whose completions changed most."""
-        mixed = [index for index, group in enumerate(self.groups) if any(one.advantage for one in group.completions)]
+        """The group to show: of those that taught something, the one whose completions changed most."""
+        mixed = [index for index, group in enumerate(self.groups) if group.learns]
         return max(mixed or range(len(self.groups)), key=lambda index: self.groups[index].change)
 
-    def terms(self) -> list[Terms]:
-        """The loss of each inner update, token by token; the mean of their losses is the step's."""
-        rows = self.completions
-        lengths = torch.tensor([len(one.tokens) for one in rows])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        whole = Step(len(rows), int(lengths.sum()), has_gradient=True)
-        weight = normalizer(lengths, loss_type=self.loss.loss_type, max_new_tokens=self.max_new_tokens, step=whole)
-        gain = torch.tensor([one.advantage for one in rows])
-        kept = [one.reference for one in rows if one.reference is not None]
-        reference = _padded(kept) if kept else None
-        updates = [_padded([one.updates[number] for one in rows]) for number in range(len(rows[0].updates))]
-        return [terms(own, updates[0], reference, gain, mask, weight, self.loss) for own in updates]
+    def total(self, name: str) -> float:
+        """A term of the loss, summed over all tokens; that of `loss` is the logged loss."""
+        return math.fsum(value for one in self.completions for value in one.mean(name))
+
+    def shares(self, one: Completion) -> list[float]:
+        """The share of each token of a completion in the step's gradient; all 0 if there is none."""
+        whole = self.total("size")
+        return [size / whole if whole else 0.0 for size in one.mean("size")]
 
 
 _REPLAY = TypeAdapter(Replay)
 
 
 def plan(run: Run, step: int) -> Plan:
-    """The plan of a replay; raises CountdownError if the run has no such step, or its loss cannot be taken apart."""
+    """The plan of a replay; raises CountdownError if the run has no such step, or cannot sample it again."""
     seconds = {int(line["step"]): line.get("time/total", 0.0) for line in run.metrics() if line["step"] > 0}
     if step not in seconds:
         hint = f"choose one from 1 to {max(seconds)}" if seconds else "wait for its first step, or resume it"
         raise CountdownError(f"run `{run.name}` has no step {step}", hint)
-    _require_plain_tokens(run, step)
+    if restore(run.read_config(), run.config_path).settings.model.rollout == "vllm":
+        raise CountdownError(
+            f"steps of run `{run.name}` cannot be replayed: vLLM does not draw the same completions again",
+            f"`countdown why {run.name}{at(run.path.parent)}` describes the run as a whole",
+        )
     starts = [saved for saved, _ in run.checkpoints() if saved < step and run.damage(saved) is None]
     start = max(starts, default=0)
     return Plan(step, start, sum(spent for number, spent in seconds.items() if start < number <= step))
@@ -165,22 +183,6 @@ def plan(run: Run, step: int) -> Plan:
 def _before(run: Run, step: int) -> list[Mapping[str, float]]:
     """The logged metrics of the steps before this one."""
     return [line for line in run.metrics() if 0 < line["step"] < step]
-
-
-def _require_plain_tokens(run: Run, step: int) -> None:
-    """Raise CountdownError if the loss of the step weighs tokens in a way that a replay does not record."""
-    settings = restore(run.read_config(), run.config_path).settings
-    loss, flags = corrected(settings.loss, _before(run, step)), list[str]()
-    flags += ["--num-mini-batches"] if settings.train.num_mini_batches > 1 else []
-    flags += ["--mask-truncated"] if loss.mask_truncated else []
-    flags += ["--entropy-share"] if loss.entropy_share < 1 else []
-    flags += ["--entropy-bonus"] if loss.entropy_bonus else []
-    flags += ["--sampler-correction"] if loss.sampler_correction != "none" else []
-    if flags:
-        raise CountdownError(
-            f"steps of run `{run.name}` cannot be explained yet: it was trained with `{flags[0]}`",
-            f"`countdown why {run.name}` describes the run as a whole",
-        )
 
 
 def cached(run: Run, step: int, *, losses: bool) -> Replay | None:
@@ -209,105 +211,91 @@ def replay(run: Run, planned: Plan, *, losses: bool = False, observer: Observer 
             trainer.step(number)
         trainer.history = _before(run, planned.step)
         before = [weight.detach().clone() for weight in trainer.state.learner.trainable] if losses else []
-        updates: dict[int, dict[int, list[float]]] = {}
+        updates: dict[int, dict[int, Terms]] = defaultdict(dict)
 
-        def watch(number: int, rows: list[int], logprobs: Tensor) -> None:
-            updates.setdefault(number, {}).update(zip(rows, logprobs.float().tolist(), strict=True))
+        def watch(number: int, row: int, terms: Terms) -> None:
+            updates[row][number] = terms
 
         result = trainer.step(planned.step, watch)
         replayed = _record(run, trainer, planned, result, updates)
         if losses:
             _set_weights(trainer.state.learner, before)
-            replayed = replace(replayed, variants=_compare(trainer, result, settings.loss))
+            replayed = replace(replayed, variants=_compare(trainer, result))
     run.write_replay(planned.step, _REPLAY.dump_json(replayed))
     return replayed
 
 
 def _record(
-    run: Run, trainer: Trainer, planned: Plan, result: StepResult, updates: Mapping[int, Mapping[int, Sequence[float]]]
+    run: Run, trainer: Trainer, planned: Plan, result: StepResult, updates: Mapping[int, Mapping[int, Terms]]
 ) -> Replay:
     """The step as plain data; leaves the weights of the last checkpoint in the trainer."""
-    batch, settings = result.batch, trainer.settings
-    after = _logprobs(trainer, batch)
-    last_step, last = _last(run), None
-    if last_step is not None:
-        kept = [weight.detach().clone() for weight in trainer.state.learner.trainable]
-        trainer.state.fall_back(run.checkpoint_path(last_step))
-        last = _logprobs(trainer, batch)
-        _set_weights(trainer.state.learner, kept)
+    batch, train = result.batch, trainer.settings.train
     logged, values = _logged(run, planned.step), {**batch.metrics, **result.metrics}
-    decode = trainer.state.policy.tokenizer.decode
-    rows = iter(range(len(batch.completions)))
+    updates = updates if "loss" in values else {}  # else the step was skipped
+    rows = _completions(trainer, result, updates, _logprobs(trainer, result.examples))
+    if (last := _last(run)) is not None:
+        kept = [weight.detach().clone() for weight in trainer.state.learner.trainable]
+        trainer.state.fall_back(run.checkpoint_path(last))
+        ends = _logprobs(trainer, result.examples)
+        rows = [replace(one, last=own[: len(one.tokens)].tolist()) for one, own in zip(rows, ends, strict=True)]
+        _set_weights(trainer.state.learner, kept)
+    given, decode = iter(rows), trainer.state.policy.tokenizer.decode
     groups = [
-        ReplayedGroup(
-            str(group.problem),
-            str(decode(group.prompt)),
-            [
-                _completion(group, sample, next(rows), decode, result, updates, after, last)
-                for sample in range(len(group.completions))
-            ],
-        )
+        ReplayedGroup(str(group.problem), str(decode(group.prompt)), list(islice(given, len(group.completions))))
         for group in batch.groups
     ]
     return Replay(
         planned.step,
         planned.start,
-        last_step,
-        settings.loss,
-        settings.train.max_new_tokens,
+        last,
+        result.loss,
+        train.num_inner_updates * train.num_mini_batches,
         logged,
         {name: float(values[name]) for name in logged if name in values},
         groups,
     )
 
 
-def _completion(
-    group: Group,
-    sample: int,
-    row: int,
-    decode: Callable[[list[int]], object],
-    result: StepResult,
-    updates: Mapping[int, Mapping[int, Sequence[float]]],
-    after: Tensor,
-    last: Tensor | None,
-) -> Completion:
-    """A completion of a group, in row `row` of the step, as plain data."""
-    tokens, score, known = group.completions[sample], group.scores[sample], result.ref_logprobs
-    count = len(tokens)
-    sampled = group.logprobs[sample][:count]
-    own = [list(rows[row])[:count] for rows in updates.values() if row in rows]
-    return Completion(
-        text=group.texts[sample],
-        tokens=tokens,
-        pieces=[str(decode([token])) for token in tokens],
-        reward=score.reward,
-        parts=dict(score.parts),
-        advantage=float(group.advantages[sample]),
-        reason=score.reason,
-        truncated=group.truncated[sample],
-        sampled=sampled,
-        updates=own or [sampled] * max(1, len(updates)),  # no update had this row: it has no gradient
-        after=after[row, :count].tolist(),
-        reference=None if known is None else known[row, :count].tolist(),
-        last=None if last is None else last[row, :count].tolist(),
-    )
+def _completions(
+    trainer: Trainer, result: StepResult, updates: Mapping[int, Mapping[int, Terms]], after: Tensor
+) -> list[Completion]:
+    """The completions of the step as plain data, without those of the last checkpoint."""
+    examples, decode, completions = result.examples, trainer.state.policy.tokenizer.decode, list[Completion]()
+    samples = [pair for group in result.batch.groups for pair in zip(group.texts, group.scores, strict=True)]
+    for row, ((text, score), tokens) in enumerate(zip(samples, examples.sequences.completions, strict=True)):
+        count, reference = len(tokens), examples.ref_logprobs
+        completions.append(
+            Completion(
+                text=text,
+                tokens=tokens,
+                pieces=[str(decode([token])) for token in tokens],
+                reward=score.reward,
+                parts=dict(score.parts),
+                advantage=float(examples.advantages[row]),
+                reason=score.reason,
+                truncated=examples.truncated[row],
+                sampled=list(examples.sampled_logprobs[row]),
+                updates=list(updates.get(row, {}).values()),
+                after=after[row, :count].tolist(),
+                reference=None if reference is None else reference[row, :count].tolist(),
+            )
+        )
+    return completions
 
 
-def _logprobs(trainer: Trainer, batch: Batch) -> Tensor:
-    """Log-probabilities (B, T) of the batch under the policy as it is now."""
+def _logprobs(trainer: Trainer, examples: Examples) -> Tensor:
+    """Log-probabilities (B, T) of the step's tokens under the policy as it is now."""
     policy = replace(trainer.state.learner, adapter=None)  # a reference would switch it off
     temperature, rows = trainer.settings.train.temperature, trainer.micro_batch
-    return reference_logprobs(Reference(policy), batch.sequences, temperature=temperature, micro_batch=rows).cpu()
+    return reference_logprobs(Reference(policy), examples.sequences, temperature=temperature, micro_batch=rows).cpu()
 
 
-def _compare(trainer: Trainer, result: StepResult, loss: Loss) -> list[Variant]:
+def _compare(trainer: Trainer, result: StepResult) -> list[Variant]:
     """The gradients of the batch under other losses, at the weights before the step, compared with the run's own."""
-    logprobs = _logprobs(trainer, result.batch)
-    coefficients = {name: _coefficients(trainer, result, own, logprobs) for name, own in variants(loss).items()}
-    own = _gradient(trainer, result.batch, coefficients[OWN])
-    size, compared = math.sqrt(_dot(own, own)), list[Variant]()
-    for name, values in coefficients.items():
-        gradient = own if torch.equal(values, coefficients[OWN]) else _gradient(trainer, result.batch, values)
+    own, compared = _gradient(trainer, result, result.loss), list[Variant]()
+    size = math.sqrt(_dot(own, own))
+    for name, loss in variants(result.loss).items():
+        gradient = own if name == OWN else _gradient(trainer, result, loss)
         norm = math.sqrt(_dot(gradient, gradient))
         compared.append(Variant(name, _dot(gradient, own) / (norm * size) if norm * size else 0.0, norm))
     return compared
@@ -319,35 +307,27 @@ def _dot(left: Tensor, right: Tensor) -> float:
     return sum(float(one.double() @ other.double()) for one, other in pairs)
 
 
-def _coefficients(trainer: Trainer, result: StepResult, loss: Loss, logprobs: Tensor) -> Tensor:
-    """The derivative (B, T) of a loss with respect to log-probabilities, in the first inner update."""
-    batch = result.batch
-    gain = trainer.advantages(batch, result.ref_logprobs, loss).flatten()
-    lengths = torch.tensor([len(one) for one in batch.completions])
-    limit = trainer.settings.train.max_new_tokens
-    weight = normalizer(lengths, loss_type=loss.loss_type, max_new_tokens=limit)
-    reference = result.ref_logprobs
-    own = None if reference is None else reference.cpu()
-    return terms(logprobs, logprobs, own, gain, batch.sequences.mask(), weight, loss).coefficient
+def _gradient(trainer: Trainer, result: StepResult, loss: Loss) -> Tensor:
+    """The gradient (N,) of the first update of the whole batch; 0 if there is none, or if it is not finite."""
+    learner = trainer.state.learner
+    gradient = torch.zeros(sum(weight.numel() for weight in learner.trainable))
+    optimizer = torch.optim.SGD(learner.trainable, lr=0.0)  # leaves the weights as they are
 
+    def keep(*_: object) -> None:
+        torch.cat([_grad(weight).flatten().float() for weight in learner.trainable], out=gradient)
 
-def _gradient(trainer: Trainer, batch: Batch, coefficients: Tensor) -> Tensor:
-    """The gradient (N,) of the sum of log-probabilities times `coefficients` (B, T)."""
-    learner, sequences = trainer.state.learner, batch.sequences
-    learner.model.zero_grad(set_to_none=True)
-    for rows in trainer.micro_batch.split(coefficients.any(dim=1).nonzero()[:, 0].tolist()):
-        logprobs, _ = learner.logprobs(
-            sequences.subset(rows),
-            temperature=trainer.settings.train.temperature,
-            entropy="none",
-            logit_chunk=trainer.micro_batch.logit_chunk,
-        )
-        own = coefficients[rows, : logprobs.shape[1]].to(logprobs.device)
-        (logprobs * own).sum().backward()
-    parts = [torch.zeros_like(one) if one.grad is None else one.grad for one in learner.trainable]
-    gradient = torch.cat([part.detach().float().flatten() for part in parts])
-    learner.model.zero_grad(set_to_none=True)
+    optimizer.register_step_pre_hook(keep)
+    whole = replace(
+        Objective.of(trainer.settings.train, loss), num_inner_updates=1, num_mini_batches=1, clip_grad_norm=math.inf
+    )
+    with suppress(NotFinite):
+        examples = trainer.examples(result.batch, result.examples.ref_logprobs, loss)
+        update(learner, optimizer, examples, whole, micro_batch=trainer.micro_batch)
     return gradient
+
+
+def _grad(weight: Tensor) -> Tensor:
+    return torch.zeros_like(weight) if weight.grad is None else weight.grad
 
 
 @torch.no_grad()
@@ -359,11 +339,6 @@ def _set_weights(policy: Policy, weights: Sequence[Tensor]) -> None:
 def _chance(logprobs: Sequence[float], position: int) -> float:
     """The probability of the token at a position; 1 past the end, where nothing is sampled."""
     return math.exp(logprobs[position]) if position < len(logprobs) else 1.0
-
-
-def _padded(rows: Sequence[Sequence[float]]) -> Tensor:
-    """Rows of different lengths as one tensor (B, T), padded with 0."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 
 def _logged(run: Run, step: int) -> dict[str, float]:

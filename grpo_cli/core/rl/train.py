@@ -25,7 +25,7 @@ from grpo_cli.core.fsdp import gather
 from grpo_cli.core.microbatch import MicroBatch, ran_out
 from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.perf.memory import MemoryPlan
-from grpo_cli.core.rl.batch import Batch
+from grpo_cli.core.rl.batch import Batch, Examples
 from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.collect import Collector
 from grpo_cli.core.rl.context import Context
@@ -47,7 +47,8 @@ class StepResult:
     """The outcome of `Trainer.step`; `metrics` are the update's."""
 
     batch: Batch
-    ref_logprobs: Tensor | None
+    examples: Examples
+    loss: Loss  # with the sampler's correction of this step
     metrics: Mapping[str, float]
 
 
@@ -116,21 +117,19 @@ class Trainer:
         return evaluation or self.validation.evaluate(self.validation.val)
 
     def step(self, number: int, watch: Watch | None = None) -> StepResult:
-        """Take a step, but log and save nothing. `watch` receives the log-probabilities of its update."""
+        """Take a step, but log and save nothing. `watch` receives the terms of its loss."""
         with self.clock.phase("total"):
             # 1. Draw prompts, sample a group of completions of each, score them.
             batch = self.collector.collect(number)
             # 2. Compute log-probabilities under the frozen reference.
             ref_logprobs = self._reference_logprobs(batch)
             # 3. Compare each completion with its group.
-            everyone = self.advantages(batch, ref_logprobs, self.settings.loss)  # (P, G), all ranks
-            batch.set_advantages(everyone)
-            batch.metrics |= {"advantage": float(everyone.mean().abs())}
-            batch.metrics |= {"group_advantage": float(everyone.mean(dim=1).abs().max())}
+            loss = corrected(self.settings.loss, self.history)
+            examples = self.examples(batch, ref_logprobs, loss)
             # 4. Make completions better than their group more likely.
-            updated = self._update(batch, ref_logprobs, watch, has_gradient=bool(everyone.any()))
+            updated = self._update(batch, examples, loss, watch)
         self.state.progress.step = number
-        return StepResult(batch, ref_logprobs, updated)
+        return StepResult(batch, examples, loss, updated)
 
     def _announce(self) -> None:
         """Announce the training, and the base accuracy of a resumed run."""
@@ -139,13 +138,20 @@ class Trainer:
         if base is not None:
             self.observer.evaluated(Validated(0, base, count, wilson(base, count)))
 
-    def advantages(self, batch: Batch, ref_logprobs: Tensor | None, loss: Loss) -> Tensor:
-        """Advantages (P, G) of all ranks' completions."""
+    def examples(self, batch: Batch, ref_logprobs: Tensor | None, loss: Loss) -> Examples:
+        """The examples of an update under this loss; gives the batch its advantages, and the metrics of them."""
         rewards = batch.tally.rewards
         if ref_logprobs is not None and loss.kl_in == "reward":
             kl = ChainMap(*self.world.gather(batch.kl_to(ref_logprobs)))
             rewards = rewards - loss.beta * torch.stack([kl[prompt] for prompt in sorted(kl)])
-        return advantages(rewards, scale=loss.scale_rewards, baseline=loss.baseline, pass_at_k=loss.pass_at_k)
+        everyone = advantages(  # (P, G), all ranks
+            rewards, scale=loss.scale_rewards, baseline=loss.baseline, pass_at_k=loss.pass_at_k
+        )
+        batch.set_advantages(everyone)
+        batch.metrics |= {"advantage": float(everyone.mean().abs())}
+        batch.metrics |= {"group_advantage": float(everyone.mean(dim=1).abs().max())}
+        has_gradient = bool(everyone.any()) or loss.always_has_gradient
+        return batch.examples(ref_logprobs, has_gradient=has_gradient, mask_truncated=loss.mask_truncated)
 
     def _reference_logprobs(self, batch: Batch) -> Tensor | None:
         if self.reference is None:
@@ -160,11 +166,9 @@ class Trainer:
                 poll=self.context.poll,
             )
 
-    def _update(
-        self, batch: Batch, ref_logprobs: Tensor | None, watch: Watch | None, *, has_gradient: bool
-    ) -> dict[str, float]:
+    def _update(self, batch: Batch, examples: Examples, loss: Loss, watch: Watch | None) -> dict[str, float]:
         """Update the policy; returns the metrics, without those of the update if it is skipped."""
-        state, train, loss = self.state, self.settings.train, corrected(self.settings.loss, self.history)
+        state, train = self.state, self.settings.train
         rate = scheduled_rate(train, batch.number)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
@@ -173,11 +177,7 @@ class Trainer:
                 updated = update(
                     state.learner,
                     state.optimizer,
-                    batch.examples(
-                        ref_logprobs,
-                        has_gradient=has_gradient or loss.always_has_gradient,
-                        mask_truncated=loss.mask_truncated,
-                    ),
+                    examples,
                     Objective.of(train, loss),
                     clock=self.clock,
                     micro_batch=self.micro_batch,

@@ -25,8 +25,40 @@ from grpo_cli.core.rl.grpo import Step, TokenLoss, batch_loss, normalizer, sampl
 from grpo_cli.core.rl.observer import no_poll
 from grpo_cli.core.world import World
 
-Watch = Callable[[int, list[int], Tensor], None]
-"""Called with an inner update, some of its rows, and their log-probabilities (B, T)."""
+
+@dataclass(frozen=True)
+class Terms:
+    """What a completion's tokens add to the step's loss in an inner update.
+
+    `loss` = weight * (factor * policy + beta * kl) - bonus, with the sampler's correction and the choice by entropy in
+    `factor`, and the entropy's `bonus`. `push` is the derivative of the update's loss with respect to the token's own
+    logit, for d with respect to its log-probability d * (1 - probability): a certain token cannot be learned from.
+    """
+
+    old: list[float]  # log-probability before the step
+    ratio: list[float]
+    clipped: list[float]
+    policy: list[float]
+    factor: list[float]
+    kl: list[float]
+    weight: list[float]
+    bonus: list[float]
+    loss: list[float]
+    push: list[float]
+
+    @property
+    def size(self) -> list[float]:
+        """Of the push, whichever its direction."""
+        return [abs(push) for push in self.push]
+
+    @property
+    def pull(self) -> list[float]:
+        """Of the KL, before its beta."""
+        return [weight * kl for weight, kl in zip(self.weight, self.kl, strict=True)]
+
+
+Watch = Callable[[int, int, Terms], None]
+"""Called with an inner update, a row, and its terms of the loss."""
 
 DUMMY = Sequences([[0]], [[0]], [0])  # input of a dummy pass: with FSDP, all ranks make the same number of passes
 
@@ -107,7 +139,7 @@ def update(
     Each rank passes its own `examples`. `clock` times the optimizer, and knows the ranks. `micro_batch` sets how many
     are computed at once. `poll` is called before each micro-batch of the first inner update; if it raises, the weights
     are unchanged. `compare_with`: a policy of the same weights, whose own forward measures `logprob_gap`. `watch`
-    receives the log-probabilities of each micro-batch.
+    receives the terms of each row that has a gradient.
 
     Raises NotFinite on all ranks, before the weights change, if the loss or the gradient is not finite, and Diverged if
     the weights are not finite afterwards.
@@ -258,10 +290,10 @@ class _Inputs:
         return [Part(*rows) for rows in zip(split(self.learning), split(self.without_gradient), strict=True)]
 
     def bonus(self, rows: list[int], entropy: Tensor, mask: Tensor) -> Tensor:
-        """These rows' part of the entropy bonus: its weight times the mean entropy of the tokens that learn."""
+        """The entropy bonus (B, T) of these rows: its weight times the mean entropy of the tokens that learn."""
         chosen = mask if self.entropic is None else self.entropic[rows, : mask.shape[1]]
         weight = self.objective.loss.entropy_bonus * self.objective.num_mini_batches / max(1, self.learned_tokens)
-        return weight * (entropy * chosen).sum()
+        return weight * entropy * chosen
 
     def token_weights(self, rows: list[int], mask: Tensor) -> Tensor | None:
         """Weights (B, T) of these rows' policy loss, by the sampler's correction and by entropy; None if all are 1."""
@@ -306,10 +338,13 @@ def _backward(
             inputs.token_weights(rows, mask),
         )
         if objective.loss.entropy_bonus:
-            total = total - inputs.bonus(rows, entropy, mask)
+            total = total - inputs.bonus(rows, entropy, mask).sum()
+        if watch:
+            logprobs.retain_grad()
         total.backward()
     if watch:
-        watch(number, rows, logprobs.detach())
+        for row, terms in zip(rows, _terms(inputs, rows, logprobs, entropy, tokens, mask), strict=True):
+            watch(number, row, terms)
     sums = Sums.of(total.detach(), tokens, entropy.detach(), mask)
     if inputs.sampled_logprobs is not None and is_first:
         sampled = inputs.sampled_logprobs[rows, :length]
@@ -319,6 +354,34 @@ def _backward(
         sums.gap += logprob_gap(inputs.plain[row], trained, examples.sampled_logprobs[row])
         sums.compared += len(inputs.plain[row])
     return sums
+
+
+@torch.no_grad()
+def _terms(
+    inputs: _Inputs, rows: list[int], logprobs: Tensor, entropy: Tensor, tokens: TokenLoss, mask: Tensor
+) -> list[Terms]:
+    """The terms of each row after the backward pass, those of a mini-batch as a part of the step's."""
+    weight, bonus = mask * inputs.weight[rows][:, None], inputs.bonus(rows, entropy, mask)
+    factor, count, chance = inputs.token_weights(rows, mask), inputs.objective.num_mini_batches, logprobs.exp()
+    assert logprobs.grad is not None
+    # The derivative of the entropy with respect to the token's own logit is -chance * (logprob + entropy).
+    push = logprobs.grad * (1 - chance) + inputs.bonus(rows, chance * (logprobs + entropy), mask)
+    columns = [
+        inputs.old_logprobs[rows, : mask.shape[1]],
+        tokens.ratio,
+        tokens.clipped,
+        tokens.policy,
+        torch.ones_like(weight) if factor is None else factor,
+        torch.zeros_like(weight) if tokens.kl is None else tokens.kl,
+        weight / count,
+        bonus / count,
+        (tokens.value * weight - bonus) / count,
+        push,
+    ]
+    lengths = [len(inputs.examples.sequences.completions[row]) for row in rows]
+    return [
+        Terms(*(column[index, :length].float().tolist() for column in columns)) for index, length in enumerate(lengths)
+    ]
 
 
 @torch.no_grad()
