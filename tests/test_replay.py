@@ -136,7 +136,7 @@ SETTINGS = [
         "loss.mask_truncated": True,
         "loss.entropy_share": 0.5,
         "loss.entropy_bonus": 0.1,
-    },  # fmt: skip
+    },
     {"loss.sampler_correction": "mask", "train.temperature": 0.7, "train.broken": "temperature"},
     *(pytest.param({"train.broken": name}, marks=pytest.mark.slow) for name in ("kl", "prompt", "end")),
 ]

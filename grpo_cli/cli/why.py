@@ -50,7 +50,9 @@ def why(
     from grpo_cli.core.config.resolve import restore
     from grpo_cli.core.files import check_writable, require_ending
     from grpo_cli.core.run.folder import at, require_outside_runs
+    from grpo_cli.ui import why as show
     from grpo_cli.ui.figures import require_drawable
+    from grpo_cli.ui.fork import write_fork
 
     chosen = _run(Path(resolve(ctx, config).settings.runs), run)
     settings = restore(chosen.read_config(), chosen.config_path).settings
@@ -65,15 +67,24 @@ def why(
         _diagnose(chosen, settings, as_json=as_json)
         return
     _require_in_step(settings, prompt, sample)
-    for path in (html, figure):
-        if path:
-            require_outside_runs(path, own=chosen)
-            check_writable(path, overwrite=overwrite)
+    for path in filter(None, (html, figure)):
+        require_outside_runs(path, own=chosen)
+        check_writable(path, overwrite=overwrite)
     if html:
         require_ending(html, ".html", ".htm")
     if figure:
         require_drawable(figure)
-    _explain(_replayed(chosen, step, losses=losses), chosen, prompt, sample, html, figure, as_json=as_json)
+    data = show.explained(_replayed(chosen, step, losses=losses), chosen.name, prompt=prompt, sample=sample)
+    if html:
+        show.write_page(data, html)
+    if figure:
+        write_fork(data, figure)
+    if as_json:
+        text.json_object(data)
+    else:
+        show.show(data)
+    for path in filter(None, (html, figure)):
+        text.note(f"written: {path}")
 
 
 def _run(root: Path, name: str | None) -> Run:
@@ -152,30 +163,3 @@ def _replayed(run: Run, step: int, *, losses: bool) -> Replay:
                 advance(done, total)
 
         return replay(run, planned, losses=losses, observer=Shown())
-
-
-def _explain(
-    replay: Replay,
-    run: Run,
-    prompt: int | None,
-    sample: int | None,
-    html: Path | None,
-    figure: Path | None,
-    *,
-    as_json: bool,
-) -> None:
-    from grpo_cli.ui import fork
-    from grpo_cli.ui import why as show
-
-    data = show.explained(replay, run.name, prompt=prompt, sample=sample)
-    if html:
-        show.write_page(data, html)
-    if figure:
-        fork.write_fork(data, figure)
-    if as_json:
-        text.json_object(data)
-    else:
-        show.show(data)
-    for path in (html, figure):
-        if path:
-            text.note(f"written: {path}")

@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 
 BEFORE_FORK = 6  # tokens shown before a fork
 FLAT = 0.0005  # share of the gradient below which neighbouring tokens are shown as one row
+WIDE = 90  # characters of a terminal that holds all columns
 TAIL = 4  # characters shown of the end of such a row
 SUMMED = ("sampled", "reference", "after", "kl", "loss", "gradient_share")
 # At ratio 1, in the first inner update, a token adds -A times its weight.
 BY_SEQUENCE = ": at ratio 1 the advantages of a group sum to 0, so the policy loss is 0 whatever is learned"
 BY_TOKEN = ": at ratio 1 it is the sum of -advantage * length, so better completions are {longer} here"
-TEXTS = {"verdict", "branch", "continues", "samples", "token", "clip", "setting", "compared"}  # columns of text
+TEXTS = {"verdict", "branch", "continues", "samples", "token", "setting", "compared"}  # columns of text
 STYLES = {"good": "green", "bad": "red", "": ""}
 MEANINGS = {"grpo": BY_SEQUENCE, "gspo": BY_SEQUENCE, "dapo": BY_TOKEN, "dr_grpo": BY_TOKEN}
 
@@ -69,9 +70,9 @@ def explained(replay: Replay, run: str, *, prompt: int | None = None, sample: in
 def _gradient_sentence(replay: Replay) -> str:
     """How many groups had a gradient."""
     mixed, count = sum(group.learns for group in replay.groups), len(replay.groups)
-    pulls = replay.loss.beta and replay.logged.get("kl") != 0  # the policy of step 1 is the reference
-    rest = "there is only the pull of the KL term" if pulls else "nothing is learned"
-    rest = "only the entropy bonus is learned" if replay.loss.entropy_bonus else rest
+    has_kl = replay.loss.beta and replay.logged.get("kl") != 0  # the policy of step 1 is the reference
+    pulls = ["the pull of the KL term"] * bool(has_kl) + ["the entropy bonus"] * bool(replay.loss.entropy_bonus)
+    rest = f"there is only {' and '.join(pulls)}" if pulls else "nothing is learned"
     text = f"{mixed or 'None'} of {counted(count, 'group')} had unequal rewards"
     text += ", and so a gradient" if mixed else f": {rest}"
     text = f"{text}; from the others, {rest}." if 0 < mixed < count else f"{text}."
@@ -169,7 +170,8 @@ def _ending(one: Completion, position: int) -> str:
 
 def _tokens(one: Completion, replay: Replay) -> list[dict[str, Any]]:
     """Every token with its log-probabilities and its part of the loss; the ratio is that of the last update."""
-    factors, kl, losses, shares = one.mean("factor"), one.mean("kl"), one.mean("loss"), replay.shares(one)
+    factors = one.mean("factor") if one.updates else [1.0] * len(one.tokens)
+    kl, losses, shares = one.mean("kl"), one.mean("loss"), replay.shares(one)
     clipped, last = one.mean("clipped"), one.updates[-1] if one.updates else None
     return [
         {
@@ -233,7 +235,7 @@ def _formula(replay: Replay, one: Completion, tokens: Sequence[Mapping[str, Any]
     shown = {"ratio": 1, "policy": 1, "factor": weighted, "kl": has_kl, "weight": 1, "bonus": loss.entropy_bonus}
     for number, update in enumerate(one.updates, start=1):
         place = f"token {largest}" + (f" in inner update {number}" if len(one.updates) > 1 else "")
-        values = ", ".join(f"{name} {getattr(update, name)[largest]:.5g}" for name in shown if shown[name])
+        values = ", ".join(f"{name} {getattr(update, name)[largest] + 0.0:.5g}" for name in shown if shown[name])
         lines.append(f"{place}: A {one.advantage:.5g}, {values}: {update.loss[largest]:.6g}")
     means = f" on average over {len(one.updates)} inner updates" if len(one.updates) > 1 else ""
     why = "" if one.updates else ": truncated completions are masked" if _masked(one, loss) else ": its advantage is 0"
@@ -259,11 +261,11 @@ class Section:
     lines: Sequence[str] = ()
 
 
-def sections(data: Mapping[str, Any]) -> list[Section]:
-    """The tables of what `explained` returned."""
+def sections(data: Mapping[str, Any], *, narrow: bool = False) -> list[Section]:
+    """The tables of what `explained` returned, in a `narrow` terminal without a column that `kl` makes up for."""
     shown = [_samples(data)]
     shown += [_branches(data["fork"])] if data["fork"] else []
-    shown += [_token_table(data)] if "tokens" in data else []
+    shown += [_token_table(data, narrow=narrow)] if "tokens" in data else []
     return shown + ([_loss_table(data["losses"])] if data["losses"] else [])
 
 
@@ -298,7 +300,7 @@ def _branches(fork: Mapping[str, Any]) -> Section:
     return Section(f"fork after token {fork['token']}: … {fork['before']!r}", columns, rows)
 
 
-def _token_table(data: Mapping[str, Any]) -> Section:
+def _token_table(data: Mapping[str, Any], *, narrow: bool) -> Section:
     rows, chance = folded(data["tokens"]), thousandths
     cells: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "": lambda token: token["place"],
@@ -306,19 +308,18 @@ def _token_table(data: Mapping[str, Any]) -> Section:
         "sampled": lambda token: chance(token["sampled"]),
         "ref": lambda token: chance(token["reference"]),
         "after": lambda token: chance(token["after"]),
-        "ratio": lambda token: chance(token["ratio"]),
-        "clip": lambda token: "yes" if token["clipped"] else "",
+        "ratio": lambda token: chance(token["ratio"]) + "*" * token["clipped"],
         "factor": lambda token: chance(token["factor"]),
-        "kl": lambda token: f"{token['kl']:.4f}",
+        "kl": lambda token: f"{round(token['kl'], 4) + 0.0:.4f}",
         "loss": lambda token: f"{token['loss']:.2e}",
         "gradient": lambda token: percent(token["gradient_share"]),
     }
     hidden = {"ref", "kl"} if rows[0]["reference"] is None else set()
-    hidden |= set() if any(token["clipped"] for token in rows) else {"clip"}
-    hidden |= {"factor"} if all(token["factor"] == 1 for token in rows) else set()
+    hidden |= {"factor"} if all(token["factor"] == 1 for token in rows) else {"ref"} if narrow else set()
     columns = [name for name in cells if name not in hidden]
     table = [("", [cells[name](token) for name in columns]) for token in rows]
-    return Section(f"sample {data['sample']}, token by token", columns, table, data["formula"])
+    clipped = ["*: clipped"] if any(token["clipped"] for token in rows) else []
+    return Section(f"sample {data['sample']}, token by token", columns, table, [*clipped, *data["formula"]])
 
 
 def _loss_table(losses: Sequence[Mapping[str, Any]]) -> Section:
@@ -336,7 +337,7 @@ def show(data: Mapping[str, Any]) -> None:
     out.print(Text(_title(data), style="bold"))
     for number, sentence in enumerate(data["sentences"], 1):
         out.print(Padding(Text(f"{number}. {printable(sentence)}"), (0, 0, 0, 2)))
-    for section in sections(data):
+    for section in sections(data, narrow=out.width < WIDE):
         out.print()
         out.print(Text(printable(section.title), style="bold"))
         table = grid(*section.columns, numeric=[name for name in section.columns if name not in TEXTS])
