@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from grpo_cli.core.rl.explain import Fork
     from grpo_cli.core.rl.replay import Completion, Replay, ReplayedGroup
 
+Row = Mapping[str, Any]
+
 BEFORE_FORK = 6  # tokens shown before a fork
 FLAT = 0.0005  # share of the gradient below which neighbouring tokens are shown as one row
 WIDE = 90  # characters of a terminal that holds all columns
@@ -213,7 +215,7 @@ def folded(tokens: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _formula(replay: Replay, one: Completion, tokens: Sequence[Mapping[str, Any]]) -> list[str]:
+def _formula(replay: Replay, one: Completion, tokens: Sequence[Row]) -> list[str]:
     """The loss with the numbers of this completion's token of most gradient, up to the sum that is the step's loss."""
     loss, weighted = replay.loss, any(token["factor"] != 1 for token in tokens)
     ratio = f"min(ratio, {loss.dual_clip:g})" if loss.dual_clip else "ratio"
@@ -253,15 +255,20 @@ def _masked(one: Completion, loss: Loss) -> bool:
 
 @dataclass(frozen=True)
 class Section:
-    """A table with its title, and lines below it; the style of a row is `good`, `bad` or empty."""
+    """A table: `cells` makes its columns of each row, whose `style` is `good`, `bad` or missing; and lines below it."""
 
     title: str
-    columns: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[str]]]
+    cells: Mapping[str, Callable[[Row], str]]
+    rows: Sequence[Row]
     lines: Sequence[str] = ()
 
+    @property
+    def shown(self) -> list[tuple[str, list[str]]]:
+        """The style and the cells of each row."""
+        return [(row.get("style", ""), [cell(row) for cell in self.cells.values()]) for row in self.rows]
 
-def sections(data: Mapping[str, Any], *, narrow: bool = False) -> list[Section]:
+
+def sections(data: Row, *, narrow: bool = False) -> list[Section]:
     """The tables of what `explained` returned, in a `narrow` terminal without a column that `kl` makes up for."""
     shown = [_samples(data)]
     shown += [_branches(data["fork"])] if data["fork"] else []
@@ -269,40 +276,39 @@ def sections(data: Mapping[str, Any], *, narrow: bool = False) -> list[Section]:
     return shown + ([_loss_table(data["losses"])] if data["losses"] else [])
 
 
-def _samples(data: Mapping[str, Any]) -> Section:
-    columns = ("sample", "reward", "advantage", "length", "log-prob", "change", "gradient", "verdict")
-    rows = [
-        (
-            "good" if row["reason"] == "correct" else "bad",
-            [
-                str(row["sample"]),
-                f"{row['reward']:.2f}",
-                f"{row['advantage']:+.3f}",
-                str(row["length"]),
-                f"{row['before']:.2f}",
-                f"{row['after'] - row['before']:+.3f}",
-                percent(row["gradient_share"]),
-                row["verdict"],
-            ],
-        )
-        for row in data["completions"]
-    ]
-    return Section(f"prompt {data['prompt']}: {data['problem']}", columns, rows)
+def _samples(data: Row) -> Section:
+    cells: dict[str, Callable[[Row], str]] = {
+        "sample": lambda row: str(row["sample"]),
+        "reward": lambda row: f"{row['reward']:.2f}",
+        "advantage": lambda row: f"{row['advantage']:+.3f}",
+        "length": lambda row: str(row["length"]),
+        "log-prob": lambda row: f"{row['before']:.2f}",
+        "change": lambda row: f"{row['after'] - row['before']:+.3f}",
+        "gradient": lambda row: percent(row["gradient_share"]),
+        "verdict": lambda row: row["verdict"],
+    }
+    rows = [{**row, "style": "good" if row["reason"] == "correct" else "bad"} for row in data["completions"]]
+    return Section(f"prompt {data['prompt']}: {data['problem']}", cells, rows)
 
 
-def _branches(fork: Mapping[str, Any]) -> Section:
-    rows = []
-    for side, style in (("better", "good"), ("worse", "bad")):
-        branch = fork[side]
-        chances = [f"{branch['probability'][stage]:.3f}" for stage in fork["stages"]]
-        rows.append((style, [side, branch["continues"], *chances, ", ".join(map(str, branch["samples"]))]))
-    columns = ("branch", "continues", *fork["stages"].values(), "samples")
-    return Section(f"fork after token {fork['token']}: … {fork['before']!r}", columns, rows)
+def _branches(fork: Row) -> Section:
+    stages: dict[str, Callable[[Row], str]] = {
+        name: lambda row, stage=stage: f"{row['probability'][stage]:.3f}"  # type: ignore[misc]
+        for stage, name in fork["stages"].items()
+    }
+    cells: dict[str, Callable[[Row], str]] = {
+        "branch": lambda row: row["side"],
+        "continues": lambda row: row["continues"],
+        **stages,
+        "samples": lambda row: ", ".join(map(str, row["samples"])),
+    }
+    rows = [{**fork[side], "side": side, "style": style} for side, style in (("better", "good"), ("worse", "bad"))]
+    return Section(f"fork after token {fork['token']}: … {fork['before']!r}", cells, rows)
 
 
-def _token_table(data: Mapping[str, Any], *, narrow: bool) -> Section:
+def _token_table(data: Row, *, narrow: bool) -> Section:
     rows, chance = folded(data["tokens"]), thousandths
-    cells: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    cells: dict[str, Callable[[Row], str]] = {
         "": lambda token: token["place"],
         "token": lambda token: repr(token["token"]),
         "sampled": lambda token: chance(token["sampled"]),
@@ -316,23 +322,29 @@ def _token_table(data: Mapping[str, Any], *, narrow: bool) -> Section:
     }
     hidden = {"ref", "kl"} if rows[0]["reference"] is None else set()
     hidden |= {"factor"} if all(token["factor"] == 1 for token in rows) else {"ref"} if narrow else set()
-    columns = [name for name in cells if name not in hidden]
-    table = [("", [cells[name](token) for name in columns]) for token in rows]
+    cells = {name: cell for name, cell in cells.items() if name not in hidden}
     clipped = ["*: clipped"] if any(token["clipped"] for token in rows) else []
-    return Section(f"sample {data['sample']}, token by token", columns, table, [*clipped, *data["formula"]])
+    return Section(f"sample {data['sample']}, token by token", cells, rows, [*clipped, *data["formula"]])
 
 
-def _loss_table(losses: Sequence[Mapping[str, Any]]) -> Section:
-    own, rows = losses[0], []
-    for row in losses:
-        same = math.isclose(row["norm"], own["norm"], rel_tol=1e-4) and row["cosine"] > 0.9999
-        scaled = row["cosine"] > 0.9999
-        said = "" if row is own else "no difference" if same else "only its length differs" if scaled else ""
-        rows.append(("", [row["name"], f"{row['cosine']:.4f}", f"{row['norm']:.3g}", said]))
-    return Section("the gradient of this batch under other losses", ("setting", "cosine", "norm", "compared"), rows)
+def _loss_table(losses: Sequence[Row]) -> Section:
+    def compared(row: Row) -> str:
+        if row is losses[0] or row["cosine"] <= 0.9999:
+            return ""
+        return (
+            "no difference" if math.isclose(row["norm"], losses[0]["norm"], rel_tol=1e-4) else "only its length differs"
+        )
+
+    cells: dict[str, Callable[[Row], str]] = {
+        "setting": lambda row: row["name"],
+        "cosine": lambda row: f"{row['cosine']:.4f}",
+        "norm": lambda row: f"{row['norm']:.3g}",
+        "compared": compared,
+    }
+    return Section("the gradient of this batch under other losses", cells, losses)
 
 
-def show(data: Mapping[str, Any]) -> None:
+def show(data: Row) -> None:
     """Print what `explained` returned."""
     out.print(Text(_title(data), style="bold"))
     for number, sentence in enumerate(data["sentences"], 1):
@@ -340,21 +352,21 @@ def show(data: Mapping[str, Any]) -> None:
     for section in sections(data, narrow=out.width < WIDE):
         out.print()
         out.print(Text(printable(section.title), style="bold"))
-        table = grid(*section.columns, numeric=[name for name in section.columns if name not in TEXTS])
-        for style, row in section.rows:
+        table = grid(*section.cells, numeric=[name for name in section.cells if name not in TEXTS])
+        for style, row in section.shown:
             table.add_row(*map(printable, row), style=STYLES[style])
         out.print(table)
         for line in section.lines:
             out.print(Padding(Text(printable(line)), (0, 0, 0, 2)))
 
 
-def write_page(data: Mapping[str, Any], path: Path) -> None:
+def write_page(data: Row, path: Path) -> None:
     """Write one self-contained page."""
     html = render("why.html.j2", data=data, title=_title(data), sections=sections(data), texts=TEXTS)
     write(path, html.encode("utf-8"))
 
 
-def _title(data: Mapping[str, Any]) -> str:
+def _title(data: Row) -> str:
     start = f"the checkpoint of step {data['start']}" if data["start"] else "the starting model"
     gap = data["difference"]
     equal = "equal to the log bit for bit" if gap == 0 else f"within {gap:.1e} of the logged metrics"
