@@ -273,11 +273,22 @@ class _Inputs:
             plain = plain_logprobs_of_ends(
                 compare_with, examples.sequences, learning, temperature=objective.temperature
             )
-        advantages, weight = examples.advantages.to(device), weight.to(device) * objective.num_mini_batches
         return cls(
-            policy, examples, objective, step, advantages, weight, old_logprobs, sampled, learning, without_gradient,
-            None, step.tokens, masked.nonzero()[:, 0].tolist(), plain,
-        )  # fmt: skip
+            policy,
+            examples,
+            objective,
+            step,
+            advantages=examples.advantages.to(device),
+            weight=weight.to(device) * objective.num_mini_batches,
+            old_logprobs=old_logprobs,
+            sampled_logprobs=sampled,
+            learning=learning,
+            without_gradient=without_gradient,
+            entropic=None,
+            learned_tokens=step.tokens,
+            masked=masked.nonzero()[:, 0].tolist(),
+            plain=plain,
+        )
 
     def parts(self) -> list[Part]:
         """The mini-batches, in the order of their prompts."""
