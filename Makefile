@@ -48,7 +48,7 @@ peer: $(VENV)/installed-peer
 extras: $(VENV)/installed-extras
 	$(PYTEST) $(shell grep -l importorskip tests/*.py) $(ARGS)
 
-# Exported models and the task in llama.cpp, lm-evaluation-harness, inspect-ai and verifiers.
+# Exported models and the task in llama.cpp, lm-evaluation-harness, inspect-ai, verifiers and verl.
 elsewhere:
 	$(MAKE) VENV=$(VENV)-elsewhere $(VENV)-elsewhere/installed-elsewhere
 	$(VENV)-elsewhere/bin/python -m pytest -m elsewhere $(ARGS)
@@ -91,6 +91,7 @@ $(VENV)/installed-extras: pyproject.toml | $(BIN)/python
 
 $(VENV)/installed-elsewhere: pyproject.toml | $(BIN)/python
 	$(INSTALL) --editable ".[dev,gguf,elsewhere]" uv
+	$(BIN)/python -m pip install --quiet --no-deps "verl==0.9.*"  # it asks for an older transformers, and needs none
 	touch $@
 
 $(VENV)/installed-docs: pyproject.toml | $(BIN)/python

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import Command
 
 from grpo_cli.core.evals.evaluate import Evaluation, Evaluator
 from grpo_cli.core.model import gguf_write
@@ -39,7 +40,7 @@ def run(*command: object, cwd: Path = EXAMPLES) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["trl_grpo", "verifiers_task", "lm_eval_task", "inspect_task"])
+@pytest.mark.parametrize("name", ["trl_grpo", "verl_reward", "verifiers_task", "lm_eval_task", "inspect_task"])
 def test_an_example_for_another_program_is_short(name: str) -> None:
     assert len((EXAMPLES / f"{name}.py").read_text("utf-8").splitlines()) <= 40
 
@@ -110,3 +111,40 @@ def test_verifiers_scores_what_eval_does(tmp_path: Path, address: str) -> None:
     traces_of = [json.loads(line)["traces"][0] for line in traces.read_text("utf-8").splitlines()]
     solved = sum(trace["rewards"]["reward"]["score"] == 1.0 for trace in traces_of)
     assert len(traces_of) == COUNT and abs(solved - evaluated("zero-shot").accuracy * COUNT) <= 2
+
+
+@elsewhere
+def test_verl_reads_the_puzzles_and_pays_the_reward(countdown: Command, tmp_path: Path) -> None:
+    pytest.importorskip("verl")
+    pytest.importorskip("pyarrow")
+    assert countdown("gen-data", "--columns", "verl", "--split", "val", "--out", tmp_path / "val.parquet").code == 0
+    lines = run(sys.executable, "-c", VERL, BUILTIN, tmp_path / "val.parquet").splitlines()
+    puzzle, (row, *rewards) = next(iter(enumerate_puzzles(split="val"))), map(ast.literal_eval, lines[-4:])
+    assert row == [327, prompt(puzzle)]
+    assert rewards == [[1.0, True], [0.2, False], [0.0, False]]
+
+
+VERL = """
+import asyncio, sys, torch
+from hydra import compose, initialize_config_module
+from transformers import AutoTokenizer
+from verl import DataProto
+from verl.trainer.ppo.reward import load_reward_manager
+from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
+
+with initialize_config_module("verl.trainer.config", version_base=None):
+    config = compose("ppo_trainer", ["reward.custom_reward_function.path=verl_reward.py"])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+rows = RLHFDataset(sys.argv[2], tokenizer, config.data)
+print([len(rows), rows[0]["raw_prompt"]])
+
+async def pay(text):
+    data = DataProto.from_single_dict(collate_fn([rows[0]]))
+    data.batch["responses"] = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
+    data.batch["attention_mask"] = torch.ones_like(data.batch["responses"])
+    paid = await load_reward_manager(config, tokenizer).run_single(data)
+    print([paid["reward_score"], paid["reward_extra_info"]["acc"]])
+
+for text in ("<think>.</think><answer>2 - 2 + 2</answer>", "<think>.</think><answer>2</answer>", "2"):
+    asyncio.run(pay(text))
+"""

@@ -14,7 +14,7 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.task.countdown import Countdown, PuzzlePaths
 from grpo_cli.core.task.data import enumerate_puzzles, generate, write_puzzles
 from grpo_cli.core.task.files import SPLITS, load_puzzles
-from grpo_cli.core.task.prompts import prompt
+from grpo_cli.core.task.prompts import Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.rules import Rules
 from grpo_cli.core.task.task import require_apart
@@ -267,7 +267,7 @@ def test_a_device_or_a_fifo_is_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_files_for_verl_and_tinyzero_are_read_back(countdown: Command, tmp_path: Path, suffix: str) -> None:
+def test_files_for_verl_are_read_back(countdown: Command, tmp_path: Path, suffix: str) -> None:
     if suffix == "parquet":
         pytest.importorskip("pyarrow")
     path = tmp_path / f"val.{suffix}"
@@ -281,8 +281,25 @@ def test_files_for_verl_and_tinyzero_are_read_back(countdown: Command, tmp_path:
     assert (row["data_source"], row["ability"]) == ("countdown", "math")
 
 
-def test_columns_of_verl_need_a_format_that_nests(countdown: Command, tmp_path: Path) -> None:
-    refused = countdown("gen-data", "--columns", "verl", "--out", tmp_path / "val.csv")
+def test_a_style_without_prompts_is_refused(countdown: Command) -> None:
+    refused = countdown("gen-data", "--split", "val", "--style", "natural")
+    assert refused.code == 2 and "hold no prompt" in refused.err and "--columns verl" in refused.err
+
+
+@pytest.mark.parametrize("style", ["one-shot", "zero-shot"])
+def test_tinyzero_reads_the_text_of_the_first_message(countdown: Command, style: Style) -> None:
+    rows = countdown("gen-data", "--split", "val", "--columns", "tinyzero", "--style", style).out.splitlines()
+    puzzle, row = next(iter(enumerate_puzzles(3, "val"))), json.loads(rows[0])
+    (message,) = row["prompt"]
+    assert message["role"] == "user" and message["content"].endswith(f"{prompt(puzzle)[-1]['content']}\nAssistant:")
+    assert all(turn["content"] in message["content"] for turn in prompt(puzzle, style))
+    sequence = message["content"] + "<think>\n...\n</think>\n<answer>2 - 2 + 2</answer>"  # its scorer reads this:
+    assert sequence.split("Assistant:", 1)[1].split("\n")[-1] == "<answer>2 - 2 + 2</answer>"
+
+
+@pytest.mark.parametrize("columns", ["verl", "tinyzero"])
+def test_columns_of_other_trainers_need_a_format_that_nests(countdown: Command, tmp_path: Path, columns: str) -> None:
+    refused = countdown("gen-data", "--columns", columns, "--out", tmp_path / "val.csv")
     assert refused.code == 2 and "CSV cannot hold the nested columns" in refused.err
 
 

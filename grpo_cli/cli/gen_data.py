@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,10 +12,13 @@ import typer
 from grpo_cli.cli.options import ConfigFile, Overwrite, resolve
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import require_ending
+from grpo_cli.core.task.prompts import Style, plain, prompt
+from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.rules import Rules
+from grpo_cli.core.task.task import Message
 
 RULES = tuple(f"task.{rule.name}" for rule in fields(Rules))
-SETTINGS = ("task.numbers", *RULES)
+SETTINGS = ("task.numbers", "task.style", *RULES)
 
 
 def gen_data(
@@ -26,7 +30,7 @@ def gen_data(
     seed: Annotated[int, typer.Option(min=0, help="random seed", metavar="<int>")] = 0,
     out: Annotated[Path | None, typer.Option(help="file to write; default: stdout", metavar="<file>")] = None,
     columns: Annotated[
-        Literal["countdown", "verl"], typer.Option(help="columns: this program's, or those of verl and TinyZero")
+        Literal["countdown", "verl", "tinyzero"], typer.Option(help="columns: this program's, verl's or TinyZero's")
     ] = "countdown",
     overwrite: Overwrite = False,
     config: ConfigFile = None,
@@ -41,7 +45,10 @@ def gen_data(
     out = None if out == Path("-") else out
     if out is not None:
         _check(out, columns)
-    task = resolve(ctx, config, task__task="countdown", task__puzzles="none").settings.task
+    resolved = resolve(ctx, config, task__task="countdown", task__puzzles="none")
+    task = resolved.settings.task
+    if columns == "countdown" and resolved.sources["task.style"].startswith("flag "):
+        raise CountdownError("`--style` changes nothing: these columns hold no prompt", "add `--columns verl`")
     numbers, rules = task.numbers, task.rules
     if not count and not data.is_enumerable(numbers, rules):
         raise CountdownError(
@@ -55,12 +62,17 @@ def gen_data(
         puzzles = list(data.enumerate_puzzles(numbers, split, rules))
     if not puzzles:
         raise CountdownError("these rules allow no puzzle", "allow more numbers, targets or operations")
-    verl = task.style if columns == "verl" else None
+    ask = None if columns == "countdown" else partial(_messages, columns, task.style, rules)
     if out is None:
-        print(*data.puzzle_lines(puzzles, rules, verl), sep="\n")
+        print(*data.puzzle_lines(puzzles, rules, ask), sep="\n")
     else:
-        data.write_puzzles(out, puzzles, overwrite=overwrite, rules=rules, verl=verl)
+        data.write_puzzles(out, puzzles, overwrite=overwrite, rules=rules, ask=ask)
     tables.gen_data_summary(data.summarize(puzzles, rules), out)
+
+
+def _messages(columns: str, style: Style, rules: Rules, puzzle: Puzzle) -> list[Message]:
+    messages = prompt(puzzle, style, rules)
+    return plain(messages) if columns == "tinyzero" else messages
 
 
 def _check(out: Path, columns: str) -> None:
@@ -68,6 +80,6 @@ def _check(out: Path, columns: str) -> None:
     from grpo_cli.core.run.folder import require_outside_runs
 
     require_ending(out, ".jsonl", ".json", ".csv", ".parquet")
-    if out.suffix.lower() == ".csv" and columns == "verl":
-        raise CountdownError("CSV cannot hold the nested columns of verl", "end the name in `.parquet`")
+    if out.suffix.lower() == ".csv" and columns != "countdown":
+        raise CountdownError(f"CSV cannot hold the nested columns of {columns}", "end the name in `.parquet`")
     require_outside_runs(out)

@@ -16,10 +16,12 @@ from pathlib import Path
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import check_writable, write
 from grpo_cli.core.task.files import in_format
-from grpo_cli.core.task.prompts import Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle, Side, check_size, split_of
 from grpo_cli.core.task.rules import ORIGINAL, Rules
 from grpo_cli.core.task.solver import needs_parentheses, solution, solve, targets
+from grpo_cli.core.task.task import Message
+
+Ask = Callable[[Puzzle], list[Message]]
 
 ENUMERABLE = 4, 1_000  # most numbers, and choices of them, for which all puzzles are enumerated
 SAMPLED = 2_000  # distinct puzzles that represent a larger split
@@ -135,12 +137,12 @@ def _rest_of_line(puzzle: Puzzle, rules: Rules) -> str:
     return json.dumps({"target": puzzle.target, "split": puzzle.split, "solution": solved})[1:]
 
 
-def _verl_line(puzzle: Puzzle, index: int, style: Style, rules: Rules) -> str:
+def _trainer_line(puzzle: Puzzle, index: int, messages: list[Message]) -> str:
     truth = {"numbers": list(puzzle.numbers), "target": puzzle.target}
     return json.dumps(
         {
             "data_source": "countdown",
-            "prompt": prompt(puzzle, style, rules),
+            "prompt": messages,
             "ability": "math",
             "reward_model": {"style": "rule", "ground_truth": truth},
             "extra_info": {"split": puzzle.split, "index": index},
@@ -148,11 +150,11 @@ def _verl_line(puzzle: Puzzle, index: int, style: Style, rules: Rules) -> str:
     )
 
 
-def puzzle_lines(puzzles: Iterable[Puzzle], rules: Rules = ORIGINAL, verl: Style | None = None) -> list[str]:
-    """Lines of JSON with a solution each or, given the style of the prompts, in the columns of verl and TinyZero."""
-    if verl is None:
+def puzzle_lines(puzzles: Iterable[Puzzle], rules: Rules = ORIGINAL, ask: Ask | None = None) -> list[str]:
+    """Lines of JSON with a solution each or, given what makes the prompts, in the columns of verl and TinyZero."""
+    if ask is None:
         return [json_line(puzzle, rules) for puzzle in puzzles]
-    return [_verl_line(puzzle, index, verl, rules) for index, puzzle in enumerate(puzzles)]
+    return [_trainer_line(puzzle, index, ask(puzzle)) for index, puzzle in enumerate(puzzles)]
 
 
 def write_puzzles(
@@ -161,11 +163,11 @@ def write_puzzles(
     *,
     overwrite: bool = False,
     rules: Rules = ORIGINAL,
-    verl: Style | None = None,
+    ask: Ask | None = None,
 ) -> None:
     """Write a puzzle file atomically: JSON Lines, CSV or Parquet by its extension."""
     check_writable(path, overwrite=overwrite)
-    write(path, in_format(path.suffix.lower(), puzzle_lines(puzzles, rules, verl)))
+    write(path, in_format(path.suffix.lower(), puzzle_lines(puzzles, rules, ask)))
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,13 @@ def prompt(puzzle: Puzzle, style: Style = "one-shot", rules: Rules = ORIGINAL) -
     return [system, _user(example, style, rules), assistant, _user(puzzle, style, rules)]
 
 
+def plain(messages: list[Message]) -> list[Message]:
+    """A single message with the text of all, which ends where the assistant answers: TinyZero applies no template."""
+    names = {"system": "", "user": "User: ", "assistant": "Assistant: "}
+    turns = [names[message["role"]] + message["content"] for message in messages]
+    return [{"role": "user", "content": "\n".join([*turns, "Assistant:"])}]
+
+
 def worked_example(rules: Rules = ORIGINAL) -> tuple[Puzzle, str]:
     """A puzzle and a completion that solves it, with allowed operations."""
     operations = rules.operations
