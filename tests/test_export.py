@@ -123,6 +123,16 @@ def test_a_card_describes_the_task_and_data_it_was_trained_on() -> None:
     assert "solves countdown puzzles" not in cards["own.py"]
 
 
+def test_a_card_lists_what_differs_from_the_default_loss_reward_and_sampling() -> None:
+    usual = values(resolve(flags={"preset": "builtin"}).settings)
+    changed = {"loss.dual_clip": 3.0, "loss.kl_in": "reward", "reward.length_penalty": 0.1, "train.save_every": 7}
+    runs = (usual, {**usual, **changed})
+    cards = [model_card(CardFacts("first", "builtin", None, own, {}, 0, "not known")) for own in runs]
+    rows = [[line for line in card.splitlines() if line.startswith("| `")] for card in cards]
+    added = ["| `loss.dual_clip` | `3.0` |", "| `loss.kl_in` | `reward` |", "| `reward.length_penalty` | `0.1` |"]
+    assert rows[1] == [*rows[0], *added]
+
+
 def test_a_card_names_the_warm_start_and_mixed_prompts() -> None:
     settings = values(resolve(flags={"preset": "smollm2-135m", "train.warm_start": 480}).settings)
     start = Evaluated(0, "val 3 one-shot", 4, 0.25, None, None, None, None, {}, "1000", [])
@@ -353,6 +363,18 @@ def test_the_license_of_a_base_model_is_read_from_its_card(tmp_path: Path) -> No
     assert license_of(str(tmp_path)) == "mit"
 
 
+def test_resuming_a_finished_run_says_that_nothing_was_left_to_do(trained: Command) -> None:
+    resumed = trained("train", "--run", "first", "--resume")
+    assert resumed.code == 0
+    assert "all 2 steps are done; train on with: countdown train --run first --resume --num-iterations 4" in resumed.err
+
+
+def test_solve_names_a_model_that_it_chose(trained: Command) -> None:
+    assert "model: first\n" in trained("solve", "4 6 10 = 64").err
+    assert "model:" not in trained("solve", "4 6 10 = 64", "--model", "builtin").err
+    assert "model:" not in trained("solve", "4 6 10 = 64", "--json").err
+
+
 def test_runs_lists_what_differs_and_deletes_only_after_asking(trained: Command, tmp_path: Path) -> None:
     listed = json.loads(trained("runs", "--json").out)["runs"]
     assert [row["run"] for row in listed] == ["first"]
@@ -393,10 +415,16 @@ def test_runs_are_sorted_filtered_and_summed_up_by_seed(several: Command) -> Non
     assert sorted(group["runs"]) == ["first", "second", "third"] and sorted(group["seeds"]) == [0, 1, 2]
     assert group["mean"] == 0.5 and group["range"] == [0.0, 1.0]
     assert "differ only in the seed: best 50.0% on average" in several("runs").out
+    shutil.copytree("runs/third", "runs/third-again")  # the same seed again is no further seed
+    (again,) = json.loads(several("runs", "--json").out)["groups"]
+    assert (again["runs"], again["mean"]) == (["first", "second", "third"], 0.5)
+    shutil.rmtree("runs/third-again")
     for condition in ("seed=1", "train.seed=1"):
         assert [row["run"] for row in json.loads(several("runs", "--json", "--where", condition).out)["runs"]] == [
             "second"
         ]
+    for condition in ("break=none", "batch-size=2"):
+        assert len(json.loads(several("runs", "--json", "--where", condition).out)["runs"]) == 3
     for none in (["learning_rate=3"], ["seed=1", "--where", "seed=2"]):
         assert several("runs", "--where", *none).err == "no run has these settings\n"
     assert len(json.loads(several("runs", "--json", "--where", "batch_size=2", "--where", "seed=2").out)["runs"]) == 1
@@ -409,6 +437,20 @@ def test_runs_are_sorted_filtered_and_summed_up_by_seed(several: Command) -> Non
 def test_a_condition_that_is_no_setting_is_refused(several: Command, condition: str, hint: str) -> None:
     refused = several("runs", "--where", condition)
     assert refused.code == 2 and "is not a setting with its value" in refused.err and hint in refused.err
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        ("seed=", "`train.seed` must be a whole number"),
+        ("break=", "`train.broken` must be one of `none`, "),
+        ("batch_size=0", "`train.batch_size` must be a whole number of at least 1"),
+        ("loss-type=ppo", "`loss.loss_type` must be one of `grpo`, "),
+    ],
+)
+def test_a_value_that_no_run_can_have_is_refused(several: Command, condition: str, message: str) -> None:
+    refused = several("runs", "--where", condition)
+    assert refused.code == 2 and message in refused.err, refused.err
 
 
 def test_stored_evaluations_are_compared_without_a_model(several: Command, monkeypatch: pytest.MonkeyPatch) -> None:

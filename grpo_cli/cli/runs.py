@@ -71,27 +71,35 @@ def runs(
 
 def _condition(text: str) -> tuple[str, object]:
     """`model=builtin` -> (`model.model`, `builtin`)."""
+    from pydantic import TypeAdapter, ValidationError
+
     from grpo_cli.core.config.names import nearest
-    from grpo_cli.core.config.resolve import typed
-    from grpo_cli.core.config.settings import FIELDS
+    from grpo_cli.core.config.resolve import flag, typed
+    from grpo_cli.core.config.settings import FIELDS, expected
 
     name, given, value = text.partition("=")
-    keys = [key for key in FIELDS if name in (key, key.rpartition(".")[2])]
-    if not keys or not given:
-        close = nearest(name, [key.rpartition(".")[2] for key in FIELDS])
+    names = {key: (key, key.rpartition(".")[2], flag(key).removeprefix("--")) for key in FIELDS}
+    key = next((key for key, own in names.items() if name in own), None)
+    if key is None or not given:
+        close = key or nearest(name, [own for _, own, _ in names.values()])
         hint = f"did you mean `--where {close}={value}`?" if close and value else "write `--where seed=1`"
         raise CountdownError(f"`--where {text}` is not a setting with its value", hint)
-    return keys[0], typed(keys[0], value)
+    try:
+        valid: TypeAdapter[object] = TypeAdapter(Annotated[FIELDS[key].annotation, FIELDS[key]])  # type: ignore[arg-type]
+        return key, valid.validate_python(typed(key, value))
+    except ValidationError:
+        raise CountdownError(f"`--where {text}`: `{key}` must be {expected(key)}") from None
 
 
 def _seeds(shown: Sequence[tuple[dict[str, object], Mapping[str, object]]]) -> list[dict[str, object]]:
-    """Groups of finished evaluations whose runs differ only in their seed: names, seeds, mean and range of the best."""
-    groups: dict[str, list[tuple[str, object, float]]] = {}
+    """Groups of evaluated runs that differ only in their seed, one a seed: names, seeds, mean and range of the best."""
+    groups: dict[str, dict[object, tuple[str, object, float]]] = {}
     for row, settings in shown:
         if isinstance(best := row.get("best_accuracy"), float):
             same = json.dumps({key: value for key, value in settings.items() if key not in ("train.seed", "runs")})
-            groups.setdefault(same, []).append((str(row["run"]), settings["train.seed"], best))
-    several = [list(zip(*group, strict=True)) for group in groups.values() if len(group) > 1]
+            seed = settings["train.seed"]
+            groups.setdefault(same, {}).setdefault(seed, (str(row["run"]), seed, best))
+    several = [list(zip(*group.values(), strict=True)) for group in groups.values() if len(group) > 1]
     return [
         {"runs": names, "seeds": seeds, "mean": sum(best) / len(best), "range": [min(best), max(best)]}
         for names, seeds, best in several

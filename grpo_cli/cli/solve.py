@@ -59,6 +59,8 @@ def solve(
             _other_rules(puzzle, rules),
             exit_code=1,
         )
+    if model is None and not as_json:
+        show.note(f"model: {chosen.name}")
     result, tried = _attempt(load(chosen), puzzle, chosen.settings, attempts=attempts, quiet=as_json)
     if as_json:
         answer = {"numbers": list(puzzle.numbers), "target": puzzle.target, "answer": result.answer}

@@ -263,6 +263,8 @@ def _finish(trainer: Trainer) -> None:
     policy, step = state.policy, state.progress.step
     among = f", by {world.size} processes" if world.size > 1 else ""
     tell(f"run {run.path}: {policy.name} on {policy.device}, {policy.precision}, from step {step}{among}")
+    if step >= (steps := trainer.settings.train.num_iterations):
+        tell(f"all {steps} steps are done; train on with: {run.resume_command} --num-iterations {2 * steps}")
     if trainer.settings.train.broken != "none":
         tell(f"warning: a bug is planted on purpose: `--break {trainer.settings.train.broken}`")
     if trainer.memory:

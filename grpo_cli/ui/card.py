@@ -13,6 +13,8 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from grpo_cli import __version__
+from grpo_cli.core.config.resolve import defaults
+from grpo_cli.core.config.settings import panel
 from grpo_cli.core.run.logs import Evaluated
 from grpo_cli.ui.text import interval, percent, printable
 
@@ -69,13 +71,24 @@ def model_card(facts: CardFacts) -> str:
         **{key: value for key, value in vars(facts).items() if key != "evaluations"},
         "evaluated": rows,
         "has_dev": any(cell.startswith("dev") for cell in facts.evaluations),
-        "hyperparameters": HYPERPARAMETERS,
+        "hyperparameters": [*HYPERPARAMETERS, *_changed(facts.settings)],
         "version": __version__,
         "messages": _Code.of(facts.messages, indent=4),
         "base_name": _Code.of(facts.base_model),
     }
     page = _template().render(shown, percent=percent, interval=interval)
     return f"---\n{header.to_yaml()}\n---\n\n{page}"
+
+
+def _changed(settings: Mapping[str, object]) -> list[str]:
+    """Other settings of what was learned from, and how, that differ from the defaults."""
+    usual = defaults()
+    return [
+        key
+        for key, value in settings.items()
+        if key.startswith(("train.", "loss.", "reward.")) and key not in HYPERPARAMETERS
+        if panel(key) in ("Loss", "Optimization", "Sampling") and value != usual[key]
+    ]
 
 
 @cache
