@@ -211,6 +211,13 @@ MISTRAL = """{%- for message in messages %}
 {{- message.content + '</s>' if message.role == 'assistant' else '' }}{%- endfor %}"""
 
 
+TRIPLE = r'"""(?:(?!""").)*"""'
+INSTRUCTIONS = (  # of Ollama's grammar, those that are written
+    r"FROM \./\S+", rf"(TEMPLATE|SYSTEM) {TRIPLE}", rf"MESSAGE (user|assistant) {TRIPLE}",
+    r"PARAMETER (temperature|repeat_penalty|num_predict) \d+", r'PARAMETER stop "[^"\n]+"',
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("style", ["one-shot", "zero-shot"])
 @pytest.mark.parametrize("template", [CHAT, LLAMA, NAMED, MISTRAL])
 def test_a_modelfile_makes_the_prompt_of_the_chat_template(template: str, style: Style, folder: Path) -> None:
@@ -220,6 +227,7 @@ def test_a_modelfile_makes_the_prompt_of_the_chat_template(template: str, style:
     messages = prompt(Puzzle((4, 7, 3), 25), style)
     text = modelfile(folder, "first.gguf", messages)
     assert executed(text, messages) == rendered(load_tokenizer(str(folder)), messages)
+    assert re.fullmatch(f"(({'|'.join(INSTRUCTIONS)})\n)+", text, re.DOTALL)
     assert text.startswith("FROM ./first.gguf\n") and 'PARAMETER stop "<|im_end|>"\n' in text
     assert f'SYSTEM """{messages[0]["content"]}"""\n' in text and "PARAMETER num_predict 77\n" in text
     assert [turn in text for turn in (messages[1]["content"], messages[-1]["content"])] == [style == "one-shot", False]
