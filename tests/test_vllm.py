@@ -18,6 +18,7 @@ from grpo_cli.core.rollout.params import SamplingParams
 from grpo_cli.core.rollout.vllm import VllmEngine, _parts
 from grpo_cli.core.task.prompts import prompt
 from grpo_cli.core.task.puzzle import Puzzle
+from grpo_cli.core.world import World
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own
 PUZZLES = [Puzzle((3, 5, 2), 13), Puzzle((4, 7, 3, 9), 25)]
@@ -31,10 +32,10 @@ def test_a_missing_vllm_is_named_before_a_model_loads(countdown: Command) -> Non
 
 
 def test_several_processes_are_refused(tiny_policy: Policy) -> None:
-    model = resolve(flags={"model.rollout": "vllm"}).settings.model
+    settings = resolve(flags={"model.rollout": "vllm"}).settings
     with pytest.raises(CountdownError, match="runs in one process"):
-        make_engine(tiny_policy, model, max_new_tokens=8, ranks=2)
-    assert isinstance(make_engine(tiny_policy, resolve().settings.model, max_new_tokens=8), LocalEngine)
+        make_engine(tiny_policy, settings, max_new_tokens=8, world=World(1, 2))
+    assert isinstance(make_engine(tiny_policy, resolve().settings, max_new_tokens=8), LocalEngine)
 
 
 def test_weights_that_vllm_merges_are_found_under_their_own_names() -> None:
@@ -59,6 +60,7 @@ def gap(engine: VllmEngine, temperature: float = 1.3) -> float:
     """The largest distance between vLLM's log-probs of its samples and the policy's."""
     policy = engine.policy
     prompts = [policy.encode(prompt(puzzle, "one-shot")) for puzzle in PUZZLES]
+    engine.update_weights()
     rollout = engine.sample(prompts, SamplingParams(20, temperature, 3), uniform=uniforms(0, 1, range(2), 3, 20))
     assert [len(row) for row in rollout.completions] == [len(row) for row in rollout.logprobs]
     ended = [row[-1] in policy.end_ids for row in rollout.completions]
@@ -85,6 +87,7 @@ def test_log_probs_are_those_of_the_policy_whatever_weight_changes(engine: VllmE
 @pytest.mark.vllm
 def test_greedy_completions_are_those_of_the_local_engine(engine: VllmEngine) -> None:
     policy = engine.policy
+    engine.update_weights()
     prompts = [policy.encode(prompt(puzzle, "one-shot")) for puzzle in PUZZLES]
     found, local = (one.sample(prompts, SamplingParams(60, 0.0), uniform=None) for one in (engine, LocalEngine(policy)))
     assert found.completions == local.completions and found.truncated == local.truncated

@@ -187,9 +187,7 @@ def _evaluate(
 
         for model, trained_on in zip(chosen, known, strict=True):
             result = Evaluator(
-                make_engine(
-                    load(model), model.settings.model, max_new_tokens=settings.max_new_tokens, ranks=world.size
-                ),
+                make_engine(load(model), model.settings, max_new_tokens=settings.max_new_tokens, world=world),
                 SamplingParams.evaluation(settings),
                 asked,
                 settings.batch_size,

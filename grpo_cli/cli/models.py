@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from grpo_cli.core.model.policy import Policy
 
 
-RUNNING = ("model.device", "model.precision", "model.threads", "model.rollout")  # how a trained model is run
+RUNNING = ("model.device", "model.precision", "model.threads", "model.rollout", "model.vllm_url", "model.vllm_folder")
 
 
 @dataclass(frozen=True)

@@ -74,8 +74,19 @@ def require_package(package: str, hint: str = "install `countdown-grpo` again, w
 
 
 def require_engine(settings: Settings) -> None:
-    """Raise CountdownError if what samples completions is not installed."""
-    if settings.model.rollout == "vllm":
+    """Raise CountdownError if what samples completions is not installed, or no server."""
+    model = settings.model
+    if model.rollout == "vllm" and model.vllm_url != "none":
+        from grpo_cli.core.model.load import detect_device, detect_precision, find
+        from grpo_cli.core.rollout.vllm_server import require_server
+        from grpo_cli.core.run.models import model_source
+
+        if model.vllm_folder != "none" and not Path(model.vllm_folder).is_dir():
+            raise CountdownError(f"there is no folder `{model.vllm_folder}`", f"mkdir -p {model.vllm_folder}")
+        precision = detect_precision(model.precision, detect_device(model.device))
+        source, _ = find(model_source(Path(settings.runs), model.model))
+        require_server(model.vllm_url, source, dtype="float32" if precision == "float32" else "bfloat16")
+    elif model.rollout == "vllm":
         require_package("vllm", "pip install 'countdown-grpo[vllm]'; on a CPU see docs/gpus.md")
 
 

@@ -104,7 +104,8 @@ def _attempt(policy: Policy, puzzle: Puzzle, settings: Settings, *, attempts: in
         torch.set_num_threads(1)  # a small model loses more to thread synchronisation than it gains
     task, style, limit = Countdown(settings.task.rules), settings.task.style, settings.eval.max_new_tokens
     tokens = policy.encode(task.prompt(puzzle, style))
-    engine = make_engine(policy, settings.model, max_new_tokens=limit)
+    engine = make_engine(policy, settings, max_new_tokens=limit)
+    engine.update_weights()
     for attempt in range(attempts):
         temperature = settings.eval.temperature or (1.0 if attempt else 0.0)
         if attempts > 1 and not quiet:

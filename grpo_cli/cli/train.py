@@ -317,7 +317,7 @@ def _probe(chosen: ModelChoice, task: Task) -> None:
     from grpo_cli.ui import tables
 
     asked, settings = chosen.settings.task, chosen.settings.train
-    engine = make_engine(load(chosen), chosen.settings.model, max_new_tokens=settings.max_new_tokens)
+    engine = make_engine(load(chosen), chosen.settings, max_new_tokens=settings.max_new_tokens)
     if settings.warm_start:
         show.note("the probe samples the model as it is before the warm start")
     with tables.progress(f"probing {chosen.name}", quiet=False) as advance:

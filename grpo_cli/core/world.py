@@ -57,6 +57,16 @@ class World:
         """Run `work` on rank 0 only; returns its result on all ranks."""
         return self.gather(work() if self.is_first else None)[0]  # type: ignore[return-value]
 
+    def agree(self, work: Callable[[], T]) -> T:
+        """This rank's result of `work`; all ranks raise the first CountdownError of any."""
+        try:
+            value, problem = work(), None
+        except CountdownError as error:
+            value, problem = None, error
+        for first in filter(None, self.gather(problem)):
+            raise first
+        return value  # type: ignore[return-value]
+
     def sum_gradients(self, weights: Iterable[Tensor]) -> None:
         """Replace gradients by their sums over ranks, one all-reduce per dtype; a missing gradient counts as zero."""
         if self.size == 1:

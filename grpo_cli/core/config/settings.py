@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from functools import partial, reduce
 from typing import Annotated, Any, Literal, Self, cast, get_args
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
@@ -60,6 +61,17 @@ def _some_weight(cells: dict[str, float]) -> dict[str, float]:
     if not any(cells.values()):
         raise ValueError("no cell has a weight above 0")
     return cells
+
+
+def _server(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        is_server = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # of brackets or the port
+        is_server = False
+    if url != "none" and not is_server:
+        raise ValueError("must be an address like http://localhost:8000")
+    return url.rstrip("/")
 
 
 def _switched(value: object) -> object:
@@ -150,6 +162,20 @@ class Model(Table):
     )
     vllm_memory: float = setting(
         "share of GPU memory that vLLM takes", "Model", gt=0, lt=1, resumable=True, advanced=True
+    )
+    vllm_url: Annotated[str, AfterValidator(_server)] = setting(
+        "sample with the vLLM server at this address; `none`: in this process",
+        "Model",
+        min_length=1,
+        resumable=True,
+        advanced=True,
+    )
+    vllm_folder: PathText = setting(
+        "folder where a vLLM server finds new weights; `none`: the system's for temporary files",
+        "Model",
+        min_length=1,
+        resumable=True,
+        advanced=True,
     )
     threads: int = setting("CPU threads; 0 is one per core", "Model", ge=0, le=4096, resumable=True, advanced=True)
 
@@ -350,7 +376,12 @@ class Plot(Table):
 
 class Ranks(Table):
     timeout: float = setting(
-        "seconds to wait for other processes under torchrun", "Ranks", gt=0, le=10**9, resumable=True, advanced=True
+        "seconds to wait for other processes: ranks, or a vLLM server",
+        "Ranks",
+        gt=0,
+        le=10**9,
+        resumable=True,
+        advanced=True,
     )
     shard: bool = setting(
         "shard weights, gradients and optimizer state over processes (FSDP)", "Ranks", resumable=True, advanced=True
@@ -401,7 +432,8 @@ FIELDS: dict[str, FieldInfo] = {
 NEEDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ("model.lora_rank", bool, ("model.lora_alpha", "model.lora_targets", "model.quantize")),
     ("loss.beta", bool, ("loss.kl_estimator", "loss.kl_in", "model.ref_model", "model.reference")),
-    ("model.rollout", "vllm".__eq__, ("model.vllm_memory",)),
+    ("model.rollout", "vllm".__eq__, ("model.vllm_memory", "model.vllm_url")),
+    ("model.vllm_url", "none".__ne__, ("model.vllm_folder",)),
     ("loss.sampler_correction", "none".__ne__, ("loss.sampler_level", "loss.sampler_cap")),
     ("reward.length_penalty", bool, ("reward.soft_limit",)),
     ("reward.reward", "none".__ne__, ("reward.reward_errors",)),

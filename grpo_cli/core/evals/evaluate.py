@@ -300,11 +300,16 @@ class Evaluator:
         """
         model, params, total = self.engine.policy.name, self.params, len(puzzles)
         mine, size = self.world.share(total), max(1, self.batch_size // params.num_generations)
-        own: list[list[Completion]] = []
-        for start in range(0, len(mine), size):
-            own += self._complete(puzzles, mine[start : start + size], style)
-            progress(min(len(own) * self.world.size, total), total)
-        rows = [row for part in self.world.gather(own) for row in part]
+
+        def complete() -> list[list[Completion]]:
+            own: list[list[Completion]] = []
+            for start in range(0, len(mine), size):
+                own += self._complete(puzzles, mine[start : start + size], style)
+                progress(min(len(own) * self.world.size, total), total)
+            return own
+
+        self.engine.update_weights()
+        rows = [row for part in self.world.gather(self.world.agree(complete)) for row in part]
         decoding = (params.num_generations, params.temperature, params.max_new_tokens, self.seed)
         numbers = common_size(puzzles) if numbers is None else numbers
         return Evaluation(model, split, style, numbers, *decoding, rows, self.known, self.task)

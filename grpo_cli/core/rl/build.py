@@ -203,7 +203,11 @@ def assemble(
     context, problems = context or Context(), problems or Problems.of(settings)
     micro_batch = _micro_batch(plan, context.note, settings.train.micro_batch_size)
     engine = make_engine(
-        state.policy, settings.model, max_new_tokens=settings.train.max_new_tokens, ranks=context.world.size
+        state.policy,
+        settings,
+        max_new_tokens=settings.train.max_new_tokens,
+        learner=state.learner,
+        world=context.world,
     )
     clock = Clock(context.world)
     meter = Meter(state.policy, operations(state.policy))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from statistics import fmean
 
@@ -50,6 +50,8 @@ class Collector:
     def collect(self, step: int) -> Batch:
         """Sample and score a step; with dynamic sampling, replace groups of equal rewards."""
         self.meter.reset()
+        with self.clock.phase("rollout"):
+            self.engine.update_weights()
         groups, tally = self._draw(step, range(self.settings.batch_size), 0)
         metrics = tally.means() | self.problems.curriculum.shares(self.problems.curriculum.prompts(step))
         batch = Batch(step, groups, tally, metrics, tally.tokens)
@@ -84,7 +86,7 @@ class Collector:
     def _draw(self, step: int, indices: Sequence[int], turn: int) -> tuple[list[Group], Tally]:
         """This rank's groups of the prompts at `indices`, and the tally of all ranks. Later turns use other prompts."""
         mine = [index for index in self.context.world.share(self.settings.batch_size) if index in indices]
-        groups = self._sample(step, mine, turn)
+        groups = self.context.world.agree(partial(self._sample, step, mine, turn))
         return groups, self._tally(groups)
 
     def _tally(self, groups: Sequence[Group]) -> Tally:

@@ -36,6 +36,7 @@ from grpo_cli.core.rl.schedule import scheduled_rate
 from grpo_cli.core.rl.state import State
 from grpo_cli.core.rl.update import Diverged, NotFinite, Objective, Watch, reference_logprobs, update
 from grpo_cli.core.rl.validate import Validation
+from grpo_cli.core.rollout.engine import EngineLost
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.world import World
 
@@ -90,7 +91,7 @@ class Trainer:
         """
         try:
             return self._train()
-        except Interrupted:
+        except (Interrupted, EngineLost):
             self.save()
             raise
         except (RuntimeError, MemoryError) as error:

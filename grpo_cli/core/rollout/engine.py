@@ -10,9 +10,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.rollout.params import SamplingParams
+
+
+class EngineLost(CountdownError):
+    """The engine is another program, and has ended, hangs or replies nonsense; the last step can be saved."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,9 @@ class Engine(Protocol):
     @property
     def policy(self) -> Policy:
         """The policy, whose tokenizer encodes prompts and decodes completions."""
+
+    def update_weights(self) -> None:
+        """Hand over the policy's weights if they have changed and the engine has a copy; all ranks call it together."""
 
     def sample(
         self,

@@ -33,6 +33,9 @@ class LocalEngine:
     policy: Policy
     samplers: list[StaticSampler] = field(default_factory=list)
 
+    def update_weights(self) -> None:
+        """Does nothing: it samples with the policy itself."""
+
     def sample(
         self,
         prompts: Sequence[list[int]],

@@ -81,20 +81,12 @@ class VllmEngine:
         """The completions of each prompt, as vLLM's outputs."""
         for prompt in prompts:
             require_context(self.policy.name, self.policy.model.config, len(prompt) + params.max_new_tokens)
-        engine, vllm, count = self._engine().llm_engine, import_module("vllm"), 0
+        engine, vllm, count = self._llm.llm_engine, import_module("vllm"), 0
         finished: dict[int, list[Any]] = {}
         try:
             for number, prompt in enumerate(prompts):
-                seeded = uniform is not None and self.policy.device.type == "cuda"  # vLLM's CPU backend has no seeds
                 asked = vllm.SamplingParams(
-                    n=params.num_generations,
-                    temperature=0.0 if uniform is None else params.temperature,
-                    max_tokens=params.max_new_tokens,
-                    logprobs=0,
-                    stop_token_ids=list(self.policy.end_ids),
-                    ignore_eos=True,  # the list has it
-                    detokenize=False,
-                    seed=int(uniform[number].sum() * 2**40) % 2**31 if seeded and uniform is not None else None,
+                    **sampling(self.policy, params, None if uniform is None else uniform[number]),
                     output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
                 )
                 engine.add_request(str(number), {"prompt_token_ids": prompt}, asked)
@@ -108,8 +100,8 @@ class VllmEngine:
             raise
         return [finished[number] for number in range(len(prompts))]
 
-    def _engine(self) -> Any:
-        """vLLM with the policy's current weights."""
+    def update_weights(self) -> None:
+        """Start vLLM if it does not run, and hand over the policy's weights if they have changed."""
         if self._llm is None:
             self._llm = self._start()
         sums = self.policy.sums()
@@ -117,7 +109,6 @@ class VllmEngine:
             self._load_weights()
             self._require_same_weights()
             self._loaded = sums
-        return self._llm
 
     def _start(self) -> Any:
         """Start vLLM on a saved copy of the model."""
@@ -126,7 +117,7 @@ class VllmEngine:
             try:
                 return import_module("vllm").LLM(
                     folder,
-                    dtype=str(self.dtype).removeprefix("torch."),
+                    dtype=str(vllm_dtype(self.policy)).removeprefix("torch."),
                     max_model_len=self.context,
                     gpu_memory_utilization=self.memory,
                     logprobs_mode="processed_logprobs",
@@ -140,25 +131,17 @@ class VllmEngine:
                     f"vLLM does not run `{self.policy.name}`: {reason}", "use `--rollout local`"
                 ) from error
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32 if self.policy.precision == "float32" else torch.bfloat16
-
-    def _state(self) -> dict[str, Tensor]:
-        model = self.policy.model
-        state = lora.merged_state(model) if self.policy.adapter else model.state_dict()
-        return {name: tensor.to(self.dtype) for name, tensor in state.items()}
-
     def _load_weights(self) -> None:
         """Hand the policy's weights to vLLM."""
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(self._state().items())})
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(vllm_weights(self.policy))})
         self._llm.reset_prefix_cache()
 
     def _require_same_weights(self) -> None:
         """Raise CountdownError if vLLM's weights are not the policy's, by the sums of all that it has under a name."""
         (theirs,) = self._llm.collective_rpc(_sums)
         ours = {
-            name: (float(tensor.double().sum()), float(tensor.abs().sum())) for name, tensor in self._state().items()
+            name: (float(tensor.double().sum()), float(tensor.abs().sum()))
+            for name, tensor in vllm_weights(self.policy)
         }
         for name, total in theirs.items():
             parts = [ours[part] for part in _parts(name) if part in ours]
@@ -169,6 +152,31 @@ class VllmEngine:
                     "resume from the last checkpoint; if it happens again, use `--rollout local`",
                     exit_code=1,
                 )
+
+
+def vllm_dtype(policy: Policy) -> torch.dtype:
+    return torch.float32 if policy.precision == "float32" else torch.bfloat16
+
+
+def vllm_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """The names and weights that vLLM loads, with an adapter merged in."""
+    state = lora.merged_state(policy.model) if policy.adapter else policy.model.state_dict()
+    return ((name, tensor.to(vllm_dtype(policy))) for name, tensor in state.items())
+
+
+def sampling(policy: Policy, params: SamplingParams, uniform: Tensor | None) -> dict[str, Any]:
+    """The arguments of vLLM's SamplingParams: no top-k, top-p or penalties. `uniform` (G, T) gives the seed."""
+    seeded = uniform is not None and policy.device.type == "cuda"  # vLLM's CPU backend fails on seeds
+    return {
+        "n": params.num_generations,
+        "temperature": 0.0 if uniform is None else params.temperature,
+        "max_tokens": params.max_new_tokens,
+        "logprobs": 0,
+        "stop_token_ids": list(policy.end_ids),
+        "ignore_eos": True,  # the list has it
+        "detokenize": False,
+        "seed": int(uniform.sum() * 2**40) % 2**31 if seeded and uniform is not None else None,
+    }
 
 
 def _sums(worker: Any) -> dict[str, float]:

@@ -1,0 +1,263 @@
+"""vLLM as a server: token ids go there and come back with log-probabilities, weights go through a folder that both see.
+
+A hand-over zeroes the server's weights before it loads the new ones, compares log-probabilities of a probe with the
+policy's, and sets a version, which every completion must bear: a rollout of old weights is an error, not noise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.fsdp import full
+from grpo_cli.core.microbatch import MicroBatch
+from grpo_cli.core.model.load import require_context
+from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.model.templates import PROBE
+from grpo_cli.core.rollout.engine import EngineLost, Rollout
+from grpo_cli.core.rollout.params import SamplingParams
+from grpo_cli.core.rollout.vllm import sampling, vllm_weights
+from grpo_cli.core.world import World
+
+AT_ONCE = 128  # prompts sent at the same time
+POLL = 0.2  # seconds between polls for a signal
+ANSWER = 10.0  # seconds in which a server says how it is set up
+PROBED = SamplingParams(16, temperature=0.7)  # a temperature, so that raw log-probabilities are noticed
+GAP = {"float32": 1e-3}  # largest mean distance of the probe's log-probabilities, by precision; others: 0.1
+RESUME = "start it again, then continue with `--resume`"
+
+Completion = tuple[list[int], list[float], bool]  # token ids, log-probabilities, whether truncated
+
+
+@dataclass(frozen=True)
+class Server:
+    """A vLLM server at `url`; it is lost after `timeout` seconds of silence."""
+
+    url: str
+    timeout: float
+    _open: set[HTTPConnection] = field(default_factory=set, repr=False)
+
+    def ask(self, path: str, body: object = None, hint: str = RESUME) -> dict[str, Any]:
+        """The reply to a POST of `body`, or to a GET without; raises EngineLost."""
+        parts = urlsplit(self.url)
+        kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+        connection = kind(parts.hostname or "", parts.port, timeout=self.timeout)
+        self._open.add(connection)
+        try:
+            sent = None if body is None else json.dumps(body)
+            headers = {"Content-Type": "application/json"}
+            connection.request("GET" if sent is None else "POST", f"{parts.path}/{path}", sent, headers)
+            response = connection.getresponse()
+            text = response.read()
+        except (OSError, HTTPException) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise EngineLost(f"vLLM at `{self.url}` does not answer: {reason}", hint, exit_code=1) from error
+        finally:
+            self._open.discard(connection)
+            connection.close()
+        try:
+            reply = json.loads(text)
+        except ValueError:
+            reply = text[:100].decode(errors="replace")
+        if response.status != 200 or not isinstance(reply, dict):
+            raise EngineLost(f"vLLM at `{self.url}` refuses `{path}`: {_reason(reply)}", hint, exit_code=1)
+        return reply
+
+    def hang_up(self) -> None:
+        """Close all connections; the server then aborts their requests."""
+        for connection in [*self._open]:
+            with suppress(OSError, AttributeError):  # not connected yet, or no longer
+                connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+def require_server(url: str, model: str, *, dtype: str) -> None:
+    """Raise CountdownError, with the command that starts one, unless a vLLM server is there and set up right."""
+    port = urlsplit(url).port or 80
+    hint = (
+        f"start it: VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model {model} --port {port} "
+        f"--dtype {dtype} --logprobs-mode processed_logprobs --generation-config vllm --enable-scale-out"
+    )
+    server = Server(url, ANSWER)
+    try:
+        info = server.ask("server_info?config_format=json")
+        server.ask("inference/v1/generate", {"token_ids": [0], "sampling_params": {"max_tokens": 1}})
+        mode = info["vllm_config"]["model_config"]["logprobs_mode"]
+    except EngineLost as error:
+        raise CountdownError(error.message, hint) from error
+    except (KeyError, TypeError) as error:
+        raise CountdownError(f"`{url}` is no vLLM server with VLLM_SERVER_DEV_MODE=1", hint) from error
+    if mode != "processed_logprobs":
+        raise CountdownError(f"vLLM at `{url}` returns `{mode}`, not `processed_logprobs`", hint)
+
+
+@dataclass
+class ServerEngine:
+    """Samples with a vLLM server. `learner` has the weights, `policy` the tokenizer; each rank sends its prompts."""
+
+    policy: Policy
+    learner: Policy
+    server: Server
+    folder: str | None  # parent of the folders with weights
+    world: World
+    _loaded: list[float] = field(default_factory=list, repr=False)  # sums of the weights that the server has
+    _version: str = ""
+
+    @torch.no_grad()
+    def update_weights(self) -> None:
+        """Hand over the weights if they have changed, and compare a probe; all ranks gather sharded weights."""
+        sums = [float(full(weight.detach().sum(dtype=torch.float64))) for weight in self.learner.model.parameters()]
+        if sums == self._loaded:
+            return
+        self._version = self.world.first(lambda: uuid4().hex)
+        prompt = self.policy.encode(PROBE)
+        with ExitStack() as stack:
+            folder = self._write(stack)
+            probe = self.world.gather(self.world.agree(partial(self._load, folder, prompt)))[0]
+        self._compare(prompt, probe)
+        self._loaded = sums
+
+    def _write(self, stack: ExitStack) -> Path | None:
+        """The folder with one file per weight, on the first rank; no rank ever has them all."""
+        folder = None
+        try:
+            if self.world.is_first:
+                folder = Path(stack.enter_context(TemporaryDirectory(prefix="countdown-weights-", dir=self.folder)))
+            for number, (name, tensor) in enumerate(vllm_weights(self.learner)):
+                whole = full(tensor)
+                if folder:
+                    save_file({name: whole.cpu().contiguous()}, folder / f"{number}.safetensors")
+        except (OSError, SafetensorError) as error:
+            hint = "free some space or give another `--vllm-folder`, then continue with `--resume`"
+            raise EngineLost(
+                f"cannot write weights for vLLM: {' '.join(str(error).split())}", hint, exit_code=1
+            ) from error
+        return folder
+
+    def _load(self, folder: Path | None, prompt: list[int]) -> Completion | None:
+        """Let the server load the weights in `folder`; returns a completion of the probe. Other ranks do nothing."""
+        if folder is None:
+            return None
+        ask, path = self.server.ask, str(folder.resolve())
+        hint = "give a `--vllm-folder` that the server sees too, then continue with `--resume`"
+        ask("weight_checker", {"action": "reset"})
+        ask("collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}}, hint)
+        if not ask("reset_prefix_cache?reset_running_requests=true", {}).get("success"):
+            raise EngineLost(f"vLLM at `{self.server.url}` keeps a cache of old weights", RESUME, exit_code=1)
+        ask("update_weight_version", {"new_version": self._version})
+        return self._complete(prompt, PROBED, torch.zeros(1))[0]
+
+    def _compare(self, prompt: list[int], probe: Completion | None) -> None:
+        """Raise EngineLost if the server's log-probabilities are not the policy's."""
+        assert probe is not None
+        tokens, theirs, _ = probe
+        with self.learner.autocast():
+            ours, _ = self.learner.logprobs(Sequences([prompt], [tokens], [0]), temperature=PROBED.temperature)
+        gap = float((ours[0].cpu() - torch.tensor(theirs)).abs().mean())
+        if not gap <= GAP.get(self.learner.precision, 0.1):
+            raise EngineLost(
+                f"vLLM at `{self.server.url}` has other weights than the policy: log-probabilities differ by {gap:.3g}",
+                f"start it with the model `{self.policy.name}`, then continue with `--resume`",
+                exit_code=1,
+            )
+
+    def sample(
+        self,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        *,
+        uniform: Tensor | None,
+        micro_batch: MicroBatch | None = None,
+        on_token: Callable[[int], None] | None = None,
+    ) -> Rollout:
+        """As `Engine.sample`. Batches are the server's own, whatever `micro_batch`; `uniform` only seeds the draws."""
+        for prompt in prompts:
+            require_context(self.policy.name, self.policy.model.config, len(prompt) + params.max_new_tokens)
+        start, groups = perf_counter(), list[list[Completion]]()
+        with ThreadPoolExecutor(min(len(prompts), AT_ONCE) or 1) as pool:
+            seeds = [None] * len(prompts) if uniform is None else [*uniform]
+            futures = [
+                pool.submit(self._complete, prompt, params, seed) for prompt, seed in zip(prompts, seeds, strict=True)
+            ]
+            try:
+                for number, future in enumerate(futures):
+                    while not wait([future], POLL).done:
+                        if on_token is not None:  # the server counts no tokens: by the share of prompts
+                            on_token(1 + (params.max_new_tokens - 1) * number // len(futures))
+                    groups.append(future.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.server.hang_up()
+                raise
+        rows = [completion for group in groups for completion in group]
+        return Rollout(
+            [tokens for tokens, _, _ in rows],
+            [logprobs for _, logprobs, _ in rows],
+            [truncated for _, _, truncated in rows],
+            {"decode": perf_counter() - start},
+            sum(map(len, prompts)) + sum(len(tokens) for tokens, _, _ in rows),
+        )
+
+    def stream(self, prompt: list[int], params: SamplingParams, *, uniform: Tensor | None) -> Iterator[str]:
+        """Yield the text of one completion, all at once."""
+        yield self.policy.decode(self.sample([prompt], params, uniform=uniform).completions[0])
+
+    def _complete(self, prompt: list[int], params: SamplingParams, uniform: Tensor | None) -> list[Completion]:
+        """The completions of one prompt, checked: of this version of the weights, as many and as long as asked for."""
+        asked = {"token_ids": prompt, "sampling_params": sampling(self.policy, params, uniform)}
+        reply = self.server.ask("inference/v1/generate", asked)
+        try:
+            choices = sorted(reply["choices"], key=lambda choice: choice["index"])
+            rows = [self._read(choice, params.max_new_tokens) for choice in choices]
+            versions = {span["version"] for choice in choices for span in choice["weight_versions"]}
+        except (KeyError, TypeError, ValueError, AttributeError):
+            rows, versions = [], set()
+        if len(rows) != params.num_generations:
+            raise EngineLost(
+                f"vLLM at `{self.server.url}` sent no completions but {str(reply)[:100]}", RESUME, exit_code=1
+            )
+        if versions != {self._version}:
+            raise EngineLost(
+                f"vLLM at `{self.server.url}` sampled with other weights than the policy's",
+                "give each training a server of its own, then continue with `--resume`",
+                exit_code=1,
+            )
+        return rows
+
+    def _read(self, choice: dict[str, Any], limit: int) -> Completion:
+        """A completion in the server's form; raises ValueError or KeyError if it is none."""
+        tokens, content = choice["token_ids"], choice["logprobs"]["content"]
+        logprobs, truncated = [float(entry["logprob"]) for entry in content], choice["finish_reason"] == "length"
+        if (
+            [entry["token_id"] for entry in content] != tokens
+            or not all(-math.inf < value <= 0 for value in logprobs)
+            or not (len(tokens) == limit if truncated else tokens and tokens[-1] in self.policy.end_ids)
+        ):
+            raise ValueError
+        return tokens, logprobs, truncated
+
+
+def _reason(reply: object) -> str:
+    """The message of an error that the server replied, in one line."""
+    if isinstance(reply, dict):
+        error = reply.get("error", reply)
+        reply = error.get("message", error) if isinstance(error, dict) else error
+    return " ".join(str(reply).split())[:200]
