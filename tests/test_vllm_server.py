@@ -2,11 +2,17 @@
 
 import copy
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,15 +20,19 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMALL, Command
+from forked import Forked
 from safetensors.torch import load_file
+from test_vllm import gap
 
 from grpo_cli.core.config.resolve import resolve
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.model.load import BUILTIN, load
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.rollout.engine import EngineLost, uniforms
 from grpo_cli.core.rollout.local import LocalEngine
 from grpo_cli.core.rollout.make import make_engine
 from grpo_cli.core.rollout.params import SamplingParams
+from grpo_cli.core.rollout.vllm_server import Server, require_server
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task.prompts import prompt
 from grpo_cli.core.task.puzzle import Puzzle
@@ -130,9 +140,9 @@ def slow(_: Reply) -> Reply:
     return {}
 
 
-def engine_of(policy: Policy, server: FakeServer, *, timeout: float = 5.0, world: World | None = None) -> Any:
-    flags = {"model.rollout": "vllm", "model.vllm_url": server.url, "ranks.timeout": timeout}
-    return make_engine(policy, resolve(flags=flags).settings, max_new_tokens=8, world=world)
+def engine_of(policy: Policy, server: FakeServer) -> Any:
+    flags = {"model.rollout": "vllm", "model.vllm_url": server.url}
+    return make_engine(policy, resolve(flags=flags).settings, max_new_tokens=8)
 
 
 def changed(policy: Policy) -> None:
@@ -239,9 +249,9 @@ def test_a_malformed_reply_is_one_sentence(
 
 
 def test_a_hanging_server_is_lost_after_the_timeout(tiny_policy: Policy, server: FakeServer) -> None:
-    engine, start = engine_of(tiny_policy, server, timeout=0.2), time.perf_counter()
+    engine = engine_of(tiny_policy, server)
     engine.update_weights()
-    server.faults = {GENERATE: slow}
+    server.faults, engine.server, start = {GENERATE: slow}, Server(server.url, 0.2), time.perf_counter()
     with pytest.raises(EngineLost, match="does not answer: timed out"):
         engine.sample(encoded(tiny_policy), SamplingParams(4, 0.0), uniform=None)
     assert time.perf_counter() - start < 1.5
@@ -251,6 +261,23 @@ def test_a_cache_of_old_weights_is_noticed(tiny_policy: Policy, server: FakeServ
     server.faults = {"reset_prefix_cache": lambda _: {"success": False}}
     with pytest.raises(EngineLost, match="keeps a cache of old weights"):
         engine_of(tiny_policy, server).update_weights()
+
+
+def test_a_full_disk_is_one_sentence_and_no_weights_are_left(
+    tiny_policy: Policy, server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(tiny_policy, server)
+    engine.folder = str(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("grpo_cli.core.rollout.vllm_server.save_file", full)
+    with pytest.raises(EngineLost, match="cannot write weights for vLLM: No space left on device"):
+        engine.update_weights()
+    monkeypatch.undo()
+    engine.update_weights()
+    assert not [*tmp_path.iterdir()]
 
 
 def test_an_interruption_does_not_wait_for_the_server(tiny_policy: Policy, server: FakeServer) -> None:
@@ -342,3 +369,67 @@ def test_all_ranks_raise_the_error_of_any() -> None:
 
     with ThreadPoolExecutor(2) as pool:
         assert [*pool.map(outcome, range(2))] == [[5, "gone"], [6, "gone"]]
+
+
+@dataclass(frozen=True)
+class RealServer:
+    process: subprocess.Popen[bytes]
+    url: str
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
+    """The command that the hint of a missing server gives."""
+    pytest.importorskip("vllm")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(CountdownError) as raised:
+        require_server(url, str(BUILTIN), dtype="float32")
+    assert raised.value.hint is not None
+    command = raised.value.hint.partition(" python ")[2].split()
+    environ = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environ.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    given = [sys.executable, *command, "--enforce-eager", "--max-model-len", "1024"]  # compiling takes minutes
+    with (tmp_path_factory.mktemp("server") / "log").open("wb") as log:
+        process = subprocess.Popen(given, env=environ, stdout=log, stderr=log, start_new_session=True)
+    try:
+        for _ in range(300):
+            with suppress(CountdownError):
+                require_server(url, str(BUILTIN), dtype="float32")
+                break
+            assert process.poll() is None, Path(log.name).read_text()[-2000:]
+            time.sleep(1)
+        yield RealServer(process, url)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.vllm
+def test_log_probs_of_a_real_server_are_those_of_the_policy_whatever_weight_changes(real: RealServer) -> None:
+    policy = load("builtin", device="cpu", precision="float32")
+    flags = {"model.rollout": "vllm", "model.vllm_url": real.url}
+    engine: Any = make_engine(policy, resolve(flags=flags).settings, max_new_tokens=60)
+    assert gap(engine) < 1e-4
+    for part in ("norm", "bias", "embed", "o_proj", "down_proj", "q_proj", "gate"):
+        with torch.no_grad():
+            for name, weight in policy.model.named_parameters():
+                if part in name:
+                    weight.add_(0.02 * torch.randn_like(weight))
+        assert gap(engine, 0.7) < 1e-4, part
+
+
+@pytest.mark.vllm
+def test_a_training_goes_on_until_its_real_server_is_killed(real: RealServer, tmp_path: Path) -> None:
+    given = ["--rollout", "vllm", "--vllm-url", real.url, "--batch-size", 2, "--num-generations", 4]
+    given += ["--max-new-tokens", 60, "--eval-puzzles", 4, "--precision", "float32", "--num-iterations", 500]
+    training = Forked(tmp_path, "train", "--run", "one", *given, "--learning-rate", 1e-3)
+    training.read_until("step 2 of 500")
+    os.killpg(real.process.pid, signal.SIGKILL)
+    code, rest = training.ended()
+    assert code == 1 and f"error: vLLM at `{real.url}` does not answer" in rest and "Traceback" not in rest
+    run = Run.open(tmp_path / "runs", "one")
+    lines = run.metrics()
+    assert run.saved_steps == str(lines[-1]["step"])
+    assert max(line.get("sampler_gap", 0.0) for line in lines) < 1e-4

@@ -2,7 +2,8 @@
 
 Each rank keeps its shard of every weight, gradient and moment; a layer's full weights exist only while it computes. The
 optimizer is torch's AdamW, which works element by element on DTensors; 8-bit AdamW quantises blocks of whole tensors
-and does not support them. Sampling uses a full copy of the weights, gathered once per step.
+and does not support them. A full copy of the weights, to sample with and to save, is gathered once per step; if a
+vLLM server samples, only the first rank has one.
 """
 
 from __future__ import annotations
@@ -54,7 +55,15 @@ def sharded(policy: Policy, world: World, device: torch.device) -> Policy:
 def gather(source: Policy, target: Policy) -> None:
     """Copy the full weights of a sharded policy into a plain one, tensor by tensor; all ranks take part."""
     for mine, copy in zip(source.model.parameters(), target.model.parameters(), strict=True):
-        copy.copy_(cast(Any, mine).full_tensor())
+        whole = cast(Any, mine).full_tensor()
+        if not copy.is_meta:
+            copy.copy_(whole)
+
+
+def keep_for_saving(policy: Policy, world: World) -> None:
+    """Free a full copy that nobody samples with: the first rank keeps it on the host, to save it, others nothing."""
+    policy.model.to("cpu" if world.is_first else "meta")
+    policy.model.tie_weights()  # `to` gives each of several tied weights a tensor of its own on `meta`
 
 
 def local(tensor: Tensor) -> Tensor:

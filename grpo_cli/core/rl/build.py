@@ -210,7 +210,9 @@ def assemble(
         world=context.world,
     )
     clock = Clock(context.world)
-    meter = Meter(state.policy, operations(state.policy))
+    meter = Meter(state.learner, operations(state.policy))
+    if state.learner.is_sharded and settings.model.rollout == "vllm":
+        fsdp.keep_for_saving(state.policy, context.world)
     collector = Collector(
         engine, problems, settings.train, settings.reward, context, clock, meter, micro_batch.unlimited()
     )

@@ -132,6 +132,11 @@ class Trainer:
         self.state.progress.step = number
         return StepResult(batch, examples, loss, updated)
 
+    @property
+    def _is_remote(self) -> bool:
+        """Whether weights are sharded and a server samples: only the first rank then has a full copy."""
+        return self.state.learner.is_sharded and self.settings.model.rollout == "vllm"
+
     def _announce(self) -> None:
         """Announce the training, and the base accuracy of a resumed run."""
         self.observer.begin(self.run, self.state.progress.step)
@@ -182,7 +187,7 @@ class Trainer:
                     Objective.of(train, loss),
                     clock=self.clock,
                     micro_batch=self.micro_batch,
-                    compare_with=state.policy if batch.number % COMPARE_EVERY == 1 else None,
+                    compare_with=state.policy if batch.number % COMPARE_EVERY == 1 and not self._is_remote else None,
                     poll=self.context.poll,
                     watch=watch,
                 )
@@ -275,7 +280,8 @@ class Trainer:
     def save(self) -> None:
         """Save a checkpoint of the last completed step."""
         state, world = self.state, self.world
-        if world.size > 1 and len({tuple(sums) for sums in world.gather(state.policy.sums())}) > 1:
+        has_copies = world.size > 1 and not self._is_remote
+        if has_copies and len({tuple(sums) for sums in world.gather(state.policy.sums())}) > 1:
             raise CountdownError("the ranks no longer have the same weights", "resume with `--resume`", exit_code=1)
         state.save_shards(self.run)
         world.gather(None)  # all shards are written

@@ -30,6 +30,7 @@ from torch import Tensor
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.fsdp import full
 from grpo_cli.core.microbatch import MicroBatch
+from grpo_cli.core.model.attention import sum_dtype
 from grpo_cli.core.model.load import require_context
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.templates import PROBE
@@ -43,7 +44,8 @@ POLL = 0.2  # seconds between polls for a signal
 ANSWER = 10.0  # seconds in which a server says how it is set up
 PROBED = SamplingParams(16, temperature=0.7)  # a temperature, so that raw log-probabilities are noticed
 GAP = {"float32": 1e-3}  # largest mean distance of the probe's log-probabilities, by precision; others: 0.1
-RESUME = "start it again, then continue with `--resume`"
+RESUME = "a training then continues with `--resume`"
+RESTART = f"start it again; {RESUME}"
 
 Completion = tuple[list[int], list[float], bool]  # token ids, log-probabilities, whether truncated
 
@@ -56,7 +58,7 @@ class Server:
     timeout: float
     _open: set[HTTPConnection] = field(default_factory=set, repr=False)
 
-    def ask(self, path: str, body: object = None, hint: str = RESUME) -> dict[str, Any]:
+    def ask(self, path: str, body: object = None, hint: str = RESTART) -> dict[str, Any]:
         """The reply to a POST of `body`, or to a GET without; raises EngineLost."""
         parts = urlsplit(self.url)
         kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
@@ -124,32 +126,31 @@ class ServerEngine:
     @torch.no_grad()
     def update_weights(self) -> None:
         """Hand over the weights if they have changed, and compare a probe; all ranks gather sharded weights."""
-        sums = [float(full(weight.detach().sum(dtype=torch.float64))) for weight in self.learner.model.parameters()]
+        kind, weights = sum_dtype(self.learner.device), self.learner.model.parameters()
+        sums = [float(full(weight.detach().sum(dtype=kind))) for weight in weights]
         if sums == self._loaded:
             return
         self._version = self.world.first(lambda: uuid4().hex)
         prompt = self.policy.encode(PROBE)
         with ExitStack() as stack:
-            folder = self._write(stack)
+            folder = self.world.agree(partial(self._write, stack))
             probe = self.world.gather(self.world.agree(partial(self._load, folder, prompt)))[0]
         self._compare(prompt, probe)
         self._loaded = sums
 
     def _write(self, stack: ExitStack) -> Path | None:
         """The folder with one file per weight, on the first rank; no rank ever has them all."""
-        folder = None
-        try:
-            if self.world.is_first:
-                folder = Path(stack.enter_context(TemporaryDirectory(prefix="countdown-weights-", dir=self.folder)))
-            for number, (name, tensor) in enumerate(vllm_weights(self.learner)):
-                whole = full(tensor)
-                if folder:
+        folder, problem = None, None
+        for number, (name, tensor) in enumerate(vllm_weights(self.learner)):
+            whole = full(tensor)  # by all ranks, whether or not the first can write
+            if self.world.is_first and problem is None:
+                try:
+                    folder = folder or Path(stack.enter_context(TemporaryDirectory("", "countdown-", self.folder)))
                     save_file({name: whole.cpu().contiguous()}, folder / f"{number}.safetensors")
-        except (OSError, SafetensorError) as error:
-            hint = "free some space or give another `--vllm-folder`, then continue with `--resume`"
-            raise EngineLost(
-                f"cannot write weights for vLLM: {' '.join(str(error).split())}", hint, exit_code=1
-            ) from error
+                except (OSError, SafetensorError) as error:
+                    problem = " ".join(str(error).split())
+        if problem:
+            raise EngineLost(f"cannot write weights for vLLM: {problem}", f"free some space; {RESUME}", exit_code=1)
         return folder
 
     def _load(self, folder: Path | None, prompt: list[int]) -> Completion | None:
@@ -157,11 +158,11 @@ class ServerEngine:
         if folder is None:
             return None
         ask, path = self.server.ask, str(folder.resolve())
-        hint = "give a `--vllm-folder` that the server sees too, then continue with `--resume`"
+        hint = f"give a `--vllm-folder` that the server sees too; {RESUME}"
         ask("weight_checker", {"action": "reset"})
         ask("collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}}, hint)
         if not ask("reset_prefix_cache?reset_running_requests=true", {}).get("success"):
-            raise EngineLost(f"vLLM at `{self.server.url}` keeps a cache of old weights", RESUME, exit_code=1)
+            raise EngineLost(f"vLLM at `{self.server.url}` keeps a cache of old weights", RESTART, exit_code=1)
         ask("update_weight_version", {"new_version": self._version})
         return self._complete(prompt, PROBED, torch.zeros(1))[0]
 
@@ -175,7 +176,7 @@ class ServerEngine:
         if not gap <= GAP.get(self.learner.precision, 0.1):
             raise EngineLost(
                 f"vLLM at `{self.server.url}` has other weights than the policy: log-probabilities differ by {gap:.3g}",
-                f"start it with the model `{self.policy.name}`, then continue with `--resume`",
+                f"start it with the model `{self.policy.name}`; {RESUME}",
                 exit_code=1,
             )
 
@@ -232,12 +233,12 @@ class ServerEngine:
             rows, versions = [], set()
         if len(rows) != params.num_generations:
             raise EngineLost(
-                f"vLLM at `{self.server.url}` sent no completions but {str(reply)[:100]}", RESUME, exit_code=1
+                f"vLLM at `{self.server.url}` sent no completions but {str(reply)[:100]}", RESTART, exit_code=1
             )
         if versions != {self._version}:
             raise EngineLost(
                 f"vLLM at `{self.server.url}` sampled with other weights than the policy's",
-                "give each training a server of its own, then continue with `--resume`",
+                f"give each training a server of its own; {RESUME}",
                 exit_code=1,
             )
         return rows
