@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -31,18 +32,14 @@ from grpo_cli.core.rollout.params import SamplingParams
 SUMS = 1e-5  # relative difference of two sums of the same weights, in another order
 
 
-@dataclass
-class VllmEngine:
-    """Samples with vLLM. `context`: tokens of the longest prompt and completion; `memory`: its share of a GPU.
+Completion = tuple[list[int], list[float], bool]  # token ids, log-probabilities, whether truncated
 
-    VLLM_ENABLE_V1_MULTIPROCESSING must be 0: weights are handed over within the process. The command line sets it.
-    """
+
+@dataclass
+class Vllm:
+    """What the engine in this process and the server share."""
 
     policy: Policy
-    context: int
-    memory: float
-    _llm: Any = field(default=None, repr=False)
-    _loaded: list[float] = field(default_factory=list, repr=False)  # sums of the weights that vLLM has
 
     def sample(
         self,
@@ -54,22 +51,21 @@ class VllmEngine:
         on_token: Callable[[int], None] | None = None,
     ) -> Rollout:
         """As `Engine.sample`. Batches are vLLM's own, whatever `micro_batch`; `uniform` only seeds the draws."""
-        start, completions = perf_counter(), list[Any]()
-        for outputs in self._generate(prompts, params, uniform, on_token):
-            completions += sorted(outputs, key=lambda output: output.index)
-        rows = [list(output.token_ids) for output in completions]
+        for prompt in prompts:
+            require_context(self.policy.name, self.policy.model.config, len(prompt) + params.max_new_tokens)
+        start = perf_counter()
+        rows = [row for group in self._generate(prompts, params, uniform, on_token) for row in group]
         return Rollout(
-            rows,
-            [_logprobs(output) for output in completions],
-            [output.finish_reason == "length" for output in completions],
+            [tokens for tokens, _, _ in rows],
+            [logprobs for _, logprobs, _ in rows],
+            [truncated for _, _, truncated in rows],
             {"decode": perf_counter() - start},
-            sum(map(len, (*prompts, *rows))),
+            sum(map(len, prompts)) + sum(len(tokens) for tokens, _, _ in rows),
         )
 
     def stream(self, prompt: list[int], params: SamplingParams, *, uniform: Tensor | None) -> Iterator[str]:
         """Yield the text of one completion, all at once."""
-        ((output,),) = self._generate([prompt], params, uniform, None)
-        yield self.policy.decode(output.token_ids)
+        yield self.policy.decode(self.sample([prompt], params, uniform=uniform).completions[0])
 
     def _generate(
         self,
@@ -77,10 +73,30 @@ class VllmEngine:
         params: SamplingParams,
         uniform: Tensor | None,
         on_token: Callable[[int], None] | None,
-    ) -> list[list[Any]]:
-        """The completions of each prompt, as vLLM's outputs."""
-        for prompt in prompts:
-            require_context(self.policy.name, self.policy.model.config, len(prompt) + params.max_new_tokens)
+    ) -> list[list[Completion]]:
+        """The completions of each prompt."""
+        raise NotImplementedError
+
+
+@dataclass
+class VllmEngine(Vllm):
+    """Samples with vLLM. `context`: tokens of the longest prompt and completion; `memory`: its share of a GPU.
+
+    VLLM_ENABLE_V1_MULTIPROCESSING must be 0: weights are handed over within the process. The command line sets it.
+    """
+
+    context: int
+    memory: float
+    _llm: Any = field(default=None, repr=False)
+    _loaded: list[float] = field(default_factory=list, repr=False)  # sums of the weights that vLLM has
+
+    def _generate(
+        self,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        uniform: Tensor | None,
+        on_token: Callable[[int], None] | None,
+    ) -> list[list[Completion]]:
         engine, vllm, count = self._llm.llm_engine, import_module("vllm"), 0
         finished: dict[int, list[Any]] = {}
         try:
@@ -98,7 +114,10 @@ class VllmEngine:
         except BaseException:
             engine.abort_request([str(number) for number in range(len(prompts))])
             raise
-        return [finished[number] for number in range(len(prompts))]
+        return [
+            [_completion(output) for output in sorted(finished[number], key=attrgetter("index"))]
+            for number in range(len(prompts))
+        ]
 
     def update_weights(self) -> None:
         """Start vLLM if it does not run, and hand over the policy's weights if they have changed."""
@@ -193,6 +212,8 @@ def _parts(name: str) -> list[str]:
     )
 
 
-def _logprobs(output: Any) -> list[float]:
-    """The log-probability of each sampled token."""
-    return [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
+def _completion(output: Any) -> Completion:
+    """A completion in vLLM's form."""
+    tokens = list(output.token_ids)
+    logprobs = [entry[token].logprob for token, entry in zip(tokens, output.logprobs, strict=True)]
+    return tokens, logprobs, output.finish_reason == "length"

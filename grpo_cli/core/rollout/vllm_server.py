@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -17,7 +17,6 @@ from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -29,14 +28,12 @@ from torch import Tensor
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.fsdp import full
-from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.attention import sum_dtype
-from grpo_cli.core.model.load import require_context
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.templates import PROBE
-from grpo_cli.core.rollout.engine import EngineLost, Rollout
+from grpo_cli.core.rollout.engine import EngineLost
 from grpo_cli.core.rollout.params import SamplingParams
-from grpo_cli.core.rollout.vllm import sampling, vllm_weights
+from grpo_cli.core.rollout.vllm import Completion, Vllm, sampling, vllm_weights
 from grpo_cli.core.world import World
 
 AT_ONCE = 128  # prompts sent at the same time
@@ -46,8 +43,6 @@ PROBED = SamplingParams(16, temperature=0.7)  # a temperature, so that raw log-p
 GAP = {"float32": 1e-3}  # largest mean distance of the probe's log-probabilities, by precision; others: 0.1
 RESUME = "a training then continues with `--resume`"
 RESTART = f"start it again; {RESUME}"
-
-Completion = tuple[list[int], list[float], bool]  # token ids, log-probabilities, whether truncated
 
 
 @dataclass(frozen=True)
@@ -112,10 +107,9 @@ def require_server(url: str, model: str, *, dtype: str) -> None:
 
 
 @dataclass
-class ServerEngine:
+class ServerEngine(Vllm):
     """Samples with a vLLM server. `learner` has the weights, `policy` the tokenizer; each rank sends its prompts."""
 
-    policy: Policy
     learner: Policy
     server: Server
     folder: str | None  # parent of the folders with weights
@@ -180,19 +174,14 @@ class ServerEngine:
                 exit_code=1,
             )
 
-    def sample(
+    def _generate(
         self,
         prompts: Sequence[list[int]],
         params: SamplingParams,
-        *,
         uniform: Tensor | None,
-        micro_batch: MicroBatch | None = None,
-        on_token: Callable[[int], None] | None = None,
-    ) -> Rollout:
-        """As `Engine.sample`. Batches are the server's own, whatever `micro_batch`; `uniform` only seeds the draws."""
-        for prompt in prompts:
-            require_context(self.policy.name, self.policy.model.config, len(prompt) + params.max_new_tokens)
-        start, groups = perf_counter(), list[list[Completion]]()
+        on_token: Callable[[int], None] | None,
+    ) -> list[list[Completion]]:
+        groups = list[list[Completion]]()
         with ThreadPoolExecutor(min(len(prompts), AT_ONCE) or 1) as pool:
             seeds = [None] * len(prompts) if uniform is None else [*uniform]
             futures = [
@@ -208,18 +197,7 @@ class ServerEngine:
                 pool.shutdown(wait=False, cancel_futures=True)
                 self.server.hang_up()
                 raise
-        rows = [completion for group in groups for completion in group]
-        return Rollout(
-            [tokens for tokens, _, _ in rows],
-            [logprobs for _, logprobs, _ in rows],
-            [truncated for _, _, truncated in rows],
-            {"decode": perf_counter() - start},
-            sum(map(len, prompts)) + sum(len(tokens) for tokens, _, _ in rows),
-        )
-
-    def stream(self, prompt: list[int], params: SamplingParams, *, uniform: Tensor | None) -> Iterator[str]:
-        """Yield the text of one completion, all at once."""
-        yield self.policy.decode(self.sample([prompt], params, uniform=uniform).completions[0])
+        return groups
 
     def _complete(self, prompt: list[int], params: SamplingParams, uniform: Tensor | None) -> list[Completion]:
         """The completions of one prompt, checked: of this version of the weights, as many and as long as asked for."""
@@ -233,7 +211,9 @@ class ServerEngine:
             rows, versions = [], set()
         if len(rows) != params.num_generations:
             raise EngineLost(
-                f"vLLM at `{self.server.url}` sent no completions but {str(reply)[:100]}", RESTART, exit_code=1
+                f"vLLM at `{self.server.url}` sent other completions than asked for: {str(reply)[:100]}",
+                RESTART,
+                exit_code=1,
             )
         if versions != {self._version}:
             raise EngineLost(
@@ -249,7 +229,7 @@ class ServerEngine:
         logprobs, truncated = [float(entry["logprob"]) for entry in content], choice["finish_reason"] == "length"
         if (
             [entry["token_id"] for entry in content] != tokens
-            or not all(-math.inf < value <= 0 for value in logprobs)
+            or not all(map(math.isfinite, logprobs))
             or not (len(tokens) == limit if truncated else tokens and tokens[-1] in self.policy.end_ids)
         ):
             raise ValueError
