@@ -38,7 +38,7 @@ from grpo_cli.core.world import World
 
 AT_ONCE = 128  # prompts sent at the same time
 POLL = 0.2  # seconds between polls for a signal
-ANSWER = 10.0  # seconds in which a server says how it is set up
+ANSWER = 60.0  # seconds in which a server says how it is set up; its first completion compiles kernels
 PROBED = SamplingParams(16, temperature=0.7)  # a temperature, so that raw log-probabilities are noticed
 GAP = {"float32": 1e-3}  # largest mean distance of the probe's log-probabilities, by precision; others: 0.1
 RESUME = "a training then continues with `--resume`"
