@@ -657,6 +657,9 @@ class Fixed:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
 
+    def update_weights(self) -> None:
+        """Nothing: it has none."""
+
     def sample(self, prompts: Sequence[list[int]], params: SamplingParams, **_: object) -> Rollout:
         size = params.num_generations
         completions = [[5] * length for _ in prompts for length in range(1, size + 1)]
@@ -664,7 +667,7 @@ class Fixed:
         return Rollout(completions, logprobs, [False] * len(completions), {"prefill": 0.0, "decode": 0.0}, 0)
 
 
-def test_another_rollout_engine_needs_nothing_but_sample(tiny_folder: Path, tmp_path: Path) -> None:
+def test_another_rollout_engine_needs_only_sample_and_update_weights(tiny_folder: Path, tmp_path: Path) -> None:
     settings = small(tiny_folder, **{"train.num_iterations": 1, "train.eval_puzzles": 2})
     state, run = start(settings), Run.create(tmp_path, "fixed")
     trainer = assemble(settings, state, Reference.of(state.policy), run)
