@@ -51,7 +51,7 @@ def test_every_figure_by_hand() -> None:
     assert result.slices["needs parentheses"] == (0, 2)
     assert result.slices["no parentheses needed"] == (1, 2)
     assert result.slices["one solution"] == (0, 2)
-    assert result.interval == wilson(0.25, 3)  # variance 1/16 of the mean, 3/16 of a trial
+    assert result.interval == pytest.approx(wilson(0.25, 3))  # variance 1/16 of the mean, 3/16 of a trial
 
 
 def test_one_sample_has_no_pass_at_k() -> None:
