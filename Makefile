@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 # The tests start many processes: let the first one keep its compiled modules.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train test test-lowest faults long coverage lint peer extras elsewhere docs package clean vllm
+.PHONY: train test test-lowest faults long coverage lint peer extras elsewhere docs package clean vllm speed
 
 train: $(VENV)/installed
 	$(BIN)/countdown train $(ARGS)
@@ -43,6 +43,10 @@ lint: $(VENV)/installed-dev
 
 peer: $(VENV)/installed-peer
 	$(BIN)/python -m pytest -m peer $(ARGS)
+
+# Fails if sampling, the reference or an update has lost its lead over plain transformers code.
+speed: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/step.py --check
 
 # The files with tests that `make test` skips where a package of an extra is not installed.
 extras: $(VENV)/installed-extras
