@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias
 
 from grpo_cli.core.model import attention
-from grpo_cli.core.model.attention import BUCKET, WORTH, Decode, Packed, Prefill, num_shared, order
+from grpo_cli.core.model.attention import BUCKET, GROUP, WORTH, Decode, Packed, Prefill, num_shared, order
 
 HEADS, KEY_HEADS, WIDTH, SCALING = 4, 2, 8, 0.37
 CPU = torch.device("cpu")
@@ -149,10 +149,13 @@ def test_prefill_is_plain_causal_attention(shared: int) -> None:
         torch.testing.assert_close(talk.prefilled[prompt], expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("num_generations", [1, GROUP - 1, GROUP])
 @pytest.mark.parametrize("shared", [0, 1])
 @pytest.mark.parametrize("prompt_lengths", [[4, 7, 2], [5, 5, 5]])
-def test_decode_attends_to_the_real_prompt_and_to_its_own_tokens(prompt_lengths: list[int], shared: int) -> None:
-    talk = Conversation(prompt_lengths, num_generations=3, max_new_tokens=4, shared=shared)
+def test_decode_attends_to_the_real_prompt_and_to_its_own_tokens(
+    prompt_lengths: list[int], shared: int, num_generations: int
+) -> None:
+    talk = Conversation(prompt_lengths, num_generations, max_new_tokens=4, shared=shared)
     for _ in range(4):
         talk.step()
 

@@ -21,6 +21,7 @@ from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 BUCKET = 16  # completions of similar length that attend together in training; limits padding
+GROUP = 4  # completions of a prompt from which its keys are read often enough; sharing costs more than it saves
 WORTH = 4  # tokens that prompts must share to be computed once; the prompts of the self-check share seven
 
 
@@ -115,12 +116,21 @@ class Prefill:
         keys, values = (_behind(shared[layer], own[layer]) for shared, own in parts)
         return keys, values
 
+    def alone(self) -> Prefill:
+        """The same without shared tokens: each prompt has them."""
+        prefill = Prefill()
+        pairs = [self.whole(layer) for layer in range(len(self.keys))]
+        prefill.keys, prefill.values = [key for key, _ in pairs], [value for _, value in pairs]
+        return prefill
+
 
 class Decode:
     """One new token for each of P * G completions, which share their prompt's keys and have their own after it."""
 
     def __init__(self, prefill: Prefill, lengths: Tensor, *, num_generations: int, max_new_tokens: int) -> None:
         """`lengths` (P,): real tokens of each prompt; padding beyond is never attended to."""
+        if num_generations >= GROUP:
+            prefill = prefill.alone()
         self.shared = [
             (key[0].mT.contiguous(), value[0].contiguous())  # per layer (K, d, S), (K, S, d)
             for key, value in (zip(prefill.shared.keys, prefill.shared.values, strict=True) if prefill.shared else ())
