@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -48,11 +48,8 @@ def why(
     Example: countdown why run-1 --step 2 --sample 0
     """
     from grpo_cli.core.config.resolve import restore
-    from grpo_cli.core.files import check_writable, require_ending
-    from grpo_cli.core.run.folder import at, require_outside_runs
+    from grpo_cli.core.run.folder import at
     from grpo_cli.ui import why as show
-    from grpo_cli.ui.figures import require_drawable
-    from grpo_cli.ui.fork import write_fork
 
     chosen = _run(Path(resolve(ctx, config).settings.runs), run)
     settings = restore(chosen.read_config(), chosen.config_path).settings
@@ -67,24 +64,41 @@ def why(
         _diagnose(chosen, settings, as_json=as_json)
         return
     _require_in_step(settings, prompt, sample)
-    for path in filter(None, (html, figure)):
-        require_outside_runs(path, own=chosen)
-        check_writable(path, overwrite=overwrite)
-    if html:
-        require_ending(html, ".html", ".htm")
-    if figure:
-        require_drawable(figure)
+    _require_outputs(chosen, html, figure, overwrite=overwrite)
     data = show.explained(_replayed(chosen, step, losses=losses), chosen.name, prompt=prompt, sample=sample)
-    if html:
-        show.write_page(data, html)
-    if figure:
-        write_fork(data, figure)
+    _write(data, html, figure)
     if as_json:
         text.json_object(data)
     else:
         show.show(data)
     for path in filter(None, (html, figure)):
         text.note(f"written: {path}")
+
+
+def _require_outputs(run: Run, html: Path | None, figure: Path | None, *, overwrite: bool) -> None:
+    """Raise CountdownError if the page or the figure cannot be written."""
+    from grpo_cli.core.files import check_writable, require_ending
+    from grpo_cli.core.run.folder import require_outside_runs
+    from grpo_cli.ui.figures import require_drawable
+
+    for path in filter(None, (html, figure)):
+        require_outside_runs(path, own=run)
+        check_writable(path, overwrite=overwrite)
+    if html:
+        require_ending(html, ".html", ".htm")
+    if figure:
+        require_drawable(figure)
+
+
+def _write(data: dict[str, Any], html: Path | None, figure: Path | None) -> None:
+    """Write the page and the figure of an explained step."""
+    from grpo_cli.ui import why as show
+    from grpo_cli.ui.fork import write_fork
+
+    if html:
+        show.write_page(data, html)
+    if figure:
+        write_fork(data, figure)
 
 
 def _run(root: Path, name: str | None) -> Run:
