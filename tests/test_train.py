@@ -488,7 +488,8 @@ def test_sampling_anew_is_bounded_and_leaves_what_cannot_be_helped(
 
 
 def test_a_suite_is_evaluated_cell_by_cell_whatever_the_training_is_shown(tiny_folder: Path, tmp_path: Path) -> None:
-    settings = with_suite(tiny_folder, **{"train.prompt_style": "natural", "train.prompt_numbers": "4"})
+    flags = {"train.prompt_style": "natural", "train.prompt_numbers": "4", "train.eval_samples": 2}
+    settings = with_suite(tiny_folder, **flags)
     training, run, _ = trained(settings, tmp_path)
     assert {metric(name).name for line in run.metrics() for name in line} == {one.name for one in METRICS} - UNUSED
     found = run.evaluations()
