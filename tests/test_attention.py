@@ -62,7 +62,12 @@ def without_mask(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(attention, "maskless", lambda device: request.param)
 
 
-@pytest.mark.usefixtures("without_mask")
+@pytest.fixture(params=[1, 2, HEADS], ids=["one key head", "grouped", "as many key heads"])
+def key_heads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "KEY_HEADS", request.param)
+
+
+@pytest.mark.usefixtures("without_mask", "key_heads")
 @pytest.mark.parametrize("shared", [0, 2])
 @pytest.mark.parametrize("rows", [1, BUCKET, BUCKET + 1, 3 * BUCKET - 5])
 def test_packed_attention_is_that_of_each_prompt_and_completion_on_its_own(rows: int, shared: int) -> None:
@@ -138,7 +143,7 @@ class Conversation:
         self.rows = self.rows[torch.tensor(prompts)].gather(1, torch.tensor(slots))
 
 
-@pytest.mark.usefixtures("without_mask")
+@pytest.mark.usefixtures("without_mask", "key_heads")
 @pytest.mark.parametrize("shared", [0, 3])
 def test_prefill_is_plain_causal_attention(shared: int) -> None:
     talk = Conversation([4, 7], num_generations=1, max_new_tokens=1, shared=shared)
@@ -149,6 +154,7 @@ def test_prefill_is_plain_causal_attention(shared: int) -> None:
         torch.testing.assert_close(talk.prefilled[prompt], expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.usefixtures("key_heads")
 @pytest.mark.parametrize("num_generations", [1, GROUP - 1, GROUP])
 @pytest.mark.parametrize("shared", [0, 1])
 @pytest.mark.parametrize("prompt_lengths", [[4, 7, 2], [5, 5, 5]])

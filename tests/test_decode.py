@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoModelForCausalLM
 
 from grpo_cli.core.model import attention, llama
+from grpo_cli.core.model.attention import GROUP, WORTH, num_shared
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.rollout import decode as sampler_module
@@ -227,13 +228,15 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("as_on_cuda")
+@pytest.mark.parametrize(("repeats", "generations"), [(1, 32), (11, GROUP - 1)], ids=["own keys", "shared keys"])
 def test_scores_in_the_hundreds_decode_in_bfloat16_as_in_float32_and_as_the_trainer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repeats: int, generations: int
 ) -> None:
     policy = load(str(with_qwens_biases(tmp_path)), device="cpu", precision="bf16")
-    prompts = encoded(policy)
-    found = rolled(policy, prompts, static=False, generations=32, tokens=2)
-    sequences = Sequences(prompts, found.completions, [row // 32 for row in range(96)])
+    prompts = encoded(policy) * repeats
+    assert num_shared(prompts) >= WORTH
+    found = rolled(policy, prompts, static=False, generations=generations, tokens=2)
+    sequences = Sequences(prompts, found.completions, [row // generations for row in range(len(found.completions))])
     trained = policy.logprobs(sequences, temperature=1.3)[0]
     decoded: Callable[..., Tensor] = attention._decoded
 
@@ -244,7 +247,7 @@ def test_scores_in_the_hundreds_decode_in_bfloat16_as_in_float32_and_as_the_trai
         return decoded(*tree_map(as_float32, tensors)).bfloat16()
 
     monkeypatch.setattr(attention, "_decoded", in_float32)
-    exact = rolled(policy, prompts, static=False, generations=32, tokens=2)
+    exact = rolled(policy, prompts, static=False, generations=generations, tokens=2)
     assert {len(row) for row in (*found.completions, *exact.completions)} == {2}
     second, other = (torch.tensor(one.logprobs)[:, 1] for one in (found, exact))
     same = [ours == theirs for ours, theirs in zip(found.completions, exact.completions, strict=True)]
