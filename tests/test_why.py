@@ -198,3 +198,13 @@ def test_groups_of_equal_rewards_are_pulled_by_a_kl_above_0_alone(beta: float, k
     groups = [SimpleNamespace(learns=False)] * 2
     replay: Any = SimpleNamespace(groups=groups, loss=a_loss(beta=beta), logged={"kl": kl}, completions=[])
     assert words in view._gradient_sentence(replay)
+
+
+@pytest.mark.parametrize(
+    ("updates", "words"), [([], "the weights stay as they were"), ([object()], "moved log-probabilities by 0.5")]
+)
+def test_a_step_without_a_gradient_moves_nothing(updates: list[object], words: str) -> None:
+    """What the sampler's and the trainer's log-probabilities differ by is no change."""
+    group, rows = SimpleNamespace(fork=None, change=0.5), [SimpleNamespace(updates=updates)]
+    replay: Any = SimpleNamespace(groups=[group], instructive=0, completions=rows)
+    assert words in view._change_sentence(replay)

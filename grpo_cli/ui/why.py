@@ -108,7 +108,9 @@ def _loss_sentence(replay: Replay) -> str:
 def _change_sentence(replay: Replay) -> str:
     group = replay.groups[replay.instructive]
     if (parting := group.fork) is None:
-        return f"No group has better and worse completions; the step moved log-probabilities by {group.change:.2g}."
+        moved = any(one.updates for one in replay.completions)
+        change = f"the step moved log-probabilities by {group.change:.2g}" if moved else "the weights stay as they were"
+        return f"No group has better and worse completions; {change}."
     chances, piece = group.chances(parting), _piece(group, parting, parting.better.samples[0])
     before, after = chances["sampled"][0], chances["after"][0]
     return (
