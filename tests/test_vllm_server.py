@@ -1,6 +1,7 @@
 """A vLLM server as the engine, against a small fake of it; `pytest -m vllm` has the real one."""
 
 import copy
+import gc
 import json
 import os
 import signal
@@ -255,6 +256,23 @@ def test_a_hanging_server_is_lost_after_the_timeout(tiny_policy: Policy, server:
     with pytest.raises(EngineLost, match="does not answer: timed out"):
         engine.sample(encoded(tiny_policy), SamplingParams(4, 0.0), uniform=None)
     assert time.perf_counter() - start < 1.5
+
+
+def test_a_reply_that_stops_halfway_is_one_sentence_and_leaves_no_socket_open() -> None:
+    def ask(listener: socket.socket) -> None:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(Server(url, 0.5).ask, "server_info")
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\n{")
+                with pytest.raises(EngineLost, match="does not answer: timed out") as caught:
+                    asked.result()
+        assert caught.tb  # it refers to this frame and the frame to it: only the collector frees what they hold
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ask(listener)
+    gc.collect()  # a socket that is still open warns here
 
 
 def test_a_cache_of_old_weights_is_noticed(tiny_policy: Policy, server: FakeServer) -> None:

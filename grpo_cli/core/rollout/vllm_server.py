@@ -63,8 +63,8 @@ class Server:
             sent = None if body is None else json.dumps(body)
             headers = {"Content-Type": "application/json"}
             connection.request("GET" if sent is None else "POST", f"{parts.path}/{path}", sent, headers)
-            response = connection.getresponse()
-            text = response.read()
+            with connection.getresponse() as response:
+                text = response.read()
         except (OSError, HTTPException) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise EngineLost(f"vLLM at `{self.url}` does not answer: {reason}", hint, exit_code=1) from error
