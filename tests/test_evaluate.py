@@ -206,7 +206,7 @@ def test_a_suite_is_evaluated_as_its_cells_would_be(tiny_policy: Policy) -> None
     found = evaluator.evaluate_suite(asked, weights, progress=lambda done, total: told.append((done, total)))
     alone = [evaluator.evaluate(asked[cell], style=cell.style, split=cell.split) for cell in cells]
     assert found.cells == alone
-    assert told == [(2, 8), (4, 8), (5, 8), (7, 8), (8, 8)]
+    assert told == [(2, 8), (4, 8), (6, 8), (8, 8)]  # the third batch holds puzzles of both cells
     assert found.decoding == {"samples": 1, "temperature": 0.0, "max_new_tokens": 8}
     hashes = {found.protocol, *(result.protocol for result in alone)}
     assert len(hashes) == 3 and replace(found, cells=alone[:1]).protocol == alone[0].protocol

@@ -142,13 +142,13 @@ def test_a_pipe_hears_of_every_phase_over_two_seconds_and_then_now_and_again() -
     console, clock = pipe(), Clock()
     view = TrainingView(40, console=console, clock=clock)
     for clock.now, token in [(100, 1), (101, 10), (103, 30), (110, 90), (119, 180)]:
-        view.progress("evaluating val 3 one-shot, cell 1 of 2, 0 of 64 puzzles done: token", token, 360)
+        view.progress("evaluating, 0 of 64 puzzles done: token", token, 360)
     view.evaluated(Validated(0, 0.4, 64, (0.3, 0.5)))
     for clock.now, step in [(120, 1), (123, 2), (130, 3)]:
         view.progress(f"warm start: loss 0.{step}00, step", step, 12)
     for clock.now in (131, 140):  # a step says one line, unless it is slow
         view.progress("sampling token", 3, 360)
-    place = "evaluating val 3 one-shot, cell 1 of 2, 0 of 64 puzzles done: token"
+    place = "evaluating, 0 of 64 puzzles done: token"
     assert written(console).splitlines() == [
         f"{place} 30 of 360",
         f"{place} 180 of 360",
@@ -163,10 +163,10 @@ def test_a_pipe_hears_of_every_phase_over_two_seconds_and_then_now_and_again() -
 def test_before_the_first_step_the_picture_says_what_runs_and_has_no_empty_table() -> None:
     clock = Clock()
     view = TrainingView(40, console=pipe(), clock=clock)
-    view.progress("evaluating val 3 one-shot, cell 1 of 2, 0 of 64 puzzles done: token", 30, 360)
+    view.progress("evaluating, 0 of 64 puzzles done: token", 30, 360)
     lines = picture(view)
     assert lines[0].startswith("starting model ")
-    assert lines[1] == "evaluating val 3 one-shot, cell 1 of 2, 0 of 64 puzzles done: token 30 of 360"
+    assert lines[1] == "evaluating, 0 of 64 puzzles done: token 30 of 360"
     assert not any("reward" in line for line in lines)
 
 

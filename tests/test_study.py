@@ -125,7 +125,7 @@ def test_the_example_files_are_studies() -> None:
         *BUGS,
     }
     study = read_study(examples / "study.toml")
-    assert len(study.conditions) == 14 and study.conditions["grpo"]["train.num_iterations"] == 8
+    assert len(study.conditions) == 14 and study.conditions["grpo"]["train.num_iterations"] == 4
 
 
 Lines = list[Sequence[str]]

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evals.contamination import Known, overlap
@@ -298,21 +298,33 @@ class Evaluator:
 
         `numbers` is the size in the cell's name, by default that of all puzzles.
         """
-        model, params, total = self.engine.policy.name, self.params, len(puzzles)
-        mine, size = self.world.share(total), max(1, self.batch_size // params.num_generations)
+        cell = Cell(split, common_size(puzzles) if numbers is None else numbers, style)
+        return self.evaluate_cells({cell: puzzles}, progress=progress)[cell]
+
+    def evaluate_cells(
+        self, puzzles: Mapping[Cell, Sequence[Problem]], *, progress: Progress = lambda *_: None
+    ) -> dict[Cell, Evaluation]:
+        """Evaluate on the puzzles of several cells, which share batches."""
+        model, params = self.engine.policy.name, self.params
+        asked = [(cell.style, index, puzzle) for cell, own in puzzles.items() for index, puzzle in enumerate(own)]
+        mine, size = self.world.share(len(asked)), max(1, self.batch_size // params.num_generations)
 
         def complete() -> list[list[Completion]]:
-            own: list[list[Completion]] = []
+            done: list[list[Completion]] = []
             for start in range(0, len(mine), size):
-                own += self._complete(puzzles, mine[start : start + size], style)
-                progress(min(len(own) * self.world.size, total), total)
-            return own
+                done += self._complete([asked[place] for place in mine[start : start + size]])
+                progress(min(len(done) * self.world.size, len(asked)), len(asked))
+            return done
 
         self.engine.update_weights()
-        rows = [row for part in self.world.gather(self.world.agree(complete)) for row in part]
+        rows = iter(row for part in self.world.gather(self.world.agree(complete)) for row in part)
         decoding = (params.num_generations, params.temperature, params.max_new_tokens, self.seed)
-        numbers = common_size(puzzles) if numbers is None else numbers
-        return Evaluation(model, split, style, numbers, *decoding, rows, self.known, self.task)
+
+        def result(cell: Cell, count: int) -> Evaluation:
+            named = (model, cell.split, cell.style, cell.numbers)
+            return Evaluation(*named, *decoding, list(islice(rows, count)), self.known, self.task)
+
+        return {cell: result(cell, len(own)) for cell, own in puzzles.items()}
 
     def evaluate_suite(
         self,
@@ -322,31 +334,26 @@ class Evaluator:
         progress: Progress = lambda *_: None,
     ) -> SuiteResult:
         """Evaluate every cell; `progress` counts the puzzles of all cells."""
-        start, total, cells = time.perf_counter(), sum(map(len, puzzles.values())), list[Evaluation]()
-
-        def advance(done: int, _: int) -> None:
-            progress(sum(result.count for result in cells) + done, total)
-
-        for cell, asked in puzzles.items():
-            cells.append(
-                self.evaluate(asked, style=cell.style, split=cell.split, numbers=cell.numbers, progress=advance)
-            )
+        start = time.perf_counter()
+        cells = [*self.evaluate_cells(puzzles, progress=progress).values()]
         return SuiteResult(self.engine.policy.name, cells, weights, time.perf_counter() - start)
 
-    def _complete(self, puzzles: Sequence[Problem], indices: Sequence[int], style: str) -> list[list[Completion]]:
-        """The scored completions of the puzzles at `indices`, a list for each."""
-        params, chosen = self.params, [puzzles[index] for index in indices]
+    def _complete(self, asked: Sequence[tuple[str, int, Problem]]) -> list[list[Completion]]:
+        """The scored completions of each (style, index in its cell, puzzle)."""
+        params, encode, prompt = self.params, self.engine.policy.encode, self.task.prompt
+        indices, tokens = [index for _, index, _ in asked], params.max_new_tokens
         rollout = self.engine.sample(
-            [self.engine.policy.encode(self.task.prompt(puzzle, style)) for puzzle in chosen],
+            [encode(prompt(puzzle, style)) for style, _, puzzle in asked],
             params,
-            uniform=None
-            if params.greedy
-            else uniforms(self.seed, 0, indices, params.num_generations, params.max_new_tokens),
+            uniform=None if params.greedy else uniforms(self.seed, 0, indices, params.num_generations, tokens),
             micro_batch=self.micro_batch,
             on_token=self.on_token,
         )
         rows = zip(rollout.completions, rollout.truncated, strict=True)
-        return [[self._score(puzzle, style, *next(rows)) for _ in range(params.num_generations)] for puzzle in chosen]
+        return [
+            [self._score(puzzle, style, *next(rows)) for _ in range(params.num_generations)]
+            for style, _, puzzle in asked
+        ]
 
     def _score(self, puzzle: Problem, style: str, tokens: list[int], truncated: bool) -> Completion:
         text = self.engine.policy.decode(tokens)

@@ -115,7 +115,7 @@ class Trainer:
             if self.context.any_stopped():
                 raise Interrupted
             self._check_health()
-        return evaluation or self.validation.evaluate(self.validation.val)
+        return evaluation or self.validation.evaluate(self.validation.val)[self.validation.val.name]
 
     def step(self, number: int, watch: Watch | None = None) -> StepResult:
         """Take a step, but log and save nothing. `watch` receives the terms of its loss."""

@@ -45,9 +45,9 @@ class Validation:
     def run(self) -> dict[str, Evaluation]:
         """Evaluate every cell, the val cell first."""
         with self.clock.phase("eval"):
-            results = {one.name: self.evaluate(one) for one in (self.val, *self.dev)}
+            results = self.evaluate(self.val, *self.dev)
             with self.clock.phase("suite"):
-                results |= {one.name: self.evaluate(one) for one in self.puzzles if one.name not in results}
+                results |= self.evaluate(*(one for one in self.puzzles if one.name not in results))
         return results
 
     def metrics(self, results: Mapping[str, Evaluation]) -> dict[str, float]:
@@ -66,29 +66,27 @@ class Validation:
         if not self.sampling.num_generations:
             return {}
         with self.clock.phase("eval"):
-            result = self.evaluate(self.val, self.sampling)
+            result = self.evaluate(self.val, sampling=self.sampling)[self.val.name]
         solved = result.accuracy if result.pass_at_k is None else result.pass_at_k
         bounds = dict(zip(("val_sampled_low", "val_sampled_high"), result.interval, strict=True))
         return {"val_sampled": result.accuracy, **bounds, "val_pass_at_k": solved}
 
-    def evaluate(self, one: Cell, sampling: SamplingParams | None = None) -> Evaluation:
-        """Evaluate one cell, greedily unless `sampling` says how."""
-        place = f"evaluating {one.name}, cell {[*self.puzzles].index(one) + 1} of {len(self.puzzles)}"
-        place, puzzles = f"sampling {one.name}" if sampling else place, 0
+    def evaluate(self, *cells: Cell, sampling: SamplingParams | None = None) -> dict[str, Evaluation]:
+        """Evaluate these cells, greedily unless `sampling` says how; the results by the cells' names."""
+        doing, puzzles = "sampling" if sampling else "evaluating", {one: self.puzzles[one] for one in cells}
+        done, total = 0, sum(map(len, puzzles.values()))
 
-        def advance(done: int, _: int) -> None:
-            nonlocal puzzles
-            puzzles = done
+        def advance(count: int, _: int) -> None:
+            nonlocal done
+            done = count
 
         def on_token(token: int) -> None:
-            phase = f"{place}, {puzzles} of {len(self.puzzles[one])} puzzles done: token"
+            phase = f"{doing}, {done} of {total} puzzles done: token"
             self.context.observer.progress(phase, token, self.evaluator.params.max_new_tokens)
             self.context.poll()
 
         evaluator = replace(self.evaluator, params=sampling or self.evaluator.params, on_token=on_token)
-        return evaluator.evaluate(
-            self.puzzles[one], style=one.style, split=one.split, numbers=one.numbers, progress=advance
-        )
+        return {one.name: result for one, result in evaluator.evaluate_cells(puzzles, progress=advance).items()}
 
 
 def _on_dev(weights: Mapping[str, float]) -> dict[Cell, float]:

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from itertools import product
 from typing import get_args
 
-from grpo_cli.core.task.prompts import STYLES, Style
+from grpo_cli.core.task.prompts import STYLES
 from grpo_cli.core.task.task import Split
 
 SIZES = range(2, 7)  # numbers per puzzle
@@ -28,7 +28,7 @@ class Cell:
 
     split: Split
     numbers: int
-    style: Style
+    style: str
 
     @property
     def name(self) -> str:
