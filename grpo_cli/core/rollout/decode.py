@@ -20,7 +20,7 @@ from grpo_cli.core.model.packed import PackedPath
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.rollout.params import SamplingParams
 
-DROP_BELOW = 0.8  # finished rows are dropped once live ones fit in this share of the batch
+DROP_BELOW = 0.95  # finished rows are dropped once live ones fit in this share of the batch
 CHECK_EVERY = 8  # steps between checks whether all rows have finished; each check synchronizes a GPU
 ROUNDED = 32  # static prompt lengths are multiples of this, to need few shapes
 BLOCK = 128  # block size for sampling from a vocabulary of at least LARGE; divides Qwen's
