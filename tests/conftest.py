@@ -139,16 +139,10 @@ def run_here(folder: Path, *arguments: object) -> None:
 
 
 @pytest.fixture
-def countdown(
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> Command:
+def countdown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
     """Run `countdown ARGUMENTS` in an empty folder; trainings draw no curves, half the time of a small one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(artifacts, "draw", lambda *_: [])
-    monkeypatch.setattr(Path, "home", lambda: tmp_path_factory.getbasetemp())  # where outcomes of self-checks are kept
     for name in [name for name in os.environ if name.startswith("COUNTDOWN_")]:
         monkeypatch.delenv(name)
 

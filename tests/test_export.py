@@ -338,14 +338,6 @@ def test_plots_ignore_the_backend_of_a_notebook(backend: str, trained: Command, 
     assert done.returncode == 0, done.stderr.decode()
 
 
-def test_a_user_without_a_home_folder_can_use_a_model(countdown: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "home", fail)
-    assert countdown("solve", "4 7 3 = 14").code in (0, 1)
-
-
 @pytest.mark.parametrize("hub", [True], indirect=True)
 def test_a_refused_push_is_one_sentence_and_leaves_the_folder_whole(trained: Command, hub: Hub, tmp_path: Path) -> None:
     for _ in range(2):

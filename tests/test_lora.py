@@ -39,11 +39,6 @@ def logprobs(policy: Policy) -> torch.Tensor:
     return policy.logprobs(SEQUENCES, temperature=0.8)[0].detach()
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
-
-
 @pytest.mark.parametrize("nf4", [False, True])
 def test_adapter_separate_and_merged_weights_and_peft_itself_agree(
     nf4: bool, tiny_folder: Path, tmp_path: Path

@@ -56,8 +56,6 @@ def on_device(
     checkpointing: bool = False, optimizer: str = "adamw", path: str,
 ) -> None:  # fmt: skip
     notes: list[str] = []
-    monkeypatch.setattr(selfcheck, "_read", lambda _: {})
-    monkeypatch.setattr(selfcheck, "_write", lambda *_: None)
     with pretended(kind, monkeypatch, fused=path == "fused"):
         policy = selfcheck.load_checked(
             str(folder), name="tiny", device=kind, precision=precision, gradient_checkpointing=checkpointing,

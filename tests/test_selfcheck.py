@@ -1,6 +1,5 @@
 """Each architecture computes what transformers computes, on the fastest path that does, or is refused by a sentence."""
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import SHORT, WINDOW, loaded, tiny_model
-from conftest import save_tiny_model
 from transformers import (
     BertConfig,
     BertLMHeadModel,
@@ -35,7 +33,6 @@ from transformers import (
 
 from grpo_cli.core import model as model_package
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.model.load import load
 from grpo_cli.core.model.packed import PackedPath
 from grpo_cli.core.model.plain import PlainPath
 from grpo_cli.core.model.policy import Policy, Sequences, checkpoint_layers
@@ -162,9 +159,8 @@ def test_positions_that_end_are_refused_beyond_their_end() -> None:
         LocalEngine(policy).sample(SHORT, SamplingParams(54), uniform=None)
 
 
-def test_nothing_is_said_of_a_model_on_the_fastest_path(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_said_of_a_model_on_the_fastest_path(tiny_folder: Path) -> None:
     notes: list[str] = []
-    monkeypatch.setattr(selfcheck, "_read", lambda _: {})
     selfcheck.load_checked(str(tiny_folder), name="tiny", device="cpu", precision="float32", note=notes.append)
     assert notes == []
 
@@ -172,34 +168,6 @@ def test_nothing_is_said_of_a_model_on_the_fastest_path(tiny_folder: Path, monke
 def test_a_reference_stays_on_its_path() -> None:
     policy, _ = checked(as_loaded(windowed()), SHORT)
     assert Reference.of(policy).policy.path == PlainPath()
-
-
-def test_an_outcome_is_computed_once_for_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = load(str(save_tiny_model(tmp_path / "model")), device="cpu", precision="float32")
-    cache = tmp_path / "deep" / "cache.json"
-    _, first = checked(policy, cache=cache)
-    monkeypatch.setattr(selfcheck, "_gap", lambda *_, **__: pytest.fail("checked again"))
-    again, second = checked(policy, cache=cache)
-    assert second == first and again.path == PackedPath()
-    (key,) = json.loads(cache.read_text())
-    next(policy.model.parameters()).data.mul_(2)
-    assert selfcheck._key(policy, checkpointing=False) != key
-
-
-@pytest.mark.parametrize("content", ["noise", "[]", '{"a": 3}', '{"a": {"path": "other"}}'])
-def test_a_damaged_cache_is_ignored(
-    tmp_path: Path, tiny_policy: Policy, content: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache = tmp_path / "cache.json"
-    cache.write_text(content)
-    assert checked(tiny_policy, cache=cache)[1].path == "packed"
-    monkeypatch.setattr(selfcheck, "_gap", lambda *_, **__: pytest.fail("checked again"))
-    assert checked(tiny_policy, cache=cache)[1].path == "packed"
-
-
-def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path: Path, tiny_policy: Policy) -> None:
-    (tmp_path / "file").write_text("")
-    assert checked(tiny_policy, cache=tmp_path / "file" / "cache.json")[1].path == "packed"
 
 
 def test_fused_kernels_that_do_not_run_are_left_in_one_line(
