@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_cli.core.builtin.recipe import IGNORED, Recipe, RowMaker, build_tokenizer, impatient, patient
-from grpo_cli.core.builtin.traces import drill, failure, form_tree, line, reduce, search, trace, write
+from grpo_cli.core.builtin.traces import drill, form_tree, line, reduce, search, trace, write
 from grpo_cli.core.evals.evaluate import Evaluator
 from grpo_cli.core.model.load import BUILTIN, load
 from grpo_cli.core.rollout.local import LocalEngine
@@ -100,22 +100,6 @@ def test_a_verdict_follows_its_target_at_once(tokenizer: Any) -> None:
         tokenizer.decode([token]) for token in tokenizer("= 18, need 22. No.\n= 22, need 22. Yes!\n")["input_ids"]
     ]
     assert tokens == ["=", " 18", ", need", " 22", ". No.\n", "=", " 22", ", need", " 22", ". Yes!\n"]
-
-
-@pytest.mark.parametrize(
-    ("text", "kind"),
-    [
-        ("2 + 4 + 6 = 6 + 6 = 12, need 36. No.\nI give up.", "gave up"),
-        ("(2 + 4) * 6 = 6 * 6 = 35, need 36. No.\nI give up.", "slip"),
-        ("2 * 4 * 6 = 8 * 6 = 48, need 36. Yes!", "false claim"),
-        ("(4 + 2) * 4 = 6 * 4 = 36, need 36. Yes!", "wrong numbers"),
-        ("2 * 4 * 6 = 8 * 6 = 36, need 36. Yes!", "slip"),
-        ("hm", "other"),
-    ],
-)
-def test_failures_by_kind(text: str, kind: str) -> None:
-    assert failure(text, Puzzle((2, 4, 6), 36), truncated=False) == kind
-    assert failure(text, Puzzle((2, 4, 6), 36), truncated=True) == "truncated"
 
 
 def test_nothing_imitated_is_a_val_puzzle(tokenizer: Any) -> None:

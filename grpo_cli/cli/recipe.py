@@ -6,27 +6,24 @@ Writes the model where `builtin` is loaded from, then measures its accuracy, whi
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from pathlib import Path
-from typing import cast
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from grpo_cli.core.builtin.recipe import Recipe, make, stages
-from grpo_cli.core.builtin.traces import failure
 from grpo_cli.core.evals.evaluate import Evaluation, Evaluator
 from grpo_cli.core.model.load import BUILTIN, load
 from grpo_cli.core.rollout.local import LocalEngine
 from grpo_cli.core.rollout.params import SamplingParams
 from grpo_cli.core.task.data import puzzle_set
-from grpo_cli.core.task.puzzle import Puzzle, Side
+from grpo_cli.core.task.puzzle import Side
 from grpo_cli.ui import text as show
 
 MAX_NEW_TOKENS = 400
 
 
 def main() -> None:
-    """Run the recipe from scratch, save the model, and print its accuracy and the reasons of its failures."""
+    """Run the recipe from scratch, save the model, and print its accuracy."""
     arguments = argparse.ArgumentParser(prog="python -m grpo_cli.cli.recipe", description=main.__doc__)
     arguments.add_argument("--out", type=Path, default=BUILTIN, help="folder to write (default: the package's own)")
     arguments.add_argument("--seed", type=int, default=Recipe.seed)
@@ -55,12 +52,10 @@ def measure(folder: Path, split: Side, temperature: float) -> Evaluation:
 
 
 def report(result: Evaluation) -> None:
-    """Print one line of accuracy and one of the reasons of failures."""
-    wrong = [completion for row in result.completions for completion in row if not completion.score.correct]
-    kinds = Counter(failure(item.text, cast(Puzzle, item.puzzle), truncated=item.truncated) for item in wrong)
+    """Print the accuracy and the reasons of the scores."""
     decoding = f"temperature {result.temperature:g}" if result.temperature else "greedy"
-    shares = ", ".join(f"{kind} {count / result.count:.1%}" for kind, count in kinds.most_common())
-    show.note(f"{result.split}, {decoding}: {result.accuracy:.1%} of {result.count} puzzles; failed: {shares}")
+    shares = ", ".join(f"{reason} {count / result.count:.1%}" for reason, count in result.reasons.items())
+    show.note(f"{result.split}, {decoding}: {result.accuracy:.1%} of {result.count} puzzles; {shares}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Added tokens are matched before the pre-tokenizer runs and are part of the file 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, trainers
@@ -42,18 +43,12 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> Qwen2Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
-    state = bpe.to_str()
-    merges, vocab = _merges_and_vocabulary(state)
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, eos_token=TURN_END, pad_token=END_OF_TEXT)
+    merges = [(left, right) for left, right in json.loads(bpe.to_str())["model"]["merges"]]
+    tokenizer = Qwen2Tokenizer(
+        vocab=bpe.get_vocab(with_added_tokens=False), merges=merges, eos_token=TURN_END, pad_token=END_OF_TEXT
+    )
     tokenizer.add_tokens([AddedToken(TURN_START, special=True, normalized=False)], special_tokens=True)
     numbers = [f"{space}{number}" for space in ("", " ") for number in range(LARGEST_NUMBER + 1)]
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in (*THINK, *ANSWER, *VERDICTS, *numbers)])
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
-
-
-def _merges_and_vocabulary(state: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
-    import json
-
-    model = json.loads(state)["model"]
-    return [(left, right) for left, right in model["merges"]], dict(model["vocab"])

@@ -14,10 +14,8 @@ from __future__ import annotations
 import ast
 import operator
 import random
-import re
 from collections.abc import Callable, Iterator, Sequence
 
-from grpo_cli.core.task.expression import Expression, parse
 from grpo_cli.core.task.prompts import Style
 from grpo_cli.core.task.puzzle import Puzzle
 
@@ -45,7 +43,6 @@ FOUR = (
 
 FORMS = {3: THREE, 4: FOUR}
 _SYMBOLS: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}
-_LINE = re.compile(r"(?P<expression>[^=]+) = .*?(?P<value>-?\d+), need \d+\. (?P<verdict>Yes!|No\.)")
 
 
 def form_tree(form: str, numbers: Sequence[int]) -> Tree:
@@ -163,33 +160,3 @@ def _operands(rng: random.Random) -> Tree:
     if kind < 0.9:
         return "-", rng.randint(1, 10), rng.randint(1, 100)
     return rng.choice("+-*"), rng.randint(-10, 100), rng.randint(1, 10)
-
-
-def failure(text: str, puzzle: Puzzle, *, truncated: bool) -> str:
-    """Why a completion is wrong, as far as its trace shows.
-
-    `gave up`: before a try that would have been correct. `slip`: wrong arithmetic hid a solution or faked one. `false
-    claim`: "Yes!" to a value that is not the target. `wrong numbers`: the claimed expression does not use the puzzle's
-    numbers.
-    """
-    if truncated:
-        return "truncated"
-    worked = [line for line in map(_LINE.fullmatch, text.splitlines()) if line]
-    tried = [(parse(line["expression"]), line) for line in worked]
-    if "I give up." in text:
-        hits = (_hits(expression, puzzle) for expression, _ in tried)
-        return "slip" if any(hits) else "gave up"
-    if not tried or tried[-1][1]["verdict"] != "Yes!":
-        return "other"
-    expression, claimed = tried[-1]
-    if claimed["value"] != str(puzzle.target):
-        return "false claim"
-    if expression is None or sorted(expression.numbers) != sorted(puzzle.numbers):
-        return "wrong numbers"
-    return "slip" if expression.value != puzzle.target else "other"
-
-
-def _hits(expression: Expression | None, puzzle: Puzzle) -> bool:
-    if expression is None or sorted(expression.numbers) != sorted(puzzle.numbers):
-        return False
-    return expression.value == puzzle.target
