@@ -88,12 +88,11 @@ class Load:
     def groups(self) -> Groups:
         return [(self.prompt_tokens, [self.tokens] * self.completions)] * self.prompts
 
-    def sample(self, engine: LocalEngine, *, static: bool = True, index: int = 0) -> Rollout:
+    def sample(self, engine: LocalEngine, *, index: int = 0) -> Rollout:
         return engine.sample(
             self.prompt_ids(),
             SamplingParams(self.tokens, TEMPERATURE, self.completions),
             uniform=uniforms(0, index, range(self.prompts), self.completions, self.tokens),
-            static=static,
         )
 
     def fused(self, fused: bool = True) -> Policy:
@@ -135,15 +134,15 @@ def gap(load: Load, path: str) -> float:
 
 def decode(load: Load, *, static: bool, fused: bool) -> dict[str, float]:
     """Milliseconds of a decode step of all rows, and of the prefill."""
-    engine = LocalEngine(load.fused(fused))
+    engine = LocalEngine(load.fused(fused), static=static)
     for _ in range(2):  # the first one captures the graph
-        seconds = load.sample(engine, static=static).seconds
+        seconds = load.sample(engine).seconds
     return {"ms a token": 1000 * seconds["decode"] / (load.tokens - 1), "prefill, ms": 1000 * seconds["prefill"]}
 
 
 def kernels(load: Load) -> list[tuple[str, int, float]]:
     """The kernels that take most time in a rollout: name, calls, milliseconds."""
-    engine = LocalEngine(load.fused())
+    engine = LocalEngine(load.fused(), static=True)
     load.sample(engine)
     with torch.profiler.profile() as profiler:
         load.sample(engine)
@@ -177,7 +176,7 @@ def _rounds(load: Load, policy: Policy, micro_batch: MicroBatch) -> list[Seconds
     reference, optimizer = Reference.of(policy), build_optimizer(policy, name="auto", weight_decay=0.0)
     for group in optimizer.param_groups:
         group["lr"] = LEARNING_RATE
-    prompts, engine, rounds = load.prompt_ids(), LocalEngine(policy), list[Seconds]()
+    prompts, engine, rounds = load.prompt_ids(), LocalEngine(policy, static=True), list[Seconds]()
     prompt_index = [index for index in range(load.prompts) for _ in range(load.completions)]
     rewards = torch.rand(load.prompts, load.completions, generator=torch.Generator().manual_seed(1))
     objective, clock = Objective(LOSS, TEMPERATURE, load.tokens, clip_grad_norm=0.5), Clock()

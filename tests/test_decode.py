@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,11 +80,9 @@ def rolled(
 ) -> Rollout:  # fmt: skip
     """Sampled completions, or one greedy one of each prompt at temperature 0."""
     uniform = uniforms(1, step, range(len(prompts)), generations, tokens) if temperature else None
-    return LocalEngine(policy, [] if kept is None else kept).sample(
-        prompts,
-        SamplingParams(tokens, temperature, generations if temperature else 1),
-        uniform=uniform,
-        static=static,
+    engine = LocalEngine(policy, [] if kept is None else kept, static)
+    return engine.sample(
+        prompts, SamplingParams(tokens, temperature, generations if temperature else 1), uniform=uniform
     )
 
 
@@ -175,14 +172,12 @@ def test_static_log_probabilities_are_the_trainers_in_bfloat16_too(tiny_folder: 
     assert (logprobs[sequences.mask()] - sampled).abs().mean() < 0.1
 
 
-def test_what_is_streamed_is_what_is_sampled(tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_streamed_is_what_is_sampled(tiny_policy: Policy) -> None:
     policy = with_frequent_end(tiny_policy)
     prompt = encoded(policy)[1]
     expected = rolled(policy, [prompt], static=False, temperature=0.0)
-    sampler = LocalEngine._sampler
     for static in (False, True):
-        monkeypatch.setattr(LocalEngine, "_sampler", partialmethod(sampler, static=static))
-        text = "".join(LocalEngine(policy).stream(prompt, SamplingParams(48), uniform=None))
+        text = "".join(LocalEngine(policy, static=static).stream(prompt, SamplingParams(48), uniform=None))
         assert text == policy.decode(expected.completions[0])
 
 

@@ -106,7 +106,7 @@ class Prefill:
         keys, values = self.whole(layer)
         if self.bias is None:
             self.bias = _lower_right(key.shape[2], keys.shape[2], key.device)
-        return _after(query, keys, values, self.bias, scaling).transpose(1, 2)
+        return _attended(query, keys, values, self.bias, scaling).transpose(1, 2)
 
     def whole(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values (P, K, S + L, d) of a layer, those of the shared tokens repeated."""
@@ -280,15 +280,15 @@ class Packed:
         shared = [part[None].transpose(1, 2) for part in next(parts)] if self.shared else None  # (1, H or K, S, d)
         queries, prompt_keys, prompt_values = (self.prompts.pad(part).transpose(1, 2) for part in next(parts))
         if shared is not None:
-            attended.append(_causal(shared[0], shared[1], shared[2], scaling)[0].transpose(0, 1))
+            attended.append(_attended(shared[0], shared[1], shared[2], None, scaling)[0].transpose(0, 1))
             prompt_keys, prompt_values = _behind(shared[1], prompt_keys), _behind(shared[2], prompt_values)
-        of_prompts = _after(queries, prompt_keys, prompt_values, self.bias, scaling)
+        of_prompts = _attended(queries, prompt_keys, prompt_values, self.bias, scaling)
         attended.append(self.prompts.unpad(of_prompts.transpose(1, 2)))
         for (rows, owner, reach, bias, alike), part in zip(self.buckets, parts, strict=True):
             queries, keys, values = (rows.pad(tensor).transpose(1, 2) for tensor in part)  # (R, H or K, C, d)
             keys = torch.cat([_of_owners(prompt_keys, owner, reach, alike), keys], dim=2)
             values = torch.cat([_of_owners(prompt_values, owner, reach, alike), values], dim=2)
-            attended.append(rows.unpad(_biased(queries, keys, values, bias, scaling).transpose(1, 2)))
+            attended.append(rows.unpad(_attended(queries, keys, values, bias, scaling).transpose(1, 2)))
         return torch.cat(attended)[None]  # (1, N, H, d)
 
 
@@ -328,11 +328,6 @@ def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor | Caus
     if maskless(device):
         return causal_lower_right(queries, keys)
     return torch.full((queries, keys), float("-inf"), device=device).triu(keys - queries + 1)
-
-
-def _after(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | CausalBias | None, scaling: float) -> Tensor:
-    """Causal attention of the last tokens; `bias` by `_lower_right`."""
-    return _causal(query, key, value, scaling) if bias is None else _biased(query, key, value, bias, scaling)
 
 
 def _of_owners(prompts: Tensor, owner: Tensor, reach: int, first: int | None) -> Tensor:
@@ -407,15 +402,13 @@ def _scores(queries: Tensor, keys: Tensor) -> Tensor:
     return torch.bmm(queries.float(), keys.float())
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Plain causal attention, each key-value head serving its H/K query heads."""
-    return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-
-
-def _biased(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> Tensor:
-    """Attention under a mask (R, 1, C, L + C) or a causal bias, each key-value head serving its H/K query heads."""
-    bias = bias if isinstance(bias, CausalBias) else bias.to(query.dtype)
-    return scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=True)
+def _attended(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | CausalBias | None, scaling: float) -> Tensor:
+    """Attention, causal or under a mask (R, 1, C, L + C) or a causal bias; a key head serves its H/K query heads."""
+    if isinstance(bias, Tensor) and not isinstance(bias, CausalBias):
+        bias = bias.to(query.dtype)
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, is_causal=bias is None, scale=scaling, enable_gqa=True
+    )
 
 
 def _cuts(labels: Sequence[int]) -> list[tuple[int, int]]:

@@ -32,6 +32,7 @@ class LocalEngine:
 
     policy: Policy
     samplers: list[StaticSampler] = field(default_factory=list)
+    static: bool | None = None  # whether to decode in place; None: on CUDA
 
     def update_weights(self) -> None:
         """Does nothing: it samples with the policy itself."""
@@ -43,14 +44,9 @@ class LocalEngine:
         *,
         uniform: Tensor | None,
         micro_batch: MicroBatch | None = None,
-        static: bool | None = None,
         on_token: Callable[[int], None] | None = None,
     ) -> Rollout:
-        """Sample completions of each prompt, greedily if `uniform` (P, G, T) is None.
-
-        `micro_batch` limits how many are decoded at once. `static` selects the sampler, by default static on CUDA.
-        `on_token` receives the length of the unfinished rows after each token; an exception it raises ends the rollout.
-        """
+        """As `Engine.sample`."""
         if not prompts:
             return Rollout([], [], [], {}, 0)
         micro_batch, size = micro_batch or MicroBatch(), params.num_generations
@@ -62,7 +58,6 @@ class LocalEngine:
                             prompts[some],
                             replace(params, num_generations=len(range(size)[generations])),
                             None if uniform is None else uniform[some, generations],
-                            static,
                             micro_batch,
                             on_token,
                         )
@@ -84,12 +79,11 @@ class LocalEngine:
         prompts: Sequence[list[int]],
         params: SamplingParams,
         uniform: Tensor | None,
-        static: bool | None,
         micro_batch: MicroBatch,
         on_token: Callable[[int], None] | None,
     ) -> Rollout:
         start = _now(self.policy)
-        sampler = self._sampler(prompts, params, uniform, static)
+        sampler = self._sampler(prompts, params, uniform)
         prefilled = _now(self.policy)
         for time in sampler.run():
             micro_batch.check()
@@ -111,21 +105,14 @@ class LocalEngine:
                     shown = text
         yield self.policy.decode(tokens)[len(shown) :]
 
-    def _sampler(
-        self,
-        prompts: Sequence[list[int]],
-        params: SamplingParams,
-        uniform: Tensor | None,
-        static: bool | None = None,
-    ) -> Sampler:
+    def _sampler(self, prompts: Sequence[list[int]], params: SamplingParams, uniform: Tensor | None) -> Sampler:
         """A sampler with the prompts prefilled. Raises CountdownError beyond the model's context."""
         policy, longest = self.policy, max(map(len, prompts))
         require_context(policy.name, policy.model.config, longest + params.max_new_tokens)
         if isinstance(policy.path, PlainPath):
             return PlainSampler(policy, prompts, params, uniform)
-        if static is None:
-            static = policy.device.type == "cuda" and can_step_in_place(policy)
-        if static:
+        in_place = policy.device.type == "cuda" and can_step_in_place(policy)
+        if in_place if self.static is None else self.static:
             form = Form(len(prompts), longest, params if uniform is not None else replace(params, temperature=0.0))
             return static_sampler(self.samplers, policy, prompts, form, uniform)
         return ShrinkingSampler(policy, prompts, params, uniform)
