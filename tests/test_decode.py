@@ -1,10 +1,8 @@
 """The static sampler: what it samples, that its step can be recorded, and that it lasts while the weights change."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -193,15 +191,6 @@ def test_longer_prompts_replace_the_sampler_of_their_own_kind(tiny_policy: Polic
     assert len(kept) == KEPT and training in kept
 
 
-def test_all_recordings_share_a_side_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuBLAS keeps a workspace for each stream."""
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
-    sampler_module._side_stream.cache_clear()
-    device = torch.device("cuda", 0)
-    assert sampler_module._side_stream(device) is sampler_module._side_stream(device)
-    sampler_module._side_stream.cache_clear()
-
-
 def with_qwens_biases(folder: Path) -> Path:
     """A model whose attention scores are in the hundreds, as in the first layers of Qwen2.5."""
     model = AutoModelForCausalLM.from_pretrained(save_tiny_model(folder, hidden_size=128))
@@ -289,37 +278,3 @@ def test_no_token_of_probability_zero_is_drawn_at_the_edge_of_a_block(vocabulary
     uniform = uniform.clamp(min=0).minimum(largest)
     tokens = _inverse_cdf(probabilities.expand(len(uniform), -1), uniform)
     assert bool((probabilities[tokens] > 0).all())
-
-
-class Streams:
-    """Streams of CUDA as torch keeps them, and a graph whose capture fails in the way of torch."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.current: Any = SimpleNamespace(wait_stream=lambda _: None)
-        monkeypatch.setattr(sampler_module, "_side_stream", lambda _: SimpleNamespace(wait_stream=lambda _: None))
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: self.current)
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
-        monkeypatch.setattr(torch.cuda, "stream", self.stream)
-        monkeypatch.setattr(torch.cuda, "graph", self.graph)
-
-    @contextmanager
-    def stream(self, stream: object) -> Iterator[None]:
-        before, self.current = self.current, stream
-        try:
-            yield
-        finally:
-            self.current = before
-
-    @contextmanager
-    def graph(self, _: object, *, stream: object) -> Iterator[None]:
-        self.current = stream
-        yield
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-
-def test_a_capture_that_fails_leaves_the_stream_that_was_current(monkeypatch: pytest.MonkeyPatch) -> None:
-    streams = Streams(monkeypatch)
-    before = streams.current
-    with pytest.raises(RuntimeError, match="capturing"):
-        sampler_module.record(lambda: None, torch.device("cuda"))
-    assert streams.current is before

@@ -10,7 +10,7 @@ from test_policy import gradients, ragged
 from grpo_cli.core.model import attention
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.rollout.decode import StaticSampler
+from grpo_cli.core.rollout.decode import StaticSampler, record
 from grpo_cli.core.task.prompts import SYSTEM
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -55,6 +55,15 @@ def test_the_memory_of_a_static_sampler_is_given_back(policy: Policy) -> None:
     assert len(kept) == 1
     kept.clear()
     assert torch.cuda.memory_allocated() < held
+
+
+def test_a_capture_that_fails_leaves_the_stream_that_was_current() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    before = torch.cuda.current_stream(device)
+    numbers = torch.ones(3, device=device)
+    with pytest.raises(RuntimeError):
+        record(lambda: print(numbers.sum().item()), device)
+    assert torch.cuda.current_stream(device) == before
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
