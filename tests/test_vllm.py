@@ -15,7 +15,7 @@ from grpo_cli.core.rollout.engine import uniforms
 from grpo_cli.core.rollout.local import LocalEngine
 from grpo_cli.core.rollout.make import make_engine
 from grpo_cli.core.rollout.params import SamplingParams
-from grpo_cli.core.rollout.vllm import VllmEngine, _parts
+from grpo_cli.core.rollout.vllm import VllmEngine
 from grpo_cli.core.task.prompts import prompt
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.world import World
@@ -36,14 +36,6 @@ def test_several_processes_are_refused(tiny_policy: Policy) -> None:
     with pytest.raises(CountdownError, match="runs in one process"):
         make_engine(tiny_policy, settings, max_new_tokens=8, world=World(1, 2))
     assert isinstance(make_engine(tiny_policy, resolve().settings, max_new_tokens=8), LocalEngine)
-
-
-def test_weights_that_vllm_merges_are_found_under_their_own_names() -> None:
-    assert _parts("model.layers.0.self_attn.qkv_proj.bias") == [
-        f"model.layers.0.self_attn.{part}_proj.bias" for part in "qkv"
-    ]
-    assert _parts("model.layers.1.mlp.gate_up_proj.weight")[1] == "model.layers.1.mlp.up_proj.weight"
-    assert _parts("model.norm.weight") == ["model.norm.weight"]
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,13 @@
 """vLLM as the engine: completions are sampled by another program, in this process, from copies of the weights.
 
-Before each rollout vLLM gets the policy's weights if they have changed, and its own sum of them is checked: a rollout
-of old weights is an error, not noise. Its log-probabilities are those of the sampling distribution, like ours, but not
-bit for bit: `sampler_gap` measures the difference, and `sampler_correction` corrects for it. On a CPU vLLM draws
-without a seed for each completion, so that a run cannot be repeated.
+Before each rollout vLLM gets the policy's weights if they have changed. Its own are set to zero first, and then the
+log-probabilities of a probe are compared: a rollout of old weights is an error, not noise. They are those of the
+sampling distribution, like ours, but not bit for bit: `sampler_gap` measures the difference, and `sampler_correction`
+corrects for it. On a CPU vLLM draws without a seed for each completion, so that a run cannot be repeated.
 """
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,12 +24,14 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model import lora
 from grpo_cli.core.model.load import require_context
-from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.rollout.engine import Rollout
+from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.model.templates import PROBE
+from grpo_cli.core.rollout.engine import EngineLost, Rollout
 from grpo_cli.core.rollout.params import SamplingParams
 
-SUMS = 1e-5  # relative difference of two sums of the same weights, in another order
-
+PROBED = SamplingParams(16, temperature=0.7)  # a temperature, so that raw log-probabilities are noticed
+GAP = {"float32": 1e-3}  # largest mean distance of the probe's log-probabilities, by precision; others: 0.1
+RESUME = "a training then continues with `--resume`"
 
 Completion = tuple[list[int], list[float], bool]  # token ids, log-probabilities, whether truncated
 
@@ -119,14 +120,18 @@ class VllmEngine(Vllm):
             for number in range(len(prompts))
         ]
 
+    @torch.no_grad()
     def update_weights(self) -> None:
-        """Start vLLM if it does not run, and hand over the policy's weights if they have changed."""
+        """Start vLLM if it does not run; hand over the policy's weights if they have changed, and compare a probe."""
         if self._llm is None:
             self._llm = self._start()
         sums = self.policy.sums()
         if sums != self._loaded:
+            self._llm.collective_rpc("reset_weights")
             self._load_weights()
-            self._require_same_weights()
+            prompt = self.policy.encode(PROBE)
+            ((probe,),) = self._generate([prompt], PROBED, torch.zeros(1, 1, 1), None)
+            require_same_weights(self.policy, prompt, probe, "vLLM")
             self._loaded = sums
 
     def _start(self) -> Any:
@@ -155,22 +160,19 @@ class VllmEngine(Vllm):
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(vllm_weights(self.policy))})
         self._llm.reset_prefix_cache()
 
-    def _require_same_weights(self) -> None:
-        """Raise CountdownError if vLLM's weights are not the policy's, by the sums of all that it has under a name."""
-        (theirs,) = self._llm.collective_rpc(_sums)
-        ours = {
-            name: (float(tensor.double().sum()), float(tensor.abs().sum()))
-            for name, tensor in vllm_weights(self.policy)
-        }
-        for name, total in theirs.items():
-            parts = [ours[part] for part in _parts(name) if part in ours]
-            expected, size = (sum(values) for values in zip(*parts, strict=True)) if parts else (total, 0.0)
-            if not math.isclose(total, expected, abs_tol=SUMS * size + 1e-6):
-                raise CountdownError(
-                    f"vLLM has other weights than the policy: `{name}` sums to {total:.6g}, not {expected:.6g}",
-                    "resume from the last checkpoint; if it happens again, use `--rollout local`",
-                    exit_code=1,
-                )
+
+def require_same_weights(policy: Policy, prompt: list[int], probe: Completion, server: str) -> None:
+    """Raise EngineLost if the log-probabilities of a completion by `server` are not the policy's."""
+    tokens, theirs, _ = probe
+    with policy.autocast():
+        ours, _ = policy.logprobs(Sequences([prompt], [tokens], [0]), temperature=PROBED.temperature)
+    gap = float((ours[0].cpu() - torch.tensor(theirs)).abs().mean())
+    if not gap <= GAP.get(policy.precision, 0.1):
+        raise EngineLost(
+            f"{server} has other weights than the policy: log-probabilities differ by {gap:.3g}",
+            f"let it serve the model `{policy.name}`, or use `--rollout local`; {RESUME}",
+            exit_code=1,
+        )
 
 
 def vllm_dtype(policy: Policy) -> torch.dtype:
@@ -196,20 +198,6 @@ def sampling(policy: Policy, params: SamplingParams, uniform: Tensor | None) -> 
         "detokenize": False,
         "seed": int(uniform.sum() * 2**40) % 2**31 if seeded and uniform is not None else None,
     }
-
-
-def _sums(worker: Any) -> dict[str, float]:
-    """The sum of each weight of a vLLM worker, without those that it keeps in another form, as its CPU kernels do."""
-    weights = worker.get_model().named_parameters()
-    return {name: float(weight.detach().double().sum()) for name, weight in weights if weight.numel()}
-
-
-def _parts(name: str) -> list[str]:
-    """The names of the weights that vLLM merges under a name."""
-    merged = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-    return next(
-        ([name.replace(joint, part) for part in parts] for joint, parts in merged.items() if joint in name), [name]
-    )
 
 
 def _completion(output: Any) -> Completion:

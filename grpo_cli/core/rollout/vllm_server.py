@@ -29,19 +29,24 @@ from torch import Tensor
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.fsdp import full
 from grpo_cli.core.model.attention import sum_dtype
-from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.model.templates import PROBE
 from grpo_cli.core.rollout.engine import EngineLost
 from grpo_cli.core.rollout.params import SamplingParams
-from grpo_cli.core.rollout.vllm import Completion, Vllm, sampling, vllm_weights
+from grpo_cli.core.rollout.vllm import (
+    PROBED,
+    RESUME,
+    Completion,
+    Vllm,
+    require_same_weights,
+    sampling,
+    vllm_weights,
+)
 from grpo_cli.core.world import World
 
 AT_ONCE = 128  # prompts sent at the same time
 POLL = 0.2  # seconds between polls for a signal
 ANSWER = 60.0  # seconds in which a server says how it is set up; its first completion compiles kernels
-PROBED = SamplingParams(16, temperature=0.7)  # a temperature, so that raw log-probabilities are noticed
-GAP = {"float32": 1e-3}  # largest mean distance of the probe's log-probabilities, by precision; others: 0.1
-RESUME = "a training then continues with `--resume`"
 RESTART = f"start it again; {RESUME}"
 
 
@@ -129,7 +134,8 @@ class ServerEngine(Vllm):
         with ExitStack() as stack:
             folder = self.world.agree(partial(self._write, stack))
             probe = self.world.gather(self.world.agree(partial(self._load, folder, prompt)))[0]
-        self._compare(prompt, probe)
+        assert probe is not None
+        require_same_weights(self.learner, prompt, probe, f"vLLM at `{self.server.url}`")
         self._loaded = sums
 
     def _write(self, stack: ExitStack) -> Path | None:
@@ -159,20 +165,6 @@ class ServerEngine(Vllm):
             raise EngineLost(f"vLLM at `{self.server.url}` keeps a cache of old weights", RESTART, exit_code=1)
         ask("update_weight_version", {"new_version": self._version})
         return self._complete(prompt, PROBED, torch.zeros(1))[0]
-
-    def _compare(self, prompt: list[int], probe: Completion | None) -> None:
-        """Raise EngineLost if the server's log-probabilities are not the policy's."""
-        assert probe is not None
-        tokens, theirs, _ = probe
-        with self.learner.autocast():
-            ours, _ = self.learner.logprobs(Sequences([prompt], [tokens], [0]), temperature=PROBED.temperature)
-        gap = float((ours[0].cpu() - torch.tensor(theirs)).abs().mean())
-        if not gap <= GAP.get(self.learner.precision, 0.1):
-            raise EngineLost(
-                f"vLLM at `{self.server.url}` has other weights than the policy: log-probabilities differ by {gap:.3g}",
-                f"start it with the model `{self.policy.name}`; {RESUME}",
-                exit_code=1,
-            )
 
     def _generate(
         self,
