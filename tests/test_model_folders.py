@@ -118,7 +118,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a small vocabulary": (a_hundred_words, "tokens, its model only 100"),
     "no template": (lambda f: (f / "chat_template.jinja").unlink(), "has no chat template"),
     "a megabyte": (a_template(BOTH + "{{ 'x' * 10**6 }}"), "makes 1,000,0"),
-    "no system message": (a_template(NO_SYSTEM + EACH), "rejects a system message: No system role!"),
+    "no system message": (a_template(NO_SYSTEM + EACH), "fails: No system role!"),
     "no turns": (a_template("{{ 1 / 0 }}"), "fails: division by zero"),
     "an attribute outside the sandbox": (a_template("{{ messages.__class__.__mro__[1] }}"), "fails: access to"),
     "an unknown function": (a_template("{{ nothing.here() }}"), "fails: 'nothing' is undefined"),

@@ -7,7 +7,6 @@ pre-tokenizer in `tokenizer.ggml.pre`: SmolLM2 would read `25` as one token but 
 from __future__ import annotations
 
 import hashlib
-import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -179,9 +178,6 @@ def _end_ids(facts: Mapping[str, Any]) -> list[int]:
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turn the readers' errors for a damaged file, which have no common base, into one sentence."""
-    noisy = logging.getLogger("transformers")
-    level = noisy.level
-    noisy.setLevel(logging.ERROR)
     try:
         yield
     except CountdownError:
@@ -191,5 +187,3 @@ def reading(path: Path) -> Iterator[None]:
         raise CountdownError(
             f"cannot read `{path}`: {reason[:200]}", "download the file again, or use the model's Hugging Face folder"
         ) from error
-    finally:
-        noisy.setLevel(level)
