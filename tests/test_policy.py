@@ -28,7 +28,7 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model import attention as attention_module
 from grpo_cli.core.model.load import fix_order, load, set_threads
 from grpo_cli.core.model.logprobs import token_logprobs
-from grpo_cli.core.model.policy import Policy, Sequences, _older_rotary, _write_older_rotary
+from grpo_cli.core.model.policy import Policy, Sequences, _write_older_rotary
 from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.rl import warm_start
 from grpo_cli.core.rl.warm_start import Lesson
@@ -444,18 +444,9 @@ def test_a_saved_model_has_the_rotary_settings_that_transformers_4_reads(
     assert torch.equal(first(input_ids=row).logits, second(input_ids=row).logits)
 
 
-def test_rotary_settings_by_kind_of_layer_are_written_for_transformers_4(tmp_path: Path) -> None:
-    rope = {
-        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-    }
-    assert _older_rotary({"rope_parameters": rope}) == {"rope_theta": 1e6, "rope_local_base_freq": 1e4}
-    assert _older_rotary({"rope_parameters": {**rope, "sliding_attention": None}}) == {"rope_theta": 1e6}
-
-
 @pytest.mark.parametrize("kind", ["gemma4_text", "beam", "llama"])
 def test_a_saved_config_is_read_as_it_was_before(kind: str, tmp_path: Path) -> None:
-    """Gemma 4 refuses settings of the older form, and Beam has a rotary table without an entry for a kind of layer."""
+    """The first two have rotary settings by kind of layer."""
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
     before = AutoConfig.from_pretrained(tmp_path).to_dict()
     _write_older_rotary(tmp_path / "config.json")

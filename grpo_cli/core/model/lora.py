@@ -44,8 +44,6 @@ class Lora:
         """The adapter in the settings, or None if there is none; CountdownError if others conflict."""
         model, train = settings.model, settings.train
         if not model.lora_rank:
-            if model.quantize != "none":
-                raise CountdownError("`--quantize` needs an adapter to train", "give `--lora-rank 16`")
             return None
         for package in ("peft", *(["bitsandbytes"] if model.quantize == "nf4" else [])):
             if find_spec(package) is None:

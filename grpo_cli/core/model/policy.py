@@ -8,13 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 import transformers
@@ -27,9 +26,6 @@ from grpo_cli.core.model.logprobs import Entropy
 from grpo_cli.core.model.templates import PROBE, encode, opening
 
 ATTENTION = "countdown_shared_prefix"
-
-Device = Literal["auto", "cuda", "mps", "cpu"]
-Precision = Literal["auto", "float32", "bf16-master", "bf16"]
 
 transformers.AttentionInterface.register(ATTENTION, shared_prefix_attention)
 transformers.utils.logging.set_verbosity_error()  # loading errors are checked and raised by this package
@@ -186,37 +182,15 @@ class Policy:
 
 
 def _write_older_rotary(path: Path) -> None:
-    """Add the rotary settings in the form that transformers 4 reads: it ignores `rope_parameters`.
-
-    A config that would then be read differently, with a warning or not at all, stays as it is.
-    """
-    text = path.read_text("utf-8")
-    config = json.loads(text)
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        part.update({key: value for key, value in _older_rotary(part).items() if part.get(key) is None})
-    before = transformers.AutoConfig.from_pretrained(path.parent).to_dict()
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
-    # What configs raise for settings that they do not know.
-    with suppress(ValueError, TypeError, KeyError, AttributeError, FutureWarning), warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)
-        after = transformers.AutoConfig.from_pretrained(path.parent).to_dict()
-        if all(after[key] == value for key, value in before.items()):
-            return
-    path.write_text(text, "utf-8")
-
-
-def _older_rotary(config: Mapping[str, Any]) -> dict[str, object]:
-    """The rotary settings of a config as transformers 4 names them."""
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict):
-        return {}
-    rope, local = (rope.get(kind) or rope for kind in ("full_attention", "sliding_attention"))
+    """Add the rotary settings in the form that transformers 4 reads: it ignores `rope_parameters`."""
+    config = json.loads(path.read_text("utf-8"))
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" not in rope:  # no rotary positions, or other ones by kind of layer
+        return
     older = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     if rope.get("rope_type", "default") != "default":
         older["rope_scaling"] = {key: value for key, value in rope.items() if key not in older}
-    if local is not rope and "rope_theta" in local:
-        older["rope_local_base_freq"] = local["rope_theta"]
-    return older
+    path.write_text(json.dumps(config | older, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def set_attention(model: transformers.PreTrainedModel, *, plain: bool) -> bool:
