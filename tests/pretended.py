@@ -1,8 +1,8 @@
 """Tensors on a device that is not here: they report `cuda` or `mps`, and hold their values on the CPU.
 
 An operator that mixes them with a CPU's tensors raises, as on the device; so does one that synchronizes in a captured
-step, and float64 on MPS. Triton's kernels run in its interpreter. Knows no speed, no memory and no kernel of the
-device's: attention is computed without flash.
+step, and float64 on MPS. Knows no speed, no memory and no kernel of the device's: attention is computed without flash,
+and Triton is missing.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from grpo_cli.core import model as model_package
 from grpo_cli.core.model import attention
 from grpo_cli.core.rollout import decode
 
@@ -27,7 +27,6 @@ aten = torch.ops.aten
 READS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten._unique2, aten.equal}
 MOVES = {aten._to_copy, aten.to, aten.copy_, aten._foreach_copy_}
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}  # with an index of either device
-KERNELS = ("_decode_attention", "_logprobs", "_logprobs_backward", "_swiglu", "_swiglu_backward")
 GIGABYTES = 24 * 10**9
 
 
@@ -200,8 +199,8 @@ def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None
 
 
 @contextmanager
-def pretended(kind: str, monkeypatch: pytest.MonkeyPatch, *, fused: bool = False) -> Iterator[None]:
-    """A machine with one device of this kind, `cuda` or `mps`; `fused`: with Triton."""
+def pretended(kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine with one device of this kind, `cuda` or `mps`."""
     import bitsandbytes  # noqa: F401 (looks for CUDA when it is imported)
 
     monkeypatch.setattr(State, "kind", kind)
@@ -231,10 +230,8 @@ def pretended(kind: str, monkeypatch: pytest.MonkeyPatch, *, fused: bool = False
             monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
         monkeypatch.setattr(torch.cuda, "_initialized", True)
         monkeypatch.setattr(torch.cuda, "device", lambda *_: nullcontext())
-        if fused:
-            interpret_on_values(monkeypatch)
-        else:
-            monkeypatch.setitem(sys.modules, "grpo_cli.core.model.kernels", None)
+        monkeypatch.delattr(model_package, "kernels", raising=False)
+        monkeypatch.setitem(sys.modules, "grpo_cli.core.model.kernels", None)
     else:
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
         monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: GIGABYTES)
@@ -252,39 +249,3 @@ def pretended(kind: str, monkeypatch: pytest.MonkeyPatch, *, fused: bool = False
             yield
     finally:
         torch._C._set_only_lift_cpu_tensors(False)
-
-
-def interpret_on_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels take tensors of the device alone. The interpreter multiplies bfloat16 matrices as float32 ones."""
-    from triton.runtime import interpreter
-
-    from grpo_cli.core.model import kernels
-
-    class Launch:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            def launch(*args: Any) -> None:
-                tensors = [part for part in args if isinstance(part, Tensor)]
-                if not all(isinstance(part, OnDevice) for part in tensors):
-                    raise ValueError("a pointer of the CPU in a Triton kernel")
-                with _disable_current_modes():
-                    self.kernel[grid](*(values_of(part) for part in args))
-
-            return launch
-
-    for name in KERNELS:
-        monkeypatch.setattr(kernels, name, Launch(getattr(kernels, name)))
-    create_dot = interpreter.InterpreterBuilder.create_dot
-
-    def widened(part: Any) -> Any:
-        if part.dtype.scalar != interpreter.tl.bfloat16:
-            return part
-        wide = (part.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        return interpreter.TensorHandle(wide, interpreter.tl.float32)
-
-    def product(self: Any, left: Any, right: Any, *rest: Any) -> Any:
-        return create_dot(self, widened(left), widened(right), *rest)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", product)

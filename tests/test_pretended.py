@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import default_loss, save_tiny_model
 from pretended import OnDevice, State, pretended
-from transformers import GPT2Config, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
+from transformers import GPT2Config, MistralConfig, PretrainedConfig, Qwen2Config
 
 from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.lora import Lora
@@ -22,7 +22,6 @@ from grpo_cli.core.rollout.engine import uniforms
 from grpo_cli.core.rollout.local import LocalEngine
 from grpo_cli.core.rollout.params import SamplingParams
 
-pytest.importorskip("triton")
 PARAMS = SamplingParams(6, 1.2, 3)
 TEXTS = ("Make 13 of 3, 5, 2.", "Make 25 of [4, 7, 3, 9], please.")
 
@@ -53,10 +52,10 @@ def train_and_evaluate(policy: Policy, *, optimizer: str, steps: int = 1) -> Non
 
 def on_device(
     kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, precision: str, adapter: Lora | None = None,
-    checkpointing: bool = False, optimizer: str = "adamw", path: str,
+    checkpointing: bool = False, optimizer: str = "adamw", path: str = "packed",
 ) -> None:  # fmt: skip
     notes: list[str] = []
-    with pretended(kind, monkeypatch, fused=path == "fused"):
+    with pretended(kind, monkeypatch):
         policy = selfcheck.load_checked(
             str(folder), name="tiny", device=kind, precision=precision, gradient_checkpointing=checkpointing,
             adapter=adapter, note=notes.append,
@@ -82,31 +81,18 @@ def test_what_is_wrong_on_the_device_raises(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_policy_trains_on_a_pretended_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny_model(tmp_path, num_hidden_layers=1)
-    on_device("cuda", tmp_path, monkeypatch, precision="bf16-master", path="packed")
+    on_device("cuda", tmp_path, monkeypatch, precision="bf16-master")
 
 
 WIDE: dict[str, object] = {"hidden_size": 64}
 CASES: dict[str, tuple[type[PretrainedConfig], dict[str, object], dict[str, object]]] = {
-    "Qwen2, float32": (Qwen2Config, WIDE, {"precision": "float32", "path": "fused"}),
-    "Qwen2, masters, 8-bit AdamW": (
-        Qwen2Config, WIDE, {"precision": "bf16-master", "path": "fused", "optimizer": "adamw8bit"},
-    ),
-    "Qwen2, pure bfloat16": (Qwen2Config, WIDE, {"precision": "bf16", "path": "fused", "checkpointing": True}),
-    "Llama, untied": (
-        LlamaConfig,
-        {**WIDE, "tie_word_embeddings": False},
-        {"precision": "bf16-master", "path": "fused", "checkpointing": True},
-    ),
-    "GPT-2": (
-        GPT2Config, {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 1024},
-        {"precision": "float32", "path": "fused"},
-    ),
-    "LoRA": (
-        Qwen2Config, WIDE,
-        {"precision": "bf16-master", "path": "fused", "adapter": Lora(4, 8.0, ("q_proj", "down_proj"))},
-    ),
+    "Qwen2, float32": (Qwen2Config, WIDE, {"precision": "float32"}),
+    "Qwen2, masters, 8-bit AdamW": (Qwen2Config, WIDE, {"precision": "bf16-master", "optimizer": "adamw8bit"}),
+    "Qwen2, pure bfloat16": (Qwen2Config, WIDE, {"precision": "bf16", "checkpointing": True}),
+    "GPT-2": (GPT2Config, {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 1024}, {"precision": "float32"}),
+    "LoRA": (Qwen2Config, WIDE, {"precision": "bf16-master", "adapter": Lora(4, 8.0, ("q_proj", "down_proj"))}),
     "a window": (MistralConfig, {**WIDE, "sliding_window": 32}, {"precision": "float32", "path": "plain"}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow
@@ -124,4 +110,4 @@ def test_every_path_and_precision_trains_on_a_pretended_gpu(
 @pytest.mark.parametrize("precision", ["float32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_policy_trains_on_a_pretended_mac(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny_model(tmp_path, num_hidden_layers=1)
-    on_device("mps", tmp_path, monkeypatch, precision=precision, path="packed")
+    on_device("mps", tmp_path, monkeypatch, precision=precision)
