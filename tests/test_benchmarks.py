@@ -139,11 +139,3 @@ def test_the_benchmark_of_a_gpu_runs_without_one(tmp_path: Path) -> None:
 def test_the_benchmark_of_a_gpu_begins_no_row_when_its_time_is_over(tmp_path: Path) -> None:
     shown, written = run("gpu.py", tmp_path / "gpu.json", *SMALL, "--limit", 0)
     assert shown.count("no time left") == 11 and written["results"]["versions"]["failed"] == "no time left"
-
-
-@pytest.mark.slow
-def test_fused_kernels_are_fewer_operators(tmp_path: Path) -> None:
-    _, written = run("operators.py", tmp_path / "operators.json")
-    layer = {name: found["layer"] for name, found in written["results"].items()}
-    assert layer["decode, fused"] < layer["decode, static cache"] < layer["decode, transformers"]
-    assert layer["update, fused"] < layer["update, packed"]
