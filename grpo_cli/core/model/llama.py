@@ -136,21 +136,15 @@ def _are_plain(projections: Sequence[torch.nn.Module]) -> bool:
 
 
 def _joined(hidden: Tensor, projections: Sequence[torch.nn.Module]) -> Tensor:
-    """Outputs of linear layers for the same hidden states (M, D), joined; layers with adapters compute themselves."""
-    if not _are_plain(projections):
-        return torch.cat([part(hidden) for part in projections], dim=-1)
-    return _product(hidden, [cast("Tensor", part.weight) for part in projections], _biases(projections))
-
-
-def _product(hidden: Tensor, weights: list[Tensor], biases: Sequence[Tensor] = ()) -> Tensor:
-    """Projections of hidden states (M, D) by several weights (N_i, D), joined: (M, sum of N_i)."""
-    joined, bias = _as_one(weights), _as_one(biases) if biases else None
-    if joined is None or (bias is None and biases):
-        each = zip(weights, strict=True) if not biases else zip(weights, biases, strict=True)
-        return torch.cat([linear(hidden, *part) for part in each], dim=-1)
-    if not torch.is_grad_enabled():
-        return linear(hidden, joined, bias)
-    return cast("Tensor", _Product.apply(hidden, joined, bias, *weights, *biases))  # type: ignore[no-untyped-call]
+    """Outputs (M, sum of N_i) of linear layers for the same hidden states (M, D): one product of adjacent weights."""
+    if _are_plain(projections):
+        weights, biases = [cast("Tensor", part.weight) for part in projections], _biases(projections)
+        joined, bias = _as_one(weights), _as_one(biases) if biases else None
+        if joined is not None and (bias is not None or not biases):
+            if not torch.is_grad_enabled():
+                return linear(hidden, joined, bias)
+            return cast("Tensor", _Product.apply(hidden, joined, bias, *weights, *biases))  # type: ignore[no-untyped-call]
+    return torch.cat([part(hidden) for part in projections], dim=-1)
 
 
 class _Product(Function):

@@ -28,6 +28,7 @@ class PlainSampler(Sampler):
     ) -> None:
         assert isinstance(policy.path, PlainPath)
         self.cached = policy.path.cached
+        self.takes = signature(policy.model.forward).parameters
         super().__init__(policy, len(prompts) * params.num_generations, params, uniform)
         self.prompts = [prompt for prompt in prompts for _ in range(params.num_generations)]
 
@@ -39,8 +40,7 @@ class PlainSampler(Sampler):
     def _decode(self, rows: Tensor) -> Iterator[int]:
         tokens = torch.tensor([self.prompts[row] for row in rows.tolist()], device=self.policy.device)  # (B, L)
         fed, cache = tokens, dict[str, object]()
-        takes = signature(self.policy.model.forward).parameters
-        last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        last = {"logits_to_keep": 1} if "logits_to_keep" in self.takes else {}
         for time in range(self.limit):
             output = self.policy.model(input_ids=fed, use_cache=self.cached, **cache, **last)
             self.computed += fed.numel()
@@ -59,5 +59,4 @@ class PlainSampler(Sampler):
     def _cache_of(self, output: Mapping[str, object]) -> dict[str, object]:
         """The model's cache under the argument name of its forward; later versions of transformers use `cache`."""
         name = next((name for name in CACHES if output.get(name) is not None), None)
-        takes = signature(self.policy.model.forward).parameters
-        return {} if name is None else {"cache" if "cache" in takes else name: output[name]}
+        return {} if name is None else {"cache" if "cache" in self.takes else name: output[name]}
