@@ -12,8 +12,8 @@ from conftest import Command
 from grpo_cli.core.rollout.selfcheck import LARGEST, PATHS
 
 QUICK = [
-    "bart", "bert", "bloom", "cohere2", "deepseek_v3", "gemma", "gemma2", "gpt2", "gpt_neox", "gpt_oss", "gptj",
-    "granite", "llama", "mistral", "mixtral", "mpt", "olmo2", "opt", "phi3", "qwen2", "qwen3", "smollm3",
+    "bart", "bert", "bloom", "cohere", "cohere2", "deepseek_v3", "gemma", "gemma2", "gpt2", "gpt_neox", "gpt_oss",
+    "gptj", "granite", "llama", "mistral", "mixtral", "mpt", "olmo2", "opt", "phi3", "qwen2", "qwen3", "smollm3",
 ]  # fmt: skip
 TRAINED = ["bert", "bloom", "falcon_mamba", "gpt2", "mixtral"]
 NOT_READ = ("emu3", "mllama", "minimax")  # transformers does not read what it saved of them

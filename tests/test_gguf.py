@@ -13,9 +13,6 @@ from conftest import Command, configure, save_tiny_model
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model import gguf, gguf_write
 from grpo_cli.core.model.load import load
-from grpo_cli.core.model.policy import Sequences
-from grpo_cli.core.task.prompts import STYLES, prompt
-from grpo_cli.core.task.puzzle import Puzzle
 
 format_package = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
@@ -35,18 +32,6 @@ def file(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     gguf_write.write(tiny_folder, path, kind="f32")
     return path
-
-
-def test_a_file_is_the_model_that_it_was_made_from(file: Path, tiny_folder: Path) -> None:
-    ours, theirs = (load(str(path), device="cpu", precision="float32") for path in (file, tiny_folder))
-    for style in STYLES:
-        assert ours.encode(prompt(Puzzle((3, 10, 2), 75), style)) == theirs.encode(
-            prompt(Puzzle((3, 10, 2), 75), style)
-        )
-    sequences = Sequences([[5, 17, 300]], [[400, 9, 33]], [0])
-    expected, _ = theirs.logprobs(sequences, temperature=1.0)
-    assert torch.allclose(ours.logprobs(sequences, temperature=1.0)[0], expected, atol=1e-5)
-    assert set(theirs.end_ids) <= set(ours.end_ids)
 
 
 def facts(split: str) -> dict[str, object]:
@@ -99,6 +84,8 @@ def test_a_written_file_reads_back_as_the_same_model(
     first, second = (transformers.AutoTokenizer.from_pretrained(path) for path in (folder, back))
     assert first("25 = 3*4\n it's")["input_ids"] == second("25 = 3*4\n it's")["input_ids"]
     assert first.chat_template == second.chat_template
+    ours, theirs = (load(str(path), device="cpu").end_ids for path in (back, folder))
+    assert set(theirs) <= set(ours)
 
 
 @pytest.mark.parametrize(

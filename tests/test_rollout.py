@@ -109,14 +109,6 @@ def test_impossible_tokens_are_never_chosen() -> None:
     ].tolist() == [1, 1, 1]
 
 
-def test_sampling_follows_the_distribution() -> None:
-    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    uniform = uniforms(0, 0, range(40), 100, 10).flatten()
-    tokens, _ = choose(probabilities.log().expand(len(uniform), -1), uniform, SamplingParams(1, 1.0))
-    shares = torch.bincount(tokens, minlength=4) / len(tokens)
-    torch.testing.assert_close(shares, probabilities, atol=0.01, rtol=0)
-
-
 def test_draws_are_uniform_between_rows_and_within() -> None:
     draws = uniforms(3, 1, range(250), 8, 16)
     for dim in range(3):  # neighbours along each dimension are independent: the mean of x * y is 1 / 4

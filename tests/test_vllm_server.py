@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -361,32 +361,14 @@ def test_a_server_that_dies_ends_the_training_with_the_last_step_saved(
     assert steps == [0, 1, 2, 3]
 
 
-def test_all_ranks_raise_the_error_of_any() -> None:
-    """Two ranks in threads, with a gather of their own."""
-    barrier, values = threading.Barrier(2), [None, None]
-
-    class Thread(World):
+@pytest.mark.parametrize("other", [None, EngineLost("gone")])
+def test_all_ranks_raise_the_error_of_any(other: EngineLost | None) -> None:
+    class Rank(World):
         def gather(self, value: Any) -> list[Any]:
-            values[self.rank] = value
-            barrier.wait()
-            everyone = [*values]
-            barrier.wait()
-            return everyone
+            return [value, other]
 
-    def lose() -> int:
-        raise EngineLost("gone")
-
-    def outcome(rank: int) -> list[object]:
-        found: list[object] = []
-        for work in (lambda: 5 + rank, lose if rank else lambda: 1):
-            try:
-                found.append(Thread(rank, 2).agree(work))
-            except CountdownError as error:
-                found.append(error.message)
-        return found
-
-    with ThreadPoolExecutor(2) as pool:
-        assert [*pool.map(outcome, range(2))] == [[5, "gone"], [6, "gone"]]
+    with pytest.raises(EngineLost, match="gone") if other else nullcontext():
+        assert Rank(0, 2).agree(lambda: 5) == 5
 
 
 @dataclass(frozen=True)
