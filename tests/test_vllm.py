@@ -7,21 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Command
+from test_rollout import encoded
 
 from grpo_cli.core.config.resolve import resolve
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.policy import Policy, Sequences
-from grpo_cli.core.rollout.engine import uniforms
+from grpo_cli.core.rollout.engine import Engine, uniforms
 from grpo_cli.core.rollout.local import LocalEngine
 from grpo_cli.core.rollout.make import make_engine
 from grpo_cli.core.rollout.params import SamplingParams
 from grpo_cli.core.rollout.vllm import VllmEngine
-from grpo_cli.core.task.prompts import prompt
-from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.world import World
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own
-PUZZLES = [Puzzle((3, 5, 2), 13), Puzzle((4, 7, 3, 9), 25)]
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
@@ -48,25 +46,25 @@ def engine(request: pytest.FixtureRequest) -> VllmEngine:
     return VllmEngine(load("builtin", device="cpu", precision="float32"), 1024, 0.3)
 
 
-def gap(engine: VllmEngine, temperature: float = 1.3) -> float:
+def gap(engine: Engine, temperature: float = 1.3) -> float:
     """The largest distance between vLLM's log-probs of its samples and the policy's."""
     policy = engine.policy
-    prompts = [policy.encode(prompt(puzzle, "one-shot")) for puzzle in PUZZLES]
+    prompts = encoded(policy)
     engine.update_weights()
-    rollout = engine.sample(prompts, SamplingParams(20, temperature, 3), uniform=uniforms(0, 1, range(2), 3, 20))
+    rollout = engine.sample(prompts, SamplingParams(20, temperature, 2), uniform=uniforms(0, 1, range(3), 2, 20))
     assert [len(row) for row in rollout.completions] == [len(row) for row in rollout.logprobs]
     ended = [row[-1] in policy.end_ids for row in rollout.completions]
     assert rollout.truncated == [not end for end in ended] and len(ended) == 6
     with torch.no_grad():
-        ours, _ = policy.logprobs(Sequences(prompts, rollout.completions, [0, 0, 0, 1, 1, 1]), temperature=temperature)
+        ours, _ = policy.logprobs(Sequences(prompts, rollout.completions, [0, 0, 1, 1, 2, 2]), temperature=temperature)
     return max(
         float((own[: len(theirs)] - torch.tensor(theirs)).abs().max())
         for own, theirs in zip(ours, rollout.logprobs, strict=True)
     )
 
 
-@pytest.mark.vllm
-def test_log_probs_are_those_of_the_policy_whatever_weight_changes(engine: VllmEngine) -> None:
+def assert_follows(engine: Engine) -> None:
+    """Log-probs are those of the policy, whatever weights change."""
     assert gap(engine) < 1e-4 and gap(engine, 0.7) < 1e-4
     for part in ("norm", "bias", "embed", "o_proj", "down_proj", "q_proj", "gate"):
         with torch.no_grad():
@@ -77,10 +75,15 @@ def test_log_probs_are_those_of_the_policy_whatever_weight_changes(engine: VllmE
 
 
 @pytest.mark.vllm
+def test_log_probs_are_those_of_the_policy_whatever_weight_changes(engine: VllmEngine) -> None:
+    assert_follows(engine)
+
+
+@pytest.mark.vllm
 def test_greedy_completions_are_those_of_the_local_engine(engine: VllmEngine) -> None:
     policy = engine.policy
     engine.update_weights()
-    prompts = [policy.encode(prompt(puzzle, "one-shot")) for puzzle in PUZZLES]
+    prompts = encoded(policy)
     found, local = (one.sample(prompts, SamplingParams(60, 0.0), uniform=None) for one in (engine, LocalEngine(policy)))
     assert found.completions == local.completions and found.truncated == local.truncated
 
