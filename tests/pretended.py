@@ -1,14 +1,13 @@
 """Tensors on a device that is not here: they report `cuda` or `mps`, and hold their values on the CPU.
 
-An operator that mixes them with a CPU's tensors raises, as on the device; so does one that synchronizes in a captured
-step, and float64 on MPS. Knows no speed, no memory and no kernel of the device's: attention is computed without flash,
-and Triton is missing.
+An operator that mixes them with a CPU's tensors raises, as on the device; so does float64 on MPS. Knows no speed, no
+memory and no kernel of the device's: attention is computed without flash, and Triton is missing.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +23,6 @@ from grpo_cli.core.model import attention
 from grpo_cli.core.rollout import decode
 
 aten = torch.ops.aten
-READS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten._unique2, aten.equal}
 MOVES = {aten._to_copy, aten.to, aten.copy_, aten._foreach_copy_}
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}  # with an index of either device
 GIGABYTES = 24 * 10**9
@@ -34,7 +32,6 @@ class State:
     """The device that is pretended."""
 
     kind = "cuda"
-    capturing = False
 
 
 class OnDevice(torch.Tensor):
@@ -80,11 +77,9 @@ class OnDevice(torch.Tensor):
         return here.clone() if kwargs.get("copy") else here
 
     def cpu(self, *_: Any, **__: Any) -> Tensor:
-        synchronize("a copy to the host")
         return self.host.detach().clone()
 
     def tolist(self) -> Any:
-        synchronize("tolist")
         return self.host.tolist()
 
     def numpy(self, **_: Any) -> Any:
@@ -118,12 +113,6 @@ def on_host(part: Any) -> Any:
     return torch.device("cpu") if is_here(part) else values_of(part)
 
 
-def synchronize(what: str) -> None:
-    """A wait of the host for the device, which a captured step must not contain."""
-    if State.capturing:
-        raise RuntimeError(f"{what} in a captured step")
-
-
 def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """An operator on the values, after checks that the device would make."""
     packet = func.overloadpacket
@@ -132,12 +121,6 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     others = [tensor for tensor in tensors if not isinstance(tensor, OnDevice) and tensor.dim()]
     if ours and others and packet not in MOVES and not (packet in INDEXING and isinstance(args[0], OnDevice)):
         raise RuntimeError(f"{func} mixes devices: {[tuple(tensor.shape) for tensor in tensors]}")
-    if others and State.capturing:
-        raise RuntimeError(f"{func} copies from the host in a captured step")
-    if packet in READS and ours:
-        synchronize(str(func))
-    if packet in INDEXING and ours and any(index.dtype == torch.bool for index in args[1] if index is not None):
-        synchronize("an index of booleans")
     if packet is aten._fused_sdp_choice:
         return 0  # plain products: what a CPU's fused kernel takes is not what the device's does
     if packet is aten.bmm and len(args) == 3:  # with `out_dtype`, on CUDA alone
@@ -184,20 +167,6 @@ def move(module: nn.Module, device: torch.device | str) -> nn.Module:
     return module
 
 
-def capture(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """In place of `decode.record`: every replay is checked as a capture is."""
-
-    def replay() -> None:
-        State.capturing = True
-        try:
-            work()
-        finally:
-            State.capturing = False
-
-    work()
-    return replay
-
-
 @contextmanager
 def pretended(kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine with one device of this kind, `cuda` or `mps`."""
@@ -235,7 +204,7 @@ def pretended(kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     else:
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
         monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: GIGABYTES)
-    monkeypatch.setattr(decode, "record", capture)
+    monkeypatch.setattr(decode, "record", lambda work, device: work)  # test_decode records steps
     aligned = attention.causal_lower_right  # type: ignore[attr-defined]
 
     def outside(*sizes: int) -> Tensor:  # the constructor of this kind of tensor does not work under a mode

@@ -25,7 +25,7 @@ from grpo_cli.core.rollout.params import SamplingParams
 
 aten = torch.ops.aten
 # What looks at numbers on the host, or makes tensors of a size that depends on numbers.
-UNRECORDABLE = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten._unique2}
+UNRECORDABLE = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten._unique2, aten.equal}
 
 
 class Recording(TorchDispatchMode):
@@ -38,7 +38,10 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(
         self, kernel: Any, types: Sequence[type], arguments: Any = (), options: Mapping[str, Any] | None = None
     ) -> Any:
-        assert kernel.overloadpacket not in UNRECORDABLE, f"{kernel} cannot be recorded"
+        by_booleans = kernel.overloadpacket is aten.index and any(
+            part.dtype == torch.bool for part in arguments[1] if part is not None
+        )
+        assert kernel.overloadpacket not in UNRECORDABLE and not by_booleans, f"{kernel} cannot be recorded"
         found = kernel(*arguments, **(options or {}))
         places = [leaf for leaf in tree_leaves((arguments, options)) if isinstance(leaf, Tensor)]
         taken = {place.untyped_storage().data_ptr() for place in places}
