@@ -24,6 +24,7 @@ from grpo_cli.core.rollout.local import LocalEngine
 from grpo_cli.core.rollout.params import SamplingParams
 
 aten = torch.ops.aten
+Kept = dict[SamplingParams, StaticSampler]
 # What looks at numbers on the host, or makes tensors of a size that depends on numbers.
 UNRECORDABLE = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten._unique2, aten.equal}
 
@@ -75,11 +76,11 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
 
 def rolled(
     policy: Policy, prompts: list[list[int]], *, static: bool, step: int = 0, generations: int = 8, tokens: int = 48,
-    temperature: float = 1.3, kept: list[StaticSampler] | None = None,
+    temperature: float = 1.3, kept: Kept | None = None,
 ) -> Rollout:  # fmt: skip
     """Sampled completions, or one greedy one of each prompt at temperature 0."""
     uniform = uniforms(1, step, range(len(prompts)), generations, tokens) if temperature else None
-    engine = LocalEngine(policy, [] if kept is None else kept, static)
+    engine = LocalEngine(policy, {} if kept is None else kept, static)
     return engine.sample(
         prompts, SamplingParams(tokens, temperature, generations if temperature else 1), uniform=uniform
     )
@@ -108,19 +109,19 @@ def test_a_replayed_step_samples_what_the_shrinking_sampler_does(
 
 def test_one_recording_serves_every_batch_of_its_form(tiny_policy: Policy, recorded: list[Recording]) -> None:
     policy = with_frequent_end(tiny_policy)
-    prompts, kept = encoded(policy), list[StaticSampler]()
+    prompts, kept = encoded(policy), Kept()
     for step, chosen in enumerate([prompts, prompts[::-1], prompts[:1], [prompts[0], prompts[2]]]):
         expected = rolled(policy, chosen, static=False, step=step)
         assert_same(rolled(policy, chosen, static=True, step=step, kept=kept), expected)
     assert len(recorded) == len(kept) == 1
-    assert kept[0].form.longest % ROUNDED == 0
+    assert all(sampler.shape[1] % ROUNDED == 0 for sampler in kept.values())
 
 
 def test_a_recording_follows_weights_that_are_updated_where_they_lie(
     tiny_policy: Policy, recorded: list[Recording]
 ) -> None:
     policy = with_frequent_end(tiny_policy)
-    prompts, kept = encoded(policy), list[StaticSampler]()
+    prompts, kept = encoded(policy), Kept()
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=0.02)
     before = rolled(policy, prompts, static=True, kept=kept)
     for _ in range(2):
@@ -138,7 +139,7 @@ def test_a_recording_follows_weights_that_are_updated_where_they_lie(
 def test_a_form_of_its_own_for_other_settings_and_the_oldest_is_dropped(
     tiny_policy: Policy, recorded: list[Recording]
 ) -> None:
-    prompts, kept = encoded(tiny_policy), list[StaticSampler]()
+    prompts, kept = encoded(tiny_policy), Kept()
     for count, settings in enumerate([{"generations": 2}, {"generations": 3}, {"tokens": 9}, {"temperature": 0.7}], 1):
         rolled(tiny_policy, prompts, static=True, kept=kept, **settings)  # type: ignore[arg-type]
         assert len(recorded) == count
@@ -150,13 +151,12 @@ def test_a_batch_that_memory_has_no_room_for_is_done_in_halves_in_new_tensors(ti
         raise MemoryError
 
     policy = with_frequent_end(tiny_policy)
-    prompts, kept = encoded(policy), list[StaticSampler]()
+    prompts, kept = encoded(policy), Kept()
     expected = rolled(policy, prompts, static=True, kept=kept)
-    (before,) = kept
+    (before,) = kept.values()
     before.replay = run_out
     assert_same(rolled(policy, prompts, static=True, kept=kept), expected)
-    assert before not in kept
-    assert {one.form.prompts for one in kept} == {1}
+    assert before not in kept.values() and {one.shape[0] for one in kept.values()} == {1}
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16-master"])
@@ -183,13 +183,13 @@ def test_what_is_streamed_is_what_is_sampled(tiny_policy: Policy) -> None:
 def test_longer_prompts_replace_the_sampler_of_their_own_kind(tiny_policy: Policy, recorded: list[Recording]) -> None:
     """An evaluation whose prompts cross a multiple of ROUNDED leaves the training's recording alone."""
     short, longer = [list(range(10, 10 + length)) for length in (ROUNDED - 2, ROUNDED + 2)]
-    kept: list[StaticSampler] = []
+    kept = Kept()
     rolled(tiny_policy, [short], static=True, kept=kept)
-    (training,) = kept
+    (training,) = kept.values()
     for prompt in (short, longer):
         rolled(tiny_policy, [prompt], static=True, kept=kept, temperature=0.0)
     rolled(tiny_policy, [short], static=True, kept=kept, temperature=0.0, tokens=9)  # an evaluation of another kind
-    assert len(kept) == KEPT and training in kept
+    assert len(kept) == KEPT and training in kept.values()
 
 
 def with_qwens_biases(folder: Path) -> Path:

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_decode import assert_same, rolled
+from test_decode import Kept, assert_same, rolled
 from test_policy import gradients, ragged
 
 from grpo_cli.core.model import attention
 from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.rollout.decode import StaticSampler, record
+from grpo_cli.core.rollout.decode import record
 from grpo_cli.core.task.prompts import SYSTEM
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -28,7 +28,7 @@ def prompts_of(policy: Policy) -> list[list[int]]:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
 def test_a_cuda_graph_samples_what_the_eager_sampler_does(policy: Policy, temperature: float) -> None:
-    prompts, kept = prompts_of(policy), list[StaticSampler]()
+    prompts, kept = prompts_of(policy), Kept()
     for step in range(3):
         expected = rolled(policy, prompts, static=False, step=step, temperature=temperature)
         assert_same(
@@ -38,7 +38,7 @@ def test_a_cuda_graph_samples_what_the_eager_sampler_does(policy: Policy, temper
 
 
 def test_a_cuda_graph_follows_the_weights(policy: Policy) -> None:
-    prompts, kept = prompts_of(policy), list[StaticSampler]()
+    prompts, kept = prompts_of(policy), Kept()
     before = rolled(policy, prompts, static=True, kept=kept)
     with torch.no_grad():
         for weight in policy.model.parameters():
@@ -49,7 +49,7 @@ def test_a_cuda_graph_follows_the_weights(policy: Policy) -> None:
 
 
 def test_the_memory_of_a_static_sampler_is_given_back(policy: Policy) -> None:
-    prompts, kept = prompts_of(policy), list[StaticSampler]()
+    prompts, kept = prompts_of(policy), Kept()
     rolled(policy, prompts, static=True, kept=kept)
     held = torch.cuda.memory_allocated()
     assert len(kept) == 1

@@ -8,13 +8,12 @@ import pytest
 import torch
 import transformers
 from conftest import SMALL, Command, timeless
-from test_decode import assert_same, rolled
+from test_decode import Kept, assert_same, rolled
 
 from grpo_cli.core.model import lora
 from grpo_cli.core.model.packed import PackedPath, can_step_in_place
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.reference import Reference
-from grpo_cli.core.rollout.decode import StaticSampler
 from grpo_cli.core.rollout.engine import uniforms
 from grpo_cli.core.rollout.local import LocalEngine
 from grpo_cli.core.rollout.params import SamplingParams
@@ -169,7 +168,7 @@ def test_the_plan_counts_an_adapter_instead_of_gradients_moments_and_a_reference
 
 def test_a_static_step_reads_the_adapter_in_place(tiny_folder: Path) -> None:
     policy = adapted(tiny_folder, targets=("q_proj", "o_proj", "up_proj", "down_proj"))
-    kept: list[StaticSampler] = []
+    kept = Kept()
     prompts = [[5, 17, 300], [8, 9]]
     drawn = []
     for scale in (1.0, 2.0):  # the same sampler, after the adapter has changed

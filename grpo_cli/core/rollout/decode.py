@@ -8,7 +8,7 @@ twenty times as long as computing them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -153,32 +153,20 @@ class ShrinkingSampler(Sampler):
         self.computed += chosen.numel()
 
 
-@dataclass(frozen=True)
-class Form:
-    """The shape of a static sampler: P prompts of L tokens, and sampling parameters."""
-
-    prompts: int
-    longest: int
-    params: SamplingParams
-
-    def covers(self, other: Form) -> bool:
-        """Whether a batch of the other form fits."""
-        alike = replace(other, prompts=self.prompts, longest=self.longest) == self
-        return alike and other.prompts <= self.prompts and other.longest <= self.longest
-
-
 class StaticSampler(Sampler):
-    """Preallocated tensors for batches of one form, loaded by `start`, and a step that can be captured.
+    """Preallocated tensors for batches of up to P prompts of L tokens, loaded by `start`, and a step to be captured.
 
     Stays valid while the model's weights are updated in place.
     """
 
-    def __init__(self, policy: Policy, form: Form) -> None:
-        num_generations, max_new_tokens = form.params.num_generations, form.params.max_new_tokens
-        rows, device, model, longest = form.prompts * num_generations, policy.device, policy.model, form.longest
-        uniform = None if form.params.greedy else torch.zeros(rows, max_new_tokens, dtype=sum_dtype(device))
-        super().__init__(policy, rows, form.params, uniform)
-        self.form = form
+    def __init__(self, policy: Policy, shape: tuple[int, int], params: SamplingParams) -> None:
+        """`shape` (P, L)."""
+        num_generations, max_new_tokens = params.num_generations, params.max_new_tokens
+        (prompts, longest), device, model = shape, policy.device, policy.model
+        rows = prompts * num_generations
+        uniform = None if params.greedy else torch.zeros(rows, max_new_tokens, dtype=sum_dtype(device))
+        super().__init__(policy, rows, params, uniform)
+        self.shape = shape
         self.step = packed(policy).step(policy, longest + max_new_tokens, in_place=True)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # prompt length of each row
         self.time = torch.zeros(1, dtype=torch.long, device=device)  # index of the token to sample
@@ -186,7 +174,7 @@ class StaticSampler(Sampler):
         heads, width = model.config.num_key_value_heads, model.get_decoder().layers[0].self_attn.head_dim
         self.cache = StaticDecode(
             model.config.num_hidden_layers,
-            (form.prompts, heads, num_generations, max_new_tokens, width),
+            (prompts, heads, num_generations, max_new_tokens, width),
             longest=longest,
             dtype=attention_dtype(device, model.dtype),
             device=device,
@@ -194,8 +182,8 @@ class StaticSampler(Sampler):
         self.replay: Callable[[], None] | None = None
 
     def start(self, prompts: Sequence[list[int]], uniform: Tensor | None) -> None:
-        """Prefill a batch that the form covers; the first one stands in for missing ones, which count as finished."""
-        missing = self.form.prompts - len(prompts)
+        """Prefill a batch; its first prompt stands in for missing ones, which count as finished."""
+        missing = self.shape[0] - len(prompts)
         prefill, lengths, logits = self._prefilled([*prompts, *[prompts[0]] * missing])
         self.cache.fill(prefill, lengths)
         self.lengths.copy_(lengths.repeat_interleave(self.params.num_generations))
@@ -265,17 +253,21 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def static_sampler(
-    kept: list[StaticSampler], policy: Policy, prompts: Sequence[list[int]], form: Form, uniform: Tensor | None
+    kept: dict[SamplingParams, StaticSampler],
+    policy: Policy,
+    prompts: Sequence[list[int]],
+    params: SamplingParams,
+    uniform: Tensor | None,
 ) -> StaticSampler:
-    """A static sampler of the policy with a batch loaded: one of `kept` that covers the form, else a new one there."""
-    sampler = next((one for one in kept if one.form.covers(form)), None)
-    if sampler is None:
-        wider = replace(form, longest=-(-form.longest // ROUNDED) * ROUNDED)
+    """A static sampler of the policy with a batch loaded: the one of `kept` with these parameters, or a larger one."""
+    params = params if uniform is not None else replace(params, temperature=0.0)
+    count, longest = len(prompts), -(-max(map(len, prompts)) // ROUNDED) * ROUNDED
+    most, most_tokens = kept[params].shape if params in kept else (0, 0)
+    if count > most or longest > most_tokens:
         # Evict first, to free memory. Training's sampler has the largest groups and is kept during evaluations.
-        kept[:] = [one for one in kept if not wider.covers(one.form)]
+        kept.pop(params, None)
         while len(kept) >= KEPT:
-            kept.remove(min(reversed(kept), key=lambda one: one.form.params.num_generations))
-        sampler = StaticSampler(policy, wider)
-        kept.insert(0, sampler)
-    sampler.start(prompts, uniform)
-    return sampler
+            del kept[min(kept, key=lambda one: one.num_generations)]
+        kept[params] = StaticSampler(policy, (max(count, most), max(longest, most_tokens)), params)
+    kept[params].start(prompts, uniform)
+    return kept[params]

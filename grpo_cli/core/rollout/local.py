@@ -20,7 +20,7 @@ from grpo_cli.core.model.load import require_context
 from grpo_cli.core.model.packed import can_step_in_place
 from grpo_cli.core.model.plain import PlainPath
 from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.rollout.decode import Form, Sampler, ShrinkingSampler, StaticSampler, static_sampler
+from grpo_cli.core.rollout.decode import Sampler, ShrinkingSampler, StaticSampler, static_sampler
 from grpo_cli.core.rollout.engine import Rollout
 from grpo_cli.core.rollout.params import SamplingParams
 from grpo_cli.core.rollout.plain_sampler import PlainSampler
@@ -31,7 +31,7 @@ class LocalEngine:
     """Samples with a policy. Its static samplers serve later rollouts too, while the weights are updated in place."""
 
     policy: Policy
-    samplers: list[StaticSampler] = field(default_factory=list)
+    samplers: dict[SamplingParams, StaticSampler] = field(default_factory=dict)
     static: bool | None = None  # whether to decode in place; None: on CUDA
 
     def update_weights(self) -> None:
@@ -107,14 +107,13 @@ class LocalEngine:
 
     def _sampler(self, prompts: Sequence[list[int]], params: SamplingParams, uniform: Tensor | None) -> Sampler:
         """A sampler with the prompts prefilled. Raises CountdownError beyond the model's context."""
-        policy, longest = self.policy, max(map(len, prompts))
-        require_context(policy.name, policy.model.config, longest + params.max_new_tokens)
+        policy = self.policy
+        require_context(policy.name, policy.model.config, max(map(len, prompts)) + params.max_new_tokens)
         if isinstance(policy.path, PlainPath):
             return PlainSampler(policy, prompts, params, uniform)
         in_place = policy.device.type == "cuda" and can_step_in_place(policy)
         if in_place if self.static is None else self.static:
-            form = Form(len(prompts), longest, params if uniform is not None else replace(params, temperature=0.0))
-            return static_sampler(self.samplers, policy, prompts, form, uniform)
+            return static_sampler(self.samplers, policy, prompts, params, uniform)
         return ShrinkingSampler(policy, prompts, params, uniform)
 
 
