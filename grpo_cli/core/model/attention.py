@@ -116,34 +116,28 @@ class Prefill:
         keys, values = (_behind(shared[layer], own[layer]) for shared, own in parts)
         return keys, values
 
-    def alone(self) -> Prefill:
-        """The same without shared tokens: each prompt has them."""
-        prefill = Prefill()
-        pairs = [self.whole(layer) for layer in range(len(self.keys))]
-        prefill.keys, prefill.values = [key for key, _ in pairs], [value for _, value in pairs]
-        return prefill
-
 
 class Decode:
     """One new token for each of P * G completions, which share their prompt's keys and have their own after it."""
 
     def __init__(self, prefill: Prefill, lengths: Tensor, *, num_generations: int, max_new_tokens: int) -> None:
         """`lengths` (P,): real tokens of each prompt; padding beyond is never attended to."""
-        if num_generations >= GROUP:
-            prefill = prefill.alone()
+        shared = prefill.shared if num_generations < GROUP else None
         self.shared = [
             (key[0].mT.contiguous(), value[0].contiguous())  # per layer (K, d, S), (K, S, d)
-            for key, value in (zip(prefill.shared.keys, prefill.shared.values, strict=True) if prefill.shared else ())
+            for key, value in (zip(shared.keys, shared.values, strict=True) if shared else ())
         ]
-        self.prompt_keys = [key.mT.contiguous() for key in prefill.keys]  # per layer (P, K, d, L)
-        self.prompt_values = [value.contiguous() for value in prefill.values]  # per layer (P, K, L, d)
-        prompts, heads, longest, width = prefill.keys[0].shape
+        layers = range(len(prefill.keys))
+        pairs = [(prefill.keys[at], prefill.values[at]) if shared else prefill.whole(at) for at in layers]
+        self.prompt_keys = [key.mT.contiguous() for key, _ in pairs]  # per layer (P, K, d, L)
+        self.prompt_values = [value.contiguous() for _, value in pairs]  # per layer (P, K, L, d)
+        prompts, heads, longest, width = self.prompt_values[0].shape
         before = self.shared[0][1].shape[1] if self.shared else 0
         absent = before + torch.arange(longest, device=lengths.device) >= lengths[:, None]  # (P, L)
         self.absent = absent[:, None, :] if bool(absent.any()) else None
         shape = (prompts, heads, num_generations, max_new_tokens, width)
-        self.own_keys = [key.new_empty(shape) for key in prefill.keys]  # per layer (P, K, G, C, d)
-        self.own_values = [value.new_empty(shape) for value in prefill.values]
+        self.own_keys = [key.new_empty(shape) for key, _ in pairs]  # per layer (P, K, G, C, d)
+        self.own_values = [value.new_empty(shape) for _, value in pairs]
         self.time = 0  # tokens per completion so far
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
