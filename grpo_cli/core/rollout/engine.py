@@ -19,6 +19,9 @@ from grpo_cli.core.rollout.params import SamplingParams
 class EngineLost(CountdownError):
     """The engine is another program, and has ended, hangs or replies nonsense; the last step can be saved."""
 
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message, hint, exit_code=1)
+
 
 @dataclass(frozen=True)
 class Rollout:

@@ -171,7 +171,6 @@ def require_same_weights(policy: Policy, prompt: list[int], probe: Completion, s
         raise EngineLost(
             f"{server} has other weights than the policy: log-probabilities differ by {gap:.3g}",
             f"let it serve the model `{policy.name}`, or use `--rollout local`; {RESUME}",
-            exit_code=1,
         )
 
 

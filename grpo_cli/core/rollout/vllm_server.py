@@ -72,7 +72,7 @@ class Server:
                 text = response.read()
         except (OSError, HTTPException) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise EngineLost(f"vLLM at `{self.url}` does not answer: {reason}", hint, exit_code=1) from error
+            raise self.lost(f"does not answer: {reason}", hint) from error
         finally:
             self._open.discard(connection)
             connection.close()
@@ -81,8 +81,12 @@ class Server:
         except ValueError:
             reply = text[:100].decode(errors="replace")
         if response.status != 200 or not isinstance(reply, dict):
-            raise EngineLost(f"vLLM at `{self.url}` refuses `{path}`: {_reason(reply)}", hint, exit_code=1)
+            raise self.lost(f"refuses `{path}`: {_reason(reply)}", hint)
         return reply
+
+    def lost(self, problem: str, hint: str = RESTART) -> EngineLost:
+        """The error that the server has this problem."""
+        return EngineLost(f"vLLM at `{self.url}` {problem}", hint)
 
     def hang_up(self) -> None:
         """Close all connections; the server then aborts their requests."""
@@ -150,7 +154,7 @@ class ServerEngine(Vllm):
                 except (OSError, SafetensorError) as error:
                     problem = " ".join(str(error).split())
         if problem:
-            raise EngineLost(f"cannot write weights for vLLM: {problem}", f"free some space; {RESUME}", exit_code=1)
+            raise EngineLost(f"cannot write weights for vLLM: {problem}", f"free some space; {RESUME}")
         return folder
 
     def _load(self, folder: Path | None, prompt: list[int]) -> Completion | None:
@@ -162,7 +166,7 @@ class ServerEngine(Vllm):
         ask("weight_checker", {"action": "reset"})
         ask("collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}}, hint)
         if not ask("reset_prefix_cache?reset_running_requests=true", {}).get("success"):
-            raise EngineLost(f"vLLM at `{self.server.url}` keeps a cache of old weights", RESTART, exit_code=1)
+            raise self.server.lost("keeps a cache of old weights")
         ask("update_weight_version", {"new_version": self._version})
         return self._complete(prompt, PROBED, torch.zeros(1))[0]
 
@@ -202,17 +206,10 @@ class ServerEngine(Vllm):
         except (KeyError, TypeError, ValueError, AttributeError):
             rows, versions = [], set()
         if len(rows) != params.num_generations:
-            raise EngineLost(
-                f"vLLM at `{self.server.url}` sent other completions than asked for: {str(reply)[:100]}",
-                RESTART,
-                exit_code=1,
-            )
+            raise self.server.lost(f"sent other completions than asked for: {str(reply)[:100]}")
         if versions != {self._version}:
-            raise EngineLost(
-                f"vLLM at `{self.server.url}` sampled with other weights than the policy's",
-                f"give each training a server of its own; {RESUME}",
-                exit_code=1,
-            )
+            hint = f"give each training a server of its own; {RESUME}"
+            raise self.server.lost("sampled with other weights than the policy's", hint)
         return rows
 
     def _read(self, choice: dict[str, Any], limit: int) -> Completion:
