@@ -206,18 +206,8 @@ def truncate_weights(folder: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
 
 
-def one_layer_more(folder: Path) -> None:
-    configure(folder, num_hidden_layers=3, layer_types=["full_attention"] * 3)
-
-
-def one_layer_less(folder: Path) -> None:
-    configure(folder, num_hidden_layers=1, layer_types=["full_attention"])
-
-
-def not_a_number(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+def layers(count: int) -> Callable[[Path], None]:
+    return lambda folder: configure(folder, num_hidden_layers=count, layer_types=["full_attention"] * count)
 
 
 def changed(change: Callable[[torch.Tensor], torch.Tensor], *names: str) -> Callable[[Path], None]:
@@ -233,8 +223,8 @@ def changed(change: Callable[[torch.Tensor], torch.Tensor], *names: str) -> Call
 
 
 SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
-    "missing weights": (one_layer_more, "missing keys: model.layers.2.input_layernorm.weight and 11 more"),
-    "unexpected weights": (one_layer_less, "unexpected keys: model.layers.1.input_layernorm.weight and 11 more"),
+    "missing weights": (layers(3), "missing keys: model.layers.2.input_layernorm.weight and 11 more"),
+    "unexpected weights": (layers(1), "unexpected keys: model.layers.1.input_layernorm.weight and 11 more"),
     "misshapen weights": (lambda f: configure(f, vocab_size=900), "mismatched keys: model.embed_tokens.weight"),
     "only a pickle": (keep_only_a_pickle, "no file named model.safetensors"),
     "truncated weights": (truncate_weights, "incomplete metadata"),
@@ -243,17 +233,17 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "config of noise": (containing("config.json", b"\xff{"), "not a valid JSON file"),
     "wrong type": (lambda f: configure(f, hidden_size="wide"), "expected int, got str"),
     "no heads": (lambda f: configure(f, num_attention_heads=0), "cannot load"),
-    "a billion layers": (
-        lambda f: configure(f, num_hidden_layers=10**9),
-        "describes 1000000000 layers",
-    ),
+    "a billion layers": (lambda f: configure(f, num_hidden_layers=10**9), "describes 1000000000 layers"),
     "a billion words": (lambda f: configure(f, vocab_size=10**9), "weights, its files hold"),
     "a vector of a billion": (lambda f: configure(f, hidden_size=10**9), "weights, its files hold"),
     "a million heads": (lambda f: configure(f, num_attention_heads=10**6, head_dim=8), "weights, its files hold"),
     "a width beyond integers": (lambda f: configure(f, intermediate_size=10**30), "cannot load"),
     "a negative width": (lambda f: configure(f, intermediate_size=-5), "cannot load"),
     "layers by name": (lambda f: configure(f, num_hidden_layers="many"), "describes many layers"),
-    "weights that are not numbers": (not_a_number, "are not finite: model.layers.1.mlp.up_proj.weight"),
+    "weights that are not numbers": (
+        changed(lambda one: one.index_fill(0, torch.tensor(3), torch.nan), "layers.1.mlp.up_proj"),
+        "are not finite: model.layers.1.mlp.up_proj.weight",
+    ),
     "zeros": (changed(torch.zeros_like), "are zeros: model.embed_tokens.weight"),
     "embeddings of zeros": (changed(torch.zeros_like, "embed"), "are zeros: model.embed_tokens.weight"),
     "layers of zeros": (changed(torch.zeros_like, "proj.weight"), "are zeros: model.layers.0"),
