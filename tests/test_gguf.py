@@ -84,8 +84,7 @@ def test_a_written_file_reads_back_as_the_same_model(
     first, second = (transformers.AutoTokenizer.from_pretrained(path) for path in (folder, back))
     assert first("25 = 3*4\n it's")["input_ids"] == second("25 = 3*4\n it's")["input_ids"]
     assert first.chat_template == second.chat_template
-    ours, theirs = (load(str(path), device="cpu").end_ids for path in (back, folder))
-    assert set(theirs) <= set(ours)
+    assert first.eos_token_id in transformers.GenerationConfig.from_pretrained(back).eos_token_id
 
 
 @pytest.mark.parametrize(
