@@ -2,9 +2,8 @@
 
     python benchmarks/ranks.py same --steps 20 --processes 1 2 4     curves and completions side by side
     python benchmarks/ranks.py scaling --steps 10                    weak scaling from 1 to 2 processes, by phase
-    python benchmarks/ranks.py expected --step-seconds 0.8           prediction for many GPUs, arithmetic only
 
-The first two train the built-in model with one thread per process. Runs and a JSON summary are left in --out.
+Both train the built-in model with one thread per process. Runs and a JSON summary are left in --out.
 """
 
 from __future__ import annotations
@@ -21,14 +20,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("rollout", "score", "reference", "update", "optimizer", "reduce", "wait", "total")
 CURVE = ("reward", "loss", "kl", "grad_norm", "completion_length")
-# Assumptions of `expected`: Qwen2.5-1.5B in bfloat16, four prompts by sixteen completions per GPU.
-GRADIENTS = 3.09e9  # bytes
-LAST = 151_936 * 1536 * 2  # bytes of the embedding's gradient, the last of the backward pass, so never hidden
-NODE, WITHIN, BETWEEN = 8, 450e9, 50e9  # GPUs per node; bytes per second of a GPU within the node and to others
-HOP = 25e-6  # seconds per message between two processes over TCP
-AGREEMENTS = 5 * 2  # message rings per step: two for each of five synchronisations
-MESSAGES = 2_733  # bytes that a rank sends per step, as pickled in a step of the built-in model
-READ = 20e-6  # seconds to read them, on a CPU core
 DUMP = """
 import os, torch
 from grpo_cli.core.rl import grpo
@@ -130,21 +121,9 @@ def _milliseconds(runs: Sequence[Path]) -> dict[str, float]:
     return {name: 1000 * value / len(runs) / tokens for name, value in seconds.items()}
 
 
-def expected(step_seconds: float, backward_seconds: float) -> None:
-    """Predicted seconds of a step by number of GPUs, with prompts growing with them, from one GPU's times."""
-    print(f"{'GPUs':>6} {'gradients':>10} {'not hidden':>11} {'messages':>9} {'step':>7} {'efficiency':>11}")
-    for count in (1, 2, 8, 16, 64, 256, 1024):
-        a_byte = 2 * (count - 1) / count / (WITHIN if count <= NODE else BETWEEN)  # a ring
-        shown = a_byte * LAST + max(0.0, a_byte * (GRADIENTS - LAST) - backward_seconds)
-        messages = AGREEMENTS * (count - 1) * HOP + (count * (READ + MESSAGES / 2e9) if count > 1 else 0)
-        step = step_seconds + shown + messages
-        print(f"{count:>6} {a_byte * GRADIENTS:>10.3f} {shown:>11.3f} {messages:>9.3f} ", end="")
-        print(f"{step:>7.3f} {step_seconds / step:>11.0%}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=["same", "scaling", "expected"])
+    parser.add_argument("what", choices=["same", "scaling"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--batch-size", type=int, default=12, help="prompts per step; in scaling, per process")
@@ -152,12 +131,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--out", type=Path, default=Path("ranks-benchmark"))
-    parser.add_argument("--step-seconds", type=float, default=0.8, help="seconds of a step on one GPU, for `expected`")
-    parser.add_argument("--backward-seconds", type=float, default=0.18, help="seconds of its backward pass")
     given = parser.parse_args()
-    if given.what == "expected":
-        expected(given.step_seconds, given.backward_seconds)
-        return
     out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     arguments = ["--num-iterations", given.steps, "--eval-every", given.steps, "--save-every", given.steps]
