@@ -100,9 +100,7 @@ def test_the_push_is_the_gradient_of_the_tokens_own_logit(tiny_policy: Policy) -
         spread = logits.log_softmax(dim=-1)
         return spread.gather(2, tokens[..., None])[..., 0], -(spread.exp() * spread).sum(dim=-1)
 
-    policy: Any = SimpleNamespace(
-        logprobs=logprobs, trainable=[logits], device="cpu", is_sharded=False, missing_gradients=lambda: 0
-    )
+    policy: Any = SimpleNamespace(logprobs=logprobs, trainable=[logits], device="cpu", is_sharded=False)
     seen: list[Terms] = []
     optimizer, gradient = torch.optim.SGD([logits], lr=0.0), torch.zeros_like(logits)
 

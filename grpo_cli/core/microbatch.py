@@ -1,6 +1,6 @@
-"""Micro-batch size: halved each time memory runs out, or is about to.
+"""Micro-batch size: halved each time memory runs out or, on a CPU, exceeds a limit.
 
-On a CPU, the kernel kills a process that uses too much memory, so resident memory is watched there.
+The kernel kills a process that uses too much memory, so there is no exception to catch on a CPU.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -19,15 +18,14 @@ from grpo_cli.core.errors import CountdownError
 
 # torch's messages for cases without an exception class.
 SENTENCES = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-_PROCESS = Path("/proc/self")
 
 
 class NearLimit(MemoryError):
-    """The process is about to exceed its memory limit."""
+    """The process exceeds its memory limit."""
 
 
 class MicroBatch:
-    """Micro-batch size, 0 for all rows; halved permanently when memory runs out, or nears `limit` bytes if not 0.
+    """Micro-batch size, 0 for all rows; halved permanently when memory runs out, or exceeds `limit` bytes if not 0.
 
     `logit_chunk`: the tokens whose logits are computed at once, 0 for all.
     """
@@ -37,7 +35,6 @@ class MicroBatch:
     ) -> None:
         self.rows, self.limit, self.logit_chunk = rows, limit, logit_chunk
         self._report = report
-        self._largest = (1, 0)  # tokens of the pass that took most memory, and its bytes
         self._failure: str | None = None  # of the last attempt
 
     def unlimited(self) -> MicroBatch:
@@ -83,24 +80,18 @@ class MicroBatch:
                 raise NearLimit
 
     @contextmanager
-    def measured(self, *, tokens: int, rows: int, adds: int = 0) -> Iterator[None]:
-        """Context of a pass, with its backward, over `tokens` of `rows` completions: records the memory that it takes.
+    def watched(self, rows: int) -> Iterator[None]:
+        """Context of a pass, with its backward, over `rows` completions.
 
-        Raises NearLimit first if the predicted peak exceeds the limit. The prediction scales the largest pass so far.
-        `adds`: bytes that stay after the pass, such as new gradients. A single completion is always tried.
+        Raises NearLimit after a pass that raised the peak memory of the process above the limit; a single completion
+        may.
         """
-        if not self.limit:
-            yield
-            return
-        if resident() > self.limit // 2:
+        if self.limit and resident() > self.limit // 2:
             give_back()
-        stays, (most_tokens, most) = resident() + adds, self._largest
-        if rows > 1 and stays + most * tokens / most_tokens > self.limit:
-            raise NearLimit
-        is_measured = _reset_peak()
+        before = process_peak()
         yield
-        if is_measured:
-            self._largest = max(self._largest, (tokens, _peak() - stays), key=itemgetter(1))
+        if self.limit and rows > 1 and process_peak() > max(before, self.limit):
+            raise NearLimit
 
     def _halve(self, total: int, doing: str, why: str) -> None:
         largest = min(self.rows or total, total)
@@ -126,7 +117,7 @@ def ran_out(error: Exception) -> bool:
 def resident() -> int:
     """Bytes of physical memory of this process; 0 if the system does not report them."""
     try:
-        pages = int((_PROCESS / "statm").read_text().split()[1])
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
@@ -148,25 +139,4 @@ def process_peak() -> int:
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
-    return max(_Peaks.before_reset, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-
-
-class _Peaks:
-    before_reset = 0  # the largest that `_reset_peak` has cleared
-
-
-def _peak() -> int:
-    """Peak bytes of physical memory of this process since `_reset_peak`."""
-    lines = (_PROCESS / "status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def _reset_peak() -> bool:
-    """Reset the peak of resident memory; False if that is not possible."""
-    peak = process_peak()
-    try:
-        (_PROCESS / "clear_refs").write_text("5")
-    except OSError:
-        return False
-    _Peaks.before_reset = peak
-    return True
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

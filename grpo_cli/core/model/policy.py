@@ -40,11 +40,6 @@ class Sequences:
     completions: list[list[int]]
     prompt_index: list[int]
 
-    @property
-    def tokens(self) -> int:
-        """Number of tokens of all prompts and completions."""
-        return sum(map(len, (*self.prompts, *self.completions)))
-
     def mask(self) -> Tensor:
         """(B, T) boolean: which entries of a padded matrix of completion tokens are real. Built from lengths."""
         lengths = torch.tensor([len(completion) for completion in self.completions])
@@ -126,10 +121,6 @@ class Policy:
     def trainable(self) -> list[torch.nn.Parameter]:
         """The trained weights: all of them, or the adapter's."""
         return [weight for weight in self.model.parameters() if weight.requires_grad]
-
-    def missing_gradients(self) -> int:
-        """Bytes of the gradients that the next backward pass allocates."""
-        return sum(weight.nbytes for weight in self.trainable if weight.grad is None)
 
     def hidden(self, tokens: Tensor, positions: Tensor, plan: Plan) -> Tensor:
         """Final hidden states (B, T, D) of `tokens` (B, T) at `positions` (B, T), attending by `plan`."""

@@ -113,7 +113,7 @@ def reference_logprobs(
                 for some in _passes(rows, policy, micro_batch, world):
                     poll()
                     subset = sequences.subset(some) if some else DUMMY
-                    with micro_batch.measured(tokens=subset.tokens, rows=len(some)):
+                    with micro_batch.watched(len(some)):
                         part, _ = policy.logprobs(
                             subset, temperature=temperature, entropy="none", logit_chunk=micro_batch.logit_chunk
                         )
@@ -327,7 +327,7 @@ def _backward(
         (policy.logprobs(DUMMY, temperature=1.0)[0].sum() * 0).backward()
         return Sums()
     sequences = examples.sequences.subset(rows)
-    with micro_batch.measured(tokens=sequences.tokens, rows=len(rows), adds=policy.missing_gradients()):
+    with micro_batch.watched(len(rows)):
         logprobs, entropy = policy.logprobs(
             sequences,
             temperature=objective.temperature,
@@ -405,7 +405,7 @@ def _record_old_logprobs(inputs: _Inputs, micro_batch: MicroBatch, world: World,
             for some in _passes(rows, policy, micro_batch, world):
                 poll()
                 subset = inputs.examples.sequences.subset(some) if some else DUMMY
-                with micro_batch.measured(tokens=subset.tokens, rows=len(some)):
+                with micro_batch.watched(len(some)):
                     logprobs, entropy = policy.logprobs(
                         subset, temperature=objective.temperature, logit_chunk=micro_batch.logit_chunk
                     )
@@ -424,7 +424,7 @@ def _record_old_logprobs(inputs: _Inputs, micro_batch: MicroBatch, world: World,
 def _entropy(inputs: _Inputs, rows: list[int], micro_batch: MicroBatch) -> Sums:
     """The entropy of rows without a gradient, so that it does not depend on the loss; none for a dummy pass."""
     sequences = inputs.examples.sequences.subset(rows) if rows else DUMMY
-    with micro_batch.measured(tokens=sequences.tokens, rows=len(rows)):
+    with micro_batch.watched(len(rows)):
         _, entropy = inputs.policy.logprobs(
             sequences, temperature=inputs.objective.temperature, logit_chunk=micro_batch.logit_chunk
         )

@@ -278,8 +278,7 @@ def _restore(
 
 def _backward(policy: Policy, sequences: Sequences, count: int, micro_batch: MicroBatch) -> float:
     """Add the gradient of these rows' part of the mean loss of `count` tokens; returns that part."""
-    adds = policy.missing_gradients()
-    with micro_batch.measured(tokens=sequences.tokens, rows=len(sequences.completions), adds=adds):
+    with micro_batch.watched(len(sequences.completions)):
         logprobs, _ = policy.logprobs(sequences, temperature=1.0, logit_chunk=micro_batch.logit_chunk)  # (B, T)
         loss = -logprobs.sum() / count
         loss.backward()
