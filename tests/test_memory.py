@@ -225,7 +225,6 @@ def test_the_cheapest_choices_that_fit_are_taken(planner: Planner, gigabytes: in
     found = find(planner, room=int(gigabytes * GB))
     assert found.choices == expected
     assert found.peak <= found.room == gigabytes * GB and found.limit == 0
-    assert len(found.reasons) == max(1, sum(getattr(expected, name) != 0 for name in expected.__dataclass_fields__))
 
 
 SHARDED = replace(WORK, optimizer="adamw", ranks=8, shards=8)
@@ -315,7 +314,7 @@ def test_a_dry_run_plans_for_a_gpu_that_is_not_there(countdown: Command, qwen: P
     arguments = ["train", "--preset", "qwen2.5-1.5b", "--model", qwen, "--device", "cuda", "--dry-run", "-v"]
     found = countdown(*arguments, "--precision", "bf16-master", "--memory", "24")
     assert found.code == 0, found.err
-    assert "22.30 can be used" in " ".join(found.out.split())
+    assert "22.30 GB can be used" in " ".join(found.out.split())
     for word in ("weights", "master", "gradients", "moments", "reference", "KV cache", "activations", "logits"):
         assert f"\n{word} " in found.out
     assert "gradient checkpointing on" in " ".join(found.out.split())

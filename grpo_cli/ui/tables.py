@@ -206,20 +206,18 @@ def prompt_tokens(tokens: Sequence[tuple[int, str]]) -> None:
 
 
 def memory_plan(plan: MemoryPlan) -> None:
-    """Planned memory in GB by component and phase, and the planner's choices with reasons."""
-    table = grid("memory in GB", *plan.phases, "of", numeric=plan.phases)
-    for name, origin in plan.origins.items():
+    """Planned memory in GB by component and phase, and the choices of the planner."""
+    table = grid("memory in GB", *plan.phases, numeric=plan.phases)
+    for name in dict.fromkeys(name for amounts in plan.phases.values() for name in amounts):
         sizes = [amounts.get(name, 0) for amounts in plan.phases.values()]
         if any(sizes):
-            table.add_row(name, *(_gigabytes(size) if size else "" for size in sizes), Text(origin, style="dim"))
+            table.add_row(name, *(_gigabytes(size) if size else "" for size in sizes))
     sums = [sum(amounts.values()) for amounts in plan.phases.values()]
-    table.add_row("total", *map(_gigabytes, sums), f"{_gigabytes(plan.room)} can be used", style="bold")
+    table.add_row("total", *map(_gigabytes, sums), style="bold")
     out.print()
     out.print(table)
     out.print()
     out.print(Text(memory_line(plan), style="bold"))
-    for reason in plan.reasons:
-        out.print(Text(f"  {reason}", style="dim"))
 
 
 def memory_line(plan: MemoryPlan) -> str:

@@ -7,8 +7,8 @@ The planner picks the fastest configuration that fits.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -111,10 +111,8 @@ class MemoryPlan:
     """Peak bytes of each phase of a step, and the memory budget."""
 
     phases: dict[str, Amounts]
-    origins: dict[str, str]  # by component: how its bytes are computed
     choices: Choices
     room: int
-    reasons: list[str]
     limit: int = 0  # hard limit of the process in bytes, or 0 if OOM can be caught
 
     @property
@@ -186,7 +184,7 @@ class Planner:
         self._per_logit = 2 * self._computed if is_fused else self._computed + 8
         self._merges = work.device == "cpu" and work.shards == 1 and llama.fits(model) and not self._nf4
 
-    def plan(self, choices: Choices, *, room: int = 0, reasons: Sequence[str] = ()) -> MemoryPlan:
+    def plan(self, choices: Choices, *, room: int = 0) -> MemoryPlan:
         """The plan with these choices."""
         stays = self._stays(choices)
         phases = {"rollout": self._rollout()}
@@ -196,7 +194,7 @@ class Planner:
         phases["optimizer"] = {"gradients": self._gradients, "working room": self._optimizer_room()}
         whole = {phase: self._with_slack(stays | amounts, stays) for phase, amounts in phases.items()}
         alone = self.work.device == "cpu" and self.work.shards == 1  # a shard cannot repeat a pass
-        return MemoryPlan(whole, self._origins(choices), choices, room, list(reasons), room if alone else 0)
+        return MemoryPlan(whole, choices, room, room if alone else 0)
 
     def cost(self, choices: Choices) -> float:
         """Time of reference pass and update, in tokens of a forward pass."""
@@ -328,28 +326,6 @@ class Planner:
         copies = (4 * at_once or self._gradients) if foreach else 0
         return max(4 * at_once + copies, self._learned.itemsize * largest if self.work.shards > 1 else 0)
 
-    def _origins(self, choices: Choices) -> dict[str, str]:
-        work, rows, dtype = self.work, choices.rows or self.work.rows, str(self.dtype).removeprefix("torch.")
-        learned = str(self._learned).removeprefix("torch.")
-        share = f", 1/{work.shards} of them" if work.shards > 1 else ""
-        eight = work.optimizer == "adamw8bit"
-        return {
-            "process": f"Python, torch and {CPU_SLACK:.0%} of the temporary memory",
-            "weights": f"{self.count:,} in {dtype}" + (f", {self._adapted:,} of them in 4 bits" if self._nf4 else ""),
-            "adapter": f"{self._adapter:,} in float32",
-            "master": f"the weights in float32, which the optimizer moves{share}",
-            "gradients": f"of the weights, in {learned}{share}",
-            "moments": f"two {'in 8 bits, with scales' if eight else 'per weight'}{share}",
-            "reference": "the weights again" + (", copied from the host for its pass" if choices.on_host else share),
-            "KV cache": f"{work.prompts} x {work.generations} completions,"
-            f" {'and' if work.device == 'cuda' else 'or'} {work.eval_rows} in evaluation",
-            "sampling": "their logits and probabilities",
-            "activations": f"{self._prompts_of(rows)} x {work.prompt_tokens} prompt tokens, {rows} x {work.new_tokens}"
-            f" new ones, {self.layers} layers{', checkpointed' if choices.checkpointing else ''}",
-            "logits": f"of {choices.logit_chunk or rows * work.new_tokens:,} tokens, {self._vocabulary:,} each",
-            "working room": "some gradients in float32" if self.has_masters else "copies of weights to compute with",
-        }
-
 
 def find(
     planner: Planner, *, room: int, rows: int = 0, checkpointing: bool | None = None, on_host: bool | None = None
@@ -359,9 +335,8 @@ def find(
     Raises CountdownError if none fits.
     """
     work = planner.work
-    groups = [work.generations * -(-work.prompts // 2**halved) for halved in range(work.prompts.bit_length())]
-    parts = [-(-work.generations // 2**halved) for halved in range(1, (work.generations - 1).bit_length() + 1)]
-    sizes = [rows] if rows else [0, *dict.fromkeys(size for size in (*groups, *parts) if size < work.rows)]
+    halves = [-(-work.rows // 2**halved) for halved in range(1, work.rows.bit_length() + 1)]
+    sizes = [rows] if rows else [0, *dict.fromkeys(size for size in halves if size < work.rows)]
     copied = work.has_reference and work.shards == 1 and not work.adapter
     hosts = [False, True] if copied and work.device != "cpu" else [False]
     if on_host is not None and copied:
@@ -378,7 +353,7 @@ def find(
     ]
     for choices in sorted(options, key=planner.cost):
         if planner.plan(choices).peak <= room:
-            return planner.plan(choices, room=room, reasons=_reasons(planner, choices))
+            return planner.plan(choices, room=room)
     least = min(planner.plan(choices).peak for choices in options)
     raise CountdownError(
         f"this training needs at least {least / GB:.1f} GB of memory, and {room / GB:.1f} GB can be used",
@@ -423,20 +398,3 @@ def limit(settings: Settings, device: torch.device) -> None:
     if settings.model.memory and device.type == "cuda":
         share = settings.model.memory * GB / torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, share))
-
-
-def _reasons(planner: Planner, choices: Choices) -> list[str]:
-    """The peak without each memory-saving choice."""
-    sentences = {
-        "logit_chunk": f"logits of {choices.logit_chunk:,} tokens at a time",
-        "rows": f"micro-batches of {choices.rows} completions",
-        "checkpointing": "gradient checkpointing",
-        "on_host": "the reference on the host",
-    }
-    changed = {name: replace(choices, **{name: getattr(Choices(), name)}) for name in sentences}
-    reasons = [
-        f"{sentences[name]}: without, the peak would be {planner.plan(without).peak / GB:.1f} GB"
-        for name, without in changed.items()
-        if without != choices
-    ]
-    return reasons or ["everything at once: it fits"]
