@@ -122,6 +122,7 @@ class Signals(Control):
         self._save = self._announced = False
         self._handlers: dict[signal.Signals, Any] = {}
         self._stderr = sys.stderr
+        self._process = os.getpid()
 
     def __enter__(self) -> Self:
         stopping = [signal.SIGINT, signal.SIGTERM]
@@ -138,6 +139,10 @@ class Signals(Control):
             signal.signal(number, handler)
 
     def _request_stop(self, number: int, _: FrameType | None) -> None:
+        is_second = self.stop is not None and not self._launched
+        if is_second or os.getpid() != self._process:  # or in a child that a user's code forked
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         self.stop = self.stop or number
         for stopping in () if self._launched else (signal.SIGINT, signal.SIGTERM):
             signal.signal(stopping, signal.SIG_DFL)

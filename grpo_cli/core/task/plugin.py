@@ -7,14 +7,13 @@ A task file defines
     score(completion, problem) -> float or dict    1.0 is solved; the parts of a dict are summed, and each is logged
     solution(problem) -> str          optional: a completion that scores 1.0
 
-A reward file defines a function of (completion, problem) with the same results. The files are run as ordinary Python
-modules, apart from the state of this process (see `guest`).
+A reward file defines a function of (completion, problem) with the same results. What the files change in this process
+is restored (see `guest`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import math
 import sys
@@ -35,8 +34,6 @@ from grpo_cli.core.task.task import Message, Problem, Score, Side, Split, Task, 
 
 Function = Callable[..., Any]
 OnError = Literal["stop", "skip"]
-PARAMETERS = {"problems": "split", "prompt": "problem", "score": "completion, problem", "solution": "problem"}
-BATCHED = {"prompts", "completions"}  # parameters of rewards for other trainers, which take a batch
 LARGEST = 1e15  # of a reward: its square, which the standard deviation needs, is finite in float32
 HOSTILE = "<answer>" * 1_000 + "(" * 5_000 + "\x00\ud800" + "</answer>" * 1_000
 
@@ -109,8 +106,7 @@ class FileTask:
             if json.loads(text) != value:
                 problem = f"a problem of `{self.name}` is not plain JSON: {value!r:.100} is read back as {text:.100}"
                 raise CountdownError(problem, "use lists instead of tuples, and texts as keys")
-        with apart():
-            prompts = [json.dumps(self.prompt(Item(text), "")) for text in texts]
+        prompts = [json.dumps(self.prompt(Item(text), "")) for text in texts]
         return [Item(text, asked.setdefault(prompt, text)) for text, prompt in zip(texts, prompts, strict=True)]
 
     def read(self, record: Mapping[str, object]) -> Item:
@@ -123,14 +119,6 @@ class FileTask:
         messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
             raise CountdownError(f"`prompt` of `{self.name}` must return a text, or messages with `role` and `content`")
-        for message in messages:
-            try:
-                message["content"].encode()
-            except UnicodeEncodeError as error:
-                raise CountdownError(
-                    f"a prompt of `{self.name}` has half a surrogate pair at character {error.start}: {problem}",
-                    'decode its text with `errors="replace"`',
-                ) from None
         return messages
 
     def score(self, completion: str, problem: Problem, *, style: str, truncated: bool = False) -> Score:
@@ -207,13 +195,10 @@ def load_task(name: str, on_error: OnError = "stop") -> FileTask:
         task.problems("train", 0)  # a data set may need settings that it has no defaults for
         return task
     functions = _functions(Path(name))
-    for needed, parameters in PARAMETERS.items():
-        if needed in functions:
-            _require_parameters(functions[needed], needed, name, parameters)
-        elif needed != "solution":
-            raise CountdownError(
-                f"`{name}` defines no function `{needed}`", "a task defines `problems`, `prompt` and `score`"
-            )
+    missing = [name for name in ("problems", "prompt", "score") if name not in functions]
+    if missing:
+        hint = "a task defines `problems`, `prompt` and `score`"
+        raise CountdownError(f"`{name}` defines no function `{missing[0]}`", hint)
     task = FileTask(Path(name).name, functions, files={"task": _sha256(name)}, on_error=on_error)
     if {*task.items("train", {})} != {*task.problems("train", 0), *task.problems("dev", 0)}:
         hint = "draw them from a generator with a seed, made inside it: `random.Random(0)`"
@@ -244,43 +229,20 @@ def _functions(path: Path) -> dict[str, Function]:
 
 
 def _imported(file: Path) -> dict[str, Any]:
-    """The names of a file, imported as a module with its folder on the import path, so that pools can pickle them."""
-    folder = str(file.parent)
-    sys.path[:] = [other for other in sys.path if other != folder]
-    known = sys.modules.get(file.stem)
-    found = known.__spec__ if known else find_spec(file.stem) if file.stem.isidentifier() else None
-    is_own = found is None or found.origin == str(file)  # rather than an installed module
-    sys.path.insert(0, folder)
+    """The names of a file, imported as a module so that pools can pickle them; its folder ends the import path.
+
+    It has a name of its own if that of the file is an installed module's.
+    """
+    if (folder := str(file.parent)) not in sys.path:
+        sys.path.append(folder)
+    found = find_spec(file.stem) if file.stem.isidentifier() else None
+    is_own = found is None or found.origin == str(file)
     name = file.stem if is_own else f"{file.stem}_{hashlib.sha256(bytes(file)).hexdigest()[:8]}"
     spec = spec_from_file_location(name, file)
     assert spec is not None
-    module = module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        exec(compile(file.read_bytes(), file, "exec"), vars(module))
-    except BaseException:
-        del sys.modules[name]
-        raise
+    sys.modules[name] = module = module_from_spec(spec)
+    exec(compile(file.read_bytes(), file, "exec"), vars(module))
     return vars(module)
-
-
-def _require_parameters(function: Function, name: str, path: str, parameters: str) -> None:
-    """Raise CountdownError if a function does not take these parameters."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some built-in functions have none
-        return
-    try:
-        signature.bind(*parameters.split(", "))
-        fits = not BATCHED & signature.parameters.keys() and not inspect.iscoroutinefunction(function)
-    except TypeError:
-        fits = False
-    if not fits:
-        kind = "async def" if inspect.iscoroutinefunction(function) else "def"
-        raise CountdownError(
-            f"`{path}` defines `{kind} {name}({', '.join(signature.parameters)})`, which cannot be called",
-            f"define `def {name}({parameters})`" + " for one completion" * ("completion" in parameters),
-        )
 
 
 @dataclass(frozen=True)
@@ -321,7 +283,6 @@ def load_reward(name: str) -> Function:
     functions = _functions(Path(path))
     if function not in functions:
         raise CountdownError(f"`{path}` defines no function `{function}`")
-    _require_parameters(functions[function], function, path, "completion, problem")
     return functions[function]
 
 
