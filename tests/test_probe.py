@@ -8,7 +8,7 @@ import pytest
 from grpo_cli.core.evals.evaluate import Completion, Evaluator
 from grpo_cli.core.evals.statistics import wilson
 from grpo_cli.core.model.policy import Policy
-from grpo_cli.core.rl.probe import PUZZLES, Probe, Sampled, chosen_puzzles, expected_mixed, measure, probe
+from grpo_cli.core.rl.probe import PUZZLES, Probe, Sampled, chosen_puzzles, measure, probe
 from grpo_cli.core.rollout.local import LocalEngine
 from grpo_cli.core.rollout.params import SamplingParams
 from grpo_cli.core.task.data import enumerate_puzzles
@@ -72,7 +72,7 @@ def found(one: Sampled, other: Sampled | None = None, *, numbers: int = 3) -> di
         ([0] * 32, [True] * 9 + [False] * 23, 0.0, 3, {"signal", "never"}, "only the format to learn from: in 9 of 32"),
         ([8] * 16 + [0] * 16, None, 0.0, 3, {"signal"}, "there is nothing to learn from: in 0 of 32"),
         (RARE, None, 0.0, 3, {"signal", "groups"}, "raise `--num-generations`"),
-        ([1] * 7 + [0] * 25, None, 0.0, 3, {"signal", "groups"}, "in groups of 8 an estimated 21%"),
+        ([1] * 7 + [0] * 25, None, 0.0, 3, {"signal", "groups"}, "most groups have no gradient"),
         ([1] * 8 + [0] * 24, None, 0.0, 3, {"signal"}, "in 8 of 32"),  # a quarter of the groups teaches
     ],
 )
@@ -104,16 +104,6 @@ def test_two_other_styles_are_two_chances_to_err() -> None:
     assert "style" not in Probe("one-shot", 3, {s.style: s for s in (one, better, sampled("natural", SOME))}).findings
 
 
-def test_larger_groups_help_where_chances_are_small_and_not_where_they_are_all_or_nothing() -> None:
-    # All puzzles alike with p = 1/16: 1 - (15/16)^n - (1/16)^n is 0.40, 0.64 and 0.87.
-    alike = expected_mixed([1] * 16 + [0] * 16, 8, [8, 16, 32])
-    assert list(alike.values()) == pytest.approx([0.40, 0.64, 0.87], abs=0.1)
-    split = expected_mixed([8] * 16 + [0] * 16, 8, [8, 16, 32])
-    assert max(split.values()) < 0.1
-    assert max(expected_mixed([0] * 32, 8, [8, 16, 32]).values()) < 0.001
-    assert expected_mixed([4] * 32, 8, [8])[8] == pytest.approx(1 - 2 / 2**8, abs=0.005)
-
-
 def test_the_puzzles_are_a_fixed_sample_of_the_train_split() -> None:
     puzzles = list(enumerate_puzzles(3, "train"))
     one = chosen_puzzles(puzzles, 0)
@@ -125,14 +115,12 @@ def test_the_puzzles_are_a_fixed_sample_of_the_train_split() -> None:
 @pytest.mark.parametrize(
     ("step", "groups"),
     [
-        (0.0, [16, 16, 16]),  # none of 16 groups is mixed: an interval of 0 to 19 %
+        (0.0, [32, 32, 32]),
         (25.0, [2, 1, 1]),  # 25 seconds a group: four groups are done by 100 seconds, a fifth would end at 125
         (500.0, [1, 0, 0]),  # one group alone takes longer
     ],
 )
-def test_a_probe_stops_when_it_knows_enough_or_its_time_is_up(
-    tiny_policy: Policy, step: float, groups: list[int]
-) -> None:
+def test_a_probe_stops_when_its_time_is_up(tiny_policy: Policy, step: float, groups: list[int]) -> None:
     """A clock that advances by `step` seconds between the start and the end of each evaluation."""
     times = itertools.count()
     result = probe(

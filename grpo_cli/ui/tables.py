@@ -262,11 +262,9 @@ def probe(probed: Probe) -> None:
         )
     out.print(table)
     out.print()
-    shares = [f"{size} {percent(share)}" for size, share in probed.expected_mixed.items()]
     seconds, tokens = (sum(getattr(one, what) for one in probed.styles.values()) for what in ("seconds", "tokens"))
     rows = [
         ("mixed", "groups whose rewards differ: what a step learns from"),
-        ("estimate", f"groups with right and wrong completions, by size: {', '.join(shares)}"),
         ("cost", f"{seconds:.1f} seconds, {tokens:,} tokens"),
     ]
     out.print(facts(rows))
