@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from grpo_cli.core.config.settings import Settings, values
@@ -31,7 +32,8 @@ NAMES = {  # ours -> TRL's
     "time/total": "train/step_time",
 }
 COLUMNS = ("step", "problem", "completion", "reward", "reason")
-Row = tuple[int | float | str, ...]
+CODE = " " * 4  # Markdown shows indented lines as they are
+Row = tuple[int, str, str, str, str]  # of COLUMNS
 
 
 class TensorBoard:
@@ -41,8 +43,7 @@ class TensorBoard:
         module = import_module("torch.utils.tensorboard")
         self.writer = module.SummaryWriter(str(folder), purge_step=start + 1 if start else None)
         if not start:
-            chosen = {key: value for key, value in config.items() if not key.startswith(("eval.", "plot.", "ranks."))}
-            for part in import_module("torch.utils.tensorboard.summary").hparams(chosen, {"eval/accuracy": 0.0}):
+            for part in import_module("torch.utils.tensorboard.summary").hparams(dict(config), {"eval/accuracy": 0.0}):
                 self.writer.file_writer.add_summary(part)
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -51,10 +52,11 @@ class TensorBoard:
         self.writer.flush()
 
     def samples(self, step: int, rows: Sequence[Row]) -> None:
-        lines = ["| sample | completion |", "| --- | --- |"]  # two columns: TensorBoard breaks words in narrow ones
-        for number, problem, completion, reward, reason in rows:
-            lines.append(f"| step {number}: {_cell(problem)}, reward {reward}, {_cell(reason)} | {_cell(completion)} |")
-        self.writer.add_text("samples", "\n".join(lines), step)
+        parts = [
+            f"step {number}: {problem}, reward {reward}, {reason}\n\n{indent(completion, CODE)}"
+            for number, problem, completion, reward, reason in rows
+        ]
+        self.writer.add_text("samples", "\n\n".join(parts), step)
 
     def close(self) -> None:
         self.writer.close()
@@ -82,8 +84,8 @@ class Dashboard:
             self.run.log(dict(metrics), step=step)
 
     def samples(self, step: int, rows: Sequence[Row]) -> None:
-        table = [[str(value) if self.is_wandb else value for value in row] for row in rows]  # W&B's columns are typed
-        self.scalars(step, {"samples": self.module.Table(columns=list(COLUMNS), data=table)})
+        table = self.module.Table(columns=list(COLUMNS), data=[list(row) for row in rows])
+        self.scalars(step, {"samples": table})
 
     def close(self) -> None:
         with redirect_stdout(io.StringIO()):
@@ -149,9 +151,9 @@ class Tracked(Observer):
                     metrics[f"eval/{cell}/mean_length"] = measured.mean_length
         return metrics
 
-    def _send_samples(self, step: Any) -> None:
+    def _send_samples(self, step: int) -> None:
         if self.tracker and self.rows:
-            self.tracker.samples(int(step), self.rows)
+            self.tracker.samples(step, self.rows)
             self.rows = []
 
     @contextmanager
@@ -169,12 +171,6 @@ def _named(key: str) -> str:
     return NAMES.get(key) or (key if key.startswith(GROUPS) else f"train/{key}")
 
 
-def _row(sample: Mapping[str, object]) -> Row:
+def _row(sample: Mapping[str, Any]) -> Row:
     problem = sample.get("problem") or f"{sample.get('numbers')} -> {sample.get('target')}"
-    facts = {**sample, "problem": problem}
-    return tuple(value if isinstance(value := facts.get(key, ""), int | float) else str(value) for key in COLUMNS)
-
-
-def _cell(value: int | float | str) -> str:
-    """A value in a Markdown table; completions are untrusted text in one line of code."""
-    return f"`{' '.join(str(value).replace('`', chr(39)).replace('|', chr(92) + '|').split())}`"
+    return sample["step"], problem, sample["completion"], str(sample["reward"]), sample["reason"]
