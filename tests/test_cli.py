@@ -517,7 +517,6 @@ def test_eval_evaluates_all_puzzles_of_a_file(countdown: Command, tiny_folder: P
     few = ["--json", "--max-new-tokens", 4, "--puzzles"]
     done = countdown("eval", tiny_folder, *few, puzzle_file(tmp_path, MIXED))
     assert (json.loads(done.out)["count"], json.loads(done.out)["numbers"]) == (3, 0)
-    assert "2 of 3 puzzles have an odd number: the side that is trained on without a file" in " ".join(done.err.split())
     odd = countdown("eval", tiny_folder, *few, puzzle_file(tmp_path, [{**MIXED[0], "split": "train"}]))
     assert (json.loads(odd.out)["count"], json.loads(odd.out)["numbers"]) == (1, 3)
     marked = countdown("eval", tiny_folder, *few, puzzle_file(tmp_path, [MIXED[0], {**MIXED[1], "split": "val"}]))

@@ -108,17 +108,12 @@ def test_the_public_data_sets_columns_are_read(tmp_path: Path, name: str) -> Non
         loaded.puzzles("val")
 
 
-TRUTH = {"style": "rule", "ground_truth": {"target": 98, "numbers": [44, 19, 35]}}
-VERL = {"prompt": [{"role": "user"}], "reward_model": TRUTH}
 PUZZLE = Puzzle((44, 19, 35), 98)
 
 
 @pytest.mark.parametrize(
     "row",
     [
-        VERL,
-        {"extra_info": {"split": "test"}, "ground_truth": json.dumps({"target": 98, "nums": [44, 19, 35]})},
-        {"target": 98, "reward_model": TRUTH},
         {"target": 98, "numbers": None, "nums": [44, 19, 35]},
         {"target": 98, "numbers": [44, 19, 35], "nums": [44, 19, 35]},
         {"target": 98, "nums": [44, 19, 35], "solution": "44 + 19 + 35 = 98"},
@@ -134,13 +129,6 @@ def test_rows_of_other_projects_are_read(tmp_path: Path, row: dict[str, object],
         pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist([row]), path)
     else:
         path.write_text(json.dumps(row) if ending == "jsonl" else json.dumps([row], indent=2))
-    assert load_puzzles(path, Rules(max_number=99)).rows["train"] == (PUZZLE,)
-
-
-def test_a_csv_column_of_json_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "verl.csv"
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([["id", "reward_model"], [1, json.dumps(TRUTH)]])
     assert load_puzzles(path, Rules(max_number=99)).rows["train"] == (PUZZLE,)
 
 
@@ -204,10 +192,8 @@ GOOD = {"numbers": [3, 5, 2], "target": 13, "split": "train", "solution": "2 * 5
         ("[3, 5, 2]", "a puzzle is an object with the fields numbers, target, split, solution"),
         (json.dumps({"numbers": [3, 5, 2]}), "there is no `target`"),
         (json.dumps({"target": 13, "answer": "x"}), "there is no `numbers` (or `nums`)"),
-        (json.dumps({**GOOD, "nums": [3, 5, 4]}), "`numbers` and `nums` differ"),
         (json.dumps({**GOOD, "solution": "2 * 5 + 3 = 14"}), "`solution` does not make 13 from [3, 5, 2]"),
         (json.dumps({**GOOD, "solution": "13 = 13"}), "`solution` does not make 13 from [3, 5, 2]"),
-        (json.dumps({"reward_model": {"ground_truth": {"target": 13}}}), "there is no `numbers` (or `nums`) and no"),
         (json.dumps({**GOOD, "numbers": "3 5 2"}), "`numbers` (or `nums`) is a list of whole numbers"),
         (json.dumps({**GOOD, "numbers": [3, 5.0, 2]}), "`numbers` (or `nums`) is a list of whole numbers"),
         (json.dumps({**GOOD, "numbers": [3, True, 2]}), "`numbers` (or `nums`) is a list of whole numbers"),

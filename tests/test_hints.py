@@ -19,9 +19,9 @@ REWARD = "def reward(completion, problem):\n    return len(completion) % 7 / 10\
 def test_a_run_elsewhere_is_resumed_by_the_commands_in_its_messages(
     countdown: Command, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In another folder of runs, with a space in its name; with a reward file, and a schedule that ends."""
+    """In another folder of runs, with a space in its name; with a reward file."""
     (tmp_path / "reward.py").write_text(REWARD)
-    flags = ["--runs", "my runs", "--reward", "reward.py:reward", "--schedule", "linear", "--num-iterations", 1]
+    flags = ["--runs", "my runs", "--reward", "reward.py:reward", "--num-iterations", 1]
     assert countdown("train", "--model", tiny_folder, "--run", "first", *SMALL, *flags).code == 0
     run = Run(Path("my runs/first"))
     resume = shlex.split(run.resume_command)[1:]
@@ -29,8 +29,6 @@ def test_a_run_elsewhere_is_resumed_by_the_commands_in_its_messages(
 
     more = countdown(*resume, "--num-iterations", 3)
     assert more.code == 0, more.err
-    assert re.search(r"now ends at step 3: the learning rate jumps from \S+ at step 1 to \S+ at step 2", more.err)
-    assert "learning rate jumps" not in countdown(*resume).err
 
     refused = countdown("train", "--run", "frist", "--runs", "my runs", "--resume")
     assert "did you mean `first`?" in refused.err and "`countdown train --run frist --runs 'my runs'`" in refused.err

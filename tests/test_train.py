@@ -31,7 +31,7 @@ from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.collect import Collector
 from grpo_cli.core.rl.context import Context
 from grpo_cli.core.rl.observer import Observer, Validated
-from grpo_cli.core.rl.schedule import learning_rate_at
+from grpo_cli.core.rl.schedule import scheduled_rate
 from grpo_cli.core.rl.state import State, choose_checkpoint
 from grpo_cli.core.rl.summary import summary
 from grpo_cli.core.rl.validate import Validation
@@ -136,9 +136,9 @@ def test_a_step_can_straddle_two_epochs() -> None:
     ],
 )
 def test_learning_rate(schedule: str, rates: list[float]) -> None:
-    found = [
-        learning_rate_at(step, peak=1.0, schedule=schedule, warmup_steps=2, num_iterations=6) for step in range(1, 7)
-    ]
+    flags = {"learning_rate": 1.0, "schedule": schedule, "warmup_steps": 2, "num_iterations": 6}
+    settings = config.resolve(flags={f"train.{key}": value for key, value in flags.items()}, has_cuda=lambda: False)
+    found = [scheduled_rate(settings.settings.train, step) for step in range(1, 7)]
     assert found == pytest.approx(rates, abs=1e-6)
 
 

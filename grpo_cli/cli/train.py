@@ -100,7 +100,7 @@ def train(
     root = Path(resolved.settings.runs)
     run, resume, overwrite = _run_to_open(root, run, process, resume=resume, overwrite=overwrite)
     if resume and run is not None:
-        resolved = _resumed(ctx, root, run, step)
+        resolved = _resumed(ctx, root, run)
     settings = resolved.settings.model_copy(update={"runs": str(root)})  # the run may have moved
     chosen = _chosen(settings, resume=resume)
     task = read_files(settings) if not resume else _read_files_of(root, run or "", settings)
@@ -160,20 +160,14 @@ def _run_to_open(
     return name, resume, overwrite
 
 
-def _resumed(ctx: typer.Context, root: Path, name: str, step: int | None) -> Resolved:
+def _resumed(ctx: typer.Context, root: Path, name: str) -> Resolved:
     """The settings of a run to resume, with the changes that the flags make."""
-    from grpo_cli.core.config.resolve import restore, resume_settings
-    from grpo_cli.core.rl.schedule import rate_jump
+    from grpo_cli.core.config.resolve import resume_settings
     from grpo_cli.core.run.folder import Run
 
     run = Run.open(root, name)
-    saved, given = run.read_config(), {key: value for key, value in flags(ctx).items() if key != "runs"}
-    resolved = resume_settings(saved, run.config_path, flags=given)
-    done = step or max((saved_step for saved_step, _ in run.checkpoints()), default=0)
-    before = restore(saved, run.config_path).settings.train
-    if sentence := rate_jump(before, resolved.settings.train, done):
-        show.note(sentence)
-    return resolved
+    given = {key: value for key, value in flags(ctx).items() if key != "runs"}
+    return resume_settings(run.read_config(), run.config_path, flags=given)
 
 
 def _chosen(settings: Settings, *, resume: bool) -> ModelChoice:

@@ -20,35 +20,13 @@ PLANNED_STEPS = 4  # memory is planned for the prompts of about so many steps
 PLANNED_PROMPTS = 1000
 
 
-def learning_rate_at(step: int, *, peak: float, schedule: str, warmup_steps: int, num_iterations: int) -> float:
-    """Learning rate of a step, from 1: linear warm-up to `peak`, then constant or falling to 0 at the end."""
-    if step <= warmup_steps:
-        return peak * step / warmup_steps
-    done = (step - 1 - warmup_steps) / max(1, num_iterations - warmup_steps)
-    shapes = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
-    return peak * shapes[schedule]
-
-
-def rate_jump(before: Train, after: Train, done: int) -> str | None:
-    """A sentence if the learning rate jumps after step `done` because the end of its schedule moves."""
-    if not done or before.num_iterations == after.num_iterations or after.schedule == "constant":
-        return None
-    last, following = scheduled_rate(before, done), scheduled_rate(after, done + 1)
-    return (
-        f"the {after.schedule} schedule now ends at step {after.num_iterations}: the learning rate jumps from "
-        f"{last:.2g} at step {done} to {following:.2g} at step {done + 1}"
-    )
-
-
 def scheduled_rate(train: Train, step: int) -> float:
-    """Learning rate of a step of a training."""
-    return learning_rate_at(
-        step,
-        peak=train.learning_rate,
-        schedule=train.schedule,
-        warmup_steps=train.warmup_steps,
-        num_iterations=train.num_iterations,
-    )
+    """Learning rate of a step, from 1: linear warm-up to its peak, then constant or falling to 0 at the end."""
+    if step <= train.warmup_steps:
+        return train.learning_rate * step / train.warmup_steps
+    done = (step - 1 - train.warmup_steps) / max(1, train.num_iterations - train.warmup_steps)
+    shapes = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
+    return train.learning_rate * shapes[train.schedule]
 
 
 @dataclass(frozen=True)

@@ -141,8 +141,7 @@ class State:
             fsdp.spread(self.learner.model, self.optimizer, state["optimizer"])
         else:
             self._restore_optimizer(state["optimizer"], folder / "model")
-        progress = state["progress"]
-        return Progress(**{"unlogged": progress.pop("pending", None), **progress})  # the name in older checkpoints
+        return Progress(**state["progress"])
 
     @torch.no_grad()
     def _restore_optimizer(self, state: dict[str, Any], model: Path) -> None:
@@ -229,8 +228,6 @@ def choose_checkpoint(
 def require_origin(run: Run, current: Mapping[str, object], *, model: str, reference: str) -> None:
     """Raise CountdownError unless the run started from this origin; names of models are for the message."""
     saved = run.read_origin()
-    if "warm_start" not in saved:  # in older runs
-        saved["warm_start"] = saved.get("weights")
     changed = [name for name in current if saved.get(name) != current[name]]
     if changed:
         start = f"this `{model}`" if {*changed} & {"weights", "tokenizer", "warm_start"} else "these puzzles"

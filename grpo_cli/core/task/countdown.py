@@ -63,16 +63,7 @@ class Countdown:
     def notes(self, sizes: Sequence[int]) -> list[str]:
         """The counts of the puzzle files, or the sizes whose splits are sampled."""
         sampled = [] if self.paths.puzzles else [note for size in sizes if (note := sampling_note(size, self.rules))]
-        return [*sampled, *map(str, self._loaded.values()), *self._sides()]
-
-    def _sides(self) -> list[str]:
-        """A sentence on val puzzles that are on the generated train side, unless a file replaces that."""
-        if self.paths.puzzles or not self.paths.val:
-            return []
-        val = self.problems("val", 0)
-        odd = sum(puzzle.split == "train" for puzzle in val)
-        side = "the side that is trained on without a file"
-        return [f"{odd:,} of {len(val):,} puzzles have an odd number: {side}"] if odd else []
+        return [*sampled, *map(str, self._loaded.values())]
 
     @property
     def _loaded(self) -> dict[str, PuzzleFile]:

@@ -120,36 +120,15 @@ def _read(row: dict[str, Any], place: str, rules: Rules) -> tuple[Puzzle, Split 
 
 
 def _columns(row: dict[str, Any], place: str) -> tuple[Any, Any]:
-    """Numbers and target of a row, or of the object in it that has both, as in verl's `reward_model.ground_truth`."""
-    given = next((part for part in _objects(row) if _numbers(part) and "target" in part), row)
-    names = _numbers(given)
-    missing = ["`numbers` (or `nums`)"] * (not names) + ["`target`"] * ("target" not in given)
+    """Numbers and target of a row."""
+    names = [name for name in ("numbers", "nums") if row.get(name) is not None]
+    missing = ["`numbers` (or `nums`)"] * (not names) + ["`target`"] * ("target" not in row)
     if missing:
         columns = ", ".join(f"`{name}`" for name in list(row)[:8]) or "nothing"
         raise CountdownError(
             f"{place}: there is no {' and no '.join(missing)}", f"rename a column; the row has {columns}"
         )
-    if len(names) == 2 and given["numbers"] != given["nums"]:
-        raise CountdownError(f"{place}: `numbers` and `nums` differ", "remove one of the columns")
-    return given[names[0]], given["target"]
-
-
-def _numbers(row: dict[str, Any]) -> list[str]:
-    """The columns of a row that hold numbers."""
-    return [name for name in ("numbers", "nums") if row.get(name) is not None]
-
-
-def _objects(value: Any, depth: int = 3) -> Iterator[dict[str, Any]]:
-    """The object in `value`, and those within, also as JSON text."""
-    if isinstance(value, str) and value.startswith("{"):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return
-    if isinstance(value, dict):
-        yield value
-        for part in value.values() if depth else ():
-            yield from _objects(part, depth - 1)
+    return row[names[0]], row["target"]
 
 
 def _solves(answer: str, puzzle: Puzzle, rules: Rules) -> bool:
