@@ -29,6 +29,7 @@ from grpo_cli.core.rl.build import build
 from grpo_cli.core.rl.context import Context
 from grpo_cli.core.rl.explain import OWN, Fork, fork, variants
 from grpo_cli.core.rl.observer import Observer
+from grpo_cli.core.rl.state import newest_intact
 from grpo_cli.core.rl.train import StepResult, Trainer
 from grpo_cli.core.rl.update import NotFinite, Objective, Terms, reference_logprobs, update
 from grpo_cli.core.run.folder import Run, at
@@ -175,8 +176,7 @@ def plan(run: Run, step: int) -> Plan:
             f"steps of run `{run.name}` cannot be replayed: vLLM does not draw the same completions again",
             f"`countdown why {run.name}{at(run.path.parent)}` describes the run as a whole",
         )
-    starts = [saved for saved, _ in run.checkpoints() if saved < step and run.damage(saved) is None]
-    start = max(starts, default=0)
+    start = newest_intact(run, below=step) or 0
     return Plan(step, start, sum(spent for number, spent in seconds.items() if start < number <= step))
 
 
@@ -194,7 +194,7 @@ def cached(run: Run, step: int, *, losses: bool) -> Replay | None:
         return None
     if known is None or (losses and not known.variants):
         return None
-    same = known.logged == _logged(run, step) and known.last_step == _last(run)
+    same = known.logged == _logged(run, step) and known.last_step == newest_intact(run)
     return known if same else None
 
 
@@ -233,7 +233,7 @@ def _record(
     logged, values = _logged(run, planned.step), {**batch.metrics, **result.metrics}
     updates = updates if "loss" in values else {}  # else the step was skipped
     rows = _completions(trainer, result, updates, _logprobs(trainer, result.examples))
-    if (last := _last(run)) is not None:
+    if (last := newest_intact(run)) is not None:
         kept = [weight.detach().clone() for weight in trainer.state.learner.trainable]
         trainer.state.fall_back(run.checkpoint_path(last))
         ends = _logprobs(trainer, result.examples)
@@ -345,8 +345,3 @@ def _logged(run: Run, step: int) -> dict[str, float]:
     """The logged metrics of a step that a replay is checked against."""
     line = next(line for line in run.metrics() if line["step"] == step)
     return {name: line[name] for name in CHECKED if name in line}
-
-
-def _last(run: Run) -> int | None:
-    """The step of the last intact checkpoint."""
-    return max((step for step, _ in run.checkpoints() if run.damage(step) is None), default=None)

@@ -6,6 +6,7 @@ Puzzles and random numbers are functions of (seed, step), so a checkpoint and th
 from __future__ import annotations
 
 import logging
+import math
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -190,39 +191,46 @@ def settled(settings: Settings, policy: Policy) -> Settings:
     return settings.model_copy(update={"model": model, "train": train})
 
 
+def newest_intact(run: Run, *, below: float = math.inf, skipped: Callable[[str], None] = lambda _: None) -> int | None:
+    """The step of the newest intact checkpoint before step `below`; `skipped` receives a sentence on damaged ones."""
+    for step, _ in reversed(run.checkpoints()):
+        if step < below:
+            if (problem := run.damage(step)) is None:
+                return step
+            skipped(f"skipping the checkpoint of step {step}: {problem}")
+    return None
+
+
 def choose_checkpoint(
     run: Run, settings: Settings, step: int | None, skipped: Callable[[str], None]
 ) -> tuple[int, Path | None]:
-    """The step and folder of the checkpoint of `step`, or of the newest intact one; `skipped` receives a sentence on
-    others.
+    """The step and folder of the checkpoint of `step`, or of the newest intact one; `skipped` as for `newest_intact`.
 
     (0, None) if the run stopped before its first checkpoint. Raises CountdownError if all are damaged, if that of
     `step` is damaged, if the run's settings have changed since it was saved, or if the step is beyond the run's last.
     """
-    checkpoints = dict(run.checkpoints())
-    if step is not None and step not in checkpoints:
-        hint = f"choose one of: {run.saved_steps}" if checkpoints else "leave out `--step`"
-        raise CountdownError(f"run `{run.name}` has no checkpoint of step {step}", hint)
-    for candidate in sorted(checkpoints, reverse=True) if step is None else [step]:
-        problem = run.damage(candidate)
-        if problem is None:
-            if run.manifest(candidate).get("config") != digest(settings):
-                raise CountdownError(
-                    f"`{run.config_path}` has changed since step {candidate} was saved",
-                    "restore it, or start a new run to train with other settings",
-                )
-            if candidate > (last := settings.train.num_iterations):
-                hint = f"give a larger one, or `--step` with one of: {run.saved_steps}"
-                raise CountdownError(f"step {candidate} of run `{run.name}` is beyond `--num-iterations {last}`", hint)
-            return candidate, checkpoints[candidate]
-        if step is not None:
-            hint = "leave out `--step` to continue from the newest intact one"
-            raise CountdownError(f"the checkpoint of step {step} is damaged: {problem}", hint, exit_code=1)
-        skipped(f"skipping the checkpoint of step {candidate}: {problem}")
-    if checkpoints:
+    checkpoints, last = dict(run.checkpoints()), settings.train.num_iterations
+    if not checkpoints and step is None:
+        return 0, None
+    chosen = newest_intact(run, skipped=skipped) if step is None else step
+    if chosen is None:
         hint = "start the run again with `--overwrite`"
         raise CountdownError(f"run `{run.name}` has no intact checkpoint", hint, exit_code=1)
-    return 0, None
+    if chosen not in checkpoints:
+        hint = f"choose one of: {run.saved_steps}" if checkpoints else "leave out `--step`"
+        raise CountdownError(f"run `{run.name}` has no checkpoint of step {step}", hint)
+    if step is not None and (problem := run.damage(step)):
+        hint = "leave out `--step` to continue from the newest intact one"
+        raise CountdownError(f"the checkpoint of step {step} is damaged: {problem}", hint, exit_code=1)
+    if run.manifest(chosen).get("config") != digest(settings):
+        raise CountdownError(
+            f"`{run.config_path}` has changed since step {chosen} was saved",
+            "restore it, or start a new run to train with other settings",
+        )
+    if chosen > last:
+        hint = f"give a larger one, or `--step` with one of: {run.saved_steps}"
+        raise CountdownError(f"step {chosen} of run `{run.name}` is beyond `--num-iterations {last}`", hint)
+    return chosen, checkpoints[chosen]
 
 
 def require_origin(run: Run, current: Mapping[str, object], *, model: str, reference: str) -> None:

@@ -33,7 +33,7 @@ from grpo_cli.core.rl.grpo import advantages
 from grpo_cli.core.rl.health import SAMPLER_GAP, collapses, warnings
 from grpo_cli.core.rl.observer import Interrupted, Observer, Validated
 from grpo_cli.core.rl.schedule import scheduled_rate
-from grpo_cli.core.rl.state import State
+from grpo_cli.core.rl.state import State, newest_intact
 from grpo_cli.core.rl.update import Diverged, NotFinite, Objective, Watch, reference_logprobs, update
 from grpo_cli.core.rl.validate import Validation
 from grpo_cli.core.rollout.engine import EngineLost
@@ -294,17 +294,16 @@ class Trainer:
         progress, patience = self.state.progress, self.settings.train.patience
         if not 0 < patience <= progress.waited:
             return False
-        if progress.step not in self.world.first(self._saved_steps):
+        if progress.step != self.world.first(self._newest_intact):
             self.save()
         waited = f"{progress.waited} evaluation{'s' if progress.waited > 1 else ''} without improvement"
         best = f"the best is step {progress.best_step}"
         self.observer.message(f"stopping after step {progress.step}: {waited}; {best}")
         return True
 
-    def _saved_steps(self) -> list[int]:
-        """The steps of intact checkpoints, in order; not of later ones, which a replayed run has."""
-        saved = [step for step, _ in self.run.checkpoints() if step <= self.state.progress.step]
-        return [step for step in saved if self.run.damage(step) is None]
+    def _newest_intact(self) -> int | None:
+        """The step of the newest intact checkpoint; not of later ones, which a replayed run has."""
+        return newest_intact(self.run, below=self.state.progress.step + 1)
 
     def _skip(self, batch: Batch, problem: NotFinite) -> None:
         """Save the batch of a failed update for a report; raises CountdownError after too many in a row."""
@@ -334,15 +333,15 @@ class Trainer:
 
     def _fall_back(self, problem: Diverged) -> str:
         """Restore the newest intact checkpoint and describe it; raises CountdownError if there is none."""
-        saved = self.world.first(self._saved_steps)
-        if not saved or self.state.learner.is_sharded:
+        saved = self.world.first(self._newest_intact)
+        if saved is None or self.state.learner.is_sharded:
             raise CountdownError(
                 f"{problem}; checkpoints of the run: {self.run.saved_steps}",
                 "start again, or from a checkpoint with `--model`, with a smaller `--learning-rate`",
                 exit_code=1,
             )
-        self.state.fall_back(self.run.checkpoint_path(saved[-1]))
-        return f"are restored from step {saved[-1]}"
+        self.state.fall_back(self.run.checkpoint_path(saved))
+        return f"are restored from step {saved}"
 
     def _check_health(self) -> None:
         """Report each problem in the metrics once; end a collapsed training if `stop_on_collapse`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import reduce
+from functools import partial, reduce
 from itertools import product
 from operator import add
 from statistics import fmean
@@ -93,7 +93,6 @@ class Objective:
         return self.num_mini_batches > 1 or self.loss.entropy_share < 1
 
 
-@torch.no_grad()
 def reference_logprobs(
     reference: Reference,
     sequences: Sequences,
@@ -104,22 +103,37 @@ def reference_logprobs(
     poll: Callable[[], None] = no_poll,
 ) -> Tensor:
     """Log-probabilities (B, T) of the completions under the frozen reference. Other arguments as for `update`."""
-    policy, micro_batch, world = reference.policy, micro_batch or MicroBatch(), world or World()
-    rows = range(len(sequences.completions))
-    logprobs = torch.zeros(sequences.mask().shape, device=policy.device)
+    read = partial(reference.policy.logprobs, temperature=temperature, entropy="none")
     with reference.on_device():
-        for attempt in micro_batch.attempts(len(rows), "reference pass"):
-            with attempt:
-                for some in _passes(rows, policy, micro_batch, world):
-                    poll()
-                    subset = sequences.subset(some) if some else DUMMY
-                    with micro_batch.watched(len(some)):
-                        part, _ = policy.logprobs(
-                            subset, temperature=temperature, entropy="none", logit_chunk=micro_batch.logit_chunk
-                        )
-                    if some:
-                        logprobs[some, : part.shape[1]] = part
-    return logprobs
+        return _without_gradient(
+            read, reference.policy, sequences, "reference pass", micro_batch or MicroBatch(), world or World(), poll
+        )[0]
+
+
+@torch.no_grad()
+def _without_gradient(
+    read: Callable[..., tuple[Tensor, Tensor]],
+    policy: Policy,
+    sequences: Sequences,
+    doing: str,
+    micro_batch: MicroBatch,
+    world: World,
+    poll: Callable[[], None],
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies (B, T) of all rows as `read` computes them, by micro-batches."""
+    rows = range(len(sequences.completions))
+    logprobs, entropies = torch.zeros(2, *sequences.mask().shape, device=policy.device)
+    for attempt in micro_batch.attempts(len(rows), doing):
+        with attempt:
+            for some in _passes(rows, policy, micro_batch, world):
+                poll()
+                subset = sequences.subset(some) if some else DUMMY
+                with micro_batch.watched(len(some)):
+                    part, entropy = read(subset, logit_chunk=micro_batch.logit_chunk)
+                if some:
+                    logprobs[some, : part.shape[1]] = part
+                    entropies[some, : part.shape[1]] = entropy
+    return logprobs, entropies
 
 
 def update(
@@ -395,24 +409,13 @@ def _terms(
     ]
 
 
-@torch.no_grad()
 def _record_old_logprobs(inputs: _Inputs, micro_batch: MicroBatch, world: World, poll: Callable[[], None]) -> None:
     """Compute the log-probs of all rows before the weights change, and choose the tokens that learn by entropy."""
-    policy, objective, rows = inputs.policy, inputs.objective, sorted([*inputs.learning, *inputs.without_gradient])
-    entropies, mask = torch.zeros_like(inputs.old_logprobs), inputs.examples.sequences.mask().to(policy.device)
-    for attempt in micro_batch.attempts(len(rows), "update"):
-        with attempt:
-            for some in _passes(rows, policy, micro_batch, world):
-                poll()
-                subset = inputs.examples.sequences.subset(some) if some else DUMMY
-                with micro_batch.watched(len(some)):
-                    logprobs, entropy = policy.logprobs(
-                        subset, temperature=objective.temperature, logit_chunk=micro_batch.logit_chunk
-                    )
-                if some:
-                    inputs.old_logprobs[some, : logprobs.shape[1]] = logprobs
-                    entropies[some, : entropy.shape[1]] = entropy
+    policy, objective, sequences = inputs.policy, inputs.objective, inputs.examples.sequences
+    read = partial(policy.logprobs, temperature=objective.temperature)
+    inputs.old_logprobs, entropies = _without_gradient(read, policy, sequences, "update", micro_batch, world, poll)
     if objective.loss.entropy_share < 1:
+        mask = sequences.mask().to(policy.device)
         mask[inputs.masked] = False
         everywhere = torch.cat(world.gather(entropies[mask].cpu()))
         threshold = float(torch.quantile(everywhere, 1 - objective.loss.entropy_share)) if len(everywhere) else 0.0

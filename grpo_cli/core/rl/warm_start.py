@@ -23,7 +23,7 @@ from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.rl.context import Context
 from grpo_cli.core.rl.observer import Interrupted, no_poll
 from grpo_cli.core.rl.schedule import Problems
-from grpo_cli.core.rl.state import State
+from grpo_cli.core.rl.state import State, newest_intact
 from grpo_cli.core.rl.update import Diverged, NotFinite, optimizer_step
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task.prompts import Style, prompt
@@ -189,12 +189,14 @@ def warm_start(
                 if step == steps:
                     note(f"warm start: step {step} of {steps}, loss {loss:.3f}")
                 if world.gather(control.should_save() or 0 < seconds <= time.monotonic() - saved_at)[0]:
-                    _save(state, checkpoints, settings, world)
+                    if world.is_first:
+                        state.save(checkpoints, settings)
                     saved_at = time.monotonic()
                 if context.any_stopped():
                     raise Interrupted
     except Interrupted:
-        _save(state, checkpoints, settings, world)
+        if world.is_first:
+            state.save(checkpoints, settings)
         step = state.progress.step
         note(f"stopped in the warm start, after step {step}; resume with: {run.resume_command}")
         raise
@@ -251,29 +253,22 @@ def imitate(
         yield step, len(batches), loss
 
 
-def _save(state: State, checkpoints: Run, settings: Settings, world: World) -> None:
-    if world.is_first:
-        state.save(checkpoints, settings)
-
-
 def _restore(
     state: State, run: Run, settings: Settings, origin: Mapping[str, object], note: Callable[[str], None]
 ) -> None:
     """Restore the newest intact checkpoint of the run's warm start, if there is one."""
     checkpoints = run.warming
-    for step, folder in reversed(checkpoints.checkpoints()):
-        if problem := checkpoints.damage(step):
-            note(f"skipping the checkpoint of step {step}: {problem}")
-            continue
-        if run.read_origin() != origin or checkpoints.manifest(step).get("config") != digest(settings):
-            raise CountdownError(
-                f"the settings, model or puzzles of run `{run.name}` have changed since step {step} of its warm start",
-                "restore them, or start a new run",
-            )
-        state.fall_back(folder)
-        state.progress.step = step
-        note(f"warm start: continuing after step {step}")
-        break
+    step = newest_intact(checkpoints, skipped=note)
+    if step is None:
+        return
+    if run.read_origin() != origin or checkpoints.manifest(step).get("config") != digest(settings):
+        raise CountdownError(
+            f"the settings, model or puzzles of run `{run.name}` have changed since step {step} of its warm start",
+            "restore them, or start a new run",
+        )
+    state.fall_back(checkpoints.checkpoint_path(step))
+    state.progress.step = step
+    note(f"warm start: continuing after step {step}")
 
 
 def _backward(policy: Policy, sequences: Sequences, count: int, micro_batch: MicroBatch) -> float:
