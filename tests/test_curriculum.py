@@ -6,7 +6,7 @@ import pytest
 
 from grpo_cli.core.config.resolve import resolve
 from grpo_cli.core.rl.schedule import Problems, longest_prompt
-from grpo_cli.core.task.curriculum import Curriculum, Schedule, problems_of_step, schedule
+from grpo_cli.core.task.curriculum import Curriculum, problems_of_step, schedule
 from grpo_cli.core.task.data import enumerate_puzzles
 from grpo_cli.core.task.prompts import STYLES
 from grpo_cli.core.task.puzzle import Puzzle
@@ -118,10 +118,6 @@ def test_shares_count_the_prompts_of_a_step() -> None:
         "prompts/3 numbers": 0.75,
         "prompts/4 numbers": 0.25,
     }
-
-
-def test_choices_are_all_that_is_ever_drawn() -> None:
-    assert Schedule({"a": 1.0}, {"b": 0.5, "a": 0.5}, 3).choices == ["a", "b"]
 
 
 def test_memory_is_planned_for_the_longest_prompt_of_a_fade() -> None:

@@ -707,24 +707,6 @@ def test_a_signal_at_any_moment_saves_the_last_completed_step_and_changes_nothin
     assert_same_run(run, undisturbed, 3)
 
 
-def test_a_resumed_training_judges_the_step_that_was_not_evaluated_too(
-    countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place, wrap, saved = MOMENTS["evaluation after step 2"]
-    with monkeypatch.context() as patch:
-        patch.setattr(place, wrap(resolve_name(place), lambda: signal.raise_signal(signal.SIGINT)))
-        assert countdown("train", "--model", tiny_folder, "--run", "stopped", *SHORT).code == 130
-    judged: list[list[float]] = []
-
-    def collapses(history: list[dict[str, float]]) -> dict[str, str]:
-        judged.append([line["step"] for line in history])
-        return {}
-
-    monkeypatch.setattr("grpo_cli.core.rl.train.collapses", collapses)
-    assert countdown("train", "--run", "stopped", "--resume").code == 0
-    assert (saved, judged) == (2, [[1, 2, 3]])
-
-
 SECOND_SIGNAL = """
 import signal
 from grpo_cli.core.rl import train

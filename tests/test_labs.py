@@ -40,12 +40,6 @@ def test_a_bug_lasts_as_long_as_its_block(name: str) -> None:
     assert [vars(owner)[attribute] for owner, attribute in seams] == sound
 
 
-def test_a_sound_training_is_left_alone() -> None:
-    before = [vars(owner)[key] for bug in BUGS.values() for owner, key, _ in bug.seams]
-    with broken(given("none")):
-        assert [vars(owner)[key] for bug in BUGS.values() for owner, key, _ in bug.seams] == before
-
-
 @pytest.mark.parametrize(
     ("name", "flags", "hint"), [("temperature", {}, "--temperature"), ("kl", {"loss__beta": 0.0}, "--beta")]
 )

@@ -199,9 +199,7 @@ def test_static_parts_of_qwen_are_those_worked_out_by_hand(planner: Planner) -> 
     norms_and_biases = 28 * (1536 + 256 + 256 + 2 * 1536) + 1536
     blocked = WEIGHTS - norms_and_biases
     assert stays["moments"] == 8 * norms_and_biases + 2 * blocked + 8 * blocked // 256
-
-
-def test_logits_of_the_whole_step_are_there_twice_in_float32_and_once_in_bfloat16(planner: Planner) -> None:
+    # Of the whole step, twice in float32 and once in bfloat16.
     assert planner.plan(Choices()).phases["update"]["logits"] == 64 * 160 * 151936 * (4 + 4 + 2)
 
 
@@ -274,19 +272,6 @@ def test_what_is_set_is_not_chosen(planner: Planner) -> None:
     assert caught.value.exit_code == 2 and "--max-new-tokens" in str(caught.value.hint)
 
 
-def test_a_micro_batch_within_a_group_has_its_prompt_and_one_across_groups_all_that_it_touches(
-    planner: Planner,
-) -> None:
-    assert [planner._prompts_of(rows) for rows in (1, 2, 8, 16, 17, 32, 64)] == [1, 2, 2, 1, 2, 2, 4]
-
-
-def test_the_cost_of_choices_in_tokens_passed_forward(planner: Planner) -> None:
-    tokens = 4 * 290 + 64 * 160
-    assert planner.cost(Choices()) == 4 * tokens + 500
-    assert planner.cost(Choices(checkpointing=True)) == 5 * tokens + 500
-    assert planner.cost(Choices(rows=16, on_host=True)) == 4 * tokens + 4 * 500 + 4000
-
-
 def test_a_reference_on_the_host_is_brought_for_its_pass_and_no_longer(tiny_policy: Policy) -> None:
     sequences = Sequences([[1] * 4] * 2, [[2] * 3] * 4, [0, 0, 1, 1])
     expected = reference_logprobs(Reference.of(tiny_policy), sequences, temperature=1.0)
@@ -301,13 +286,6 @@ def test_a_reference_on_the_host_is_brought_for_its_pass_and_no_longer(tiny_poli
     with pytest.raises(RuntimeError, match="halfway"), reference.on_device():
         raise RuntimeError("halfway")
     assert [weight.data_ptr() for weight in reference.policy.model.parameters()] == home
-
-
-def test_switches_of_older_files_are_still_read(tmp_path: Path) -> None:
-    for old, new in (("true", "on"), ("false", "off"), ('"auto"', "auto")):
-        file = tmp_path / "old.toml"
-        file.write_text(f"[model]\ngradient_checkpointing = {old}\n")
-        assert resolve(config_file=file, has_cuda=lambda: False).settings.model.gradient_checkpointing == new
 
 
 def test_a_dry_run_plans_for_a_gpu_that_is_not_there(countdown: Command, qwen: Path) -> None:

@@ -81,10 +81,16 @@ def test_the_space_of_three_numbers_is_what_brute_force_can_make() -> None:
     assert len(targets) == 220
 
 
-@pytest.mark.parametrize("numbers", [(2, 3, 5), (1, 2, 3), (2, 4, 8), (1, 2, 3, 5), (2, 4, 6, 8), (2, 3, 4, 9)])
-def test_the_solver_finds_every_polynomial_once(numbers: tuple[int, ...]) -> None:
-    found = brute_force(numbers)
-    counts = {target: len(solve(Puzzle(numbers, target))) for target in range(1, 101)}
+POLYNOMIALS = [(2, 3, 5), (1, 2, 3), (2, 4, 8), (1, 2, 3, 5), (2, 4, 6, 8), (2, 3, 4, 9)]
+QUOTIENTS = [(2, 3, 7), (2, 3, 5, 9), (1, 4, 6, 8)]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "operations"), [*((one, "+-*") for one in POLYNOMIALS), *((one, "+-*/") for one in QUOTIENTS)]
+)
+def test_the_solver_finds_every_function_once(numbers: tuple[int, ...], operations: str) -> None:
+    found = brute_force(numbers, operations)
+    counts = {target: len(solve(Puzzle(numbers, target), Rules(operations))) for target in range(1, 101)}
     assert counts == {target: len(found.get(target, ())) for target in range(1, 101)}
 
 
@@ -121,10 +127,6 @@ def test_what_is_worth_zero_is_added_and_never_subtracted() -> None:
     solutions = solve(Puzzle((3, 3, 6, 7), 6))
     assert "(3 - 3) * 7 + 6" in solutions
     assert "6 - (3 - 3) * 7" not in solutions
-
-
-def test_solutions_do_not_depend_on_the_order_of_the_numbers() -> None:
-    assert len({tuple(solve(Puzzle(order, 24))) for order in permutations((3, 4, 6, 8))}) == 1
 
 
 def test_six_numbers_are_solved() -> None:
@@ -178,15 +180,6 @@ def test_generated_puzzles_are_made_from_left_to_right(numbers: int) -> None:
         assert 1 <= puzzle.target <= 100
         assert len(puzzle.numbers) == numbers
         assert all(1 <= number <= 10 for number in puzzle.numbers)
-
-
-def test_a_seed_names_the_puzzles() -> None:
-    random.seed(1)
-    first = generate(50, seed=5)
-    random.seed(2)
-    assert first == generate(50, seed=5)
-    assert first[:20] == generate(20, seed=5)
-    assert first != generate(50, seed=6)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -290,11 +283,6 @@ def test_a_summary_counts_by_hand() -> None:
         solutions=(2 + 2 + 1 + 1) / 4,
         duplicates=1,
     )
-
-
-def test_nothing_cannot_be_summarized() -> None:
-    with pytest.raises(CountdownError, match="no puzzles"):
-        summarize([])
 
 
 @pytest.mark.parametrize(("numbers", "counts"), [(3, (6, 1)), (4, (1694, 80))])

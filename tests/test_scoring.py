@@ -123,12 +123,6 @@ def test_each_tag_pair_earns_a_tenth_in_every_style(completion: str, reward: flo
         assert (result.reward, result.well_formed) == (reward, well_formed)
 
 
-def test_a_correct_answer_replaces_the_format_reward() -> None:
-    assert score("<answer>5 * 2 + 3</answer>", P13).reward == 1.0
-    assert score("<think></think><answer>5 * 2 + 3</answer>", P13).reward == 1.0
-    assert score("5 * 2 + 3", P13, style="natural").reward == 1.0
-
-
 @pytest.mark.parametrize(
     ("completion", "style", "reason"),
     [
@@ -360,7 +354,3 @@ def test_the_natural_style_asks_for_no_thought(completion: str, truncated: bool,
 def test_rewards_are_settings(completion: str, reward: float) -> None:
     rewards = Rewards(format=0.125, numbers=0.5, correct=2.0)
     assert score(completion, Puzzle((3, 5, 2), 13), rewards=rewards).reward == reward
-
-
-def test_the_default_rewards_are_those_of_the_original() -> None:
-    assert Rewards() == Rewards(format=0.1, numbers=0.0, correct=1.0)

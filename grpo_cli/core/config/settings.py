@@ -74,11 +74,6 @@ def _server(url: str) -> str:
     return url.rstrip("/")
 
 
-def _switched(value: object) -> object:
-    """Convert booleans of older files to `on` and `off`."""
-    return {"true": "on", "false": "off"}.get(str(value).lower(), value)
-
-
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 StyleSchedule = Annotated[str, BeforeValidator(_in_one_line), AfterValidator(partial(_scheduled, choices=STYLES))]
 SizeSchedule = Annotated[
@@ -134,7 +129,7 @@ class Model(Table):
     precision: Literal["auto", "float32", "bf16-master", "bf16"] = setting(
         "weight dtype; `bf16-master` adds float32 masters", "Model"
     )
-    gradient_checkpointing: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switched)] = setting(
+    gradient_checkpointing: Literal["auto", "on", "off"] = setting(
         "trade time for memory in the backward pass; `auto`: if needed", "Model", resumable=True, advanced=True
     )
     reference: Literal["auto", "device", "host"] = setting(
