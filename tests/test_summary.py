@@ -16,7 +16,3 @@ def test_the_phases_add_up_to_the_whole_time() -> None:
     assert found["other"]["seconds"] == pytest.approx(2 * (8 - 7.5))
     assert found["evaluation"]["seconds"] == 10.0
     assert sum(phase["share"] for phase in found.values()) == pytest.approx(1)
-
-
-def test_a_run_without_phases_has_none() -> None:
-    assert phases([{"step": 0}, {"step": 1, "time/total": 3.0, "time/rollout": 2.0}]) == {}

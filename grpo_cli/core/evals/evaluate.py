@@ -78,7 +78,7 @@ class Evaluation:
     def protocol(self) -> str:
         """Hash of problems, prompts and decoding: results are comparable if it is equal."""
         asked: list[object] = [self.task.prompt(puzzle, self.style) for puzzle in self.puzzles]
-        asked += [problem.unasked for problem in self.puzzles if problem.unasked]
+        asked += [problem.record() for problem in self.puzzles if not problem.size]  # a prompt holds all of a puzzle
         content = json.dumps([asked, self.decoding], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 

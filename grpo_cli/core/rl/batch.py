@@ -179,13 +179,12 @@ class Batch:
             groups += [(len(group.prompt), lengths)] if lengths else []
         return groups
 
-    def kl_to(self, ref_logprobs: Tensor) -> dict[int, Tensor]:
-        """The KL from the reference of each of this rank's completions (G,), by prompt: k1 summed over its tokens."""
-        flat = [row for group in self.groups for row in group.logprobs]
-        totals = [sum(row) - float(ref[: len(row)].sum()) for row, ref in zip(flat, ref_logprobs, strict=True)]
-        size = len(self.groups[0].completions) if self.groups else 0
-        parts = torch.tensor(totals).split(size) if totals else ()
-        return {group.prompt_index: part for group, part in zip(self.groups, parts, strict=True)}
+    def kl_to(self, ref_logprobs: Tensor) -> Tensor:
+        """The KL (B,) from the reference of each of this rank's completions: k1 summed over its tokens."""
+        rows = [row for group in self.groups for row in group.logprobs]
+        return torch.tensor(
+            [sum(row) - float(ref[: len(row)].sum()) for row, ref in zip(rows, ref_logprobs, strict=True)]
+        )
 
     def set_advantages(self, advantages: Tensor) -> None:
         """Give each group its row of the whole step's advantages (P, G)."""

@@ -21,7 +21,7 @@ class WeightProbe:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._before = torch.cat(self._probed())
+        self._before = [part.clone() for part in self._probed()]
 
     def _probed(self) -> list[Tensor]:
         flattened = (tensor.flatten() for tensor in optimized(self._optimizer))
@@ -29,12 +29,9 @@ class WeightProbe:
 
     def changed(self, world: World) -> float:
         """Share of weights that differ by now, each tensor weighted by its size; the mean over ranks."""
-        sizes: list[int] = [tensor.numel() for tensor in optimized(self._optimizer)]
-        parts = self._probed()
-        lengths = torch.tensor([len(part) for part in parts], device=self._before.device)
-        counts = torch.cat([lengths.new_zeros(1), (self._before != torch.cat(parts)).cumsum(dim=0)])
-        ends = lengths.cumsum(dim=0)
-        shares: list[float] = ((counts[ends] - counts[ends - lengths]) / lengths.clamp(min=1)).tolist()
+        sizes = [tensor.numel() for tensor in optimized(self._optimizer)]
+        pairs = zip(self._before, self._probed(), strict=True)
+        shares: list[float] = torch.stack([(old != new).float().mean() for old, new in pairs]).nan_to_num().tolist()
         return fmean(world.gather(sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)))
 
 

@@ -64,16 +64,14 @@ def _peaks(run: Run, best_step: int) -> dict[str, dict[str, float | None]]:
 
 
 def phases(metrics: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Time by phase: `seconds` and `share` of all. Empty for old runs that did not log phases."""
+    """Time by phase: `seconds` and `share` of all."""
 
     def total(key: str) -> float:
-        return sum(line.get(key, 0.0) for line in metrics if "time/prefill" in line)
+        return sum(line.get(f"time/{key}", 0.0) for line in metrics)
 
     names = ("prefill", "decode", "score", "reference", "update", "optimizer", "reduce", "wait")
-    spent = {name: total(f"time/{name}") for name in names}
-    if not total("time/total"):
-        return {}
-    spent["other"] = total("time/total") - sum(spent.values())
-    spent["evaluation"] = sum(line.get("time/eval", 0.0) for line in metrics)
+    spent = {name: total(name) for name in names}
+    spent["other"] = total("total") - sum(spent.values())
+    spent["evaluation"] = total("eval")
     whole = sum(spent.values())
     return {name: {"seconds": seconds, "share": seconds / whole} for name, seconds in spent.items() if seconds > 0}

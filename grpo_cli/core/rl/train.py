@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -148,8 +147,8 @@ class Trainer:
         """The examples of an update under this loss; gives the batch its advantages, and the metrics of them."""
         rewards = batch.tally.rewards
         if ref_logprobs is not None and loss.kl_in == "reward":
-            kl = ChainMap(*self.world.gather(batch.kl_to(ref_logprobs)))
-            rewards = rewards - loss.beta * torch.stack([kl[prompt] for prompt in sorted(kl)])
+            kl = torch.cat(self.world.gather(batch.kl_to(ref_logprobs)))  # of all ranks, in the order of prompts
+            rewards = rewards - loss.beta * kl.view_as(rewards)
         everyone = advantages(  # (P, G), all ranks
             rewards, scale=loss.scale_rewards, baseline=loss.baseline, pass_at_k=loss.pass_at_k
         )

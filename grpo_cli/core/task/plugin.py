@@ -63,10 +63,6 @@ class Item:
     def record(self) -> dict[str, object]:
         return {"problem": self.text}
 
-    @property
-    def unasked(self) -> dict[str, object]:
-        return self.record()
-
     def __str__(self) -> str:
         return self.text
 

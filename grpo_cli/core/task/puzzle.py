@@ -53,11 +53,6 @@ class Puzzle:
         """The fields of the puzzle in a file."""
         return {"numbers": list(self.numbers), "target": self.target}
 
-    @property
-    def unasked(self) -> dict[str, object]:
-        """Nothing: a prompt contains the whole puzzle."""
-        return {}
-
     def __str__(self) -> str:
         return f"{list(self.numbers)} -> {self.target}"
 

@@ -78,10 +78,6 @@ class Problem(Protocol):
     def record(self) -> dict[str, object]:
         """JSON fields that describe the problem, as in samples.jsonl."""
 
-    @property
-    def unasked(self) -> Mapping[str, object]:
-        """The fields that its prompt may leave out, such as the answer."""
-
     def __str__(self) -> str:
         """The problem in one line for users."""
 
