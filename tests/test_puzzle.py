@@ -26,7 +26,7 @@ from grpo_cli.core.task.data import (
 from grpo_cli.core.task.expression import parse
 from grpo_cli.core.task.puzzle import Puzzle, Side, checked, judge, split_of
 from grpo_cli.core.task.rules import Rules
-from grpo_cli.core.task.solver import needs_parentheses, solve
+from grpo_cli.core.task.solver import solve
 
 SYMBOLS = (10_007, 20_011, 40_009, 80_021, 160_001)  # in the place of the numbers
 
@@ -162,13 +162,6 @@ def at_symbols(text: str) -> int:
     return expression.value
 
 
-@pytest.mark.parametrize(
-    ("puzzle", "needed"), [(Puzzle((2, 3, 5), 25), True), (Puzzle((2, 3, 5), 13), False), (Puzzle((4, 6), 24), False)]
-)
-def test_parentheses_are_needed_when_no_solution_does_without(puzzle: Puzzle, needed: bool) -> None:
-    assert needs_parentheses(puzzle) is needed
-
-
 @pytest.mark.parametrize("numbers", [2, 3, 6])
 def test_generated_puzzles_are_made_from_left_to_right(numbers: int) -> None:
     operators: list[Callable[[int, int], int]] = [add, sub, mul]
@@ -279,8 +272,6 @@ def test_a_summary_counts_by_hand() -> None:
         target_min=8,
         target_median=13,
         target_max=25,
-        needs_parentheses=1 / 4,
-        solutions=(2 + 2 + 1 + 1) / 4,
         duplicates=1,
     )
 

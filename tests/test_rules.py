@@ -19,7 +19,7 @@ from grpo_cli.core.task.puzzle import Puzzle, judge
 from grpo_cli.core.task.question import read_question
 from grpo_cli.core.task.rules import Rules, operations_in
 from grpo_cli.core.task.scoring import score
-from grpo_cli.core.task.solver import needs_parentheses, solution, solve, targets
+from grpo_cli.core.task.solver import solution, solve, targets
 
 ALL = Rules("+-*/")
 PUBLIC = Rules("+-*/", 1, 99, 10, 99)  # of the public data set of 3 to 4 numbers
@@ -69,7 +69,6 @@ def test_solutions_with_division_worked_out_by_hand() -> None:
     assert solve(Puzzle((2, 8), 4), ALL) == ["8 / 2"]
     assert solve(Puzzle((2, 3, 24), 4), ALL) == ["24 / 2 / 3"]
     assert not solve(Puzzle((1, 3, 4, 6), 24))
-    assert needs_parentheses(Puzzle((1, 3, 4, 6), 24), ALL)
 
 
 def test_numbers_may_be_left_out_where_the_rules_say_so() -> None:
@@ -218,16 +217,6 @@ def test_the_task_follows_its_rules() -> None:
     assert completion and task.score(completion, puzzle, style="one-shot").correct
     assert not Countdown().score(completion, puzzle, style="one-shot").correct
     assert "with +, -, * and /." in task.prompt(puzzle, "natural")[-1]["content"]
-    assert task.kinds(puzzle) == ("needs parentheses", "one solution")
-
-
-def test_every_listed_solution_is_correct_in_prose_where_not_all_must_be_used() -> None:
-    some = replace(ALL, use_all=False)
-    for puzzle in (Puzzle((7, 3, 2), 7), Puzzle((2, 2, 4), 4), Puzzle((1, 10), 10), Puzzle((3, 4, 7), 7)):
-        for text in solve(puzzle, some):
-            assert score(f"Let us see.\nThe expression is {text}", puzzle, style="natural", rules=some).correct, text
-            assert score(f"<think></think><answer>{text}</answer>", puzzle, rules=some).correct
-    assert not score("The expression is 7", Puzzle((7, 3, 2), 7), style="natural", rules=ALL).correct
 
 
 def test_draws_of_rare_targets_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

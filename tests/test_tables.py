@@ -214,7 +214,7 @@ def test_untrusted_text_shows_escaped_and_unstyled(
 
 
 def test_a_summary_is_data_unless_the_puzzles_are(capsys: pytest.CaptureFixture[str]) -> None:
-    summary = Summary(2506, 2179, 327, 1, 24.5, 100, 0.263, 1.128, 0)
+    summary = Summary(2506, 2179, 327, 1, 24.5, 100, 0)
     display.gen_data_summary(summary, Path("puzzles.jsonl"))
     out, err = capsys.readouterr()
     assert err == ""
@@ -222,8 +222,6 @@ def test_a_summary_is_data_unless_the_puzzles_are(capsys: pytest.CaptureFixture[
         ["2,506", "puzzles", "written", "to", "puzzles.jsonl"],
         ["split", "2,179", "train,", "327", "val"],
         ["target", "1", "to", "100,", "median", "24.5"],
-        ["needs", "parentheses", "26.3%"],
-        ["solutions", "1.13", "on", "average"],
         ["duplicates", "0"],
     ]
     display.gen_data_summary(summary, None)
@@ -244,7 +242,7 @@ def test_the_configuration_shows_every_setting_with_its_source(capsys: pytest.Ca
     assert set(rows) == set(resolved.sources)
 
 
-def test_an_evaluation_shows_rates_outcomes_slices_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_evaluation_shows_rates_outcomes_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
     right, wrong = "<think>a</think><answer>4 * 7 - 3</answer>", "<think>b</think><answer>4 + 7 + 3</answer>"
     result = evaluation(right, wrong, wrong, "<think>c")
     eval_tables.evaluation(result)
@@ -262,7 +260,6 @@ def test_an_evaluation_shows_rates_outcomes_slices_and_examples(capsys: pytest.C
     for row in (
         "correct 1 25.0% █████",
         "wrong_value 2 50.0% ██████████",
-        "several solutions 1 4 25.0%",
     ):
         assert row in rows
     titles = [line for line in shown.splitlines() if line.startswith("[4, 7, 3]")]

@@ -63,8 +63,3 @@ def test_a_problem_comes_back_from_its_record() -> None:
     for record in ({}, {"numbers": [1, "2"], "target": 3}, {"numbers": [1, 2], "target": None}, {"numbers": 3}):
         with pytest.raises(ValueError, match="has no puzzle"):
             TASK.read(record)
-
-
-def test_a_problem_belongs_to_kinds() -> None:
-    assert TASK.kinds(Puzzle((2, 3, 5), 25)) == ("needs parentheses", "one solution")
-    assert TASK.kinds(Puzzle((2, 3, 5), 13)) == ("no parentheses needed", "several solutions")

@@ -67,7 +67,7 @@ def gen_data(
         print(*data.puzzle_lines(puzzles, rules, ask), sep="\n")
     else:
         data.write_puzzles(out, puzzles, overwrite=overwrite, rules=rules, ask=ask)
-    tables.gen_data_summary(data.summarize(puzzles, rules), out)
+    tables.gen_data_summary(data.summarize(puzzles), out)
 
 
 def _messages(columns: str, style: Style, rules: Rules, puzzle: Puzzle) -> list[Message]:

@@ -36,12 +36,10 @@ CELL_WIDTH, ACCURACY_WIDTH = 28, 23  # widths in a matrix: the first columns, an
 
 
 def evaluation(result: Evaluation, *, examples: int = 3) -> None:
-    """One model on one set of puzzles: accuracy, failures by reason, slices, and a few completions."""
+    """One model on one set of puzzles: accuracy, failures by reason, and a few completions."""
     _headline(result)
     out.print()
     out.print(_reasons(result.reasons))
-    out.print()
-    out.print(_slices(result.slices))
     for completion in _examples(result, examples):
         out.print()
         _example(completion)
@@ -90,13 +88,6 @@ def _reasons(reasons: Mapping[str, int]) -> Table:
     for reason, count in sorted(reasons.items(), key=lambda item: (item[0] != "correct", -item[1])):
         bar = Text("█" * round(room * count / total), style="green" if reason == "correct" else "red")
         table.add_row(reason, f"{count:,}", percent(count / total), bar)
-    return table
-
-
-def _slices(slices: Mapping[str, tuple[int, int]]) -> Table:
-    table = grid("puzzles that have", "correct", "of", "accuracy", numeric=("correct", "of", "accuracy"))
-    for name, (correct, count) in slices.items():
-        table.add_row(name, f"{correct:,}", f"{count:,}", percent(correct / count) if count else "-")
     return table
 
 

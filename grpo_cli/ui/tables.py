@@ -89,8 +89,6 @@ def gen_data_summary(summary: Summary, path: Path | None) -> None:
             [
                 ("split", f"{summary.train:,} train, {summary.val:,} val"),
                 ("target", f"{summary.target_min} to {summary.target_max}, median {summary.target_median:g}"),
-                ("needs parentheses", percent(summary.needs_parentheses)),
-                ("solutions", f"{summary.solutions:.2f} on average"),
                 ("duplicates", f"{summary.duplicates:,}"),
             ]
         )

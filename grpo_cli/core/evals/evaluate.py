@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain, islice
+from itertools import islice
 
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.evals.contamination import Known, overlap
@@ -137,12 +137,6 @@ class Evaluation:
         if self.samples == 1:
             return None
         return _mean([any(completion.score.correct for completion in row) for row in self.completions])
-
-    @property
-    def slices(self) -> dict[str, tuple[int, int]]:
-        """(correct, all) completions of each kind of puzzle."""
-        kinds = [self.task.kinds(problem) for problem in self.puzzles]
-        return {kind: _slice(self.completions, [kind in own for own in kinds]) for kind in sorted(set(chain(*kinds)))}
 
     @property
     def _figures(self) -> dict[str, object]:
@@ -363,9 +357,3 @@ class Evaluator:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _slice(rows: list[list[Completion]], belongs: Sequence[bool]) -> tuple[int, int]:
-    chosen = [row for row, kept in zip(rows, belongs, strict=True) if kept]
-    correct = [completion.score.correct for row in chosen for completion in row]
-    return sum(correct), len(correct)

@@ -26,8 +26,6 @@ from grpo_cli.core.rollout.engine import Engine, uniforms
 from grpo_cli.core.rollout.params import SamplingParams
 from grpo_cli.core.task.task import Problem, Score, Task
 
-ANNOUNCED = 5  # rounds of dynamic sampling between messages
-
 
 @dataclass
 class Collector:
@@ -71,11 +69,6 @@ class Collector:
             indices = equal.nonzero()[:, 0].tolist()
             if not indices:
                 break
-            if turn % ANNOUNCED == 0:
-                left = f"{len(indices)} of {len(equal)} groups still have equal rewards"
-                self.context.observer.message(
-                    f"step {batch.number}: {left} after {turn - 1} rounds of dynamic sampling"
-                )
             groups, drawn = self._draw(batch.number, indices, turn)
             batch.tokens += drawn.tokens
             batch.replace(groups)

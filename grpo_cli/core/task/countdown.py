@@ -17,7 +17,7 @@ from grpo_cli.core.task.prompts import STYLES, Style, prompt
 from grpo_cli.core.task.puzzle import Puzzle
 from grpo_cli.core.task.rules import ORIGINAL, Rules
 from grpo_cli.core.task.scoring import ORIGINAL_REWARDS, Rewards, score
-from grpo_cli.core.task.solver import needs_parentheses, solution, solve
+from grpo_cli.core.task.solver import solution
 from grpo_cli.core.task.task import Message, Problem, Score, Split, Task, divided
 
 if TYPE_CHECKING:
@@ -109,11 +109,6 @@ class Countdown:
         """A completion with the shortest solution, if there is one."""
         solved = solution(_puzzle(problem), self.rules)
         return f"<think>\n{solved}\n</think>\n<answer>{solved}</answer>" if solved else None
-
-    def kinds(self, problem: Problem) -> tuple[str, str]:
-        puzzle = _puzzle(problem)
-        parentheses = "needs parentheses" if needs_parentheses(puzzle, self.rules) else "no parentheses needed"
-        return parentheses, "one solution" if len(solve(puzzle, self.rules)) == 1 else "several solutions"
 
 
 def recorded(record: Mapping[str, object]) -> Problem:

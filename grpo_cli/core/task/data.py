@@ -3,7 +3,6 @@
 import json
 import random
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,7 +17,7 @@ from grpo_cli.core.files import check_writable, write
 from grpo_cli.core.task.files import in_format
 from grpo_cli.core.task.puzzle import Puzzle, Side, check_size, split_of
 from grpo_cli.core.task.rules import ORIGINAL, Rules
-from grpo_cli.core.task.solver import needs_parentheses, solution, solve, targets
+from grpo_cli.core.task.solver import solution, targets
 from grpo_cli.core.task.task import Message
 
 Ask = Callable[[Puzzle], list[Message]]
@@ -27,7 +26,6 @@ ENUMERABLE = 4, 1_000  # most numbers, and choices of them, for which all puzzle
 SAMPLED = 2_000  # distinct puzzles that represent a larger split
 MOST_DRAWS = 200_000  # to find them, and draws in a row that may fail
 MOST_TRIES = 4_000_000  # draws for such a sample, also failed ones
-RATED = 200
 _APPLY: dict[str, Callable[[int | Fraction, int], int | Fraction]] = {"+": add, "-": sub, "*": mul, "/": Fraction}
 
 
@@ -153,7 +151,7 @@ def write_puzzles(
 
 @dataclass(frozen=True)
 class Summary:
-    """Statistics of a set of puzzles; `needs_parentheses` is a share, `solutions` a mean per puzzle."""
+    """Statistics of a set of puzzles."""
 
     count: int
     train: int
@@ -161,25 +159,15 @@ class Summary:
     target_min: int
     target_median: float
     target_max: int
-    needs_parentheses: float
-    solutions: float
     duplicates: int
 
 
-def summarize(puzzles: Sequence[Puzzle], rules: Rules = ORIGINAL) -> Summary:
-    """Counts, targets and difficulty of a non-empty set of puzzles.
+def summarize(puzzles: Sequence[Puzzle]) -> Summary:
+    """Counts and targets of a non-empty set of puzzles.
 
     Puzzles with the same target and the same numbers in any order are duplicates; `duplicates` counts the surplus.
-    Beyond four numbers, difficulty is that of the first RATED puzzles.
     """
-    if not puzzles:
-        raise CountdownError("there are no puzzles to summarize")
-    counts = Counter(puzzle.canonical for puzzle in puzzles)
-    train = sum(count for puzzle, count in counts.items() if puzzle.split == "train")
-    targets = [puzzle.target for puzzle in puzzles]
-    rated = list(counts) if max(puzzle.size for puzzle in counts) <= ENUMERABLE[0] else list(counts)[:RATED]
-    weights = [counts[puzzle] for puzzle in rated]
-    difficulty = [(needs_parentheses(puzzle, rules), len(solve(puzzle, rules))) for puzzle in rated]
+    train, targets = sum(puzzle.split == "train" for puzzle in puzzles), [puzzle.target for puzzle in puzzles]
     return Summary(
         count=len(puzzles),
         train=train,
@@ -187,7 +175,5 @@ def summarize(puzzles: Sequence[Puzzle], rules: Rules = ORIGINAL) -> Summary:
         target_min=min(targets),
         target_median=statistics.median(targets),
         target_max=max(targets),
-        needs_parentheses=statistics.fmean([needs for needs, _ in difficulty], weights),
-        solutions=statistics.fmean([solutions for _, solutions in difficulty], weights),
-        duplicates=len(puzzles) - len(counts),
+        duplicates=len(puzzles) - len({puzzle.canonical for puzzle in puzzles}),
     )

@@ -25,11 +25,6 @@ _UNBALANCED = re.compile(rf"{_OPERAND}(?:[-+*/]{_OPERAND})*")
 _TOKEN = re.compile(r"[0-9]+|[-+*/()]")
 _SIGN = re.compile(rf"(?:^|[-+*/(])[{SPACE}]*[-+]")
 _TYPOGRAPHIC = {"\\times": "*", "×": "*", "·": "*", "−": "-", "\\div": "/", "÷": "/"}
-# A number alone is an answer if it is stated as one, at the end of its line: not in `uses 5 and 2`.
-_STATED = re.compile(
-    r"(?:^|[:=>]|\b(?:is|be|expression|answer|simply|just|only))(?:\\boxed|[\s*_`$\\({\"])*\Z", re.IGNORECASE
-)
-_LINE_END = re.compile(r"[ \t.!*_`$\\)}\"]*+(?:</\w+>)?+[ \t]*+(?:\n|\Z)")
 _PARENTHESIS = re.compile(r"[()]")
 
 # Spans that look like arithmetic within one line. Malformed numbers and unknown operators belong to a span, so
@@ -119,9 +114,8 @@ def parse_lenient(text: str, operations: str = "+-*") -> Expression | None:
     return None
 
 
-def last_expression(text: str, numbers: Sequence[int], operations: str = "+-*", *, single: bool = False) -> str | None:
-    """The last span of prose that is an expression of at least two numbers; or, if `single`, one of `numbers` that is
-    stated at the end of a line, as in `The expression is 7.`
+def last_expression(text: str, numbers: Sequence[int], operations: str = "+-*") -> str | None:
+    """The last span of prose that is an expression of at least two numbers.
 
     Of a chain `a = b = c`, the first part that uses all of `numbers` is used, else the first part. Spans do not cross
     lines; list bullets, emphasis, dashes and unpaired parentheses around them are dropped. To bound the time, only the
@@ -130,23 +124,16 @@ def last_expression(text: str, numbers: Sequence[int], operations: str = "+-*", 
     required = sorted(numbers)
     for span in islice(reversed(list(_SPAN.finditer(text))), MAX_SPANS):
         bare = map(_bare, span[0].split("=", MAX_SPANS))
-        parts = [(part, expression.numbers) for part in bare if (expression := parse(part, operations))]
-        several = [(part, used) for part, used in parts if len(used) > 1]
-        if several:
-            return next((part for part, used in several if sorted(used) == required), several[0][0])
-        if single and parts and parts[0][1][0] in numbers and _is_stated(text, *span.span()):
-            return parts[0][0]
+        read = [(part, expression.numbers) for part in bare if (expression := parse(part, operations))]
+        parts = [(part, used) for part, used in read if len(used) > 1]
+        if parts:
+            return next((part for part, used in parts if sorted(used) == required), parts[0][0])
     return None
 
 
 def spans(line: str) -> list[str]:
     """Spans of a line that look like arithmetic, equations among them; at most MAX_SPANS."""
     return [span[0] for span in islice(_SPAN.finditer(line), MAX_SPANS) if len(span[0]) <= MAX_CHARACTERS]
-
-
-def _is_stated(text: str, start: int, end: int) -> bool:
-    before = text[max(0, start - 20) : start].rpartition("\n")[2]
-    return bool(_STATED.search(before) and _LINE_END.match(text, end))
 
 
 def _bare(part: str) -> str:

@@ -137,9 +137,6 @@ class FileTask:
         solved = self._call("solution", _item(problem).value)
         return None if solved is None else str(solved)
 
-    def kinds(self, problem: Problem) -> tuple[str, ...]:
-        return ()
-
     def _call(self, name: str, *arguments: object) -> Any:
         return call(self.functions[name], f"`{name}` of `{self.name}`", *arguments)
 

@@ -74,7 +74,7 @@ def _read_leniently(
 
 
 def _in_prose(completion: str, puzzle: Puzzle, rules: Rules) -> str | None:
-    return last_expression(completion, puzzle.numbers, rules.operations, single=not rules.use_all)
+    return last_expression(completion, puzzle.numbers, rules.operations)
 
 
 def _tagged_answer(completion: str) -> tuple[str, str | None]:

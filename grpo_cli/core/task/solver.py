@@ -46,11 +46,6 @@ def solution(puzzle: Puzzle, rules: Rules = ORIGINAL) -> str | None:
     return next((form.text for form in tried if form), None)
 
 
-def needs_parentheses(puzzle: Puzzle, rules: Rules = ORIGINAL) -> bool:
-    """Whether every solution has parentheses."""
-    return all("(" in text for text in solve(puzzle, rules))
-
-
 def targets(numbers: Iterable[int], rules: Rules = ORIGINAL) -> set[int]:
     """The whole values within the rules' targets that `numbers` can make."""
     made = (values(chosen, rules.operations) for chosen in _choices(tuple(sorted(numbers)), rules.use_all))

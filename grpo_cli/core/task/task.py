@@ -117,6 +117,3 @@ class Task(Protocol):
 
     def solution(self, problem: Problem) -> str | None:
         """A completion with full score, or None if unknown."""
-
-    def kinds(self, problem: Problem) -> Sequence[str]:
-        """Kinds of the problem; evaluations report accuracy by kind."""
