@@ -2,6 +2,7 @@
 
 import ast
 import re
+from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
@@ -73,17 +74,17 @@ NUMBERS = st.integers(0, 120).map(str)
 
 
 def compound(parts: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
-    binary = st.tuples(parts, SPACES, st.sampled_from("+-*"), SPACES, parts).map("".join)
+    binary = st.tuples(parts, SPACES, st.sampled_from("+-*/"), SPACES, parts).map("".join)
     signed = st.tuples(st.sampled_from("+-"), SPACES, parts).map("".join)
     grouped = st.tuples(st.just("("), SPACES, parts, SPACES, st.just(")")).map("".join)
     return binary | signed | grouped
 
 
 GRAMMAR = st.recursive(NUMBERS, compound, max_leaves=20)
-NEARLY = st.text(alphabet="0123456789+-*() \t", max_size=12)
+NEARLY = st.text(alphabet="0123456789+-*/() \t", max_size=12)
 
 
-def oracle(text: str) -> tuple[tuple[int, ...], int] | None:
+def oracle(text: str) -> tuple[tuple[int, ...], Fraction | None] | None:
     """The numbers and the value of `text` by Python's parser, with everything but the grammar's nodes refused."""
     text = re.sub("[ \t\n]", " ", text).strip()
     try:
@@ -92,33 +93,41 @@ def oracle(text: str) -> tuple[tuple[int, ...], int] | None:
         return None
 
 
-def evaluated(node: ast.expr, text: str) -> tuple[tuple[int, ...], int] | None:
+def evaluated(node: ast.expr, text: str) -> tuple[tuple[int, ...], Fraction | None] | None:
     match node:
         case ast.Constant(value=int(number)) if str(number) == ast.get_source_segment(text, node):
-            return (number,), number
+            return (number,), Fraction(number)
         case ast.UnaryOp(op=ast.UAdd() | ast.USub(), operand=operand) if inner := evaluated(operand, text):
-            return inner[0], -inner[1] if isinstance(node.op, ast.USub) else inner[1]
-        case ast.BinOp(left=left, op=ast.Add() | ast.Sub() | ast.Mult(), right=right):
+            numbers, value = inner
+            return numbers, value if value is None or isinstance(node.op, ast.UAdd) else -value
+        case ast.BinOp(left=left, op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div(), right=right):
             one, other = evaluated(left, text), evaluated(right, text)
             if one and other:
-                a, b = one[1], other[1]
-                value = a + b if isinstance(node.op, ast.Add) else a - b if isinstance(node.op, ast.Sub) else a * b
-                return one[0] + other[0], value
+                return one[0] + other[0], combined(node.op, one[1], other[1])
     return None
+
+
+def combined(operator: ast.operator, a: Fraction | None, b: Fraction | None) -> Fraction | None:
+    """None for a division by zero, and for what has one in it."""
+    if a is None or b is None or (isinstance(operator, ast.Div) and not b):
+        return None
+    results = {ast.Add: Fraction.__add__, ast.Sub: Fraction.__sub__, ast.Mult: Fraction.__mul__}
+    return results.get(type(operator), Fraction.__truediv__)(a, b)
 
 
 @settings(deadline=None)
 @given(GRAMMAR.filter(lambda text: len(text) <= MAX_CHARACTERS))
 def test_expressions_of_the_grammar_agree_with_pythons_parser(text: str) -> None:
-    expression = parse(text)
+    expression = parse(text, "+-*/")
     assert expression is not None
     assert (expression.numbers, expression.value) == oracle(text)
+    assert (parse(text) is None) == ("/" in text)
 
 
 @settings(deadline=None, max_examples=1000)
 @given(NEARLY)
 def test_texts_near_the_grammar_agree_with_pythons_parser(text: str) -> None:
-    expression = parse(text)
+    expression = parse(text, "+-*/")
     assert (expression and (expression.numbers, expression.value)) == oracle(text)
 
 

@@ -107,25 +107,12 @@ def test_equal_rewards_have_exactly_zero_advantage(scale: str, reward: float) ->
         assert zero_variance(rewards).tolist() == [True, False]
 
 
-def test_a_float_mean_of_equal_rewards_is_not_always_that_reward() -> None:
-    rewards = [torch.full((count,), 0.1) for count in range(2, 65)]
-    assert any(bool((group != group.mean()).any()) for group in rewards)
-
-
 def test_equal_puzzles_stay_separate_groups() -> None:
     # One puzzle drawn twice: solved by every completion, then by none. Pooled, the advantages would be +-0.87.
     assert advantages(torch.tensor([[1.0, 1.0], [0.0, 0.0]])).tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
 # The loss of a token
-
-
-def test_k3_and_the_originals_estimate_by_hand() -> None:
-    # d = log 2: exp(d) - d - 1 = 2 - 0.6931472 - 1; turned around, 0.5 + 0.6931472 - 1
-    logprobs, reference = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.0 + math.log(2), -2.0]])
-    torch.testing.assert_close(kl_estimate(logprobs, reference), torch.tensor([[0.3068528, 0.0]]))
-    original = kl_estimate(logprobs, reference, estimator="original")
-    torch.testing.assert_close(original, torch.tensor([[0.1931472, 0.0]]))
 
 
 def test_k3_is_unbiased_for_the_true_kl_and_the_originals_estimate_is_not() -> None:
@@ -230,9 +217,10 @@ def test_weights_that_correct_for_the_sampler(kind: str, level: str, expected: l
 
 
 def test_kl_estimators_by_hand() -> None:
-    # d = l_ref - l = 0.5: -0.5, 0.125, exp(0.5) - 1.5 = 0.1487213, and that times a ratio of 2
+    # d = l_ref - l = 0.5: -0.5, 0.125, exp(0.5) - 1.5 = 0.1487213, and that times a ratio of 2; exp(-0.5) - 0.5
     own, reference, ratio = torch.tensor([[-1.5]]), torch.tensor([[-1.0]]), torch.tensor([[2.0]])
-    for name, expected in (("k1", -0.5), ("k2", 0.125), ("k3", 0.1487213), ("k3_unbiased", 0.2974425)):
+    by_hand = {"k1": -0.5, "k2": 0.125, "k3": 0.1487213, "k3_unbiased": 0.2974425, "original": 0.1065307}
+    for name, expected in by_hand.items():
         found = kl_estimate(own, reference, estimator=name, ratio=ratio)
         assert float(found) == pytest.approx(expected, abs=1e-6), name
 

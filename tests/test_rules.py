@@ -1,8 +1,6 @@
-"""Rules other than the original's: the solver beside brute force, the scorer beside an independent one."""
+"""Rules other than the original's: the solver beside brute force, prompts, and puzzles within them."""
 
-import ast
 import random
-import re
 import time
 from dataclasses import replace
 from fractions import Fraction
@@ -24,30 +22,6 @@ from grpo_cli.core.task.solver import solution, solve, targets
 ALL = Rules("+-*/")
 PUBLIC = Rules("+-*/", 1, 99, 10, 99)  # of the public data set of 3 to 4 numbers
 GROUPS = ["+", "*", "+-", "+*", "*/", "+-*", "+*/", "+-*/"]
-
-
-def independent(answer: str, puzzle: Puzzle, rules: Rules) -> bool:
-    """Whether Python's own grammar reads an answer as arithmetic on the puzzle's numbers that makes its target."""
-
-    def value(node: ast.expr) -> Fraction:
-        if isinstance(node, ast.Constant) and type(node.value) is int:
-            return Fraction(node.value)
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd | ast.USub):
-            return value(node.operand) * (-1 if isinstance(node.op, ast.USub) else 1)
-        assert isinstance(node, ast.BinOp)
-        operation = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}[type(node.op)]
-        assert operation in rules.operations
-        a, b = value(node.left), value(node.right)
-        return a / b if operation == "/" else {"+": a + b, "-": a - b, "*": a * b}[operation]
-
-    if not re.fullmatch(r"[0-9+\-*/() \t\n]*", answer):
-        return False
-    try:
-        made = value(ast.parse(answer.strip(), mode="eval").body)
-    except (SyntaxError, AssertionError, KeyError, ZeroDivisionError):
-        return False
-    used = sorted(map(int, re.findall("[0-9]+", answer)))
-    return used == sorted(puzzle.numbers) and made == puzzle.target
 
 
 @pytest.mark.parametrize("operations", GROUPS)
@@ -175,27 +149,6 @@ def test_questions_are_read_within_the_rules() -> None:
     assert read_question("400 7 3 = 2800", wide) == Puzzle((400, 7, 3), 2800)
     with pytest.raises(CountdownError, match="between 1 and 500, and 501 does not"):
         read_question("501 7 3 = 25", wide)
-
-
-def mutated(rng: random.Random, answer: str) -> str:
-    """The answer with a few characters removed, doubled or replaced."""
-    for _ in range(rng.choice([0, 1, 1, 2, 3])):
-        place = rng.randrange(len(answer) or 1)
-        answer = answer[:place] + rng.choice(["", *"+-*/()0123456789 ", "77"]) + answer[place + 1 :]
-    return answer
-
-
-@pytest.mark.parametrize("numbers", [3, 4])
-def test_a_thousand_public_puzzles_are_scored_as_an_independent_scorer_does(numbers: int) -> None:
-    rng, right = random.Random(numbers), 0
-    for puzzle in generate(500, numbers=numbers, seed=11, rules=PUBLIC):
-        found = solution(puzzle, PUBLIC)
-        assert found is not None
-        for answer in (found, *(mutated(rng, found) for _ in range(4))):
-            scored = score(f"<answer>{answer}</answer>", puzzle, rules=PUBLIC).correct
-            assert scored == independent(answer, puzzle, PUBLIC), (answer, puzzle)
-            right += scored
-    assert 500 < right < 2_500  # mutants are right and wrong
 
 
 @pytest.mark.slow
