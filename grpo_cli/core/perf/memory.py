@@ -351,10 +351,11 @@ def find(
         )
         if not logit_chunk or logit_chunk < (size or work.rows) * work.new_tokens
     ]
-    for choices in sorted(options, key=planner.cost):
-        if planner.plan(choices).peak <= room:
-            return planner.plan(choices, room=room)
-    least = min(planner.plan(choices).peak for choices in options)
+    plans = [planner.plan(choices, room=room) for choices in sorted(options, key=planner.cost)]
+    for plan in plans:
+        if plan.peak <= room:
+            return plan
+    least = min(plan.peak for plan in plans)
     raise CountdownError(
         f"this training needs at least {least / GB:.1f} GB of memory, and {room / GB:.1f} GB can be used",
         "use a smaller `--max-new-tokens`, `--batch-size` or model, `--optimizer adamw8bit`, `--precision bf16`, or"

@@ -118,15 +118,13 @@ class FileTask:
         return messages
 
     def score(self, completion: str, problem: Problem, *, style: str, truncated: bool = False) -> Score:
+        scorer, value = f"`score` of `{self.name}`", _item(problem).value
         try:
-            return self._scored(completion, problem, truncated=truncated)
+            reward, parts = _paid(self.functions["score"], scorer, completion, value)
         except CountdownError:
             if self.on_error == "stop":
                 raise
-            return Score(0.0, False, "wrong_value", parts={"failed": 1.0})
-
-    def _scored(self, completion: str, problem: Problem, *, truncated: bool) -> Score:
-        reward, parts = _paid(self.functions["score"], f"`score` of `{self.name}`", completion, _item(problem).value)
+            reward, parts = 0.0, {"failed": 1.0}
         correct = reward >= 1.0
         reason = "correct" if correct else "truncated" if truncated else "wrong_value"
         return Score(reward, correct, reason, lenient=correct, well_formed=reward > 0, parts=parts)
@@ -153,20 +151,16 @@ def _is_message(message: object) -> bool:
 
 def _paid(function: Function, what: str, completion: str, problem: object) -> tuple[float, dict[str, float]]:
     """The reward that a user's function returns, and its parts: a number, or a dict of numbers, which are summed."""
-
-    def numbers(*arguments: object) -> tuple[object, list[float | None], list[str]]:
-        result = function(*arguments)
-        parts = dict(result) if isinstance(result, Mapping) and result else {"": result}
-        return result, [_number(value) for value in parts.values()], [str(name) for name in parts if name != ""]
-
-    result, values, names = call(numbers, what, completion, problem)
+    result = call(function, what, completion, problem)
+    named = isinstance(result, Mapping) and result
+    values = [_number(value) for value in (result.values() if named else [result])]
     paid = [value for value in values if value is not None]
     if len(paid) < len(values) or not all(abs(value) <= LARGEST for value in (*paid, sum(paid))):
         raise CountdownError(
             f"{what} must return a finite number or a dict of them, not {result!r:.100}",
             f"return one number for one completion, at most {LARGEST:.0e}",
         )
-    return sum(paid), dict(zip(names, paid, strict=False))
+    return sum(paid), dict(zip(map(str, result), paid, strict=True)) if named else {}
 
 
 def _number(value: Any) -> float | None:
