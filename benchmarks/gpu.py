@@ -215,7 +215,7 @@ def utilization(load: Load, policy: Policy, seconds: Seconds) -> dict[str, float
     if known is None:
         return {}
     rate, forward = 1e12 * peak_tflops(policy.device, policy.precision), known.forward(load.groups())
-    whole = known.sample(load.groups()) + 4 * forward  # reference and update
+    whole = 5 * forward  # sampling, reference and update
     return {"update": 3 * forward / rate / seconds["update"], "total": whole / rate / seconds["total"]}
 
 

@@ -1,9 +1,9 @@
 """Model FLOP utilization of a training step, padding and peak memory.
 
-MFU (PaLM, arXiv 2204.02311) is the operations that a step needs over those that the hardware could do in its time.
-Each prompt counts once for its group, the first tokens that all prompts share once for the step, attention only its
-causal half, recomputation not at all. It is known where attention is full and causal and all weights learn; elsewhere
-(windows, LoRA, 4-bit weights, mixtures of experts) it is left out.
+MFU (PaLM, arXiv 2204.02311) is the operations that a step needs over those that the hardware could do in its time: for
+each token, two for every weight that it is multiplied with. Each prompt counts once for its group, the first tokens
+that all prompts share once for the step, attention and recomputation not at all. It is left out where a token does not
+meet all weights or they do not all learn: LoRA, 4-bit weights, mixtures of experts.
 """
 
 from __future__ import annotations
@@ -15,69 +15,43 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from grpo_cli.core.microbatch import process_peak
 from grpo_cli.core.model.attention import num_shared
 from grpo_cli.core.model.plain import PlainPath
-from grpo_cli.core.model.policy import Policy, set_attention
+from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.rollout.engine import Rollout
 
 Groups = Sequence[tuple[int, Sequence[int]]]  # tokens of each prompt, and of each of its completions
-COUNTED = 8  # tokens of the shorter row whose operations are counted
 
 
 @dataclass(frozen=True)
 class Operations:
-    """Floating-point operations of a forward pass, in all layers."""
+    """Floating-point operations of a forward pass."""
 
-    token: int  # for each token
+    token: int  # for each token, without its logits
     logits: int  # for the logits of a token
-    pair: int  # for each pair of a token and one that it attends to
 
     def forward(self, groups: Groups, shared: int = 0) -> int:
         """Of one pass over [prompt | completions] of each group, with the logits of its completions.
 
         The first `shared` tokens of all prompts are computed once.
         """
-        repeated = max(len(groups) - 1, 0) * (self.token * shared + self.pair * _triangle(shared))
-        return -repeated + sum(
-            self.token * (prompt + sum(lengths))
-            + self.logits * sum(lengths)
-            + self.pair * (_triangle(prompt) + sum(prompt * length + _triangle(length) for length in lengths))
-            for prompt, lengths in groups
-        )
-
-    def sample(self, groups: Groups, shared: int = 0) -> int:
-        """Of sampling: the first token of a completion comes from the prompt's logits, the last is not fed back."""
-        fed = [(prompt, [length - 1 for length in lengths]) for prompt, lengths in groups]
-        return self.forward(fed, shared) + self.logits * len(groups)
+        prompts = sum(prompt for prompt, _ in groups) - shared * max(len(groups) - 1, 0)
+        completions = sum(sum(lengths) for _, lengths in groups)
+        return self.token * (prompts + completions) + self.logits * completions
 
 
-def _triangle(length: int) -> int:
-    """Pairs of tokens in causal attention over a sequence."""
-    return length * (length + 1) // 2
-
-
-@torch.no_grad()
 def operations(policy: Policy) -> Operations | None:
-    """The operations of a policy's model as torch counts them, or None where the rules of this module are not right."""
+    """The operations of a policy's model, or None where the rules of this module are not right."""
     output, weights = policy.model.get_output_embeddings(), list(policy.model.parameters())
     if isinstance(policy.path, PlainPath) or policy.is_sharded or output is None:
         return None
     if any(not weight.requires_grad or weight.dim() > 2 for weight in weights):  # experts are stacked in one weight
         return None
-    counts = []
-    policy.model.set_attn_implementation("eager")  # torch does not count all fused attention
-    for length in (COUNTED, 2 * COUNTED):
-        with FlopCounterMode(display=False) as counter, policy.autocast():
-            row = torch.zeros(1, length, dtype=torch.long, device=policy.device)
-            policy.model(input_ids=row, use_cache=False)
-        counts.append(counter.get_total_flops())
-    set_attention(policy.model, plain=False)
-    short, long = counts  # a row of T tokens takes T * (token + logits) + T^2 * pair
-    pair, logits = (long - 2 * short) // (2 * COUNTED**2), 2 * output.weight.numel()
-    return Operations(short // COUNTED - COUNTED * pair - logits, logits, pair)
+    looked_up = {module.weight for module in policy.model.modules() if isinstance(module, torch.nn.Embedding)}
+    matrices = [weight for weight in weights if weight.dim() == 2 and weight not in looked_up | {output.weight}]
+    return Operations(2 * sum(weight.numel() for weight in matrices), 2 * output.weight.numel())
 
 
 # Data sheets of NVIDIA and AMD: (pattern of the device's name, dense bfloat16 TFLOP/s), the first match. Other devices,
@@ -171,7 +145,7 @@ class Meter:
             metrics["padding"] = 1 - (real - shared * max(len(self.prompts) - 1, 0)) / self.computed
         if self.operations:
             count = self.operations
-            needed = count.sample(self.sampled_groups, shared) + count.forward(reference, shared)
+            needed = count.forward(self.sampled_groups, shared) + count.forward(reference, shared)
             needed += 3 * updates * count.forward(learned, shared)
             metrics["mfu"] = needed / seconds / (peak_tflops(self.policy.device, self.policy.precision) * 1e12)
         return metrics
