@@ -35,7 +35,6 @@ class MicroBatch:
     ) -> None:
         self.rows, self.limit, self.logit_chunk = rows, limit, logit_chunk
         self._report = report
-        self._failure: str | None = None  # of the last attempt
 
     def unlimited(self) -> MicroBatch:
         """One for other passes: all rows at first, and the same memory limit."""
@@ -50,21 +49,11 @@ class MicroBatch:
 
         Each failure halves `rows`. Raises CountdownError if one row does not fit.
         """
-        self._failure = None
-        yield self._attempt()
-        while self._failure:
-            self._halve(total, doing, self._failure)
-            self._failure = None
-            yield self._attempt()
-
-    @contextmanager
-    def _attempt(self) -> Iterator[None]:
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            if not ran_out(error):
-                raise
-            self._failure = "is nearly full" if isinstance(error, NearLimit) else "ran out"
+        failures: list[str] = []
+        yield _attempt(failures)
+        while failures:
+            self._halve(total, doing, failures.pop())
+            yield _attempt(failures)
 
     def split(self, rows: Iterable[int]) -> list[list[int]]:
         """Cut rows into micro-batches."""
@@ -105,6 +94,17 @@ class MicroBatch:
         give_back()
         completions = "1 completion" if self.rows == 1 else f"{self.rows} completions"
         self._report(f"memory {why} in the {doing}: repeating it with {completions} at once")
+
+
+@contextmanager
+def _attempt(failures: list[str]) -> Iterator[None]:
+    """Context that adds to `failures` how memory ran out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        failures.append("is nearly full" if isinstance(error, NearLimit) else "ran out")
 
 
 def ran_out(error: Exception) -> bool:
