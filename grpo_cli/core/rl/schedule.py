@@ -13,7 +13,7 @@ from grpo_cli.core.config.settings import Settings, Train
 from grpo_cli.core.task.countdown import task_of
 from grpo_cli.core.task.curriculum import Curriculum, schedule
 from grpo_cli.core.task.prompts import STYLES
-from grpo_cli.core.task.suite import SIZES
+from grpo_cli.core.task.puzzle import SIZES
 from grpo_cli.core.task.task import Problem, Task, require_apart
 
 PLANNED_STEPS = 4  # memory is planned for the prompts of about so many steps
@@ -69,14 +69,11 @@ def _stated(problem: Problem) -> str:
 
 def _curriculum(settings: Settings, task: Task) -> Curriculum:
     asked, train = settings.task, settings.train
-    numbers = schedule(_or_task(train.prompt_numbers, str(asked.numbers)), [str(size) for size in SIZES])
-    style = schedule(_or_task(train.prompt_style, asked.style), STYLES)
+    sizes = str(asked.numbers) if train.prompt_numbers == "task" else train.prompt_numbers
+    styles = asked.style if train.prompt_style == "task" else train.prompt_style
+    numbers, style = schedule(sizes, [str(size) for size in SIZES]), schedule(styles, STYLES)
     problems = {size: task.problems("train", size) for size in map(int, numbers.choices)}
     return Curriculum(problems, numbers, style, train.batch_size, train.seed)
-
-
-def _or_task(text: str, of_task: str) -> str:
-    return of_task if text == "task" else text
 
 
 def longest_prompt(

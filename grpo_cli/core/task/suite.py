@@ -12,9 +12,8 @@ from itertools import product
 from typing import get_args
 
 from grpo_cli.core.task.prompts import STYLES
+from grpo_cli.core.task.puzzle import SIZES
 from grpo_cli.core.task.task import Split
-
-SIZES = range(2, 7)  # numbers per puzzle
 
 
 def cell_name(split: Split, numbers: int, style: str) -> str:
