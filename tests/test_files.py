@@ -158,7 +158,6 @@ def test_puzzles_without_a_solution_are_counted_and_refused(tmp_path: Path) -> N
         ("Numbers,Target\n3 5 2,13\n", "line 2: there is no `numbers` (or `nums`) and no `target`"),
         ("numbers;target\n3 5 2;13\n", "line 2: there is no `numbers` (or `nums`) and no `target`"),
         ("numbers\n3 5 2\n", "line 2: there is no `target`"),
-        ("nums,numbers,target\n3 5 2,3 5 4,13\n", "line 2: `numbers` and `nums` differ"),
         ("nums,target\n", "has no puzzles"),
         ("nums,target,target\n3 5 2,13,14\n", "has two columns of the same name"),
     ],
@@ -252,14 +251,8 @@ def test_a_device_or_a_fifo_is_not_read(tmp_path: Path) -> None:
             load_puzzles(path)
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_files_for_verl_are_read_back(countdown: Command, tmp_path: Path, suffix: str) -> None:
-    if suffix == "parquet":
-        pytest.importorskip("pyarrow")
-    path = tmp_path / f"val.{suffix}"
-    assert countdown("gen-data", "--split", "val", "--columns", "verl", "--out", path).code == 0
+def test_rows_for_verl_hold_prompt_and_truth(countdown: Command) -> None:
     puzzles = list(enumerate_puzzles(3, "val"))
-    assert load_puzzles(path).puzzles("val") == puzzles
     row = json.loads(countdown("gen-data", "--split", "val", "--columns", "verl").out.splitlines()[1])
     assert row["prompt"] == prompt(puzzles[1]) and row["extra_info"] == {"split": "val", "index": 1}
     truth = {"numbers": list(puzzles[1].numbers), "target": puzzles[1].target}
