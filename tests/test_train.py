@@ -510,21 +510,22 @@ def train_again(training: State, run: Run, settings: Settings) -> Any:
 def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """Evaluations that solve what stands here: for each cell, a text for each evaluation, a character a puzzle."""
     script: dict[str, list[str]] = {}
+    evaluate_cells = Evaluator.evaluate_cells
 
-    evaluate = Evaluator.evaluate
-
-    def scripted(evaluator: Evaluator, puzzles: Sequence[Problem], **given: Any) -> Any:
-        found = evaluate(evaluator, puzzles, **given)
-        if found.cell not in script:
-            return found
-        solved = script[found.cell].pop(0)
+    def solved_as_scripted(result: Evaluation) -> Evaluation:
+        if result.cell not in script:
+            return result
         rows = [
             [replace(one, score=replace(one.score, correct=mark == "1")) for one in row]
-            for row, mark in zip(found.completions, solved, strict=True)
+            for row, mark in zip(result.completions, script[result.cell].pop(0), strict=True)
         ]
-        return replace(found, completions=rows)
+        return replace(result, completions=rows)
 
-    monkeypatch.setattr(Evaluator, "evaluate", scripted)
+    def scripted(evaluator: Evaluator, puzzles: Any, **given: Any) -> Any:
+        results = evaluate_cells(evaluator, puzzles, **given)
+        return {cell: solved_as_scripted(result) for cell, result in results.items()}
+
+    monkeypatch.setattr(Evaluator, "evaluate_cells", scripted)
     return script
 
 
