@@ -651,15 +651,15 @@ def at_token(call: int) -> Callable[[Function, Function], Function]:
     return wrap
 
 
-SAMPLE = "grpo_cli.core.rollout.local.LocalEngine.sample"  # once for each step, and twice for each evaluation
+SAMPLE = "grpo_cli.core.rollout.local.LocalEngine.sample"  # once for each step and each evaluation
 # The moment, what is interrupted there, and the step that is saved. A step asks for log-probabilities six times: for
 # two micro-batches of the reference, two of the first inner update and two of the second.
 MOMENTS: dict[str, tuple[str, Callable[[Function, Function], Function], int]] = {
     "first evaluation": (SAMPLE, at_token(1), 0),
-    "rollout of step 1": (SAMPLE, at_token(3), 0),
-    "rollout of step 2": (SAMPLE, at_token(6), 1),
-    "evaluation after step 2": (SAMPLE, at_token(7), 2),
-    "last evaluation": (SAMPLE, at_token(10), 3),
+    "rollout of step 1": (SAMPLE, at_token(2), 0),
+    "rollout of step 2": (SAMPLE, at_token(4), 1),
+    "evaluation after step 2": (SAMPLE, at_token(5), 2),
+    "last evaluation": (SAMPLE, at_token(7), 3),
     "scoring of step 2": (
         "grpo_cli.core.task.countdown.score",
         before_call(3 * 4 + 1),

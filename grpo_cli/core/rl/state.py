@@ -209,7 +209,7 @@ def choose_checkpoint(
     (0, None) if the run stopped before its first checkpoint. Raises CountdownError if all are damaged, if that of
     `step` is damaged, if the run's settings have changed since it was saved, or if the step is beyond the run's last.
     """
-    checkpoints, last = dict(run.checkpoints()), settings.train.num_iterations
+    checkpoints = dict(run.checkpoints())
     if not checkpoints and step is None:
         return 0, None
     chosen = newest_intact(run, skipped=skipped) if step is None else step
@@ -227,7 +227,7 @@ def choose_checkpoint(
             f"`{run.config_path}` has changed since step {chosen} was saved",
             "restore it, or start a new run to train with other settings",
         )
-    if chosen > last:
+    if chosen > (last := settings.train.num_iterations):
         hint = f"give a larger one, or `--step` with one of: {run.saved_steps}"
         raise CountdownError(f"step {chosen} of run `{run.name}` is beyond `--num-iterations {last}`", hint)
     return chosen, checkpoints[chosen]
