@@ -26,7 +26,7 @@ SETTINGS += (*RUNNING, "eval.max_new_tokens", "eval.temperature")
 
 def solve(
     ctx: typer.Context,
-    question: Annotated[list[str], typer.Argument(metavar="PUZZLE", help='"4 7 3 = 25", or "[4, 7, 3] -> 25"')],
+    question: Annotated[list[str], typer.Argument(metavar="PUZZLE", help='"4 7 3 = 25", or "4,7,3 -> 25"')],
     model: Annotated[
         str | None,
         typer.Option(help="run, folder, hub id, or `builtin`", metavar="<name>", autocompletion=completion("model")),

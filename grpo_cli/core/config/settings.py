@@ -16,10 +16,9 @@ from pydantic.fields import FieldInfo
 
 from grpo_cli.core.task.curriculum import schedule
 from grpo_cli.core.task.prompts import STYLES
-from grpo_cli.core.task.puzzle import SIZES
 from grpo_cli.core.task.rules import Rules, operations_in
 from grpo_cli.core.task.scoring import Rewards
-from grpo_cli.core.task.suite import cell
+from grpo_cli.core.task.suite import SIZES, cell
 
 _KINDS: dict[object, str] = {
     int: "a whole number",

@@ -13,7 +13,7 @@ from grpo_cli.core.config.settings import Settings, Train
 from grpo_cli.core.task.countdown import task_of
 from grpo_cli.core.task.curriculum import Curriculum, schedule
 from grpo_cli.core.task.prompts import STYLES
-from grpo_cli.core.task.puzzle import SIZES
+from grpo_cli.core.task.suite import SIZES
 from grpo_cli.core.task.task import Problem, Task, require_apart
 
 PLANNED_STEPS = 4  # memory is planned for the prompts of about so many steps

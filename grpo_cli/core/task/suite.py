@@ -12,7 +12,7 @@ from itertools import product
 from typing import get_args
 
 from grpo_cli.core.task.prompts import STYLES
-from grpo_cli.core.task.puzzle import SIZES
+from grpo_cli.core.task.puzzle import SIZES as SIZES
 from grpo_cli.core.task.task import Split
 
 
