@@ -2,11 +2,14 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from architectures import loaded, tiny_model
+from conftest import save_tiny_model
 
+from grpo_cli.core.model.load import load
 from grpo_cli.core.model.policy import Policy
 from grpo_cli.core.perf import utilization
 from grpo_cli.core.perf.utilization import Meter, Operations, known, measure, operations, peak_tflops
@@ -43,10 +46,12 @@ def test_a_rank_without_prompts_and_an_unknown_model_leave_metrics_out(tiny_poli
     assert meter.metrics(reference=[], learned=[], updates=1, seconds=1.0).keys() == {"peak_memory"}
 
 
-def test_operations_of_a_small_qwen2_by_hand(tiny_policy: Policy) -> None:
-    # 2 layers of width 32: 4 query and 2 key heads of width 8, three matrices of 48; 832 tokens, tied embeddings
+def test_operations_of_a_small_qwen2_by_hand(tiny_policy: Policy, tmp_path: Path) -> None:
+    # 2 layers of width 32: 4 query and 2 key heads of width 8, three matrices of 48; 832 tokens
     matrices = 2 * (32 * 8 * (2 * 4 + 2 * 2) + 3 * 32 * 48)
-    assert operations(tiny_policy) == Operations(2 * matrices, 2 * 832 * 32)
+    untied = load(str(save_tiny_model(tmp_path / "untied", tie_word_embeddings=False)), device="cpu")
+    for policy in (tiny_policy, untied):
+        assert operations(policy) == Operations(2 * matrices, 2 * 832 * 32)
 
 
 def test_windows_experts_and_frozen_weights_are_left_out(tiny_policy: Policy) -> None:
