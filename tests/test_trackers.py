@@ -29,6 +29,7 @@ def tensorboard_scalars(folder: Path) -> Mapping[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(folder / "runs/first/tensorboard"))
     events.Reload()
     names = events.Tags()
+    assert "samples/text_summary" in names["tensors"]
     shown = str(events.summary_metadata)
     assert "train.learning_rate" in shown
     found = {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names["scalars"]}
@@ -68,13 +69,14 @@ from grpo_cli.core.rl.trackers import Tracked
 from grpo_cli.core.run.folder import Run
 
 settings = resolve(flags={"train.tracker": sys.argv[1], "runs": "runs"}, has_cuda=lambda: False).settings
+sample = {"numbers": [3, 5, 2], "target": 13, "completion": "5|2\\n", "reward": 0.1, "reason": "wrong_value"}
 run = Run.create(Path("runs"), "first")
 for start in (0, 2):
     observer = Tracked(sys.argv[1], settings, sys.exit)
     observer.begin(run, start)
     observer.evaluated(Validated(0, 0.25, 4, (0.0, 0.5), None, 0.125))
     for step in (start + 1, start + 2):
-        observer.step({"step": step, "reward": step / 8, "time/total": 2.0}, {})
+        observer.step({"step": step, "reward": step / 8, "time/total": 2.0}, {"step": step, **sample})
     observer.evaluated(Validated(start + 2, 0.5, 4, (0.0, 0.5), 0.75, 0.25))
     observer.close()
 """
@@ -90,7 +92,7 @@ def drive(tracker: str, folder: Path) -> None:
     assert done.stdout == ""
 
 
-def test_trackio_keeps_one_resumed_run_with_config(tmp_path: Path) -> None:
+def test_trackio_keeps_one_resumed_run_with_config_and_samples(tmp_path: Path) -> None:
     pytest.importorskip("trackio")
     drive("trackio", tmp_path)
     with closing(sqlite3.connect(tmp_path / "store" / "countdown.db")) as store:
@@ -102,6 +104,9 @@ def test_trackio_keeps_one_resumed_run_with_config(tmp_path: Path) -> None:
     accuracies = [(step, found["eval/accuracy"]) for step, found in logs if "eval/accuracy" in found]
     assert accuracies == [(0, 0.25), (2, 0.5), (4, 0.5)]
     assert json.loads(config)["train.batch_size"] == 16
+    tables = [found["samples"]["_value"] for _, found in logs if "samples" in found]
+    assert [[row["step"] for row in table] for table in tables] == [[1, 2], [3, 4]]
+    assert tables[0][0]["problem"] == "[3, 5, 2] -> 13"
 
 
 def test_wandb_writes_offline_runs_of_one_identity(tmp_path: Path) -> None:
@@ -112,6 +117,8 @@ def test_wandb_writes_offline_runs_of_one_identity(tmp_path: Path) -> None:
     history = [row for path in paths for row in wandb_history(path)]
     assert {int(row["step"]): row["train/reward"] for row in history if "train/reward" in row} == STEPS
     assert sum("eval/suite_mean" in row for row in history) == 2
+    tables = sorted((tmp_path / "runs/first/wandb").rglob("*.table.json"))
+    assert json.loads(tables[0].read_text("utf-8"))["columns"] == [*trackers.COLUMNS]
 
 
 def wandb_history(path: Path) -> list[dict[str, Any]]:
@@ -131,7 +138,7 @@ def wandb_history(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize("fails", ["__init__", "scalars", "close"])
+@pytest.mark.parametrize("fails", ["__init__", "scalars", "samples", "close"])
 def test_a_tracker_that_fails_is_dropped_with_one_warning(
     fails: str, countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

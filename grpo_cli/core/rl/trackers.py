@@ -8,12 +8,13 @@ for Weights & Biases the command line sets WANDB_MODE=offline where it is not se
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from grpo_cli.core.config.settings import Settings, values
@@ -30,6 +31,9 @@ NAMES = {  # ours -> TRL's
     "clip_fraction": "train/clip_ratio/region_mean",
     "time/total": "train/step_time",
 }
+COLUMNS = ("step", "problem", "completion", "reward", "reason")
+CODE = " " * 4  # Markdown shows indented lines as they are
+Row = tuple[int, str, str, str, str]  # of COLUMNS
 
 
 class TensorBoard:
@@ -46,6 +50,13 @@ class TensorBoard:
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
+
+    def samples(self, step: int, rows: Sequence[Row]) -> None:
+        parts = [
+            f"step {number}: {problem}, reward {reward}, {reason}\n\n{indent(completion, CODE)}"
+            for number, problem, completion, reward, reason in rows
+        ]
+        self.writer.add_text("samples", "\n\n".join(parts), step)
 
     def close(self) -> None:
         self.writer.close()
@@ -72,6 +83,10 @@ class Dashboard:
         else:
             self.run.log(dict(metrics), step=step)
 
+    def samples(self, step: int, rows: Sequence[Row]) -> None:
+        table = self.module.Table(columns=list(COLUMNS), data=[list(row) for row in rows])
+        self.scalars(step, {"samples": table})
+
     def close(self) -> None:
         with redirect_stdout(io.StringIO()):
             self.module.finish()
@@ -85,11 +100,12 @@ def require_tracker(name: str) -> None:
 
 @dataclass
 class Tracked(Observer):
-    """Logs settings, metrics and evaluations to the tracker `name`; `report` receives its failure."""
+    """Logs metrics, and samples as a table at each evaluation, to the tracker `name`; `report` receives its failure."""
 
     name: str
     settings: Settings
     report: Callable[[str], None]
+    rows: list[Row] = field(default_factory=list)
     tracker: TensorBoard | Dashboard | None = None
     run: Run | None = None
     start: int = 0
@@ -105,6 +121,7 @@ class Tracked(Observer):
 
     def step(self, metrics: Mapping[str, float], sample: Mapping[str, Any]) -> None:
         with self._tolerated():
+            self.rows.append(_row(sample))
             if self.tracker:
                 named = {_named(key): value for key, value in metrics.items() if key != "step"}
                 self.tracker.scalars(int(metrics["step"]), named)
@@ -113,10 +130,12 @@ class Tracked(Observer):
         with self._tolerated():
             if self.tracker and result.step >= self.start:  # a resumed run reports its base again
                 self.tracker.scalars(result.step, self._evaluation(result))
+                self._send_samples(result.step)
 
     def close(self) -> None:
         with self._tolerated():
             if self.tracker:
+                self._send_samples(self.rows[-1][0] if self.rows else 0)
                 self.tracker.close()
 
     def _evaluation(self, result: Validated) -> dict[str, float]:
@@ -132,6 +151,11 @@ class Tracked(Observer):
                     metrics[f"eval/{cell}/mean_length"] = measured.mean_length
         return metrics
 
+    def _send_samples(self, step: int) -> None:
+        if self.tracker and self.rows:
+            self.tracker.samples(step, self.rows)
+            self.rows = []
+
     @contextmanager
     def _tolerated(self) -> Iterator[None]:
         """Drop the tracker, with one warning, for whatever it raises: its errors have no common base."""
@@ -145,3 +169,8 @@ class Tracked(Observer):
 
 def _named(key: str) -> str:
     return NAMES.get(key) or (key if key.startswith(GROUPS) else f"train/{key}")
+
+
+def _row(sample: Mapping[str, Any]) -> Row:
+    problem = sample.get("problem") or f"{sample.get('numbers')} -> {sample.get('target')}"
+    return sample["step"], problem, sample["completion"], str(sample["reward"]), sample["reason"]
