@@ -107,9 +107,12 @@ RANDOM = "import random\n" + GOOD.replace("[1]", "[random.random() for _ in rang
         (GOOD.replace("0.5", "1 / 0"), "`score` of `mine.py` failed in"),
         (GOOD.replace("0.5", "{'a': 1e308, 'b': 1e308}"), "`score` of `mine.py` must return a finite number"),
         (GOOD.replace("0.5", "1e300"), "must return a finite number or a dict of them, not 1e+300"),
+        (GOOD.replace("'q'", "'\\ud800'"), "a prompt of `mine.py` has half a surrogate pair at character 0: 1"),
         (GOOD.replace("'q'", "[]"), "`prompt` of `mine.py` must return a text, or messages"),
         (GOOD.replace("'q'", "[{'role': 'user', 'content': None}]"), "`prompt` of `mine.py` must return a text, or"),
-        (GOOD.replace("score(text, x)", "score(x)"), "TypeError: score() takes 1 positional argument but 2 were given"),
+        (GOOD.replace("'q'", "[{'role': 'user', 'content': 'a\\udfff'}]"), "half a surrogate pair at character 1"),
+        (GOOD.replace("score(text, x)", "score(x)"), "mine.py` defines `def score(x)`, which cannot be called"),
+        (GOOD.replace("problems(split)", "problems()"), "mine.py` defines `def problems()`, which cannot be called"),
         (GOOD.replace("0.5", "exit(0)"), "SystemExit: 0"),
         ("import sys\nsys.exit(0)\n", "mine.py` cannot be run: line 2: SystemExit: 0"),
     ],
@@ -176,8 +179,11 @@ def test_what_a_task_prints_leaves_json_alone(countdown: Command, tmp_path: Path
     ("text", "message"),
     [
         ("def other(text, puzzle): return 1\n", "defines no function `mine`"),
-        ("def mine(text): return 1\n", "TypeError: mine() takes 1 positional argument but 2 were given"),
-        ("def mine(prompts, completions): return [1]\n", "must return a finite number or a dict of them, not [1]"),
+        ("def mine(text): return 1\n", "defines `def mine(text)`, which cannot be called"),
+        ("def mine(completions, **columns): return [1]\n", "defines `def mine(completions, columns)`"),
+        ("def mine(prompts, completions): return [1]\n", "defines `def mine(prompts, completions)`"),
+        ("def mine(data_source, solution_str, ground_truth, extra_info=None): return 1\n", "`def mine(data_source, "),
+        ("async def mine(text, puzzle): return 1\n", "defines `async def mine(text, puzzle)`"),
         ("def mine(text, puzzle): return [1.0]\n", "must return a finite number or a dict of them, not [1.0]"),
         ("def mine(text, puzzle): return {'a': 1e308, 'b': 1e308}\n", "must return a finite number"),
         ("def mine(text, puzzle): return {'a': 1e300, 'b': -1e300}\n", "must return a finite number"),
@@ -206,6 +212,13 @@ def test_a_number_of_any_library_is_a_reward(tmp_path: Path, result: str) -> Non
     name = written(tmp_path, f"{imports}def mine(text, puzzle): return {result}\n")
     score = rewarded(Countdown(), f"{name}:mine").score(RIGHT, P13, style="one-shot")
     assert score.reward == 0.25 and json.dumps([score.reward, score.parts])
+
+
+def test_a_function_for_another_trainer_is_met_with_ours(tmp_path: Path) -> None:
+    name = written(tmp_path, "def mine(completions, **columns): return [1]\n")
+    with pytest.raises(CountdownError) as caught:
+        rewarded(Countdown(), f"{name}:mine")
+    assert caught.value.hint == "define `def mine(completion, problem)` for one completion"
 
 
 def test_a_scorer_that_raises_ends_the_run_or_is_skipped_and_counted(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ is restored (see `guest`).
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import sys
@@ -34,6 +35,8 @@ from grpo_cli.core.task.task import Message, Problem, Score, Side, Split, Task, 
 
 Function = Callable[..., Any]
 OnError = Literal["stop", "skip"]
+PARAMETERS = {"problems": "split", "prompt": "problem", "score": "completion, problem", "solution": "problem"}
+BATCHED = {"prompts", "completions"}  # parameters of rewards for other trainers, which take a batch
 LARGEST = 1e15  # of a reward: its square, which the standard deviation needs, is finite in float32
 HOSTILE = "<answer>" * 1_000 + "(" * 5_000 + "\x00\ud800" + "</answer>" * 1_000
 
@@ -115,6 +118,14 @@ class FileTask:
         messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
             raise CountdownError(f"`prompt` of `{self.name}` must return a text, or messages with `role` and `content`")
+        for message in messages:
+            try:
+                message["content"].encode()
+            except UnicodeEncodeError as error:
+                raise CountdownError(
+                    f"a prompt of `{self.name}` has half a surrogate pair at character {error.start}: {problem}",
+                    'decode its text with `errors="replace"`',
+                ) from None
         return messages
 
     def score(self, completion: str, problem: Problem, *, style: str, truncated: bool = False) -> Score:
@@ -151,16 +162,20 @@ def _is_message(message: object) -> bool:
 
 def _paid(function: Function, what: str, completion: str, problem: object) -> tuple[float, dict[str, float]]:
     """The reward that a user's function returns, and its parts: a number, or a dict of numbers, which are summed."""
-    result = call(function, what, completion, problem)
-    named = isinstance(result, Mapping) and result
-    values = [_number(value) for value in (result.values() if named else [result])]
+
+    def numbers(*arguments: object) -> tuple[object, list[float | None], list[str]]:
+        result = function(*arguments)
+        parts = dict(result) if isinstance(result, Mapping) and result else {"": result}
+        return result, [_number(value) for value in parts.values()], [str(name) for name in parts if name != ""]
+
+    result, values, names = call(numbers, what, completion, problem)
     paid = [value for value in values if value is not None]
     if len(paid) < len(values) or not all(abs(value) <= LARGEST for value in (*paid, sum(paid))):
         raise CountdownError(
             f"{what} must return a finite number or a dict of them, not {result!r:.100}",
             f"return one number for one completion, at most {LARGEST:.0e}",
         )
-    return sum(paid), dict(zip(map(str, result), paid, strict=True)) if named else {}
+    return sum(paid), dict(zip(names, paid, strict=False))
 
 
 def _number(value: Any) -> float | None:
@@ -182,10 +197,13 @@ def load_task(name: str, on_error: OnError = "stop") -> FileTask:
         task.problems("train", 0)  # a data set may need settings that it has no defaults for
         return task
     functions = _functions(Path(name))
-    missing = [name for name in ("problems", "prompt", "score") if name not in functions]
-    if missing:
-        hint = "a task defines `problems`, `prompt` and `score`"
-        raise CountdownError(f"`{name}` defines no function `{missing[0]}`", hint)
+    for needed, parameters in PARAMETERS.items():
+        if needed in functions:
+            _require_parameters(functions[needed], needed, name, parameters)
+        elif needed != "solution":
+            raise CountdownError(
+                f"`{name}` defines no function `{needed}`", "a task defines `problems`, `prompt` and `score`"
+            )
     task = FileTask(Path(name).name, functions, files={"task": _sha256(name)}, on_error=on_error)
     if {*task.items("train", {})} != {*task.problems("train", 0), *task.problems("dev", 0)}:
         hint = "draw them from a generator with a seed, made inside it: `random.Random(0)`"
@@ -216,20 +234,43 @@ def _functions(path: Path) -> dict[str, Function]:
 
 
 def _imported(file: Path) -> dict[str, Any]:
-    """The names of a file, imported as a module so that pools can pickle them; its folder ends the import path.
-
-    It has a name of its own if that of the file is an installed module's.
-    """
-    if (folder := str(file.parent)) not in sys.path:
-        sys.path.append(folder)
-    found = find_spec(file.stem) if file.stem.isidentifier() else None
-    is_own = found is None or found.origin == str(file)
+    """The names of a file, imported as a module with its folder on the import path, so that pools can pickle them."""
+    folder = str(file.parent)
+    sys.path[:] = [other for other in sys.path if other != folder]
+    known = sys.modules.get(file.stem)
+    found = known.__spec__ if known else find_spec(file.stem) if file.stem.isidentifier() else None
+    is_own = found is None or found.origin == str(file)  # rather than an installed module
+    sys.path.insert(0, folder)
     name = file.stem if is_own else f"{file.stem}_{hashlib.sha256(bytes(file)).hexdigest()[:8]}"
     spec = spec_from_file_location(name, file)
     assert spec is not None
-    sys.modules[name] = module = module_from_spec(spec)
-    exec(compile(file.read_bytes(), file, "exec"), vars(module))
+    module = module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        exec(compile(file.read_bytes(), file, "exec"), vars(module))
+    except BaseException:
+        del sys.modules[name]
+        raise
     return vars(module)
+
+
+def _require_parameters(function: Function, name: str, path: str, parameters: str) -> None:
+    """Raise CountdownError if a function does not take these parameters."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some built-in functions have none
+        return
+    try:
+        signature.bind(*parameters.split(", "))
+        fits = not BATCHED & signature.parameters.keys() and not inspect.iscoroutinefunction(function)
+    except TypeError:
+        fits = False
+    if not fits:
+        kind = "async def" if inspect.iscoroutinefunction(function) else "def"
+        raise CountdownError(
+            f"`{path}` defines `{kind} {name}({', '.join(signature.parameters)})`, which cannot be called",
+            f"define `def {name}({parameters})`" + " for one completion" * ("completion" in parameters),
+        )
 
 
 @dataclass(frozen=True)
@@ -270,6 +311,7 @@ def load_reward(name: str) -> Function:
     functions = _functions(Path(path))
     if function not in functions:
         raise CountdownError(f"`{path}` defines no function `{function}`")
+    _require_parameters(functions[function], function, path, "completion, problem")
     return functions[function]
 
 
