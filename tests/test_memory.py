@@ -264,6 +264,27 @@ def test_what_is_refused_whole_is_taken_in_shards(
             find(planner, room=int(gigabytes * GB))
 
 
+def test_a_plan_leaves_sampling_to_vllm(qwen: Path, planner: Planner, eighth: Planner) -> None:
+    def without(work: Work) -> memory.MemoryPlan:
+        return Planner(str(qwen), replace(work, decodes=False), PackedPath()).plan(Choices())
+
+    own, left = planner.plan(Choices()).phases["rollout"], without(WORK).phases["rollout"]
+    assert {"KV cache", "sampling"} <= own.keys() and not {"KV cache", "sampling"} & left.keys()
+    assert left["activations"] == 0 < own["activations"] and left["weights"] == own["weights"] > 0
+    # The gathered copy of sharded weights is for decoding; their shards are in float32.
+    assert eighth.plan(Choices()).phases["update"]["weights"] == 2 * WEIGHTS
+    sharded = without(eighth.work).phases["update"]
+    assert sharded["weights"] == 0 and sharded["master"] == 4 * WEIGHTS / 8
+
+
+@pytest.mark.parametrize(("url", "share"), [("none", 0.3), ("http://localhost:8000", 0.0)])
+def test_vllm_in_the_same_process_has_its_share_of_the_budget(url: str, share: float) -> None:
+    flags = {"model.rollout": "vllm", "model.vllm_memory": 0.3, "model.vllm_url": url, "model.memory": 80.0}
+    settings = resolve(flags=flags).settings
+    local, remote = (room(settings, replace(WORK, decodes=decodes)) for decodes in (True, False))
+    assert local - remote == pytest.approx(share * 80 * GB, abs=2)
+
+
 def test_what_is_set_is_not_chosen(planner: Planner) -> None:
     found = find(planner, room=int(40 * GB), rows=8, checkpointing=True, on_host=True)
     assert found.choices == Choices(0, 8, checkpointing=True, on_host=True)

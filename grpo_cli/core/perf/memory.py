@@ -69,6 +69,7 @@ class Work:
     ranks: int = 1  # processes that share the prompts
     shards: int = 1  # shards of weights, gradients, moments and reference
     adapter: Lora | None = None  # trained instead of the weights; needs no separate reference
+    decodes: bool = True  # samples by itself; otherwise vLLM does
 
     @property
     def rows(self) -> int:
@@ -93,6 +94,7 @@ class Work:
             ranks=ranks,
             shards=ranks if settings.ranks.shard else 1,
             adapter=Lora.of(settings),
+            decodes=settings.model.rollout == "local",
         )
 
 
@@ -250,7 +252,7 @@ class Planner:
         shapes = [torch.Size([self._adapter])] if work.adapter else self.shapes
         moments = moment_bytes(shapes, torch.float32 if self.has_masters else self._learned, work.optimizer)
         stays = {
-            "weights": self._weights,
+            "weights": self._weights if work.decodes or work.shards == 1 else 0,  # sharded ones are gathered to decode
             "adapter": 4 * self._adapter,
             "master": self._gradients if work.shards > 1 else 4 * self.count if self.has_masters else 0,
             "moments": -(-moments // work.shards),
@@ -261,6 +263,8 @@ class Planner:
     def _sampling(self) -> Amounts:
         """Persistent sampling memory: KV cache, and per logit float32 probabilities and a float64 sum."""
         work, static = self.work, self.work.device == "cuda"
+        if not work.decodes:
+            return {}
         longest = -(-work.prompt_tokens // ROUNDED) * ROUNDED if static else work.prompt_tokens
         token = self.layers * 2 * self._keys * self.dtype.itemsize
         batches = [(work.rows if self.plain else work.prompts, work.rows), (work.eval_rows, work.eval_rows)]
@@ -276,7 +280,7 @@ class Planner:
     def _rollout(self) -> Amounts:
         """Prefill: keys of all layers, and one layer's values. `llama` decodes with merged copies of its layers."""
         work, size = self.work, self.dtype.itemsize
-        tokens = max(work.rows if self.plain else work.prompts, work.eval_rows) * work.prompt_tokens
+        tokens = max(work.rows if self.plain else work.prompts, work.eval_rows) * work.prompt_tokens * work.decodes
         kept = self.layers * 2 * self._keys + 4 * self._width + 3 * self._inner
         merged = self.layers * self._layer * size if self._merges else 0
         merged += size * (self._largest if self._nf4 else self._adapted if self._merges else 0)
@@ -373,7 +377,8 @@ def room(settings: Settings, work: Work, *, free: int = 0) -> int:
         return given or host_limit(free=free, ranks=work.ranks)
     free = given or free or free_memory(torch.device(work.device))
     libraries = LIBRARIES + (NCCL if work.ranks > 1 else 0) if work.device == "cuda" else 0
-    return int(free * (1 - GPU_MARGIN)) - libraries
+    share = settings.model.vllm_memory if not work.decodes and settings.model.vllm_url == "none" else 0.0
+    return int(free * (1 - GPU_MARGIN - share)) - libraries
 
 
 def host_limit(*, free: int = 0, ranks: int = 1) -> int:
