@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 # The tests start many processes: let the first one keep its compiled modules.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: train test test-lowest faults long coverage lint peer extras elsewhere docs package clean vllm speed
+.PHONY: train test test-lowest test-newest faults long coverage lint peer extras elsewhere docs package clean vllm speed
 
 train: $(VENV)/installed
 	$(BIN)/countdown train $(ARGS)
@@ -35,6 +35,13 @@ test-lowest: $(VENV)/installed-dev
 	$(BIN)/python -m uv venv --quiet --clear --python $(BIN)/python $(VENV)-lowest
 	$(BIN)/python -m uv pip install --quiet --python $(VENV)-lowest --resolution lowest-direct $(LOWEST) --editable ".[dev]"
 	$(VENV)-lowest/bin/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+# The whole suite with the newest torch that the package index has, beyond what pyproject.toml allows.
+test-newest: $(BIN)/python
+	$(BIN)/python -m venv --clear $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet --editable ".[dev]"
+	$(VENV)-newest/bin/python -m pip install --quiet --upgrade torch
+	$(VENV)-newest/bin/python -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -72,7 +79,7 @@ docs: $(VENV)/installed-docs
 	$(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-elsewhere $(VENV)-vllm
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-elsewhere $(VENV)-vllm
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
