@@ -10,7 +10,7 @@ from typer.core import TyperCommand
 from typer.testing import CliRunner
 
 from grpo_cli.cli.app import app
-from grpo_cli.cli.options import flags, settings_command
+from grpo_cli.cli.options import ConfigFile, flags, settings_command
 from grpo_cli.core.config.resolve import flag
 from grpo_cli.core.config.settings import FIELDS, choices, describe
 
@@ -23,7 +23,7 @@ def invoke(names: tuple[str, ...], *line: str, width: int = 100) -> tuple[str, d
     given: dict[str, object] = {}
 
     @app.command(cls=settings_command(*names))
-    def command(ctx: typer.Context, model: Annotated[str, typer.Argument()] = "own", config: str = "") -> None:
+    def command(ctx: typer.Context, model: Annotated[str, typer.Argument()] = "own", config: ConfigFile = None) -> None:
         given.update(flags(ctx))
         given["own"] = model
 

@@ -19,7 +19,6 @@ from grpo_cli.cli.options import (
     Overwrite,
     completion,
     flags,
-    give,
     read_files,
     require_engine,
     require_package,
@@ -56,12 +55,6 @@ DryRun = Annotated[
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="with --dry-run: all settings, token ids and the memory plan")
 ]
-PerRank = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="prompts per step and process under torchrun; replaces --batch-size", metavar="<int>", hidden=True
-    ),
-]
 Probe = Annotated[
     bool, typer.Option("--probe", help="sample the starting model and estimate what it can learn; do not train")
 ]
@@ -76,7 +69,6 @@ def train(
     seeds: Seeds = 1,
     dry_run: DryRun = False,
     verbose: Verbose = False,
-    batch_size_per_rank: PerRank = None,
     probe: Probe = False,
     config: ConfigFile = None,
 ) -> None:
@@ -87,7 +79,6 @@ def train(
     Example: countdown train --run first --num-iterations 100
     """
     process = process_info()
-    _set_batch_size(ctx, batch_size_per_rank, process)
     if resume and (run is None or overwrite):
         raise CountdownError("`--resume` needs the name of a run, and no `--overwrite`", "say `--run NAME --resume`")
     _require_one_purpose(resume=resume, step=step, dry_run=dry_run, probe=probe, trains=seeds > 1 or overwrite)
@@ -131,15 +122,6 @@ def _require_one_purpose(*, resume: bool, step: int | None, dry_run: bool, probe
             "`--probe` samples the starting model of a new training",
             "leave out `--resume`, and name the model with `--model`",
         )
-
-
-def _set_batch_size(ctx: typer.Context, per_rank: int | None, process: ProcessInfo) -> None:
-    """Set the total batch size from a batch size per rank; it stays the same across restarts."""
-    if per_rank is None or process.restarts:
-        return
-    if "train.batch_size" in flags(ctx):
-        raise CountdownError("`--batch-size` and `--batch-size-per-rank` exclude each other", "leave one of them out")
-    give(ctx, "train.batch_size", per_rank * process.size)
 
 
 def _run_to_open(
