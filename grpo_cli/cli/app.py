@@ -115,6 +115,7 @@ def _run() -> None:
 def _set_environment() -> None:
     """Set what libraries read when they are imported; the user's own values win."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors in torch on Linux
+    os.environ.pop("MPLBACKEND", None)  # a notebook's backend fails elsewhere, and files need none
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait slow all others down
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by `--deterministic`
     os.environ.setdefault("WANDB_MODE", "offline")  # upload nothing by default

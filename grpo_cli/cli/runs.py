@@ -108,12 +108,11 @@ def _seeds(shown: Sequence[tuple[dict[str, object], Mapping[str, object]]]) -> l
 
 def _describe(entry: Run) -> tuple[dict[str, object], Mapping[str, object]]:
     """One run as plain data, and its settings; what cannot be read is named in `error` instead."""
-    from grpo_cli.core.config.resolve import restore
     from grpo_cli.core.config.settings import values
     from grpo_cli.core.evals.statistics import wilson
 
     try:
-        settings = values(restore(entry.read_config(), entry.config_path).settings)
+        settings = values(entry.settings)
         metrics = entry.metrics()
     except CountdownError as problem:
         return {"run": entry.name, "error": problem.message}, {}

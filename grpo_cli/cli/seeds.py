@@ -106,10 +106,9 @@ def train_all(
 
 def _require_same(job: Job) -> None:
     """Raise CountdownError unless the run has the job's settings, what a resumed run may change aside."""
-    from grpo_cli.core.config.resolve import restore
     from grpo_cli.core.config.settings import fixed
 
-    own, asked = fixed(restore(job.run.read_config(), job.run.config_path).settings), fixed(job.settings)
+    own, asked = fixed(job.run.settings), fixed(job.settings)
     for key in (key for key, value in asked.items() if value not in (own[key], "auto")):  # what `auto` means is stored
         raise CountdownError(
             f"run `{job.run.name}` has another `{key}`: {own[key]}, not {asked[key]}",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grpo_cli.cli.artifacts import Artifacts, account_of, run_curves, write_card
+from grpo_cli.cli.artifacts import Artifacts, account_of, write_card
 from grpo_cli.cli.launch import ProcessInfo, Signals, ignoring_requests, joined, process_info
 from grpo_cli.cli.models import ModelChoice, import_libraries, load, micro_batch_of, warn_of_folder
 from grpo_cli.cli.options import (
@@ -176,7 +176,7 @@ def _read_files_of(root: Path, name: str, settings: Settings) -> Task:
         model_source(root, settings.model.model)
         return read_files(settings)
     except CountdownError as error:
-        saved, place = Path(str(Run(root / name).read_config()["runs"])), Path(os.path.realpath(root))
+        saved, place = Path(Run(root / name).settings.runs), Path(os.path.realpath(root))
         start = Path(*place.parts[: -len(saved.parts)])
         if start / saved != place or start == Path(os.path.realpath(".")):
             raise
@@ -209,7 +209,7 @@ def _train(
     try:
         with ignoring_requests(), joined(settings) as world:
             view = TrainingView(settings.train.num_iterations) if world.is_first else None
-            observer = Observers([view, Artifacts(settings, view.message)]) if view else Observer()
+            observer = Observers([view, Artifacts(view.message)]) if view else Observer()
             opening = build(
                 settings,
                 run,
@@ -251,8 +251,8 @@ def _finish(trainer: Trainer) -> None:
         tell(f"stopped after step {state.progress.step}; resume with: {run.resume_command}")
         raise
     if world.is_first:
-        write_card(run, trainer.settings)
-        change = verdict(account_of(run, run_curves(run)))
+        write_card(run)
+        change = verdict(account_of(run))
         tables.training_summary(result.summary, run.path, overlap=result.overlap, change=change)
 
 

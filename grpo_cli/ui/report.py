@@ -10,19 +10,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
+from typing import cast
 
 from markupsafe import Markup
 
-from grpo_cli.core import files
 from grpo_cli.core.config.settings import FIELDS
 from grpo_cli.core.evals.statistics import NOT_SIGNIFICANT, holm, significant
 from grpo_cli.core.metrics import METRICS, Metric
 from grpo_cli.core.rl.health import collapses, warnings
 from grpo_cli.core.run.logs import Evaluated, Example
 from grpo_cli.ui import figures as plot
-from grpo_cli.ui.account import UNTESTED, Account, Change, change, puzzles, verdict
-from grpo_cli.ui.figures import Curves, Series
+from grpo_cli.ui.account import Account, Change, change, verdict
+from grpo_cli.ui.figures import Series
 from grpo_cli.ui.pages import render
 from grpo_cli.ui.text import interval, percent, probability
 
@@ -32,9 +31,8 @@ DRAWN = 2  # completions shown per training step
 Side = tuple[int, Example]  # a completion, and its step
 
 
-def page(accounts: Sequence[Account], *, defaults: Mapping[str, object], smooth: bool = False, window: int = 10) -> str:
-    """The whole page. `defaults` are the shipped settings by key; `smooth` averages curves over `window` steps."""
-    configured = [account for account in accounts if account.settings]
+def page(accounts: Sequence[Account], *, defaults: Mapping[str, object], window: int = 1) -> str:
+    """The whole page. `defaults` are the shipped settings by key; curves are averaged over `window` steps."""
     places = [
         (f"{account.name}, {since}" if len(accounts) > 1 else since, facts)
         for account in accounts
@@ -47,9 +45,8 @@ def page(accounts: Sequence[Account], *, defaults: Mapping[str, object], smooth:
         **{view.__name__: view for view in (*views, health_rows, signs, sparkline, shown, interval, probability)},
         accounts=accounts,
         title=", ".join(one.name for one in accounts) if len(accounts) <= TITLED else f"{len(accounts)} runs",
-        figures=_figures([account.curves for account in accounts], smooth=smooth, window=window),
-        configured=configured,
-        changed_settings=[key for key in defaults if any(one.settings.get(key) != defaults[key] for one in configured)],
+        figures=_figures(accounts, window),
+        changed_settings=[key for key in defaults if any(one.settings.get(key) != defaults[key] for one in accounts)],
         defaults=defaults,
         fields=FIELDS,
         places=places,
@@ -57,19 +54,12 @@ def page(accounts: Sequence[Account], *, defaults: Mapping[str, object], smooth:
     )
 
 
-def write(text: str, path: Path) -> None:
-    """Write a page atomically."""
-    files.write(path, text.encode())
-
-
 def story(account: Account) -> str:
     """Model, settings and duration of the training."""
     values = account.settings
-    if not values:
-        return f"The curves of a file of metrics, to step {account.steps:,}."
     seconds = sum(line.get("time/total", 0) + line.get("time/eval", 0) for line in account.metrics)
     taken, planned = account.steps, values["train.num_iterations"]
-    steps = f"{taken:,} steps" if account.summary or taken == planned else f"{taken:,} of {planned} steps so far"
+    steps = f"{taken:,} steps" if taken == planned else f"{taken:,} of {planned} steps"
     style, numbers = (
         values[f"task.{key}"] if values[f"train.prompt_{key}"] == "task" else values[f"train.prompt_{key}"]
         for key in ("style", "numbers")
@@ -87,11 +77,15 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {left:02} s" if minutes else f"{left} s"
 
 
-def _figures(curves: Sequence[Curves], *, smooth: bool, window: int) -> dict[str, Markup]:
+def _figures(accounts: Sequence[Account], window: int) -> dict[str, Markup]:
     """SVG by caption."""
+    curves = [
+        plot.from_metrics(one.name, one.metrics, temperature=cast(float, one.settings["train.temperature"]))
+        for one in accounts
+    ]
     drawn = {
-        "Accuracy and reward; stars mark the saved model": plot.training_figure(curves, smooth=smooth, window=window),
-        "KL from the reference model": plot.kl_figure(curves, smooth=smooth, window=window),
+        "Accuracy and reward; stars mark the saved model": plot.training_figure(curves, window),
+        "KL from the reference model": plot.kl_figure(curves, window),
     }
     for figure in drawn.values():
         figure.set_size_inches(*(SMALLER * figure.get_size_inches()))
@@ -103,18 +97,14 @@ def _figures(curves: Sequence[Curves], *, smooth: bool, window: int) -> dict[str
 
 def about(account: Account, steps: Mapping[int, Evaluated]) -> str:
     """Number of puzzles of a cell, and where it peaked if not at the best step."""
-    count = max(evaluation.count for evaluation in steps.values())
     peak = max(steps.values(), key=lambda one: one.accuracy)
-    best = steps.get(account.best or 0)
+    best = steps.get(account.best)
     beaten = best is not None and peak.accuracy > best.accuracy
-    words = [f"{count:,} puzzles"] * (count > 0) + [f"peak {percent(peak.accuracy)} at step {peak.step:,}"] * beaten
-    return ", ".join(words)
+    return f"{peak.count:,} puzzles" + f", peak {percent(peak.accuracy)} at step {peak.step:,}" * beaten
 
 
 def test_note(account: Account) -> str:
     """How the changes of the cells were tested."""
-    if not any(account.change(cell) for cell in account.cells):
-        return UNTESTED
     count = account.num_candidates
     chosen = f", multiplied by {count}: the evaluations that the best was chosen from." if count > 1 else "."
     return (
@@ -138,8 +128,8 @@ class Comparison:
 def compared(first: Account, second: Account) -> list[Comparison]:
     """Two runs on each common cell, by their best models and by their last ones."""
     pairs: list[tuple[str, Evaluated | None, Evaluated | None]] = []
-    for cell in (name for name in first.cells if name in second.cells):
-        ours, theirs = first.cells[cell], second.cells[cell]
+    for cell in (name for name in first.evaluations if name in second.evaluations):
+        ours, theirs = first.evaluations[cell], second.evaluations[cell]
         best = (ours.get(first.best or -1), theirs.get(second.best or -1))
         last = (ours[max(ours)], theirs[max(theirs)])
         pairs += [("best and last", *best)] if best == last else [("best", *best), ("last", *last)]
@@ -155,9 +145,9 @@ def compared(first: Account, second: Account) -> list[Comparison]:
 def pairs_by_cell(account: Account) -> dict[str, list[tuple[Side, Side]]]:
     """Each cell's puzzles that changed from the start to the best step; if none did, those never solved."""
     found = {}
-    for cell, steps in account.cells.items():
-        one, other = steps.get(0), steps.get(account.best or 0)
-        if one and other and puzzles(one) == puzzles(other) != []:
+    for cell, steps in account.evaluations.items():
+        one, other = steps.get(0), steps.get(account.best)
+        if one and other and one.puzzles == other.puzzles:
             sides = [((0, a), (other.step, b)) for a, b in zip(one.examples, other.examples, strict=True)]
             solved = [[example.reason == "correct" for _, example in pair] for pair in sides]
             changed = [pair for pair, (before, after) in zip(sides, solved, strict=True) if before != after]

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from rich.text import Text
 
 from grpo_cli.core.files import write
-from grpo_cli.ui.figures import COLOURS, svg
+from grpo_cli.ui.figures import COLOURS, as_label, panels, svg
 from grpo_cli.ui.pages import render
 from grpo_cli.ui.tables import grid
 from grpo_cli.ui.text import accuracy, counted, out, printable, probability
@@ -80,11 +80,7 @@ def write_page(result: Mapping[str, Any], path: Path) -> None:
 
 def _figure(result: Mapping[str, Any]) -> Figure:
     """Val accuracy by step: each seed faintly, the mean over seeds in front."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = panels("", height=4.5)
     for place, (name, seeds) in enumerate(result["curves"].items()):
         colour, style = COLOURS[place % len(COLOURS)], ("-", "--", ":")[place // len(COLOURS) % 3]
         for points in seeds:
@@ -92,11 +88,8 @@ def _figure(result: Mapping[str, Any]) -> Figure:
         shared = [dict(points) for points in seeds]
         steps = sorted(set.intersection(*map(set, shared)))
         means = [fmean(points[step] for points in shared) for step in steps]
-        axes.plot(steps, means, color=colour, linestyle=style, marker=".", label=printable(name).replace("$", r"\$"))
-    axes.set(xlabel="step", ylabel="val accuracy (greedy)", ylim=(0, 1.02))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.plot(steps, means, color=colour, linestyle=style, marker=".", label=as_label(name))
+    axes.set(ylabel="val accuracy (greedy)", ylim=(0, 1.02))
     axes.yaxis.set_major_formatter("{x:.0%}")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e4e4e4")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure

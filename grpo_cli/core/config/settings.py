@@ -312,6 +312,11 @@ class Plot(Table):
     window: int = setting("steps in a moving average", ge=1, le=10**12, resumable=True)
     format: Literal["png", "svg"] = setting("image format of the curves", resumable=True)
 
+    @property
+    def averaged(self) -> int:
+        """Steps that a point of a training curve is the mean of."""
+        return self.window if self.smooth else 1
+
 
 class Ranks(Table):
     panel: ClassVar[str] = "Ranks"

@@ -26,7 +26,8 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any, Self
 
-from grpo_cli.core.config.resolve import defaults, shipped_presets
+from grpo_cli.core.config.resolve import defaults, restore, shipped_presets
+from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import append_lines, can_write, read_json, write, write_json, write_lines
 from grpo_cli.core.run import checkpoint
@@ -118,6 +119,13 @@ class Run:
         """The run with a saved model that logged last."""
         runs = [cls(run.path) for run in list_runs(root) if run.model_path.is_dir() and run._metrics.path.is_file()]
         return max(runs, key=lambda run: run._metrics.path.stat().st_mtime_ns, default=None)
+
+    @classmethod
+    def require_newest(cls, root: Path) -> Self:
+        """The newest run; raises CountdownError if there is none."""
+        if (run := cls.newest(root)) is None:
+            raise CountdownError(f"no run in `{root}` yet", f"train one with `countdown train{at(root)}`")
+        return run
 
     @property
     def name(self) -> str:
@@ -267,6 +275,11 @@ class Run:
 
     def read_config(self) -> dict[str, object]:
         return read_json(self.config_path)
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the run."""
+        return restore(self.read_config(), self.config_path).settings
 
     def write_origin(self, origin: Mapping[str, object]) -> None:
         write_json(self.path / "origin.json", origin)

@@ -47,10 +47,10 @@ class Evaluated:
     cell: str
     count: Annotated[int, Field(ge=0)]
     accuracy: Share
-    interval: tuple[Share, Share] | None
-    lenient_accuracy: Share | None
-    format_rate: Share | None
-    mean_length: Annotated[float, Field(ge=0)] | None
+    interval: tuple[Share, Share]
+    lenient_accuracy: Share
+    format_rate: Share
+    mean_length: Annotated[float, Field(ge=0)]
     reasons: dict[str, Annotated[int, Field(ge=0)]]
     solved: Annotated[str, Field(pattern="^[01]*$")]
     examples: list[Example]
