@@ -182,4 +182,4 @@ def _row(job: Job) -> Mapping[str, Any]:
     accuracies = {step: line["val_accuracy"] for step, line in evaluated.items()}
     found = {"base": accuracies.get(0), "best": accuracies[best], "last": accuracies[max(accuracies)]}
     own = {"seed": job.settings.train.seed, "run": job.run.name}
-    return own | {"best_step": best, "steps": int(metrics[-1]["step"]), **found}
+    return own | {"at step": best, "steps": int(metrics[-1]["step"]), **found}

@@ -14,7 +14,7 @@ from grpo_cli.core.files import write
 from grpo_cli.ui.figures import COLOURS, as_label, panels, svg
 from grpo_cli.ui.pages import render
 from grpo_cli.ui.tables import grid
-from grpo_cli.ui.text import accuracy, counted, out, printable, probability
+from grpo_cli.ui.text import accuracy, counted, out, p_value, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,12 +24,9 @@ COLUMNS = ("condition", "accuracy", "less the first, points", "Holm p", "verdict
 
 def table(result: Mapping[str, Any]) -> None:
     """One line per condition, and how to read them."""
-    shown = grid(*COLUMNS, numeric=COLUMNS[1:4])
-    for row in rows(result):
-        shown.add_row(*map(Text, row))
-    out.print(shown)
+    out.print(grid(*COLUMNS, numeric=COLUMNS[1:4], rows=rows(result)))
     for sentence in notes(result):
-        out.print(Text(sentence))
+        out.print(Text(printable(sentence)))
 
 
 def rows(result: Mapping[str, Any]) -> list[list[str]]:
@@ -39,11 +36,11 @@ def rows(result: Mapping[str, Any]) -> list[list[str]]:
         low, high = row["difference_interval"]
         difference = [
             f"{100 * row['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
-            probability(row["p_value"]).removeprefix("= "),
+            p_value(row["p_value"]),
             row["verdict"],
         ]
         mean = accuracy(row["accuracy"], row["interval"])
-        shown.append([printable(row["condition"]), mean, *(difference if place else ["", "", "the baseline"])])
+        shown.append([row["condition"], mean, *(difference if place else ["", "", "the baseline"])])
     return shown
 
 

@@ -378,4 +378,4 @@ def _title(data: Row) -> str:
 def diagnosis(findings: Sequence[Mapping[str, str]], run: str) -> None:
     """Print what the metrics of a run say, each finding with its page."""
     out.print(Text(f"run {printable(run)}", style="bold"))
-    out.print(facts([(printable(one["name"]), f"{printable(one['text'])} ({one['page']})") for one in findings]))
+    out.print(facts((one["name"], f"{one['text']} ({one['page']})") for one in findings))
