@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from grpo_cli.core.run.folder import Run
 
 FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-OWN = ("--seeds", "--seed", "--run")  # options of the command that each process gets its own of
 LAST_CHARACTERS = 2_000  # of the output of a failed process
 
 
@@ -45,10 +44,20 @@ class Job:
         root = str(self.run.path.parent)
         if self.run.config_path.is_file() and not overwrite:
             return ["train", "--runs", root, "--run", self.run.name, "--resume"]
-        return [*self.words, "--run", self.run.name, "--seed", str(self.settings.train.seed)]
+        seed = str(self.settings.train.seed)
+        return [*self.words, *["--overwrite"] * overwrite, "--run", self.run.name, "--seed", seed]
 
 
-def train_seeds(settings: Settings, name: str, count: int, *, overwrite: bool) -> None:
+def words(settings: Settings, given: Mapping[str, object], config: Path | None) -> list[str]:
+    """The words of a training with the `given` settings, without its run and seed."""
+    from grpo_cli.core.config.resolve import as_option
+
+    file = ["--config", str(config)] if config else []
+    options = [as_option(key, value) for key, value in given.items() if key not in ("runs", "train.seed")]
+    return ["train", *file, "--runs", settings.runs, *options]
+
+
+def train_seeds(settings: Settings, name: str, count: int, line: Sequence[str], *, overwrite: bool) -> None:
     """Train runs NAME-SEED from the seed of the settings on; finished ones are kept, unfinished ones resumed.
 
     Raises CountdownError, before any training, if a run of these names has other settings.
@@ -57,10 +66,7 @@ def train_seeds(settings: Settings, name: str, count: int, *, overwrite: bool) -
     from grpo_cli.ui import tables
 
     root, first = Path(settings.runs), settings.train.seed
-    jobs = [
-        Job(Run(root / f"{name}-{seed}"), with_seed(settings, seed), _arguments(sys.argv[1:]))
-        for seed in range(first, first + count)
-    ]
+    jobs = [Job(Run(root / f"{name}-{seed}"), with_seed(settings, seed), line) for seed in range(first, first + count)]
     train_all(jobs, overwrite=overwrite)
     rows = [_row(job) for job in jobs]
     tables.seeds(rows, {key: bootstrap([row[key] for row in rows]) for key in ("best", "last")})
@@ -114,17 +120,6 @@ def _require_same(job: Job) -> None:
             f"run `{job.run.name}` has another `{key}`: {own[key]}, not {asked[key]}",
             "choose another name, or replace it with `--overwrite`",
         )
-
-
-def _arguments(given: Sequence[str]) -> list[str]:
-    """The words of a command line without the options of `OWN` and their values."""
-    kept, words = list[str](), iter(given)
-    for word in words:
-        if word in OWN:
-            next(words, None)
-        elif word.partition("=")[0] not in OWN:
-            kept.append(word)
-    return kept
 
 
 def _run(lines: Sequence[Sequence[str]], at_once: int, *, quiet: bool, ended: Callable[[int], None]) -> int:

@@ -24,7 +24,7 @@ from grpo_cli.cli.options import (
     require_package,
     resolve,
 )
-from grpo_cli.cli.seeds import train_seeds
+from grpo_cli.cli.seeds import train_seeds, words
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.rl.observer import Interrupted, Observer, Observers
 from grpo_cli.ui import text as show
@@ -99,7 +99,7 @@ def train(
         _show_plan(resolved, chosen, task, process, verbose=verbose)
         return
     if seeds > 1 and not probe:
-        train_seeds(settings, run or "", seeds, overwrite=overwrite)
+        train_seeds(settings, run or "", seeds, words(settings, flags(ctx), config), overwrite=overwrite)
         return
     show.note(f"preset {settings.preset}: {resolved.preset_reason}")
     if probe:

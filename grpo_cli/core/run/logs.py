@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Generic, TypeVar
@@ -80,15 +80,7 @@ class Log(Generic[Record]):
 
     def cut(self, last: int) -> int:
         """Keep the records up to step `last`, move damaged lines to `<log>.damaged`, and return their number."""
-        if not self.path.exists():
-            return 0
-        lines = [(self._step(line), line.raw) for line in read_lines(self.path)]
-        damaged = [raw for step, raw in lines if step is None]
-        if damaged:
-            aside = self.path.with_name(f"{self.path.name}.damaged")
-            write(aside, (aside.read_bytes() if aside.is_file() else b"") + b"".join(damaged))
-        write(self.path, b"".join(raw for step, raw in lines if step is not None and step <= last))
-        return len(damaged)
+        return cut(self.path, [(self._step(line), line.raw) for line in read_lines(self.path)], last)
 
     def _step(self, line: Line) -> int | None:
         try:
@@ -96,6 +88,20 @@ class Log(Generic[Record]):
             return step_of(line)
         except CountdownError:
             return None
+
+
+def cut(path: Path, pieces: Sequence[tuple[int | None, bytes]], last: int) -> int:
+    """Rewrite a log of pieces, each with its step: keep those up to `last`, and move damaged ones (None) aside.
+
+    Returns the number of damaged pieces.
+    """
+    damaged = [raw for step, raw in pieces if step is None]
+    if damaged:
+        aside = path.with_name(f"{path.name}.damaged")
+        write(aside, (aside.read_bytes() if aside.is_file() else b"") + b"".join(damaged))
+    if path.exists():
+        write(path, b"".join(raw for step, raw in pieces if step is not None and step <= last))
+    return len(damaged)
 
 
 def step_of(line: Line) -> int:
