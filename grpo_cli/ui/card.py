@@ -72,7 +72,6 @@ def model_card(
         contamination=contamination,
         is_adapter=is_adapter,
         evaluated=rows,
-        has_dev=any(cell.startswith("dev") for cell in evaluations),
         hyperparameters=[*HYPERPARAMETERS, *_changed(settings)],
         version=__version__,
         messages=_Code.of(messages, indent=4),

@@ -39,7 +39,7 @@ def page(accounts: Sequence[Account], *, defaults: Mapping[str, object], window:
         for since, facts in account.environment.items()
         if isinstance(facts, Mapping)
     ]
-    views = (story, verdict, about, test_note, compared, pairs_by_cell, training_samples, recorded, ordered_reasons)
+    views = (story, verdict, about, compared, pairs_by_cell, training_samples, recorded, ordered_reasons)
     return render(
         "report.html.j2",
         **{view.__name__: view for view in (*views, health_rows, signs, sparkline, shown, interval, probability)},
@@ -103,21 +103,10 @@ def about(account: Account, steps: Mapping[int, Evaluated]) -> str:
     return f"{peak.count:,} puzzles" + f", peak {percent(peak.accuracy)} at step {peak.step:,}" * beaten
 
 
-def test_note(account: Account) -> str:
-    """How the changes of the cells were tested."""
-    count = account.num_candidates
-    chosen = f", multiplied by {count}: the evaluations that the best was chosen from." if count > 1 else "."
-    return (
-        "Bands are 95 % intervals. Puzzles gained and lost from the start to the best step, with the p value of the "
-        f"exact McNemar test{chosen}{' The best step was chosen on dev.' if account.chosen_on_dev else ''}"
-    )
-
-
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs on one cell, by their best or their last models."""
+    """The best models of two runs on one cell."""
 
-    models: str
     before: Evaluated
     after: Evaluated
     change: Change
@@ -126,19 +115,17 @@ class Comparison:
 
 
 def compared(first: Account, second: Account) -> list[Comparison]:
-    """Two runs on each common cell, by their best models and by their last ones."""
-    pairs: list[tuple[str, Evaluated | None, Evaluated | None]] = []
+    """The best models of two runs on each cell that both evaluated on the same puzzles."""
+    tests = []
     for cell in (name for name in first.evaluations if name in second.evaluations):
-        ours, theirs = first.evaluations[cell], second.evaluations[cell]
-        best = (ours.get(first.best or -1), theirs.get(second.best or -1))
-        last = (ours[max(ours)], theirs[max(theirs)])
-        pairs += [("best and last", *best)] if best == last else [("best", *best), ("last", *last)]
-    tests = [(word, a, b, tested) for word, a, b in pairs if a and b and (tested := change(a, b))]
+        one, other = first.evaluations[cell].get(first.best or -1), second.evaluations[cell].get(second.best or -1)
+        if one and other and (tested := change(one, other)):
+            tests.append((one, other, tested))
     rows = []
-    for (word, one, other, tested), p_value in zip(tests, holm([test[-1].p_value for test in tests]), strict=True):
+    for (one, other, tested), p_value in zip(tests, holm([test[-1].p_value for test in tests]), strict=True):
         better = second.name if tested.gained > tested.lost else first.name
         winner = f"{better} is better" if significant(p_value) else NOT_SIGNIFICANT
-        rows.append(Comparison(word, one, other, tested, p_value, winner))
+        rows.append(Comparison(one, other, tested, p_value, winner))
     return rows
 
 

@@ -339,14 +339,13 @@ def training_summary(summary: Mapping[str, Any], folder: Path, *, overlap: str, 
     `overlap` is a sentence on val puzzles that were trained on, `change` the verdict from the start to the best step.
     """
     base, final, best = (percent(summary[f"{name}_accuracy"]) for name in ("base", "final", "best"))
-    spent, on_dev = summary["seconds"], summary.get("best_dev_accuracy")
-    dev = "" if on_dev is None else f", the best on dev ({percent(on_dev)})"
+    spent, dev = summary["seconds"], percent(summary["best_dev_accuracy"])
     whole = spent["training"] + spent["evaluation"]
     out.print(Text(f"val accuracy on {counted(summary['puzzles'], 'puzzle')}, greedy", style="bold"))
     shown = [
         ("base", f"{base}, after the warm start" if summary.get("warm_start") else base),
         ("final", f"{final}  (95% interval {interval(summary['final_interval'])})"),
-        ("best", f"{best}, after step {summary['best_step']}{dev}, saved as the run's model"),
+        ("best", f"{best}, after step {summary['best_step']}, the best on dev ({dev}), saved as the run's model"),
         ("change", change),
         ("time", f"{whole:,.0f} s, {percent(spent['evaluation'] / whole if whole else 0.0)} of it in evaluations"),
         ("overlap", overlap),
