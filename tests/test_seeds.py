@@ -27,10 +27,9 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
 
 
 def test_seeds_are_runs_of_their_own_which_are_kept_resumed_and_summed_up(
-    countdown: Command, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: list[Sequence[str]]
+    countdown: Command, tiny_folder: Path, tmp_path: Path, here: list[Sequence[str]]
 ) -> None:
     given = ["train", "--model", tiny_folder, "--run", "two", "--seeds", 2, "--seed=3", *FEW]
-    monkeypatch.setattr("sys.argv", ["countdown", *map(str, given)])
     first = countdown(*given)
     assert first.code == 0, first.err
     assert [line[-4:] for line in here] == [["--run", f"two-{seed}", "--seed", str(seed)] for seed in (3, 4)]
@@ -62,11 +61,6 @@ def test_a_failed_seed_ends_all_and_says_how_to_go_on(
     assert found.code == 130 and "the same command goes on from here" in found.err
 
 
-def test_options_of_one_run_are_left_out_of_its_command() -> None:
-    line = ["train", "--run", "a", "--lr=1", "--seeds=3", "--seed", "4", "--run=b", "--eval-every", "5", "--seeds", "2"]
-    assert seeds._arguments(line) == ["train", "--lr=1", "--eval-every", "5"]
-
-
 def test_the_bootstrap_of_equal_values_is_that_value_and_of_others_lies_between() -> None:
     assert bootstrap([0.5, 0.5, 0.5]) == (0.5, 0.5)
     low, high = bootstrap([0.90, 0.92, 0.94, 0.96, 0.98])
@@ -74,11 +68,8 @@ def test_the_bootstrap_of_equal_values_is_that_value_and_of_others_lies_between(
 
 
 @pytest.mark.slow
-def test_each_seed_is_trained_in_a_process_of_its_own(
-    countdown: Command, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_seed_is_trained_in_a_process_of_its_own(countdown: Command, tiny_folder: Path, tmp_path: Path) -> None:
     given = ["train", "--model", tiny_folder, "--run", "two", "--seeds", 2, *FEW]
-    monkeypatch.setattr("sys.argv", ["countdown", *map(str, given)])
     assert countdown(*given).code == 0
     assert (tmp_path / "runs" / "two-0" / "summary.json").is_file()
     assert (tmp_path / "runs" / "two-1" / "summary.json").is_file()

@@ -51,7 +51,7 @@ def account_of(run: Run) -> Account:
     from grpo_cli.core.config.settings import values
     from grpo_cli.ui.account import Account
 
-    settings, logs = run.settings, (run.metrics(), run.evaluations(), run.samples())
+    settings, logs = run.settings, (run.metrics(), run.evaluations())
     return Account(_label(run, settings.train), *logs, values(settings), run.read_environment())
 
 

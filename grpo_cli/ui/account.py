@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from grpo_cli.core.evals.statistics import changes, mcnemar, significant
 from grpo_cli.core.metrics import best_step
-from grpo_cli.core.run.logs import Evaluated, Example
+from grpo_cli.core.run.logs import Evaluated
 from grpo_cli.ui.text import probability
 
 
@@ -33,7 +33,6 @@ class Account:
     name: str
     metrics: Sequence[Mapping[str, float]] = ()
     evaluations: Mapping[str, Mapping[int, Evaluated]] = field(default_factory=dict)
-    samples: Sequence[Example] = ()
     settings: Mapping[str, object] = field(default_factory=dict)
     environment: Mapping[str, object] = field(default_factory=dict)
 

@@ -1,4 +1,4 @@
-"""An HTML report of one run or several: self-contained, works offline, prints on A4.
+"""An HTML report of one run or several: self-contained, works offline.
 
 `account` provides the data, `report.html.j2` and `report.css` the page. All external text is passed through
 `printable` and escaped, and the page's content security policy forbids scripts and requests.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import cast
 
 from markupsafe import Markup
@@ -27,7 +26,6 @@ from grpo_cli.ui.text import interval, percent, probability
 
 SMALLER = 0.8  # scale of images, to match the page's text size
 TITLED = 3  # most runs named in the title
-DRAWN = 2  # completions shown per training step
 Side = tuple[int, Example]  # a completion, and its step
 
 
@@ -39,7 +37,7 @@ def page(accounts: Sequence[Account], *, defaults: Mapping[str, object], window:
         for since, facts in account.environment.items()
         if isinstance(facts, Mapping)
     ]
-    views = (story, verdict, about, compared, pairs_by_cell, training_samples, recorded, ordered_reasons)
+    views = (story, verdict, about, compared, pairs_by_cell, recorded, ordered_reasons)
     return render(
         "report.html.j2",
         **{view.__name__: view for view in (*views, health_rows, signs, sparkline, shown, interval, probability)},
@@ -140,13 +138,6 @@ def pairs_by_cell(account: Account) -> dict[str, list[tuple[Side, Side]]]:
             changed = [pair for pair, (before, after) in zip(sides, solved, strict=True) if before != after]
             found[cell] = changed or [pair for pair, known in zip(sides, solved, strict=True) if not any(known)]
     return {cell: pairs for cell, pairs in found.items() if pairs}
-
-
-def training_samples(account: Account) -> list[list[Side]]:
-    """Completions of the first and the last step, side by side."""
-    steps = dict.fromkeys(sample.step for sample in (*account.samples[:1], *account.samples[-1:]))
-    sides = [[(end, sample) for sample in account.samples if sample.step == end][:DRAWN] for end in steps]
-    return [[side for side in pair if side] for pair in zip_longest(*sides)]
 
 
 def recorded(account: Account, steps: Mapping[int, Evaluated]) -> list[tuple[str, Evaluated]]:

@@ -22,13 +22,12 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class Example:
-    """A logged completion and its score. An example of an evaluation has no `step` of its own."""
+    """A completion of an evaluation, and its score."""
 
     completion: str
     reward: float | str
     reason: str
     answer: str | None = None
-    step: int = 0
     numbers: list[int] = field(default_factory=list)  # of a countdown puzzle
     target: int = 0
     problem: str = ""  # of any other task
@@ -133,28 +132,19 @@ def _bounds(name: str) -> tuple[float, float, str]:
     return -sys.float_info.max, sys.float_info.max, "a finite number"
 
 
-_EXAMPLE, _EVALUATED = TypeAdapter(Example), TypeAdapter(Evaluated)
-
-
-def example(line: Line) -> Example:
-    """A sampled completion."""
-    return _validated(_EXAMPLE, line)
+_EVALUATED = TypeAdapter(Evaluated)
 
 
 def evaluated(line: Line) -> Evaluated:
     """The evaluation of a cell, with one character of `solved` per puzzle."""
-    record = _validated(_EVALUATED, line)
-    if len(record.solved) != record.count:
-        raise CountdownError(f"`solved` in {line.place} does not have a character for each of `count` puzzles")
-    return record
-
-
-def _validated(kind: TypeAdapter[Record], line: Line) -> Record:
     try:
-        return kind.validate_python(line.record())
+        record = _EVALUATED.validate_python(line.record())
     except ValidationError as problem:
         first = problem.errors()[0]
         raise CountdownError(f"`{'.'.join(map(str, first['loc']))}` in {line.place}: {first['msg']}") from None
+    if len(record.solved) != record.count:
+        raise CountdownError(f"`solved` in {line.place} does not have a character for each of `count` puzzles")
+    return record
 
 
 def problem_key(line: Line) -> str:
