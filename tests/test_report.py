@@ -374,14 +374,10 @@ def test_several_runs_share_a_page_and_files_have_none(countdown: Command, tmp_p
     ("change", "message"),
     [
         ({"accuracy": 1.5}, "`accuracy` in {}: Input should be less than or equal to 1"),
-        ({"accuracy": float("nan")}, "`accuracy` in {}: Input should be"),
-        ({"cell": 3}, "`cell` in {}: Input should be a valid string"),
         ({"count": 3}, "`solved` in {} does not have a character for each of `count` puzzles"),
         ({"solved": "01x1"}, "`solved` in {}: String should match pattern"),
-        ({"reasons": {"correct": -1}}, "`reasons.correct` in {}: Input should be greater than or equal to 0"),
         ({"examples": [{"numbers": "x"}]}, "`examples.0.completion` in {}: Field required"),
         ({"step": -1}, "{} is not an object with a `step`"),
-        ({"step": None}, "{} is not an object with a `step`"),
     ],
 )
 def test_a_damaged_evaluation_is_one_sentence(
