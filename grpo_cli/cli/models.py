@@ -57,7 +57,7 @@ def choose(ctx: typer.Context, config_file: Path | None, names: list[str] | None
             settings = restore(run.read_config(), run.config_path, flags=kept).settings
             warn_of_bug(run)
         elif name == "builtin" and "preset" not in given and asked.preset != "builtin":
-            settings = resolve(ctx, config_file, preset="builtin").settings
+            settings = resolve(ctx, config_file, {"preset": "builtin"}).settings
         warn_of_folder(root, name)
         chosen.append(ModelChoice(name, source, settings))
     return chosen

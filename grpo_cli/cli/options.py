@@ -45,15 +45,15 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object and no
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace existing output")]
 
 
-def resolve(ctx: typer.Context, config_file: Path | None, **given: object) -> Resolved:
-    """The settings of this invocation; `given` settings replace its flags, as `task__task="countdown"`.
+def resolve(ctx: typer.Context, config_file: Path | None, given: Mapping[str, object] | None = None) -> Resolved:
+    """The settings of this invocation; `given` settings, by key, replace its flags.
 
     The preset may depend on whether there is a GPU: torch is imported to find out if there is a driver.
     """
     from grpo_cli.core.config.resolve import resolve
 
-    replaced = {key.replace("__", "."): value for key, value in given.items()}
-    return resolve(flags=flags(ctx) | replaced, environ=os.environ, config_file=config_file, has_cuda=_has_cuda)
+    replaced = flags(ctx) | dict(given or {})
+    return resolve(flags=replaced, environ=os.environ, config_file=config_file, has_cuda=_has_cuda)
 
 
 def _has_cuda() -> bool:

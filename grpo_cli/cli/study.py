@@ -90,7 +90,7 @@ def _plan(ctx: typer.Context, file: Path, config: Path | None, at_once: int) -> 
     for name, own in study.conditions.items():
         given = {**threads, **own}
         try:
-            settings = resolve(ctx, config, **{key.replace(".", "__"): value for key, value in given.items()}).settings
+            settings = resolve(ctx, config, given).settings
         except CountdownError as problem:
             raise CountdownError(f"condition `{name}` of `{file}`: {problem.message}", problem.hint) from None
         read_files(settings)
