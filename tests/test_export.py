@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -55,10 +56,12 @@ def test_a_new_best_model_has_its_card_before_the_training_ends(
     assert "puzzles are known to have been trained on" in card.read_text("utf-8")
 
 
-def card_with(evaluations: Mapping[str, Mapping[int, Evaluated]] | None = None, **changes: object) -> str:
-    """The card of a run with these settings: `task__task="own.py"`."""
-    settings = values(resolve().settings) | {key.replace("__", "."): value for key, value in changes.items()}
-    return model_card("n\n|`", settings, evaluations or {}, contamination="not\nknown")
+def card_with(
+    changes: Mapping[str, object] = MappingProxyType({}),
+    evaluations: Mapping[str, Mapping[int, Evaluated]] = MappingProxyType({}),
+) -> str:
+    """The card of a run with these settings and evaluations."""
+    return model_card("n\n|`", values(resolve().settings) | dict(changes), evaluations, contamination="not\nknown")
 
 
 def start_of(cell: str) -> dict[str, dict[int, Evaluated]]:
@@ -66,16 +69,16 @@ def start_of(cell: str) -> dict[str, dict[int, Evaluated]]:
 
 
 def test_a_card_describes_the_task_and_data_it_was_trained_on() -> None:
-    countdown, own, files = card_with(), card_with(task__task="own.py"), card_with(task__puzzles="mine.csv")
+    countdown, own, files = card_with(), card_with({"task.task": "own.py"}), card_with({"task.puzzles": "mine.csv"})
     assert "exactly once" in countdown and "have even numbers only" in countdown
     assert "from files" in files and "even numbers" not in files
     assert "the task `own.py`" in own and "solves countdown puzzles" not in own
 
 
 def test_a_card_lists_what_differs_from_the_default_loss_reward_and_sampling() -> None:
-    changed = {"loss__dual_clip": 3.0, "loss__kl_in": "reward", "reward__length_penalty": 0.1, "train__save_every": 7}
+    changed = {"loss.dual_clip": 3.0, "loss.kl_in": "reward", "reward.length_penalty": 0.1, "train.save_every": 7}
     rows = [
-        [line for line in card.splitlines() if line.startswith("| `")] for card in (card_with(), card_with(**changed))
+        [line for line in card.splitlines() if line.startswith("| `")] for card in (card_with(), card_with(changed))
     ]
     added = ["| `loss.dual_clip` | `3.0` |", "| `loss.kl_in` | `reward` |", "| `reward.length_penalty` | `0.1` |"]
     assert rows[1] == [*rows[0], *added]
@@ -83,7 +86,7 @@ def test_a_card_lists_what_differs_from_the_default_loss_reward_and_sampling() -
 
 def test_a_card_names_the_warm_start_and_mixed_prompts() -> None:
     mixed = "one-shot = 1, zero-shot = 1"
-    card = card_with(start_of("val 3 one-shot"), train__warm_start=480, train__prompt_style=mixed)
+    card = card_with({"train.warm_start": 480, "train.prompt_style": mixed}, start_of("val 3 one-shot"))
     assert "Trained from `builtin` by imitating 480 worked searches, then by GRPO" in card
     assert "| val 3 one-shot | after the warm start | 0 | 25.0% |" in card
     assert f"prompts in `{mixed}` style" in card
@@ -100,14 +103,14 @@ def test_a_card_names_the_base_model_to_the_hub_only_if_it_is_there(
     (tmp_path / "models" / "mine" / "README.md").write_text("---\nlicense: mit\n---\n")
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work" if base.startswith("..") else tmp_path)
-    header = vars(ModelCard(card_with(model__model=base)).data)
+    header = vars(ModelCard(card_with({"model.model": base})).data)
     licenses = {"builtin": "apache-2.0", "models/mine": "mit", "../models/mine": "mit"}
     assert header.get("base_model") == named and "grpo" in header["tags"]
     assert header.get("license") == licenses.get(base)
 
 
 def test_the_text_of_a_run_cannot_act_in_its_card() -> None:
-    card = card_with(start_of("x|y\n"), task__task="a`b|c\n# {{ 7 * 7 }}")
+    card = card_with({"task.task": "a`b|c\n# {{ 7 * 7 }}"}, start_of("x|y\n"))
     assert "# n\\n\\|'\n" in card and "`a'b\\|c\\n# {{ 7 * 7 }}`" in card
     assert "| x\\|y\\n | base | 0 | 25.0% | 0.0 to 50.0% | 4 |" in card and "Not\\nknown." in card
 

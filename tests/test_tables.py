@@ -283,6 +283,7 @@ SUMMARY = {
 
 def summarized(capsys: pytest.CaptureFixture[str], folder: str = "runs/first", **changes: object) -> list[str]:
     """The lines of a training's summary, and those that say what to do next."""
+    terminal.out.width = 100  # until the fixture restores it
     display.training_summary({**SUMMARY, **changes}, Path(folder), overlap="0 of 327 puzzles", change="It improved.")
     printed = capsys.readouterr()
     return [" ".join(line.split()) for line in STYLE_CODES.sub("", printed.out + printed.err).splitlines()]

@@ -252,7 +252,7 @@ def sparklines(curves: Sequence[Curves]) -> None:
     """Each curve of each run as one line of blocks, with its first and last value."""
     width = min(max(out.width - 36, 4), 60)
     for run in curves:
-        accuracies = {"train": run.accuracy, **run.val}
+        accuracies = {"train": run.accuracy, "val": run.val}
         shown = [(f"{name} accuracy", points, metric("accuracy")) for name, points in accuracies.items()]
         shown += [(name, points, metric(SUITE)) for name, points in run.cells.items()]
         shown += [(name, points, metric(name)) for name, points in (("reward", run.reward), ("kl", run.kl))]
