@@ -374,10 +374,10 @@ def test_several_runs_share_a_page_and_files_have_none(countdown: Command, tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"accuracy": 1.5}, "`accuracy` in {}: Input should be less than or equal to 1"),
-        ({"count": 3}, "`solved` in {} does not have a character for each of `count` puzzles"),
-        ({"solved": "01x1"}, "`solved` in {}: String should match pattern"),
-        ({"examples": [{"numbers": "x"}]}, "`examples.0.completion` in {}: Field required"),
+        ({"accuracy": 1.5}, "{} has a wrong `accuracy`: Input should be less than or equal to 1"),
+        ({"count": 3}, "{} has a `solved` without a character for each of `count` puzzles"),
+        ({"solved": "01x1"}, "{} has a wrong `solved`: String should match pattern"),
+        ({"examples": [{"numbers": "x"}]}, "{} has a wrong `examples.0.completion`: Field required"),
         ({"step": -1}, "{} is not an object with a `step`"),
     ],
 )
