@@ -8,6 +8,9 @@ import pytest
 from conftest import SMALL, Command, main
 
 from grpo_cli.cli import seeds
+from grpo_cli.cli.seeds import Job, with_seed, words
+from grpo_cli.core.config.resolve import resolve
+from grpo_cli.core.run.folder import Run
 
 FEW = [*SMALL, "--eval-every", "2", "--save-every", "2"]
 
@@ -44,6 +47,17 @@ def test_seeds_are_runs_of_their_own_which_are_kept_resumed_and_summed_up(
 
     other = countdown(*given, "--learning-rate", "1e-3")
     assert (other.code, len(here)) == (2, 3) and "run `two-3` has another `train.learning_rate`" in other.err
+
+
+def test_a_run_is_started_resumed_or_replaced(tmp_path: Path) -> None:
+    settings, run = with_seed(resolve().settings, 7), Run(tmp_path / "two-7")
+    job = Job(run, settings, words(settings, {"loss.beta": "0.1", "train.seed": 1}, Path("my.toml")))
+    start = ["train", "--config", "my.toml", "--runs", "runs", "--beta=0.1", "--run", "two-7", "--seed", "7"]
+    assert job.line(overwrite=False) == start
+    run.path.mkdir()
+    run.write_config({})
+    assert job.line(overwrite=False) == ["train", "--runs", str(tmp_path), "--run", "two-7", "--resume"]
+    assert job.line(overwrite=True) == [*start[:6], "--overwrite", *start[6:]]
 
 
 def test_seeds_need_a_name_and_no_resume(countdown: Command) -> None:
