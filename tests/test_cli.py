@@ -276,7 +276,7 @@ def test_markdown_is_tables_on_stdout(trained: Command, tmp_path: Path) -> None:
     for arguments in (["--suite", "mine"], []):
         lines = trained("eval", "first", "first", "--markdown", "--limit", 2, *arguments).out.splitlines()
         tables = [line.count("|") for line in lines if line.startswith("|")]
-        assert sorted(set(tables)) == ([6, 7] if arguments else [7, 9])
+        assert sorted(set(tables)) == ([5, 6] if arguments else [6, 9])
         assert "| --- | ---: |" in "".join(lines)
 
 
