@@ -82,7 +82,7 @@ def test_the_cells_of_a_suite_have_a_panel_of_their_own_and_the_saved_model_a_st
             "step": 5,
             "reward": 0.4,
             "val_accuracy": 0.7,
-            "dev_accuracy": 0.8,
+            "dev_accuracy": 0.7,
             "suite/val 3 one-shot": 0.7,
             "suite/train 4 natural": 0.1,
         },

@@ -38,6 +38,9 @@ def test_the_groups_of_a_step_come_back(log: GroupLog) -> None:
 def test_a_write_that_was_cut_off_loses_its_step_alone(log: GroupLog, lost: int) -> None:
     log.path.write_bytes(log.path.read_bytes()[:-lost])
     assert {one["step"] for one in log.read()} == {1, 2}
+    copy = GroupLog(log.path.with_name("copy.jsonl.gz"))
+    copy.path.write_bytes(log.path.read_bytes())
+    assert copy.cut(9) == 0  # no damage: it is dropped, as a line of other logs is
     log.append([group(3)])  # without a resume between
     assert {one["step"] for one in log.read()} == {1, 2, 3}
 
