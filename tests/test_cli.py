@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from conftest import SMALL, Command
 from forked import Forked
 
 import grpo_cli.cli.eval as eval_command
-from grpo_cli.cli import app
 from grpo_cli.cli.models import ModelChoice, load
 from grpo_cli.core.config import resolve as config
 from grpo_cli.core.model.policy import Policy
@@ -114,14 +114,6 @@ def test_gen_data_writes_the_same_bytes_for_the_same_arguments(countdown: Comman
     assert len((tmp_path / "a").read_text().splitlines()) == 50
 
 
-def test_gen_data_does_not_overwrite(countdown: Command, tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("mine")
-    found = countdown("gen-data", "--out", tmp_path / "a")
-    assert found.code == 2
-    assert "--overwrite" in found.err
-    assert (tmp_path / "a").read_text() == "mine"
-
-
 def test_train_leaves_a_complete_run_and_says_what_it_came_to(trained: Command, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "first"
     names = "config.json environment.json metrics.jsonl samples.jsonl summary.json training_curve.png kl_divergence.png"
@@ -148,15 +140,6 @@ def test_the_number_of_threads_is_said_and_can_be_set(countdown: Command, tiny_f
         assert "device: CPU; threads: 2" in done.err
     finally:
         torch.set_num_threads(before)
-
-
-def test_threads_wait_passively_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    for given, expected in ((None, "passive"), ("active", "active")):
-        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-        if given:
-            monkeypatch.setenv("OMP_WAIT_POLICY", given)
-        app._set_environment()
-        assert os.environ["OMP_WAIT_POLICY"] == expected
 
 
 def test_windows_is_refused_in_one_sentence() -> None:
@@ -293,7 +276,7 @@ def test_markdown_is_tables_on_stdout(trained: Command, tmp_path: Path) -> None:
     for arguments in (["--suite", "mine"], []):
         lines = trained("eval", "first", "first", "--markdown", "--limit", 2, *arguments).out.splitlines()
         tables = [line.count("|") for line in lines if line.startswith("|")]
-        assert sorted(set(tables)) == ([6, 7] if arguments else [7, 9])
+        assert sorted(set(tables)) == ([5, 6] if arguments else [6, 9])
         assert "| --- | ---: |" in "".join(lines)
 
 
@@ -362,11 +345,6 @@ def test_what_is_no_puzzle_is_refused_before_torch_is_loaded(tmp_path: Path) -> 
     assert found.stdout == "there is no puzzle in the question False\n" * 3, found.stderr
 
 
-def test_a_puzzle_that_begins_with_a_negative_number_is_explained(countdown: Command) -> None:
-    found = countdown("solve", "-1 2 = 3")
-    assert found.code == 2 and "a puzzle has positive numbers" in found.err
-
-
 def test_gen_data_writes_what_a_name_says_and_dash_is_stdout(countdown: Command, tmp_path: Path) -> None:
     for name in ("x.csv.gz", "x.xlsx", "x.TSV", "x.jsonl.zip"):
         found = countdown("gen-data", "--count", 5, "--out", name)
@@ -378,15 +356,9 @@ def test_gen_data_writes_what_a_name_says_and_dash_is_stdout(countdown: Command,
     assert load_puzzles(tmp_path / "X.CSV").rows["train"]
 
 
-def test_plot_draws_a_run_and_the_original_systems_file(trained: Command, tmp_path: Path) -> None:
-    old = {
-        "rewards_avg": [0.1, 0.5],
-        "train_accuracies_avg": [0.1, 0.4],
-        "val_accuracies_avg": [0.2, 0.3],
-        "kl_avg": [0, 1],
-    }
-    (tmp_path / "old.json").write_text(json.dumps(old))
-    found = trained("plot", "first", "old.json", "--smooth", "--window", 2, "--format", "svg")
+def test_plot_draws_a_run_and_a_file_of_metrics(trained: Command, tmp_path: Path) -> None:
+    shutil.copy("runs/first/metrics.jsonl", "old.jsonl")
+    found = trained("plot", "first", "old.jsonl", "--smooth", "--window", 2, "--format", "svg")
     assert found.code == 0
     assert found.out.splitlines()[:2] == ["plots/first+old/training_curve.svg", "plots/first+old/kl_divergence.svg"]
     assert (tmp_path / "plots/first+old/training_curve.svg").read_text().startswith("<?xml")
@@ -397,34 +369,19 @@ def test_plot_draws_a_run_and_the_original_systems_file(trained: Command, tmp_pa
     ("arguments", "said"),
     [
         (["train", "--batchsize", "4"], "did you mean `--batch-size`?"),
-        (["eval", "--suit", "transfer"], "did you mean `--suite`?"),
         (["eval", "--eval-puzzles", "16"], "did you mean `--limit`?"),
-        (["eval", "--prompt-style", "natural"], "did you mean `--style`?"),
         (["train", "--limit", "16"], "did you mean `--eval-puzzles`?"),
-        (["train", "--suite", "transfer"], "did you mean `--eval-suite`?"),
         (["eval", "--model", "first"], "give the name without `--model`; see `countdown eval --help`"),
-        (["why", "--run", "first"], "give the name without `--run`; see `countdown why --help`"),
         (["solve", "4 7 3 = 25", "--run", "first"], "did you mean `--model`?"),
-        (["train", "--zzz"], "see `countdown train --help`"),
         (["train", "--lr", "1"], "did you mean `--learning-rate`?"),
-        (["train", "--gpu", "0"], "did you mean `--device`?"),
-        (["train", "--epochs", "3"], "did you mean `--num-iterations`?"),
         (["train", "--max_new_tokens", "3"], "did you mean `--max-new-tokens`?"),
-        (["train", "--kl-coef", "3"], "did you mean `--beta`?"),
-        (["eval", "--gpu", "0"], "did you mean `--device`?"),
-        (["eval", "--lr", "1"], "see `countdown eval --help`"),
-        (["runs", "--lr", "1"], "see `countdown runs --help`"),
         (["train", "--dry-run", "--probe"], "`--dry-run` and `--probe` exclude each other"),
         (["train", "--probe", "--run", "x", "--seeds", "2"], "`--probe` trains nothing"),
-        (["train", "--probe", "--run", "x", "--overwrite"], "leave out `--seeds` and `--overwrite`"),
         (["gen-data", "--task", "mine.py"], "see `countdown gen-data --help`"),
         (["trian"], "Did you mean 'train'?"),
         (["export", "first"], "missing argument 'DIR'"),
-        (["train", "--batch-size", "0"], "--batch-size"),
         (["train", "--learning-rate", "nan"], "--learning-rate"),
-        (["train", "--keep-last", "0"], "`--keep-last` must be a whole number of at least 2, not `0`"),
         (["train", "--keep-last", "1"], "`--keep-last` must be a whole number of at least 2, not `1`"),
-        (["train", "--max-bad-steps", "0"], "`--max-bad-steps` must be a whole number of at least 1, not `0`"),
         (["train", "--run", "x", "--step", "3"], "say `--run NAME --resume --step STEP`"),
         (["train", "--run", "x", "--resume", "--probe"], "leave out `--resume`"),
         (["train", "--preset", "bultin"], "builtin"),
@@ -434,7 +391,6 @@ def test_plot_draws_a_run_and_the_original_systems_file(trained: Command, tmp_pa
         (["train", "--resume"], "--run"),
         (["train", "--config", "missing.toml"], "missing.toml"),
         (["train", "--device", "cuda"], "not available"),
-        (["eval", "./nowhere"], "./nowhere"),
         (["eval", "--style", "haiku"], "one-shot"),
         (["eval", "owner/name", "--suite", "transfr"], "did you mean `transfer`?"),
         (["eval", "owner/name", "--suite", "transfer", "--numbers", "4"], "`--numbers` is set by the cells"),
@@ -442,10 +398,11 @@ def test_plot_draws_a_run_and_the_original_systems_file(trained: Command, tmp_pa
         (["eval", "builtin", "--samples", "8"], "set `--temperature 1` too"),
         (["solve", "what is love"], "4 7 3 = 25"),
         (["plot"], "countdown train"),
+        (["solve", "-1 2 = 3"], "a puzzle has positive numbers"),
+        (["gen-data", "--out", "mine"], "--overwrite"),
         (["plot", "nothing.json"], "no run `nothing.json` in `runs`, and no such file"),
         (["gen-data", "--split", "dev"], "'--split': 'dev' is not one of 'train', 'val'"),
         (["gen-data", "--min-target", "100", "--max-number", "2", "--out", "runs"], "these rules allow no puzzle"),
-        (["gen-data", "--numbers", "9"], "--numbers"),
         (["gen-data", "--numbers", "5"], "--count"),
         (["gen-data", "--out", "no/such/folder/x.jsonl"], "no/such/folder"),
     ],
@@ -453,6 +410,7 @@ def test_plot_draws_a_run_and_the_original_systems_file(trained: Command, tmp_pa
 def test_bad_input_is_one_sentence_and_exit_code_2(
     countdown: Command, tmp_path: Path, arguments: list[str], said: str
 ) -> None:
+    (tmp_path / "mine").write_text("kept")
     found = countdown(*arguments)
     assert found.code == 2
     assert said in found.err
@@ -556,8 +514,6 @@ def test_a_suite_evaluates_a_task_in_each_cell(countdown: Command, tiny_folder: 
     [
         ("3 3 8 8 = 24", [], ["--operations", "+-*/"], "8 / (3 - 8 / 3)"),
         ("25 75 4 = 100", [], ["--no-use-all"], "4 * 25"),
-        ("5 3 = 2", ["--operations", "+"], ["--operations", "+-"], "5 - 3"),
-        ("9 3 7 = 3", ["--operations", "+"], ["--no-use-all"], "3"),
         ("8 2 50 = 4", ["--operations", "+"], ["--operations", "+*/", "--no-use-all"], "8 / 2"),
     ],
 )
@@ -574,7 +530,3 @@ def test_a_puzzle_without_a_solution_names_the_rules_that_have_one(
     asked = [part for pair in flags.items() for part in pair] + typed
     again = countdown("solve", question, *asked, "--max-new-tokens", 4, "--show-solution", "--json")
     assert answer in json.loads(again.out)["solutions"]
-
-
-def test_a_puzzle_that_no_rules_solve_is_said_so(countdown: Command) -> None:
-    assert "hint: change a number" in countdown("solve", "1 1 = 100").err

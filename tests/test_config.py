@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from grpo_cli.cli.options import PANELS
 from grpo_cli.core.config.resolve import SHIPPED, Resolved, defaults, flag, resolve, restore, variable
-from grpo_cli.core.config.settings import FIELDS, TABLES, Settings, choices, describe, digest, fixed, panel
+from grpo_cli.core.config.settings import FIELDS, TABLES, Settings, describe, digest, fixed, panel
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.task.prompts import STYLES
 
@@ -25,7 +25,9 @@ def resolved(
 ) -> Resolved:
     if text is not None:
         (folder / "config.toml").write_bytes(text.encode() if isinstance(text, str) else text)
-    return resolve(flags=flags or {}, environ=environ or {}, directory=folder, has_cuda=lambda: has_cuda)
+    file = folder / "config.toml"
+    given = file if file.exists() else None
+    return resolve(flags=flags or {}, environ=environ or {}, config_file=given, has_cuda=lambda: has_cuda)
 
 
 def refused(folder: Path, text: str | bytes | None = None, **layers: Mapping[str, object]) -> CountdownError:
@@ -106,7 +108,7 @@ def test_the_auto_preset_depends_on_cuda(tmp_path: Path, has_cuda: bool, preset:
     assert (found.settings.preset, found.preset_reason) == (preset, reason)
 
 
-def test_a_preset_that_is_named_is_used_without_looking_for_cuda(tmp_path: Path) -> None:
+def test_a_preset_that_is_named_is_used_without_looking_for_cuda() -> None:
     def look() -> bool:
         raise AssertionError
 
@@ -114,7 +116,7 @@ def test_a_preset_that_is_named_is_used_without_looking_for_cuda(tmp_path: Path)
         ({"preset": "builtin"}, {}, "flag --preset"),
         ({}, {"COUNTDOWN_PRESET": "builtin"}, "COUNTDOWN_PRESET"),
     ]:
-        found = resolve(flags=flags, environ=environ, directory=tmp_path, has_cuda=look)
+        found = resolve(flags=flags, environ=environ, has_cuda=look)
         assert (found.settings.preset, found.preset_reason) == ("builtin", f"chosen by {source}")
         assert found.sources["preset"] == source
 
@@ -124,30 +126,19 @@ def test_a_file_chooses_a_preset_in_either_form(tmp_path: Path, text: str) -> No
     assert resolved(tmp_path, text).settings.preset == "qwen2.5-1.5b"
 
 
-def test_a_config_file_takes_the_place_of_the_one_in_the_directory(tmp_path: Path) -> None:
-    (tmp_path / "config.toml").write_text("[train]\nweight_decay = 0.5\n")
-    other = tmp_path / "other.toml"
-    other.write_text("[train]\nseed = 4\n")
-    found = resolve(config_file=other, directory=tmp_path, has_cuda=lambda: False)
-    assert (found.settings.train.seed, found.settings.train.weight_decay) == (4, 0.0)
-    assert found.sources["train.seed"] == str(other)
-
-
-def test_your_file_in_the_working_directory_is_told_from_the_shipped_one(
+def test_the_file_in_the_working_directory_is_told_from_the_shipped_one_and_replaced_by_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(SHIPPED.parent)
+    assert resolve().sources["train.seed"] == "config.toml"  # no layer of its own
     (tmp_path / "config.toml").write_text("[train]\nseed = 4\n")
+    (tmp_path / "other.toml").write_text("[train]\nsave_every = 7\n")
     monkeypatch.chdir(tmp_path)
-    for found in (
-        resolve(has_cuda=lambda: False),
-        resolve(config_file=Path("config.toml"), has_cuda=lambda: False),
-    ):
+    for found in (resolve(), resolve(config_file=Path("config.toml"))):
         assert (found.sources["train.seed"], found.sources["runs"]) == ("./config.toml", "config.toml")
-
-
-def test_the_shipped_file_in_the_working_directory_is_no_layer_of_its_own() -> None:
-    found = resolve(directory=SHIPPED.parent, has_cuda=lambda: False)
-    assert found.sources["train.seed"] == "config.toml"
+    other = resolve(config_file=tmp_path / "other.toml")
+    assert (other.settings.train.seed, other.settings.train.save_every) == (0, 7)
+    assert other.sources["train.save_every"] == f"{tmp_path}/other.toml"
 
 
 @pytest.mark.faults
@@ -169,36 +160,19 @@ def test_text_is_read_as_the_type_of_the_setting(tmp_path: Path) -> None:
     assert (settings.plot.smooth, settings.model.model) == (True, "1")
 
 
-def test_a_whole_number_is_accepted_for_a_fraction(tmp_path: Path) -> None:
-    assert resolved(tmp_path, "[eval]\ntemperature = 1\n").settings.eval.temperature == 1.0
-
-
 WRONG = [
     ("train", "batch_size", "true", "a whole number of at least 1 and at most 10000, not `true`"),
-    ("train", "batch_size", "4.0", "a whole number of at least 1 and at most 10000, not `4.0`"),
     ("train", "batch_size", "'4'", 'a whole number of at least 1 and at most 10000, not `"4"`'),
-    ("train", "batch_size", "'4.0'", "a whole number of at least 1 and at most 10000, not `4.0`"),
     ("plot", "smooth", "'true'", '`true` or `false`, not `"true"`'),
-    ("plot", "smooth", "'yes'", "`true` or `false`, not `yes`"),
     ("train", "batch_size", "0", "a whole number of at least 1 and at most 10000, not `0`"),
-    ("train", "batch_size", "[]", "a whole number of at least 1 and at most 10000, not an array"),
     ("train", "batch_size", "{}", "a whole number of at least 1 and at most 10000, not a table"),
-    ("train", "batch_size", "1979-05-27", "a whole number of at least 1 and at most 10000, not `1979-05-27`"),
     ("train", "seed", "0x" + "f" * 5000, "at least 0 and below 4294967296, not a number of more than 64 bits"),
     ("train", "learning_rate", "nan", "a number above 0, not `nan`"),
-    ("train", "learning_rate", "inf", "a number above 0, not `inf`"),
     ("train", "learning_rate", "1e400", "a number above 0, not `inf`"),
-    ("train", "learning_rate", "0x" + "f" * 300, "a number above 0, not a number of more than 64 bits"),
-    ("train", "learning_rate", "true", "a number above 0, not `true`"),
-    ("train", "learning_rate", "'2e-6'", 'a number above 0, not `"2e-6"`'),
-    ("train", "learning_rate", "-0.0", "a number above 0, not `-0.0`"),
     ("loss", "epsilon", "1", "a number above 0 and below 1, not `1`"),
     ("task", "numbers", "7", "a whole number of at least 2 and at most 6, not `7`"),
     ("loss", "kl_in", "'k2'", "one of `loss`, `reward`, not `k2`"),
-    ("loss", "kl_in", "3", "one of `loss`, `reward`, not `3`"),
-    ("plot", "smooth", "1", "`true` or `false`, not `1`"),
     ("model", "model", "''", "text that is not empty, not ``"),
-    ("model", "model", "3", "text that is not empty, not `3`"),
 ]
 
 
@@ -269,59 +243,43 @@ def test_an_unknown_name_in_a_file_is_met_with_the_nearest(tmp_path: Path, text:
 
 
 @pytest.mark.faults
-def test_an_unknown_variable_is_met_with_the_nearest(tmp_path: Path) -> None:
-    error = refused(tmp_path, environ={"COUNTDOWN_TRAIN_BATCHSIZE": "4"})
-    assert error.message == "unknown setting `COUNTDOWN_TRAIN_BATCHSIZE` in the environment"
-    assert error.hint == "did you mean `COUNTDOWN_TRAIN_BATCH_SIZE`?"
-
-
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
         ("BATCH_SIZE", "TRAIN_BATCH_SIZE"),
+        ("TRAIN_BATCHSIZE", "TRAIN_BATCH_SIZE"),
         ("LR", "TRAIN_LEARNING_RATE"),
-        ("TRAIN_LR", "TRAIN_LEARNING_RATE"),
         ("TRAIN_BETA", "LOSS_BETA"),
         ("EVAL_BATCHSIZE", "EVAL_BATCH_SIZE"),
-        ("MAX_NEW_TOKEN", "TRAIN_MAX_NEW_TOKENS"),
     ],
 )
-def test_a_variable_without_a_table_is_met_with_that_of_the_training(tmp_path: Path, name: str, meant: str) -> None:
-    assert refused(tmp_path, environ={f"COUNTDOWN_{name}": "4"}).hint == f"did you mean `COUNTDOWN_{meant}`?"
+def test_an_unknown_variable_is_met_with_the_nearest(tmp_path: Path, name: str, meant: str) -> None:
+    error = refused(tmp_path, environ={f"COUNTDOWN_{name}": "4"})
+    assert error.message == f"unknown setting `COUNTDOWN_{name}` in the environment"
+    assert error.hint == f"did you mean `COUNTDOWN_{meant}`?"
 
 
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
         ({"model.lora_targets": "q_proj"}, "`--lora-targets` has no effect without `--lora-rank`"),
-        ({"model.quantize": "nf4"}, "`--quantize` has no effect without `--lora-rank`"),
         ({"reward.soft_limit": "40"}, "`--soft-limit` has no effect without `--length-penalty`"),
-        ({"train.warm_start_give_up": "0.5"}, "`--warm-start-give-up` has no effect without `--warm-start`"),
         ({"loss.beta": "0", "loss.kl_estimator": "original"}, "`--kl-estimator` has no effect without `--beta`"),
         ({"plot.window": "5"}, "`--window` has no effect without `--smooth`"),
-        ({"reward.reward_errors": "skip"}, "`--reward-errors` has no effect without `--reward`"),
         ({"task.task": "mine.py", "task.numbers": "4"}, "`--numbers` has no effect with `--task mine.py`"),
         ({"task.task": "gym:bf", "task.use_all": False}, "`--no-use-all` has no effect with `--task gym:bf`"),
-        ({"task.task": "gym:bf", "task.style": "natural"}, "`--style` has no effect with `--task gym:bf`"),
-        ({"task.task": "a.py", "train.prompt_style": "natural"}, "`--prompt-style` has no effect with `--task a.py`"),
-        ({"task.task": "a.py", "train.warm_start": "8"}, "`--warm-start` has no effect with `--task a.py`"),
         ({"task.puzzles": "a.csv", "train.warm_start": "8"}, "`--warm-start` has no effect with `--puzzles a.csv`"),
-        (
-            {"task.puzzles": "a.csv", "train.prompt_numbers": "4"},
-            "`--prompt-numbers` has no effect with `--puzzles a.csv`",
-        ),
     ],
 )
 def test_a_flag_without_effect_is_refused(tmp_path: Path, flags: dict[str, object], error: str) -> None:
     found = refused(tmp_path, flags=flags)
     assert found.message == error and found.hint
-    resolve(directory=tmp_path, flags={"model.lora_alpha": "32"})  # its default
+    resolve(flags={"model.lora_alpha": "32"})  # its default
 
 
 def test_a_setting_in_a_file_waits_for_the_one_that_it_needs(tmp_path: Path) -> None:
-    (tmp_path / "config.toml").write_text('[model]\nlora_targets = "q_proj"\n')
-    resolve(directory=tmp_path)
-    resolve(directory=tmp_path, flags={"model.lora_rank": "4", "model.lora_alpha": "7"})
+    resolved(tmp_path, '[model]\nlora_targets = "q_proj"\n')
+    resolved(tmp_path, flags={"model.lora_rank": "4", "model.lora_alpha": "7"})
 
 
 def test_a_name_like_no_other_is_refused_without_a_guess(tmp_path: Path) -> None:
@@ -371,7 +329,7 @@ def test_a_malformed_file_is_named(tmp_path: Path, text: str | bytes, complaint:
 def test_a_config_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     for path, reason in [(tmp_path / "none.toml", "No such file or directory"), (tmp_path, "Is a directory")]:
         with pytest.raises(CountdownError, match=re.escape(f"cannot read `{path}`: {reason}")):
-            resolve(config_file=path, has_cuda=lambda: False)
+            resolve(config_file=path)
 
 
 def test_a_default_that_was_deleted_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,7 +337,7 @@ def test_a_default_that_was_deleted_is_named(tmp_path: Path, monkeypatch: pytest
     broken.write_text(re.sub(r"(?m)^save_every.*$", "", SHIPPED.read_text("utf-8")), "utf-8")
     monkeypatch.setattr("grpo_cli.core.config.resolve.SHIPPED", broken)
     with pytest.raises(CountdownError, match=re.escape(f"`{broken}` has no `train.save_every`")):
-        resolve(has_cuda=lambda: False)
+        resolve()
 
 
 def test_a_run_goes_on_with_its_own_settings_under_new_flags(tmp_path: Path) -> None:
@@ -401,11 +359,6 @@ def test_a_saved_configuration_that_was_damaged_is_named(tmp_path: Path) -> None
 def test_a_run_that_goes_on_keeps_its_preset(tmp_path: Path) -> None:
     with pytest.raises(CountdownError, match="keeps its preset"):
         restore({}, tmp_path / "config.json", flags={"preset": "builtin"})
-
-
-def test_choices_are_listed_where_there_are_some() -> None:
-    assert choices("plot.format") == ("png", "svg")
-    assert choices("plot.window") == ()
 
 
 def test_the_names_of_a_setting_follow_from_its_key() -> None:
@@ -436,9 +389,7 @@ def test_a_suite_of_your_own_stands_beside_the_shipped_one_or_replaces_it(tmp_pa
         ("[suite]\na = 3", "`suite.a` in"),
         ('[suite.a]\n"val 3 oneshot" = 1', "did you mean `val 3 one-shot`?"),
         ('[suite.a]\n"val 3 one-shot" = -1', "the weight of `val 3 one-shot` must be a number of at least 0"),
-        ('[suite.a]\n"val 3 one-shot" = true', "the weight of `val 3 one-shot`"),
         ('[suite.a]\n"val 3 one-shot" = nan', "the weight of `val 3 one-shot`"),
-        ('[suite.a]\n"val 3 one-shot" = 0', "no cell has a weight above 0"),
         ("[suite.a]", "no cell has a weight above 0"),
     ],
 )
@@ -472,11 +423,9 @@ def test_a_schedule_is_one_of_them_a_table_of_weights_or_a_line(tmp_path: Path, 
     [
         ("prompt_numbers = 7", "`7` is not one of 2, 3, 4, 5, 6"),
         ("prompt_numbers = true", "must be"),
-        ("prompt_numbers = []", "must be"),
         ("prompt_style = {one-shot = -1}", "`-1` is not a weight"),
         ('prompt_style = "one-shot, natural"', "`one-shot` has no weight"),
         ('prompt_style = "oneshot"', "`oneshot` is not one of one-shot, zero-shot, natural"),
-        ('prompt_style = ""', "is not one of"),
     ],
 )
 def test_a_schedule_that_makes_no_sense_is_refused(tmp_path: Path, line: str, said: str) -> None:
@@ -507,23 +456,6 @@ def test_a_misspelled_preset_is_refused(tmp_path: Path) -> None:
     assert "`preset.biultin.train.seed`" in error.message and "changes nothing" in error.message
     assert error.hint == "did you mean `builtin`?"
     resolved(tmp_path, "[preset.mine.model]\nmodel = 'x/y'\n", flags={"preset": "builtin"})  # one for later
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "bound"),
-    [
-        ("train.batch_size", "100000", "at least 1 and at most 10000"),
-        ("train.max_new_tokens", "1000000", "at least 1 and at most 100000"),
-        ("train.num_generations", "100000", "at least 2 and at most 10000"),
-        ("train.dynamic_sampling", "1000", "at least 0 and at most 20"),
-        ("model.memory", "1e300", "at least 0 and at most 1000000"),
-        ("loss.epsilon_high", "1e300", "above 0 and at most 1000"),
-        ("eval.batch_size", "10000000", "at least 1 and at most 1000000"),
-        ("eval.samples", "10000000", "at least 1 and at most 1000000"),
-    ],
-)
-def test_sizes_that_cannot_be_meant_are_refused(tmp_path: Path, key: str, value: str, bound: str) -> None:
-    assert bound in refused(tmp_path, flags={key: value}).message
 
 
 @pytest.mark.faults
@@ -557,7 +489,7 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_every_setting_declares_its_panel_and_whether_a_resumed_run_may_change_it() -> None:
     assert {panel(key) for key in FIELDS} <= set(PANELS)
-    settings = resolve(has_cuda=lambda: False).settings
+    settings = resolve().settings
     kept = fixed(settings).keys() - {"suite"}
     assert {"train.learning_rate", "train.seed", "loss.beta", "model.precision", "task.style", "preset"} <= kept
     assert not kept & {"runs", "eval.split", "train.num_iterations", "model.memory", "ranks.shard", "plot.window"}
@@ -569,18 +501,9 @@ def test_settings_that_do_not_fit_together_are_one_sentence(tmp_path: Path) -> N
     assert not problem.message.endswith(" ") and problem.hint is None
 
 
-def test_only_schedules_have_the_hint_of_schedules(tmp_path: Path) -> None:
-    assert refused(tmp_path, flags={"task.operations": "+^"}).hint is None
-    assert "a schedule is" in str(refused(tmp_path, flags={"train.prompt_style": "x"}).hint)
-
-
 def test_a_switch_is_no_schedule_and_the_form_in_the_hint_is_one(tmp_path: Path) -> None:
+    assert refused(tmp_path, flags={"task.operations": "+^"}).hint is None
     problem = refused(tmp_path, flags={"train.prompt_numbers": "3 then 4 after 20 steps"})
     assert "`3 then 4 after 20 steps` is not one of 2, 3, 4, 5, 6" in problem.message
     for line in re.findall("`([^`]*)`", str(problem.hint)):
-        assert resolve(flags={"train.prompt_numbers": line}, directory=tmp_path).settings.train.prompt_numbers == line
-
-
-def test_settings_of_a_library_need_no_arguments(tmp_path: Path) -> None:
-    resolved = resolve(flags={"train.num_iterations": 20}, directory=tmp_path)
-    assert (resolved.settings.train.num_iterations, resolved.settings.model.model) == (20, "builtin")
+        assert resolve(flags={"train.prompt_numbers": line}).settings.train.prompt_numbers == line

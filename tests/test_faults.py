@@ -330,7 +330,7 @@ def test_curves_that_cannot_be_drawn_do_not_end_a_training(
     monkeypatch.setattr("grpo_cli.cli.artifacts.draw", fail)
     found = countdown("train", "--model", tiny_folder, "--run", "first", *SHORT)
     assert found.code == 0
-    assert found.err.count("the curves were not drawn: ") == 3
+    assert found.err.count("curves were not written: ") == 3
     assert Path("runs/first/summary.json").is_file()
 
 

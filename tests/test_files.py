@@ -115,9 +115,7 @@ PUZZLE = Puzzle((44, 19, 35), 98)
     "row",
     [
         {"target": 98, "numbers": None, "nums": [44, 19, 35]},
-        {"target": 98, "numbers": [44, 19, 35], "nums": [44, 19, 35]},
         {"target": 98, "nums": [44, 19, 35], "solution": "44 + 19 + 35 = 98"},
-        {"target": 98, "nums": [44, 19, 35], "solution": "98 = 35 + 19 + 44"},
         {"target": 98, "nums": [44, 19, 35], "solution": "44 + 19 + 35 = 63 + 35 = 98"},
     ],
 )
@@ -153,8 +151,6 @@ def test_puzzles_without_a_solution_are_counted_and_refused(tmp_path: Path) -> N
     ("text", "message"),
     [
         ("nums,target\n3 5 x,13\n", "line 2: `numbers` (or `nums`) is a list"),
-        ("nums,target\n3 5 2,\n", "line 2: `numbers` (or `nums`) is a list"),
-        ("a,b\n1,2\n", "line 2: there is no `numbers` (or `nums`) and no `target`"),
         ("Numbers,Target\n3 5 2,13\n", "line 2: there is no `numbers` (or `nums`) and no `target`"),
         ("numbers;target\n3 5 2;13\n", "line 2: there is no `numbers` (or `nums`) and no `target`"),
         ("numbers\n3 5 2\n", "line 2: there is no `target`"),
@@ -187,19 +183,13 @@ GOOD = {"numbers": [3, 5, 2], "target": 13, "split": "train", "solution": "2 * 5
         ("", "not JSON"),
         ('{"numbers": [3, 5', "not JSON"),
         ("[" * 100_000, "not JSON"),
-        ("9" * 10_000, "not JSON"),
         ("[3, 5, 2]", "a puzzle is an object with the fields numbers, target, split, solution"),
         (json.dumps({"numbers": [3, 5, 2]}), "there is no `target`"),
         (json.dumps({"target": 13, "answer": "x"}), "there is no `numbers` (or `nums`)"),
         (json.dumps({**GOOD, "solution": "2 * 5 + 3 = 14"}), "`solution` does not make 13 from [3, 5, 2]"),
         (json.dumps({**GOOD, "solution": "13 = 13"}), "`solution` does not make 13 from [3, 5, 2]"),
         (json.dumps({**GOOD, "numbers": "3 5 2"}), "`numbers` (or `nums`) is a list of whole numbers"),
-        (json.dumps({**GOOD, "numbers": [3, 5.0, 2]}), "`numbers` (or `nums`) is a list of whole numbers"),
         (json.dumps({**GOOD, "numbers": [3, True, 2]}), "`numbers` (or `nums`) is a list of whole numbers"),
-        (
-            json.dumps({**GOOD, "target": "13"}),
-            "`numbers` (or `nums`) is a list of whole numbers, `target` a",
-        ),
         (
             json.dumps({**GOOD, "target": float("nan")}),
             "`numbers` (or `nums`) is a list of whole numbers, `target` a",
@@ -208,8 +198,6 @@ GOOD = {"numbers": [3, 5, 2], "target": 13, "split": "train", "solution": "2 * 5
         (json.dumps({**GOOD, "target": -13}), "the target of a puzzle lies between 1 and 1000"),
         (json.dumps({**GOOD, "split": "test"}), "`split` is `train`, `dev` or `val`"),
         (json.dumps({**GOOD, "numbers": [2, 3, 5], "split": "val"}), "[2, 3, 5] -> 13 is a train and a val puzzle"),
-        (json.dumps({**GOOD, "target": 14}), "`solution` does not make 14 from [3, 5, 2]"),
-        (json.dumps({**GOOD, "solution": "13"}), "`solution` does not make 13 from [3, 5, 2]"),
         (json.dumps({**GOOD, "solution": 13}), "`solution` does not make 13 from [3, 5, 2]"),
     ],
 )

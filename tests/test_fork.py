@@ -1,12 +1,11 @@
 """The figure of a fork: every completion once, those of each way together, and the probabilities of both."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.ui.fork import fork_figure, write_fork
+from grpo_cli.ui.fork import fork_figure
 
 STAGES = {"sampled": "when sampled", "after": "after the step"}
 
@@ -28,7 +27,7 @@ def data(**changes: Any) -> dict[str, Any]:
     return {"prompt": 6, "problem": "[2, 6, 9] -> 30", "completions": rows, "fork": fork, **changes}
 
 
-def test_each_completion_is_a_line_and_each_probability_a_bar(tmp_path: Path) -> None:
+def test_each_completion_is_a_line_and_each_probability_a_bar() -> None:
     figure = fork_figure(data())
     left, right = figure.axes
     texts = [text.get_text() for text in left.texts]
@@ -37,8 +36,6 @@ def test_each_completion_is_a_line_and_each_probability_a_bar(tmp_path: Path) ->
     assert sum("another way" in text for text in texts) == 1
     assert [bar.get_height() for bar in right.patches] == [0.25, 0.5, 0.75, 0.5]  # type: ignore[attr-defined]
     assert [label.get_text() for label in right.get_xticklabels()] == ["when sampled", "after\nthe step"]
-    write_fork(data(), tmp_path / "fork.svg")
-    assert (tmp_path / "fork.svg").stat().st_size > 1_000
 
 
 def test_a_group_without_a_fork_is_refused_with_a_way_out() -> None:

@@ -17,7 +17,7 @@ REWARD = "def reward(completion, problem):\n    return len(completion) % 7 / 10\
 
 
 def test_a_run_elsewhere_is_resumed_by_the_commands_in_its_messages(
-    countdown: Command, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    countdown: Command, tiny_folder: Path, tmp_path: Path
 ) -> None:
     """In another folder of runs, with a space in its name; with a reward file."""
     (tmp_path / "reward.py").write_text(REWARD)
@@ -35,14 +35,8 @@ def test_a_run_elsewhere_is_resumed_by_the_commands_in_its_messages(
     listed = countdown("export", "other", "x", "--runs", "my runs").err
     assert countdown(*shlex.split(re.findall("`(countdown runs .*?)`", listed)[0])[1:]).code == 0
 
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    load_reward.cache_clear()  # as another process
-    refused = countdown("train", "--run", "first", "--runs", "../my runs", "--resume", "--num-iterations", 4)
-    assert refused.code == 2 and f"resume it in `{tmp_path}`, where the run was started" in refused.err
-    monkeypatch.chdir(tmp_path)
-
     (tmp_path / "reward.py").write_text(f"{REWARD}#")
+    load_reward.cache_clear()  # as another process
     refused = countdown(*resume, "--num-iterations", 4)
     assert "did not start from these files: other reward file" in " ".join(refused.err.split())
 

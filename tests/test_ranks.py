@@ -355,18 +355,6 @@ def test_sharded_weights_learn_the_same_and_go_on_in_any_number(tiny_folder: Pat
         assert same["loss"] == pytest.approx(line["loss"], abs=1e-5)
 
 
-def test_batch_size_by_the_process_is_the_total_by_the_process(
-    countdown: Callable[..., Any], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given = ["train", "--model", tiny_folder, "--dry-run", "--batch-size-per-rank", "3"]
-    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "here"}.items():
-        monkeypatch.setenv(name, value)
-    shown = countdown(*given)
-    assert any("batch_size" in line and " 12 " in line for line in (shown.out + shown.err).splitlines())
-    refused = countdown(*given, "--batch-size", "3")
-    assert refused.code == 2 and "exclude each other" in refused.err
-
-
 def wait_for(found: Callable[[], bool], seconds: float = 60) -> None:
     until = time.monotonic() + seconds
     while not found():

@@ -28,6 +28,7 @@ HOSTILE = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202e\u2066\u200b\r\x00\x7f[bold]marku
 ESCAPED = r"\x1b[2J\x1b]0;owned\x07\x9b31m\u202e\u2066\u200b\r\x00\x7f[bold]markup[/bold]:smile:"
 STYLE_CODES = re.compile(r"\x1b\[[0-9;]*m")
 PUZZLE = Puzzle((4, 7, 3), 25)
+RIGHT, WRONG = "<answer>4 * 7 - 3</answer>", "<answer>4</answer>"
 
 
 @pytest.fixture(autouse=True)
@@ -65,28 +66,19 @@ def suite_result(*texts: str, model: str = "builtin", seen: bool = False) -> Sui
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("4 * 7 - 3", "4 * 7 - 3"),
         ("größer × 日本 😀", "größer × 日本 😀"),
         ("[bold]x[/]", "[bold]x[/]"),
-        (r"a \x1b backslash", r"a \x1b backslash"),
-        ("\x1b[31m", r"\x1b[31m"),
         ("\x1b]0;title\x07", r"\x1b]0;title\x07"),
         ("\x9b31m\x7f", r"\x9b31m\x7f"),
         ("\u202eabc\u2069", r"\u202eabc\u2069"),
         ("a\u200b\u200d\u2060\ufeffb", r"a\u200b\u200d\u2060\ufeffb"),
-        ("\U000e0041", r"\U000e0041"),
         ("a\u3164\ufe0f", r"a\u3164\ufe0f"),
         ("over\rwrite\b\t", r"over\rwrite\x08\t"),
         ("two\nlines\u2028three", r"two\nlines\u2028three"),
-        ("\ud800", r"\ud800"),
     ],
 )
 def test_what_acts_on_a_terminal_shows_as_its_code(text: str, expected: str) -> None:
     assert terminal.printable(text) == expected
-
-
-def test_newlines_stay_only_where_asked_for() -> None:
-    assert terminal.printable("a\nb\r\n", keep_newlines=True) == "a\nb\\r\n"
 
 
 @pytest.mark.faults
@@ -95,7 +87,8 @@ def test_no_control_or_format_character_gets_through_unseen() -> None:
     assert terminal.printable(everything).isprintable()
 
 
-def test_long_text_is_cut_in_the_middle_and_counted() -> None:
+def test_long_text_is_cut_in_the_middle_and_newlines_stay_where_asked_for() -> None:
+    assert terminal.printable("a\nb\r\n", keep_newlines=True) == "a\nb\\r\n"
     assert terminal.printable("a" * 500_000 + "b" * 500_000, limit=6) == "aaa … 999,994 characters … bbb"
     assert terminal.printable("abcdef", limit=6) == "abcdef"
 
@@ -117,13 +110,10 @@ def test_an_excerpt_of_one_endless_line_is_no_larger_than_asked_for() -> None:
     ("values", "width", "expected"),
     [
         ([0, 1, 2, 3, 4, 5, 6, 7], 8, "▁▂▃▄▅▆▇█"),
-        ([7, 0], 8, "█▁"),
         ([0, 2, 6, 8], 2, "▁█"),
-        ([1, 3, 9, 9, 0, 0], 3, "▃█▁"),
         ([5, 5, 5], 3, "▄▄▄"),
         ([float("nan"), 1, float("inf"), 2], 9, "▁█"),
         ([], 5, ""),
-        ([1, 2], 0, ""),
     ],
 )
 def test_a_sparkline_scales_from_lowest_to_highest(values: list[float], width: int, expected: str) -> None:
@@ -158,9 +148,6 @@ def test_only_the_answer_of_a_solved_puzzle_is_on_stdout(capsys: pytest.CaptureF
     assert STYLE_CODES.sub("", err) == (
         f"{text}\ncorrect: 4 * 7 - 3 = 25\nsolutions of [4, 7, 3] -> 25:\n  3 * 7 + 4\n"
     )
-
-
-def test_a_wrong_answer_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     display.verdict(PUZZLE, score("<answer>4 + 7 + 3</answer>", PUZZLE))
     assert STYLE_CODES.sub("", capsys.readouterr().err) == "wrong: the answer does not make the target\n"
 
@@ -196,7 +183,7 @@ def test_a_narrow_encoding_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch)
         lambda text: eval_tables.suite_paired(SuitePaired(text, text, {"c": Paired(text, text, [pair(text)], [])})),
         lambda text: eval_tables.leaks([suite_result("", model=text, seen=True)]),
         lambda text: eval_tables.paired(Paired(text, text, [pair(text)], [])),
-        lambda text: display.sparklines([Curves(text, [(1, 0.5)], [], [], {text: [(1, 0.5)]})]),
+        lambda text: display.sparklines([Curves(text, [(1, 0.5)], [], [], [(1, 0.5)])]),
         lambda text: TrainingView(9).message(text),
     ],
 )
@@ -231,14 +218,11 @@ def test_a_summary_is_data_unless_the_puzzles_are(capsys: pytest.CaptureFixture[
 
 
 def test_the_configuration_shows_every_setting_with_its_source(capsys: pytest.CaptureFixture[str]) -> None:
-    resolved = resolve(flags={"train.seed": 7}, has_cuda=lambda: False)
+    resolved = resolve(flags={"train.seed": 7})
     display.config_table(resolved)
     lines = STYLE_CODES.sub("", capsys.readouterr().out).splitlines()
-    rows = {line.split()[0]: line.rstrip().split(maxsplit=2)[1:] for line in lines[4:]}
-    assert lines[0] == f"preset builtin: {resolved.preset_reason}"
-    assert rows["train.seed"] == ["7", "flag --seed"]
-    assert rows["task.style"] == ['"one-shot"', "config.toml"]
-    assert rows["model.gradient_checkpointing"] == ['"auto"', "config.toml"]
+    rows = {line.split()[0]: line.rstrip().split(maxsplit=2)[1:] for line in lines[2:]}
+    assert (rows["train.seed"], rows["task.style"]) == (["7", "flag --seed"], ['"one-shot"', "config.toml"])
     assert set(rows) == set(resolved.sources)
 
 
@@ -275,90 +259,67 @@ def test_tables_fit_the_terminal(
     width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(terminal.out, "width", width)
-    result = evaluation("<answer>4 * 7 - 3</answer>", "A" * 1_000_000 + "<answer>four</answer>")
-    results = [suite_result("<answer>4 * 7 - 3</answer>", "A", model=name * 30) for name in "abc"]
+    results = [suite_result(RIGHT, "A", model=name * 30) for name in "abc"]
     eval_tables.comparison(results)
     eval_tables.suite("s", results)
     eval_tables.suite_paired(SuitePaired("a" * 30, "b" * 30, {"train 4 zero-shot": Paired("a", "b", [pair("A")], [])}))
-    eval_tables.evaluation(result)
-    display.config_table(resolve(has_cuda=lambda: False))
+    eval_tables.evaluation(evaluation(RIGHT, "A" * 1_000_000 + "<answer>four</answer>"))
+    display.config_table(resolve())
     shown = STYLE_CODES.sub("", capsys.readouterr().out)
     assert max(map(cell_len, shown.splitlines())) <= width
-    assert shown.count("AAAA\n") <= 12
-    for whole in ("50.0%", "9.5 to 90.5%", "not_an_expression"):
-        assert whole in shown
+    assert shown.count("AAAA\n") <= 12 and "not_an_expression" in shown
+
+
+SURE = {"count": 327, "start": 0.4, "step": 10, "accuracy": 0.9, "kept": 0.85, "last": 0.6}
+SURE |= {"gained": 2, "lost": 30, "p_value": 1e-6}
+UNSURE = {**SURE, "gained": 3, "lost": 6, "p_value": 0.508}
+SUMMARY = {
+    "puzzles": 327, "base_accuracy": 0.355, "final_accuracy": 0.817, "final_interval": [0.771, 0.855],
+    "best_accuracy": 0.823, "best_dev_accuracy": 0.85, "best_step": 180, "bad_steps": 0, "steps": 200,
+    "seconds": {"training": 300.0, "evaluation": 100.0, "suite": 75.0}, "seconds_after_best": 190.4,
+    "peaks": {"val 3 one-shot": SURE},
+}  # fmt: skip
+
+
+def summarized(capsys: pytest.CaptureFixture[str], folder: str = "runs/first", **changes: object) -> list[str]:
+    """The lines of a training's summary, and those that say what to do next."""
+    terminal.out.width = 100  # until the fixture restores it
+    display.training_summary({**SUMMARY, **changes}, Path(folder), overlap="0 of 327 puzzles", change="It improved.")
+    printed = capsys.readouterr()
+    return [" ".join(line.split()) for line in STYLE_CODES.sub("", printed.out + printed.err).splitlines()]
 
 
 def test_the_summary_of_a_training_compares_base_and_final_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
-    summary = {
-        "puzzles": 327,
-        "base_accuracy": 0.355,
-        "final_accuracy": 0.817,
-        "final_interval": [0.771, 0.855],
-        "best_accuracy": 0.823,
-        "best_step": 180,
-        "bad_steps": 2,
-        "steps": 200,
-        "seconds": {"training": 300.0, "evaluation": 100.0, "suite": 75.0},
-        "seconds_after_best": 40.0,
-        "peaks": {"val 3 one-shot": {}},
-    }
-    display.training_summary(summary, Path("runs/first"), overlap="0 of 327 puzzles", change="The model improved.")
-    printed = capsys.readouterr()
-    assert printed.err.splitlines() == [
+    assert summarized(capsys) == [
+        "val accuracy on 327 puzzles, greedy",
+        "base 35.5%",
+        "final 81.7% (95% interval 77.1 to 85.5%)",
+        "best 82.3%, after step 180, the best on dev (85.0%), saved as the run's model",
+        "change It improved.",
+        "time 400 s, 25.0% of it in evaluations",
+        "overlap 0 of 327 puzzles",
+        "run runs/first",
         'next: countdown solve "4 6 10 = 64" --model first',
         "next: countdown why first",
         "next: countdown plot first --report",
     ]
-    assert [" ".join(line.split()) for line in STYLE_CODES.sub("", printed.out).splitlines()] == [
-        "val accuracy on 327 puzzles, greedy",
-        "base 35.5%",
-        "final 81.7% (95% interval 77.1 to 85.5%)",
-        "best 82.3%, after step 180, saved as the run's model",
-        "change The model improved.",
-        "time 400 s, 25.0% of it in evaluations",
-        "overlap 0 of 327 puzzles",
-        "run runs/first",
-        "skipped 2 steps whose loss or gradient was not finite",
-    ]
-    display.training_summary(
-        {**summary, "bad_steps": 0}, Path("runs/first"), overlap="0 of 327 puzzles", change="The model improved."
-    )
-    assert "skipped" not in capsys.readouterr().out
-    phases = {
-        "decode": {"seconds": 200.0, "share": 0.5},
-        "score": {"seconds": 4.0, "share": 0.01},
-    }
-    timed = {**summary, "phases": phases}
-    display.training_summary(timed, Path("runs/first"), overlap="0 of 327 puzzles", change="The model improved.")
-    shown = [" ".join(line.split()) for line in STYLE_CODES.sub("", capsys.readouterr().out).splitlines()]
-    assert shown[-2:] == ["decode 200.0 50.0%", "score 4.0 1.0%"]
+    phases = {"decode": {"seconds": 200.0, "share": 0.5}}
+    more = summarized(capsys, "/elsewhere/first", bad_steps=2, phases=phases, broken="kl", warm_start=True)
+    assert "base 35.5%, after the warm start" in more and "decode 200.0 50.0%" in more
+    assert "skipped 2 steps whose loss or gradient was not finite" in more
+    assert "broken a bug is planted on purpose: `--break kl`" in more
+    assert "next: countdown why first --runs /elsewhere" in more
 
 
-def test_the_summary_of_a_suite_says_when_each_cell_peaked_and_what_going_on_cost(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    cell = {"count": 327, "start": 0.4, "step": 10, "accuracy": 0.9, "kept": 0.85, "last": 0.6}
-    sure = {**cell, "gained": 2, "lost": 30, "p_value": 1e-6}
-    unsure = {**cell, "gained": 3, "lost": 6, "p_value": 0.508}
-    summary = {
-        **{f"{name}_accuracy": 0.5 for name in ("base", "final", "best")},
-        "final_interval": [0.4, 0.6], "puzzles": 327, "steps": 40, "best_step": 20, "bad_steps": 0,
-        "seconds": {"training": 300.0, "evaluation": 100.0, "suite": 75.0}, "seconds_after_best": 190.4,
-        "peaks": {"val 3 one-shot": sure, "val 4 natural": unsure},
-    }  # fmt: skip
-    display.training_summary(summary, Path("runs/first"), overlap="0 of 327 puzzles", change="The model improved.")
-    shown = [" ".join(line.split()) for line in STYLE_CODES.sub("", capsys.readouterr().out).splitlines()]
-    assert "cell n start peak step 20 step 40 change Holm p" in shown
+def test_the_summary_of_a_suite_says_when_each_cell_peaked(capsys: pytest.CaptureFixture[str]) -> None:
+    """Dev cells chose the best step, so they are not tested."""
+    peaks = {"val 3 one-shot": SURE, "val 4 natural": UNSURE, "dev 3 one-shot": {**SURE, "p_value": None}}
+    shown = summarized(capsys, peaks=peaks)
+    assert "cell n start peak step 180 step 200 change Holm p" in shown
     assert "val 3 one-shot 327 40.0% 90.0% at 10 85.0% 60.0% +2 -30 < 0.001" in shown
-    assert "later steps took 190 s after step 20; change: start to best (exact McNemar)" in " ".join(shown)
-    chose = {"val 3 one-shot": unsure, "dev 3 one-shot": {**sure, "p_value": None}}
-    display.training_summary({**summary, "peaks": chose}, Path("/elsewhere/first"), overlap="0", change="")
-    printed = capsys.readouterr()
-    assert "+2 -30 -" in " ".join(printed.out.split())
-    assert "next: countdown why first --runs /elsewhere" in printed.err
-    display.training_summary({**summary, "best_step": 40}, Path("runs/first"), overlap="0", change="")
-    assert "the last step is the best" in " ".join(capsys.readouterr().out.split())
+    assert "dev 3 one-shot 327 40.0% 90.0% at 10 85.0% 60.0% +2 -30 -" in shown
+    assert "later steps took 190 s after step 180; change: start to best (exact McNemar)" in " ".join(shown)
+    assert "the last step is the best" in " ".join(summarized(capsys, peaks=peaks, best_step=200))
 
 
 def test_a_comparison_never_calls_a_difference_that_chance_makes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -373,33 +334,18 @@ def test_a_comparison_never_calls_a_difference_that_chance_makes(capsys: pytest.
     assert "5 puzzles gained, 0 lost, exact McNemar p = 0.062: not significant" in shown
 
 
-RIGHT, WRONG = "<answer>4 * 7 - 3</answer>", "<answer>4</answer>"
-
-
-@pytest.mark.parametrize(("width", "blocks"), [(80, 2), (140, 1)])
-def test_a_suite_is_a_matrix_in_as_many_blocks_as_the_terminal_needs(
-    width: int, blocks: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_suite_is_a_matrix_of_cells_by_models(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(terminal.out, "width", width)
-    results = [
-        suite_result(RIGHT, WRONG, model="builtin"),
-        *(suite_result(RIGHT, RIGHT, model=name) for name in ("x", "y")),
-    ]
+    monkeypatch.setattr(terminal.out, "width", 120)
+    results = [suite_result(RIGHT, WRONG), *(suite_result(RIGHT, RIGHT, model=name) for name in ("x", "y"))]
     eval_tables.suite("mine", results)
     rows = [" ".join(line.split()) for line in STYLE_CODES.sub("", capsys.readouterr().out).splitlines()]
     assert rows[0] == "suite mine 2 cells, 1 of them in the weighted mean"
-    assert len([row for row in rows if row.startswith("weighted mean")]) == blocks
-    wide = ["val 3 one-shot 1 2 50.0% (9.5 to 90.5%) 100.0% (34.2 to 100.0%) 100.0% (34.2 to 100.0%)"]
-    narrow = [
-        "val 3 one-shot 2 50.0% (9.5 to 90.5%) 100.0% (34.2 to 100.0%)",
-        "val 3 one-shot 2 100.0% (34.2 to 100.0%)",
-    ]
-    assert [row for row in rows if row.startswith("val 3")] == (wide if blocks == 1 else narrow)
+    assert "val 3 one-shot 2 50.0% (9.5 to 90.5%) 100.0% (34.2 to 100.0%) 100.0% (34.2 to 100.0%)" in rows
+    assert "weighted mean 50.0% 100.0% 100.0%" in rows
     assert f"decoded alike: greedy, up to 160 tokens, protocol {results[0].protocol}" in rows
     assert "x: 12.3 s; what x was trained on is not known" in rows
-    one = replace(results[1], cells=results[1].cells[:1], weights={"val 3 one-shot": 1.0})
-    eval_tables.suite("mine", [one])
-    assert "1 cell, 1 of them" in capsys.readouterr().out
 
 
 def test_a_suites_comparison_calls_no_difference_that_does_not_hold_for_all_its_cells(
@@ -420,13 +366,13 @@ def test_markdown_is_escaped_and_never_wrapped(capsys: pytest.CaptureFixture[str
     eval_tables.markdown("mine", results, [SuitePaired("a", "b", {"val 3 one-shot": Paired("a", "b", [], [])})])
     lines = capsys.readouterr().out.splitlines()
     assert lines[2:7] == [
-        "| cell | weight | puzzles | a | " + r"b\_\|" * 40 + " |",
-        "| --- | ---: | ---: | ---: | ---: |",
-        "| val 3 one-shot | 1 | 2 | 50.0% (9.5 to 90.5%) | 100.0% (20.7 to 100.0%) |",
-        "| val 4 zero-shot | 0 | 2 | 50.0% (9.5 to 90.5%) | 100.0% (20.7 to 100.0%) |",
-        "| weighted mean |  |  | 50.0% | 100.0% |",
+        "| cell | puzzles | a | " + r"b\_\|" * 40 + " |",
+        "| --- | ---: | ---: | ---: |",
+        "| val 3 one-shot | 2 | 50.0% (9.5 to 90.5%) | 100.0% (20.7 to 100.0%) |",
+        "| val 4 zero-shot | 2 | 50.0% (9.5 to 90.5%) | 100.0% (20.7 to 100.0%) |",
+        "| weighted mean |  | 50.0% | 100.0% |",
     ]
-    assert lines[-1] == "| val 3 one-shot | 0 | 0 | 1.000 | 1.000 | not significant |"
+    assert lines[-1] == "| val 3 one-shot | 0 | 0 | 1.000 | not significant |"
 
 
 def test_a_model_that_was_trained_on_what_it_is_asked_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
@@ -434,12 +380,6 @@ def test_a_model_that_was_trained_on_what_it_is_asked_is_warned_of(capsys: pytes
     out, err = capsys.readouterr()
     assert out == ""
     assert err == "warning: old was trained on puzzles of this evaluation: 1 of 1 val 3, 1 of 1 val 4\n"
-
-
-def test_a_pipe_gets_no_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    with display.progress("evaluating", quiet=False) as advance:
-        advance(1, 2)
-    assert capsys.readouterr() == ("", "")
 
 
 def test_cheats_are_shown_where_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:

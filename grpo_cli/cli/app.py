@@ -13,9 +13,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from functools import wraps
-from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, NoReturn
 
@@ -41,19 +38,6 @@ COMMANDS: dict[str, ModuleType] = {
     "study": study,
     "export": export,
 }
-PATH_OPTIONS = (
-    "config",
-    "out",
-    "folder",
-    "model",
-    "models",
-    "run",
-    "runs",
-    "name",
-    "html",
-    "file",
-)  # whose `~` is expanded
-
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
@@ -103,7 +87,7 @@ def _run() -> None:
     try:
         show.silence(process_info().rank > 0)
         try:
-            sys.exit(app(prog_name="countdown", standalone_mode=False))
+            sys.exit(app([_with_home(word) for word in sys.argv[1:]], prog_name="countdown", standalone_mode=False))
         finally:
             sys.stdout.flush()  # flush before exit so that a closed pipe is handled
     except USAGE_ERROR as problem:
@@ -131,6 +115,7 @@ def _run() -> None:
 def _set_environment() -> None:
     """Set what libraries read when they are imported; the user's own values win."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for large tensors in torch on Linux
+    os.environ.pop("MPLBACKEND", None)  # a notebook's backend fails elsewhere, and files need none
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait slow all others down
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by `--deterministic`
     os.environ.setdefault("WANDB_MODE", "offline")  # upload nothing by default
@@ -176,24 +161,11 @@ def options(
     """Teach a language model to solve countdown puzzles with GRPO."""
 
 
-def _with_home(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with `~` expanded in its paths."""
-
-    @wraps(command)
-    def call(*args: Any, **given: Any) -> None:
-        options = {name: _expand_user(value) if name in PATH_OPTIONS else value for name, value in given.items()}
-        command(*args, **options)
-
-    return call
-
-
-def _expand_user(value: Any) -> Any:
-    """Expand `~` in a path or a list of paths: shells do not expand it in `--out=~/x` or in quotes."""
-    if isinstance(value, list):
-        return [_expand_user(item) for item in value]
-    return type(value)(os.path.expanduser(value)) if isinstance(value, str | Path) else value
+def _with_home(word: str) -> str:
+    """Expand `~` in a word of the command line: shells do not expand it in `--out=~/x` or in quotes."""
+    name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return name + equals + os.path.expanduser(value)
 
 
 for name, module in COMMANDS.items():
-    command = getattr(module, name.replace("-", "_"))
-    app.command(name, cls=settings_command(*module.SETTINGS))(_with_home(command))
+    app.command(name, cls=settings_command(*module.SETTINGS))(getattr(module, name.replace("-", "_")))

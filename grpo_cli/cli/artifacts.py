@@ -11,7 +11,7 @@ from grpo_cli.core.rl.observer import Observer
 from grpo_cli.core.task.prompts import prompt
 
 if TYPE_CHECKING:
-    from grpo_cli.core.config.settings import Plot, Settings
+    from grpo_cli.core.config.settings import Plot, Train
     from grpo_cli.core.rl.observer import Validated
     from grpo_cli.core.run.folder import Run
     from grpo_cli.core.task.task import Message
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Artifacts(Observer):
     """Rewrites a run's curves and model card after each evaluation; a training never depends on them."""
 
-    def __init__(self, settings: Settings, report: Callable[[str], None]) -> None:
-        self._settings, self._report = settings, report
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report = report
         self._run: Run | None = None
 
     def begin(self, run: Run, step: int) -> None:
@@ -31,53 +31,42 @@ class Artifacts(Observer):
 
     def evaluated(self, result: Validated) -> None:
         if self._run and result.step:
-            run, settings = self._run, self._settings
-            self._attempt(lambda: write_card(run, settings), "the model card was not written")
-            self._attempt(lambda: draw([run_curves(run)], run.path, settings.plot), "the curves were not drawn")
-
-    def _attempt(self, write: Callable[[], object], failure: str) -> None:
-        try:
-            write()
-        except Exception as problem:  # whatever matplotlib raises
-            self._report(f"{failure}: {problem}")
+            try:
+                write_card(self._run)
+                draw([run_curves(self._run)], self._run.path, self._run.settings.plot)
+            except Exception as problem:  # whatever matplotlib raises
+                self._report(f"the model card or the curves were not written: {problem}")
 
 
 def run_curves(run: Run) -> Curves:
-    """The curves of a run, whose name says if it is broken on purpose."""
-    from grpo_cli.core.config.resolve import restore
+    """The curves of a run."""
     from grpo_cli.ui import figures
 
-    train = restore(run.read_config(), run.config_path).settings.train
-    name = run.name if train.broken == "none" else f"{run.name} (broken on purpose: {train.broken})"
-    return figures.from_metrics(name, run.metrics(), temperature=train.temperature)
+    train = run.settings.train
+    return figures.from_metrics(_label(run, train), run.metrics(), temperature=train.temperature)
 
 
-def account_of(source: Run | Path, curves: Curves) -> Account:
-    """The report data of a run or a metrics file."""
-    from grpo_cli.core.config.resolve import restore
+def account_of(run: Run) -> Account:
+    """The data of a run for its report."""
     from grpo_cli.core.config.settings import values
     from grpo_cli.ui.account import Account
 
-    if isinstance(source, Path):
-        return Account(curves)
-    return Account(
-        curves,
-        source.metrics(),
-        source.evaluations(),
-        source.samples(),
-        values(restore(source.read_config(), source.config_path).settings),
-        source.read_summary(),
-        source.read_environment(),
-    )
+    settings, logs = run.settings, (run.metrics(), run.evaluations())
+    return Account(_label(run, settings.train), *logs, values(settings), run.read_environment())
+
+
+def _label(run: Run, train: Train) -> str:
+    """The name of a run, which says if it is broken on purpose."""
+    return run.name if train.broken == "none" else f"{run.name} (broken on purpose: {train.broken})"
 
 
 def draw(curves: Sequence[Curves], folder: Path, style: Plot) -> list[Path]:
     """Draw both figures into a folder; returns their paths."""
     from grpo_cli.ui import figures
 
-    paths = images(folder, style)
-    for path, drawer in zip(paths, (figures.training_curve, figures.kl_curve), strict=True):
-        drawer(curves, path, smooth=style.smooth, window=style.window)
+    paths, window = images(folder, style), style.averaged
+    figures.save(figures.training_figure(curves, window), paths[0])
+    figures.save(figures.kl_figure(curves, window), paths[1])
     return paths
 
 
@@ -86,44 +75,39 @@ def images(folder: Path, style: Plot) -> list[Path]:
     return [folder / f"{name}.{style.format}" for name in ("training_curve", "kl_divergence")]
 
 
-def write_card(run: Run, settings: Settings) -> None:
+def write_card(run: Run) -> None:
     """Write the model card beside a run's best model, if there is one."""
     from grpo_cli.core.run.export import CARD
 
     if run.model_path.is_dir():
-        (run.model_path / CARD).write_text(card_of(run, settings), encoding="utf-8")
+        (run.model_path / CARD).write_text(card_of(run), encoding="utf-8")
 
 
-def card_of(run: Run, settings: Settings, *, is_adapter: bool = False) -> str:
-    """The model card of a run's best model, or of its adapter; `settings` are the run's."""
+def card_of(run: Run, *, is_adapter: bool = False) -> str:
+    """The model card of a run's best model, or of its adapter."""
     from grpo_cli.core.config.settings import values
     from grpo_cli.core.metrics import best_step
-    from grpo_cli.core.run.export import license_of
-    from grpo_cli.ui.card import CardFacts, model_card
+    from grpo_cli.ui.card import model_card
 
-    base = settings.model.model
-    facts = CardFacts(
-        name=run.name,
-        base_model=base,
-        license=license_of(base),
-        settings=values(settings),
-        evaluations=run.evaluations(),
+    return model_card(
+        run.name,
+        values(run.settings),
+        run.evaluations(),
         best_step=best_step(run.metrics()),
         contamination=_contamination(run.read_summary() or {}),
         is_adapter=is_adapter,
-        messages=example_messages(run, settings),
+        messages=example_messages(run),
     )
-    return model_card(facts)
 
 
-def example_messages(run: Run, settings: Settings) -> list[Message]:
+def example_messages(run: Run) -> list[Message]:
     """The messages of one problem, as the run's model reads them; dots if the task is gone."""
     from grpo_cli.core.model.load import load_tokenizer
     from grpo_cli.core.model.templates import joined, strips_thoughts
     from grpo_cli.core.task.countdown import task_of
     from grpo_cli.core.task.data import generate
 
-    task = settings.task
+    settings, task = run.settings, run.settings.task
     try:
         if task.task == "countdown":
             puzzle = generate(1, numbers=task.numbers, rules=task.rules)[0]

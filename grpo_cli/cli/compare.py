@@ -85,11 +85,9 @@ def _compared(
 
 def _note_settings(runs: Sequence[Run]) -> None:
     """Report planted bugs, and runs that were evaluated with other token limits than the first."""
-    from grpo_cli.core.config.resolve import restore
 
-    settings = [restore(run.read_config(), run.config_path).settings for run in runs]
-    limits = [own.eval.max_new_tokens for own in settings]
-    for run, own, limit in zip(runs, settings, limits, strict=True):
-        warn_of_bug(run.name, own)
+    limits = [run.settings.eval.max_new_tokens for run in runs]
+    for run, limit in zip(runs, limits, strict=True):
+        warn_of_bug(run)
         if limit != limits[0]:
             text.note(f"{run.name} was evaluated with up to {limit} tokens, {runs[0].name} with {limits[0]}")

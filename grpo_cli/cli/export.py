@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,7 +15,6 @@ from grpo_cli.core.errors import CountdownError
 from grpo_cli.ui import text
 
 if TYPE_CHECKING:
-    from grpo_cli.core.config.settings import Settings
     from grpo_cli.core.run.folder import Run
 
 SETTINGS = ("runs",)
@@ -44,7 +42,6 @@ def export(
 
     Nothing is uploaded without --push. Example: countdown export first shared/first
     """
-    from grpo_cli.core.config.resolve import restore
     from grpo_cli.core.model.names import HUB_ID
     from grpo_cli.core.run import export as files
     from grpo_cli.core.run.folder import Run
@@ -59,31 +56,28 @@ def export(
         raise CountdownError(f"`{push}` cannot name a repository", "use `owner/name`")
     is_adapter = _writes_adapter(run, merge=merge, gguf=gguf is not None)
 
-    settings = restore(run.read_config(), run.config_path).settings
-    warn_of_bug(run.name, settings)
-    card, source = card_of(run, settings, is_adapter=is_adapter), run.adapter_path if is_adapter else run.model_path
-    convert = partial(_convert, run, settings, is_adapter, gguf)
-    for path in files.export(source, folder, card, overwrite=overwrite, convert=convert):
-        print(path)
+    warn_of_bug(run)
+    source = run.adapter_path if is_adapter else run.model_path
+    with files.exporting(source, folder, card_of(run, is_adapter=is_adapter)) as staged:
+        if not is_adapter:
+            files.limit_completions(staged, run.settings.eval.max_new_tokens)
+        if gguf:
+            _add_gguf(run, gguf, staged)
+    print(*sorted(path for path in folder.iterdir() if path.is_file()), sep="\n")
     if push is not None:
         from grpo_cli.core.run.hub import push as upload  # imports huggingface_hub; the only network access
 
         text.note(f"pushed to {upload(folder, push)}")
 
 
-def _convert(run: Run, settings: Settings, is_adapter: bool, gguf: Matrices | None, staged: Path) -> None:
-    """Complete the folder to export: a limit of tokens, and a GGUF file with its Modelfile."""
-    if not is_adapter:
-        from grpo_cli.core.run.export import limit_completions
+def _add_gguf(run: Run, kind: Matrices, folder: Path) -> None:
+    """Write a GGUF file and its Modelfile beside an exported model."""
+    from grpo_cli.core.model.gguf_write import write  # loads torch
+    from grpo_cli.core.model.modelfile import modelfile
 
-        limit_completions(staged, settings.eval.max_new_tokens)
-    if gguf:
-        from grpo_cli.core.model.gguf_write import write  # loads torch
-        from grpo_cli.core.model.modelfile import modelfile
-
-        file = f"{run.name}-{gguf}.gguf"
-        write(staged, staged / file, kind=gguf)
-        (staged / "Modelfile").write_text(modelfile(staged, file, example_messages(run, settings)), "utf-8")
+    file = f"{run.name}-{kind}.gguf"
+    write(folder, folder / file, kind=kind)
+    (folder / "Modelfile").write_text(modelfile(folder, file, example_messages(run)), "utf-8")
 
 
 def _writes_adapter(run: Run, *, merge: bool, gguf: bool) -> bool:

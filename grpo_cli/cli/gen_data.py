@@ -45,7 +45,7 @@ def gen_data(
     out = None if out == Path("-") else out
     if out is not None:
         _check(out, columns)
-    resolved = resolve(ctx, config, task__task="countdown", task__puzzles="none")
+    resolved = resolve(ctx, config, {"task.task": "countdown", "task.puzzles": "none"})
     task = resolved.settings.task
     if columns == "countdown" and resolved.sources["task.style"].startswith("flag "):
         raise CountdownError("`--style` changes nothing: these columns hold no prompt", "add `--columns verl`")

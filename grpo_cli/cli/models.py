@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from grpo_cli.core.config.settings import Settings
     from grpo_cli.core.microbatch import MicroBatch
     from grpo_cli.core.model.policy import Policy
+    from grpo_cli.core.run.folder import Run
 
 
 RUNNING = ("model.device", "model.precision", "model.threads", "model.rollout", "model.vllm_url", "model.vllm_folder")
@@ -54,18 +55,18 @@ def choose(ctx: typer.Context, config_file: Path | None, names: list[str] | None
         if run is not None:
             kept = {key: value for key, value in given.items() if key not in ("preset", "runs")}
             settings = restore(run.read_config(), run.config_path, flags=kept).settings
-            warn_of_bug(name, settings)
+            warn_of_bug(run)
         elif name == "builtin" and "preset" not in given and asked.preset != "builtin":
-            settings = resolve(ctx, config_file, preset="builtin").settings
+            settings = resolve(ctx, config_file, {"preset": "builtin"}).settings
         warn_of_folder(root, name)
         chosen.append(ModelChoice(name, source, settings))
     return chosen
 
 
-def warn_of_bug(name: str, settings: Settings) -> None:
+def warn_of_bug(run: Run) -> None:
     """Warn if a run was trained with `--break`."""
-    if settings.train.broken != "none":
-        show.warning(f"`{name}` was trained with a bug planted on purpose: `--break {settings.train.broken}`")
+    if (bug := run.settings.train.broken) != "none":
+        show.warning(f"`{run.name}` was trained with a bug planted on purpose: `--break {bug}`")
 
 
 def warn_of_folder(root: Path, name: str) -> None:

@@ -38,21 +38,22 @@ _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, either
 _TEXT = resolve_type_descriptor(annotation=str, parameter_info=OptionInfo())
 
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="settings file; default: ./config.toml", metavar="<file>")
+    Path | None,
+    typer.Option("--config", help="settings file; default: ./config.toml", metavar="<file>", is_eager=True),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace existing output")]
 
 
-def resolve(ctx: typer.Context, config_file: Path | None, **given: object) -> Resolved:
-    """The settings of this invocation; `given` settings replace its flags, as `task__task="countdown"`.
+def resolve(ctx: typer.Context, config_file: Path | None, given: Mapping[str, object] | None = None) -> Resolved:
+    """The settings of this invocation; `given` settings, by key, replace its flags.
 
     The preset may depend on whether there is a GPU: torch is imported to find out if there is a driver.
     """
     from grpo_cli.core.config.resolve import resolve
 
-    replaced = {key.replace("__", "."): value for key, value in given.items()}
-    return resolve(flags=flags(ctx) | replaced, environ=os.environ, config_file=config_file, has_cuda=_has_cuda)
+    replaced = flags(ctx) | dict(given or {})
+    return resolve(flags=replaced, environ=os.environ, config_file=config_file, has_cuda=_has_cuda)
 
 
 def _has_cuda() -> bool:
@@ -107,11 +108,6 @@ def flags(ctx: typer.Context) -> dict[str, object]:
     return dict(ctx.meta.get(__name__, {}))
 
 
-def give(ctx: typer.Context, key: str, value: int) -> None:
-    """Set a setting as if its option had been given."""
-    ctx.meta.setdefault(__name__, {})[key] = str(value)
-
-
 def settings_command(*names: str) -> type[TyperCommand]:
     """A command class, for `@app.command(cls=...)`, with an option per setting in `names`: tables or single settings.
 
@@ -130,28 +126,16 @@ class Commands(TyperGroup):
 class _SettingsCommand(TyperCommand):
     names: ClassVar[tuple[str, ...]]
     _made: list[Any] | None = None
-    _shows_all = False
-    _line: Sequence[str] = ()
+    shows_all = False
 
     def get_params(self, ctx: Any) -> list[Any]:
         if self._made is None:
             self._made = list(_options(self.names))
         return _without_type([*self._made, *super().get_params(ctx)])
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        self._line = list(args)  # for the help, which is shown before other options are parsed
-        return super().parse_args(ctx, args)
-
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        self._made = list(_options(self.names, _values(self._line), shows_all=self._shows_all))
+        self._made = list(_options(self.names, _values(ctx), shows_all=self.shows_all))
         super().format_help(ctx, formatter)
-
-    def show_all(self, ctx: typer.Context, asked: bool) -> None:
-        """Show the help with the advanced settings too, and exit; the callback of `--help-all`."""
-        if asked:
-            self._shows_all = True
-            ctx.get_help()
-            raise typer.Exit
 
 
 def _without_type(parameters: Sequence[Any]) -> list[Any]:
@@ -163,7 +147,11 @@ def _without_type(parameters: Sequence[Any]) -> list[Any]:
 
 
 def _help_all(ctx: Any, _: object, asked: bool | None) -> None:
-    ctx.command.show_all(ctx, bool(asked))
+    """Show the help with the advanced settings too, and exit."""
+    if asked:
+        ctx.command.shows_all = True
+        ctx.get_help()
+        raise typer.Exit
 
 
 def _options(
@@ -171,7 +159,7 @@ def _options(
 ) -> Iterator[TyperOption]:
     """The options of `names`, with the values `shown` in the help; advanced ones are hidden if there are many."""
     from grpo_cli.core.config.resolve import defaults, flag
-    from grpo_cli.core.config.settings import FIELDS, choices, describe, is_advanced, panel
+    from grpo_cli.core.config.settings import FIELDS, choices, describe, is_common, panel
 
     values = shown or defaults()
     keys = sorted(
@@ -180,7 +168,7 @@ def _options(
     )
     hides = len(keys) >= MANY and not shows_all
     for key in keys:
-        name, kind, hidden = flag(key), FIELDS[key].annotation, hides and is_advanced(key)
+        name, kind, hidden = flag(key), FIELDS[key].annotation, hides and not is_common(key)
         text = describe(key).replace("[", "\\[")  # no markup
         look: dict[str, Any] = {"rich_help_panel": panel(key), "hidden": hidden}
         if kind is bool:
@@ -222,6 +210,7 @@ def _option(key: str, name: str, *, stored: bool | None = None, **look: Any) -> 
         param_decls=declared,
         type_descriptor=_TEXT,
         is_flag=stored is not None,
+        is_eager=key == "preset",  # the help shows its values
         callback=store,
         expose_value=False,
         **look,
@@ -242,11 +231,10 @@ def completion(kind: Literal["run", "model", "preset", "suite"]) -> Callable[[ty
         from grpo_cli.core.run.folder import list_runs
 
         place = {key: value for key, value in flags(ctx).items() if key == "runs"}
-        file = Path(os.path.expanduser(given)) if (given := ctx.params.get("config")) else None
         try:
             if kind == "preset":
-                return ["auto", *sorted(presets(file))]
-            settings = resolve(flags=place, environ=os.environ, config_file=file).settings
+                return ["auto", *sorted(presets(_file(ctx)))]
+            settings = resolve(flags=place, environ=os.environ, config_file=_file(ctx)).settings
         except CountdownError:  # an incomplete line may be invalid
             return []
         if kind == "suite":
@@ -257,32 +245,22 @@ def completion(kind: Literal["run", "model", "preset", "suite"]) -> Callable[[ty
     return names
 
 
-def _values(args: Sequence[str]) -> dict[str, object]:
-    """Every setting with its value from the chosen preset, the user's file and the environment, for the help.
+def _values(ctx: typer.Context) -> dict[str, object]:
+    """Every setting with the value that would run: the preset and the settings file before `--help` are known by then.
 
     Help does not import torch: a driver indicates CUDA. Errors in a file are reported when it is used.
     """
     from grpo_cli.core.config.resolve import defaults, resolve
     from grpo_cli.core.config.settings import values
 
-    def given(name: str) -> str | None:
-        return next(
-            (
-                argument.partition("=")[2] or following
-                for argument, following in zip(args, [*args[1:], ""], strict=False)
-                if argument == name or argument.startswith(f"{name}=")
-            ),
-            None,
-        )
-
-    preset, file = given("--preset"), given("--config")
     try:
-        resolved = resolve(
-            flags={"preset": preset} if preset else {},
-            environ=os.environ,
-            config_file=Path(os.path.expanduser(file)) if file else None,
-            has_cuda=_has_driver,
+        return values(
+            resolve(flags=flags(ctx), environ=os.environ, config_file=_file(ctx), has_cuda=_has_driver).settings
         )
     except CountdownError:
         return defaults()
-    return values(resolved.settings)
+
+
+def _file(ctx: typer.Context) -> Path | None:
+    """The settings file of the line typed so far."""
+    return Path(os.path.expanduser(given)) if (given := ctx.params.get("config")) else None

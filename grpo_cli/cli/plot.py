@@ -12,12 +12,12 @@ import typer
 from grpo_cli.cli.artifacts import account_of, draw, images, run_curves
 from grpo_cli.cli.options import ConfigFile, Overwrite, completion, require_package, resolve
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.files import check_writable
+from grpo_cli.core.files import check_writable, write
 
 if TYPE_CHECKING:
     from grpo_cli.core.config.settings import Plot
     from grpo_cli.core.run.folder import Run
-    from grpo_cli.ui.account import Account
+    from grpo_cli.ui.figures import Curves
 
 SETTINGS = ("runs", "plot")
 MOST_CHARACTERS = 64  # in a folder name joined from runs' names
@@ -43,19 +43,16 @@ def plot(
 
     Example: countdown plot first second --smooth --report
     """
-    from grpo_cli.core.run.folder import Run, at, require_outside_runs
-    from grpo_cli.ui import figures, tables
+    from grpo_cli.core.run.folder import Run, require_outside_runs
+    from grpo_cli.ui import tables
 
     settings = resolve(ctx, config).settings
     root, style = Path(settings.runs), settings.plot
-    newest = Run.newest(root)
-    names = runs or ([newest.name] if newest else [])
-    if not names:
-        raise CountdownError(
-            f"no run in `{root}` yet", f"train one with `countdown train{at(root)}`, or name a metrics file"
-        )
+    names = runs or [Run.require_newest(root).name]
     sources = [_source(root, name) for name in names]
-    curves = [run_curves(source) if isinstance(source, Run) else figures.load(source) for source in sources]
+    if report and not all(isinstance(source, Run) for source in sources):
+        raise CountdownError("a report is about runs", "leave out `--report`, or name runs")
+    curves = [_curves(source) for source in sources]
     for name, drawn in zip(names, curves, strict=True):
         if drawn.is_empty:
             raise CountdownError(f"`{name}` has no metrics to plot yet", "wait for its first step, or resume it")
@@ -68,7 +65,7 @@ def plot(
     for path in [*images(folder, style), *([page] * report)]:
         check_writable(path, overwrite=overwrite or folder == own)  # a run's own images may be replaced
     if report:
-        _write_report([account_of(source, drawn) for source, drawn in zip(sources, curves, strict=True)], page, style)
+        _write_report([source for source in sources if isinstance(source, Run)], page, style)
     for path in [*draw(curves, folder, style), *([page] * report)]:
         print(path)
     tables.sparklines(curves)
@@ -100,8 +97,19 @@ def _source(root: Path, name: str) -> Run | Path:
     return run or Path(name)
 
 
-def _write_report(accounts: Sequence[Account], path: Path, style: Plot) -> None:
+def _curves(source: Run | Path) -> Curves:
+    """The curves of a run, or of a file of metrics, named by the file."""
+    from grpo_cli.core.run.logs import Log, numbers
+    from grpo_cli.ui import figures
+
+    if isinstance(source, Path):
+        return figures.from_metrics(source.stem, Log(source, numbers).read())
+    return run_curves(source)
+
+
+def _write_report(runs: Sequence[Run], path: Path, style: Plot) -> None:
     from grpo_cli.core.config.resolve import defaults
     from grpo_cli.ui import report
 
-    report.write(report.page(accounts, defaults=defaults(), smooth=style.smooth, window=style.window), path)
+    page = report.page([account_of(run) for run in runs], defaults=defaults(), window=style.averaged)
+    write(path, page.encode())

@@ -69,13 +69,19 @@ def runs(
         text.note(f"no runs in `{root}`; train one with `countdown train{at(root)}`")
 
 
+def sum_up(runs: Sequence[Run]) -> None:
+    """List runs, and sum up those that differ only in their seed."""
+    from grpo_cli.ui import tables
+
+    shown = [_describe(run) for run in runs]
+    tables.runs([row for row, _ in shown], _seeds(shown))
+
+
 def _condition(text: str) -> tuple[str, object]:
     """`model=builtin` -> (`model.model`, `builtin`)."""
-    from pydantic import TypeAdapter, ValidationError
-
     from grpo_cli.core.config.names import nearest
     from grpo_cli.core.config.resolve import flag, typed
-    from grpo_cli.core.config.settings import FIELDS, expected
+    from grpo_cli.core.config.settings import FIELDS
 
     name, given, value = text.partition("=")
     names = {key: (key, key.rpartition(".")[2], flag(key).removeprefix("--")) for key in FIELDS}
@@ -84,11 +90,7 @@ def _condition(text: str) -> tuple[str, object]:
         close = key or nearest(name, [own for _, own, _ in names.values()])
         hint = f"did you mean `--where {close}={value}`?" if close and value else "write `--where seed=1`"
         raise CountdownError(f"`--where {text}` is not a setting with its value", hint)
-    try:
-        valid: TypeAdapter[object] = TypeAdapter(Annotated[FIELDS[key].annotation, FIELDS[key]])  # type: ignore[arg-type]
-        return key, valid.validate_python(typed(key, value))
-    except ValidationError:
-        raise CountdownError(f"`--where {text}`: `{key}` must be {expected(key)}") from None
+    return key, typed(key, value)
 
 
 def _seeds(shown: Sequence[tuple[dict[str, object], Mapping[str, object]]]) -> list[dict[str, object]]:
@@ -108,43 +110,29 @@ def _seeds(shown: Sequence[tuple[dict[str, object], Mapping[str, object]]]) -> l
 
 def _describe(entry: Run) -> tuple[dict[str, object], Mapping[str, object]]:
     """One run as plain data, and its settings; what cannot be read is named in `error` instead."""
-    from grpo_cli.core.config.resolve import restore
     from grpo_cli.core.config.settings import values
-    from grpo_cli.core.evals.statistics import wilson
 
     try:
-        settings = values(restore(entry.read_config(), entry.config_path).settings)
-        metrics = entry.metrics()
+        settings = values(entry.settings)
+        metrics, evaluation = entry.metrics(), next(iter(entry.evaluations().values()), {})
     except CountdownError as problem:
         return {"run": entry.name, "error": problem.message}, {}
     except OSError as problem:
         return {"run": entry.name, "error": f"cannot read `{problem.filename}`: {problem.strerror}"}, {}
     evaluated, chosen = evaluations(metrics), best_step(metrics)
-    best = evaluated[chosen]["val_accuracy"] if chosen else None
-    count = _puzzles(entry)
     row = {
         "run": entry.name,
         "model": settings["model.model"],
         "step": int(metrics[-1]["step"]) if metrics else 0,
         "num_iterations": settings["train.num_iterations"],
         "base_accuracy": evaluated.get(0, {}).get("val_accuracy"),
-        "best_accuracy": best,
-        "interval": list(wilson(best, count)) if best is not None and count else None,
+        "best_accuracy": evaluated[chosen]["val_accuracy"] if chosen else None,
+        "interval": list(evaluation[chosen].interval) if chosen in evaluation and chosen else None,
         "best_step": chosen or None,
         "seconds": sum(line.get("time/total", 0.0) + line.get("time/eval", 0.0) for line in metrics),
         "settings": _changed(settings),
     }
     return row, settings
-
-
-def _puzzles(entry: Run) -> int:
-    """How many puzzles the run's last evaluation had; 0 before the first."""
-    try:
-        logged = entry.evaluations()
-    except CountdownError:
-        return 0
-    first = next(iter(logged.values()), {})
-    return next(reversed(first.values())).count if first else 0
 
 
 def _changed(settings: Mapping[str, object]) -> dict[str, object]:
@@ -162,8 +150,8 @@ def _changed(settings: Mapping[str, object]) -> dict[str, object]:
 
 def _delete(chosen: list[Run], *, yes: bool) -> None:
     names = ", ".join(entry.name for entry in chosen)
-    if not yes and not typer.confirm(f"delete {names}, checkpoints and models included?", err=True):
-        raise typer.Exit(1)
+    if not yes:
+        typer.confirm(f"delete {names}, checkpoints and models included?", abort=True, err=True)
     for entry in chosen:
         entry.delete()
         text.note(f"deleted run {entry.name}")

@@ -10,13 +10,12 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import typer
 
+from grpo_cli.cli.runs import sum_up
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.evals.statistics import bootstrap
-from grpo_cli.core.metrics import best_step, evaluations
 from grpo_cli.ui import text as show
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from grpo_cli.core.run.folder import Run
 
 FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
-OWN = ("--seeds", "--seed", "--run")  # options of the command that each process gets its own of
 LAST_CHARACTERS = 2_000  # of the output of a failed process
 
 
@@ -45,25 +43,30 @@ class Job:
         root = str(self.run.path.parent)
         if self.run.config_path.is_file() and not overwrite:
             return ["train", "--runs", root, "--run", self.run.name, "--resume"]
-        return [*self.words, "--run", self.run.name, "--seed", str(self.settings.train.seed)]
+        seed = str(self.settings.train.seed)
+        return [*self.words, *["--overwrite"] * overwrite, "--run", self.run.name, "--seed", seed]
 
 
-def train_seeds(settings: Settings, name: str, count: int, *, overwrite: bool) -> None:
+def words(settings: Settings, given: Mapping[str, object], config: Path | None) -> list[str]:
+    """The words of a training with the `given` settings, without its run and seed."""
+    from grpo_cli.core.config.resolve import as_option
+
+    file = ["--config", str(config)] if config else []
+    options = [as_option(key, value) for key, value in given.items() if key not in ("runs", "train.seed")]
+    return ["train", *file, "--runs", settings.runs, *options]
+
+
+def train_seeds(settings: Settings, name: str, count: int, line: Sequence[str], *, overwrite: bool) -> None:
     """Train runs NAME-SEED from the seed of the settings on; finished ones are kept, unfinished ones resumed.
 
     Raises CountdownError, before any training, if a run of these names has other settings.
     """
     from grpo_cli.core.run.folder import Run, at
-    from grpo_cli.ui import tables
 
     root, first = Path(settings.runs), settings.train.seed
-    jobs = [
-        Job(Run(root / f"{name}-{seed}"), with_seed(settings, seed), _arguments(sys.argv[1:]))
-        for seed in range(first, first + count)
-    ]
+    jobs = [Job(Run(root / f"{name}-{seed}"), with_seed(settings, seed), line) for seed in range(first, first + count)]
     train_all(jobs, overwrite=overwrite)
-    rows = [_row(job) for job in jobs]
-    tables.seeds(rows, {key: bootstrap([row[key] for row in rows]) for key in ("best", "last")})
+    sum_up([job.run for job in jobs])
     show.note(f"curves: countdown plot {' '.join(job.run.name for job in jobs)}{at(root)}")
 
 
@@ -106,26 +109,14 @@ def train_all(
 
 def _require_same(job: Job) -> None:
     """Raise CountdownError unless the run has the job's settings, what a resumed run may change aside."""
-    from grpo_cli.core.config.resolve import restore
     from grpo_cli.core.config.settings import fixed
 
-    own, asked = fixed(restore(job.run.read_config(), job.run.config_path).settings), fixed(job.settings)
+    own, asked = fixed(job.run.settings), fixed(job.settings)
     for key in (key for key, value in asked.items() if value not in (own[key], "auto")):  # what `auto` means is stored
         raise CountdownError(
             f"run `{job.run.name}` has another `{key}`: {own[key]}, not {asked[key]}",
             "choose another name, or replace it with `--overwrite`",
         )
-
-
-def _arguments(given: Sequence[str]) -> list[str]:
-    """The words of a command line without the options of `OWN` and their values."""
-    kept, words = list[str](), iter(given)
-    for word in words:
-        if word in OWN:
-            next(words, None)
-        elif word.partition("=")[0] not in OWN:
-            kept.append(word)
-    return kept
 
 
 def _run(lines: Sequence[Sequence[str]], at_once: int, *, quiet: bool, ended: Callable[[int], None]) -> int:
@@ -174,13 +165,3 @@ def _show_end(stream: IO[bytes] | None) -> None:
     if stream:
         stream.seek(0)
         show.note(stream.read().decode(errors="replace")[-LAST_CHARACTERS:].strip())
-
-
-def _row(job: Job) -> Mapping[str, Any]:
-    """Val accuracies of one run: of the starting model, the best and the last one."""
-    metrics = job.run.metrics()
-    evaluated, best = evaluations(metrics), best_step(metrics)
-    accuracies = {step: line["val_accuracy"] for step, line in evaluated.items()}
-    found = {"base": accuracies.get(0), "best": accuracies[best], "last": accuracies[max(accuracies)]}
-    own = {"seed": job.settings.train.seed, "run": job.run.name}
-    return own | {"best_step": best, "steps": int(metrics[-1]["step"]), **found}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from grpo_cli.cli.options import ConfigFile, Json, Overwrite, read_files, require_package, resolve
-from grpo_cli.cli.seeds import Job, check, train_all, with_seed
+from grpo_cli.cli.seeds import Job, check, train_all, with_seed, words
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.ui import text as show
 
@@ -81,8 +81,6 @@ def study(
 
 def _plan(ctx: typer.Context, file: Path, config: Path | None, at_once: int) -> _Planned:
     """The study of a file; every condition's settings and files are checked before any training."""
-    from grpo_cli.core.config.resolve import as_option
-    from grpo_cli.core.config.settings import FIELDS
     from grpo_cli.core.evals.study import read_study
     from grpo_cli.core.run.folder import Run
 
@@ -92,15 +90,14 @@ def _plan(ctx: typer.Context, file: Path, config: Path | None, at_once: int) -> 
     for name, own in study.conditions.items():
         given = {**threads, **own}
         try:
-            settings = resolve(ctx, config, **{key.replace(".", "__"): value for key, value in given.items()}).settings
+            settings = resolve(ctx, config, given).settings
         except CountdownError as problem:
             raise CountdownError(f"condition `{name}` of `{file}`: {problem.message}", problem.hint) from None
         read_files(settings)
         _require_evaluated(name, study.design.step, settings.train)
-        words = ["train", *(["--config", str(config)] if config else []), "--runs", settings.runs]
-        words += [as_option(key, value) for key, value in given.items() if key in FIELDS]
+        line = words(settings, given, config)
         jobs[name] = [
-            Job(Run(Path(settings.runs) / study.run_name(name, seed)), with_seed(settings, seed), words)
+            Job(Run(Path(settings.runs) / study.run_name(name, seed)), with_seed(settings, seed), line)
             for seed in study.seeds
         ]
     return _Planned(study, jobs)
@@ -117,8 +114,8 @@ def _require_evaluated(condition: str, step: int | None, train: Train) -> None:
 
 
 def _announce(planned: _Planned, at_once: int, *, overwrite: bool) -> None:
-    """Say what is left to train, how long it takes if that is known, and the smallest difference that can be shown."""
-    from grpo_cli.core.evals.study import detectable, spread
+    """Say what is left to train, how long it takes, and the smallest difference that can be shown."""
+    from grpo_cli.core.evals.study import detectable
 
     study, jobs = planned.study, planned.all
     finished = [] if overwrite else [job for job in jobs if job.is_finished]
@@ -127,15 +124,9 @@ def _announce(planned: _Planned, at_once: int, *, overwrite: bool) -> None:
     show.note(f"{counts}: {show.counted(len(jobs), 'training')}, {len(finished)} finished, {left} to do")
     if left:
         show.note(_time_left(finished, left / at_once))
-    measured = None
-    if finished:
-        known = {name: {job.settings.train.seed: _evaluated(planned, job).accuracy for job in own if job in finished}
-                 for name, own in planned.jobs.items()}  # fmt: skip
-        measured = spread(known)
-    value = measured or study.design.spread
-    smallest = detectable(study.design.seeds, len(planned.jobs) - 1, value)
-    origin = "measured so far" if measured else "assumed: `study.spread`"
-    deviation = f"if seeds differ by a standard deviation of {100 * value:.1f} points ({origin})"
+    smallest = detectable(study.design.seeds, len(planned.jobs) - 1, study.design.spread)
+    assumed = f"a standard deviation of {100 * study.design.spread:.1f} points (assumed: `study.spread`)"
+    deviation = f"if seeds differ by {assumed}"
     if smallest < 1:
         show.note(f"differences of {100 * smallest:.1f} points are found with a probability of 80 %, {deviation}")
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from contextlib import nullcontext
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grpo_cli.cli.artifacts import Artifacts, account_of, run_curves, write_card
+from grpo_cli.cli.artifacts import Artifacts, account_of, write_card
 from grpo_cli.cli.launch import ProcessInfo, Signals, ignoring_requests, joined, process_info
 from grpo_cli.cli.models import ModelChoice, import_libraries, load, micro_batch_of, warn_of_folder
 from grpo_cli.cli.options import (
@@ -19,13 +18,12 @@ from grpo_cli.cli.options import (
     Overwrite,
     completion,
     flags,
-    give,
     read_files,
     require_engine,
     require_package,
     resolve,
 )
-from grpo_cli.cli.seeds import train_seeds
+from grpo_cli.cli.seeds import train_seeds, words
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.rl.observer import Interrupted, Observer, Observers
 from grpo_cli.ui import text as show
@@ -56,12 +54,6 @@ DryRun = Annotated[
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="with --dry-run: all settings, token ids and the memory plan")
 ]
-PerRank = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="prompts per step and process under torchrun; replaces --batch-size", metavar="<int>", hidden=True
-    ),
-]
 Probe = Annotated[
     bool, typer.Option("--probe", help="sample the starting model and estimate what it can learn; do not train")
 ]
@@ -76,7 +68,6 @@ def train(
     seeds: Seeds = 1,
     dry_run: DryRun = False,
     verbose: Verbose = False,
-    batch_size_per_rank: PerRank = None,
     probe: Probe = False,
     config: ConfigFile = None,
 ) -> None:
@@ -87,7 +78,6 @@ def train(
     Example: countdown train --run first --num-iterations 100
     """
     process = process_info()
-    _set_batch_size(ctx, batch_size_per_rank, process)
     if resume and (run is None or overwrite):
         raise CountdownError("`--resume` needs the name of a run, and no `--overwrite`", "say `--run NAME --resume`")
     _require_one_purpose(resume=resume, step=step, dry_run=dry_run, probe=probe, trains=seeds > 1 or overwrite)
@@ -103,12 +93,12 @@ def train(
         resolved = _resumed(ctx, root, run)
     settings = resolved.settings.model_copy(update={"runs": str(root)})  # the run may have moved
     chosen = _chosen(settings, resume=resume)
-    task = read_files(settings) if not resume else _read_files_of(root, run or "", settings)
+    task = read_files(settings)
     if dry_run:
         _show_plan(resolved, chosen, task, process, verbose=verbose)
         return
     if seeds > 1 and not probe:
-        train_seeds(settings, run or "", seeds, overwrite=overwrite)
+        train_seeds(settings, run or "", seeds, words(settings, flags(ctx), config), overwrite=overwrite)
         return
     show.note(f"preset {settings.preset}: {resolved.preset_reason}")
     if probe:
@@ -124,22 +114,8 @@ def _require_one_purpose(*, resume: bool, step: int | None, dry_run: bool, probe
         raise CountdownError("`--dry-run` and `--probe` exclude each other", "leave one of them out")
     if step is not None and not resume:
         raise CountdownError("`--step` names a checkpoint to resume from", "say `--run NAME --resume --step STEP`")
-    if probe and trains:
-        raise CountdownError("`--probe` trains nothing", "leave out `--seeds` and `--overwrite`")
-    if probe and resume:
-        raise CountdownError(
-            "`--probe` samples the starting model of a new training",
-            "leave out `--resume`, and name the model with `--model`",
-        )
-
-
-def _set_batch_size(ctx: typer.Context, per_rank: int | None, process: ProcessInfo) -> None:
-    """Set the total batch size from a batch size per rank; it stays the same across restarts."""
-    if per_rank is None or process.restarts:
-        return
-    if "train.batch_size" in flags(ctx):
-        raise CountdownError("`--batch-size` and `--batch-size-per-rank` exclude each other", "leave one of them out")
-    give(ctx, "train.batch_size", per_rank * process.size)
+    if probe and (trains or resume):
+        raise CountdownError("`--probe` trains nothing", "leave out `--resume`, `--seeds` and `--overwrite`")
 
 
 def _run_to_open(
@@ -181,24 +157,7 @@ def _chosen(settings: Settings, *, resume: bool) -> ModelChoice:
             show.warning("`builtin` already answers in this format: a warm start teaches it another way to search")
     if model.ref_model != "same":
         model_source(root, model.ref_model)
-    source = model.model if resume else model_source(root, model.model)
-    return ModelChoice(model.model, source, settings)
-
-
-def _read_files_of(root: Path, name: str, settings: Settings) -> Task:
-    """Read a resumed run's files, and find its model; the run may name them relative to another folder."""
-    from grpo_cli.core.run.folder import Run
-    from grpo_cli.core.run.models import model_source
-
-    try:
-        model_source(root, settings.model.model)
-        return read_files(settings)
-    except CountdownError as error:
-        saved, place = Path(str(Run(root / name).read_config()["runs"])), Path(os.path.realpath(root))
-        start = Path(*place.parts[: -len(saved.parts)])
-        if start / saved != place or start == Path(os.path.realpath(".")):
-            raise
-        raise CountdownError(error.message, f"resume it in `{start}`, where the run was started") from error
+    return ModelChoice(model.model, model_source(root, model.model), settings)
 
 
 def _train(
@@ -227,7 +186,7 @@ def _train(
     try:
         with ignoring_requests(), joined(settings) as world:
             view = TrainingView(settings.train.num_iterations) if world.is_first else None
-            observer = Observers([view, Artifacts(settings, view.message)]) if view else Observer()
+            observer = Observers([view, Artifacts(view.message)]) if view else Observer()
             opening = build(
                 settings,
                 run,
@@ -269,8 +228,8 @@ def _finish(trainer: Trainer) -> None:
         tell(f"stopped after step {state.progress.step}; resume with: {run.resume_command}")
         raise
     if world.is_first:
-        write_card(run, trainer.settings)
-        change = verdict(account_of(run, run_curves(run)))
+        write_card(run)
+        change = verdict(account_of(run))
         tables.training_summary(result.summary, run.path, overlap=result.overlap, change=change)
 
 

@@ -47,12 +47,12 @@ def why(
 
     Example: countdown why run-1 --step 2 --sample 0
     """
-    from grpo_cli.core.config.resolve import restore
-    from grpo_cli.core.run.folder import at
+    from grpo_cli.core.run.folder import Run, at
     from grpo_cli.ui import why as show
 
-    chosen = _run(Path(resolve(ctx, config).settings.runs), run)
-    settings = restore(chosen.read_config(), chosen.config_path).settings
+    root = Path(resolve(ctx, config).settings.runs)
+    chosen = Run.require_newest(root) if run is None else Run.open(root, run)
+    settings = chosen.settings
     if reveal:
         _reveal(chosen, settings)
         return
@@ -93,23 +93,13 @@ def _require_outputs(run: Run, html: Path | None, figure: Path | None, *, overwr
 def _write(data: dict[str, Any], html: Path | None, figure: Path | None) -> None:
     """Write the page and the figure of an explained step."""
     from grpo_cli.ui import why as show
-    from grpo_cli.ui.fork import write_fork
+    from grpo_cli.ui.figures import save
+    from grpo_cli.ui.fork import fork_figure
 
     if html:
         show.write_page(data, html)
     if figure:
-        write_fork(data, figure)
-
-
-def _run(root: Path, name: str | None) -> Run:
-    """The run of this name, or the newest."""
-    from grpo_cli.core.run.folder import Run, at
-
-    if name is not None:
-        return Run.open(root, name)
-    if (newest := Run.newest(root)) is None:
-        raise CountdownError(f"no run in `{root}` yet", f"train one with `countdown train{at(root)}`")
-    return newest
+        save(fork_figure(data), figure)
 
 
 def _reveal(run: Run, settings: Settings) -> None:

@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from grpo_cli.core.errors import CountdownError
@@ -130,13 +129,21 @@ def read_json(path: Path) -> dict[str, object]:
     """The object in a JSON file; raises CountdownError if it has none."""
     try:
         require_regular(path)
-        content = json.loads(path.read_bytes())
+        return json_object(path.read_bytes())
     except OSError as error:
         raise CountdownError(f"cannot read `{path}`: {error.strerror}") from None
+    except ValueError as problem:
+        raise CountdownError(f"`{path}` {problem}") from None
+
+
+def json_object(text: bytes) -> dict[str, object]:
+    """The object in JSON text; raises ValueError if it has none."""
+    try:
+        content = json.loads(text)
     except (ValueError, RecursionError):
-        raise CountdownError(f"`{path}` is not valid JSON") from None
+        raise ValueError("is not valid JSON") from None
     if not isinstance(content, dict):
-        raise CountdownError(f"`{path}` is not a JSON object")
+        raise ValueError("is not a JSON object")
     return content
 
 
@@ -151,45 +158,19 @@ def append_bytes(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-@dataclass(frozen=True)
-class Line:
-    """An unparsed line of a JSON Lines file."""
-
-    path: Path
-    number: int
-    raw: bytes
-
-    @property
-    def place(self) -> str:
-        return f"line {self.number} of `{self.path}`"
-
-    def record(self) -> dict[str, object]:
-        """The object in this line; raises CountdownError if it has none."""
-        try:
-            record = json.loads(self.raw)
-        except (ValueError, RecursionError):
-            raise CountdownError(f"{self.place} is not valid JSON") from None
-        if not isinstance(record, dict):
-            raise CountdownError(f"{self.place} is not a JSON object")
-        return record
-
-    def is_object(self) -> bool:
-        try:
-            return bool(self.record())
-        except CountdownError:
-            return False
-
-
-def read_lines(path: Path) -> Iterator[Line]:
-    """The lines of a JSON Lines file, except a last one that was cut off; none if the file does not exist."""
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The numbered lines of a JSON Lines file, except a last one that was cut off; none if the file does not exist."""
     if not os.path.lexists(path):
         return
     require_regular(path)
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
-            line = Line(path, number, raw.rstrip() + b"\n")
-            if raw.endswith(b"\n") or line.is_object():
-                yield line
+            if not raw.endswith(b"\n"):
+                try:
+                    json_object(raw)
+                except ValueError:
+                    return
+            yield number, raw.rstrip() + b"\n"
 
 
 def require_regular(path: Path) -> None:

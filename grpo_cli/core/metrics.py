@@ -136,10 +136,6 @@ def evaluations(metrics: Iterable[Mapping[str, float]]) -> dict[int, Mapping[str
 
 
 def best_step(metrics: Iterable[Mapping[str, float]]) -> int:
-    """The step of a run's best model: the first that is best on dev, or in runs without dev on val.
-
-    0 before the first evaluation of a trained model.
-    """
-    trained = {step: line for step, line in evaluations(metrics).items() if step}
-    scores = {step: line.get("dev_accuracy", line["val_accuracy"]) for step, line in trained.items()}
+    """The step of a run's best model, the first that is best on dev; 0 before a trained one was evaluated."""
+    scores = {int(line["step"]): line["dev_accuracy"] for line in metrics if line["step"] and "dev_accuracy" in line}
     return max(scores, key=lambda step: (scores[step], -step), default=0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Self
@@ -15,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from grpo_cli import __version__
 from grpo_cli.core.config.resolve import defaults
 from grpo_cli.core.config.settings import panel
+from grpo_cli.core.run.export import license_of
 from grpo_cli.core.run.logs import Evaluated
 from grpo_cli.ui.text import interval, percent, printable
 
@@ -27,21 +27,6 @@ HYPERPARAMETERS = (
 )
 
 
-@dataclass(frozen=True)
-class CardFacts:
-    """The contents of a card; `license` is the base model's, or None if unknown; `messages` are an example prompt."""
-
-    name: str
-    base_model: str
-    license: str | None
-    settings: Mapping[str, object]
-    evaluations: Mapping[str, Mapping[int, Evaluated]]
-    best_step: int
-    contamination: str
-    is_adapter: bool = False
-    messages: Sequence[Mapping[str, str]] = ({"role": "user", "content": "..."},)
-
-
 class _Code(str):
     """A literal of JSON and Python alike, shown as it is."""
 
@@ -50,33 +35,50 @@ class _Code(str):
         return cls(json.dumps(value, indent=indent).replace("`", "\\u0060"))  # it cannot close the block of code
 
 
-def model_card(facts: CardFacts) -> str:
-    """The card as Markdown with the YAML header of model hubs. All text of a run is escaped."""
-    is_hub_id = "/" in facts.base_model and not Path(facts.base_model).exists()
+def model_card(
+    name: str,
+    settings: Mapping[str, object],
+    evaluations: Mapping[str, Mapping[int, Evaluated]],
+    *,
+    best_step: int = 0,
+    contamination: str = "",
+    is_adapter: bool = False,
+    messages: Sequence[Mapping[str, str]] = ({"role": "user", "content": "..."},),
+) -> str:
+    """The card as Markdown with the YAML header of model hubs; `settings` by key, `messages` an example prompt.
+
+    All text of a run is escaped.
+    """
+    base = str(settings["model.model"])
     header = ModelCardData(
-        library_name="peft" if facts.is_adapter else "transformers",
+        library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["countdown", "grpo", "rlvr"],
-        license=facts.license,
-        base_model=facts.base_model if is_hub_id else None,
+        license=license_of(base),
+        base_model=base if "/" in base and not Path(base).exists() else None,  # a hub id
     )
-    start = "after the warm start" if facts.settings["train.warm_start"] else "base"
+    start = "after the warm start" if settings["train.warm_start"] else "base"
     rows = [
         (cell, model, steps[step])
-        for cell, steps in facts.evaluations.items()
-        for model, step in ((start, 0), ("trained", facts.best_step))
+        for cell, steps in evaluations.items()
+        for model, step in ((start, 0), ("trained", best_step))
         if step in steps
     ]
-    shown = {
-        **{key: value for key, value in vars(facts).items() if key != "evaluations"},
-        "evaluated": rows,
-        "has_dev": any(cell.startswith("dev") for cell in facts.evaluations),
-        "hyperparameters": [*HYPERPARAMETERS, *_changed(facts.settings)],
-        "version": __version__,
-        "messages": _Code.of(facts.messages, indent=4),
-        "base_name": _Code.of(facts.base_model),
-    }
-    page = _template().render(shown, percent=percent, interval=interval)
+    page = _template().render(
+        name=name,
+        base_model=base,
+        license=header.license,
+        settings=settings,
+        contamination=contamination,
+        is_adapter=is_adapter,
+        evaluated=rows,
+        hyperparameters=[*HYPERPARAMETERS, *_changed(settings)],
+        version=__version__,
+        messages=_Code.of(messages, indent=4),
+        base_name=_Code.of(base),
+        percent=percent,
+        interval=interval,
+    )
     return f"---\n{header.to_yaml()}\n---\n\n{page}"
 
 

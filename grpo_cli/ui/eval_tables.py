@@ -20,6 +20,7 @@ from grpo_cli.ui.text import (
     excerpt,
     interval,
     out,
+    p_value,
     percent,
     printable,
     probability,
@@ -29,10 +30,6 @@ from grpo_cli.ui.text import (
 if TYPE_CHECKING:
     from grpo_cli.core.evals.compare import Paired, SuitePaired
     from grpo_cli.core.evals.evaluate import Completion, Evaluation, SuiteResult
-
-COMPARISON_WIDTH = 76
-WIDE = 100  # terminal width from which tables show optional columns
-CELL_WIDTH, ACCURACY_WIDTH = 28, 23  # widths in a matrix: the first columns, and each model's
 
 
 def evaluation(result: Evaluation, *, examples: int = 3) -> None:
@@ -56,14 +53,11 @@ def _headline(result: Evaluation) -> None:
         ("decoding", f"up to {result.max_new_tokens} tokens, protocol {result.protocol}"),
     ]
     if result.known is not None:
-        rows.append(("overlap", printable(result.known.statement(result.puzzles))))
+        rows.append(("overlap", result.known.statement(result.puzzles)))
     if result.pass_at_k is not None:
         rows.insert(1, (f"pass@{result.samples}", percent(result.pass_at_k)))
     total = sum(result.reasons.values())
-    rows += [
-        ("cheats", f"{percent(count / total)}  {CHEATS.get(kind, printable(kind))}")
-        for kind, count in result.cheats.items()
-    ]
+    rows += [("cheats", f"{percent(count / total)}  {CHEATS.get(kind, kind)}") for kind, count in result.cheats.items()]
     out.print(facts(rows))
 
 
@@ -84,11 +78,11 @@ def leaks(results: Sequence[SuiteResult]) -> None:
 
 def _reasons(reasons: Mapping[str, int]) -> Table:
     total, room = sum(reasons.values()), min(max(out.width - 33, 0), 20)
-    table = grid("outcome", "count", "share", "", numeric=("count", "share"))
+    rows = []
     for reason, count in sorted(reasons.items(), key=lambda item: (item[0] != "correct", -item[1])):
-        bar = Text("█" * round(room * count / total), style="green" if reason == "correct" else "red")
-        table.add_row(reason, f"{count:,}", percent(count / total), bar)
-    return table
+        bar = Text("█" * round(room * count / total), "green" if reason == "correct" else "red")
+        rows.append((reason, f"{count:,}", percent(count / total), bar))
+    return grid("outcome", "count", "share", "", numeric=("count", "share"), rows=rows)
 
 
 def _examples(result: Evaluation, count: int) -> list[Completion]:
@@ -107,24 +101,16 @@ def _example(completion: Completion) -> None:
 
 
 def comparison(results: Sequence[SuiteResult]) -> None:
-    """One line per evaluation of one cell; several lines each on a narrow terminal."""
-    if out.width < COMPARISON_WIDTH:
-        for result in results:
-            _headline(result.cells[0])
-            out.print()
-        return
+    """One line per evaluation of one cell."""
     headers, rows = _comparison(results)
-    table = grid(*headers, numeric=headers[2:])
-    for row in rows:
-        table.add_row(*map(Text, row))
-    out.print(table)
+    out.print(grid(*headers, numeric=headers[2:], rows=rows))
     _provenance(results)
 
 
 def _comparison(results: Sequence[SuiteResult]) -> tuple[list[str], list[list[str]]]:
     rows = [
         [
-            printable(result.model),
+            result.model,
             result.style,
             str(result.numbers),
             f"{result.count:,}",
@@ -139,39 +125,29 @@ def _comparison(results: Sequence[SuiteResult]) -> tuple[list[str], list[list[st
 
 
 def suite(name: str, results: Sequence[SuiteResult]) -> None:
-    """A matrix of accuracies, cells by models, in several blocks on a narrow terminal."""
+    """A matrix of accuracies, cells by models."""
     weighted = sum(weight > 0 for weight in results[0].weights.values())
     cells = f"{counted(len(results[0].cells), 'cell')}, {weighted} of them in the weighted mean"
     out.print(Text.assemble((f"suite {printable(name)}", "bold"), f"  {cells}"))
-    each = max(1, (out.width - CELL_WIDTH) // (ACCURACY_WIDTH + 2))
-    for start in range(0, len(results), each):
-        block = results[start : start + each]
-        headers, rows = _matrix(block, weights=out.width >= WIDE)
-        table = grid(*headers[: -len(block)], numeric=headers[1:])
-        for header in headers[-len(block) :]:
-            table.add_column(Text(header), justify="right", overflow="fold", max_width=ACCURACY_WIDTH)
-        for row in rows:
-            table.add_row(*map(Text, row))
-        out.print()
-        out.print(table)
+    headers, rows = _matrix(results)
+    out.print()
+    out.print(grid(*headers, numeric=headers[1:], rows=rows))
     _provenance(results)
 
 
-def _matrix(results: Sequence[SuiteResult], *, weights: bool) -> tuple[list[str], list[list[str]]]:
+def _matrix(results: Sequence[SuiteResult]) -> tuple[list[str], list[list[str]]]:
     """Cells by models; the last row holds the weighted means."""
     first = results[0]
-    headers = ["cell", *(["weight"] if weights else []), "puzzles", *(printable(result.model) for result in results)]
     rows = [
         [
             asked.cell,
-            *([f"{first.weights[asked.cell]:g}"] if weights else []),
             f"{asked.count:,}",
             *(accuracy(result.cells[index].accuracy, result.cells[index].interval) for result in results),
         ]
         for index, asked in enumerate(first.cells)
     ]
-    blank = [""] * (len(headers) - len(results) - 1)
-    return headers, [*rows, ["weighted mean", *blank, *(percent(result.mean) for result in results)]]
+    headers = ["cell", "puzzles", *(result.model for result in results)]
+    return headers, [*rows, ["weighted mean", "", *(percent(result.mean) for result in results)]]
 
 
 def _provenance(results: Sequence[SuiteResult]) -> None:
@@ -179,7 +155,7 @@ def _provenance(results: Sequence[SuiteResult]) -> None:
     out.print()
     out.print(Text(_decoding(results[0])))
     for line in map(_origin, results):
-        out.print(Text(line))
+        out.print(Text(printable(line)))
 
 
 def _decoding(result: SuiteResult) -> str:
@@ -190,7 +166,7 @@ def _decoding(result: SuiteResult) -> str:
 def _origin(result: SuiteResult) -> str:
     known = result.cells[0].known
     statement = f"; {known.statement(result.puzzles)}" if known else ""
-    return printable(f"{result.model}: {result.seconds:.1f} s{statement}")
+    return f"{result.model}: {result.seconds:.1f} s{statement}"
 
 
 def paired(pair: Paired) -> None:
@@ -210,14 +186,11 @@ def paired(pair: Paired) -> None:
 
 def suite_paired(pair: SuitePaired) -> None:
     """Puzzles gained and lost in each cell, with an example of each."""
-    headers, rows = _gains(pair, raw=out.width >= WIDE)
-    table = grid(*headers, numeric=headers[1:-1])
-    for row in rows:
-        table.add_row(*map(Text, row))
+    headers, rows = _gains(pair)
     out.print()
     out.print(Text.assemble((_models(pair), "bold"), "  exact McNemar, p corrected by Holm for the cells"))
     out.print()
-    out.print(table)
+    out.print(grid(*headers, numeric=headers[1:-1], rows=rows))
     compared = pair.cells.values()
     _pair_examples(
         list(chain.from_iterable(cell.gained for cell in compared)),
@@ -225,20 +198,19 @@ def suite_paired(pair: SuitePaired) -> None:
     )
 
 
-def _gains(pair: SuitePaired, *, raw: bool) -> tuple[list[str], list[list[str]]]:
-    """Puzzles gained and lost by cell, p (if `raw`, uncorrected too), and a mark if not significant."""
+def _gains(pair: SuitePaired) -> tuple[list[str], list[list[str]]]:
+    """Puzzles gained and lost by cell, p corrected for the cells, and a mark if not significant."""
     rows = [
         [
             name,
             f"{len(cell.gained):,}",
             f"{len(cell.lost):,}",
-            *([probability(cell.p_value).removeprefix("= ")] if raw else []),
-            probability(corrected).removeprefix("= "),
+            p_value(corrected),
             "" if significant(corrected) else NOT_SIGNIFICANT,
         ]
         for (name, cell), corrected in zip(pair.cells.items(), pair.p_holm.values(), strict=True)
     ]
-    return ["cell", "gained", "lost", *(["p"] if raw else []), "Holm p", ""], rows
+    return ["cell", "gained", "lost", "Holm p", ""], rows
 
 
 def _models(pair: Paired | SuitePaired) -> str:
@@ -257,14 +229,14 @@ def _pair_examples(
 
 def markdown(name: str | None, results: Sequence[SuiteResult], pairs: Sequence[SuitePaired]) -> None:
     """The results of a suite, or of one cell, and their comparison as Markdown."""
-    headers, rows = _comparison(results) if name is None else _matrix(results, weights=True)
-    title = "" if name is None else f"Suite {_escaped(printable(name))}, "
+    headers, rows = _comparison(results) if name is None else _matrix(results)
+    title = "" if name is None else f"Suite {_escaped(name)}, "
     lines = [f"{title}{_decoding(results[0])}", "", *_markdown_table(headers, rows), ""]
     lines += [f"- {_escaped(_origin(result))}" for result in results]
     for pair in pairs:
-        lines += ["", f"{_escaped(_models(pair))}, exact McNemar:", "", *_markdown_table(*_gains(pair, raw=True))]
+        lines += ["", f"{_escaped(_models(pair))}, exact McNemar:", "", *_markdown_table(*_gains(pair))]
     for line in lines:
-        out.print(Text(line), soft_wrap=True)
+        out.print(Text(printable(line)), soft_wrap=True)
 
 
 def _markdown_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:

@@ -1,13 +1,8 @@
-"""Figures from metrics: read a run's metrics or the original system's file, draw the training curve and the KL curve.
-
-Imports matplotlib only when drawing.
-"""
+"""Figures from metrics: the training curve and the KL curve of one run or several. Imports matplotlib only to draw."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,10 +23,6 @@ if TYPE_CHECKING:
 Series = list[tuple[int, float]]
 Dashes = tuple[int, tuple[float, ...]]  # offset, then lengths of dashes and gaps: a line style of matplotlib
 
-# The original system logged steps 0, 10, 20, ...: means over the steps since the previous line.
-ORIGINAL_EVERY = 10
-ORIGINAL_KEYS = ("rewards_avg", "train_accuracies_avg", "val_accuracies_avg", "kl_avg")
-
 # Okabe and Ito's colours, distinguishable with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v")
@@ -42,122 +33,39 @@ LEGEND_CHARACTERS = 100
 FORMATS = ("png", "svg")
 SVG_METADATA = ("Creator", "Date", "Format", "Type")
 LARGEST = 1e100  # largest value to draw: sums and axes of larger ones overflow
-LARGEST_STEP = 10**15
 
 
 @dataclass(frozen=True)
 class Curves:
     """The curves of one run, each as (step, value) points in the order of steps.
 
-    `val` has one series per evaluated set: `val`, or `val` with the original's name of the set; `cells` has one per
-    other evaluated cell of the suite, such as `val 4 zero-shot`.
+    `cells` has a series for every other evaluated cell of the suite, such as `val 4 zero-shot`.
     """
 
     name: str
     reward: Series
     accuracy: Series
     kl: Series
-    val: dict[str, Series]
+    val: Series
     cells: dict[str, Series] = field(default_factory=dict)
     best: int | None = None  # step of the best model, which the run saves
     temperature: float | None = None  # of sampling, if known
 
     @property
     def is_empty(self) -> bool:
-        return not any((self.reward, self.accuracy, self.kl, *self.val.values()))
-
-
-# Reading
-
-
-def load(path: Path) -> Curves:
-    """The curves in a file: lines of metrics, or the original system's JSON object. Their name is the file's stem.
-
-    Raises CountdownError, naming the file and the line or key, for anything else.
-    """
-    if path.exists() and not path.is_file():
-        raise CountdownError(f"`{path}` is not a regular file", "name a run, or a file of metrics")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as problem:
-        raise CountdownError(f"cannot read `{path}`: {problem.strerror}") from None
-    except UnicodeDecodeError:
-        raise CountdownError(f"`{path}` is not UTF-8 text") from None
-    whole = _json(text)
-    if isinstance(whole, dict) and any(key in whole for key in ORIGINAL_KEYS):
-        curves = _from_original(path, whole)
-    else:
-        curves = from_metrics(path.stem, _metrics(path, text))
-    if curves.is_empty:
-        raise CountdownError(f"`{path}` holds no metrics to plot")
-    return curves
+        return not any((self.reward, self.accuracy, self.kl, self.val))
 
 
 def from_metrics(name: str, lines: Iterable[Mapping[str, float]], *, temperature: float | None = None) -> Curves:
-    """The curves in a run's metrics. A missing value, or one that cannot be drawn, adds no point."""
+    """The curves in a run's metrics. A missing value, or one too large to draw, adds no point."""
     rows = list(lines)
 
     def series(key: str) -> Series:
-        return [(int(row["step"]), row[key]) for row in rows if key in row and _can_be_drawn(row[key])]
+        return [(int(row["step"]), row[key]) for row in rows if abs(row.get(key, math.inf)) <= LARGEST]
 
     cells = {cell: points for cell in CELLS if (points := series(SUITE + cell))}
-    val = {"val": series("val_accuracy")}
-    best = best_step(rows) or None
-    return Curves(name, series("reward"), series("accuracy"), series("kl"), val, cells, best, temperature)
-
-
-def _metrics(path: Path, text: str) -> Iterable[dict[str, float]]:
-    for number, line in enumerate(text.splitlines(), start=1):
-        row = _json(line)
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise CountdownError(
-                f"`{path}`, line {number}: not a line of metrics",
-                "a file to plot is a run's metrics or the original system's JSON object",
-            )
-        if abs(row["step"]) > LARGEST_STEP:
-            raise CountdownError(f"`{path}`, line {number}: `step` is too large")
-        yield {key: _number(f"`{path}`, line {number}: `{key}`", value) for key, value in row.items()}
-
-
-def _from_original(path: Path, lists: Mapping[str, object]) -> Curves:
-    def series(name: str, values: object) -> Series:
-        if not isinstance(values, list):
-            raise CountdownError(f"`{path}`: `{name}` is not a list")
-        numbers = [_number(f"`{path}`: `{name}[{index}]`", value) for index, value in enumerate(values)]
-        return [(ORIGINAL_EVERY * index, number) for index, number in enumerate(numbers) if _can_be_drawn(number)]
-
-    reward, accuracy, val, kl = (lists.get(key, []) for key in ORIGINAL_KEYS)
-    named = {f"val {name}": values for name, values in val.items()} if isinstance(val, dict) else {"val": val}
-    return Curves(
-        path.stem,
-        series("rewards_avg", reward),
-        series("train_accuracies_avg", accuracy),
-        series("kl_avg", kl),
-        {name: series("val_accuracies_avg", values) for name, values in named.items()},
-    )
-
-
-def _can_be_drawn(value: float) -> bool:
-    return abs(value) <= LARGEST  # also false for NaN
-
-
-def _json(text: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _number(where: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise CountdownError(f"{where} is not a number")
-    try:
-        return float(value)
-    except OverflowError:
-        raise CountdownError(f"{where} is too large") from None
-
-
-# Drawing
+    reward, accuracy, kl, val = (series(key) for key in ("reward", "accuracy", "kl", "val_accuracy"))
+    return Curves(name, reward, accuracy, kl, val, cells, best_step(rows) or None, temperature)
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:
@@ -168,19 +76,6 @@ def moving_average(values: Sequence[float], window: int) -> list[float]:
     last, half = len(values) - 1, (window - 1) // 2
     radii = [min(half, place, last - place) for place in range(len(values))]
     return [fmean(values[place - radius : place + radius + 1]) for place, radius in enumerate(radii)]
-
-
-def training_curve(curves: Sequence[Curves], path: Path, *, smooth: bool = False, window: int = 10) -> None:
-    """Write train and val accuracy, the suite's cells if there are any, and the reward below, by step.
-
-    Stars mark the best model, which the run saved. PNG or SVG by the extension of `path`.
-    """
-    save(training_figure(curves, smooth=smooth, window=window), path)
-
-
-def kl_curve(curves: Sequence[Curves], path: Path, *, smooth: bool = False, window: int = 10) -> None:
-    """Write the KL estimate by step; PNG or SVG by the extension of `path`."""
-    save(kl_figure(curves, smooth=smooth, window=window), path)
 
 
 def svg(figure: Figure, *, prefix: str) -> str:
@@ -194,48 +89,45 @@ def svg(figure: Figure, *, prefix: str) -> str:
     return "<svg" + re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{prefix}-", element)
 
 
-def training_figure(curves: Sequence[Curves], *, smooth: bool, window: int) -> Figure:
-    """The figure of `training_curve`: accuracies, then the cells' if any, then rewards."""
+def training_figure(curves: Sequence[Curves], window: int = 1) -> Figure:
+    """Train and val accuracy, the suite's cells if there are any, and the reward below, by step.
+
+    Curves of training are averaged over `window` steps. Stars mark the best model, which the run saved.
+    """
     suites = any(run.cells for run in curves)
-    figure, panels = _panels(curves, height=9.0 if suites else 6.0, ratios=(2, 2, 1) if suites else (2, 1))
-    upper, lower = panels[0], panels[-1]
+    figure, axes = panels(_title(curves), height=9.0 if suites else 6.0, ratios=(2, 2, 1) if suites else (2, 1))
+    upper, lower = axes[0], axes[-1]
     for index, run in enumerate(curves):
         dots, place = divmod(index, len(COLOURS))
         colour = COLOURS[place]
         sampled = "train (sampled)" if run.temperature is None else f"train (sampled, T {run.temperature:g})"
-        averaged = f"{sampled[:-1]}, centred mean of {window - 1 + window % 2:,})" if smooth else sampled
-        _line(upper, run.accuracy, colour, dots, _label(averaged, run, curves), smooth=smooth, window=window)
-        for order, (name, points) in enumerate(run.val.items()):
-            val_colour = colour if len(curves) > 1 else COLOURS[(order + 1) % len(COLOURS)]
-            marker = MARKERS[order % len(MARKERS)]
-            greedy = f"{name} (greedy)" if name == "val" else name
-            _markers(upper, points, val_colour, marker, _dashes(4, 2, dots=dots), _label(greedy, run, curves), run.best)
+        averaged = f"{sampled[:-1]}, centred mean of {window - 1 + window % 2:,})" if window > 1 else sampled
+        _line(upper, run.accuracy, colour, dots, _label(averaged, run, curves), window)
+        val_colour = colour if len(curves) > 1 else COLOURS[1]
+        _markers(upper, run.val, val_colour, MARKERS[0], _dashes(4, 2, dots), _label("val (greedy)", run, curves), run)
         for name, points in run.cells.items():
             split, numbers, style = name.split(" ", 2)
             cell_colour = STYLE_COLOURS[style] if len(curves) == 1 else colour
-            dashes = _dashes(4, 2, dots=dots) if split == "val" else _dashes(1, 4, dots=dots)
-            _markers(
-                panels[1], points, cell_colour, MARKERS[int(numbers) - 3], dashes, _label(name, run, curves), run.best
-            )
-        _line(lower, run.reward, colour, dots, "", smooth=smooth, window=window)
-    for axes in panels[:-1]:
-        axes.set(ylabel=metric("accuracy").axis, ylim=(0, 1.02))
-        axes.yaxis.set_major_formatter("{x:.0%}")
+            dashes = _dashes(4, 2, dots) if split == "val" else _dashes(1, 4, dots)
+            _markers(axes[1], points, cell_colour, MARKERS[int(numbers) - 3], dashes, _label(name, run, curves), run)
+        _line(lower, run.reward, colour, dots, "", window)
+    for panel in axes[:-1]:
+        panel.set(ylabel=metric("accuracy").axis, ylim=(0, 1.02))
+        panel.yaxis.set_major_formatter("{x:.0%}")
     lower.set_ylabel(metric("reward").axis)
     lower.set_ylim(bottom=0)
     if any(run.best for run in curves):
         upper.scatter([], [], s=100, color="#555555", marker="*", label="best model, saved")
-    _legend(figure, *panels[:-1])
+    _legend(figure, *axes[:-1])
     return figure
 
 
-def kl_figure(curves: Sequence[Curves], *, smooth: bool, window: int) -> Figure:
-    """The figure of `kl_curve`."""
-    figure, (axes,) = _panels(curves, height=3.6, ratios=(1,))
+def kl_figure(curves: Sequence[Curves], window: int = 1) -> Figure:
+    """The KL estimate by step."""
+    figure, (axes,) = panels(_title(curves), height=3.6)
     for index, run in enumerate(curves):
-        label = _label("KL", run, curves)
         dots, place = divmod(index, len(COLOURS))
-        _line(axes, run.kl, COLOURS[place], dots, label, smooth=smooth, window=window)
+        _line(axes, run.kl, COLOURS[place], dots, _label("KL", run, curves), window)
     axes.set_ylabel(metric("kl").axis)
     axes.set_ylim(bottom=0)
     if len(curves) > 1:
@@ -243,61 +135,61 @@ def kl_figure(curves: Sequence[Curves], *, smooth: bool, window: int) -> Figure:
     return figure
 
 
-def _panels(curves: Sequence[Curves], *, height: float, ratios: Sequence[float]) -> tuple[Figure, list[Axes]]:
-    os.environ.pop("MPLBACKEND", None)  # a notebook's backend fails elsewhere, and files need none
+def panels(title: str, *, height: float, ratios: Sequence[float] = (1,)) -> tuple[Figure, list[Axes]]:
+    """A figure of panels above one another, which share the axis of steps."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, height), layout="constrained")
-    panels: list[Axes] = list(figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0])
-    for axes in panels:
+    shown: list[Axes] = list(figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0])
+    for axes in shown:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e4e4e4")
         axes.set_axisbelow(True)
-    panels[0].set_title(_name(curves[0].name) if len(curves) == 1 else f"{len(curves)} runs", loc="left", weight="bold")
-    panels[-1].set_xlabel("step")
-    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure, panels
+    shown[0].set_title(title, loc="left", weight="bold")
+    shown[-1].set_xlabel("step")
+    shown[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure, shown
 
 
-def _dashes(dash: float, gap: float, *, dots: int) -> Dashes:
+def _title(curves: Sequence[Curves]) -> str:
+    return as_label(curves[0].name) if len(curves) == 1 else f"{len(curves)} runs"
+
+
+def _dashes(dash: float, gap: float, dots: int) -> Dashes:
     """A line style of one dash and `dots` dots, to distinguish runs of the same colour."""
     return (0, (dash, gap, *(1, 2) * dots))
 
 
-def _line(axes: Axes, points: Series, colour: str, dots: int, label: str, *, smooth: bool, window: int) -> None:
-    """Draw a curve, solid or with `dots`; if smoothed, the raw curve faintly behind its moving average."""
+def _line(axes: Axes, points: Series, colour: str, dots: int, label: str, window: int) -> None:
+    """Draw a curve, solid or with `dots`; if averaged over `window`, in front of the raw curve."""
     if not points:
         return
     steps, values = [step for step, _ in points], [value for _, value in points]
     marker = "." if len(points) == 1 else ""
-    if smooth:
+    if window > 1:
         axes.plot(steps, values, color=colour, marker=marker, alpha=0.25, linewidth=1)
         values = moving_average(values, window)
-    style = _dashes(10, 2, dots=dots) if dots else "-"
-    axes.plot(steps, values, color=colour, marker=marker, linestyle=style, label=label)
+    axes.plot(steps, values, color=colour, marker=marker, linestyle=_dashes(10, 2, dots) if dots else "-", label=label)
 
 
-def _markers(
-    axes: Axes, points: Series, colour: str, marker: str, dashes: Dashes, label: str, best: int | None
-) -> None:
-    """Draw a curve with markers, on some of its points if there are many. A star marks the best step."""
+def _markers(axes: Axes, points: Series, colour: str, marker: str, dashes: Dashes, label: str, run: Curves) -> None:
+    """Draw a curve with markers, on some of its points if there are many. A star marks the run's best step."""
     if not points:
         return
-    steps, values = zip(*points, strict=True)
-    (line,) = axes.plot(steps, values, color=colour, marker=marker, linestyle=dashes, linewidth=1, label=label)
-    line.set(markevery=math.ceil(len(points) / MOST_MARKERS), clip_on=False, zorder=3, markersize=4)
-    if best is not None and best in steps:
-        axes.scatter(
-            best, dict(points)[best], s=140, color=colour, marker="*", edgecolors="white", clip_on=False, zorder=4
-        )
+    values = dict(points)
+    (line,) = axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle=dashes, label=label)
+    line.set(markevery=math.ceil(len(points) / MOST_MARKERS), clip_on=False, zorder=3, markersize=4, linewidth=1)
+    if run.best is not None and run.best in values:
+        star = axes.scatter(run.best, values[run.best], s=140, color=colour, marker="*", edgecolors="white")
+        star.set(clip_on=False, zorder=4)
 
 
 def _label(curve: str, run: Curves, curves: Sequence[Curves]) -> str:
-    return f"{_name(curve)} ({_name(run.name)})" if len(curves) > 1 else _name(curve)
+    return f"{curve} ({as_label(run.name)})" if len(curves) > 1 else curve
 
 
-def _name(text: str) -> str:
+def as_label(text: str) -> str:
     """A name as a label: shortened, with matplotlib's math characters escaped."""
     shown = "".join(character if character.isprintable() else "?" for character in text)
     return (shown if len(shown) <= NAME_CHARACTERS else shown[: NAME_CHARACTERS - 1] + "…").replace("$", r"\$")

@@ -5,13 +5,11 @@ Draws what `why.explained` returns. Imports matplotlib only when drawing.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.ui.figures import COLOURS, save
+from grpo_cli.ui.figures import COLOURS
 from grpo_cli.ui.text import printable
 
 if TYPE_CHECKING:
@@ -28,7 +26,6 @@ def fork_figure(data: Mapping[str, Any]) -> Figure:
 
     Raises CountdownError if better and worse completions do not part.
     """
-    os.environ.pop("MPLBACKEND", None)  # a notebook's backend fails elsewhere, and files need none
     from matplotlib.figure import Figure
 
     if not data["fork"]:
@@ -41,11 +38,6 @@ def fork_figure(data: Mapping[str, Any]) -> Figure:
     _completions(left, data)
     _bars(right, data["fork"])
     return figure
-
-
-def write_fork(data: Mapping[str, Any], path: Path) -> None:
-    """Write the figure as PNG or SVG, by the extension of `path`."""
-    save(fork_figure(data), path)
 
 
 def _completions(axes: Axes, data: Mapping[str, Any]) -> None:

@@ -6,7 +6,6 @@ core/metrics.py declares which metrics it shows.
 from __future__ import annotations
 
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -36,15 +35,15 @@ STEP_SECONDS = 15.0  # between further lines, and before the first one of a step
 BRANCH = 16  # characters shown on each side of a group's first difference
 
 
-def fitting(widths: Mapping[Metric, int], width: int) -> list[Metric]:
-    """The most important columns that fit side by side, in the given order."""
+def fitting(width: int) -> list[Metric]:
+    """The most important columns of the table that fit side by side."""
     chosen = set()
-    for column in sorted(widths, key=lambda column: column.rank):
-        width -= widths[column] + GAP
+    for column in sorted(TABLE, key=lambda column: column.rank):
+        width -= column.width + GAP
         if width < -GAP:
             break
         chosen.add(column)
-    return [column for column in widths if column in chosen]
+    return [column for column in TABLE if column in chosen]
 
 
 @dataclass(frozen=True)
@@ -169,13 +168,10 @@ class TrainingView(Observer):
     # Shown
 
     def _line(self, metrics: Mapping[str, float]) -> str:
-        """A step in one line: complete for a pipe, cut to the width of a terminal that cannot redraw."""
+        """A step in one line."""
         step = f"step {metrics['step']:.0f} of {self._total}, {self._left()} left"
-        cells = {column: f"{column.title} {column.cell(metrics)}" for column in (*TABLE[1:], *PHASES)}
-        room = self._console.width - len(step) - GAP if self._console.is_terminal else sys.maxsize
-        shown = fitting({column: len(cell) for column, cell in cells.items()}, room)
-        group = [f"group: {self._group}"] if self._group and not self._console.is_terminal else []
-        return (GAP * " ").join([step, *(cells[column] for column in shown), *group])
+        cells = [f"{column.title} {column.cell(metrics)}" for column in (*TABLE[1:], *PHASES)]
+        return (GAP * " ").join([step, *cells, *([f"group: {self._group}"] if self._group else [])])
 
     def _left(self) -> str:
         """Estimated time left; the first step only starts the clock."""
@@ -223,7 +219,7 @@ class TrainingView(Observer):
         return grid
 
     def _table(self, width: int, rows: int) -> Table:
-        columns = fitting({column: column.width for column in TABLE}, width)
+        columns = fitting(width)
         table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="bold")
         for column in columns:
             table.add_column(column.title, justify="right", no_wrap=True, min_width=column.width)

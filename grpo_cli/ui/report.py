@@ -1,4 +1,4 @@
-"""An HTML report of one run or several: self-contained, works offline, prints on A4.
+"""An HTML report of one run or several: self-contained, works offline.
 
 `account` provides the data, `report.html.j2` and `report.css` the page. All external text is passed through
 `printable` and escaped, and the page's content security policy forbids scripts and requests.
@@ -9,47 +9,42 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
-from pathlib import Path
+from typing import cast
 
 from markupsafe import Markup
 
-from grpo_cli.core import files
 from grpo_cli.core.config.settings import FIELDS
 from grpo_cli.core.evals.statistics import NOT_SIGNIFICANT, holm, significant
 from grpo_cli.core.metrics import METRICS, Metric
 from grpo_cli.core.rl.health import collapses, warnings
 from grpo_cli.core.run.logs import Evaluated, Example
 from grpo_cli.ui import figures as plot
-from grpo_cli.ui.account import UNTESTED, Account, Change, change, puzzles, verdict
-from grpo_cli.ui.figures import Curves, Series
+from grpo_cli.ui.account import Account, Change, change, verdict
+from grpo_cli.ui.figures import Series
 from grpo_cli.ui.pages import render
 from grpo_cli.ui.text import interval, percent, probability
 
 SMALLER = 0.8  # scale of images, to match the page's text size
 TITLED = 3  # most runs named in the title
-DRAWN = 2  # completions shown per training step
 Side = tuple[int, Example]  # a completion, and its step
 
 
-def page(accounts: Sequence[Account], *, defaults: Mapping[str, object], smooth: bool = False, window: int = 10) -> str:
-    """The whole page. `defaults` are the shipped settings by key; `smooth` averages curves over `window` steps."""
-    configured = [account for account in accounts if account.settings]
+def page(accounts: Sequence[Account], *, defaults: Mapping[str, object], window: int = 1) -> str:
+    """The whole page. `defaults` are the shipped settings by key; curves are averaged over `window` steps."""
     places = [
         (f"{account.name}, {since}" if len(accounts) > 1 else since, facts)
         for account in accounts
         for since, facts in account.environment.items()
         if isinstance(facts, Mapping)
     ]
-    views = (story, verdict, about, test_note, compared, pairs_by_cell, training_samples, recorded, ordered_reasons)
+    views = (story, verdict, about, compared, pairs_by_cell, recorded, ordered_reasons)
     return render(
         "report.html.j2",
         **{view.__name__: view for view in (*views, health_rows, signs, sparkline, shown, interval, probability)},
         accounts=accounts,
         title=", ".join(one.name for one in accounts) if len(accounts) <= TITLED else f"{len(accounts)} runs",
-        figures=_figures([account.curves for account in accounts], smooth=smooth, window=window),
-        configured=configured,
-        changed_settings=[key for key in defaults if any(one.settings.get(key) != defaults[key] for one in configured)],
+        figures=_figures(accounts, window),
+        changed_settings=[key for key in defaults if any(one.settings.get(key) != defaults[key] for one in accounts)],
         defaults=defaults,
         fields=FIELDS,
         places=places,
@@ -57,19 +52,12 @@ def page(accounts: Sequence[Account], *, defaults: Mapping[str, object], smooth:
     )
 
 
-def write(text: str, path: Path) -> None:
-    """Write a page atomically."""
-    files.write(path, text.encode())
-
-
 def story(account: Account) -> str:
     """Model, settings and duration of the training."""
     values = account.settings
-    if not values:
-        return f"The curves of a file of metrics, to step {account.steps:,}."
     seconds = sum(line.get("time/total", 0) + line.get("time/eval", 0) for line in account.metrics)
     taken, planned = account.steps, values["train.num_iterations"]
-    steps = f"{taken:,} steps" if account.summary or taken == planned else f"{taken:,} of {planned} steps so far"
+    steps = f"{taken:,} steps" if taken == planned else f"{taken:,} of {planned} steps"
     style, numbers = (
         values[f"task.{key}"] if values[f"train.prompt_{key}"] == "task" else values[f"train.prompt_{key}"]
         for key in ("style", "numbers")
@@ -87,11 +75,15 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {left:02} s" if minutes else f"{left} s"
 
 
-def _figures(curves: Sequence[Curves], *, smooth: bool, window: int) -> dict[str, Markup]:
+def _figures(accounts: Sequence[Account], window: int) -> dict[str, Markup]:
     """SVG by caption."""
+    curves = [
+        plot.from_metrics(one.name, one.metrics, temperature=cast(float, one.settings["train.temperature"]))
+        for one in accounts
+    ]
     drawn = {
-        "Accuracy and reward; stars mark the saved model": plot.training_figure(curves, smooth=smooth, window=window),
-        "KL from the reference model": plot.kl_figure(curves, smooth=smooth, window=window),
+        "Accuracy and reward; stars mark the saved model": plot.training_figure(curves, window),
+        "KL from the reference model": plot.kl_figure(curves, window),
     }
     for figure in drawn.values():
         figure.set_size_inches(*(SMALLER * figure.get_size_inches()))
@@ -103,31 +95,16 @@ def _figures(curves: Sequence[Curves], *, smooth: bool, window: int) -> dict[str
 
 def about(account: Account, steps: Mapping[int, Evaluated]) -> str:
     """Number of puzzles of a cell, and where it peaked if not at the best step."""
-    count = max(evaluation.count for evaluation in steps.values())
     peak = max(steps.values(), key=lambda one: one.accuracy)
-    best = steps.get(account.best or 0)
+    best = steps.get(account.best)
     beaten = best is not None and peak.accuracy > best.accuracy
-    words = [f"{count:,} puzzles"] * (count > 0) + [f"peak {percent(peak.accuracy)} at step {peak.step:,}"] * beaten
-    return ", ".join(words)
-
-
-def test_note(account: Account) -> str:
-    """How the changes of the cells were tested."""
-    if not any(account.change(cell) for cell in account.cells):
-        return UNTESTED
-    count = account.num_candidates
-    chosen = f", multiplied by {count}: the evaluations that the best was chosen from." if count > 1 else "."
-    return (
-        "Bands are 95 % intervals. Puzzles gained and lost from the start to the best step, with the p value of the "
-        f"exact McNemar test{chosen}{' The best step was chosen on dev.' if account.chosen_on_dev else ''}"
-    )
+    return f"{peak.count:,} puzzles" + f", peak {percent(peak.accuracy)} at step {peak.step:,}" * beaten
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs on one cell, by their best or their last models."""
+    """The best models of two runs on one cell."""
 
-    models: str
     before: Evaluated
     after: Evaluated
     change: Change
@@ -136,40 +113,31 @@ class Comparison:
 
 
 def compared(first: Account, second: Account) -> list[Comparison]:
-    """Two runs on each common cell, by their best models and by their last ones."""
-    pairs: list[tuple[str, Evaluated | None, Evaluated | None]] = []
-    for cell in (name for name in first.cells if name in second.cells):
-        ours, theirs = first.cells[cell], second.cells[cell]
-        best = (ours.get(first.best or -1), theirs.get(second.best or -1))
-        last = (ours[max(ours)], theirs[max(theirs)])
-        pairs += [("best and last", *best)] if best == last else [("best", *best), ("last", *last)]
-    tests = [(word, a, b, tested) for word, a, b in pairs if a and b and (tested := change(a, b))]
+    """The best models of two runs on each cell that both evaluated on the same puzzles."""
+    tests = []
+    for cell in (name for name in first.evaluations if name in second.evaluations):
+        one, other = first.evaluations[cell].get(first.best or -1), second.evaluations[cell].get(second.best or -1)
+        if one and other and (tested := change(one, other)):
+            tests.append((one, other, tested))
     rows = []
-    for (word, one, other, tested), p_value in zip(tests, holm([test[-1].p_value for test in tests]), strict=True):
+    for (one, other, tested), p_value in zip(tests, holm([test[-1].p_value for test in tests]), strict=True):
         better = second.name if tested.gained > tested.lost else first.name
         winner = f"{better} is better" if significant(p_value) else NOT_SIGNIFICANT
-        rows.append(Comparison(word, one, other, tested, p_value, winner))
+        rows.append(Comparison(one, other, tested, p_value, winner))
     return rows
 
 
 def pairs_by_cell(account: Account) -> dict[str, list[tuple[Side, Side]]]:
     """Each cell's puzzles that changed from the start to the best step; if none did, those never solved."""
     found = {}
-    for cell, steps in account.cells.items():
-        one, other = steps.get(0), steps.get(account.best or 0)
-        if one and other and puzzles(one) == puzzles(other) != []:
+    for cell, steps in account.evaluations.items():
+        one, other = steps.get(0), steps.get(account.best)
+        if one and other and one.puzzles == other.puzzles:
             sides = [((0, a), (other.step, b)) for a, b in zip(one.examples, other.examples, strict=True)]
             solved = [[example.reason == "correct" for _, example in pair] for pair in sides]
             changed = [pair for pair, (before, after) in zip(sides, solved, strict=True) if before != after]
             found[cell] = changed or [pair for pair, known in zip(sides, solved, strict=True) if not any(known)]
     return {cell: pairs for cell, pairs in found.items() if pairs}
-
-
-def training_samples(account: Account) -> list[list[Side]]:
-    """Completions of the first and the last step, side by side."""
-    steps = dict.fromkeys(sample.step for sample in (*account.samples[:1], *account.samples[-1:]))
-    sides = [[(end, sample) for sample in account.samples if sample.step == end][:DRAWN] for end in steps]
-    return [[side for side in pair if side] for pair in zip_longest(*sides)]
 
 
 def recorded(account: Account, steps: Mapping[int, Evaluated]) -> list[tuple[str, Evaluated]]:

@@ -11,10 +11,10 @@ from markupsafe import Markup
 from rich.text import Text
 
 from grpo_cli.core.files import write
-from grpo_cli.ui.figures import COLOURS, svg
+from grpo_cli.ui.figures import COLOURS, as_label, panels, svg
 from grpo_cli.ui.pages import render
 from grpo_cli.ui.tables import grid
-from grpo_cli.ui.text import accuracy, counted, out, printable, probability
+from grpo_cli.ui.text import accuracy, counted, out, p_value, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,12 +24,9 @@ COLUMNS = ("condition", "accuracy", "less the first, points", "Holm p", "verdict
 
 def table(result: Mapping[str, Any]) -> None:
     """One line per condition, and how to read them."""
-    shown = grid(*COLUMNS, numeric=COLUMNS[1:4])
-    for row in rows(result):
-        shown.add_row(*map(Text, row))
-    out.print(shown)
+    out.print(grid(*COLUMNS, numeric=COLUMNS[1:4], rows=rows(result)))
     for sentence in notes(result):
-        out.print(Text(sentence))
+        out.print(Text(printable(sentence)))
 
 
 def rows(result: Mapping[str, Any]) -> list[list[str]]:
@@ -39,11 +36,11 @@ def rows(result: Mapping[str, Any]) -> list[list[str]]:
         low, high = row["difference_interval"]
         difference = [
             f"{100 * row['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
-            probability(row["p_value"]).removeprefix("= "),
+            p_value(row["p_value"]),
             row["verdict"],
         ]
         mean = accuracy(row["accuracy"], row["interval"])
-        shown.append([printable(row["condition"]), mean, *(difference if place else ["", "", "the baseline"])])
+        shown.append([row["condition"], mean, *(difference if place else ["", "", "the baseline"])])
     return shown
 
 
@@ -80,11 +77,7 @@ def write_page(result: Mapping[str, Any], path: Path) -> None:
 
 def _figure(result: Mapping[str, Any]) -> Figure:
     """Val accuracy by step: each seed faintly, the mean over seeds in front."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = panels("", height=4.5)
     for place, (name, seeds) in enumerate(result["curves"].items()):
         colour, style = COLOURS[place % len(COLOURS)], ("-", "--", ":")[place // len(COLOURS) % 3]
         for points in seeds:
@@ -92,11 +85,8 @@ def _figure(result: Mapping[str, Any]) -> Figure:
         shared = [dict(points) for points in seeds]
         steps = sorted(set.intersection(*map(set, shared)))
         means = [fmean(points[step] for points in shared) for step in steps]
-        axes.plot(steps, means, color=colour, linestyle=style, marker=".", label=printable(name).replace("$", r"\$"))
-    axes.set(xlabel="step", ylabel="val accuracy (greedy)", ylim=(0, 1.02))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.plot(steps, means, color=colour, linestyle=style, marker=".", label=as_label(name))
+    axes.set(ylabel="val accuracy (greedy)", ylim=(0, 1.02))
     axes.yaxis.set_major_formatter("{x:.0%}")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e4e4e4")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure

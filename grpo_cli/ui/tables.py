@@ -9,15 +9,14 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from grpo_cli.core.config.settings import values
 from grpo_cli.core.evals.statistics import holm
 from grpo_cli.core.metrics import SUITE, metric
 from grpo_cli.core.run.folder import at
@@ -29,9 +28,9 @@ from grpo_cli.ui.text import (
     interval,
     note,
     out,
+    p_value,
     percent,
     printable,
-    probability,
     question,
     sparkline,
 )
@@ -53,6 +52,8 @@ PROGRESS_SECONDS = 15.0  # between progress lines without a terminal
 SOLUTIONS = 10  # most solutions to show
 REASONING_CHARACTERS = 20_000
 
+RUNS = ("run", "model", "step", "base", "best", "time", "settings")
+
 EXPLANATIONS = {
     "no_answer": "no answer was given",
     "truncated": "it ran out of tokens before answering",
@@ -63,19 +64,23 @@ EXPLANATIONS = {
 
 
 def facts(rows: Iterable[tuple[str, str]]) -> Padding:
+    """Names and values in two columns; what is not printable is escaped, as in every grid."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True, style="dim")
     table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, value)
+    for row in rows:
+        table.add_row(*map(printable, row))
     return Padding(table, (0, 0, 0, 2))
 
 
-def grid(*columns: str, numeric: Iterable[str] = ()) -> Table:
+def grid(*columns: str, numeric: Iterable[str] = (), rows: Iterable[Iterable[str | Text]] = ()) -> Table:
+    """A table with a line below its header; `numeric` columns are aligned to the right."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
     right = set(numeric)
     for name in columns:
-        table.add_column(name, justify="right" if name in right else "left", no_wrap=name in right, overflow="fold")
+        table.add_column(printable(name), justify="right" if name in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(printable(cell) if isinstance(cell, str) else cell for cell in row))
     return table
 
 
@@ -97,71 +102,49 @@ def gen_data_summary(summary: Summary, path: Path | None) -> None:
 
 def runs(rows: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> None:
     """One line per run: model, steps, base and best accuracy, time, settings that differ from its preset; seeds."""
-    table = grid("run", "model", "step", "base", "best", "time", "settings", numeric=("step", "base", "best", "time"))
-    for row in rows:
-        if "error" in row:
-            table.add_row(row["run"], printable(row["error"]), *[""] * 5)
-            continue
-        best = "-" if row["best_accuracy"] is None else percent(row["best_accuracy"])
-        bounds = f" ({interval(row['interval'])})" if row["interval"] else ""
-        base = "-" if row["base_accuracy"] is None else percent(row["base_accuracy"])
-        changed = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in row["settings"].items())
-        step = f"{row['step']}/{row['num_iterations']}"
-        table.add_row(
-            row["run"],
-            printable(row["model"]),
-            step,
-            base,
-            best + bounds,
-            f"{row['seconds']:,.0f} s",
-            printable(changed),
-        )
-    out.print(table)
+    out.print(grid(*RUNS, numeric=RUNS[2:6], rows=map(_run, rows)))
     for group in groups:
-        names, best = printable(", ".join(group["runs"])), f"{percent(group['mean'])} on average"
-        out.print(Text(f"\n{names} differ only in the seed: best {best}, {interval(group['range'])}"))
+        names, best = ", ".join(group["runs"]), f"{percent(group['mean'])} on average"
+        out.print(Text(f"\n{printable(names)} differ only in the seed: best {best}, {interval(group['range'])}"))
 
 
-def seeds(rows: Sequence[Mapping[str, Any]], intervals: Mapping[str, tuple[float, float]]) -> None:
-    """One line per seed of a training, then the means over seeds with intervals and the spread."""
-    table = grid(
-        "run", "seed", "steps", "base", "best", "at step", "last", numeric=("seed", "steps", "base", "best", "last")
-    )
-    for row in rows:
-        base = "-" if row["base"] is None else percent(row["base"])
-        best, last = percent(row["best"]), percent(row["last"])
-        table.add_row(row["run"], str(row["seed"]), str(row["steps"]), base, best, str(row["best_step"]), last)
-    out.print(table)
-    for key, bounds in intervals.items():
-        values = [row[key] for row in rows]
-        mean, spread = percent(fmean(values)), f"{percent(min(values))} to {percent(max(values))}"
-        out.print(Text(f"{key}: {mean} on average ({interval(bounds)} by bootstrap over seeds), {spread}"))
+def _run(row: Mapping[str, Any]) -> list[str]:
+    if "error" in row:
+        return [row["run"], row["error"]]
+    step, seconds = f"{row['step']}/{row['num_iterations']}", f"{row['seconds']:,.0f} s"
+    best = _cell(row["best_accuracy"]) + (f" ({interval(row['interval'])})" if row["interval"] else "")
+    changed = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in row["settings"].items())
+    return [row["run"], row["model"], step, _cell(row["base_accuracy"]), best, seconds, changed]
+
+
+def _cell(value: object) -> str:
+    """A share as percent, other values as text, `-` for None."""
+    return "-" if value is None else percent(value) if isinstance(value, float) else str(value)
 
 
 def compared(rows: Sequence[Mapping[str, Any]]) -> None:
     """One line per cell of stored evaluations that are compared puzzle by puzzle."""
-    columns = ("first", "second", "cell", "n", "accuracy", "gained", "lost", "Holm p")
-    table = grid(*columns, numeric=columns[3:])
-    for row in rows:
-        change = f"{percent(row['first_accuracy'])} -> {percent(row['second_accuracy'])}"
-        names = [Text(printable(row[name])) for name in ("first", "second", "cell")]
-        p_value = probability(row["p_holm"]).removeprefix("= ")
-        table.add_row(*names, f"{row['count']:,}", change, str(row["gained"]), str(row["lost"]), p_value)
-    out.print(table)
+    columns = ("first", "second", "cell", "count", "gained", "lost")
+    lines = [
+        [
+            *(str(row[name]) for name in columns),
+            f"{percent(row['first_accuracy'])} -> {percent(row['second_accuracy'])}",
+            p_value(row["p_holm"]),
+        ]
+        for row in rows
+    ]
+    more = ("accuracy", "Holm p")
+    out.print(grid(*columns, *more, numeric=(*columns[3:], *more), rows=lines))
 
 
 def plan_summary(resolved: Resolved, plan: MemoryPlan, prompt: str) -> None:
     """Whether a training fits in memory, the settings that are not the preset's, and a prompt."""
     out.print(Text(f"fits: {memory_line(plan).removeprefix('memory: ')}", style="bold"))
     out.print(Text(printable(f"preset {resolved.settings.preset}: {resolved.preset_reason}")))
-    table = grid("setting", "value", "source")
     shipped = ("config.toml", f"preset {resolved.settings.preset}")
-    for name, value in _flatten(resolved.settings.model_dump(exclude={"suite"})):
-        if (source := resolved.sources[name]) not in shipped and name != "preset":
-            table.add_row(name, Text(printable(json.dumps(value, ensure_ascii=False))), Text(printable(source)))
-    if table.row_count:
+    if rows := [row for row in _settings(resolved) if row[2] not in shipped and row[0] != "preset"]:
         out.print()
-        out.print(table)
+        out.print(grid("setting", "value", "source", rows=rows))
     out.print()
     out.print(Text("a prompt", style="bold"))
     out.print(Padding(Text(printable(prompt, keep_newlines=True).rstrip()), (0, 0, 0, 2)))
@@ -169,26 +152,20 @@ def plan_summary(resolved: Resolved, plan: MemoryPlan, prompt: str) -> None:
 
 
 def config_table(resolved: Resolved) -> None:
-    """Every setting with its value and source; values that differ from the shipped default are highlighted."""
-    table = grid("setting", "value", "source")
-    settings = resolved.settings.model_dump()
-    suites = {f"suite.{name}": counted(len(cells), "cell") for name, cells in settings.pop("suite").items()}
-    for name, value in (*_flatten(settings), *suites.items()):
-        source = resolved.sources[name]
-        style = "dim" if source == "config.toml" else ""
-        shown = json.dumps(value, ensure_ascii=False)
-        table.add_row(name, Text(printable(shown)), Text(printable(source)), style=style)
-    out.print(Text(printable(f"preset {resolved.settings.preset}: {resolved.preset_reason}"), style="bold"))
-    out.print()
-    out.print(table)
+    """Every setting with its value and source, and the suites."""
+    suites = [
+        (f"suite.{name}", counted(len(cells), "cell"), resolved.sources[f"suite.{name}"])
+        for name, cells in resolved.settings.suite.items()
+    ]
+    out.print(grid("setting", "value", "source", rows=[*_settings(resolved), *suites]))
 
 
-def _flatten(values: Mapping[str, object], prefix: str = "") -> Iterable[tuple[str, object]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+def _settings(resolved: Resolved) -> list[tuple[str, str, str]]:
+    """Every setting with its value and source."""
+    return [
+        (key, json.dumps(value, ensure_ascii=False), resolved.sources[key])
+        for key, value in values(resolved.settings).items()
+    ]
 
 
 def prompt_tokens(tokens: Sequence[tuple[int, str]]) -> None:
@@ -238,7 +215,7 @@ def _gigabytes(size: int) -> str:
 
 
 def probe(probed: Probe) -> None:
-    """Results of `train --probe` by style, the chosen one in bold, and its findings."""
+    """Results of `train --probe` by style, and the findings."""
     chosen = probed.styles[probed.chosen]
     size = (
         f"{counted(len(chosen.right), 'train puzzle')} of {probed.numbers} numbers, groups of {chosen.num_generations}"
@@ -246,9 +223,8 @@ def probe(probed: Probe) -> None:
     out.print(Text(size, style="bold"))
     out.print()
     numeric = ("groups", "accuracy (95%)", "format", "mixed", "cut off", "length")
-    table = grid("style", *numeric, numeric=numeric)
-    for style, sampled in probed.styles.items():
-        table.add_row(
+    rows = [
+        [
             style,
             str(len(sampled.right)),
             f"{percent(sampled.accuracy)} ({interval(sampled.interval)})",
@@ -256,16 +232,17 @@ def probe(probed: Probe) -> None:
             percent(sampled.mixed_share),
             percent(sampled.truncated),
             f"{sampled.mean_length:.1f}",
-            style="bold" if style == probed.chosen else "",
-        )
-    out.print(table)
+        ]
+        for style, sampled in probed.styles.items()
+    ]
+    out.print(grid("style", *numeric, numeric=numeric, rows=rows))
     out.print()
     seconds, tokens = (sum(getattr(one, what) for one in probed.styles.values()) for what in ("seconds", "tokens"))
-    rows = [
+    explained = [
         ("mixed", "groups whose rewards differ: what a step learns from"),
         ("cost", f"{seconds:.1f} seconds, {tokens:,} tokens"),
     ]
-    out.print(facts(rows))
+    out.print(facts(explained))
     out.print()
     for sentence in probed.findings.values():
         out.print(Text(sentence), soft_wrap=True)
@@ -275,7 +252,7 @@ def sparklines(curves: Sequence[Curves]) -> None:
     """Each curve of each run as one line of blocks, with its first and last value."""
     width = min(max(out.width - 36, 4), 60)
     for run in curves:
-        accuracies = {"train": run.accuracy, **run.val}
+        accuracies = {"train": run.accuracy, "val": run.val}
         shown = [(f"{name} accuracy", points, metric("accuracy")) for name, points in accuracies.items()]
         shown += [(name, points, metric(SUITE)) for name, points in run.cells.items()]
         shown += [(name, points, metric(name)) for name, points in (("reward", run.reward), ("kl", run.kl))]
@@ -350,60 +327,50 @@ def training_summary(summary: Mapping[str, Any], folder: Path, *, overlap: str, 
     `overlap` is a sentence on val puzzles that were trained on, `change` the verdict from the start to the best step.
     """
     base, final, best = (percent(summary[f"{name}_accuracy"]) for name in ("base", "final", "best"))
-    spent, on_dev = summary["seconds"], summary.get("best_dev_accuracy")
-    dev = "" if on_dev is None else f", the best on dev ({percent(on_dev)})"
+    spent, dev = summary["seconds"], percent(summary["best_dev_accuracy"])
     whole = spent["training"] + spent["evaluation"]
     out.print(Text(f"val accuracy on {counted(summary['puzzles'], 'puzzle')}, greedy", style="bold"))
-    rows = [
+    shown = [
         ("base", f"{base}, after the warm start" if summary.get("warm_start") else base),
         ("final", f"{final}  (95% interval {interval(summary['final_interval'])})"),
-        ("best", f"{best}, after step {summary['best_step']}{dev}, saved as the run's model"),
-        ("change", printable(change)),
+        ("best", f"{best}, after step {summary['best_step']}, the best on dev ({dev}), saved as the run's model"),
+        ("change", change),
         ("time", f"{whole:,.0f} s, {percent(spent['evaluation'] / whole if whole else 0.0)} of it in evaluations"),
-        ("overlap", printable(overlap)),
-        ("run", printable(str(folder))),
+        ("overlap", overlap),
+        ("run", str(folder)),
     ]
     if (broken := summary.get("broken", "none")) != "none":
-        rows.append(("broken", f"a bug is planted on purpose: `--break {broken}`"))
+        shown.append(("broken", f"a bug is planted on purpose: `--break {broken}`"))
     if summary["bad_steps"]:
         count = summary["bad_steps"]
-        rows.append(("skipped", f"{counted(count, 'step')} whose loss or gradient was not finite"))
-    out.print(facts(rows))
+        shown.append(("skipped", f"{counted(count, 'step')} whose loss or gradient was not finite"))
+    out.print(facts(shown))
     if len(summary["peaks"]) > 1:
-        out.print()
-        out.print(_peaks(summary))
+        _print_peaks(summary)
     if summary.get("phases"):
+        rows = [(name, f"{one['seconds']:,.1f}", percent(one["share"])) for name, one in summary["phases"].items()]
         out.print()
-        out.print(_phases(summary["phases"]))
+        out.print(grid("phase", "seconds", "share", numeric=("seconds", "share"), rows=rows))
     name, place = printable(folder.name), at(folder.parent)
     for command in (f'solve "4 6 10 = 64" --model {name}', f"why {name}", f"plot {name} --report"):
         note(f"next: countdown {command}{place}")
 
 
-def _phases(phases: Mapping[str, Mapping[str, float]]) -> Table:
-    """Time by phase."""
-    table = grid("phase", "seconds", "share", numeric=("seconds", "share"))
-    for name, phase in phases.items():
-        table.add_row(name, f"{phase['seconds']:,.1f}", percent(phase["share"]))
-    return table
-
-
-def _peaks(summary: Mapping[str, Any]) -> Group:
+def _print_peaks(summary: Mapping[str, Any]) -> None:
     """When each cell of a suite peaked, and what changed from the start to the best step."""
     best, last = f"step {summary['best_step']}", f"step {summary['steps']}"
-    columns = dict.fromkeys(["cell", "n", "start", "peak", best, last, "change", "Holm p"])
+    columns = [*dict.fromkeys(["cell", "n", "start", "peak", best, last, "change", "Holm p"])]
     tested = [name for name, cell in summary["peaks"].items() if cell["p_value"] is not None]
     p_values = dict(zip(tested, holm([summary["peaks"][name]["p_value"] for name in tested]), strict=True))
-    table = grid(*columns, numeric=list(columns)[1:])
+    rows = []
     for name, cell in summary["peaks"].items():
         cells = {"cell": name, "n": f"{cell['count']:,}", "start": percent(cell["start"])}
-        cells |= {"peak": f"{percent(cell['accuracy'])} at {cell['step']}"}
-        cells |= {best: percent(cell["kept"]), last: percent(cell["last"])}
-        cells |= {
-            "change": f"+{cell['gained']} -{cell['lost']}",
-            "Holm p": probability(p_values[name]).removeprefix("= ") if name in p_values else "-",
-        }
-        table.add_row(*(cells[column] for column in columns))
+        cells |= {"peak": f"{percent(cell['accuracy'])} at {cell['step']}", best: percent(cell["kept"])}
+        cells |= {last: percent(cell["last"]), "change": f"+{cell['gained']} -{cell['lost']}"}
+        cells["Holm p"] = p_value(p_values[name]) if name in p_values else "-"
+        rows.append([cells[column] for column in columns])
     spent = f"later steps took {summary['seconds_after_best']:,.0f} s after {best}; "
     later = spent if summary["steps"] > summary["best_step"] else "the last step is the best; "
-    return Group(table, Text(f"\n{later}change: start to best (exact McNemar); dev chose the best, so is not tested"))
+    out.print()
+    out.print(grid(*columns, numeric=columns[1:], rows=rows))
+    out.print(Text(f"\n{later}change: start to best (exact McNemar); dev chose the best, so is not tested"))

@@ -151,5 +151,10 @@ def json_object(value: object) -> None:
 
 
 def probability(value: float) -> str:
-    """A p-value as `= 0.031` or `< 0.001`."""
-    return f"= {value:.3f}" if value >= 0.001 else "< 0.001"
+    """A p-value in a sentence as `= 0.031` or `< 0.001`."""
+    return f"= {p_value(value)}" if value >= 0.001 else p_value(value)
+
+
+def p_value(value: float) -> str:
+    """A p-value in a table as `0.031` or `< 0.001`."""
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -30,7 +30,6 @@ Row = Mapping[str, Any]
 
 BEFORE_FORK = 6  # tokens shown before a fork
 FLAT = 0.0005  # share of the gradient below which neighbouring tokens are shown as one row
-WIDE = 90  # characters of a terminal that holds all columns
 TAIL = 4  # characters shown of the end of such a row
 SUMMED = ("sampled", "reference", "after", "kl", "loss", "gradient_share")
 # At ratio 1, in the first inner update, a token adds -A times its weight.
@@ -257,93 +256,71 @@ def _masked(one: Completion, loss: Loss) -> bool:
 
 @dataclass(frozen=True)
 class Section:
-    """A table: `cells` makes its columns of each row, whose `style` is `good`, `bad` or missing; and lines below it."""
+    """A table, whose rows have a style (`good`, `bad` or none) and their cells; and lines below it."""
 
     title: str
-    cells: Mapping[str, Callable[[Row], str]]
-    rows: Sequence[Row]
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[str]]]
     lines: Sequence[str] = ()
 
-    @property
-    def shown(self) -> list[tuple[str, list[str]]]:
-        """The style and the cells of each row."""
-        return [(row.get("style", ""), [cell(row) for cell in self.cells.values()]) for row in self.rows]
 
-
-def sections(data: Row, *, narrow: bool = False) -> list[Section]:
-    """The tables of what `explained` returned, in a `narrow` terminal without a column that `kl` makes up for."""
+def sections(data: Row) -> list[Section]:
+    """The tables of what `explained` returned."""
     shown = [_samples(data)]
     shown += [_branches(data["fork"])] if data["fork"] else []
-    shown += [_token_table(data, narrow=narrow)] if "tokens" in data else []
+    shown += [_token_table(data)] if "tokens" in data else []
     return shown + ([_loss_table(data["losses"])] if data["losses"] else [])
 
 
 def _samples(data: Row) -> Section:
-    cells: dict[str, Callable[[Row], str]] = {
-        "sample": lambda row: str(row["sample"]),
-        "reward": lambda row: f"{row['reward']:.2f}",
-        "advantage": lambda row: f"{row['advantage']:+.3f}",
-        "length": lambda row: str(row["length"]),
-        "log-prob": lambda row: f"{row['before']:.2f}",
-        "change": lambda row: f"{row['after'] - row['before']:+.3f}",
-        "gradient": lambda row: percent(row["gradient_share"]),
-        "verdict": lambda row: row["verdict"],
-    }
-    rows = [{**row, "style": "good" if row["reason"] == "correct" else "bad"} for row in data["completions"]]
-    return Section(f"prompt {data['prompt']}: {data['problem']}", cells, rows)
+    columns = ("sample", "reward", "advantage", "length", "log-prob", "change", "gradient", "verdict")
+    rows = []
+    for row in data["completions"]:
+        rewards = [f"{row['reward']:.2f}", f"{row['advantage']:+.3f}", str(row["length"])]
+        logprobs = [f"{row['before']:.2f}", f"{row['after'] - row['before']:+.3f}", percent(row["gradient_share"])]
+        style = "good" if row["reason"] == "correct" else "bad"
+        rows.append((style, [str(row["sample"]), *rewards, *logprobs, row["verdict"]]))
+    return Section(f"prompt {data['prompt']}: {data['problem']}", columns, rows)
 
 
 def _branches(fork: Row) -> Section:
-    stages: dict[str, Callable[[Row], str]] = {
-        name: lambda row, stage=stage: f"{row['probability'][stage]:.3f}"  # type: ignore[misc]
-        for stage, name in fork["stages"].items()
-    }
-    cells: dict[str, Callable[[Row], str]] = {
-        "branch": lambda row: row["side"],
-        "continues": lambda row: row["continues"],
-        **stages,
-        "samples": lambda row: ", ".join(map(str, row["samples"])),
-    }
-    rows = [{**fork[side], "side": side, "style": style} for side, style in (("better", "good"), ("worse", "bad"))]
-    return Section(f"fork after token {fork['token']}: … {fork['before']!r}", cells, rows)
+    rows = []
+    for side, style in (("better", "good"), ("worse", "bad")):
+        branch = fork[side]
+        chances = [f"{branch['probability'][stage]:.3f}" for stage in fork["stages"]]
+        rows.append((style, [side, branch["continues"], *chances, ", ".join(map(str, branch["samples"]))]))
+    columns = ("branch", "continues", *fork["stages"].values(), "samples")
+    return Section(f"fork after token {fork['token']}: … {fork['before']!r}", columns, rows)
 
 
-def _token_table(data: Row, *, narrow: bool) -> Section:
-    rows, chance = folded(data["tokens"]), thousandths
-    cells: dict[str, Callable[[Row], str]] = {
-        "": lambda token: token["place"],
-        "token": lambda token: repr(token["token"]),
-        "sampled": lambda token: chance(token["sampled"]),
-        "ref": lambda token: chance(token["reference"]),
-        "after": lambda token: chance(token["after"]),
-        "ratio": lambda token: chance(token["ratio"]) + "*" * token["clipped"],
-        "factor": lambda token: chance(token["factor"]),
-        "kl": lambda token: f"{round(token['kl'], 4) + 0.0:.4f}",
-        "loss": lambda token: f"{token['loss']:.2e}",
-        "gradient": lambda token: percent(token["gradient_share"]),
-    }
-    hidden = {"ref", "kl"} if rows[0]["reference"] is None else set()
-    hidden |= {"factor"} if all(token["factor"] == 1 for token in rows) else {"ref"} if narrow else set()
-    cells = {name: cell for name, cell in cells.items() if name not in hidden}
-    clipped = ["*: clipped"] if any(token["clipped"] for token in rows) else []
-    return Section(f"sample {data['sample']}, token by token", cells, rows, [*clipped, *data["formula"]])
+def _token_table(data: Row) -> Section:
+    tokens = folded(data["tokens"])
+    has_reference = tokens[0]["reference"] is not None
+    has_factor = any(token["factor"] != 1 for token in tokens)
+    rows = []
+    for token in tokens:
+        cells = {"": token["place"], "token": repr(token["token"]), "sampled": thousandths(token["sampled"])}
+        cells |= {"ref": thousandths(token["reference"])} if has_reference else {}
+        cells |= {"after": thousandths(token["after"]), "ratio": thousandths(token["ratio"]) + "*" * token["clipped"]}
+        cells |= {"factor": thousandths(token["factor"])} if has_factor else {}
+        cells |= {"kl": f"{round(token['kl'], 4) + 0.0:.4f}"} if has_reference else {}
+        cells |= {"loss": f"{token['loss']:.2e}", "gradient": percent(token["gradient_share"])}
+        rows.append(("", [*cells.values()]))
+    clipped = ["*: clipped"] if any(token["clipped"] for token in tokens) else []
+    title = f"sample {data['sample']}, token by token"
+    return Section(title, [*cells], rows, [*clipped, *data["formula"]])
 
 
 def _loss_table(losses: Sequence[Row]) -> Section:
     def compared(row: Row) -> str:
         if row is losses[0] or row["cosine"] <= 0.9999:
             return ""
-        return (
-            "no difference" if math.isclose(row["norm"], losses[0]["norm"], rel_tol=1e-4) else "only its length differs"
-        )
+        equal = math.isclose(row["norm"], losses[0]["norm"], rel_tol=1e-4)
+        return "no difference" if equal else "only its length differs"
 
-    cells: dict[str, Callable[[Row], str]] = {
-        "setting": lambda row: row["name"],
-        "cosine": lambda row: f"{row['cosine']:.4f}",
-        "norm": lambda row: f"{row['norm']:.3g}",
-        "compared": compared,
-    }
-    return Section("the gradient of this batch under other losses", cells, losses)
+    rows = [("", [row["name"], f"{row['cosine']:.4f}", f"{row['norm']:.3g}", compared(row)]) for row in losses]
+    title = "the gradient of this batch under other losses"
+    return Section(title, ("setting", "cosine", "norm", "compared"), rows)
 
 
 def show(data: Row) -> None:
@@ -351,13 +328,11 @@ def show(data: Row) -> None:
     out.print(Text(_title(data), style="bold"))
     for number, sentence in enumerate(data["sentences"], 1):
         out.print(Padding(Text(f"{number}. {printable(sentence)}"), (0, 0, 0, 2)))
-    for section in sections(data, narrow=out.width < WIDE):
+    for section in sections(data):
         out.print()
         out.print(Text(printable(section.title), style="bold"))
-        table = grid(*section.cells, numeric=[name for name in section.cells if name not in TEXTS])
-        for style, row in section.shown:
-            table.add_row(*map(printable, row), style=STYLES[style])
-        out.print(table)
+        rows = [[Text(printable(cell), STYLES[style]) for cell in cells] for style, cells in section.rows]
+        out.print(grid(*section.columns, numeric=set(section.columns) - TEXTS, rows=rows))
         for line in section.lines:
             out.print(Padding(Text(printable(line)), (0, 0, 0, 2)))
 
@@ -378,4 +353,4 @@ def _title(data: Row) -> str:
 def diagnosis(findings: Sequence[Mapping[str, str]], run: str) -> None:
     """Print what the metrics of a run say, each finding with its page."""
     out.print(Text(f"run {printable(run)}", style="bold"))
-    out.print(facts([(printable(one["name"]), f"{printable(one['text'])} ({one['page']})") for one in findings]))
+    out.print(facts((one["name"], f"{one['text']} ({one['page']})") for one in findings))

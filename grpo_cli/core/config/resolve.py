@@ -65,9 +65,9 @@ def shipped_presets() -> frozenset[str]:
     return frozenset(_shipped().presets)
 
 
-def presets(config_file: Path | None = None, directory: Path = Path(".")) -> frozenset[str]:
+def presets(config_file: Path | None = None) -> frozenset[str]:
     """The names of the shipped presets and of those in the user's file (see `resolve`)."""
-    return shipped_presets() | _user(config_file, directory).presets.keys()
+    return shipped_presets() | _user(config_file).presets.keys()
 
 
 def resolve(
@@ -75,16 +75,15 @@ def resolve(
     flags: Mapping[str, object] = MappingProxyType({}),
     environ: Mapping[str, str] = MappingProxyType({}),
     config_file: Path | None = None,
-    directory: Path = Path("."),
     has_cuda: Callable[[], bool] = lambda: False,
 ) -> Resolved:
     """Settings from all layers; the user's files override the shipped one.
 
-    The user's file is `config_file`, or `config.toml` in `directory` if it exists. `flags` is keyed `train.batch_size`;
-    text values are converted to the setting's type. `has_cuda` selects the preset for `auto`. Raises CountdownError
-    with the place of a wrong value or name in any layer, even if a stronger layer overrides it.
+    The user's file is `config_file`, or `config.toml` in the working directory if it exists. `flags` is keyed
+    `train.batch_size`; text values are converted to the setting's type. `has_cuda` selects the preset for `auto`.
+    Raises CountdownError with the place of a wrong value or name in any layer, even if a stronger layer overrides it.
     """
-    shipped, user = _shipped(), _user(config_file, directory)
+    shipped, user = _shipped(), _user(config_file)
     for preset in (*shipped.presets.values(), *user.presets.values()):
         _validate(shipped.settings | preset)
     _validate(shipped.settings | user.settings)
@@ -163,8 +162,8 @@ def _shipped() -> _File:
     return file
 
 
-def _user(config_file: Path | None, directory: Path) -> _File:
-    path = config_file or directory / SHIPPED.name
+def _user(config_file: Path | None) -> _File:
+    path = config_file or Path(SHIPPED.name)
     if config_file is None and (not path.exists() or path.samefile(SHIPPED)):
         return _File({}, {})
     return _sections(read_toml(path), os.path.join(path.parent, path.name))  # "./config.toml" is not the shipped one
@@ -192,21 +191,15 @@ def read_toml(path: Path) -> dict[str, object]:
 
 def read_settings(tables: Mapping[str, object], label: str, prefix: str = "") -> dict[str, object]:
     """The settings in the tables of the file `label`, by key (`train.batch_size`); raises CountdownError for others."""
-    given = {name: value for name, value in tables.items() if name != "preset"}
-    layer = _layer(given, label, label, prefix=prefix)
-    if suites := [item.place for key, item in layer.items() if key not in FIELDS]:
-        raise CountdownError(f"{suites[0]} cannot be set here", "define suites in `config.toml`")
-    preset = tables.get("preset", {})
-    if isinstance(preset, Mapping):
-        if more := [name for name in preset if name != "name"]:
-            raise CountdownError(
-                f"`{prefix}preset.{more[0]}` in `{label}` cannot be set here", "choose one: preset.name"
-            )
-        preset = preset.get("name")
-    return ({"preset": preset} if preset else {}) | {key: item.value for key, item in layer.items()}
+    file = _sections(tables, label, prefix)
+    others = [item.place for key, item in file.settings.items() if key not in FIELDS]
+    others += [f"`{prefix}preset.{name}` in `{label}`" for name in file.presets]
+    if others:
+        raise CountdownError(f"{others[0]} cannot be set here", "define suites and presets in `config.toml`")
+    return {key: item.value for key, item in file.settings.items()}
 
 
-def _sections(document: Mapping[str, object], label: str) -> _File:
+def _sections(document: Mapping[str, object], label: str, prefix: str = "") -> _File:
     """Split a file into its general settings and its presets.
 
     TOML cannot hold `preset = "x"` beside `[preset.x]`, so a file with presets writes the choice as `preset.name`.
@@ -216,14 +209,14 @@ def _sections(document: Mapping[str, object], label: str) -> _File:
         preset = {"name": preset}
     if not isinstance(preset, dict):
         raise CountdownError(f"`preset` in `{label}` must be a table or the name of a preset")
-    settings = _layer({name: value for name, value in document.items() if name != "preset"}, label, label)
+    settings = _layer({name: value for name, value in document.items() if name != "preset"}, label, label, prefix)
     presets = {}
     for name, content in preset.items():
         if name == "name":
-            settings["preset"] = _Value(content, label, f"`preset.name` in `{label}`")
+            settings["preset"] = _Value(content, label, f"`{prefix}preset.name` in `{label}`")
         elif isinstance(content, dict):
             source = f"preset {name}" if label == SHIPPED.name else f"preset {name} in {label}"
-            presets[name] = _layer(content, label, source, prefix=f"preset.{name}.")
+            presets[name] = _layer(content, label, source, f"{prefix}preset.{name}.")
         else:
             raise _unknown(f"`preset.{name}` in `{label}`", f"preset.{name}", ["preset.name"])
     return _File(settings, presets)

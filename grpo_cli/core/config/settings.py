@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable
 from functools import partial, reduce
-from typing import Annotated, Any, Literal, Self, cast, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -33,14 +33,17 @@ class Table(BaseModel):
     """One table of `config.toml`. Strict: `true` is not a number, 1.0 not a whole number, infinities are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    panel: ClassVar[str] = ""  # in the help, of settings without their own
 
 
-def setting(description: str, panel: str, *, resumable: bool = False, advanced: bool = False, **bounds: float) -> Any:
-    """A setting: its help text, its panel in the help, its bounds, whether a resumed run may change it.
+def setting(
+    description: str, panel: str = "", *, resumable: bool = False, common: bool = False, **bounds: float
+) -> Any:
+    """A setting: its help text, its panel in the help if not its table's, its bounds.
 
-    `advanced`: hidden in the help of a command with many settings.
+    `resumable`: a resumed run may change it. `common`: the help of a command with many settings shows it.
     """
-    extra: dict[str, Any] = {"panel": panel, "resumable": resumable, "advanced": advanced}
+    extra: dict[str, Any] = {"panel": panel, "resumable": resumable, "common": common}
     return Field(description=description, json_schema_extra=extra, **cast("Any", bounds))
 
 
@@ -84,26 +87,22 @@ Suite = Annotated[dict[CellName, Annotated[float, Field(ge=0)]], AfterValidator(
 
 
 class Task(Table):
-    task: PathText = setting("`countdown`, FILE.py with your own task, or gym:NAME", "Sampling", min_length=1)
+    panel: ClassVar[str] = "Sampling"
+
+    task: PathText = setting("`countdown`, FILE.py with your own task, or gym:NAME", min_length=1, common=True)
     puzzles: PathText = setting(
-        "file of puzzles to train or evaluate on: JSON Lines, CSV or Parquet; or `none`", "Sampling", min_length=1
+        "file of puzzles to train or evaluate on: JSON Lines, CSV or Parquet; or `none`", min_length=1, common=True
     )
-    dev_puzzles: PathText = setting(
-        "file of puzzles that select the best model; `none`: a part of train", "Sampling", min_length=1, advanced=True
-    )
-    val_puzzles: PathText = setting(
-        "file of val puzzles to report accuracy on; or `none`", "Sampling", min_length=1, advanced=True
-    )
-    numbers: int = setting("numbers in a puzzle", "Sampling", ge=2, le=6)
-    style: Literal["one-shot", "zero-shot", "natural"] = setting("prompt style", "Sampling")
-    operations: Annotated[str, AfterValidator(operations_in)] = setting(
-        "operations allowed: some of + - * /", "Sampling", advanced=True
-    )
-    min_number: int = setting("smallest number", "Sampling", ge=1, le=1000, advanced=True)
-    max_number: int = setting("largest number", "Sampling", ge=1, le=1000, advanced=True)
-    min_target: int = setting("smallest target", "Sampling", ge=1, le=100_000, advanced=True)
-    max_target: int = setting("largest target", "Sampling", ge=1, le=100_000, advanced=True)
-    use_all: bool = setting("use every number exactly once; else each at most once", "Sampling", advanced=True)
+    dev_puzzles: PathText = setting("file of puzzles that select the best model; `none`: a part of train", min_length=1)
+    val_puzzles: PathText = setting("file of val puzzles to report accuracy on; or `none`", min_length=1)
+    numbers: int = setting("numbers in a puzzle", ge=2, le=6, common=True)
+    style: Literal["one-shot", "zero-shot", "natural"] = setting("prompt style", common=True)
+    operations: Annotated[str, AfterValidator(operations_in)] = setting("operations allowed: some of + - * /")
+    min_number: int = setting("smallest number", ge=1, le=1000)
+    max_number: int = setting("largest number", ge=1, le=1000)
+    min_target: int = setting("smallest target", ge=1, le=100_000)
+    max_target: int = setting("largest target", ge=1, le=100_000)
+    use_all: bool = setting("use every number exactly once; else each at most once")
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -119,201 +118,148 @@ class Task(Table):
 
 
 class Model(Table):
+    panel: ClassVar[str] = "Model"
+
     model: PathText = setting(
-        "`builtin`, a folder in Hugging Face format, a GGUF file, or a hub id", "Model", min_length=1
+        "`builtin`, a folder in Hugging Face format, a GGUF file, or a hub id", min_length=1, common=True
     )
-    ref_model: PathText = setting(
-        "frozen reference of the KL penalty; `same`: the starting model", "Model", min_length=1, advanced=True
-    )
-    device: Literal["auto", "cuda", "mps", "cpu"] = setting("where the model runs", "Model", resumable=True)
+    ref_model: PathText = setting("frozen reference of the KL penalty; `same`: the starting model", min_length=1)
+    device: Literal["auto", "cuda", "mps", "cpu"] = setting("where the model runs", resumable=True, common=True)
     precision: Literal["auto", "float32", "bf16-master", "bf16"] = setting(
-        "weight dtype; `bf16-master` adds float32 masters", "Model"
+        "weight dtype; `bf16-master` adds float32 masters", common=True
     )
     gradient_checkpointing: Literal["auto", "on", "off"] = setting(
-        "trade time for memory in the backward pass; `auto`: if needed", "Model", resumable=True, advanced=True
+        "trade time for memory in the backward pass; `auto`: if needed", resumable=True
     )
     reference: Literal["auto", "device", "host"] = setting(
-        "where the reference model is kept; `host`: in RAM", "Model", resumable=True, advanced=True
+        "where the reference model is kept; `host`: in RAM", resumable=True
     )
-    lora_rank: int = setting("rank of the LoRA adapter; 0 trains all weights instead", "Model", ge=0, le=4096)
-    lora_alpha: float = setting(
-        "LoRA alpha: the adapter is scaled by alpha / rank", "Model", gt=0, le=10**6, advanced=True
-    )
-    lora_targets: str = setting(
-        "linear layers to adapt, such as q_proj, v_proj; or `all`", "Model", min_length=1, advanced=True
-    )
-    quantize: Literal["none", "nf4"] = setting(
-        "quantize the base model under a LoRA adapter to 4 bits", "Model", advanced=True
-    )
+    lora_rank: int = setting("rank of the LoRA adapter; 0 trains all weights instead", ge=0, le=4096, common=True)
+    lora_alpha: float = setting("LoRA alpha: the adapter is scaled by alpha / rank", gt=0, le=10**6)
+    lora_targets: str = setting("linear layers to adapt, such as q_proj, v_proj; or `all`", min_length=1)
+    quantize: Literal["none", "nf4"] = setting("quantize the base model under a LoRA adapter to 4 bits")
     memory: float = setting(
         "memory budget in GB; 0 is 95% of free GPU memory, or 70% of free RAM",
-        "Model",
         ge=0,
         le=10**9,
         resumable=True,
+        common=True,
     )
     rollout: Literal["local", "vllm"] = setting(
-        "what samples completions; `vllm`: the extra of that name", "Model", resumable=True, advanced=True
+        "what samples completions; `vllm`: the extra of that name", resumable=True
     )
-    vllm_memory: float = setting(
-        "share of GPU memory that vLLM takes", "Model", gt=0, lt=1, resumable=True, advanced=True
-    )
+    vllm_memory: float = setting("share of GPU memory that vLLM takes", gt=0, lt=1, resumable=True)
     vllm_url: Annotated[str, AfterValidator(_server)] = setting(
-        "sample with the vLLM server at this address; `none`: in this process",
-        "Model",
-        min_length=1,
-        resumable=True,
-        advanced=True,
+        "sample with the vLLM server at this address; `none`: in this process", min_length=1, resumable=True
     )
     vllm_folder: PathText = setting(
         "folder where a vLLM server finds new weights; `none`: the system's for temporary files",
-        "Model",
         min_length=1,
         resumable=True,
-        advanced=True,
     )
-    threads: int = setting("CPU threads; 0 is one per core", "Model", ge=0, le=4096, resumable=True, advanced=True)
+    threads: int = setting("CPU threads; 0 is one per core", ge=0, le=4096, resumable=True)
 
 
 class Train(Table):
-    learning_rate: float = setting("peak learning rate", "Optimization", gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = setting(
-        "learning rate schedule after warm-up", "Optimization", advanced=True
+    panel: ClassVar[str] = "Schedule"
+
+    learning_rate: float = setting("peak learning rate", "Optimization", gt=0, common=True)
+    schedule: Literal["constant", "linear", "cosine"] = setting("learning rate schedule after warm-up", "Optimization")
+    warmup_steps: int = setting("steps of linear learning rate warm-up", "Optimization", ge=0, le=10**12)
+    batch_size: int = setting("prompts per step", "Sampling", ge=1, le=10_000, common=True)
+    num_generations: int = setting(
+        "completions per prompt: the size of a group", "Sampling", ge=2, le=10_000, common=True
     )
-    warmup_steps: int = setting("steps of linear learning rate warm-up", "Optimization", ge=0, le=10**12, advanced=True)
-    batch_size: int = setting("prompts per step", "Sampling", ge=1, le=10_000)
-    num_generations: int = setting("completions per prompt: the size of a group", "Sampling", ge=2, le=10_000)
-    max_new_tokens: int = setting("longest completion, in tokens", "Sampling", ge=1, le=100_000)
-    temperature: float = setting("sampling temperature", "Sampling", gt=0, le=10**6)
-    num_iterations: int = setting("training steps", "Schedule", ge=1, le=10**12, resumable=True)
-    num_inner_updates: int = setting(
-        "updates of the policy per sampled batch", "Optimization", ge=1, le=10**6, advanced=True
-    )
+    max_new_tokens: int = setting("longest completion, in tokens", "Sampling", ge=1, le=100_000, common=True)
+    temperature: float = setting("sampling temperature", "Sampling", gt=0, le=10**6, common=True)
+    num_iterations: int = setting("training steps", ge=1, le=10**12, resumable=True, common=True)
+    num_inner_updates: int = setting("updates of the policy per sampled batch", "Optimization", ge=1, le=10**6)
     num_mini_batches: int = setting(
-        "parts of a sampled batch, each with an update of its own", "Optimization", ge=1, le=10_000, advanced=True
+        "parts of a sampled batch, each with an update of its own", "Optimization", ge=1, le=10_000
     )
-    clip_grad_norm: float = setting("maximum gradient norm", "Optimization", gt=0, advanced=True)
+    clip_grad_norm: float = setting("maximum gradient norm", "Optimization", gt=0)
     optimizer: Literal["auto", "adamw", "adamw8bit"] = setting(
-        "AdamW of torch, or 8-bit AdamW of bitsandbytes", "Optimization", advanced=True
+        "AdamW of torch, or 8-bit AdamW of bitsandbytes", "Optimization"
     )
-    weight_decay: float = setting("decoupled weight decay", "Optimization", ge=0, advanced=True)
-    prompt_style: StyleSchedule = setting(
-        "schedule of prompt styles; `task` is the style above", "Sampling", advanced=True
+    weight_decay: float = setting("decoupled weight decay", "Optimization", ge=0)
+    prompt_style: StyleSchedule = setting("schedule of prompt styles; `task` is the style above", "Sampling")
+    prompt_numbers: SizeSchedule = setting("schedule of puzzle sizes; `task` is the number above", "Sampling")
+    warm_start: int = setting(
+        "worked solutions to fine-tune on before GRPO; 0 is none", "Optimization", ge=0, le=10**6, common=True
     )
-    prompt_numbers: SizeSchedule = setting(
-        "schedule of puzzle sizes; `task` is the number above", "Sampling", advanced=True
-    )
-    warm_start: int = setting("worked solutions to fine-tune on before GRPO; 0 is none", "Optimization", ge=0, le=10**6)
     warm_start_give_up: float = setting(
-        "share of them that give up after five failed tries", "Optimization", ge=0, le=1, advanced=True
+        "share of them that give up after five failed tries", "Optimization", ge=0, le=1
     )
     dynamic_sampling: int = setting(
-        "rounds of replacing groups with equal rewards by new puzzles", "Sampling", ge=0, le=20, advanced=True
+        "rounds of replacing groups with equal rewards by new puzzles", "Sampling", ge=0, le=20
     )
     micro_batch_size: int = setting(
-        "completions per forward and backward pass; 0 is as many as fit",
-        "Optimization",
-        ge=0,
-        le=10**9,
-        resumable=True,
-        advanced=True,
+        "completions per forward and backward pass; 0 is as many as fit", "Optimization", ge=0, le=10**9, resumable=True
     )
-    seed: int = setting("seed of the puzzles drawn and of sampling", "Sampling", ge=0, lt=2**32)
-    eval_every: int = setting("steps between evaluations", "Schedule", ge=1, resumable=True)
-    eval_puzzles: int = setting(
-        "val puzzles per evaluation; 0 is all of them", "Schedule", ge=0, le=10**12, advanced=True
-    )
+    seed: int = setting("seed of the puzzles drawn and of sampling", "Sampling", ge=0, lt=2**32, common=True)
+    eval_every: int = setting("steps between evaluations", ge=1, resumable=True, common=True)
+    eval_puzzles: int = setting("val puzzles per evaluation; 0 is all of them", ge=0, le=10**12)
     eval_samples: int = setting(
         "completions sampled per val puzzle, beside the greedy one, for pass@k; 0 is none",
-        "Schedule",
         ge=0,
         le=10**6,
         resumable=True,
-        advanced=True,
     )
-    eval_suite: str = setting(
-        "suite to evaluate too; its mean on dev selects the best model; or `none`",
-        "Schedule",
-        min_length=1,
-        advanced=True,
-    )
-    patience: int = setting(
-        "stop after this many evaluations without improvement; 0 is never",
-        "Schedule",
-        ge=0,
-        resumable=True,
-        advanced=True,
-    )
-    save_every: int = setting("steps between checkpoints", "Schedule", ge=1, resumable=True, advanced=True)
+    eval_suite: str = setting("suite to evaluate too; its mean on dev selects the best model; or `none`", min_length=1)
+    patience: int = setting("stop after this many evaluations without improvement; 0 is never", ge=0, resumable=True)
+    save_every: int = setting("steps between checkpoints", ge=1, resumable=True)
     save_minutes: float = setting(
-        "minutes between checkpoints, besides save_every; 0 is never",
-        "Schedule",
-        ge=0,
-        le=10**12,
-        resumable=True,
-        advanced=True,
+        "minutes between checkpoints, besides save_every; 0 is never", ge=0, le=10**12, resumable=True
     )
-    keep_last: int = setting("checkpoints to keep", "Schedule", ge=2, resumable=True, advanced=True)
+    keep_last: int = setting("checkpoints to keep", ge=2, resumable=True)
     keep_groups: int = setting(
-        "groups of each step to keep, for `countdown why`; -1 is all", "Output", ge=-1, resumable=True, advanced=True
+        "groups of each step to keep, for `countdown why`; -1 is all", "Output", ge=-1, resumable=True
     )
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = setting(
-        "experiment tracker to log to", "Output", resumable=True
+        "experiment tracker to log to", "Output", resumable=True, common=True
     )
-    deterministic: bool = setting("on a GPU: runs repeat bit for bit, but are slower", "Schedule", advanced=True)
+    deterministic: bool = setting("on a GPU: runs repeat bit for bit, but are slower")
     max_bad_steps: int = setting(
-        "stop after this many consecutive steps with a non-finite loss or gradient",
-        "Schedule",
-        ge=1,
-        resumable=True,
-        advanced=True,
+        "stop after this many consecutive steps with a non-finite loss or gradient", ge=1, resumable=True
     )
-    stop_on_collapse: bool = setting(
-        "stop when KL or length explodes, or only the format is learned", "Schedule", resumable=True, advanced=True
-    )
+    stop_on_collapse: bool = setting("stop when KL or length explodes, or only the format is learned", resumable=True)
     broken: Literal[
         "none", "kl", "end", "temperature", "groups", "baseline", "prompt", "bf16", "template", "reward", "mystery"
-    ] = setting("plant a bug, for docs/labs.md; `mystery` draws one", "Schedule", advanced=True)
+    ] = setting("plant a bug, for docs/labs.md; `mystery` draws one")
 
 
 class Loss(Table):
-    loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo", "gspo"] = setting("ratio and normaliser of the loss", "Loss")
-    beta: float = setting("weight of the KL penalty", "Loss", ge=0, le=10**6)
-    epsilon: float = setting("clip range below 1", "Loss", gt=0, lt=1, advanced=True)
-    epsilon_high: float = setting("clip range above 1", "Loss", gt=0, le=10**9, advanced=True)
-    dual_clip: float = setting(
-        "largest ratio of a completion with a negative advantage; 0 is no limit", "Loss", ge=0, le=10**9, advanced=True
+    panel: ClassVar[str] = "Loss"
+
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo", "gspo"] = setting(
+        "ratio and normaliser of the loss", common=True
     )
+    beta: float = setting("weight of the KL penalty", ge=0, le=10**6, common=True)
+    epsilon: float = setting("clip range below 1", gt=0, lt=1)
+    epsilon_high: float = setting("clip range above 1", gt=0, le=10**9)
+    dual_clip: float = setting("largest ratio of a completion with a negative advantage; 0 is no limit", ge=0, le=10**9)
     ratio_level: Literal["auto", "token", "sequence"] = setting(
-        "one ratio per token or per sequence; `auto`: sequence for gspo", "Loss", advanced=True
+        "one ratio per token or per sequence; `auto`: sequence for gspo"
     )
     kl_estimator: Literal["k1", "k2", "k3", "k3_unbiased", "original"] = setting(
-        "KL estimator; `original` flips a sign", "Loss", advanced=True
+        "KL estimator; `original` flips a sign"
     )
-    kl_in: Literal["loss", "reward"] = setting("where the KL penalty is added", "Loss", advanced=True)
+    kl_in: Literal["loss", "reward"] = setting("where the KL penalty is added")
     scale_rewards: Literal["group", "batch", "none", "mean"] = setting(
-        "divide advantages by a standard deviation, or by the group's mean", "Loss", advanced=True
+        "divide advantages by a standard deviation, or by the group's mean"
     )
     baseline: Literal["mean", "leave_one_out"] = setting(
-        "subtract the mean reward of the group, or of its other completions", "Loss", advanced=True
+        "subtract the mean reward of the group, or of its other completions"
     )
-    pass_at_k: int = setting(
-        "train the best of this many completions; 1 is each by itself", "Loss", ge=1, le=10_000, advanced=True
-    )
-    mask_truncated: bool = setting(
-        "leave completions that reach the token limit out of the loss", "Loss", advanced=True
-    )
-    entropy_share: float = setting(
-        "share of tokens that learn, those with the highest entropy; 1 is all", "Loss", gt=0, le=1, advanced=True
-    )
-    entropy_bonus: float = setting(
-        "weight of the mean entropy, which is maximised", "Loss", ge=0, le=10**6, advanced=True
-    )
+    pass_at_k: int = setting("train the best of this many completions; 1 is each by itself", ge=1, le=10_000)
+    mask_truncated: bool = setting("leave completions that reach the token limit out of the loss")
+    entropy_share: float = setting("share of tokens that learn, those with the highest entropy; 1 is all", gt=0, le=1)
+    entropy_bonus: float = setting("weight of the mean entropy, which is maximised", ge=0, le=10**6)
     sampler_correction: Literal["auto", "none", "truncate", "mask"] = setting(
-        "weigh tokens by trainer over sampler; `auto`: truncate if they differ", "Loss", advanced=True
+        "weigh tokens by trainer over sampler; `auto`: truncate if they differ"
     )
-    sampler_level: Literal["token", "sequence"] = setting("one such weight for each", "Loss", advanced=True)
-    sampler_cap: float = setting("largest such weight", "Loss", gt=0, le=10**9, advanced=True)
+    sampler_level: Literal["token", "sequence"] = setting("one such weight for each")
+    sampler_cap: float = setting("largest such weight", gt=0, le=10**9)
 
     @property
     def always_has_gradient(self) -> bool:
@@ -330,23 +276,17 @@ class Loss(Table):
 
 
 class Reward(Table):
-    format_reward: float = setting("reward of each well-formed tag pair of a wrong answer", "Loss", ge=0, advanced=True)
-    numbers_reward: float = setting(
-        "reward added to format_reward if a wrong answer uses the right numbers", "Loss", ge=0, advanced=True
-    )
-    correct_reward: float = setting("reward of a correct answer, instead of all others", "Loss", gt=0, advanced=True)
+    panel: ClassVar[str] = "Loss"
+
+    format_reward: float = setting("reward of each well-formed tag pair of a wrong answer", ge=0)
+    numbers_reward: float = setting("reward added to format_reward if a wrong answer uses the right numbers", ge=0)
+    correct_reward: float = setting("reward of a correct answer, instead of all others", gt=0)
     length_penalty: float = setting(
-        "penalty at max_new_tokens (1 in DAPO's soft overlong punishment); 0 is none",
-        "Loss",
-        ge=0,
-        le=10**6,
-        advanced=True,
+        "penalty at max_new_tokens (1 in DAPO's soft overlong punishment); 0 is none", ge=0, le=10**6
     )
-    soft_limit: int = setting("length in tokens above which length_penalty applies", "Loss", ge=0, advanced=True)
-    reward: PathText = setting("FILE.py:function, your own reward function; or `none`", "Loss", min_length=1)
-    reward_errors: Literal["stop", "skip"] = setting(
-        "exception in your reward function: end the run, or reward 0", "Loss", advanced=True
-    )
+    soft_limit: int = setting("length in tokens above which length_penalty applies", ge=0)
+    reward: PathText = setting("FILE.py:function, your own reward function; or `none`", min_length=1, common=True)
+    reward_errors: Literal["stop", "skip"] = setting("exception in your reward function: end the run, or reward 0")
 
     @property
     def weights(self) -> Rewards:
@@ -355,39 +295,45 @@ class Reward(Table):
 
 
 class Eval(Table):
-    split: Literal["train", "dev", "val"] = setting("split to evaluate on", "Sampling", resumable=True)
-    limit: int = setting("puzzles to evaluate on, in each cell; 0 is all", "Sampling", ge=0, le=10**12, resumable=True)
-    samples: int = setting("completions per puzzle, for pass@k", "Sampling", ge=1, le=10**6, resumable=True)
-    temperature: float = setting("sampling temperature; 0 is greedy", "Sampling", ge=0, le=1000, resumable=True)
-    max_new_tokens: int = setting("longest completion, in tokens", "Sampling", ge=1, le=100_000, resumable=True)
-    batch_size: int = setting("completions decoded at once", "Sampling", ge=1, le=10**6, resumable=True)
+    panel: ClassVar[str] = "Sampling"
+
+    split: Literal["train", "dev", "val"] = setting("split to evaluate on", resumable=True)
+    limit: int = setting("puzzles to evaluate on, in each cell; 0 is all", ge=0, le=10**12, resumable=True)
+    samples: int = setting("completions per puzzle, for pass@k", ge=1, le=10**6, resumable=True)
+    temperature: float = setting("sampling temperature; 0 is greedy", ge=0, le=1000, resumable=True)
+    max_new_tokens: int = setting("longest completion, in tokens", ge=1, le=100_000, resumable=True)
+    batch_size: int = setting("completions decoded at once", ge=1, le=10**6, resumable=True)
 
 
 class Plot(Table):
-    smooth: bool = setting("draw moving averages", "Output", resumable=True)
-    window: int = setting("steps in a moving average", "Output", ge=1, le=10**12, resumable=True, advanced=True)
-    format: Literal["png", "svg"] = setting("image format of the curves", "Output", resumable=True, advanced=True)
+    panel: ClassVar[str] = "Output"
+
+    smooth: bool = setting("draw moving averages", resumable=True)
+    window: int = setting("steps in a moving average", ge=1, le=10**12, resumable=True)
+    format: Literal["png", "svg"] = setting("image format of the curves", resumable=True)
+
+    @property
+    def averaged(self) -> int:
+        """Steps that a point of a training curve is the mean of."""
+        return self.window if self.smooth else 1
 
 
 class Ranks(Table):
+    panel: ClassVar[str] = "Ranks"
+
     timeout: float = setting(
-        "seconds to wait for other processes: ranks, or a vLLM server",
-        "Ranks",
-        gt=0,
-        le=10**9,
-        resumable=True,
-        advanced=True,
+        "seconds to wait for other processes: ranks, or a vLLM server", gt=0, le=10**9, resumable=True
     )
-    shard: bool = setting(
-        "shard weights, gradients and optimizer state over processes (FSDP)", "Ranks", resumable=True, advanced=True
-    )
+    shard: bool = setting("shard weights, gradients and optimizer state over processes (FSDP)", resumable=True)
 
 
 class Settings(Table):
     """All settings of one invocation; after `resolve`, `preset` is never `auto`."""
 
-    preset: str = setting("preset of settings for a model: `auto`, a shipped one, or your own", "Model", min_length=1)
-    runs: PathText = setting("folder of the runs", "Output", min_length=1, resumable=True, advanced=True)
+    preset: str = setting(
+        "preset of settings for a model: `auto`, a shipped one, or your own", "Model", min_length=1, common=True
+    )
+    runs: PathText = setting("folder of the runs", "Output", min_length=1, resumable=True)
     task: Task
     model: Model
     train: Train
@@ -468,14 +414,14 @@ def _declared(key: str) -> dict[str, Any]:
     return cast("dict[str, Any]", FIELDS[key].json_schema_extra)
 
 
-def is_advanced(key: str) -> bool:
-    """Whether a setting is hidden in the help of a command with many settings."""
-    return bool(_declared(key)["advanced"])
+def is_common(key: str) -> bool:
+    """Whether the help of a command with many settings shows this one."""
+    return bool(_declared(key)["common"])
 
 
 def panel(key: str) -> str:
     """The panel of a setting in the help."""
-    return str(_declared(key)["panel"])
+    return str(_declared(key)["panel"] or TABLES[key.partition(".")[0]].panel)
 
 
 def choices(key: str) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from grpo_cli.core.builtin.recipe import may_imitate
-from grpo_cli.core.config.resolve import restore
 from grpo_cli.core.model.load import load
 from grpo_cli.core.run.folder import Run, find_run, run_of
 from grpo_cli.core.task.task import Problem
@@ -64,7 +63,7 @@ def _known(model: str, root: Path, later: frozenset[Path]) -> Known:
     run = next((candidate for candidate in runs if candidate and candidate.path.resolve() not in later), None)
     if run is None:
         return Known(recipe=True) if model == "builtin" else Known(unknown=model)
-    settings = restore(run.read_config(), run.config_path).settings.model
+    settings = run.settings.model
     before = _known(settings.model, run.path.parent, later | {run.path.resolve()})
     if settings.model == "builtin" and not _is_shipped(run):
         before = Known(unknown="a model called builtin, with other weights,")

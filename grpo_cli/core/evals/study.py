@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -138,17 +138,6 @@ def compare(solved: Mapping[str, Sequence[str]]) -> list[Difference]:
 
 def _matrix(rows: Sequence[str]) -> list[list[int]]:
     return [[int(mark) for mark in row] for row in rows]
-
-
-def spread(accuracies: Mapping[str, Mapping[int, float]]) -> float | None:
-    """Pooled standard deviation over seeds of the differences from the first condition, by condition and seed.
-
-    None before two seeds of the first condition and of another are known.
-    """
-    baseline, *others = accuracies.values()
-    paired = [[own[seed] - baseline[seed] for seed in own if seed in baseline] for own in others]
-    variances = [stdev(differences) ** 2 for differences in paired if len(differences) > 1]
-    return math.sqrt(fmean(variances)) if variances else None
 
 
 def detectable(seeds: int, comparisons: int, spread: float) -> float:

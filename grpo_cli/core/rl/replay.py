@@ -19,7 +19,6 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from grpo_cli.core.config.resolve import restore
 from grpo_cli.core.config.settings import Loss
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.model.policy import Policy
@@ -171,7 +170,7 @@ def plan(run: Run, step: int) -> Plan:
     if step not in seconds:
         hint = f"choose one from 1 to {max(seconds)}" if seconds else "wait for its first step, or resume it"
         raise CountdownError(f"run `{run.name}` has no step {step}", hint)
-    if restore(run.read_config(), run.config_path).settings.model.rollout == "vllm":
+    if run.settings.model.rollout == "vllm":
         raise CountdownError(
             f"steps of run `{run.name}` cannot be replayed: vLLM does not draw the same completions again",
             f"`countdown why {run.name}{at(run.path.parent)}` describes the run as a whole",
@@ -200,7 +199,7 @@ def cached(run: Run, step: int, *, losses: bool) -> Replay | None:
 
 def replay(run: Run, planned: Plan, *, losses: bool = False, observer: Observer | None = None) -> Replay:
     """Take the step again and keep the result in the run; `losses`: compare gradients under other losses too."""
-    settings = restore(run.read_config(), run.config_path).settings
+    settings = run.settings
     # Without `max_bad_steps`, no failed step ends the replay and saves a checkpoint.
     changes = {"train": {"tracker": "none", "max_bad_steps": 10**9}, "ranks": {"shard": False}}
     tables = {name: getattr(settings, name).model_copy(update=change) for name, change in changes.items()}

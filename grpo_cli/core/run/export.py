@@ -6,7 +6,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from grpo_cli.core.errors import CountdownError
@@ -40,15 +41,9 @@ def check_destination(folder: Path, *, overwrite: bool) -> None:
         raise CountdownError(f"`{folder}` exists", "choose another folder, or replace it with `--overwrite`")
 
 
-def export(
-    model: Path, folder: Path, card: str, *, overwrite: bool = False, convert: Callable[[Path], None] = lambda _: None
-) -> list[Path]:
-    """Write a run's model or adapter and its card to `folder`, replacing it atomically; return the files.
-
-    `convert` may add files to the folder before it is moved into place. Raises as `check_destination` does, and if the
-    model has no weights.
-    """
-    check_destination(folder, overwrite=overwrite)
+@contextmanager
+def exporting(model: Path, folder: Path, card: str) -> Iterator[Path]:
+    """Yield a copy of a run's model or adapter with its card, to complete; it replaces `folder` when the block ends."""
     if not any(model.glob("*.safetensors")):
         raise CountdownError(f"`{model}` has no weights", "export another run")
     with checkpoint.saving(folder) as staged:
@@ -56,11 +51,10 @@ def export(
             shutil.copytree(model, staged, dirs_exist_ok=True)
         except shutil.Error as error:
             file, _, reason = error.args[0][0]
-            hint = "change its permissions" if "Permission" in reason else "make room, or write elsewhere"
+            hint = "make room, or change its permissions"
             raise CountdownError(f"cannot copy `{file}`: {reason}", hint, exit_code=1) from error
         (staged / CARD).write_text(card, encoding="utf-8")
-        convert(staged)
-    return sorted(path for path in folder.iterdir() if path.is_file())
+        yield staged
 
 
 def limit_completions(folder: Path, max_new_tokens: int) -> None:

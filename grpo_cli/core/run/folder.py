@@ -26,16 +26,16 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any, Self
 
-from grpo_cli.core.config.resolve import defaults, shipped_presets
+from grpo_cli.core.config.resolve import defaults, restore, shipped_presets
+from grpo_cli.core.config.settings import Settings
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import append_lines, can_write, read_json, write, write_json, write_lines
 from grpo_cli.core.run import checkpoint
 from grpo_cli.core.run.groups import GroupLog
-from grpo_cli.core.run.logs import Evaluated, Example, Log, evaluated, example, numbers, problem_key
+from grpo_cli.core.run.logs import Evaluated, Log, evaluated, numbers, problem_key
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CHECKPOINT = re.compile(r"step-([0-9]+)")
-_FROM_STEP = re.compile(r"from step ([0-9]+)")
 _LOCK = ".lock"
 RESERVED = frozenset({"auto", "builtin", "none", "same"})  # names that settings give to models
 
@@ -118,6 +118,13 @@ class Run:
         """The run with a saved model that logged last."""
         runs = [cls(run.path) for run in list_runs(root) if run.model_path.is_dir() and run._metrics.path.is_file()]
         return max(runs, key=lambda run: run._metrics.path.stat().st_mtime_ns, default=None)
+
+    @classmethod
+    def require_newest(cls, root: Path) -> Self:
+        """The newest run; raises CountdownError if there is none."""
+        if (run := cls.newest(root)) is None:
+            raise CountdownError(f"no run in `{root}` yet", f"train one with `countdown train{at(root)}`")
+        return run
 
     @property
     def name(self) -> str:
@@ -268,6 +275,11 @@ class Run:
     def read_config(self) -> dict[str, object]:
         return read_json(self.config_path)
 
+    @property
+    def settings(self) -> Settings:
+        """The settings of the run."""
+        return restore(self.read_config(), self.config_path).settings
+
     def write_origin(self, origin: Mapping[str, object]) -> None:
         write_json(self.path / "origin.json", origin)
 
@@ -289,8 +301,7 @@ class Run:
     def write_environment(self, environment: Mapping[str, object], *, step: int) -> None:
         """Record the environment from `step` on, keeping the records of earlier steps."""
         known = self.read_environment() if step else {}
-        steps = {key: _FROM_STEP.fullmatch(key) for key in known}
-        earlier = {key: known[key] for key, match in steps.items() if match and int(match[1]) < step}
+        earlier = {key: known[key] for key in known if int(key.removeprefix("from step ")) < step}
         write_json(self._environment, {**earlier, f"from step {step}": environment})
 
     def read_environment(self) -> dict[str, object]:
@@ -350,10 +361,6 @@ class Run:
             by_cell.setdefault(record.cell, {})[record.step] = record
         return by_cell
 
-    def samples(self) -> list[Example]:
-        """Every logged completion, [] before the first."""
-        return list(self._samples.read())
-
     def groups(self, step: int) -> list[dict[str, Any]]:
         """The groups that were kept of a step; [] if there are none."""
         return list(self._groups.read(step))
@@ -391,8 +398,8 @@ class Run:
         return Log(self.path / "evaluations.jsonl", evaluated)
 
     @property
-    def _samples(self) -> Log[Example]:
-        return Log(self.path / "samples.jsonl", example)
+    def _samples(self) -> Log[str]:
+        return Log(self.path / "samples.jsonl", problem_key)
 
     @property
     def _groups(self) -> GroupLog:
@@ -400,7 +407,7 @@ class Run:
 
     @property
     def _problems(self) -> list[Log[str]]:
-        return [Log(path, problem_key) for path in (self._samples.path, self._lessons)]
+        return [self._samples, Log(self._lessons, problem_key)]
 
     @property
     def _lessons(self) -> Path:

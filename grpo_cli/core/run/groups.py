@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo_cli.core.files import append_bytes, require_regular, write
+from grpo_cli.core.files import append_bytes, require_regular
+from grpo_cli.core.run.logs import cut
 
 _MAGIC = b"\x1f\x8b\x08"  # the first bytes of a gzip member
 
@@ -37,24 +38,11 @@ class GroupLog:
                 yield from map(json.loads, text.splitlines())
 
     def cut(self, last: int) -> int:
-        """Keep the steps up to `last`, move damaged members to `<log>.damaged`, and return their number: lost steps.
-
-        A last member that was cut off is dropped, as a line of other logs is.
-        """
-        if not self.path.exists():
-            return 0
-        members = list(self._members())
-        if members and members[-1][0] is None:
-            members.pop()
-        damaged = [raw for number, raw, _ in members if number is None]
-        if damaged:
-            aside = self.path.with_name(f"{self.path.name}.damaged")
-            write(aside, (aside.read_bytes() if aside.is_file() else b"") + b"".join(damaged))
-        write(self.path, b"".join(raw for number, raw, _ in members if number is not None and number <= last))
-        return len(damaged)
+        """Keep the steps up to `last`, move damaged members to `<log>.damaged`, and return their number: lost steps."""
+        return cut(self.path, [(step, raw) for step, raw, _ in self._members()], last)
 
     def _members(self) -> Iterator[tuple[int | None, bytes, bytes]]:
-        """(step, compressed, text) of every member; the step is None if it is damaged."""
+        """(step, compressed, text) of every member but a last one cut off; the step is None if it is damaged."""
         if not self.path.exists():
             return
         require_regular(self.path)
@@ -63,8 +51,9 @@ class GroupLog:
             text, size = _unpacked(left)
             step = None if text is None else _step(text)
             if step is None:  # continue at the next member
-                following = left.find(_MAGIC, 1)
-                size = len(left) if following < 0 else following
+                size = left.find(_MAGIC, 1)
+                if size < 0:
+                    return
             yield step, left[:size], text or b""
             left = left[size:]
 

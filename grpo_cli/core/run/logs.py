@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Generic, TypeVar
@@ -11,7 +11,7 @@ from typing import Annotated, Generic, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError
 
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.files import Line, read_lines, write
+from grpo_cli.core.files import json_object, read_lines, write
 from grpo_cli.core.task.countdown import recorded
 
 LAST_STEP = 10**15
@@ -22,13 +22,12 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class Example:
-    """A logged completion and its score. An example of an evaluation has no `step` of its own."""
+    """A completion of an evaluation, and its score."""
 
     completion: str
     reward: float | str
     reason: str
     answer: str | None = None
-    step: int = 0
     numbers: list[int] = field(default_factory=list)  # of a countdown puzzle
     target: int = 0
     problem: str = ""  # of any other task
@@ -47,10 +46,10 @@ class Evaluated:
     cell: str
     count: Annotated[int, Field(ge=0)]
     accuracy: Share
-    interval: tuple[Share, Share] | None
-    lenient_accuracy: Share | None
-    format_rate: Share | None
-    mean_length: Annotated[float, Field(ge=0)] | None
+    interval: tuple[Share, Share]
+    lenient_accuracy: Share
+    format_rate: Share
+    mean_length: Annotated[float, Field(ge=0)]
     reasons: dict[str, Annotated[int, Field(ge=0)]]
     solved: Annotated[str, Field(pattern="^[01]*$")]
     examples: list[Example]
@@ -59,64 +58,75 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Log(Generic[Record]):
-    """A JSON Lines file whose lines all have a `step`; `parse` raises CountdownError for an invalid line."""
+    """A JSON Lines file whose lines all have a `step`; `parse` raises ValueError for an invalid record."""
 
     path: Path
-    parse: Callable[[Line], Record]
+    parse: Callable[[dict[str, object]], Record]
 
     def read(self) -> Iterator[Record]:
         """Every record in order; raises CountdownError naming a damaged line."""
-        for line in read_lines(self.path):
-            step_of(line)
-            yield self.parse(line)
+        for _, parsed in self._lines():
+            if isinstance(parsed, CountdownError):
+                raise parsed
+            yield parsed[1]
 
     def readable(self) -> Iterator[Record]:
         """Every record whose line is not damaged."""
-        return (self.parse(line) for line in read_lines(self.path) if self._step(line) is not None)
+        return (parsed[1] for _, parsed in self._lines() if not isinstance(parsed, CountdownError))
 
     def damaged(self) -> int:
         """Number of unreadable lines."""
-        return sum(self._step(line) is None for line in read_lines(self.path))
+        return sum(isinstance(parsed, CountdownError) for _, parsed in self._lines())
 
     def cut(self, last: int) -> int:
         """Keep the records up to step `last`, move damaged lines to `<log>.damaged`, and return their number."""
-        if not self.path.exists():
-            return 0
-        lines = [(self._step(line), line.raw) for line in read_lines(self.path)]
-        damaged = [raw for step, raw in lines if step is None]
-        if damaged:
-            aside = self.path.with_name(f"{self.path.name}.damaged")
-            write(aside, (aside.read_bytes() if aside.is_file() else b"") + b"".join(damaged))
-        write(self.path, b"".join(raw for step, raw in lines if step is not None and step <= last))
-        return len(damaged)
+        steps = [(None if isinstance(parsed, CountdownError) else parsed[0], raw) for raw, parsed in self._lines()]
+        return cut(self.path, steps, last)
 
-    def _step(self, line: Line) -> int | None:
-        try:
-            self.parse(line)
-            return step_of(line)
-        except CountdownError:
-            return None
+    def _lines(self) -> Iterator[tuple[bytes, tuple[int, Record] | CountdownError]]:
+        """Every line with its step and record, or with what is wrong with it."""
+        for number, raw in read_lines(self.path):
+            parsed: tuple[int, Record] | CountdownError
+            try:
+                record = json_object(raw)
+                parsed = _step(record), self.parse(record)
+            except ValueError as problem:
+                parsed = CountdownError(f"line {number} of `{self.path}` {problem}")
+            yield raw, parsed
 
 
-def step_of(line: Line) -> int:
-    """The step of a record; raises CountdownError if it has none."""
-    step = line.record().get("step")
+def cut(path: Path, pieces: Sequence[tuple[int | None, bytes]], last: int) -> int:
+    """Rewrite a log of pieces, each with its step: keep those up to `last`, and move damaged ones (None) aside.
+
+    Returns the number of damaged pieces.
+    """
+    damaged = [raw for step, raw in pieces if step is None]
+    if damaged:
+        aside = path.with_name(f"{path.name}.damaged")
+        write(aside, (aside.read_bytes() if aside.is_file() else b"") + b"".join(damaged))
+    if path.exists():
+        write(path, b"".join(raw for step, raw in pieces if step is not None and step <= last))
+    return len(damaged)
+
+
+def _step(record: Mapping[str, object]) -> int:
+    step = record.get("step")
     if type(step) is not int or not 0 <= step <= LAST_STEP:
-        raise CountdownError(f"{line.place} is not an object with a `step`")
+        raise ValueError("is not an object with a `step`")
     return step
 
 
-def numbers(line: Line) -> dict[str, float]:
+def numbers(record: Mapping[str, object]) -> dict[str, float]:
     """The metrics of a step: finite numbers, shares from 0 to 1 and plausible durations."""
-    record: dict[str, float] = {}
-    for name, value in line.record().items():
+    metrics: dict[str, float] = {}
+    for name, value in record.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CountdownError(f"`{name}` in {line.place} is not a number")
+            raise ValueError(f"has a `{name}` that is not a number")
         low, high, words = _bounds(name)
         if not low <= value <= high:
-            raise CountdownError(f"`{name}` in {line.place} is not {words}")
-        record[name] = value
-    return record
+            raise ValueError(f"has a `{name}` that is not {words}")
+        metrics[name] = value
+    return metrics
 
 
 def _bounds(name: str) -> tuple[float, float, str]:
@@ -127,33 +137,21 @@ def _bounds(name: str) -> tuple[float, float, str]:
     return -sys.float_info.max, sys.float_info.max, "a finite number"
 
 
-_EXAMPLE, _EVALUATED = TypeAdapter(Example), TypeAdapter(Evaluated)
+_EVALUATED = TypeAdapter(Evaluated)
 
 
-def example(line: Line) -> Example:
-    """A sampled completion."""
-    return _validated(_EXAMPLE, line)
-
-
-def evaluated(line: Line) -> Evaluated:
+def evaluated(record: Mapping[str, object]) -> Evaluated:
     """The evaluation of a cell, with one character of `solved` per puzzle."""
-    record = _validated(_EVALUATED, line)
-    if len(record.solved) != record.count:
-        raise CountdownError(f"`solved` in {line.place} does not have a character for each of `count` puzzles")
-    return record
-
-
-def _validated(kind: TypeAdapter[Record], line: Line) -> Record:
     try:
-        return kind.validate_python(line.record())
+        evaluation = _EVALUATED.validate_python(record)
     except ValidationError as problem:
         first = problem.errors()[0]
-        raise CountdownError(f"`{'.'.join(map(str, first['loc']))}` in {line.place}: {first['msg']}") from None
+        raise ValueError(f"has a wrong `{'.'.join(map(str, first['loc']))}`: {first['msg']}") from None
+    if len(evaluation.solved) != evaluation.count:
+        raise ValueError("has a `solved` without a character for each of `count` puzzles")
+    return evaluation
 
 
-def problem_key(line: Line) -> str:
+def problem_key(record: Mapping[str, object]) -> str:
     """The key of a sample's problem."""
-    try:
-        return recorded(line.record()).key
-    except ValueError as problem:
-        raise CountdownError(f"{line.place} {problem}") from None
+    return recorded(record).key
