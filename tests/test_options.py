@@ -6,12 +6,13 @@ from typing import Annotated
 
 import pytest
 import typer
+from typer.core import TyperCommand
 from typer.testing import CliRunner
 
 from grpo_cli.cli.app import app
 from grpo_cli.cli.options import ConfigFile, flags, settings_command
 from grpo_cli.core.config.resolve import flag
-from grpo_cli.core.config.settings import FIELDS, describe
+from grpo_cli.core.config.settings import FIELDS, choices, describe
 
 EVERYTHING = ("preset", "runs", "task", "model", "train", "loss", "plot")  # [eval] shares names with [train]
 
@@ -30,20 +31,22 @@ def invoke(names: tuple[str, ...], *line: str, width: int = 100) -> tuple[str, d
     return re.sub(r"\x1b\[[0-9;]*m", "", result.output), given
 
 
-@pytest.mark.parametrize(
-    ("line", "given"),
-    [
-        (
-            "--batch-size 8 --model folder --smooth",
-            {"train.batch_size": "8", "model.model": "folder", "plot.smooth": True},
-        ),
-        ("argument --model option", {"model.model": "option", "own": "argument"}),
-        ("--batch-size four", {"train.batch_size": "four"}),  # left for the settings to check
-        ("--no-smooth --window 3", {"plot.smooth": False, "plot.window": "3"}),
-    ],
-)
-def test_what_is_given_is_handed_on(line: str, given: dict[str, object]) -> None:
-    assert invoke(EVERYTHING, *line.split())[1] == {"own": "own", **given}
+def test_only_what_is_given_is_handed_on() -> None:
+    _, given = invoke(EVERYTHING, "--batch-size", "8", "--model", "folder", "--smooth")
+    assert given == {"train.batch_size": "8", "model.model": "folder", "plot.smooth": True, "own": "own"}
+
+
+def test_a_setting_may_share_its_name_with_an_argument() -> None:
+    assert invoke(EVERYTHING, "argument", "--model", "option")[1] == {"model.model": "option", "own": "argument"}
+
+
+def test_values_are_left_for_the_settings_to_check() -> None:
+    assert invoke(("train",), "--batch-size", "four")[1]["train.batch_size"] == "four"
+
+
+def test_a_switch_can_be_turned_off_and_the_last_word_holds() -> None:
+    assert invoke(("plot",), "--no-smooth")[1]["plot.smooth"] is False
+    assert invoke(("plot",), "--no-smooth", "--window", "3")[1]["plot.smooth"] is False
 
 
 def test_single_settings_can_be_chosen() -> None:
@@ -69,6 +72,15 @@ def test_the_help_shows_panel_default_and_choices() -> None:
     text = " ".join(output.replace("│", "").split())
     assert re.search(r"--batch-size <int> prompts per step \[default: \(\d+\)\]", text)
     assert "where the KL penalty is added: loss, reward [default: (loss)]" in text
+
+
+def test_choices_are_completed() -> None:
+    command = settings_command("loss")("x", callback=lambda: None)
+    assert isinstance(command, TyperCommand)
+    ctx = command.make_context("x", [])
+    option = next(param for param in command.get_params(ctx) if "--loss-type" in param.opts)
+    items = [item.value for item in option.shell_complete(ctx, "d")]
+    assert items == [choice for choice in choices("loss.loss_type") if choice.startswith("d")] == ["dapo", "dr_grpo"]
 
 
 def help_text(*line: str) -> str:

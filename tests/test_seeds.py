@@ -10,6 +10,7 @@ from conftest import SMALL, Command, main
 from grpo_cli.cli import seeds
 from grpo_cli.cli.seeds import Job, with_seed, words
 from grpo_cli.core.config.resolve import resolve
+from grpo_cli.core.evals.statistics import bootstrap
 from grpo_cli.core.run.folder import Run
 
 FEW = [*SMALL, "--eval-every", "2", "--save-every", "2"]
@@ -35,7 +36,7 @@ def test_seeds_are_runs_of_their_own_which_are_kept_resumed_and_summed_up(
     first = countdown(*given)
     assert first.code == 0, first.err
     assert [line[-4:] for line in here] == [["--run", f"two-{seed}", "--seed", str(seed)] for seed in (3, 4)]
-    assert "differ only in the seed: best" in first.out.replace("\n", " ")
+    assert "best: " in first.out and "by bootstrap over seeds" in first.out
     assert "countdown plot two-3 two-4" in first.err
     configs = [json.loads((tmp_path / "runs" / f"two-{seed}" / "config.json").read_text()) for seed in (3, 4)]
     assert [config["train"].pop("seed") for config in configs] == [3, 4] and configs[0] == configs[1]
@@ -72,6 +73,12 @@ def test_a_failed_seed_ends_all_and_says_how_to_go_on(
     monkeypatch.setattr(seeds, "_run", lambda *_, **__: 130)
     found = countdown("train", "--model", tiny_folder, "--run", "two", "--seeds", 2)
     assert found.code == 130 and "the same command goes on from here" in found.err
+
+
+def test_the_bootstrap_of_equal_values_is_that_value_and_of_others_lies_between() -> None:
+    assert bootstrap([0.5, 0.5, 0.5]) == (0.5, 0.5)
+    low, high = bootstrap([0.90, 0.92, 0.94, 0.96, 0.98])
+    assert 0.90 < low < 0.93 and 0.95 < high < 0.98
 
 
 @pytest.mark.slow

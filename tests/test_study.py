@@ -10,7 +10,7 @@ import pytest
 from conftest import Command, main
 
 from grpo_cli.cli import seeds
-from grpo_cli.core.evals.statistics import bootstrap, paired, student, student_quantile
+from grpo_cli.core.evals.statistics import paired, student, student_quantile
 from grpo_cli.core.evals.study import compare, detectable, read_study
 from grpo_cli.core.rl.labs import BUGS
 
@@ -61,12 +61,6 @@ def test_paired_differences_by_hand() -> None:
     assert (low, high) == pytest.approx((-0.0048414, 0.0448414), abs=1e-6)
     assert p_value == pytest.approx(1 - 3.4641016 / math.sqrt(2 + 12), abs=1e-6)  # two degrees: 1 - t / sqrt(2 + t^2)
     assert paired([0.1, 0.1]) == ((0.1, 0.1), 0.0) and paired([0.0, 0.0])[1] == 1.0
-
-
-def test_the_bootstrap_of_equal_values_is_that_value_and_of_others_lies_between() -> None:
-    assert bootstrap([0.5, 0.5, 0.5]) == (0.5, 0.5)
-    low, high = bootstrap([0.90, 0.92, 0.94, 0.96, 0.98])
-    assert 0.90 < low < 0.93 and 0.95 < high < 0.98
 
 
 def test_what_a_design_can_show_by_hand() -> None:

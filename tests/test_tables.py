@@ -66,19 +66,28 @@ def suite_result(*texts: str, model: str = "builtin", seen: bool = False) -> Sui
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("4 * 7 - 3", "4 * 7 - 3"),
         ("größer × 日本 😀", "größer × 日本 😀"),
         ("[bold]x[/]", "[bold]x[/]"),
+        (r"a \x1b backslash", r"a \x1b backslash"),
+        ("\x1b[31m", r"\x1b[31m"),
         ("\x1b]0;title\x07", r"\x1b]0;title\x07"),
         ("\x9b31m\x7f", r"\x9b31m\x7f"),
         ("\u202eabc\u2069", r"\u202eabc\u2069"),
         ("a\u200b\u200d\u2060\ufeffb", r"a\u200b\u200d\u2060\ufeffb"),
+        ("\U000e0041", r"\U000e0041"),
         ("a\u3164\ufe0f", r"a\u3164\ufe0f"),
         ("over\rwrite\b\t", r"over\rwrite\x08\t"),
         ("two\nlines\u2028three", r"two\nlines\u2028three"),
+        ("\ud800", r"\ud800"),
     ],
 )
 def test_what_acts_on_a_terminal_shows_as_its_code(text: str, expected: str) -> None:
     assert terminal.printable(text) == expected
+
+
+def test_newlines_stay_only_where_asked_for() -> None:
+    assert terminal.printable("a\nb\r\n", keep_newlines=True) == "a\nb\\r\n"
 
 
 @pytest.mark.faults
@@ -87,8 +96,7 @@ def test_no_control_or_format_character_gets_through_unseen() -> None:
     assert terminal.printable(everything).isprintable()
 
 
-def test_long_text_is_cut_in_the_middle_and_newlines_stay_where_asked_for() -> None:
-    assert terminal.printable("a\nb\r\n", keep_newlines=True) == "a\nb\\r\n"
+def test_long_text_is_cut_in_the_middle_and_counted() -> None:
     assert terminal.printable("a" * 500_000 + "b" * 500_000, limit=6) == "aaa … 999,994 characters … bbb"
     assert terminal.printable("abcdef", limit=6) == "abcdef"
 
@@ -110,10 +118,13 @@ def test_an_excerpt_of_one_endless_line_is_no_larger_than_asked_for() -> None:
     ("values", "width", "expected"),
     [
         ([0, 1, 2, 3, 4, 5, 6, 7], 8, "▁▂▃▄▅▆▇█"),
+        ([7, 0], 8, "█▁"),
         ([0, 2, 6, 8], 2, "▁█"),
+        ([1, 3, 9, 9, 0, 0], 3, "▃█▁"),
         ([5, 5, 5], 3, "▄▄▄"),
         ([float("nan"), 1, float("inf"), 2], 9, "▁█"),
         ([], 5, ""),
+        ([1, 2], 0, ""),
     ],
 )
 def test_a_sparkline_scales_from_lowest_to_highest(values: list[float], width: int, expected: str) -> None:
@@ -148,6 +159,9 @@ def test_only_the_answer_of_a_solved_puzzle_is_on_stdout(capsys: pytest.CaptureF
     assert STYLE_CODES.sub("", err) == (
         f"{text}\ncorrect: 4 * 7 - 3 = 25\nsolutions of [4, 7, 3] -> 25:\n  3 * 7 + 4\n"
     )
+
+
+def test_a_wrong_answer_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     display.verdict(PUZZLE, score("<answer>4 + 7 + 3</answer>", PUZZLE))
     assert STYLE_CODES.sub("", capsys.readouterr().err) == "wrong: the answer does not make the target\n"
 

@@ -69,14 +69,6 @@ def runs(
         text.note(f"no runs in `{root}`; train one with `countdown train{at(root)}`")
 
 
-def sum_up(runs: Sequence[Run]) -> None:
-    """List runs, and sum up those that differ only in their seed."""
-    from grpo_cli.ui import tables
-
-    shown = [_describe(run) for run in runs]
-    tables.runs([row for row, _ in shown], _seeds(shown))
-
-
 def _condition(text: str) -> tuple[str, object]:
     """`model=builtin` -> (`model.model`, `builtin`)."""
     from grpo_cli.core.config.names import nearest

@@ -10,12 +10,13 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import typer
 
-from grpo_cli.cli.runs import sum_up
 from grpo_cli.core.errors import CountdownError
+from grpo_cli.core.evals.statistics import bootstrap
+from grpo_cli.core.metrics import best_step, evaluations
 from grpo_cli.ui import text as show
 
 if TYPE_CHECKING:
@@ -62,11 +63,13 @@ def train_seeds(settings: Settings, name: str, count: int, line: Sequence[str], 
     Raises CountdownError, before any training, if a run of these names has other settings.
     """
     from grpo_cli.core.run.folder import Run, at
+    from grpo_cli.ui import tables
 
     root, first = Path(settings.runs), settings.train.seed
     jobs = [Job(Run(root / f"{name}-{seed}"), with_seed(settings, seed), line) for seed in range(first, first + count)]
     train_all(jobs, overwrite=overwrite)
-    sum_up([job.run for job in jobs])
+    rows = [_row(job) for job in jobs]
+    tables.seeds(rows, {key: bootstrap([row[key] for row in rows]) for key in ("best", "last")})
     show.note(f"curves: countdown plot {' '.join(job.run.name for job in jobs)}{at(root)}")
 
 
@@ -165,3 +168,13 @@ def _show_end(stream: IO[bytes] | None) -> None:
     if stream:
         stream.seek(0)
         show.note(stream.read().decode(errors="replace")[-LAST_CHARACTERS:].strip())
+
+
+def _row(job: Job) -> Mapping[str, Any]:
+    """Val accuracies of one run: of the starting model, the best and the last one."""
+    metrics = job.run.metrics()
+    evaluated, best = evaluations(metrics), best_step(metrics)
+    accuracies = {step: line["val_accuracy"] for step, line in evaluated.items()}
+    found = {"base": accuracies.get(0), "best": accuracies[best], "last": accuracies[max(accuracies)]}
+    own = {"seed": job.settings.train.seed, "run": job.run.name}
+    return own | {"at step": best, "steps": int(metrics[-1]["step"]), **found}

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -53,6 +54,7 @@ SOLUTIONS = 10  # most solutions to show
 REASONING_CHARACTERS = 20_000
 
 RUNS = ("run", "model", "step", "base", "best", "time", "settings")
+SEEDS = ("run", "seed", "steps", "base", "best", "at step", "last")
 
 EXPLANATIONS = {
     "no_answer": "no answer was given",
@@ -120,6 +122,16 @@ def _run(row: Mapping[str, Any]) -> list[str]:
 def _cell(value: object) -> str:
     """A share as percent, other values as text, `-` for None."""
     return "-" if value is None else percent(value) if isinstance(value, float) else str(value)
+
+
+def seeds(rows: Sequence[Mapping[str, Any]], intervals: Mapping[str, tuple[float, float]]) -> None:
+    """One line per seed of a training, then the means over seeds with intervals and the spread."""
+    lines = [[_cell(row[name]) for name in SEEDS] for row in rows]
+    out.print(grid(*SEEDS, numeric=SEEDS[1:], rows=lines))
+    for key, bounds in intervals.items():
+        values = [row[key] for row in rows]
+        mean, spread = percent(fmean(values)), f"{percent(min(values))} to {percent(max(values))}"
+        out.print(Text(f"{key}: {mean} on average ({interval(bounds)} by bootstrap over seeds), {spread}"))
 
 
 def compared(rows: Sequence[Mapping[str, Any]]) -> None:
