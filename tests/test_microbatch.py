@@ -17,9 +17,11 @@ from grpo_cli.core.model.packed import PackedPath
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.rl.update import reference_logprobs
+from grpo_cli.core.rollout import selfcheck
 from grpo_cli.core.rollout.engine import uniforms
 from grpo_cli.core.rollout.local import LocalEngine
 from grpo_cli.core.rollout.params import SamplingParams
+from grpo_cli.core.rollout.selfcheck import Outcome
 
 pytestmark = pytest.mark.faults
 
@@ -277,7 +279,8 @@ def test_a_training_goes_on_with_fewer_rows_and_says_so(
 ) -> None:
     arguments = ["--precision", "float32", "--batch-size", "2", "--num-generations", "2", "--max-new-tokens", "8"]
     arguments += ["--num-iterations", "1", "--eval-puzzles", "2"]
-    assert countdown("train", "--model", tiny_folder, "--run", "whole", *arguments).code == 0  # keeps the self-check
+    passed = Outcome("packed", 0.0)
+    monkeypatch.setattr(selfcheck, "checked", lambda policy, **_: (policy, passed))  # it would run out of memory too
     limited(monkeypatch, 1)
     found = countdown("train", "--model", tiny_folder, "--run", "small", *arguments)
     assert found.code == 0
