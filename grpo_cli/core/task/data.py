@@ -88,14 +88,14 @@ def sampling_note(size: int, rules: Rules = ORIGINAL) -> str | None:
 
 def _draws(size: int, split: Side | None, seed: int, rules: Rules, *, tries: int | None = None) -> Iterator[Puzzle]:
     """Random puzzles, until MOST_DRAWS in a row fail, or after `tries` draws."""
-    rng, numbers, allowed = random.Random(seed), rules.numbers, rules.targets
+    below, numbers, allowed = _below(random.Random(seed)), rules.numbers, rules.targets
     operations = [_APPLY[name] for name in rules.operations]
     missed = 0
     for _ in forever() if tries is None else range(tries):
         if missed == MOST_DRAWS:
             return
-        drawn = tuple([rng.choice(numbers) for _ in range(size)])
-        chosen = [rng.choice(operations) for _ in drawn[1:]]
+        drawn = tuple([numbers[below(len(numbers))] for _ in range(size)])
+        chosen = [operations[below(len(operations))] for _ in drawn[1:]]
         missed += 1
         if split is not None and split != split_of(drawn):
             continue
@@ -108,12 +108,31 @@ def _draws(size: int, split: Side | None, seed: int, rules: Rules, *, tries: int
             missed = 0
 
 
+def _below(rng: random.Random) -> Callable[[int], int]:
+    """A uniform index below `limit`, the same as `random.choice` would draw, in half the time."""
+    bits = rng.getrandbits
+
+    def below(limit: int) -> int:
+        width = limit.bit_length()
+        drawn = bits(width)
+        while drawn >= limit:
+            drawn = bits(width)
+        return drawn
+
+    return below
+
+
 def json_line(puzzle: Puzzle, rules: Rules = ORIGINAL) -> str:
     """The puzzle with one solution as a line of a puzzle file, without the newline."""
+    return f'{{"numbers": [{", ".join(map(str, puzzle.numbers))}], {_rest_of_line(puzzle.canonical, rules)}'
+
+
+@cache
+def _rest_of_line(puzzle: Puzzle, rules: Rules) -> str:
     solved = solution(puzzle, rules)
     if solved is None:
         raise CountdownError(f"{puzzle.target} cannot be made from {list(puzzle.numbers)}")
-    return json.dumps({**puzzle.record(), "split": puzzle.split, "solution": solved})
+    return json.dumps({"target": puzzle.target, "split": puzzle.split, "solution": solved})[1:]
 
 
 def _trainer_line(puzzle: Puzzle, index: int, messages: list[Message]) -> str:
