@@ -20,25 +20,32 @@ if TYPE_CHECKING:
 SETTINGS = ("runs",)
 
 
+Name = Annotated[
+    str | None, typer.Argument(metavar="RUN", help="run; default: the newest", autocompletion=completion("run"))
+]
+Step = Annotated[int | None, typer.Option(min=1, help="step to take again and explain", metavar="<int>")]
+Prompt = Annotated[
+    int | None, typer.Option(min=0, help="group to show; default: the most instructive", metavar="<int>")
+]
+Sample = Annotated[
+    int | None, typer.Option(min=0, help="completion of the group to show token by token", metavar="<int>")
+]
+Reveal = Annotated[bool, typer.Option("--reveal", help="name the bug that `train --break` planted")]
+Losses = Annotated[bool, typer.Option("--losses", help="compare the gradient under every other loss")]
+Html = Annotated[Path | None, typer.Option(help="write one HTML page too", metavar="<file>")]
+Figure = Annotated[Path | None, typer.Option(help="draw the fork of completions: PNG or SVG", metavar="<file>")]
+
+
 def why(
     ctx: typer.Context,
-    run: Annotated[
-        str | None,
-        typer.Argument(metavar="RUN", help="run; default: the newest", autocompletion=completion("run")),
-    ] = None,
-    step: Annotated[int | None, typer.Option(min=1, help="step to take again and explain", metavar="<int>")] = None,
-    prompt: Annotated[
-        int | None, typer.Option(min=0, help="group to show; default: the most instructive", metavar="<int>")
-    ] = None,
-    sample: Annotated[
-        int | None, typer.Option(min=0, help="completion of the group to show token by token", metavar="<int>")
-    ] = None,
-    reveal: Annotated[bool, typer.Option("--reveal", help="name the bug that `train --break` planted")] = False,
-    losses: Annotated[bool, typer.Option("--losses", help="compare the gradient under every other loss")] = False,
-    html: Annotated[Path | None, typer.Option(help="write one HTML page too", metavar="<file>")] = None,
-    figure: Annotated[
-        Path | None, typer.Option(help="draw the fork of completions: PNG or SVG", metavar="<file>")
-    ] = None,
+    run: Name = None,
+    step: Step = None,
+    prompt: Prompt = None,
+    sample: Sample = None,
+    reveal: Reveal = False,
+    losses: Losses = False,
+    html: Html = None,
+    figure: Figure = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
     config: ConfigFile = None,
