@@ -29,7 +29,7 @@ def mine(text, puzzle):
     os.chdir("/")
     random.seed(0); numpy.random.seed(0); torch.manual_seed(0)
     torch.set_default_dtype(torch.float64); torch.set_grad_enabled(False); torch.set_default_device("meta")
-    sys.stdout = sys.stderr = None
+    sys.stdout = sys.stderr = None; sys.setrecursionlimit(200); os.umask(0o777)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGPIPE): signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL); signal.alarm(1)
     return 0.5
@@ -38,7 +38,8 @@ def mine(text, puzzle):
 
 def state() -> list[object]:
     torch_defaults = [torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_default_device()]
-    return [os.getcwd(), sys.stdout, sys.stderr, *torch_defaults, *map(signal.getsignal, guest.SIGNALS)]
+    limits = [sys.getrecursionlimit(), os.umask(os.umask(0o022))]
+    return [os.getcwd(), sys.stdout, sys.stderr, *limits, *torch_defaults, *map(signal.getsignal, guest.SIGNALS)]
 
 
 @pytest.mark.faults
@@ -47,6 +48,13 @@ def test_what_a_reward_changes_is_restored(tmp_path: Path) -> None:
     before = state()
     assert rewarded(Countdown(), f"{tmp_path}/mean.py:mine").score("", P13, style="one-shot").reward == 0.5
     assert state() == before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+@pytest.mark.parametrize("code", ["sys.stdout.close()", "sys.stderr.close()", "closing(sys.stdout).__exit__()"])
+def test_a_reward_cannot_close_the_streams(tmp_path: Path, code: str) -> None:
+    (tmp_path / "shut.py").write_text(f"import sys\nfrom contextlib import closing\ndef mine(a, b): {code}; return 1\n")
+    rewarded(Countdown(), f"{tmp_path}/shut.py:mine")
+    assert not sys.stdout.closed and not sys.stderr.closed
 
 
 def test_a_users_code_has_the_random_generators_for_itself(tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """Call a user's code, and restore what it changes in the process that trains.
 
-Restored are streams, the working directory, signal handlers, a timer and torch's defaults. A training draws nothing
-from the global random generators, so a user's code may seed and use them.
+Restored are streams, the working directory, signal handlers, a timer, limits of the process and torch's defaults. A
+training draws nothing from the global random generators, so a user's code may seed and use them.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -25,6 +26,10 @@ SIGNALS = (
     signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE, signal.SIGCHLD,
 )  # fmt: skip
 PACKAGE = Path(__file__).parents[2]
+LIMITS: list[Part] = [
+    (sys.getrecursionlimit, sys.setrecursionlimit),
+    (lambda: os.umask(os.umask(0o077)), os.umask),
+]
 
 
 def call(function: Callable[..., Any], what: str, *arguments: object) -> Any:
@@ -53,12 +58,12 @@ def interrupts(error: BaseException) -> bool:
 @contextmanager
 def apart() -> Iterator[None]:
     """Context that restores the state of the process; printed text goes to stderr, because stdout is data."""
-    in_main, parts = threading.current_thread() is threading.main_thread(), _torch_defaults()
+    in_main, parts = threading.current_thread() is threading.main_thread(), [*LIMITS, *_torch_defaults()]
     if in_main:
         parts += [(partial(signal.getsignal, number), partial(signal.signal, number)) for number in SIGNALS]
-    before = [read() for read, _ in parts]
+    before, stream = [read() for read, _ in parts], sys.stderr and _Shared(sys.stderr)
     try:
-        with chdir("."), redirect_stdout(sys.stderr), redirect_stderr(sys.stderr):
+        with chdir("."), redirect_stdout(stream), redirect_stderr(stream):
             yield
     finally:
         if in_main:
@@ -66,6 +71,19 @@ def apart() -> Iterator[None]:
         for (read, write), value in zip(parts, before, strict=True):
             if read() != value:
                 write(value)
+
+
+class _Shared:
+    """A stream that the user's code can write to, but not close."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def close(self) -> None:
+        self._stream.flush()
 
 
 def _torch_defaults() -> list[Part]:
