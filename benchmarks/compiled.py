@@ -100,7 +100,7 @@ def decode(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
         of(rows, queries + 2 * key_heads, width),
         of(rows, 1, width),
         of(rows, 1, width // 2),
-        (of(prompts, key_heads, width, longest), of(prompts, key_heads, longest, width)),
+        (of(prompts, key_heads, longest, width), of(prompts, key_heads, longest, width)),
         (of(prompts, key_heads, generations, tokens, width), of(prompts, key_heads, generations, tokens, width)),
         torch.ones(prompts, dtype=torch.long),
         torch.zeros(1, dtype=torch.long),

@@ -20,6 +20,7 @@ import os
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -36,6 +37,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from grpo_cli.core.config.resolve import resolve
+from grpo_cli.core.microbatch import MicroBatch
 from grpo_cli.core.model.load import BUILTIN, detect_precision, load
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.reference import Reference
@@ -70,12 +72,17 @@ class Work:
     ends: str  # natural: by the model's own end-of-sequence ids; none: never before `tokens`
     whole: bool  # a whole training step, or only its rollout
     rounds: int
+    micro_batch: int = 0  # completions per forward pass, 0 for all
     numbers: int = 3  # in each puzzle
     of_processor: bool = False  # seconds of the processor, instead of the clock
 
     @property
     def timed(self) -> Callable[[Seconds, str], AbstractContextManager[None]]:
         return partial(timed, clock=time.process_time if self.of_processor else time.perf_counter)
+
+    @property
+    def rows(self) -> range:
+        return range(self.prompts * self.completions)
 
     @property
     def prompt_index(self) -> list[int]:
@@ -130,7 +137,7 @@ def countdown(work: Work, turn: Turn) -> None:
     policy = policy_of(work)
     reference = Reference.of(policy)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=LEARNING_RATE)
-    chats, engine = conversations(work), LocalEngine(policy)
+    chats, engine, micro_batch = conversations(work), LocalEngine(policy), MicroBatch(work.micro_batch)
     for index in range(work.rounds + 1):
         seconds: Seconds = {}
         with work.timed(seconds, "total"):
@@ -146,10 +153,13 @@ def countdown(work: Work, turn: Turn) -> None:
                 sequences = Sequences(prompts, rollout.completions, work.prompt_index)
                 advantage = advantages_of(work, [policy.decode(tokens) for tokens in rollout.completions])
                 with work.timed(seconds, "reference"):
-                    ref_logprobs = reference_logprobs(reference, sequences, temperature=TEMPERATURE)
+                    ref_logprobs = reference_logprobs(
+                        reference, sequences, temperature=TEMPERATURE, micro_batch=micro_batch
+                    )
                 with work.timed(seconds, "update"):
                     examples = Examples(sequences, advantage, ref_logprobs=ref_logprobs)
-                    update(policy, optimizer, examples, Objective(LOSS, TEMPERATURE, work.tokens))
+                    objective = Objective(LOSS, TEMPERATURE, work.tokens)
+                    update(policy, optimizer, examples, objective, micro_batch=micro_batch)
         turn(round_of(seconds, rollout.completions))
 
 
@@ -167,13 +177,17 @@ def plain(work: Work, turn: Turn) -> None:
                 completions = generated(policy, model, rows, work.tokens)
             if work.whole:
                 advantage = advantages_of(work, [policy.decode(tokens) for tokens in completions])
+                lengths = torch.tensor([len(tokens) for tokens in completions])
+                weight = normalizer(lengths, loss_type=LOSS.loss_type, max_new_tokens=work.tokens)
+                chunks = MicroBatch(work.micro_batch).split(work.rows)
                 with work.timed(seconds, "reference"), torch.no_grad():
-                    ref_logprobs, _ = padded_logprobs(reference, rows, completions)
+                    ref_logprobs = [padded_logprobs(reference, rows, completions, chunk)[0] for chunk in chunks]
                 with work.timed(seconds, "update"):
-                    logprobs, mask = padded_logprobs(model, rows, completions)
-                    weight = normalizer(mask.sum(dim=1), loss_type=LOSS.loss_type, max_new_tokens=work.tokens)
-                    loss, *_ = batch_loss(logprobs, logprobs.detach(), ref_logprobs, advantage, mask, weight, LOSS)
-                    loss.backward()
+                    for chunk, ref in zip(chunks, ref_logprobs, strict=True):
+                        logprobs, mask = padded_logprobs(model, rows, completions, chunk)
+                        old = logprobs.detach()
+                        loss, *_ = batch_loss(logprobs, old, ref, advantage[chunk], mask, weight[chunk], LOSS)
+                        loss.backward()
                     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                     optimizer.step()
                     optimizer.zero_grad()
@@ -199,11 +213,11 @@ def generated(policy: Policy, model: PreTrainedModel, prompts: list[list[int]], 
 
 
 def padded_logprobs(
-    model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]]
+    model: PreTrainedModel, prompts: list[list[int]], completions: list[list[int]], chosen: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (B, T) of completion tokens and which are real (B, T), both aligned on the right."""
-    rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    lengths = torch.tensor([len(completion) for completion in completions])
+    """Log-probabilities (B, T) of the chosen completions' tokens and which are real (B, T), aligned on the right."""
+    rows = [prompts[row] + completions[row] for row in chosen]
+    lengths = torch.tensor([len(completions[row]) for row in chosen])
     longest, most = max(map(len, rows)), int(lengths.max())
     tokens = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
     attention_mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
@@ -220,6 +234,7 @@ def trl(work: Work, turn: Turn) -> None:
     from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, about TRL's calls
     policy = policy_of(work)
     chats = conversations(work)
     expected = sorted(policy.encode(chat) for chat in chats for _ in range(work.completions))
@@ -251,7 +266,8 @@ def trl(work: Work, turn: Turn) -> None:
     settings = GRPOConfig(
         output_dir=tempfile.mkdtemp(),
         max_steps=work.rounds + 1,
-        per_device_train_batch_size=work.prompts * work.completions,
+        per_device_train_batch_size=work.micro_batch or len(work.rows),
+        gradient_accumulation_steps=len(work.rows) // work.micro_batch if work.micro_batch else 1,
         num_generations=work.completions,
         max_completion_length=work.tokens,
         generation_kwargs={} if work.ends == "natural" else {"eos_token_id": IMPOSSIBLE},
@@ -358,7 +374,7 @@ def check(work: Work) -> None:
     """Exit with an error unless every phase keeps its lead over plain transformers code."""
     for _ in range(2):
         rounds = measure(work, ["plain", "countdown"])
-        plain, ours = (summarize(rounds[name], work.prompts * work.completions).seconds for name in rounds)
+        plain, ours = (summarize(rounds[name], len(work.rows)).seconds for name in rounds)
         leads = {phase: plain[phase] / ours[phase] for phase in RECORDED}
         lost = [phase for phase, lead in leads.items() if lead < RECORDED[phase] / SLOWER]
         print(", ".join(f"{phase} {lead:.2f}x (recorded {RECORDED[phase]:.2f}x)" for phase, lead in leads.items()))
@@ -375,6 +391,7 @@ def main() -> None:
     parser.add_argument("--completions", type=int, default=16, help="of each prompt")
     parser.add_argument("--tokens", type=int, default=160, help="most new tokens of a completion")
     help_precision = "the fastest one and float32 by default"
+    parser.add_argument("--micro-batch", type=int, default=0, help="completions per forward pass, 0 for all")
     parser.add_argument("--precision", choices=("float32", "bf16-master"), action="append", help=help_precision)
     parser.add_argument("--without", choices=("TRL", "plain"), action="append", default=[], help="leave one out")
     parser.add_argument("--rollouts", action="store_true", help="time sampling alone, in several shapes")
@@ -383,15 +400,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write every round as JSON")
     asked = parser.parse_args()
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    shape = (asked.prompts, asked.completions, asked.tokens)
+    base = Work(asked.model, "float32", *shape, asked.ends, not asked.rollouts, asked.rounds, asked.micro_batch)
     if asked.check:
-        shape = (asked.prompts, asked.completions, asked.tokens)
-        return check(Work(asked.model, "float32", *shape, "none", whole=True, rounds=3, of_processor=True))
+        return check(replace(base, ends="none", rounds=3, of_processor=True))
 
     fastest = detect_precision("auto", torch.device("cpu"))
     precisions = asked.precision or sorted({"float32", fastest})
-    shapes = SHAPES if asked.rollouts else ((asked.prompts, asked.completions, asked.tokens),)
+    shapes = SHAPES if asked.rollouts else (shape,)
     works = [
-        Work(asked.model, precision, prompts, completions, tokens, asked.ends, not asked.rollouts, asked.rounds)
+        replace(base, precision=precision, prompts=prompts, completions=completions, tokens=tokens)
         for prompts, completions, tokens in shapes
         for precision in precisions
     ]
@@ -402,7 +420,7 @@ def main() -> None:
         task = progress.add_task("rounds", total=len(works) * (asked.rounds + 1))
         for work in works:
             rounds = measure(work, names, lambda: progress.advance(task))
-            found = {name: summarize(each, work.prompts * work.completions) for name, each in rounds.items()}
+            found = {name: summarize(each, len(work.rows)) for name, each in rounds.items()}
             cells += rows_of(work, found)
             every = {name: [asdict(one) for one in each] for name, each in rounds.items()}
             medians = {name: asdict(summary) for name, summary in found.items()}

@@ -80,6 +80,20 @@ def test_a_policy_trains_on_a_pretended_gpu(tmp_path: Path, monkeypatch: pytest.
     on_device("cuda", tmp_path, monkeypatch, precision="bf16-master")
 
 
+def test_an_8bit_step_never_waits_for_the_gpu(tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[None] = []
+    with pretended("cuda", monkeypatch):
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(None))
+        model = torch.nn.Linear(64, 64, device="cuda")
+        model.device = torch.device("cuda")
+        built = build_optimizer(replace(tiny_policy, model=model), name="adamw8bit", weight_decay=0.0)
+        for weight in model.parameters():
+            weight.grad = torch.ones_like(weight)
+        built.step()
+        assert (model.weight.abs() < 1).all() and built.state[model.weight]["state1"].dtype == torch.uint8
+    assert not waits
+
+
 WIDE: dict[str, object] = {"hidden_size": 64}
 CASES: dict[str, tuple[type[PretrainedConfig], dict[str, object], dict[str, object]]] = {
     "Qwen2, float32": (Qwen2Config, WIDE, {"precision": "float32"}),

@@ -179,8 +179,7 @@ class StaticDecode:
         def cache(*shape: int) -> list[Tensor]:
             return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
 
-        self.prompt_keys = cache(prompts, heads, width, longest)
-        self.prompt_values = cache(prompts, heads, longest, width)
+        self.prompt_keys, self.prompt_values = (cache(prompts, heads, longest, width) for _ in range(2))
         self.own_keys, self.own_values = cache(*shape), cache(*shape)
         self.absent = torch.ones(prompts, 1, longest + max_new_tokens, dtype=torch.bool, device=device)
         self.lengths = torch.ones(prompts, dtype=torch.long, device=device)  # of the prompts
@@ -188,10 +187,9 @@ class StaticDecode:
 
     def fill(self, prefill: Prefill, lengths: Tensor) -> None:
         """Load P prompts of `lengths` (P,), padded to any number of tokens up to L."""
-        for layer, (key_cache, value_cache) in enumerate(zip(self.prompt_keys, self.prompt_values, strict=True)):
-            keys, values = prefill.whole(layer)
-            key_cache[..., : keys.shape[2]].copy_(keys.mT)
-            value_cache[:, :, : values.shape[2]].copy_(values)
+        for layer, caches in enumerate(zip(self.prompt_keys, self.prompt_values, strict=True)):
+            for cache, filled in zip(caches, prefill.whole(layer), strict=True):
+                cache[:, :, : filled.shape[2]].copy_(filled)
         self.lengths.copy_(lengths)
         self.absent.copy_(torch.arange(self.absent.shape[2], device=lengths.device) >= lengths[:, None, None])
 
@@ -205,7 +203,7 @@ class StaticDecode:
         own = (self.own_keys[layer], self.own_values[layer])
         for cache, new in zip(own, (key, value), strict=True):
             cache.index_copy_(3, self.slot, new.view(prompts, -1, heads, 1, width).transpose(1, 2))
-        return _decoded(query, self.prompt_keys[layer], self.prompt_values[layer], *own, self.absent, scaling)
+        return _decoded(query, self.prompt_keys[layer].mT, self.prompt_values[layer], *own, self.absent, scaling)
 
     def attend_fused(self, layer: int, heads: Tensor, cosines: Tensor, sines: Tensor, scaling: float) -> Tensor:
         """Rotate and attend in one kernel: heads (B, H + 2 K, d) before rotation -> attended values (B, H, d)."""

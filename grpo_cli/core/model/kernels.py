@@ -30,8 +30,8 @@ def decode_attention(
     """Rotate one token of each of P * G completions, write its key and value at `slot` (1,), and attend: (B, H, d).
 
     `heads` (B, H + 2 K, d) holds queries, keys and values before rotation; `cosines` (B, 1, d) and `sines` (B, 1, d /
-    2) their positions. `prompts` are keys (P, K, d, L) and values (P, K, L, d) whose first `lengths` (P,) are real;
-    `own` are keys and values (P, K, G, C, d) whose first `slot` are real.
+    2) their positions. `prompts` are keys and values (P, K, L, d) whose first `lengths` (P,) are real; `own` are keys and
+    values (P, K, G, C, d) whose first `slot` are real.
     """
     count, key_heads, generations, _, width = own[0].shape
     queries = heads.shape[1] - 2 * key_heads
@@ -83,32 +83,34 @@ def _decode_attention(
     total = tl.full((QUERIES,), 1.0, tl.float32)
     out = tl.zeros((QUERIES, WIDTH), tl.float32) + value.to(tl.float32)[None, :]
     shared, length = (prompt * K + head) * L * D, tl.load(lengths + prompt).to(tl.int32)
-    for start in range(0, length, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        there = at < length
-        k_places, v_places = dim[:, None] * L + at[None, :], at[:, None] * D + dim[None, :]
-        k = tl.load(prompt_keys + shared + k_places, mask=real[:, None] & there[None, :], other=0.0)
-        v = tl.load(prompt_values + shared + v_places, mask=there[:, None] & real[None, :], other=0.0)
-        largest, total, out = _seen(q, k, v, there, scaling, largest, total, out)
-    for start in range(0, end, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        there = at < end
-        k_places, v_places = dim[:, None] + at[None, :] * D, at[:, None] * D + dim[None, :]
-        k = tl.load(own_keys + own + k_places, mask=real[:, None] & there[None, :], other=0.0)
-        v = tl.load(own_values + own + v_places, mask=there[:, None] & real[None, :], other=0.0)
-        largest, total, out = _seen(q, k, v, there, scaling, largest, total, out)
+    state = _seen(q, prompt_keys + shared, prompt_values + shared, length, scaling, largest, total, out, D, WIDTH, BLOCK)
+    largest, total, out = state
+    state = _seen(q, own_keys + own, own_values + own, end, scaling, largest, total, out, D, WIDTH, BLOCK)
+    largest, total, out = state
     to = attended + (row * K * SHARING + head * SHARING + query)[:, None] * D + dim[None, :]
     tl.store(to, (out / total[:, None]).to(attended.dtype.element_ty), mask=queried)
 
 
 @triton.jit
-def _seen(q, k, v, there, scaling, largest, total, out):
-    """The state of an online softmax after more keys k (d, N) and values v (N, d)."""
-    scores = tl.where(there[None, :], tl.dot(q, k, input_precision="ieee") * scaling, float("-inf"))
-    top = tl.maximum(largest, tl.max(scores, axis=1))
-    weights, before = tl.exp(scores - top[:, None]), tl.exp(largest - top)
-    out = out * before[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-    return top, total * before + tl.sum(weights, axis=1), out
+def _seen(
+    q, keys, values, count, scaling, largest, total, out,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The state of an online softmax after `count` more keys and values, at `keys` and `values`, of D numbers each."""
+    dim = tl.arange(0, WIDTH)
+    real = dim < D
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        there = at < count
+        places, mask = at[:, None] * D + dim[None, :], there[:, None] & real[None, :]
+        k = tl.load(keys + places, mask=mask, other=0.0)
+        v = tl.load(values + places, mask=mask, other=0.0)
+        scores = tl.where(there[None, :], tl.dot(q, k.T, input_precision="ieee") * scaling, float("-inf"))
+        top = tl.maximum(largest, tl.max(scores, axis=1))
+        weights, before = tl.exp(scores - top[:, None]), tl.exp(largest - top)
+        out = out * before[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        largest, total = top, total * before + tl.sum(weights, axis=1)
+    return largest, total, out
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, temperature: float, *, entropy: bool) -> tuple[Tensor, Tensor]:

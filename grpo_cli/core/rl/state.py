@@ -176,6 +176,8 @@ def build_optimizer(policy: Policy, *, name: str, weight_decay: float) -> torch.
             logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # silences warnings about unused 4-bit kernels
             import bitsandbytes  # imported late: searches for native kernels
 
+            # Its kernels and torch's share a stream, which orders them: waiting for the GPU after each weight does not.
+            bitsandbytes.optim.optimizer.sync_gpu = lambda _: None
             return bitsandbytes.optim.AdamW8bit(weights, weight_decay=weight_decay)  # type: ignore[no-any-return]
         return torch.optim.AdamW(weights, weight_decay=weight_decay)
 
