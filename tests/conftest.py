@@ -32,6 +32,7 @@ from grpo_cli.core.rl import update as update_module
 from grpo_cli.core.rl.batch import Examples
 from grpo_cli.core.rl.build import assemble
 from grpo_cli.core.rl.context import Context
+from grpo_cli.core.rl.diagnostics import with_plain_logprobs
 from grpo_cli.core.rl.observer import Control, Observer
 from grpo_cli.core.rl.state import Progress, State, build_optimizer
 from grpo_cli.core.rl.update import Objective
@@ -192,14 +193,9 @@ def update(
     """An update by one process."""
     examples = Examples(sequences, advantages, sampled_logprobs or (), ref_logprobs, truncated=truncated)
     objective = Objective(loss, temperature, max_new_tokens, num_inner_updates, clip_grad_norm, num_mini_batches)
-    return update_module.update(
-        policy,
-        optimizer,
-        examples,
-        objective,
-        micro_batch=micro_batch,
-        compare_with=policy if sampled_logprobs else None,
-    )
+    if sampled_logprobs:
+        examples = with_plain_logprobs(examples, policy, loss, temperature=temperature)
+    return update_module.update(policy, optimizer, examples, objective, micro_batch=micro_batch)
 
 
 def default_loss(**changes: object) -> Loss:

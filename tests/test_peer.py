@@ -227,7 +227,7 @@ def second_update(
     ends = set(policy.end_ids)
     truncated = [completion[-1] not in ends for completion in fixed.sequences.completions]
     examples = Examples(fixed.sequences, advantages(fixed.rewards).flatten(), sampled, reference, truncated=truncated)
-    inputs = _Inputs.of(policy, examples, Objective(loss, TEMPERATURE, MAX_NEW_TOKENS), None)
+    inputs = _Inputs.of(policy, examples, Objective(loss, TEMPERATURE, MAX_NEW_TOKENS))
     if inputs.objective.needs_old_logprobs:
         _record_old_logprobs(inputs, MicroBatch(5), World(), no_poll)
     inputs.old_logprobs = old.clone()
@@ -252,9 +252,8 @@ def test_mini_batches_equal_trls_steps_per_generation(
     )  # fmt: skip
     inputs = {**peer_inputs(peer, fixed), "ref_per_token_logps": reference, "old_per_token_logps": exact}
     examples = Examples(fixed.sequences, advantages(fixed.rewards).flatten(), (), reference)
-    ours_in = _Inputs.of(
-        tiny_policy, examples, Objective(loss, TEMPERATURE, MAX_NEW_TOKENS, num_mini_batches=GROUPS), None
-    )
+    objective = Objective(loss, TEMPERATURE, MAX_NEW_TOKENS, num_mini_batches=GROUPS)
+    ours_in = _Inputs.of(tiny_policy, examples, objective)
     ours_in.old_logprobs = exact.clone()
     optimizer = torch.optim.SGD(tiny_policy.model.parameters(), lr=0.0)
     for number, part in enumerate(ours_in.parts()):

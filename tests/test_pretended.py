@@ -14,6 +14,7 @@ from grpo_cli.core.model.lora import Lora
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.rl.batch import Examples
+from grpo_cli.core.rl.diagnostics import with_plain_logprobs
 from grpo_cli.core.rl.grpo import advantages
 from grpo_cli.core.rl.state import build_optimizer
 from grpo_cli.core.rl.update import Objective, reference_logprobs, update
@@ -40,7 +41,8 @@ def train_and_evaluate(policy: Policy, *, optimizer: str, steps: int = 1) -> Non
         ref = reference_logprobs(reference, sequences, temperature=1.2, micro_batch=micro_batch)
         learned = advantages(torch.tensor([[0.0, 1.0, 0.5], [1.0, 0.0, 0.2]])).flatten()
         examples = Examples(sequences, learned, rollout.logprobs, ref)
-        metrics = update(policy, built, examples, objective, micro_batch=micro_batch, compare_with=policy)
+        examples = with_plain_logprobs(examples, policy, objective.loss, temperature=1.2)
+        metrics = update(policy, built, examples, objective, micro_batch=micro_batch)
         assert metrics["logprob_gap"] < 0.1 and metrics["weights_changed"] > 0.5
     uniform = uniforms(0, 9, range(2), 3, 6)
     replayed = engine.sample(prompts, PARAMS, uniform=uniform)  # weights are read in place after every update
@@ -85,7 +87,7 @@ def test_an_8bit_step_never_waits_for_the_gpu(tiny_policy: Policy, monkeypatch: 
     with pretended("cuda", monkeypatch):
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(None))
         model = torch.nn.Linear(64, 64, device="cuda")
-        model.device = torch.device("cuda")
+        model.device = torch.device("cuda")  # type: ignore[assignment]
         built = build_optimizer(replace(tiny_policy, model=model), name="adamw8bit", weight_decay=0.0)
         for weight in model.parameters():
             weight.grad = torch.ones_like(weight)

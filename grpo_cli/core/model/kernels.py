@@ -30,8 +30,8 @@ def decode_attention(
     """Rotate one token of each of P * G completions, write its key and value at `slot` (1,), and attend: (B, H, d).
 
     `heads` (B, H + 2 K, d) holds queries, keys and values before rotation; `cosines` (B, 1, d) and `sines` (B, 1, d /
-    2) their positions. `prompts` are keys and values (P, K, L, d) whose first `lengths` (P,) are real; `own` are keys and
-    values (P, K, G, C, d) whose first `slot` are real.
+    2) their positions. `prompts` are keys and values (P, K, L, d) whose first `lengths` (P,) are real, `own` those
+    (P, K, G, C, d) whose first `slot` are.
     """
     count, key_heads, generations, _, width = own[0].shape
     queries = heads.shape[1] - 2 * key_heads
@@ -83,7 +83,9 @@ def _decode_attention(
     total = tl.full((QUERIES,), 1.0, tl.float32)
     out = tl.zeros((QUERIES, WIDTH), tl.float32) + value.to(tl.float32)[None, :]
     shared, length = (prompt * K + head) * L * D, tl.load(lengths + prompt).to(tl.int32)
-    state = _seen(q, prompt_keys + shared, prompt_values + shared, length, scaling, largest, total, out, D, WIDTH, BLOCK)
+    state = _seen(
+        q, prompt_keys + shared, prompt_values + shared, length, scaling, largest, total, out, D, WIDTH, BLOCK
+    )
     largest, total, out = state
     state = _seen(q, own_keys + own, own_values + own, end, scaling, largest, total, out, D, WIDTH, BLOCK)
     largest, total, out = state

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_cli.core.config.settings import Loss
 from grpo_cli.core.model.policy import Sequences
 from grpo_cli.core.rl.grpo import Step, zero_variance
 from grpo_cli.core.task.task import Problem, Score
@@ -134,7 +135,8 @@ class Examples:
     """Input of an update: B completions in groups, their advantages (B,), and log-probabilities.
 
     `step` counts the completions of all ranks, by default only these. `ref_logprobs` (B, T) are the reference's,
-    `sampled_logprobs` the sampler's.
+    `sampled_logprobs` the sampler's, `plain_logprobs` (C,) those of some rows by the model's own forward, from which
+    the update measures `logprob_gap`.
     """
 
     sequences: Sequences
@@ -143,6 +145,17 @@ class Examples:
     ref_logprobs: Tensor | None = None
     step: Step | None = None
     truncated: Sequence[bool] = ()
+    plain_logprobs: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def masked(self, loss: Loss) -> Tensor:
+        """The truncated rows (B,) that the loss leaves out."""
+        if not self.truncated or not loss.mask_truncated:
+            return torch.zeros(self.advantages.shape, dtype=torch.bool)
+        return torch.tensor(self.truncated)
+
+    def learning(self, loss: Loss) -> Tensor:
+        """The rows (B,) with a gradient."""
+        return ((self.advantages != 0) | loss.always_has_gradient) & ~self.masked(loss)
 
 
 @dataclass

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
 
 import torch
 from torch import Tensor
 
+from grpo_cli.core.config.settings import Loss
 from grpo_cli.core.fsdp import local
-from grpo_cli.core.model.policy import Policy, Sequences
+from grpo_cli.core.model.policy import Policy
+from grpo_cli.core.rl.batch import Examples
 from grpo_cli.core.rollout.selfcheck import plain_logprobs
 from grpo_cli.core.world import World
 
@@ -41,13 +44,12 @@ def optimized(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 @torch.no_grad()
-def plain_logprobs_of_ends(
-    policy: Policy, sequences: Sequences, rows: Sequence[int], *, temperature: float
-) -> dict[int, Tensor]:
-    """Log-probabilities (C,) of the first and the last of `rows` by the model's own forward."""
-    ends = sorted({*rows[:1], *rows[-1:]})
-    logprobs = plain_logprobs(policy, sequences.subset(ends), temperature=temperature)
-    return dict(zip(ends, logprobs, strict=True))
+def with_plain_logprobs(examples: Examples, policy: Policy, loss: Loss, *, temperature: float) -> Examples:
+    """The examples with log-probs of the first and the last row with a gradient, by the model's own forward."""
+    learning = examples.learning(loss).nonzero()[:, 0].tolist()
+    ends = sorted({*learning[:1], *learning[-1:]})
+    logprobs = plain_logprobs(policy, examples.sequences.subset(ends), temperature=temperature)
+    return replace(examples, plain_logprobs=dict(zip(ends, logprobs, strict=True)))
 
 
 def logprob_gap(plain: Tensor, trained: Tensor, sampled: Sequence[float]) -> float:

@@ -28,6 +28,7 @@ from grpo_cli.core.rl.batch import Batch, Examples
 from grpo_cli.core.rl.clock import Clock
 from grpo_cli.core.rl.collect import Collector
 from grpo_cli.core.rl.context import Context
+from grpo_cli.core.rl.diagnostics import with_plain_logprobs
 from grpo_cli.core.rl.grpo import advantages
 from grpo_cli.core.rl.health import SAMPLER_GAP, collapses, warnings
 from grpo_cli.core.rl.observer import Interrupted, Observer, Validated
@@ -178,6 +179,8 @@ class Trainer:
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         with self.clock.phase("update"):
+            if batch.number % COMPARE_EVERY == 1 and not self._is_remote:
+                examples = with_plain_logprobs(examples, state.policy, loss, temperature=train.temperature)
             try:
                 updated = update(
                     state.learner,
@@ -186,7 +189,6 @@ class Trainer:
                     Objective.of(train, loss),
                     clock=self.clock,
                     micro_batch=self.micro_batch,
-                    compare_with=state.policy if batch.number % COMPARE_EVERY == 1 and not self._is_remote else None,
                     poll=self.context.poll,
                     watch=watch,
                 )

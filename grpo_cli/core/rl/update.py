@@ -20,7 +20,7 @@ from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.model.reference import Reference
 from grpo_cli.core.rl.batch import Examples
 from grpo_cli.core.rl.clock import Clock
-from grpo_cli.core.rl.diagnostics import WeightProbe, logprob_gap, optimized, plain_logprobs_of_ends
+from grpo_cli.core.rl.diagnostics import WeightProbe, logprob_gap, optimized
 from grpo_cli.core.rl.grpo import Step, TokenLoss, batch_loss, normalizer, sampler_weight
 from grpo_cli.core.rl.observer import no_poll
 from grpo_cli.core.world import World
@@ -144,7 +144,6 @@ def update(
     *,
     clock: Clock | None = None,
     micro_batch: MicroBatch | None = None,
-    compare_with: Policy | None = None,
     poll: Callable[[], None] = no_poll,
     watch: Watch | None = None,
 ) -> dict[str, float]:
@@ -152,14 +151,13 @@ def update(
 
     Each rank passes its own `examples`. `clock` times the optimizer, and knows the ranks. `micro_batch` sets how many
     are computed at once. `poll` is called before each micro-batch of the first inner update; if it raises, the weights
-    are unchanged. `compare_with`: a policy of the same weights, whose own forward measures `logprob_gap`. `watch`
-    receives the terms of each row that has a gradient.
+    are unchanged. `watch` receives the terms of each row that has a gradient.
 
     Raises NotFinite on all ranks, before the weights change, if the loss or the gradient is not finite, and Diverged if
     the weights are not finite afterwards.
     """
     clock, micro_batch = clock or Clock(), micro_batch or MicroBatch()
-    world, inputs = clock.world, _Inputs.of(policy, examples, objective, compare_with)
+    world, inputs = clock.world, _Inputs.of(policy, examples, objective)
     probe, history, covered = WeightProbe(optimizer), list[dict[str, float]](), 0
     try:
         if objective.needs_old_logprobs:
@@ -265,16 +263,13 @@ class _Inputs:
     entropic: Tensor | None  # (B, T) boolean: tokens whose entropy lets them learn; None: all
     learned_tokens: int  # of all ranks; the entropy bonus is their mean
     masked: list[int]  # truncated rows that are left out
-    plain: dict[int, Tensor]  # log-probs (C,) of some rows by the model's own forward, to measure `logprob_gap`
 
     @classmethod
-    def of(cls, policy: Policy, examples: Examples, objective: Objective, compare_with: Policy | None) -> _Inputs:
+    def of(cls, policy: Policy, examples: Examples, objective: Objective) -> _Inputs:
         device, loss = policy.device, objective.loss
         assert examples.ref_logprobs is not None or loss.beta == 0
         lengths = torch.tensor([len(completion) for completion in examples.sequences.completions])
-        masked = torch.tensor(examples.truncated, dtype=torch.bool) & loss.mask_truncated
-        masked = masked if len(masked) else torch.zeros(len(lengths), dtype=torch.bool)
-        learns = ((examples.advantages != 0) | loss.always_has_gradient) & ~masked
+        masked, learns = examples.masked(loss), examples.learning(loss)
         learning, without_gradient = (rows.nonzero()[:, 0].tolist() for rows in (learns, ~learns))
         step = examples.step or Step(len(lengths), int(lengths[~masked].sum()), has_gradient=bool(learning))
         weight = normalizer(lengths, loss_type=loss.loss_type, max_new_tokens=objective.max_new_tokens, step=step)
@@ -282,11 +277,6 @@ class _Inputs:
         if examples.sampled_logprobs:
             flat = torch.tensor([value for row in examples.sampled_logprobs for value in row])
             sampled = scatter(flat, lengths.tolist(), range(len(lengths))).to(device)
-        plain = {}
-        if compare_with:
-            plain = plain_logprobs_of_ends(
-                compare_with, examples.sequences, learning, temperature=objective.temperature
-            )
         return cls(
             policy,
             examples,
@@ -301,7 +291,6 @@ class _Inputs:
             entropic=None,
             learned_tokens=step.tokens,
             masked=masked.nonzero()[:, 0].tolist(),
-            plain=plain,
         )
 
     def parts(self) -> list[Part]:
@@ -374,10 +363,10 @@ def _backward(
     if inputs.sampled_logprobs is not None and is_first:
         sampled = inputs.sampled_logprobs[rows, :length]
         sums.sampler_gap = float(((inputs.old_logprobs[rows, :length] - sampled).abs() * mask).sum())
-    for row in inputs.plain.keys() & rows if is_first else ():
+    for row in examples.plain_logprobs.keys() & rows if is_first else ():
         trained = logprobs[rows.index(row)].detach()
-        sums.gap += logprob_gap(inputs.plain[row], trained, examples.sampled_logprobs[row])
-        sums.compared += len(inputs.plain[row])
+        sums.gap += logprob_gap(examples.plain_logprobs[row], trained, examples.sampled_logprobs[row])
+        sums.compared += len(examples.plain_logprobs[row])
     return sums
 
 
