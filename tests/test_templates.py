@@ -218,6 +218,14 @@ INSTRUCTIONS = (  # of Ollama's grammar, those that are written
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("text", ['Say """done""".', 'Answer in "quotes"'])
+def test_a_modelfile_of_a_prompt_that_it_cannot_hold_is_refused(text: str, folder: Path) -> None:
+    policy_of(folder).save(folder)
+    limit_completions(folder, 77)
+    with pytest.raises(CountdownError, match="a Modelfile cannot hold"):
+        modelfile(folder, "first.gguf", [{"role": "system", "content": text}, {"role": "user", "content": "?"}])
+
+
 @pytest.mark.parametrize("style", ["one-shot", "zero-shot"])
 @pytest.mark.parametrize("template", [CHAT, LLAMA, NAMED, MISTRAL])
 def test_a_modelfile_makes_the_prompt_of_the_chat_template(template: str, style: Style, folder: Path) -> None:

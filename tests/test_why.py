@@ -151,6 +151,12 @@ DIAGNOSES = [
     ("truncated", {"truncated": (0.6, 0.6)}, {}, "--max-new-tokens"),
     ("right", {"zero_variance": (1.0, 1.0), "accuracy": (1.0, 1.0)}, {}, "nothing is left to learn"),
     ("search", {"behaviour/tries": (4.0, 8.0), "behaviour/gave_up": (0.7, 0.2)}, {}, "gave up 61% -> 28%"),
+    (
+        "gave_up",
+        {"behaviour/tries": (4.0, 1.5), "behaviour/gave_up": (0.6, 0.9), "accuracy": (0.3, 0.2)},
+        {},
+        "going on does not pay",
+    ),
     ("sign", {}, {"beta": 0.1, "kl_estimator": "original"}, "k3"),
 ]
 

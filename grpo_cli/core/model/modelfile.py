@@ -7,6 +7,7 @@ from pathlib import Path
 
 import transformers
 
+from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.files import read_json
 from grpo_cli.core.model.load import load_tokenizer
 from grpo_cli.core.model.templates import rendered
@@ -16,17 +17,26 @@ ROLES = ("system", "user", "assistant", "user")
 
 
 def modelfile(folder: Path, file: str, messages: Sequence[Message]) -> str:
-    """The Modelfile of a GGUF file of the model in `folder`; the user replaces the last of the `messages`."""
+    """The Modelfile of a GGUF file of the model in `folder`; the user replaces the last of the `messages`.
+
+    Raises CountdownError if the template or a message has three quotes in a row, which a Modelfile cannot hold.
+    """
     tokenizer, generation = load_tokenizer(str(folder)), read_json(folder / "generation_config.json")
     ends = tokenizer.convert_ids_to_tokens(generation["eos_token_id"])
-    lines = [f"FROM ./{file}", f'TEMPLATE """{_template(tokenizer)}"""']
+    lines = [f"FROM ./{file}", f"TEMPLATE {_quoted(_template(tokenizer))}"]
     for message in messages[:-1]:
         kind = "SYSTEM" if message["role"] == "system" else f"MESSAGE {message['role']}"
-        lines.append(f'{kind} """{message["content"]}"""')
+        lines.append(f"{kind} {_quoted(message['content'])}")
     limit = f"num_predict {generation['max_new_tokens']}"
     for parameter in ("temperature 0", "repeat_penalty 1", limit, *(f'stop "{end}"' for end in ends)):
         lines.append(f"PARAMETER {parameter}")
     return "".join(f"{line}\n" for line in lines)
+
+
+def _quoted(text: str) -> str:
+    if '"""' in text or text.endswith('"'):
+        raise CountdownError('a Modelfile cannot hold a text with `"""`, or one that ends in `"`', "reword the prompt")
+    return f'"""{text}"""'
 
 
 def _template(tokenizer: transformers.PreTrainedTokenizerBase) -> str:

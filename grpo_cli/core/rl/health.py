@@ -29,6 +29,8 @@ MOVED_LIMIT = 0.1  # share of weights; float32 changes nearly all, bf16 a few pe
 NOTATION_LIMIT = 0.1  # share of completions that are correct except for their notation
 FORMAT_GAIN = 0.2  # rise of the format rate that, with a tenth of it in accuracy, is only the format
 LINEAR = ("grpo", "gspo", "dapo", "dr_grpo")  # loss types of value -weight * advantage at ratio 1
+GAVE_UP_LIMIT = 0.5  # share of completions
+TRIES_LEFT = 0.75  # of the tries of the first window
 CHEAT_LIMIT = 0.1  # share of completions, and twice as many as in the first window
 MARGIN_LIMIT = 0.05  # of the mean reward: how much more correct completions must earn
 EXACT = 1e-4  # distance from what arithmetic makes exact, up to rounding
@@ -200,6 +202,19 @@ RULES = (  # causes before symptoms
         " or lower `--format-reward`",
         "docs/models.md",
         unless=("format",),
+    ),
+    Rule(
+        "gave_up",
+        lambda window: (
+            window["behaviour/gave_up"] > GAVE_UP_LIMIT
+            and window["behaviour/tries"] < TRIES_LEFT * window["first behaviour/tries"]
+            and window["accuracy"] <= window["first accuracy"]
+        ),
+        "completions give up sooner, after {first behaviour/tries:.1f} -> {behaviour/tries:.1f} tries, and"
+        " {accuracy:.0%} are correct: going on does not pay; start from a model whose tries are right more often, or"
+        " lower `--format-reward`",
+        "docs/why.md",
+        unless=("format", "trap"),
     ),
     Rule(
         "right",
