@@ -91,11 +91,11 @@ def train_all(
     jobs: Sequence[Job],
     *,
     overwrite: bool,
-    at_once: int = 1,
+    parallel: int = 1,
     quiet: bool = False,
     ended: Callable[[Job], None] = lambda job: None,
 ) -> None:
-    """Train what is not finished, `at_once` at a time; `quiet` ones show their output only if they fail.
+    """Train what is not finished, `parallel` at a time; `quiet` ones show their output only if they fail.
 
     The first failure starts no more, waits for the others, and exits with its code.
     """
@@ -105,7 +105,7 @@ def train_all(
         show.note(f"run {job.run.name} is finished")
     due = [job for job in jobs if job not in kept]
     lines = [job.line(overwrite=overwrite) for job in due]
-    if code := _run(lines, at_once, quiet=quiet, ended=lambda place: ended(due[place])):
+    if code := _run(lines, parallel, quiet=quiet, ended=lambda place: ended(due[place])):
         show.note("the same command goes on from here")
         raise typer.Exit(code)
 
@@ -122,7 +122,7 @@ def _require_same(job: Job) -> None:
         )
 
 
-def _run(lines: Sequence[Sequence[str]], at_once: int, *, quiet: bool, ended: Callable[[int], None]) -> int:
+def _run(lines: Sequence[Sequence[str]], parallel: int, *, quiet: bool, ended: Callable[[int], None]) -> int:
     """Run `countdown LINE` for each line; the exit code of the first that fails, or 0.
 
     The processes get this one's signals. `ended` is told the place of each line that succeeds.
@@ -141,7 +141,7 @@ def _run(lines: Sequence[Sequence[str]], at_once: int, *, quiet: bool, ended: Ca
     before = {number: signal.signal(number, forward) for number in (getattr(signal, name) for name in FORWARDED)}
     try:
         while running or (waiting and not code):
-            while waiting and len(running) < at_once and not code:
+            while waiting and len(running) < parallel and not code:
                 place, line = waiting.popleft()
                 stream: IO[bytes] | None = TemporaryFile() if quiet else None  # noqa: SIM115 (closed with the process)
                 output[place], command = stream, [sys.executable, "-m", "grpo_cli", *line]

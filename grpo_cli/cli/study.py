@@ -40,7 +40,7 @@ class _Planned:
 def study(
     ctx: typer.Context,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="study file, in TOML; see docs/evaluation.md")],
-    at_once: Annotated[
+    parallel: Annotated[
         int, typer.Option("--jobs", min=1, help="trainings at a time; they share the cores", metavar="<int>")
     ] = 1,
     dry_run: Annotated[
@@ -58,16 +58,16 @@ def study(
     from grpo_cli.core.files import check_writable
     from grpo_cli.ui import study as view
 
-    planned = _plan(ctx, file, config, at_once)
+    planned = _plan(ctx, file, config, parallel)
     if html:
         require_package("matplotlib")
         check_writable(html, overwrite=overwrite)
     check(planned.all, overwrite=overwrite)
-    _announce(planned, at_once, overwrite=overwrite)
+    _announce(planned, parallel, overwrite=overwrite)
     if dry_run:
         return
-    ended = partial(_ended, planned, at_once)
-    train_all(planned.all, overwrite=overwrite, at_once=at_once, quiet=at_once > 1 or as_json, ended=ended)
+    ended = partial(_ended, planned, parallel)
+    train_all(planned.all, overwrite=overwrite, parallel=parallel, quiet=parallel > 1 or as_json, ended=ended)
     result = _result(planned)
     if html:
         view.write_page(result, html)
@@ -79,13 +79,13 @@ def study(
         show.note(f"written: {html}")
 
 
-def _plan(ctx: typer.Context, file: Path, config: Path | None, at_once: int) -> _Planned:
+def _plan(ctx: typer.Context, file: Path, config: Path | None, parallel: int) -> _Planned:
     """The study of a file; every condition's settings and files are checked before any training."""
     from grpo_cli.core.evals.study import read_study
     from grpo_cli.core.run.folder import Run
 
     study = read_study(file)
-    threads = {"model.threads": max(1, (os.cpu_count() or 1) // at_once)} if at_once > 1 else {}
+    threads = {"model.threads": max(1, (os.cpu_count() or 1) // parallel)} if parallel > 1 else {}
     jobs = {}
     for name, own in study.conditions.items():
         given = {**threads, **own}
@@ -113,7 +113,7 @@ def _require_evaluated(condition: str, step: int | None, train: Train) -> None:
         )
 
 
-def _announce(planned: _Planned, at_once: int, *, overwrite: bool) -> None:
+def _announce(planned: _Planned, parallel: int, *, overwrite: bool) -> None:
     """Say what is left to train, how long it takes, and the smallest difference that can be shown."""
     from grpo_cli.core.evals.study import detectable
 
@@ -123,7 +123,7 @@ def _announce(planned: _Planned, at_once: int, *, overwrite: bool) -> None:
     counts = f"{show.counted(len(planned.jobs), 'condition')} x {show.counted(study.design.seeds, 'seed')}"
     show.note(f"{counts}: {show.counted(len(jobs), 'training')}, {len(finished)} finished, {left} to do")
     if left:
-        show.note(_time_left(finished, left / at_once))
+        show.note(_time_left(finished, left / parallel))
     smallest = detectable(study.design.seeds, len(planned.jobs) - 1, study.design.spread)
     assumed = f"a standard deviation of {100 * study.design.spread:.1f} points (assumed: `study.spread`)"
     deviation = f"if seeds differ by {assumed}"
@@ -148,11 +148,11 @@ def _seconds(job: Job) -> float:
     return float(spent["training"] + spent["evaluation"])
 
 
-def _ended(planned: _Planned, at_once: int, job: Job) -> None:
+def _ended(planned: _Planned, parallel: int, job: Job) -> None:
     """Note the accuracy of a training that ended, and the time left."""
     finished = [job for job in planned.all if job.is_finished]
     accuracy, count = show.percent(_evaluated(planned, job).accuracy), len(planned.all)
-    left = f"; {_time_left(finished, (count - len(finished)) / at_once)}" if len(finished) < count else ""
+    left = f"; {_time_left(finished, (count - len(finished)) / parallel)}" if len(finished) < count else ""
     show.note(f"{job.run.name}: {accuracy}; {len(finished)} of {count} finished{left}")
 
 

@@ -146,8 +146,8 @@ def _diagnose(run: Run, settings: Settings, *, as_json: bool) -> None:
     )
     if train.broken != "none":
         again = f"countdown why {run.name} --reveal{at(run.path.parent)}"
-        said = f"a bug is planted on purpose: `--break {train.broken}`; `{again}` names it"
-        findings.insert(0, {"name": "broken", "text": said, "page": "docs/labs.md"})
+        planted = f"a bug is planted on purpose: `--break {train.broken}`; `{again}` names it"
+        findings.insert(0, {"name": "broken", "text": planted, "page": "docs/labs.md"})
     if as_json:
         text.json_object({"run": run.name, "steps": len(history), "findings": findings})
     else:

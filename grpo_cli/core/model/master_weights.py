@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-AT_ONCE = 2**27  # weights per float32 conversion of gradients: half a gigabyte
+PART_WEIGHTS = 2**27  # weights per float32 conversion of gradients: half a gigabyte
 
 
 class MasterWeights(torch.optim.Optimizer):
@@ -53,7 +53,7 @@ class MasterWeights(torch.optim.Optimizer):
         part: list[tuple[torch.nn.Parameter, Tensor]] = []
         count = 0
         for weight, master in zip(self.weights, self.masters, strict=True):
-            if part and count + weight.numel() > AT_ONCE:
+            if part and count + weight.numel() > PART_WEIGHTS:
                 yield part
                 part, count = [], 0
             part.append((weight, master))

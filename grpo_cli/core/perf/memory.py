@@ -27,7 +27,7 @@ from grpo_cli.core.model.load import (
     weights_dtype,
 )
 from grpo_cli.core.model.lora import Lora, adapter_sizes
-from grpo_cli.core.model.master_weights import AT_ONCE
+from grpo_cli.core.model.master_weights import PART_WEIGHTS
 from grpo_cli.core.model.packed import PackedPath
 from grpo_cli.core.model.plain import PlainPath
 from grpo_cli.core.model.policy import ATTENTION, ComputePath
@@ -325,10 +325,10 @@ class Planner:
         Sharded weights are gathered one at a time to copy them to the sampler.
         """
         largest = max(shape.numel() for shape in self.shapes)
-        at_once = min(self.count, max(AT_ONCE, largest)) if self.has_masters else 0
+        part = min(self.count, max(PART_WEIGHTS, largest)) if self.has_masters else 0
         foreach = self.work.optimizer == "adamw" and self.work.device == "cuda"
-        copies = (4 * at_once or self._gradients) if foreach else 0
-        return max(4 * at_once + copies, self._learned.itemsize * largest if self.work.shards > 1 else 0)
+        copies = (4 * part or self._gradients) if foreach else 0
+        return max(4 * part + copies, self._learned.itemsize * largest if self.work.shards > 1 else 0)
 
 
 def find(

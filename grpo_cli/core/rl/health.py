@@ -72,7 +72,7 @@ class Window:
 class Rule:
     """A sentence about a window, its metrics in braces, and when it holds.
 
-    `collapse`: the training has failed for good. `unless`: rules that explain it. `at_once`: judged
+    `collapse`: the training has failed for good. `unless`: rules that explain it. `from_first_step`: judged
     from the first step on, because chance cannot make it hold.
     """
 
@@ -82,7 +82,7 @@ class Rule:
     page: str = "docs/training.md"
     collapse: bool = False
     unless: tuple[str, ...] = ()
-    at_once: bool = False
+    from_first_step: bool = False
 
 
 def _equal(window: Window, low: float, high: float) -> bool:
@@ -107,7 +107,7 @@ RULES = (  # causes before symptoms
         "scoring failed for {reward/failed:.1%} of the completions, which got reward 0: see the exception with"
         " `--reward-errors stop`",
         "docs/data.md",
-        at_once=True,
+        from_first_step=True,
     ),
     Rule(
         "template",
@@ -115,7 +115,7 @@ RULES = (  # causes before symptoms
         "{templated:.0%} of the prompts follow the model's chat template: the model reads text that it was not trained"
         " on",
         "docs/labs.md",
-        at_once=True,
+        from_first_step=True,
     ),
     Rule(
         "mask",
@@ -123,7 +123,7 @@ RULES = (  # causes before symptoms
         "the loss covers {loss_tokens:.3f} tokens for each token sampled: below 1, completions or their ends are not"
         " learned; above 1, prompts are",
         "docs/labs.md",
-        at_once=True,
+        from_first_step=True,
     ),
     Rule(
         "baseline",
@@ -131,7 +131,7 @@ RULES = (  # causes before symptoms
         "the advantages of a step have a mean of {advantage:.2g}, not 0: no baseline is subtracted, so whatever was"
         " sampled becomes more likely",
         "docs/labs.md",
-        at_once=True,
+        from_first_step=True,
     ),
     Rule(
         "groups",
@@ -140,7 +140,7 @@ RULES = (  # causes before symptoms
         " compared with those of other prompts",
         "docs/labs.md",
         unless=("baseline",),
-        at_once=True,
+        from_first_step=True,
     ),
     Rule(
         "margin",
@@ -335,7 +335,7 @@ def warnings(history: Sequence[Line]) -> dict[str, str]:
 
 def _due(history: Sequence[Line]) -> dict[str, tuple[Rule, str]]:
     """The rules that hold; before a whole window only those that need none."""
-    return _apply([rule for rule in RULES if rule.at_once or len(history) >= WINDOW], history, WINDOW)
+    return _apply([rule for rule in RULES if rule.from_first_step or len(history) >= WINDOW], history, WINDOW)
 
 
 def diagnose(
