@@ -73,6 +73,7 @@ class Work:
     whole: bool  # a whole training step, or only its rollout
     rounds: int
     micro_batch: int = 0  # completions per forward pass, 0 for all
+    peer_micro_batch: int = 0  # of the other implementations, which take more memory for each
     numbers: int = 3  # in each puzzle
     of_processor: bool = False  # seconds of the processor, instead of the clock
 
@@ -179,7 +180,7 @@ def plain(work: Work, turn: Turn) -> None:
                 advantage = advantages_of(work, [policy.decode(tokens) for tokens in completions])
                 lengths = torch.tensor([len(tokens) for tokens in completions])
                 weight = normalizer(lengths, loss_type=LOSS.loss_type, max_new_tokens=work.tokens)
-                chunks = MicroBatch(work.micro_batch).split(work.rows)
+                chunks = MicroBatch(work.peer_micro_batch).split(work.rows)
                 with work.timed(seconds, "reference"), torch.no_grad():
                     ref_logprobs = [padded_logprobs(reference, rows, completions, chunk)[0] for chunk in chunks]
                 with work.timed(seconds, "update"):
@@ -263,11 +264,12 @@ def trl(work: Work, turn: Turn) -> None:
             with timed(seconds, "policy" if torch.is_grad_enabled() else "reference"):
                 return super()._get_per_token_logps_and_entropies(*args, **options)
 
+    rows = work.peer_micro_batch or len(work.rows)
     settings = GRPOConfig(
         output_dir=tempfile.mkdtemp(),
         max_steps=work.rounds + 1,
-        per_device_train_batch_size=work.micro_batch or len(work.rows),
-        gradient_accumulation_steps=len(work.rows) // work.micro_batch if work.micro_batch else 1,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=len(work.rows) // rows,
         num_generations=work.completions,
         max_completion_length=work.tokens,
         generation_kwargs={} if work.ends == "natural" else {"eos_token_id": IMPOSSIBLE},
@@ -391,7 +393,8 @@ def main() -> None:
     parser.add_argument("--completions", type=int, default=16, help="of each prompt")
     parser.add_argument("--tokens", type=int, default=160, help="most new tokens of a completion")
     help_precision = "the fastest one and float32 by default"
-    parser.add_argument("--micro-batch", type=int, default=0, help="completions per forward pass, 0 for all")
+    parser.add_argument("--micro-batch", type=int, default=0, help="our completions per forward pass, 0 for all")
+    parser.add_argument("--peer-micro-batch", type=int, default=0, help="those of the others, 0 for all")
     parser.add_argument("--precision", choices=("float32", "bf16-master"), action="append", help=help_precision)
     parser.add_argument("--without", choices=("TRL", "plain"), action="append", default=[], help="leave one out")
     parser.add_argument("--rollouts", action="store_true", help="time sampling alone, in several shapes")
@@ -401,7 +404,10 @@ def main() -> None:
     asked = parser.parse_args()
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     shape = (asked.prompts, asked.completions, asked.tokens)
-    base = Work(asked.model, "float32", *shape, asked.ends, not asked.rollouts, asked.rounds, asked.micro_batch)
+    base = Work(
+        asked.model, "float32", *shape, asked.ends, whole=not asked.rollouts, rounds=asked.rounds,
+        micro_batch=asked.micro_batch, peer_micro_batch=asked.peer_micro_batch,
+    )  # fmt: skip
     if asked.check:
         return check(replace(base, ends="none", rounds=3, of_processor=True))
 
