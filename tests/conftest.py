@@ -14,11 +14,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from grpo_cli.cli import app as cli
+from grpo_cli.cli import artifacts
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task.prompts import STYLES, prompt
 from grpo_cli.core.task.puzzle import Puzzle
@@ -39,11 +42,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of subprocesses: several tests 
 
 
 def pytest_collectstart() -> None:
-    """Set up torch before a test module is imported."""
+    """Set up torch before a test module is imported, and import the core before a test patches what it imports."""
     import torch
 
     torch.set_num_threads(1)
     os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"  # before anything imports Triton
+    import_module("grpo_cli.core.rl.build")
 
 
 SetPuzzles = Callable[[Callable[..., list[Puzzle]]], None]
@@ -138,13 +142,11 @@ Command = Callable[..., Result]
 
 def main(*arguments: object) -> int:
     """The exit code of `countdown ARGUMENTS` in this process."""
-    from grpo_cli.cli import app
-
     before = signal.getsignal(signal.SIGINT)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["countdown", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            app.main()
+            cli.main()
             raise SystemExit(0)
     signal.signal(signal.SIGINT, before)
     return int(ended.value.code or 0)
@@ -161,7 +163,7 @@ def run_here(folder: Path, *arguments: object) -> None:
 def countdown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
     """Run `countdown ARGUMENTS` in an empty folder; trainings draw no curves, half the time of a small one."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("grpo_cli.cli.artifacts.draw", lambda *_: [])
+    monkeypatch.setattr(artifacts, "draw", lambda *_: [])
     for name in [name for name in os.environ if name.startswith("COUNTDOWN_")]:
         monkeypatch.delenv(name)
 
