@@ -48,16 +48,6 @@ def test_a_checkpoint_s_folder_names_the_model_in_it(trained: Command) -> None:
     assert "or a run" in trained("eval", "runs/first/checkpoints", "--limit", 1).err
 
 
-@pytest.mark.parametrize(
-    "line", [("train", "--use-all=false"), ("export", "first", "x", "--gguf"), ("eval", "--limit")]
-)
-def test_a_line_that_is_not_understood_points_to_the_help_of_its_command(
-    line: tuple[str, ...], countdown: Command
-) -> None:
-    refused = countdown(*line)
-    assert refused.code == 2 and f"hint: see `countdown {line[0]} --help`" in refused.err
-
-
 def test_a_question_in_a_hint_has_no_comma(trained: Command) -> None:
     assert (
         "hint: did you mean `first`? or train one with `countdown train --run firs`"
