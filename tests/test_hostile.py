@@ -278,7 +278,7 @@ def test_a_pipe_that_is_closed_ends_a_command_without_a_word(
 
 
 POSIX = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-NOTEBOOK = {"MPLBACKEND": "module://matplotlib_inline.none"}  # plots ignore it
+NOTEBOOK = {"MPLBACKEND": "inline"}  # a name that matplotlib does not know here
 
 
 @pytest.mark.parametrize(
