@@ -359,7 +359,7 @@ def test_damaged_logs_stop_neither_resume_nor_eval(trained: Command, tmp_path: P
     for name in ("metrics", "samples"):
         path = tmp_path / "runs" / "first" / f"{name}.jsonl"
         path.write_bytes(b"\x00\xff garbage\n" + path.read_bytes())
-    found = trained("eval", "first", "--limit", "2")
+    found = trained("eval", "first", "--limit", "2", "--max-new-tokens", 8)
     assert found.code == 0 and "1 damaged line of samples left out" in " ".join((found.out + found.err).split())
     found = trained("train", "--run", "runs/first", "--resume", "--num-iterations", "3")
     assert found.code == 0
@@ -385,7 +385,7 @@ def test_a_start_that_fails_leaves_nothing(
 
 
 def test_a_run_is_named_as_it_is_printed_and_a_mistyped_one_is_suggested(trained: Command) -> None:
-    for arguments in (["eval", "runs/first", "--limit", "2"], ["plot", "./runs/first/"]):
+    for arguments in (["eval", "runs/first", "--limit", "2", "--max-new-tokens", "8"], ["plot", "./runs/first/"]):
         assert trained(*arguments).code == 0
     for arguments in (
         ["eval", "frist"],
@@ -409,6 +409,9 @@ REFUSED_EARLY = [
     ["eval", "--out", "nowhere/file"],
     ["eval", "--suite", "nothing"],
     ["solve", "5 = 5"],
+    ["solve", "what is love"],
+    ["solve", "4 7 3 = 2 5"],
+    ["solve", "1 2 = x"],
 ]
 
 
@@ -426,7 +429,7 @@ def test_the_built_in_model_is_not_replaced_by_a_run_of_its_name(trained: Comman
     found = trained("train", "--run", "builtin")
     assert found.code == 2 and "`builtin` cannot name a run" in found.err
     (tmp_path / "runs" / "first").rename(tmp_path / "runs" / "builtin")
-    found = trained("eval", "builtin", "--limit", "2")
+    found = trained("eval", "builtin", "--limit", "2", "--max-new-tokens", 8)
     assert found.code == 0 and "`builtin` is the built-in model, not the folder" in " ".join(found.err.split())
     assert "recipe of builtin" in " ".join((found.err + found.out).split())
 
@@ -542,13 +545,9 @@ def test_a_reference_that_reads_other_tokens_is_refused(countdown: Command, tiny
     assert not list(tmp_path.glob("runs/*"))
 
 
-def test_other_puzzles_are_not_taken_for_those_of_the_run(
-    countdown: Command, tiny_folder: Path, set_puzzles: SetPuzzles
-) -> None:
-    flags = [*SMALL, "--num-iterations", "1", "--eval-every", "9"]
-    assert countdown("train", "--model", tiny_folder, "--run", "first", *flags).code == 0
+def test_other_puzzles_are_not_taken_for_those_of_the_run(trained: Command, set_puzzles: SetPuzzles) -> None:
     set_puzzles(lambda *asked: puzzle_set(*asked)[1:])
-    found = countdown("train", "--run", "first", "--resume", "--num-iterations", "5")
+    found = trained("train", "--run", "first", "--resume", "--num-iterations", "5")
     assert found.code == 2
     assert "other train problems and val problems" in found.err
 

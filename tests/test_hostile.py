@@ -57,12 +57,13 @@ def test_a_completion_cannot_act_on_a_terminal(
     short = "\n".join(ATTACKS.values())
     completion = f"<think>{short}{LONG}{short}</think>\n<answer>{short}{LONG}</answer>"
     monkeypatch.setattr(Policy, "decode", lambda *_: completion)
+    few = ["--max-new-tokens", 8]
     for arguments in (
         ["train", "--model", tiny_folder, "--run", "first", *SMALL],
-        ["eval", tiny_folder, "--limit", 3, "--out", "all.jsonl"],
-        ["eval", tiny_folder, "--limit", 3, "--json"],
-        ["solve", "2 4 6 = 12", "--model", tiny_folder],
-        ["solve", "2 4 6 = 12", "--model", tiny_folder, "--json"],
+        ["eval", tiny_folder, "--limit", 3, "--out", "all.jsonl", *few],
+        ["eval", tiny_folder, "--limit", 3, "--json", *few],
+        ["solve", "2 4 6 = 12", "--model", tiny_folder, *few],
+        ["solve", "2 4 6 = 12", "--model", tiny_folder, "--json", *few],
     ):
         result = countdown(*arguments)
         assert result.code == (arguments[0] == "solve"), result.err
@@ -276,18 +277,16 @@ def test_a_pipe_that_is_closed_ends_a_command_without_a_word(
     assert "Traceback" not in said and "Exception" not in said and "error" not in said
 
 
-ASCII = {"PYTHONIOENCODING": "ascii"}
 POSIX = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+NOTEBOOK = {"MPLBACKEND": "inline"}  # a name that matplotlib does not know here
 
 
 @pytest.mark.parametrize(
     ("arguments", "environment"),
     [
-        (["plot", "metrics.jsonl"], ASCII),
-        (["plot", "metrics.jsonl"], POSIX),
-        pytest.param(["train", "--dry-run", "--model", "{}"], ASCII, marks=pytest.mark.slow),
+        (["plot", "metrics.jsonl"], POSIX | NOTEBOOK),
         pytest.param(["train", "--dry-run", "--model", "{}"], POSIX, marks=pytest.mark.slow),
-        pytest.param(["eval", "{}", "--limit", "2"], ASCII, marks=pytest.mark.slow),
+        pytest.param(["eval", "{}", "--limit", "2"], POSIX, marks=pytest.mark.slow),
     ],
 )
 def test_an_encoding_that_lacks_characters_gets_escapes(

@@ -135,7 +135,7 @@ def test_export_writes_the_adapter_or_the_merged_model(countdown: Command, tiny_
             exec(code.replace("path/to/this/folder", str(tmp_path / name)).replace("=360", "=12"), {})
         answers.append(printed.getvalue())
     assert answers[0] == answers[1] != ""
-    assert countdown("eval", "first", "--limit", "2").code == 0
+    assert countdown("eval", "first", "--limit", "2", "--max-new-tokens", 8).code == 0
 
 
 @pytest.mark.parametrize(

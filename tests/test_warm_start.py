@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Command, run_here, save_tiny_model, state_of
+from conftest import Command, main, run_here, save_tiny_model, state_of
 from torch import Tensor
 
 from grpo_cli.core.config.resolve import resolve
@@ -265,15 +265,22 @@ def test_a_warm_start_that_was_stopped_continues_equal(
     assert undisturbed.metrics()[-1]["kl"] == halves.metrics()[-1]["kl"]
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, `model`, and a run whose warm start from it was stopped, `first`."""
+    folder = tmp_path_factory.mktemp("begun")
+    save_tiny_model(folder / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        stop_after_step_2(patch, signal.SIGINT)
+        assert main("train", "--model", "model", *OFTEN, "--run", "first") == 130
+    return folder
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("changed", ["config.json", "model"])
-def test_a_warm_start_continues_only_as_it_began(
-    countdown: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
-) -> None:
-    save_tiny_model(tmp_path / "model")
-    with monkeypatch.context() as patch:
-        stop_after_step_2(patch, signal.SIGINT)
-        assert countdown("train", "--model", "model", *OFTEN, "--run", "first").code == 130
+def test_a_warm_start_continues_only_as_it_began(countdown: Command, begun: Path, tmp_path: Path, changed: str) -> None:
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
     run = Run.open(tmp_path / "runs", "first")
     if changed == "model":
         save_tiny_model(tmp_path / "model", hidden_size=16, num_attention_heads=2)
