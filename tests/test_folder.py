@@ -81,9 +81,13 @@ def test_what_is_no_run_is_never_overwritten(tmp_path: Path, make: Callable[[Pat
     (tmp_path / "runs").mkdir()
     path = tmp_path / "runs" / "x"
     make(path)
-    with pytest.raises(CountdownError, match="is not a run, so it is not overwritten"):
-        Run.create(path.parent, "x", overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(CountdownError, match="is not a run, so it is not overwritten"):
+            Run.create(path.parent, "x", overwrite=overwrite)
     assert os.path.lexists(path)
+    with pytest.raises(CountdownError) as caught:
+        Run.open(path.parent, "x")
+    assert "train" not in str(caught.value.hint)  # its name is taken
 
 
 def test_opening_what_is_not_there_says_how_to_make_it(tmp_path: Path) -> None:

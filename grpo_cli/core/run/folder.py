@@ -80,12 +80,12 @@ class Run:
         path = root / (name := run_name(root, name))
         if name in RESERVED | shipped_presets():
             raise CountdownError(f"`{name}` cannot name a run: settings use that word", "choose another with `--run`")
-        if not os.path.lexists(path) or _only_begun(path):
+        if _is_free(path):
             return
-        if not overwrite:
-            raise _taken(root, name)
         if path.is_symlink() or not (path / "config.json").is_file():
             raise CountdownError(f"`{path}` is not a run, so it is not overwritten", "choose another name with `--run`")
+        if not overwrite:
+            raise _taken(root, name)
 
     @classmethod
     def open(cls, root: Path, name: str) -> Self:
@@ -93,7 +93,7 @@ class Run:
         run = cls(root / run_name(root, name))
         if not run.config_path.is_file():
             hint = suggestion(root, run.name) or f"list runs with `countdown runs{at(root)}`"
-            if run.name not in RESERVED | shipped_presets():
+            if run.name not in RESERVED | shipped_presets() and _is_free(run.path):
                 hint += f"{',' * (hint[-1] != '?')} or train one with `countdown train --run {run.name}{at(root)}`"
             raise CountdownError(f"no run `{run.name}` in `{root}`", hint)
         for path in (run.path, *sorted(run.path.iterdir())):
@@ -538,6 +538,11 @@ def _make(path: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def _is_free(path: Path) -> bool:
+    """Whether no run ever started in this folder, and nothing else is there."""
+    return not os.path.lexists(path) or _only_begun(path)
 
 
 def _taken(root: Path, name: str) -> CountdownError:
