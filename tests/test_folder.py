@@ -457,6 +457,17 @@ def test_damaged_lines_are_moved_aside_when_a_run_is_resumed(run: Run) -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("name", ["metrics", "evaluations"])
+def test_a_log_that_is_gone_is_said_when_a_run_is_resumed(run: Run, name: str) -> None:
+    run.log({"step": 1})
+    run.log_evaluations([evaluation(1, "val 3 one-shot", "1")])
+    (run.path / f"{name}.jsonl").unlink()
+    assert [sentence.partition(f"{name}.jsonl`")[2] for sentence in run.go_back_to(1)] == [
+        " is gone: the steps up to 1 are missing in it"
+    ]
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize("name", ["model", "checkpoints"])
 def test_a_file_in_place_of_a_folder_is_refused_before_logs_are_cut(run: Run, name: str) -> None:
     (run.path / name).write_text("kept")

@@ -49,7 +49,7 @@ def plot(
     settings = resolve(ctx, config).settings
     root, style = Path(settings.runs), settings.plot
     names = runs or [Run.require_newest(root).name]
-    sources = [_source(root, name) for name in names]
+    sources = [_source(root, name, report=report) for name in names]
     if report and not all(isinstance(source, Run) for source in sources):
         raise CountdownError("a report is about runs", "leave out `--report`, or name runs")
     curves = [_curves(source) for source in sources]
@@ -87,12 +87,13 @@ def _folder_for(sources: Sequence[Run | Path]) -> Path:
     return folder
 
 
-def _source(root: Path, name: str) -> Run | Path:
+def _source(root: Path, name: str, *, report: bool) -> Run | Path:
     """The run of this name, or the metrics file at this path."""
     from grpo_cli.core.run.folder import at, find_run, suggestion
 
     if (run := find_run(root, name)) is None and not os.path.exists(name):
-        hint = suggestion(root, name) or f"list runs with `countdown runs{at(root)}`, or name a file of metrics"
+        hint = suggestion(root, name) or f"list runs with `countdown runs{at(root)}`"
+        hint += "" if report or hint.endswith("?") else ", or name a file of metrics"
         raise CountdownError(f"no run `{name}` in `{root}`, and no such file", hint)
     return run or Path(name)
 

@@ -247,7 +247,7 @@ class Run:
         """Remove metrics, samples and checkpoints of later steps; the resumed training writes them again.
 
         With `pending`, the evaluation and metrics of `step` itself are still to be logged too. Damaged lines of a log
-        are moved to a file beside it; returns a sentence for each log that had some.
+        are moved to a file beside it; returns a sentence for each log that had some, or that is gone.
         """
         checkpoint.settle(self.model_path)
         for later, folder in self.checkpoints():
@@ -256,7 +256,8 @@ class Run:
         cuts = [(log.path, log.cut(step - pending)) for log in (self._metrics, self._evaluations)]
         cuts.append((self._samples.path, self._samples.cut(step)))
         cuts.append((self._groups.path, self._groups.cut(step)))
-        return [
+        gone = [path for path in (self._metrics.path, self._evaluations.path) if step > 0 and not path.exists()]
+        return [f"`{path}` is gone: the steps up to {step} are missing in it" for path in gone] + [
             f"moved {damaged} damaged line{'s' * (damaged > 1)} of `{path}` to `{path.name}.damaged`"
             for path, damaged in cuts
             if damaged
