@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMALL, Command
+from forked import Forked
 
 import grpo_cli.cli.eval as eval_command
 from grpo_cli.cli.models import ModelChoice, load
@@ -415,6 +416,23 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert said in found.err
     assert "Traceback" not in found.err
     assert not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
+def test_a_signal_saves_and_says_how_to_go_on(
+    tmp_path: Path, tiny_folder: Path, number: signal.Signals, code: int
+) -> None:
+    arguments = ["train", "--model", tiny_folder, "--run", "long", *SMALL, "--num-iterations", "100000"]
+    process = Forked(tmp_path, *arguments)
+    process.read_until("step 3 ")
+    process.send(number)
+    ended, rest = process.ended()
+    assert ended == code
+    assert "countdown train --run long --resume" in " ".join(rest.split())
+    assert list((tmp_path / "runs" / "long" / "checkpoints").glob("step-*"))
 
 
 @pytest.mark.faults
