@@ -53,15 +53,17 @@ def test_the_solvers_times_are_shown(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert capsys.readouterr().out.count("all solutions") == 5
 
 
+@pytest.mark.parametrize("chosen", [list(range(len(COMPLETIONS))), [1]])
 def test_padded_rows_have_the_log_probabilities_of_packed_ones(
-    step: Any, tiny_policy: Policy, plain: PreTrainedModel
+    step: Any, tiny_policy: Policy, plain: PreTrainedModel, chosen: list[int]
 ) -> None:
     prompts = [PROMPTS[owner] for owner in OWNERS]
-    found, mask = step.padded_logprobs(plain, prompts, COMPLETIONS)  # aligned on the right
+    found, mask = step.padded_logprobs(plain, prompts, COMPLETIONS, chosen)  # aligned on the right
     expected, _ = tiny_policy.logprobs(Sequences(PROMPTS, COMPLETIONS, OWNERS), temperature=step.TEMPERATURE)
-    for row, completion in enumerate(COMPLETIONS):
-        assert int(mask[row].sum()) == len(completion)
-        torch.testing.assert_close(found[row, mask[row]], expected[row, : len(completion)], atol=1e-5, rtol=0)
+    for place, row in enumerate(chosen):
+        length = len(COMPLETIONS[row])
+        assert int(mask[place].sum()) == length
+        torch.testing.assert_close(found[place, mask[place]], expected[row, :length], atol=1e-5, rtol=0)
     assert not found[~mask].any()
 
 

@@ -49,7 +49,7 @@ def stepped(optimizer: torch.optim.Optimizer, weights: list[torch.nn.Parameter],
 @pytest.mark.parametrize("build", [adamw, adamw8bit])
 @pytest.mark.parametrize("at_once", [2**27, 30])
 def test_masters_take_the_steps_of_float32_weights(monkeypatch: pytest.MonkeyPatch, build: Build, at_once: int) -> None:
-    monkeypatch.setattr(masters_module, "AT_ONCE", at_once)
+    monkeypatch.setattr(masters_module, "PART_WEIGHTS", at_once)
     weights = some_weights()
     exact = [torch.nn.Parameter(weight.detach().float()) for weight in weights]
     ours, theirs = MasterWeights(weights, build), build(list(exact))
