@@ -18,7 +18,10 @@ _BRACKETS = re.compile(rf"\[((?:[\s,;]|{_NUMBER})*)\]")
 _RUN = re.compile(rf"{_NUMBER}(?:(?:\s*[,;]\s*(?:and\s+)?|\s+(?:and\s+|&\s*)?){_NUMBER})*")
 _REVERSED = re.compile(rf"\s*({_NUMBER})\s*=\s*({_RUN.pattern})\s*")  # `25 = 4 7 3`
 _OPERATOR = r"(?:\s*[+*/×·^]+|\s+[-−]\s|[-−])"
-_UNREADABLE = re.compile(rf"{_NUMBER}(?:{_OPERATOR}\s*[0-9]|\s*(?:%|(?:hundred|thousand|million|billion)\b))")
+_UNREADABLE = re.compile(
+    rf"{_NUMBER}(?:{_OPERATOR}\s*[0-9]|!\s*[0-9]|\s*(?:%|(?:hundred|thousand|million|billion)\b))"
+    rf"|[(\[]\s*{_NUMBER}\s*[)\]]"  # a number of its own in brackets
+)
 _NUMBERS = re.compile(_NUMBER)
 _HINT = 'ask as in `countdown solve "4 7 3 = 25"`'
 
