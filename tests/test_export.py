@@ -197,6 +197,7 @@ def test_an_export_may_hold_a_gguf_file(trained: Command, tmp_path: Path) -> Non
         (lambda: Path("shared").write_text("mine"), ("first", "shared"), "`shared` is not a folder"),
         (lambda: shutil.copytree("runs", "mine"), ("first", "mine", "--overwrite"), "other files"),
         (lambda: None, ("first", "no/where"), "`no` is not a folder"),
+        (lambda: None, ("first", "first.gguf"), "`first.gguf` names a file, and an export is a folder"),
         (lambda: None, ("first", "out", "--push", "noslash"), "`noslash` cannot name a repository"),
         (lambda: Path("runs/first/origin.json").write_text("{"), ("first", "out"), "`runs/first/origin.json` is not"),
     ],

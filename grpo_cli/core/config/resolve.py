@@ -233,7 +233,7 @@ def _layer(tables: Mapping[str, object], label: str, source: str, prefix: str = 
             raise CountdownError(f"`{prefix}{name}` in `{label}` must be a table")
     for key in values:
         if key == "preset" or (key not in FIELDS and not key.startswith("suite.")):
-            raise _unknown(f"`{prefix}{key}` in `{label}`", key, [*FIELDS, *TABLES])
+            raise _unknown(f"`{prefix}{key}` in `{label}`", key, [*FIELDS, *([] if "." in key else TABLES)])
     return {key: _Value(value, source, f"`{prefix}{key}` in `{label}`") for key, value in values.items()}
 
 

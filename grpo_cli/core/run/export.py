@@ -26,6 +26,11 @@ def check_destination(folder: Path, *, overwrite: bool) -> None:
     A folder in a run, or beside one, is refused: beside runs, a model is taken for one of them.
     """
     require_outside_runs(folder)
+    if folder.suffix in (".gguf", ".safetensors"):
+        raise CountdownError(
+            f"`{folder}` names a file, and an export is a folder",
+            "leave out the ending; `--gguf q8_0` adds a GGUF file",
+        )
     parent = Path(os.path.realpath(folder)).parent
     if any(os.path.isfile(run.path / "origin.json") for run in list_runs(parent)):
         raise CountdownError(f"`{folder}` would be taken for a run", f"choose a folder outside `{folder.parent}`")
