@@ -404,6 +404,8 @@ def main() -> None:
     asked = parser.parse_args()
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     shape = (asked.prompts, asked.completions, asked.tokens)
+    if asked.peer_micro_batch and asked.prompts * asked.completions % asked.peer_micro_batch:
+        parser.error("--peer-micro-batch must divide the completions of a step: TRL leaves out the rest")
     base = Work(
         asked.model, "float32", *shape, asked.ends, whole=not asked.rollouts, rounds=asked.rounds,
         micro_batch=asked.micro_batch, peer_micro_batch=asked.peer_micro_batch,

@@ -277,6 +277,7 @@ def test_a_pipe_that_is_closed_ends_a_command_without_a_word(
     assert "Traceback" not in said and "Exception" not in said and "error" not in said
 
 
+ASCII = {"PYTHONIOENCODING": "ascii"}
 POSIX = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 NOTEBOOK = {"MPLBACKEND": "inline"}  # a name that matplotlib does not know here
 
@@ -285,7 +286,9 @@ NOTEBOOK = {"MPLBACKEND": "inline"}  # a name that matplotlib does not know here
     ("arguments", "environment"),
     [
         (["plot", "metrics.jsonl"], POSIX | NOTEBOOK),
+        pytest.param(["train", "--dry-run", "--model", "{}"], ASCII, marks=pytest.mark.slow),
         pytest.param(["train", "--dry-run", "--model", "{}"], POSIX, marks=pytest.mark.slow),
+        pytest.param(["eval", "{}", "--limit", "2"], ASCII, marks=pytest.mark.slow),
         pytest.param(["eval", "{}", "--limit", "2"], POSIX, marks=pytest.mark.slow),
     ],
 )

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
 from conftest import default_loss, save_tiny_model
@@ -91,7 +92,9 @@ def test_an_8bit_step_never_waits_for_the_gpu(tiny_policy: Policy, monkeypatch: 
         built = build_optimizer(replace(tiny_policy, model=model), name="adamw8bit", weight_decay=0.0)
         for weight in model.parameters():
             weight.grad = torch.ones_like(weight)
+        wait = bitsandbytes.optim.optimizer.sync_gpu
         built.step()
+        assert bitsandbytes.optim.optimizer.sync_gpu is wait  # others, such as paged ones, still wait
         assert (model.weight.abs() < 1).all() and built.state[model.weight]["state1"].dtype == torch.uint8
     assert not waits
 

@@ -140,11 +140,15 @@ SHAPES: list[tuple[tuple[int, ...], torch.dtype]] = [
 
 
 @pytest.mark.slow
-def test_four_processes_follow_the_curve_of_one(tiny_folder: Path, tmp_path: Path, alone: Path) -> None:
-    """Three prompts: one process has none."""
-    code, _, err = ended(launched(tmp_path, 4, "train", "--model", tiny_folder, "--run", "two", *TRAIN))
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_several_processes_follow_the_curve_of_one(ranks: int, tiny_folder: Path, tmp_path: Path, alone: Path) -> None:
+    """Three prompts by two processes, or by four of which one has none."""
+    code, _, err = ended(launched(tmp_path, ranks, "train", "--model", tiny_folder, "--run", "two", *TRAIN))
     assert code == 0, err
     same_experiment(alone, tmp_path / "runs" / "two")
+    lines = rows(tmp_path / "runs" / "two" / "metrics.jsonl")[1:]
+    assert all(line["time/wait"] > 0 and line["time/reduce"] > 0 for line in lines)
+    assert err.count("step 2 of 3") == 1  # one of them has the view
     assert not (tmp_path / "runs" / "two" / "bad_steps").exists()
 
 

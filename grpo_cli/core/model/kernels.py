@@ -83,18 +83,18 @@ def _decode_attention(
     total = tl.full((QUERIES,), 1.0, tl.float32)
     out = tl.zeros((QUERIES, WIDTH), tl.float32) + value.to(tl.float32)[None, :]
     shared, length = (prompt * K + head) * L * D, tl.load(lengths + prompt).to(tl.int32)
-    state = _seen(
+    state = _attend(
         q, prompt_keys + shared, prompt_values + shared, length, scaling, largest, total, out, D, WIDTH, BLOCK
     )
     largest, total, out = state
-    state = _seen(q, own_keys + own, own_values + own, end, scaling, largest, total, out, D, WIDTH, BLOCK)
+    state = _attend(q, own_keys + own, own_values + own, end, scaling, largest, total, out, D, WIDTH, BLOCK)
     largest, total, out = state
     to = attended + (row * K * SHARING + head * SHARING + query)[:, None] * D + dim[None, :]
     tl.store(to, (out / total[:, None]).to(attended.dtype.element_ty), mask=queried)
 
 
 @triton.jit
-def _seen(
+def _attend(
     q, keys, values, count, scaling, largest, total, out,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

@@ -11,6 +11,7 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -176,13 +177,23 @@ def build_optimizer(policy: Policy, *, name: str, weight_decay: float) -> torch.
             logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # silences warnings about unused 4-bit kernels
             import bitsandbytes  # imported late: searches for native kernels
 
-            # Its kernels and torch's share a stream, which orders them: waiting for the GPU after each weight does not.
-            bitsandbytes.optim.optimizer.sync_gpu = lambda _: None
-            return bitsandbytes.optim.AdamW8bit(weights, weight_decay=weight_decay)  # type: ignore[no-any-return]
+            return _without_waits(bitsandbytes.optim.AdamW8bit(weights, weight_decay=weight_decay))
         return torch.optim.AdamW(weights, weight_decay=weight_decay)
 
     weights = policy.trainable
     return MasterWeights(weights, build) if policy.has_masters else build(weights)
+
+
+def _without_waits(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """An optimizer of bitsandbytes that does not wait for the GPU after each weight.
+
+    Its kernels run on torch's stream, which orders them. Only paged optimizers need the wait.
+    """
+    module = import_module("bitsandbytes.optim.optimizer")
+    wait = module.sync_gpu
+    optimizer.register_step_pre_hook(lambda *_: setattr(module, "sync_gpu", lambda _: None))
+    optimizer.register_step_post_hook(lambda *_: setattr(module, "sync_gpu", wait))
+    return optimizer
 
 
 def settled(settings: Settings, policy: Policy) -> Settings:
