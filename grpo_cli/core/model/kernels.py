@@ -30,8 +30,8 @@ def decode_attention(
     """Rotate one token of each of P * G completions, write its key and value at `slot` (1,), and attend: (B, H, d).
 
     `heads` (B, H + 2 K, d) holds queries, keys and values before rotation; `cosines` (B, 1, d) and `sines` (B, 1, d /
-    2) their positions. `prompts` are keys and values (P, K, L, d) whose first `lengths` (P,) are real, `own` those
-    (P, K, G, C, d) whose first `slot` are.
+    2) their positions. `prompts` are keys and values (P, K, L, d), of which the first `lengths` (P,) are real; `own`
+    are the completions' (P, K, G, C, d), of which the first `slot` are.
     """
     count, key_heads, generations, _, width = own[0].shape
     queries = heads.shape[1] - 2 * key_heads
@@ -98,7 +98,7 @@ def _attend(
     q, keys, values, count, scaling, largest, total, out,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The state of an online softmax after `count` more keys and values, at `keys` and `values`, of D numbers each."""
+    """The state of an online softmax after the first `count` of these keys and values, which have D numbers each."""
     dim = tl.arange(0, WIDTH)
     real = dim < D
     for start in range(0, count, BLOCK):
