@@ -92,6 +92,8 @@ def test_a_difference_must_hold_over_seeds_and_over_puzzles() -> None:
     [
         ("[train]\nbatch_size = 2", "has no two conditions"),
         ("[conditions.one]", "has no two conditions"),
+        ("[train]\nbatchsize = 2", "unknown setting `train.batchsize` in `s.toml`"),
+        ("[study]\nseeds = 1", "`study.seeds` in `s.toml`: input should be greater"),
         ("[conditions]\none = 1\ntwo = 2", "`conditions.one` in `s.toml` must be a table"),
         ('[conditions."a b"]\n[conditions.c]', "`a b` in `s.toml` cannot name a condition"),
         ("[study]\nseeds = 1\n[conditions.a]\n[conditions.b]", "`study.seeds` in `s.toml`: input should be greater"),

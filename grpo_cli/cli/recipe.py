@@ -27,8 +27,11 @@ def main() -> None:
     arguments = argparse.ArgumentParser(prog="python -m grpo_cli.cli.recipe", description=main.__doc__)
     arguments.add_argument("--out", type=Path, default=BUILTIN, help="folder to write (default: the package's own)")
     arguments.add_argument("--seed", type=int, default=Recipe.seed)
+    arguments.add_argument("--search-steps", type=int, default=Recipe.search_steps, help="fewer: a weaker model")
+    arguments.add_argument("--give-up-steps", type=int, default=Recipe.give_up_steps)
     given = arguments.parse_args()
-    write(Recipe(seed=given.seed), given.out)
+    steps = {"search_steps": given.search_steps, "give_up_steps": given.give_up_steps}
+    write(Recipe(seed=given.seed, **steps), given.out)
     for split, temperature in (("val", 0.0), ("val", 1.0), ("train", 1.0)):
         report(measure(given.out, split, temperature))  # type: ignore[arg-type]
 

@@ -20,6 +20,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from grpo_cli.core.builtin.tokenizer import LARGEST_NUMBER, train_tokenizer
 from grpo_cli.core.builtin.traces import FORMS, Patience, drill, evaluated, form_tree, trace
 from grpo_cli.core.model.attention import Prefill
+from grpo_cli.core.model.load import detect_precision
 from grpo_cli.core.model.policy import ATTENTION
 from grpo_cli.core.task.data import enumerate_puzzles
 from grpo_cli.core.task.prompts import STYLES, prompt
@@ -262,7 +263,7 @@ def _next_token_loss(model: Qwen2ForCausalLM, tokens: torch.Tensor, labels: torc
     targets = labels[:, 1:]
     learned = targets != IGNORED
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=detect_precision("auto", tokens.device) == "bf16-master"):
         decoder = model.get_decoder()
         output = decoder(input_ids=tokens, position_ids=positions, use_cache=False, plan=Prefill())
         hidden = output.last_hidden_state[:, :-1]

@@ -85,12 +85,7 @@ class Difference:
 def read_study(path: Path) -> Study:
     """The study in a TOML file; raises CountdownError for a table or setting that it cannot have."""
     document = read_toml(path)
-    tables = document.pop("conditions", None)
-    if not isinstance(tables, dict) or len(tables) < 2:
-        raise CountdownError(
-            f"`{path}` has no two conditions to compare",
-            "add tables, such as [conditions.baseline] and [conditions.grpo.loss]",
-        )
+    tables = document.pop("conditions", {})
     try:
         design = Design.model_validate(document.pop("study", {}))
     except ValidationError as error:
@@ -99,7 +94,7 @@ def read_study(path: Path) -> Study:
         raise CountdownError(f"`{place}` in `{path}`: {problem['msg'].lower()}", "see docs/evaluation.md") from None
     shared = read_settings(document, str(path))
     conditions = {}
-    for name, table in tables.items():
+    for name, table in tables.items() if isinstance(tables, dict) else ():
         if not _NAME.fullmatch(name):
             raise CountdownError(
                 f"`{name}` in `{path}` cannot name a condition", "use letters, digits, dots, dashes and underscores"
@@ -107,6 +102,11 @@ def read_study(path: Path) -> Study:
         if not isinstance(table, dict):
             raise CountdownError(f"`conditions.{name}` in `{path}` must be a table")
         conditions[name] = shared | read_settings(table, str(path), prefix=f"conditions.{name}.")
+    if len(conditions) < 2:
+        raise CountdownError(
+            f"`{path}` has no two conditions to compare",
+            "add tables, such as [conditions.baseline] and [conditions.grpo.loss]",
+        )
     if "train.seed" in set().union(*conditions.values()):
         raise CountdownError(f"`{path}` sets `train.seed`", "a study has `study.seeds` and `study.first_seed`")
     return Study(path.stem, design, conditions)
