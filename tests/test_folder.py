@@ -203,6 +203,7 @@ def test_only_runs_are_listed(run: Run) -> None:
     (root / ".first.old").mkdir()
     (root / ".first.old" / "config.json").write_text("{}")
     (root / "notes.txt").touch()
+    (root / "second" / "config.json").mkdir(parents=True)
     assert [found.name for found in list_runs(root)] == ["first"]
     assert list_runs(root / "none") == []
 
@@ -237,6 +238,17 @@ def test_a_damaged_config_is_named(run: Run, content: bytes | None, complaint: s
     with pytest.raises(CountdownError, match=complaint) as caught:
         run.read_config()
     assert str(path) in caught.value.message
+
+
+@pytest.mark.faults
+def test_a_file_of_other_content_is_named(run: Run) -> None:
+    for content in ('{"step": {}}', '{"from step 0": 3}', '{"from step x": {}}'):
+        (run.path / "environment.json").write_text(content)
+        with pytest.raises(CountdownError, match=r"environment\.json` is not the environment of a step"):
+            run.write_environment({}, step=1)
+    (run.path / "tracker.json").write_text('{"name": 3}')
+    with pytest.raises(CountdownError, match=r"tracker\.json` has no `id`"):
+        run.tracker_id()
 
 
 def test_metrics_come_back_in_order_with_their_types_and_are_finite(run: Run) -> None:

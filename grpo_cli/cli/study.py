@@ -141,11 +141,13 @@ def _time_left(finished: Sequence[Job], rounds: float) -> str:
 
 
 def _seconds(job: Job) -> float:
-    """How long a finished training took."""
-    summary = job.run.read_summary() or {}
-    spent = summary["seconds"]
-    assert isinstance(spent, dict)
-    return float(spent["training"] + spent["evaluation"])
+    """How long a finished training took; raises CountdownError if its summary does not say."""
+    spent = (job.run.read_summary() or {}).get("seconds")
+    parts = [spent.get(part) for part in ("training", "evaluation")] if isinstance(spent, dict) else []
+    known = [part for part in parts if isinstance(part, int | float)]
+    if len(known) < 2:
+        raise CountdownError(f"`{job.run.path / 'summary.json'}` does not say how many seconds the training took")
+    return float(sum(known))
 
 
 def _ended(planned: _Planned, parallel: int, job: Job) -> None:

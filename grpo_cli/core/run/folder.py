@@ -34,6 +34,7 @@ from grpo_cli.core.run import checkpoint
 from grpo_cli.core.run.groups import GroupLog
 from grpo_cli.core.run.logs import Evaluated, Log, evaluated, numbers, problem_key
 
+_FROM_STEP = "from step "
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CHECKPOINT = re.compile(r"step-([0-9]+)")
 _LOCK = ".lock"
@@ -297,17 +298,24 @@ class Run:
         path = self.path / "tracker.json"
         if not path.exists():
             write_json(path, {"id": f"{self.name}-{secrets.token_hex(3)}"})
-        return str(read_json(path)["id"])
+        saved = read_json(path).get("id")
+        if not isinstance(saved, str):
+            raise CountdownError(f"`{path}` has no `id`", "remove it: the tracker then shows a new run")
+        return saved
 
     def write_environment(self, environment: Mapping[str, object], *, step: int) -> None:
         """Record the environment from `step` on, keeping the records of earlier steps."""
         known = self.read_environment() if step else {}
-        earlier = {key: known[key] for key in known if int(key.removeprefix("from step ")) < step}
-        write_json(self._environment, {**earlier, f"from step {step}": environment})
+        earlier = {key: known[key] for key in known if int(key.removeprefix(_FROM_STEP)) < step}
+        write_json(self._environment, {**earlier, f"{_FROM_STEP}{step}": environment})
 
     def read_environment(self) -> dict[str, object]:
         """The environments written by `write_environment`, by first step."""
-        return read_json(self._environment) if self._environment.exists() else {}
+        known = read_json(self._environment) if self._environment.exists() else {}
+        for key, facts in known.items():
+            if not re.fullmatch(rf"{_FROM_STEP}\d+", key) or not isinstance(facts, dict):
+                raise CountdownError(f"`{key}` in `{self._environment}` is not the environment of a step")
+        return known
 
     def write_summary(self, summary: Mapping[str, object]) -> None:
         write_json(self._summary, summary)
@@ -428,7 +436,7 @@ def list_runs(root: Path) -> list[Run]:
     return [
         Run(path.parent)
         for path in sorted(root.glob("*/config.json"))
-        if _NAME.fullmatch(path.parent.name) and not path.parent.is_symlink()
+        if _NAME.fullmatch(path.parent.name) and not path.parent.is_symlink() and path.is_file()
     ]
 
 
