@@ -73,6 +73,9 @@ def told(late: dict[str, float], early: dict[str, float] | None = None) -> dict[
         ({"truncated": 0.95}, {"truncated": 0.95}, "truncated", "--max-new-tokens"),
         ({"truncated": 0.95}, {}, None, ""),  # a collapse, which has its own sentence
         ({"entropy": 0.0099}, {}, "entropy", "from 0.2 to 0.0099 nats"),
+        ({"entropy": 0.0099, "clip_fraction": 0.002}, {}, "clipped", "raise `--epsilon-high`"),
+        ({"entropy": 0.0099, "clip_fraction": 0.0009}, {}, "entropy", "hardly differ"),
+        ({"clip_fraction": 0.2}, {}, None, ""),  # clipping alone is no fault
         ({"entropy": 0.0101}, {}, None, ""),  # small against the start, not by itself
         ({"entropy": 0.0041}, {"entropy": 0.04}, None, ""),  # small by itself, not against the start
         ({"entropy": 0.0039}, {"entropy": 0.04}, "entropy", "accuracy of 40%"),

@@ -25,6 +25,7 @@ LEARNED = 0.9  # accuracy above which equal rewards and low entropy are fine
 CUT_LIMIT = 0.3  # share of completions; truncated ones cannot be correct
 ENTROPY_LIMIT = 0.01  # nats a token
 ENTROPY_LEFT = 0.1  # share of the entropy in the first window
+CLIPPED_LIMIT = 1e-3  # share of tokens
 MOVED_LIMIT = 0.1  # share of weights; float32 changes nearly all, bf16 a few percent if steps are small
 NOTATION_LIMIT = 0.1  # share of completions that are correct except for their notation
 FORMAT_GAIN = 0.2  # rise of the format rate that, with a tenth of it in accuracy, is only the format
@@ -88,6 +89,12 @@ class Rule:
 def _equal(window: Window, low: float, high: float) -> bool:
     """Whether nearly all groups have equal rewards, at an accuracy in this range."""
     return window["zero_variance"] > EQUAL_LIMIT and low <= window["accuracy"] <= high
+
+
+def _entropy_fell(window: Window) -> bool:
+    """Whether completions hardly differ any more, without being correct."""
+    limit = min(ENTROPY_LIMIT, ENTROPY_LEFT * window["first entropy"])
+    return window["entropy"] < limit and window["accuracy"] < LEARNED
 
 
 def _cheat(kind: str) -> Rule:
@@ -240,13 +247,19 @@ RULES = (  # causes before symptoms
         unless=("margin", "right", "wrong"),
     ),
     Rule(
+        "clipped",
+        lambda window: _entropy_fell(window) and window["clip_fraction"] > CLIPPED_LIMIT,
+        "the entropy fell from {first entropy:.2g} to {entropy:.2g} nats per token at an accuracy of {accuracy:.0%},"
+        " and {clip_fraction:.1%} of the tokens are clipped, which stops rare ones from growing: raise"
+        " `--epsilon-high`, or lower `--learning-rate`",
+        "docs/one-step.md",
+    ),
+    Rule(
         "entropy",
-        lambda window: (
-            window["entropy"] < min(ENTROPY_LIMIT, ENTROPY_LEFT * window["first entropy"])
-            and window["accuracy"] < LEARNED
-        ),
+        _entropy_fell,
         "the entropy fell from {first entropy:.2g} to {entropy:.2g} nats per token at an accuracy of {accuracy:.0%}:"
         " completions hardly differ any more; lower `--learning-rate`, or raise `--temperature` or `--beta`",
+        unless=("clipped",),
     ),
     Rule(
         "notation",
@@ -287,7 +300,7 @@ FACTS = (  # of every run
         lambda window: window["entropy"] >= 0,
         "{first entropy:.2g} -> {entropy:.2g} nats per token",
         "docs/why.md",
-        unless=("entropy",),
+        unless=("entropy", "clipped"),
     ),
     Rule("kl", lambda window: window["kl"] >= 0, "{kl:.2g} nats per token from the reference", unless=("kl",)),
     Rule(
