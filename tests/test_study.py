@@ -151,10 +151,14 @@ def test_a_study_that_was_stopped_goes_on_where_it_was(
 ) -> None:
     lines, allowed = here
     Path("tiny.toml").write_text(TINY.format(model=tiny_folder))
-    assert countdown("study", "tiny.toml", "--dry-run").code == 0 and not lines
-    allowed[0] = 3
+    planned = countdown("study", "tiny.toml", "--dry-run")
+    assert planned.code == 0 and "each by one step of `tiny-baseline-0`" in planned.err
+    assert [line[-1] for line in lines] == ["0"] and not Path("runs").exists()
+    lines.clear()
+    allowed[0] = 4
     stopped = countdown("study", "tiny.toml")
     assert stopped.code == 130 and "4 trainings, 0 finished, 4 to do" in stopped.err
+    del lines[0]
     assert "the same command goes on from here" in stopped.err
     (tmp_path / "runs" / "tiny-fast-0" / "summary.json").unlink()  # stopped in the middle
     allowed[0] = 100

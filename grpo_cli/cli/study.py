@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -123,7 +125,8 @@ def _announce(planned: _Planned, parallel: int, *, overwrite: bool) -> None:
     counts = f"{show.counted(len(planned.jobs), 'condition')} x {show.counted(study.design.seeds, 'seed')}"
     show.note(f"{counts}: {show.counted(len(jobs), 'training')}, {len(finished)} finished, {left} to do")
     if left:
-        show.note(_time_left(finished, left / parallel))
+        rounds = left / parallel
+        show.note(_measured(finished, rounds) if finished else _forecast(jobs[0], rounds))
     smallest = detectable(study.design.seeds, len(planned.jobs) - 1, study.design.spread)
     assumed = f"a standard deviation of {100 * study.design.spread:.1f} points (assumed: `study.spread`)"
     deviation = f"if seeds differ by {assumed}"
@@ -133,28 +136,52 @@ def _announce(planned: _Planned, parallel: int, *, overwrite: bool) -> None:
         show.warning(f"no difference can be found with so few seeds, {deviation}")
 
 
-def _time_left(finished: Sequence[Job], rounds: float) -> str:
-    if not finished:
-        return "time: known after the first training"
-    seconds = fmean(_seconds(job) for job in finished)
-    return f"time: about {rounds * seconds / 60:,.0f} min, at {seconds:,.0f} s each as measured"
+def _time_left(seconds: float, rounds: float, source: str) -> str:
+    return f"time: about {rounds * seconds / 60:,.0f} min, at {seconds:,.0f} s each {source}"
 
 
-def _seconds(job: Job) -> float:
-    """How long a finished training took; raises CountdownError if its summary does not say."""
+def _measured(finished: Sequence[Job], rounds: float) -> str:
+    """The time left, by the trainings that are finished."""
+    return _time_left(fmean(sum(_seconds(job)) for job in finished), rounds, "as measured")
+
+
+def _forecast(job: Job, rounds: float) -> str:
+    """The time left before any training is finished, by one step of a `job` in a folder that is removed."""
+    from tempfile import TemporaryDirectory
+
+    from grpo_cli.core.run.folder import Run
+
+    train = job.settings.train
+    if train.warm_start:
+        return "time: known after the first training, which begins with a warm start"
+    with TemporaryDirectory() as folder:
+        words = [*job.words, "--runs", folder, "--num-iterations=1", "--eval-every=1"]
+        trial, began = Job(Run(Path(folder) / "trial"), job.settings, words), time.monotonic()
+        train_all([trial], overwrite=False, quiet=True)
+        whole, (step, evaluations) = time.monotonic() - began, _seconds(trial)
+    count = 1 + math.ceil(train.num_iterations / train.eval_every)
+    seconds = whole + (train.num_iterations - 1) * step + (count / 2 - 1) * evaluations
+    return _time_left(seconds, rounds, f"by one step of `{job.run.name}`")
+
+
+def _seconds(job: Job) -> tuple[float, float]:
+    """How long the steps and the evaluations of a finished training took.
+
+    Raises CountdownError if its summary does not say.
+    """
     spent = (job.run.read_summary() or {}).get("seconds")
     parts = [spent.get(part) for part in ("training", "evaluation")] if isinstance(spent, dict) else []
-    known = [part for part in parts if isinstance(part, int | float)]
+    known = [float(part) for part in parts if isinstance(part, int | float)]
     if len(known) < 2:
         raise CountdownError(f"`{job.run.path / 'summary.json'}` does not say how many seconds the training took")
-    return float(sum(known))
+    return known[0], known[1]
 
 
 def _ended(planned: _Planned, parallel: int, job: Job) -> None:
     """Note the accuracy of a training that ended, and the time left."""
     finished = [job for job in planned.all if job.is_finished]
     accuracy, count = show.percent(_evaluated(planned, job).accuracy), len(planned.all)
-    left = f"; {_time_left(finished, (count - len(finished)) / parallel)}" if len(finished) < count else ""
+    left = f"; {_measured(finished, (count - len(finished)) / parallel)}" if len(finished) < count else ""
     show.note(f"{job.run.name}: {accuracy}; {len(finished)} of {count} finished{left}")
 
 
@@ -190,7 +217,7 @@ def _result(planned: _Planned) -> dict[str, object]:
         "seeds": list(planned.study.seeds),
         "conditions": rows,
         "settings": {name: dict(own) for name, own in planned.study.conditions.items()},
-        "seconds": sum(map(_seconds, planned.all)),
+        "seconds": sum(sum(_seconds(job)) for job in planned.all),
         "curves": {name: [_curve(job) for job in jobs] for name, jobs in planned.jobs.items()},
     }
 
