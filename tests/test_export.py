@@ -229,6 +229,18 @@ def test_a_model_without_weights_is_not_exported(trained: Command, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+def test_damaged_weights_are_not_exported(trained: Command, tmp_path: Path) -> None:
+    model = tmp_path / "runs" / "first" / "model"
+    whole, config = (model / "model.safetensors").read_bytes(), (model / "config.json").read_text()
+    wide = config.replace('"hidden_size": 32', '"hidden_size": 256')
+    for weights, text in ((whole[:-1], config), (b"", config), (whole, "{}"), (whole, wide)):
+        (model / "model.safetensors").write_bytes(weights)
+        (model / "config.json").write_text(text)
+        done = trained("export", "first", "out", "--push", "me/first")
+        assert done.code == 2 and ("cannot load `" in done.err or "describes" in done.err), done.err
+        assert not (tmp_path / "out").exists()
+
+
 def test_export_again_needs_overwrite_and_pushes_only_when_asked(
     trained: Command, uploads: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:

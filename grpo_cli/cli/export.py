@@ -42,6 +42,7 @@ def export(
 
     Nothing is uploaded without --push. Example: countdown export first shared/first
     """
+    from grpo_cli.core.model.load import check_weights
     from grpo_cli.core.model.names import HUB_ID
     from grpo_cli.core.run import export as files
     from grpo_cli.core.run.folder import Run
@@ -58,6 +59,7 @@ def export(
 
     warn_of_bug(run)
     source = run.adapter_path if is_adapter else run.model_path
+    check_weights(source)
     with files.exporting(source, folder, card_of(run, is_adapter=is_adapter)) as staged:
         if not is_adapter:
             files.limit_completions(staged, run.settings.eval.max_new_tokens)

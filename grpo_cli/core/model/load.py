@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from safetensors import safe_open
 from transformers.models.auto import modeling_auto
 
 from grpo_cli.core.errors import CountdownError
-from grpo_cli.core.model.folder_checks import check_config, check_memory, weight_files
+from grpo_cli.core.model.folder_checks import ADAPTER, check_config, check_memory, weight_files
 from grpo_cli.core.model.gguf import ENDS, unpacked
 from grpo_cli.core.model.hub import check_download, check_repository
 from grpo_cli.core.model.names import is_gguf, require_model
@@ -222,6 +223,15 @@ def _check_size(name: str, folder: Path, config: transformers.PreTrainedConfig, 
         if dtype not in FLOATS and key.endswith("weight"):  # others are buffers, such as masks
             raise CountdownError(f"the weights of `{name}` are not floats of 16 bits or more: {key} ({dtype})", RESAVE)
     check_memory(name, described, itemsize, free)
+
+
+def check_weights(folder: Path) -> None:
+    """Raise CountdownError if weights in `folder` are cut off or, of a whole model, do not fit its config.json."""
+    with _load_errors(str(folder)):
+        for path in folder.glob("*.safetensors"):
+            _tensors(path)
+    if not (folder / ADAPTER).exists():
+        _check_size(str(folder), folder, _config(str(folder)), itemsize=0, free=sys.maxsize)
 
 
 def _tensors(path: Path) -> dict[str, tuple[list[int], str]]:
