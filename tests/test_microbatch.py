@@ -136,7 +136,7 @@ def test_memory_that_was_freed_is_no_longer_resident() -> None:
     del blocks
     microbatch.give_back()
     assert microbatch.resident() < held - 200_000_000
-    assert microbatch.process_peak() >= held
+    assert microbatch.process_peak() > 0.99 * held  # the kernel counts pages of each core in batches
     assert len(last) == 2**21
 
 
