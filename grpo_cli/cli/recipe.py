@@ -30,8 +30,10 @@ def main() -> None:
     arguments.add_argument("--search-steps", type=int, default=Recipe.search_steps, help="fewer: a weaker model")
     arguments.add_argument("--give-up-steps", type=int, default=Recipe.give_up_steps)
     given = arguments.parse_args()
-    steps = {"search_steps": given.search_steps, "give_up_steps": given.give_up_steps}
-    write(Recipe(seed=given.seed, **steps), given.out)
+    recipe = Recipe(seed=given.seed, search_steps=given.search_steps, give_up_steps=given.give_up_steps)
+    if given.out == BUILTIN and recipe != Recipe(seed=given.seed):
+        arguments.error("another model would replace the package's own: name a folder with --out")
+    write(recipe, given.out)
     for split, temperature in (("val", 0.0), ("val", 1.0), ("train", 1.0)):
         report(measure(given.out, split, temperature))  # type: ignore[arg-type]
 

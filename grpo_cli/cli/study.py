@@ -154,8 +154,9 @@ def _forecast(job: Job, rounds: float) -> str:
     train = job.settings.train
     if train.warm_start:
         return "time: known after the first training, which begins with a warm start"
-    with TemporaryDirectory() as folder:
-        words = [*job.words, "--runs", folder, "--num-iterations=1", "--eval-every=1"]
+    disk = next(folder for folder in job.run.path.absolute().parents if folder.is_dir())
+    with TemporaryDirectory(prefix=".trial-", dir=disk) as folder:
+        words = [*job.words, "--runs", folder, "--num-iterations=1", "--eval-every=1", "--tracker=none"]
         trial, began = Job(Run(Path(folder) / "trial"), job.settings, words), time.monotonic()
         train_all([trial], overwrite=False, quiet=True)
         whole, (step, evaluations) = time.monotonic() - began, _seconds(trial)

@@ -250,7 +250,7 @@ RULES = (  # causes before symptoms
         "clipped",
         lambda window: _entropy_fell(window) and window["clip_fraction"] > CLIPPED_LIMIT,
         "the entropy fell from {first entropy:.2g} to {entropy:.2g} nats per token at an accuracy of {accuracy:.0%},"
-        " and {clip_fraction:.1%} of the tokens are clipped, which stops rare ones from growing: raise"
+        " and {clip_fraction:.1%} of the tokens are clipped, perhaps rare ones that should grow: raise"
         " `--epsilon-high`, or lower `--learning-rate`",
         "docs/one-step.md",
     ),
