@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from grpo_cli.core.run.folder import Run
 
 FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+STOPPED = (130, 143)  # exit codes of a training that was told to stop, and says how to go on
 LAST_CHARACTERS = 2_000  # of the output of a failed process
 
 
@@ -149,7 +150,8 @@ def _run(lines: Sequence[Sequence[str]], parallel: int, *, quiet: bool, ended: C
             for place in [place for place, process in running.items() if process.poll() is not None]:
                 if failed := running.pop(place).returncode:
                     code = code or (failed if failed > 0 else 128 - failed)
-                    _show_end(output[place])
+                    if failed not in STOPPED:
+                        _show_end(output[place])
                 else:
                     ended(place)
                 if stream := output.pop(place):
