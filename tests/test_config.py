@@ -354,6 +354,12 @@ def test_a_saved_configuration_that_was_damaged_is_named(tmp_path: Path) -> None
     for saved, complaint in [({"seed": -1}, "`train.seed` in"), ({"sede": 1}, "unknown setting `train.sede`")]:
         with pytest.raises(CountdownError, match=complaint):
             restore({"train": saved}, path)
+    whole = resolved(tmp_path).settings.model_dump()
+    for gone in ("task", "model", "train"):
+        with pytest.raises(CountdownError, match=f"config.json` has no settings of `{gone}`"):
+            restore({key: value for key, value in whole.items() if key != gone}, path)
+    with pytest.raises(CountdownError, match="no settings of `task`, `model`, `train`"):
+        restore({}, path)
 
 
 def test_a_run_that_goes_on_keeps_its_preset(tmp_path: Path) -> None:

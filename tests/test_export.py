@@ -355,6 +355,12 @@ def test_runs_are_sorted_filtered_and_summed_up_by_seed(several: Command) -> Non
     (again,) = json.loads(several("runs", "--json").out)["groups"]
     assert (again["runs"], again["mean"]) == (["first", "second", "third"], 0.5)
     shutil.rmtree("runs/third-again")
+    metrics = Path("runs/third/metrics.jsonl")
+    whole = metrics.read_text()
+    metrics.write_text("".join(whole.splitlines(keepends=True)[:-1]))  # a training that has not ended
+    (ended,) = json.loads(several("runs", "--json").out)["groups"]
+    assert (ended["runs"], ended["mean"]) == (["first", "second"], 0.25)
+    metrics.write_text(whole)
     for condition in ("seed=1", "train.seed=1"):
         assert [row["run"] for row in json.loads(several("runs", "--json", "--where", condition).out)["runs"]] == [
             "second"

@@ -86,10 +86,10 @@ def _condition(text: str) -> tuple[str, object]:
 
 
 def _seeds(shown: Sequence[tuple[dict[str, object], Mapping[str, object]]]) -> list[dict[str, object]]:
-    """Groups of evaluated runs that differ only in their seed, one a seed: names, seeds, mean and range of the best."""
+    """Groups of finished runs that differ only in their seed, one a seed: names, seeds, mean and range of the best."""
     groups: dict[str, dict[object, tuple[str, object, float]]] = {}
     for row, settings in shown:
-        if isinstance(best := row.get("best_accuracy"), float):
+        if isinstance(best := row.get("best_accuracy"), float) and row["step"] == row["num_iterations"]:
             same = json.dumps({key: value for key, value in settings.items() if key not in ("train.seed", "runs")})
             seed = settings["train.seed"]
             groups.setdefault(same, {}).setdefault(seed, (str(row["run"]), seed, best))

@@ -118,6 +118,8 @@ def restore(saved: Mapping[str, object], path: Path, *, flags: Mapping[str, obje
         raise CountdownError("a resumed run keeps its preset", "start a new run to use another preset")
     layer = _shipped().settings | _sections(saved, str(path)).settings
     _validate(layer)
+    if missing := [table for table in ("task", "model", "train") if table not in saved]:
+        raise CountdownError(f"`{path}` has no settings of {', '.join(f'`{table}`' for table in missing)}")
     return _resolved(layer | _flags(flags), f"saved in {path}")
 
 
