@@ -110,7 +110,7 @@ def test_micro_batches_change_nothing_nor_does_running_out_of_memory(
         policy = load(str(tiny_folder), device="cpu", precision="float32")
         examples = prompted(demonstrations(TRAIN, ["zero-shot"] * 16, seed=3))
         fit = MicroBatch(rows, report=said.append)
-        return [loss for _, _, loss in imitate(state_of(policy), examples, micro_batch=fit)]
+        return [loss for _, _, loss in imitate(state_of(policy), examples, learning_rate=1e-4, micro_batch=fit)]
 
     said: list[str] = []
     whole, passes, logprobs = losses_of(0), list[int](), Policy.logprobs
@@ -174,7 +174,7 @@ def test_an_infinite_gradient_ends_a_warm_start_with_its_weights_unchanged(tiny_
         if next(steps):
             tiny_policy.trainable[0].register_hook(lambda gradient: gradient * float("inf"))
 
-    training = imitate(state, examples, poll=poll)
+    training = imitate(state, examples, learning_rate=1e-4, poll=poll)
     next(training)
     before = [weight.clone() for weight in tiny_policy.trainable]
     with pytest.raises(CountdownError, match="step 2 of the warm start: the gradient norm is not finite") as caught:
@@ -333,19 +333,19 @@ def test_an_interrupt_between_imitation_and_the_first_step_is_said_and_the_run_r
     assert resumed.code == 0 and "warm start: step" not in resumed.err
 
 
-def test_a_warm_start_takes_no_more_completions_at_once_than_were_planned(
+def test_a_warm_start_takes_the_planned_completions_at_once_and_its_own_learning_rate(
     countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows: list[int] = []
+    given: list[tuple[int, float]] = []
 
-    def seen(*_: Any, micro_batch: MicroBatch, **__: Any) -> list[tuple[int, int, float]]:
-        rows.append(micro_batch.rows)
+    def seen(*_: Any, micro_batch: MicroBatch, learning_rate: float, **__: Any) -> list[tuple[int, int, float]]:
+        given.append((micro_batch.rows, learning_rate))
         return []
 
     monkeypatch.setattr("grpo_cli.core.rl.warm_start.imitate", seen)
-    for flags in ([], ["--num-generations", 4, "--micro-batch-size", 3]):
+    for flags in ([], ["--num-generations", 4, "--micro-batch-size", 3, "--warm-start-learning-rate", 2e-5]):
         assert countdown("train", "--model", tiny_folder, *WARM, *FEW, "--num-iterations", 1, *flags).code == 0
-    assert rows == [2, 3]
+    assert given == [(2, 1e-4), (3, 2e-5)]
 
 
 @pytest.mark.faults

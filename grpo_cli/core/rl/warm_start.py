@@ -47,7 +47,6 @@ class Lesson(NamedTuple):
 T = TypeVar("T")
 
 BATCH = 8  # completions per step
-LEARNING_RATE = 1e-4
 CLIP = 1.0  # gradient norm
 GIVE_UP = 5  # failed tries of an impatient search
 WARMUP = 0.1  # share of the steps over which the learning rate rises; then it falls linearly to 0
@@ -184,7 +183,10 @@ def warm_start(
     seconds, saved_at = 60 * settings.train.save_minutes, time.monotonic()
     try:
         with control:
-            for step, steps, loss in imitate(state, examples, micro_batch=micro_batch, world=world, poll=context.poll):
+            rate, poll = settings.train.warm_start_learning_rate, context.poll
+            for step, steps, loss in imitate(
+                state, examples, learning_rate=rate, micro_batch=micro_batch, world=world, poll=poll
+            ):
                 context.observer.progress(f"warm start: loss {loss:.3f}, step", step, steps)
                 if step == steps:
                     note(f"warm start: step {step} of {steps}, loss {loss:.3f}")
@@ -210,7 +212,7 @@ def imitate(
     state: State,
     examples: Sequence[Lesson],
     *,
-    learning_rate: float = LEARNING_RATE,
+    learning_rate: float,
     world: World | None = None,
     micro_batch: MicroBatch | None = None,
     poll: Callable[[], None] = no_poll,
