@@ -23,7 +23,7 @@ from grpo_cli.core.model.load import load, load_tokenizer
 from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.rl.schedule import Problems
 from grpo_cli.core.rl.state import State
-from grpo_cli.core.rl.warm_start import Lesson, demonstration, demonstrations, imitate, lessons
+from grpo_cli.core.rl.warm_start import Lesson, Stage, demonstration, demonstrations, imitate, stages_of
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task.data import puzzle_set
 from grpo_cli.core.task.prompts import STYLES, prompt
@@ -88,7 +88,7 @@ def test_a_share_of_the_long_searches_gives_up() -> None:
 def test_a_warm_start_makes_demonstrations_likely(tiny_policy: Policy) -> None:
     before = tiny_policy.sums()
     examples = prompted(demonstrations(TRAIN, ["zero-shot"] * 4, seed=3)) * 24
-    losses = [loss for _, _, loss in imitate(state_of(tiny_policy), examples, learning_rate=3e-3)]
+    losses = [loss for _, _, loss in imitate(state_of(tiny_policy), [Stage(examples, 3e-3)])]
     assert len(losses) == 12
     assert losses[-1] < 0.7 * losses[0]
     assert tiny_policy.sums() != before
@@ -110,7 +110,7 @@ def test_micro_batches_change_nothing_nor_does_running_out_of_memory(
         policy = load(str(tiny_folder), device="cpu", precision="float32")
         examples = prompted(demonstrations(TRAIN, ["zero-shot"] * 16, seed=3))
         fit = MicroBatch(rows, report=said.append)
-        return [loss for _, _, loss in imitate(state_of(policy), examples, learning_rate=1e-4, micro_batch=fit)]
+        return [loss for _, _, loss in imitate(state_of(policy), [Stage(examples, 1e-4)], micro_batch=fit)]
 
     said: list[str] = []
     whole, passes, logprobs = losses_of(0), list[int](), Policy.logprobs
@@ -159,11 +159,37 @@ def test_what_cannot_be_demonstrated_is_refused_before_the_model_loads(
 def test_prompts_follow_the_training_s_mixture_of_styles(tiny_folder: Path) -> None:
     flags = {"train.warm_start": 64, "train.prompt_style": "one-shot = 1, natural = 1", "train.seed": 3}
     settings = resolve(flags=flags, has_cuda=lambda: False).settings
-    shown = lessons(settings, Problems.of(settings), load_tokenizer(str(tiny_folder)))
+    (shown, _), *_ = stages_of(settings, Problems.of(settings), load_tokenizer(str(tiny_folder)))
     natural = [text for _, messages, text in shown if len(messages) == 2]  # a one-shot prompt has four messages
     assert 20 < len(natural) < 44
     assert all("\nThe expression is " in text for text in natural)
     assert sum("<answer>" in lesson.completion for lesson in shown) == 64 - len(natural)
+
+
+def test_impatient_searches_come_last_more_gently(tiny_folder: Path) -> None:
+    flags = {"train.warm_start": 300, "train.warm_start_impatient": 200, "train.seed": 3}
+    settings = resolve(flags=flags, has_cuda=lambda: False).settings
+    complete, last = stages_of(settings, Problems.of(settings), load_tokenizer(str(tiny_folder)))
+    assert (complete.learning_rate, last.learning_rate) == (1e-4, 2e-5)
+    assert (len(complete.lessons), len(last.lessons), len(last.batches)) == (300, 200, 25)
+    assert not any("give up" in lesson.completion for lesson in complete.lessons)
+    pairs = list(zip(complete.lessons, last.lessons, strict=False))  # the same puzzles again
+    assert all(one.messages == other.messages for one, other in pairs)
+    longer = [other for one, other in pairs if one.completion.count(" no\n") >= 5]
+    given_up = sum("\ngive up\n" in lesson.completion for lesson in last.lessons)
+    assert 0.8 < given_up / len(longer) < 1
+    assert sum(one != other for one, other in pairs) == given_up
+
+
+def test_stages_are_trainings_one_after_the_other(tiny_folder: Path) -> None:
+    examples = prompted(demonstrations(TRAIN, ["zero-shot"] * 40, seed=3, give_up=0.5))
+    stages = [Stage(examples[:16], 1e-3), Stage(examples[16:], 2e-4)]
+    together, apart = (load(str(tiny_folder), device="cpu", precision="float32") for _ in range(2))
+    steps = list(imitate(state_of(together), stages))
+    assert [(step, count) for step, count, _ in steps] == [(step, 5) for step in range(1, 6)]
+    losses = [loss for stage in stages for _, _, loss in imitate(state_of(apart), [stage])]
+    assert [loss for _, _, loss in steps] == losses
+    assert together.fingerprint() == apart.fingerprint()
 
 
 def test_an_infinite_gradient_ends_a_warm_start_with_its_weights_unchanged(tiny_policy: Policy) -> None:
@@ -174,7 +200,7 @@ def test_an_infinite_gradient_ends_a_warm_start_with_its_weights_unchanged(tiny_
         if next(steps):
             tiny_policy.trainable[0].register_hook(lambda gradient: gradient * float("inf"))
 
-    training = imitate(state, examples, learning_rate=1e-4, poll=poll)
+    training = imitate(state, [Stage(examples, 1e-4)], poll=poll)
     next(training)
     before = [weight.clone() for weight in tiny_policy.trainable]
     with pytest.raises(CountdownError, match="step 2 of the warm start: the gradient norm is not finite") as caught:
@@ -223,7 +249,7 @@ def stop_after_step_2(monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -
     monkeypatch.setattr(State, "save", save_and_stop)
 
 
-OFTEN = [*WARM, *FEW, "--num-iterations", 1, "--warm-start", 32, "--save-minutes", 1e-9]
+OFTEN = [*WARM, *FEW, "--num-iterations", 1, "--warm-start-impatient", 16, "--save-minutes", 1e-9]
 
 
 @pytest.fixture(scope="module")
@@ -333,19 +359,19 @@ def test_an_interrupt_between_imitation_and_the_first_step_is_said_and_the_run_r
     assert resumed.code == 0 and "warm start: step" not in resumed.err
 
 
-def test_a_warm_start_takes_the_planned_completions_at_once_and_its_own_learning_rate(
+def test_a_warm_start_takes_no_more_completions_at_once_than_were_planned(
     countdown: Command, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: list[tuple[int, float]] = []
+    rows: list[int] = []
 
-    def seen(*_: Any, micro_batch: MicroBatch, learning_rate: float, **__: Any) -> list[tuple[int, int, float]]:
-        given.append((micro_batch.rows, learning_rate))
+    def seen(*_: Any, micro_batch: MicroBatch, **__: Any) -> list[tuple[int, int, float]]:
+        rows.append(micro_batch.rows)
         return []
 
     monkeypatch.setattr("grpo_cli.core.rl.warm_start.imitate", seen)
-    for flags in ([], ["--num-generations", 4, "--micro-batch-size", 3, "--warm-start-learning-rate", 2e-5]):
+    for flags in ([], ["--num-generations", 4, "--micro-batch-size", 3]):
         assert countdown("train", "--model", tiny_folder, *WARM, *FEW, "--num-iterations", 1, *flags).code == 0
-    assert given == [(2, 1e-4), (3, 2e-5)]
+    assert rows == [2, 3]
 
 
 @pytest.mark.faults

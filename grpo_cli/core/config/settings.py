@@ -187,10 +187,9 @@ class Train(Table):
     warm_start: int = setting(
         "worked solutions to fine-tune on before GRPO; 0 is none", "Optimization", ge=0, le=10**6, common=True
     )
-    warm_start_give_up: float = setting(
-        "share of them that give up after five failed tries", "Optimization", ge=0, le=1
+    warm_start_impatient: int = setting(
+        "how many of them are shown again and mostly give up after five failed tries", "Optimization", ge=0, le=10**6
     )
-    warm_start_learning_rate: float = setting("peak learning rate of the warm start", "Optimization", gt=0)
     dynamic_sampling: int = setting(
         "rounds of replacing groups with equal rewards by new puzzles", "Sampling", ge=0, le=20
     )
@@ -380,7 +379,7 @@ NEEDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ("reward.length_penalty", bool, ("reward.soft_limit",)),
     ("reward.reward", "none".__ne__, ("reward.reward_errors",)),
     ("reward.reward", "none".__eq__, ("reward.format_reward", "reward.numbers_reward", "reward.correct_reward")),
-    ("train.warm_start", bool, ("train.warm_start_give_up", "train.warm_start_learning_rate")),
+    ("train.warm_start", bool, ("train.warm_start_impatient",)),
     ("plot.smooth", bool, ("plot.window",)),
     ("task.puzzles", "none".__eq__, ("task.numbers", "train.prompt_numbers", "train.warm_start")),
     (

@@ -51,7 +51,7 @@ from grpo_cli.core.rl.summary import summary
 from grpo_cli.core.rl.trackers import Tracked, require_tracker
 from grpo_cli.core.rl.train import Trainer
 from grpo_cli.core.rl.validate import Validation
-from grpo_cli.core.rl.warm_start import Lesson, lessons, warm_start
+from grpo_cli.core.rl.warm_start import Stage, optimizer_of, stages_of, warm_start
 from grpo_cli.core.rollout.make import make_engine
 from grpo_cli.core.rollout.params import SamplingParams
 from grpo_cli.core.rollout.selfcheck import load_checked, recheck
@@ -260,12 +260,12 @@ def _resume_point(
 
 def _warm_start_state(policy: Policy) -> State:
     """The state of a warm start before its first step."""
-    return State(policy, build_optimizer(policy, name="adamw", weight_decay=0.0), policy)
+    return State(policy, optimizer_of(policy), policy)
 
 
 def _imitate(
     policy: Policy,
-    examples: Sequence[Lesson],
+    examples: Sequence[Stage],
     run: Run,
     settings: Settings,
     origin: Mapping[str, object],
@@ -296,11 +296,11 @@ def for_ranks(settings: Settings, ranks: int) -> Settings:
     return settings.model_copy(update={"train": train})
 
 
-def demonstrated(settings: Settings, problems: Problems) -> list[Lesson]:
+def demonstrated(settings: Settings, problems: Problems) -> list[Stage]:
     """The searches that a warm start imitates, or none; raises CountdownError if there can be none."""
     if not settings.train.warm_start:
         return []
-    return lessons(settings, problems, load_tokenizer(model_source(Path(settings.runs), settings.model.model)))
+    return stages_of(settings, problems, load_tokenizer(model_source(Path(settings.runs), settings.model.model)))
 
 
 def plan_memory(

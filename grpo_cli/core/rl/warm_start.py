@@ -1,7 +1,8 @@
 """A short supervised warm start before reinforcement: imitate worked searches of train puzzles.
 
 For a pretrained model that never answers correctly, so all its groups have equal rewards. The gain of reinforcement is
-measured against the warm-started model.
+measured against the warm-started model. It may learn to search completely first, and then, gently, to give up: whether
+to go on is a decision that reinforcement teaches quickly.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple, TypeVar, cast
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from grpo_cli.core.builtin.traces import FORMS, reduce, tries, write
@@ -23,7 +25,7 @@ from grpo_cli.core.model.policy import Policy, Sequences
 from grpo_cli.core.rl.context import Context
 from grpo_cli.core.rl.observer import Interrupted, no_poll
 from grpo_cli.core.rl.schedule import Problems
-from grpo_cli.core.rl.state import State, newest_intact
+from grpo_cli.core.rl.state import State, build_optimizer, newest_intact
 from grpo_cli.core.rl.update import Diverged, NotFinite, optimizer_step
 from grpo_cli.core.run.folder import Run
 from grpo_cli.core.task.prompts import Style, prompt
@@ -44,9 +46,24 @@ class Lesson(NamedTuple):
         return {"step": 0, **self.puzzle.record(), "completion": self.completion}
 
 
+class Stage(NamedTuple):
+    """Lessons that are imitated once, in this order, with an optimizer of their own."""
+
+    lessons: Sequence[Lesson]
+    learning_rate: float  # its peak
+
+    @property
+    def batches(self) -> list[Sequence[Lesson]]:
+        """The lessons of each step."""
+        return [self.lessons[start : start + BATCH] for start in range(0, len(self.lessons), BATCH)]
+
+
 T = TypeVar("T")
 
 BATCH = 8  # completions per step
+LEARNING_RATE = 1e-4  # peak, for complete searches
+GENTLE = 2e-5  # peak, for impatient searches: at 1e-4 SmolLM2 forgets how to search
+IMPATIENT = 0.9  # share of the impatient searches' long ones that give up
 CLIP = 1.0  # gradient norm
 GIVE_UP = 5  # failed tries of an impatient search
 WARMUP = 0.1  # share of the steps over which the learning rate rises; then it falls linearly to 0
@@ -129,8 +146,8 @@ def _drawn(by_length: Mapping[int, Sequence[T]], count: int, rng: random.Random)
     return drawn
 
 
-def lessons(settings: Settings, problems: Problems, tokenizer: PreTrainedTokenizerBase) -> list[Lesson]:
-    """The examples that the warm start imitates, with prompts of the training's first step.
+def stages_of(settings: Settings, problems: Problems, tokenizer: PreTrainedTokenizerBase) -> list[Stage]:
+    """What the warm start imitates, with prompts of the training's first step: complete searches, then impatient ones.
 
     CountdownError if the task or its puzzles have no demonstrations.
     """
@@ -148,18 +165,25 @@ def lessons(settings: Settings, problems: Problems, tokenizer: PreTrainedTokeniz
         raise CountdownError("`--warm-start` shows puzzles of 3 or 4 numbers", "use one of them, or leave it out")
     drawn = chain.from_iterable(prompts.problems.values())
     puzzles = [puzzle for puzzle in drawn if isinstance(puzzle, Puzzle)]
-    keys = (f"{train.seed}/warm start/{index}" for index in range(train.warm_start))
-    styles = [cast(Style, prompts.style.draw(1, key)) for key in keys]
-    examples = demonstrations(puzzles, styles, seed=train.seed, give_up=train.warm_start_give_up, fits=fits)
-    return [
-        Lesson(puzzle, prompt(puzzle, style, task.rules), text)
-        for (puzzle, text), style in zip(examples, styles, strict=True)
-    ]
+
+    def shown(count: int, *, give_up: float) -> list[Lesson]:
+        keys = (f"{train.seed}/warm start/{index}" for index in range(count))
+        styles = [cast(Style, prompts.style.draw(1, key)) for key in keys]
+        examples = demonstrations(puzzles, styles, seed=train.seed, give_up=give_up, fits=fits)
+        return [
+            Lesson(puzzle, prompt(puzzle, style, task.rules), text)
+            for (puzzle, text), style in zip(examples, styles, strict=True)
+        ]
+
+    complete = Stage(shown(train.warm_start, give_up=0.0), LEARNING_RATE)
+    if not train.warm_start_impatient:
+        return [complete]
+    return [complete, Stage(shown(train.warm_start_impatient, give_up=IMPATIENT), GENTLE)]
 
 
 def warm_start(
     state: State,
-    examples: Sequence[Lesson],
+    stages: Sequence[Stage],
     run: Run,
     settings: Settings,
     origin: Mapping[str, object],
@@ -178,15 +202,12 @@ def warm_start(
     if world.is_first:
         run.write_config(settings.model_dump())
         run.write_origin(origin)
-        run.write_lessons(lesson.record() for lesson in examples)
-    note(f"warm start: imitating {len(examples):,} searches")
+        run.write_lessons(lesson.record() for stage in stages for lesson in stage.lessons)
+    note(f"warm start: imitating {sum(len(stage.lessons) for stage in stages):,} searches")
     seconds, saved_at = 60 * settings.train.save_minutes, time.monotonic()
     try:
         with control:
-            rate, poll = settings.train.warm_start_learning_rate, context.poll
-            for step, steps, loss in imitate(
-                state, examples, learning_rate=rate, micro_batch=micro_batch, world=world, poll=poll
-            ):
+            for step, steps, loss in imitate(state, stages, micro_batch=micro_batch, world=world, poll=context.poll):
                 context.observer.progress(f"warm start: loss {loss:.3f}, step", step, steps)
                 if step == steps:
                     note(f"warm start: step {step} of {steps}, loss {loss:.3f}")
@@ -210,9 +231,8 @@ def warm_start(
 
 def imitate(
     state: State,
-    examples: Sequence[Lesson],
+    stages: Sequence[Stage],
     *,
-    learning_rate: float,
     world: World | None = None,
     micro_batch: MicroBatch | None = None,
     poll: Callable[[], None] = no_poll,
@@ -223,36 +243,62 @@ def imitate(
     `state` is then at its last completed step.
     """
     world, micro_batch = world or World(), micro_batch or MicroBatch()
+    steps, done = sum(len(stage.batches) for stage in stages), state.progress.step
+    step = 0
+    for stage in stages:
+        rise, count = max(1, round(WARMUP * len(stage.batches))), len(stage.batches)
+        for index, batch in enumerate(stage.batches, start=1):
+            step += 1
+            if step <= done:
+                continue
+            if index == 1 < step:  # a stage after the first
+                state.optimizer = optimizer_of(state.policy)
+            scale = min(index / rise, (count + 1 - index) / (count + 1 - rise))
+            loss = _step(state, batch, stage.learning_rate * scale, world=world, micro_batch=micro_batch, poll=poll)
+            state.progress.step = step
+            yield step, steps, loss
+
+
+def _step(
+    state: State,
+    batch: Sequence[Lesson],
+    learning_rate: float,
+    *,
+    world: World,
+    micro_batch: MicroBatch,
+    poll: Callable[[], None],
+) -> float:
+    """Take one step; returns its loss."""
     policy, optimizer = state.policy, state.optimizer
-    batches = [examples[start : start + BATCH] for start in range(0, len(examples), BATCH)]
-    rise = max(1, round(WARMUP * len(batches)))
-    for step, batch in enumerate(batches[state.progress.step :], start=state.progress.step + 1):
-        scale = min(step / rise, (len(batches) + 1 - step) / (len(batches) + 1 - rise))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * scale
-        sequences = _sequences(policy, batch)
-        rows, count = world.share(len(batch)), sum(map(len, sequences.completions))
-        for attempt in micro_batch.attempts(len(rows), "warm start"):
-            with attempt:
-                optimizer.zero_grad(set_to_none=True)
-                loss = 0.0
-                for some in micro_batch.split(rows):
-                    poll()
-                    loss += _backward(policy, sequences.subset(some), count, micro_batch)
-        loss = sum(world.gather(loss))
-        try:
-            optimizer_step(policy, optimizer, loss, CLIP, world)
-        except NotFinite as problem:
-            weights = "" if isinstance(problem, Diverged) else "; the weights are unchanged since the step before"
-            raise CountdownError(
-                f"step {step} of the warm start: {problem}{weights}",
-                "use `--precision float32`, or leave out `--warm-start`",
-                exit_code=1,
-            ) from None
-        finally:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    sequences = _sequences(policy, batch)
+    rows, count = world.share(len(batch)), sum(map(len, sequences.completions))
+    for attempt in micro_batch.attempts(len(rows), "warm start"):
+        with attempt:
             optimizer.zero_grad(set_to_none=True)
-        state.progress.step = step
-        yield step, len(batches), loss
+            loss = 0.0
+            for some in micro_batch.split(rows):
+                poll()
+                loss += _backward(policy, sequences.subset(some), count, micro_batch)
+    loss = sum(world.gather(loss))
+    try:
+        optimizer_step(policy, optimizer, loss, CLIP, world)
+    except NotFinite as problem:
+        weights = "" if isinstance(problem, Diverged) else "; the weights are unchanged since the step before"
+        raise CountdownError(
+            f"step {state.progress.step + 1} of the warm start: {problem}{weights}",
+            "use `--precision float32`, or leave out `--warm-start`",
+            exit_code=1,
+        ) from None
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+    return loss
+
+
+def optimizer_of(policy: Policy) -> torch.optim.Optimizer:
+    """A new optimizer of the warm start."""
+    return build_optimizer(policy, name="adamw", weight_decay=0.0)
 
 
 def _restore(
