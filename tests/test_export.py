@@ -86,6 +86,8 @@ def test_a_card_names_the_warm_start_and_mixed_prompts() -> None:
     card = card_with({"train.warm_start": 480, "train.prompt_style": mixed}, start_of("val 3 one-shot"))
     assert "Trained from `builtin` by imitating 480 worked searches, then by GRPO" in card
     assert "| val 3 one-shot | after the warm start | 0 | 25.0% |" in card
+    impatient = card_with({"train.warm_start": 640, "train.warm_start_impatient": 160})
+    assert "imitating 640 worked searches, 160 of them again as searches that mostly give up, then by GRPO" in impatient
     assert f"prompts in `{mixed}` style" in card
 
 

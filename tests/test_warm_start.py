@@ -141,6 +141,7 @@ FEW = ["--max-number", 6]  # every puzzle's search is written before any is show
         (["--numbers", 2, "--dry-run"], "shows puzzles of 3 or 4 numbers"),
         (["--prompt-numbers", "2 = 1, 3 = 0"], "shows puzzles of 3 or 4 numbers"),
         (["--max-new-tokens", 20], "no puzzle of this training"),
+        (["--warm-start-impatient", 17, "--dry-run"], "is more than `--warm-start 16`"),
     ],
 )
 def test_what_cannot_be_demonstrated_is_refused_before_the_model_loads(

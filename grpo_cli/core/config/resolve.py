@@ -119,7 +119,8 @@ def restore(saved: Mapping[str, object], path: Path, *, flags: Mapping[str, obje
     layer = _shipped().settings | _sections(saved, str(path)).settings
     _validate(layer)
     if missing := [table for table in ("task", "model", "train") if table not in saved]:
-        raise CountdownError(f"`{path}` has no settings of {', '.join(f'`{table}`' for table in missing)}")
+        names = ", ".join(f"`{table}`" for table in missing)
+        raise CountdownError(f"`{path}` has no settings of {names}", "restore it, or choose another run")
     return _resolved(layer | _flags(flags), f"saved in {path}")
 
 

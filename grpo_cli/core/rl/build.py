@@ -140,23 +140,23 @@ def build(
         context = _tracked(settings, context, stack)
         point = _resume_point(settings, name, resume, replay, context, stack)
         # 2. Load the policy, plan its memory, load the reference that `ref_model` names.
-        examples = [] if point.checkpoint or point.warm_started else demonstrated(settings, problems)
+        stages = [] if point.checkpoint or point.warm_started else demonstrated(settings, problems)
         policy, plan = _load_policy(settings, problems, point, context)
         settings = settled(settings, policy)
         named = _named_reference(settings, policy, plan)
         # 3. Open the run, and imitate.
-        if examples:
+        if stages:
             needed = _num_checkpoints(settings) * _warm_start_state(policy).checkpoint_bytes()
             require_space(Path(settings.runs), needed)
         run = point.run or context.world.first(partial(_create, settings, name, stack, overwrite, context.note))
         run = replace(run, writes=context.world.is_first and not point.is_replay)
         origin = _origin_of(policy, point, problems, named)
-        if examples:
-            policy, origin = _imitate(policy, examples, run, settings, origin, plan, context)
+        if stages:
+            policy, origin = _imitate(policy, stages, run, settings, origin, plan, context)
         # 4. Build the state and the reference, or restore them.
         state, reference = _state_and_reference(settings, policy, point, plan, named, origin, problems, context.world)
         # 5. Record what this training is.
-        with nullcontext() if point.run or examples else run.starting():
+        with nullcontext() if point.run or stages else run.starting():
             if not point.is_replay:
                 context.world.first(partial(_record, run, state, settings, point, origin, context))
         yield assemble(settings, state, reference, run, problems=problems, plan=plan, context=context)
@@ -265,7 +265,7 @@ def _warm_start_state(policy: Policy) -> State:
 
 def _imitate(
     policy: Policy,
-    examples: Sequence[Stage],
+    stages: Sequence[Stage],
     run: Run,
     settings: Settings,
     origin: Mapping[str, object],
@@ -276,7 +276,7 @@ def _imitate(
     rows = plan.choices.rows or settings.train.batch_size * settings.train.num_generations
     micro_batch = _micro_batch(plan, context.note, rows)
     state = _warm_start_state(policy)
-    known = warm_start(state, examples, run, settings, origin, micro_batch=micro_batch, context=context)
+    known = warm_start(state, stages, run, settings, origin, micro_batch=micro_batch, context=context)
     if policy.adapter:  # its base is from now on the warm-started model, for the reference too
         policy = _load(settings, str(run.warm_start_path), policy.name, _ignore, adapter=policy.adapter)
     return policy, known

@@ -163,6 +163,12 @@ def stages_of(settings: Settings, problems: Problems, tokenizer: PreTrainedToken
 
     if not FORMS.keys() & prompts.problems.keys():
         raise CountdownError("`--warm-start` shows puzzles of 3 or 4 numbers", "use one of them, or leave it out")
+    if train.warm_start_impatient > train.warm_start:
+        raise CountdownError(
+            f"`--warm-start-impatient {train.warm_start_impatient}` is more than `--warm-start {train.warm_start}`,"
+            " of which it shows some again",
+            "lower it",
+        )
     drawn = chain.from_iterable(prompts.problems.values())
     puzzles = [puzzle for puzzle in drawn if isinstance(puzzle, Puzzle)]
 
@@ -251,7 +257,7 @@ def imitate(
             step += 1
             if step <= done:
                 continue
-            if index == 1 < step:  # a stage after the first
+            if index == 1 and stage is not stages[0]:
                 state.optimizer = optimizer_of(state.policy)
             scale = min(index / rise, (count + 1 - index) / (count + 1 - rise))
             loss = _step(state, batch, stage.learning_rate * scale, world=world, micro_batch=micro_batch, poll=poll)
