@@ -309,6 +309,16 @@ def test_several_models_are_evaluated_as_the_first_would_be(trained: Command, ti
     assert found.err.splitlines() == [said]
 
 
+def test_every_model_of_a_run_is_evaluated_with_the_runs_settings(trained: Command, tiny_folder: Path) -> None:
+    trained("train", "--model", tiny_folder, "--run", "second", "--style", "natural", *SMALL)
+    checkpoint = next(Path("runs/second/checkpoints").glob("*/model"))
+    for model in ("second", "runs/second/model", checkpoint):
+        found = json.loads(trained("eval", model, "--max-new-tokens", 9, "--limit", 2, "--json").out)
+        assert found["style"] == "natural"
+    found = trained("eval", checkpoint, "--style", "zero-shot", "--max-new-tokens", 9, "--limit", 2, "--json")
+    assert json.loads(found.out)["style"] == "zero-shot"
+
+
 def test_solve_prints_the_answer_alone_on_stdout_and_its_code_is_the_verdict(countdown: Command) -> None:
     codes = set()
     for numbers, target in (((2, 4, 6), 12), ((4, 6, 8), 72)):

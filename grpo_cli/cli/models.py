@@ -37,10 +37,11 @@ class ModelChoice:
 def choose(ctx: typer.Context, config_file: Path | None, names: list[str] | None) -> list[ModelChoice]:
     """Each model with its settings; without names the newest run, else builtin.
 
-    A run has its own settings, other models those of the invocation. Raises CountdownError if there is no such model.
+    A run, and each model in its folder, has the run's settings, other models those of the invocation. Raises
+    CountdownError if there is no such model.
     """
     from grpo_cli.core.config.resolve import restore
-    from grpo_cli.core.run.folder import Run, find_run
+    from grpo_cli.core.run.folder import Run, find_run, run_of
     from grpo_cli.core.run.models import model_source
 
     asked = resolve(ctx, config_file).settings
@@ -50,8 +51,8 @@ def choose(ctx: typer.Context, config_file: Path | None, names: list[str] | None
         names = [newest.name if newest is not None else "builtin"]
     chosen = []
     for name in names:
-        settings, run = asked, find_run(root, name)
         source = model_source(root, name)
+        settings, run = asked, find_run(root, name) or run_of(Path(source))
         if run is not None:
             kept = {key: value for key, value in given.items() if key not in ("preset", "runs")}
             settings = restore(run.read_config(), run.config_path, flags=kept).settings
