@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from grpo_cli.cli.options import PANELS
-from grpo_cli.core.config.resolve import SHIPPED, Resolved, defaults, flag, resolve, restore, variable
+from grpo_cli.core.config.resolve import SHIPPED, Resolved, as_option, defaults, flag, resolve, restore, variable
 from grpo_cli.core.config.settings import FIELDS, TABLES, Settings, describe, digest, fixed, panel
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.task.prompts import STYLES
@@ -147,6 +147,34 @@ def test_a_file_that_is_missing_empty_or_from_windows_is_fine(tmp_path: Path, te
     assert resolved(tmp_path, text).settings == resolved(tmp_path / "nowhere").settings
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("target", ["nowhere.toml", "config.toml"])
+def test_a_file_that_is_a_broken_link_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    (tmp_path / "config.toml").symlink_to(target)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CountdownError, match=r"cannot read `config\.toml`"):
+        resolve()
+
+
+def test_a_mixture_is_an_option_in_one_line() -> None:
+    option = as_option("train.prompt_style", {"one-shot": 0.5, "natural": 1})
+    assert option == "--prompt-style=one-shot = 0.5, natural = 1"
+    assert resolve(flags={"train.prompt_style": option.partition("=")[2]}).settings.train.prompt_style
+
+
+@pytest.mark.parametrize(
+    ("flags", "refusal"),
+    [
+        ({"loss.pass_at_k": 2, "loss.scale_rewards": "batch"}, "`scale_rewards` cannot be `batch`"),
+        ({"train.warm_start": 8, "train.warm_start_impatient": 9}, "must be at most `warm_start`"),
+        ({"eval.temperature": 1e-9}, "must be 0, which is greedy, or at least 0.001"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(flags: dict[str, object], refusal: str) -> None:
+    with pytest.raises(CountdownError, match=refusal):
+        resolve(flags=flags)
+
+
 def test_text_is_read_as_the_type_of_the_setting(tmp_path: Path) -> None:
     environ = {
         "COUNTDOWN_TRAIN_LEARNING_RATE": "1e-5",
@@ -167,8 +195,11 @@ WRONG = [
     ("train", "batch_size", "0", "a whole number of at least 1 and at most 10000, not `0`"),
     ("train", "batch_size", "{}", "a whole number of at least 1 and at most 10000, not a table"),
     ("train", "seed", "0x" + "f" * 5000, "at least 0 and below 4294967296, not a number of more than 64 bits"),
-    ("train", "learning_rate", "nan", "a number above 0, not `nan`"),
-    ("train", "learning_rate", "1e400", "a number above 0, not `inf`"),
+    ("train", "learning_rate", "nan", "a number above 0 and at most 1000, not `nan`"),
+    ("train", "learning_rate", "1e400", "a number above 0 and at most 1000, not `inf`"),
+    ("train", "learning_rate", "1e300", "a number above 0 and at most 1000, not `1e+300`"),
+    ("train", "temperature", "1e-300", "a number of at least 0.001 and at most 1000000, not `1e-300`"),
+    ("reward", "format_reward", "1e300", "a number of at least 0 and at most 1000000, not `1e+300`"),
     ("loss", "epsilon", "1", "a number above 0 and below 1, not `1`"),
     ("task", "numbers", "7", "a whole number of at least 2 and at most 6, not `7`"),
     ("loss", "kl_in", "'k2'", "one of `loss`, `reward`, not `k2`"),

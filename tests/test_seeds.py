@@ -49,6 +49,13 @@ def test_seeds_are_runs_of_their_own_which_are_kept_resumed_and_summed_up(
     other = countdown(*given, "--learning-rate", "1e-3")
     assert (other.code, len(here)) == (2, 3) and "run `two-3` has another `train.learning_rate`" in other.err
 
+    longer = countdown(*given, "--num-iterations", 4)
+    assert longer.code == 0 and "finished" not in longer.err
+    assert [line[-2:] for line in here[3:]] == [["--resume", "--num-iterations=4"]] * 2
+    assert [Run(tmp_path / "runs" / f"two-{seed}").metrics()[-1]["step"] for seed in (3, 4)] == [4, 4]
+    shorter = countdown(*given)
+    assert shorter.code == 2 and "run `two-3` has 4 steps, more than 2" in shorter.err
+
 
 def test_a_run_is_started_resumed_or_replaced(tmp_path: Path) -> None:
     settings, run = with_seed(resolve().settings, 7), Run(tmp_path / "two-7")
@@ -56,9 +63,14 @@ def test_a_run_is_started_resumed_or_replaced(tmp_path: Path) -> None:
     start = ["train", "--config", "my.toml", "--runs", "runs", "--beta=0.1", "--run", "two-7", "--seed", "7"]
     assert job.line(overwrite=False) == start
     run.path.mkdir()
-    run.write_config({})
+    run.write_config(settings.model_dump())
     assert job.line(overwrite=False) == ["train", "--runs", str(tmp_path), "--run", "two-7", "--resume"]
     assert job.line(overwrite=True) == [*start[:6], "--overwrite", *start[6:]]
+
+
+def test_seeds_beyond_the_largest_are_refused_before_any_training(countdown: Command) -> None:
+    found = countdown("train", "--run", "many", "--seeds", 2, "--seed", 2**32 - 1, "--dry-run")
+    assert found.code == 2 and "2 seeds from 4294967295 on go beyond" in found.err
 
 
 def test_seeds_need_a_name_and_no_resume(countdown: Command) -> None:

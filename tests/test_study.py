@@ -104,6 +104,15 @@ def test_a_difference_must_hold_over_seeds_and_over_puzzles() -> None:
         ("[conditions.a]\n[conditions.b.suite.x]\n'val 3 natural' = 1", "cannot be set here"),
         ("[preset.builtin.train]\nseed = 1\n[conditions.a]\n[conditions.b]", "`preset.builtin` in `s.toml` cannot be"),
         ("conditions = 1", "has no two conditions"),
+        ("[eval]\nlimit = 3\n[conditions.a]\n[conditions.b]", "`s.toml` sets `eval.limit`, which no training has"),
+        ("[conditions.a]\n[conditions.b.train]\nnum_iterations = 9", "train for 8 and 9 steps"),
+        ("[conditions.a]\n[conditions.b.model]\nmodel = '/none'", "condition `b` of `s.toml`: no model at `/none`"),
+        ("[conditions.a]\n[conditions.b.model]\nref_model = '/none'", "condition `b` of `s.toml`: no model at `/none`"),
+        (
+            "[conditions.a]\n[conditions.b.train]\nwarm_start = 8\nwarm_start_impatient = 9",
+            "condition `b` of `s.toml`: `warm_start_impatient` must be at most `warm_start`",
+        ),
+        ("[study]\nfirst_seed = 4294967295\n[conditions.a]\n[conditions.b]", "`study.first_seed` in `s.toml`"),
         ("[study", "is not valid TOML"),
     ],
 )

@@ -141,7 +141,7 @@ FEW = ["--max-number", 6]  # every puzzle's search is written before any is show
         (["--numbers", 2, "--dry-run"], "shows puzzles of 3 or 4 numbers"),
         (["--prompt-numbers", "2 = 1, 3 = 0"], "shows puzzles of 3 or 4 numbers"),
         (["--max-new-tokens", 20], "no puzzle of this training"),
-        (["--warm-start-impatient", 17, "--dry-run"], "is more than `--warm-start 16`"),
+        (["--warm-start-impatient", 17, "--dry-run"], "`warm_start_impatient` must be at most `warm_start`"),
     ],
 )
 def test_what_cannot_be_demonstrated_is_refused_before_the_model_loads(
@@ -235,6 +235,30 @@ def test_a_run_starts_from_the_warm_started_model_and_resumes_equal(
     assert ends[0].fingerprint() == ends[1].fingerprint()
     lines = [Run.open(tmp_path / "runs", name).metrics()[-1] for name in ("whole", "halves")]
     assert [line["kl"] for line in lines] == [lines[0]["kl"]] * 2
+
+
+@pytest.mark.faults
+def test_a_run_without_its_warm_started_model_is_neither_resumed_nor_replayed_nor_changed(
+    countdown: Command, undisturbed: Run, tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed.path, tmp_path / "runs/whole")
+    run = Run.open(tmp_path / "runs", "whole")
+    shutil.rmtree(run.warm_start_path)
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file() and path.name != ".lock"}
+    for line in (["train", "--run", "whole", "--resume", "--num-iterations", 2], ["why", "whole", "--step", 1]):
+        refused = countdown(*line)
+        assert refused.code == 2 and "warm_start` is gone, the model from which run `whole` started" in refused.err
+        assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_resumed_run_takes_a_flag_that_its_own_settings_give_effect(
+    countdown: Command, undisturbed: Run, tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed.path, tmp_path / "runs/whole")
+    same = countdown("train", "--run", "whole", "--resume", "--warm-start-impatient", 16)
+    assert same.code == 0, same.err
+    other = countdown("train", "--run", "whole", "--resume", "--warm-start-impatient", 8)
+    assert other.code == 2 and "cannot change train.warm_start_impatient from 16 to 8" in other.err
 
 
 def stop_after_step_2(monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:

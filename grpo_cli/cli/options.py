@@ -45,14 +45,21 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object and no
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace existing output")]
 
 
-def resolve(ctx: typer.Context, config_file: Path | None, given: Mapping[str, object] | None = None) -> Resolved:
-    """The settings of this invocation; `given` settings, by key, replace its flags.
+def resolve(
+    ctx: typer.Context,
+    config_file: Path | None,
+    given: Mapping[str, object] | None = None,
+    *,
+    at_most: Sequence[str] | None = None,
+) -> Resolved:
+    """The settings of this invocation; `given` settings, by key, replace its flags, of which only some may count.
 
     The preset may depend on whether there is a GPU: torch is imported to find out if there is a driver.
     """
     from grpo_cli.core.config.resolve import resolve
 
-    replaced = flags(ctx) | dict(given or {})
+    counted = {key: value for key, value in flags(ctx).items() if at_most is None or key in at_most}
+    replaced = counted | dict(given or {})
     return resolve(flags=replaced, environ=os.environ, config_file=config_file, has_cuda=_has_cuda)
 
 

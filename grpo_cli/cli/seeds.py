@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from grpo_cli.core.config.settings import Settings
     from grpo_cli.core.run.folder import Run
 
+TRAINED = ("preset", "runs", "task", "model", "train", "loss", "reward", "ranks")  # settings of a training
 FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 STOPPED = (130, 143)  # exit codes of a training that was told to stop, and says how to go on
 LAST_CHARACTERS = 2_000  # of the output of a failed process
@@ -38,15 +39,28 @@ class Job:
 
     @property
     def is_finished(self) -> bool:
-        return self.run.config_path.is_file() and self.run.read_summary() is not None
+        """Whether the run has ended, after all the steps that are asked for."""
+        steps = self.settings.train.num_iterations
+        if not self.run.config_path.is_file() or self.run.read_summary() is None:
+            return False
+        return self.run.settings.train.num_iterations >= steps
 
     def line(self, *, overwrite: bool) -> list[str]:
         """The command line that starts the run anew, or resumes it."""
         root = str(self.run.path.parent)
         if self.run.config_path.is_file() and not overwrite:
-            return ["train", "--runs", root, "--run", self.run.name, "--resume"]
+            return ["train", "--runs", root, "--run", self.run.name, "--resume", *self._changes()]
         seed = str(self.settings.train.seed)
         return [*self.words, *["--overwrite"] * overwrite, "--run", self.run.name, "--seed", seed]
+
+    def _changes(self) -> list[str]:
+        """What a resumed run may change, as far as the job's settings differ from the run's."""
+        from grpo_cli.core.config.resolve import as_option
+        from grpo_cli.core.config.settings import changeable
+
+        own, asked = changeable(self.run.settings), changeable(self.settings)
+        keys = [key for key in asked if "." in key and key.partition(".")[0] in TRAINED and asked[key] != "auto"]
+        return [as_option(key, asked[key]) for key in keys if asked[key] != own[key]]
 
 
 def words(settings: Settings, given: Mapping[str, object], config: Path | None) -> list[str]:
@@ -115,6 +129,12 @@ def _require_same(job: Job) -> None:
     """Raise CountdownError unless the run has the job's settings, what a resumed run may change aside."""
     from grpo_cli.core.config.settings import fixed
 
+    steps, least = job.run.settings.train.num_iterations, job.settings.train.num_iterations
+    if steps > least:
+        raise CountdownError(
+            f"run `{job.run.name}` has {steps} steps, more than {least}",
+            "choose another name, or replace it with `--overwrite`",
+        )
     own, asked = fixed(job.run.settings), fixed(job.settings)
     for key in (key for key, value in asked.items() if value not in (own[key], "auto")):  # what `auto` means is stored
         raise CountdownError(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from grpo_cli.cli.options import ConfigFile, Json, Overwrite, read_files, require_package, resolve
-from grpo_cli.cli.seeds import Job, check, train_all, with_seed, words
+from grpo_cli.cli.seeds import TRAINED, Job, check, train_all, with_seed, words
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.ui import text as show
 
@@ -85,23 +85,34 @@ def _plan(ctx: typer.Context, file: Path, config: Path | None, parallel: int) ->
     """The study of a file; every condition's settings and files are checked before any training."""
     from grpo_cli.core.evals.study import read_study
     from grpo_cli.core.run.folder import Run
+    from grpo_cli.core.run.models import model_source
 
     study = read_study(file)
+    for key in {key for own in study.conditions.values() for key in own if key.partition(".")[0] not in TRAINED}:
+        raise CountdownError(f"`{file}` sets `{key}`, which no training has", f"it may set {', '.join(TRAINED)}")
     threads = {"model.threads": max(1, (os.cpu_count() or 1) // parallel)} if parallel > 1 else {}
     jobs = {}
     for name, own in study.conditions.items():
         given = {**threads, **own}
         try:
             settings = resolve(ctx, config, given).settings
+            for model in {settings.model.model, settings.model.ref_model} - {"same"}:
+                model_source(Path(settings.runs), model)
+            read_files(settings)
         except CountdownError as problem:
             raise CountdownError(f"condition `{name}` of `{file}`: {problem.message}", problem.hint) from None
-        read_files(settings)
         _require_evaluated(name, study.design.step, settings.train)
         line = words(settings, given, config)
         jobs[name] = [
             Job(Run(Path(settings.runs) / study.run_name(name, seed)), with_seed(settings, seed), line)
             for seed in study.seeds
         ]
+    lengths = {own[0].settings.train.num_iterations for own in jobs.values()}
+    if study.design.step is None and len(lengths) > 1:
+        raise CountdownError(
+            f"the conditions of `{file}` train for {' and '.join(map(str, sorted(lengths)))} steps",
+            "name the step to compare: `study.step`",
+        )
     return _Planned(study, jobs)
 
 
@@ -205,7 +216,13 @@ def _result(planned: _Planned) -> dict[str, object]:
     evaluated = {name: [_evaluated(planned, job) for job in jobs] for name, jobs in planned.jobs.items()}
     answered = {one.puzzles for own in evaluated.values() for one in own}
     if len(answered) > 1:
-        raise CountdownError("the conditions were evaluated on different puzzles", "give them the same [eval] settings")
+        hint = "give them the same `train.eval_puzzles` and [task] settings"
+        raise CountdownError("the conditions were evaluated on different puzzles", hint)
+    if len(steps := {one.step for own in evaluated.values() for one in own}) > 1:  # by `train.patience`
+        raise CountdownError(
+            f"the last evaluations are those of steps {', '.join(map(str, sorted(steps)))}",
+            "name the step to compare: `study.step`",
+        )
     one = next(iter(evaluated.values()))[0]
     rows = [row.record() for row in compare({name: [one.solved for one in own] for name, own in evaluated.items()})]
     for row, own in zip(rows, evaluated.values(), strict=True):

@@ -23,7 +23,7 @@ from grpo_cli.cli.options import (
     require_package,
     resolve,
 )
-from grpo_cli.cli.seeds import train_seeds, words
+from grpo_cli.cli.seeds import TRAINED, train_seeds, words
 from grpo_cli.core.errors import CountdownError
 from grpo_cli.core.rl.observer import Interrupted, Observer, Observers
 from grpo_cli.ui import text as show
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from grpo_cli.core.rl.train import Trainer
     from grpo_cli.core.task.task import Task
 
-SETTINGS = ("preset", "runs", "task", "model", "train", "loss", "reward", "ranks")
+SETTINGS = TRAINED
 
 
 RunName = Annotated[
@@ -46,7 +46,10 @@ RunName = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="continue --run from its last checkpoint")]
 Step = Annotated[int | None, typer.Option(min=1, help="with --resume: continue from this checkpoint", metavar="<int>")]
 Seeds = Annotated[
-    int, typer.Option(min=1, help="train so many runs, NAME-SEED, from --seed on, and sum them up", metavar="<int>")
+    int,
+    typer.Option(
+        min=1, max=1000, help="train so many runs, NAME-SEED, from --seed on, and sum them up", metavar="<int>"
+    ),
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="show whether it fits in memory, its settings and a prompt; do not train")
@@ -86,12 +89,15 @@ def train(
             "`--seeds` needs `--run NAME`, no `--resume`, and one process",
             "the same command resumes what is unfinished",
         )
-    resolved = resolve(ctx, config)
+    # A flag may need another setting, which a resumed run has already.
+    resolved = resolve(ctx, config, at_most=("runs",) if resume else None)
     root = Path(resolved.settings.runs)
     run, resume, overwrite = _run_to_open(root, run, process, resume=resume, overwrite=overwrite)
     if resume and run is not None:
         resolved = _resumed(ctx, root, run)
     settings = resolved.settings.model_copy(update={"runs": str(root)})  # the run may have moved
+    if settings.train.seed + seeds > 2**32:
+        raise CountdownError(f"{seeds} seeds from {settings.train.seed} on go beyond 4294967295", "lower `--seed`")
     chosen = _chosen(settings, resume=resume)
     task = read_files(settings)
     if dry_run:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from grpo_cli.core.config.names import nearest
-from grpo_cli.core.config.settings import FIELDS, NEEDS, TABLES, Settings, expected, fixed, values
+from grpo_cli.core.config.settings import FIELDS, NEEDS, TABLES, Settings, expected, fixed, in_one_line, values
 from grpo_cli.core.errors import CountdownError
 
 _PACKAGE = Path(__file__).parents[2]
@@ -46,6 +46,8 @@ def as_option(key: str, value: object) -> str:
     """A setting as a word of a command line: `--batch-size=8`, `--no-shard`."""
     if isinstance(value, bool):
         return flag(key) if value else flag(key).replace("--", "--no-", 1)
+    if isinstance(value, dict):
+        value = in_one_line(value)
     return f"{flag(key)}={value}"
 
 
@@ -167,7 +169,7 @@ def _shipped() -> _File:
 
 def _user(config_file: Path | None) -> _File:
     path = config_file or Path(SHIPPED.name)
-    if config_file is None and (not path.exists() or path.samefile(SHIPPED)):
+    if config_file is None and (not os.path.lexists(path) or (path.exists() and path.samefile(SHIPPED))):
         return _File({}, {})
     return _sections(read_toml(path), os.path.join(path.parent, path.name))  # "./config.toml" is not the shipped one
 

@@ -47,7 +47,7 @@ def setting(
     return Field(description=description, json_schema_extra=extra, **cast("Any", bounds))
 
 
-def _in_one_line(value: object) -> object:
+def in_one_line(value: object) -> object:
     """Convert a table of weights, or a single number, to the text of a schedule."""
     if isinstance(value, dict):
         return ", ".join(f"{name} = {weight}" for name, weight in value.items())
@@ -77,10 +77,16 @@ def _server(url: str) -> str:
     return url.rstrip("/")
 
 
+def _greedy_or_not(temperature: float) -> float:
+    if 0 < temperature < 0.001:
+        raise ValueError("must be 0, which is greedy, or at least 0.001")
+    return temperature
+
+
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
-StyleSchedule = Annotated[str, BeforeValidator(_in_one_line), AfterValidator(partial(_scheduled, choices=STYLES))]
+StyleSchedule = Annotated[str, BeforeValidator(in_one_line), AfterValidator(partial(_scheduled, choices=STYLES))]
 SizeSchedule = Annotated[
-    str, BeforeValidator(_in_one_line), AfterValidator(partial(_scheduled, choices=tuple(map(str, SIZES))))
+    str, BeforeValidator(in_one_line), AfterValidator(partial(_scheduled, choices=tuple(map(str, SIZES))))
 ]
 CellName = Annotated[str, AfterValidator(lambda text: cell(text).name)]
 Suite = Annotated[dict[CellName, Annotated[float, Field(ge=0)]], AfterValidator(_some_weight)]
@@ -163,7 +169,7 @@ class Model(Table):
 class Train(Table):
     panel: ClassVar[str] = "Schedule"
 
-    learning_rate: float = setting("peak learning rate", "Optimization", gt=0, common=True)
+    learning_rate: float = setting("peak learning rate", "Optimization", gt=0, le=1000, common=True)
     schedule: Literal["constant", "linear", "cosine"] = setting("learning rate schedule after warm-up", "Optimization")
     warmup_steps: int = setting("steps of linear learning rate warm-up", "Optimization", ge=0, le=10**12)
     batch_size: int = setting("prompts per step", "Sampling", ge=1, le=10_000, common=True)
@@ -171,17 +177,17 @@ class Train(Table):
         "completions per prompt: the size of a group", "Sampling", ge=2, le=10_000, common=True
     )
     max_new_tokens: int = setting("longest completion, in tokens", "Sampling", ge=1, le=100_000, common=True)
-    temperature: float = setting("sampling temperature", "Sampling", gt=0, le=10**6, common=True)
+    temperature: float = setting("sampling temperature", "Sampling", ge=0.001, le=10**6, common=True)
     num_iterations: int = setting("training steps", ge=1, le=10**12, resumable=True, common=True)
     num_inner_updates: int = setting("updates of the policy per sampled batch", "Optimization", ge=1, le=10**6)
     num_mini_batches: int = setting(
         "parts of a sampled batch, each with an update of its own", "Optimization", ge=1, le=10_000
     )
-    clip_grad_norm: float = setting("maximum gradient norm", "Optimization", gt=0)
+    clip_grad_norm: float = setting("maximum gradient norm", "Optimization", gt=0, le=10**9)
     optimizer: Literal["auto", "adamw", "adamw8bit"] = setting(
         "AdamW of torch, or 8-bit AdamW of bitsandbytes", "Optimization"
     )
-    weight_decay: float = setting("decoupled weight decay", "Optimization", ge=0)
+    weight_decay: float = setting("decoupled weight decay", "Optimization", ge=0, le=1000)
     prompt_style: StyleSchedule = setting("schedule of prompt styles; `task` is the style above", "Sampling")
     prompt_numbers: SizeSchedule = setting("schedule of puzzle sizes; `task` is the number above", "Sampling")
     warm_start: int = setting(
@@ -226,6 +232,12 @@ class Train(Table):
     broken: Literal[
         "none", "kl", "end", "temperature", "groups", "baseline", "prompt", "bf16", "template", "reward", "mystery"
     ] = setting("plant a bug, for docs/labs.md; `mystery` draws one")
+
+    @model_validator(mode="after")
+    def _impatient_searches_are_some_of_all(self) -> Self:
+        if 0 < self.warm_start < self.warm_start_impatient:
+            raise ValueError("`warm_start_impatient` must be at most `warm_start`, of which it shows some again")
+        return self
 
 
 class Loss(Table):
@@ -272,15 +284,19 @@ class Loss(Table):
             raise ValueError(f"`dual_clip` must be 0 or more than 1 + `epsilon_high`, {1 + self.epsilon_high:g}")
         if self.pass_at_k > 1 and self.baseline != "mean":
             raise ValueError("`pass_at_k` has its own baseline: leave `baseline` at `mean`")
+        if self.pass_at_k > 1 and self.scale_rewards == "batch":
+            raise ValueError("`pass_at_k` has the deviation of its group: `scale_rewards` cannot be `batch`")
         return self
 
 
 class Reward(Table):
     panel: ClassVar[str] = "Loss"
 
-    format_reward: float = setting("reward of each well-formed tag pair of a wrong answer", ge=0)
-    numbers_reward: float = setting("reward added to format_reward if a wrong answer uses the right numbers", ge=0)
-    correct_reward: float = setting("reward of a correct answer, instead of all others", gt=0)
+    format_reward: float = setting("reward of each well-formed tag pair of a wrong answer", ge=0, le=10**6)
+    numbers_reward: float = setting(
+        "reward added to format_reward if a wrong answer uses the right numbers", ge=0, le=10**6
+    )
+    correct_reward: float = setting("reward of a correct answer, instead of all others", gt=0, le=10**6)
     length_penalty: float = setting(
         "penalty at max_new_tokens (1 in DAPO's soft overlong punishment); 0 is none", ge=0, le=10**6
     )
@@ -300,7 +316,9 @@ class Eval(Table):
     split: Literal["train", "dev", "val"] = setting("split to evaluate on", resumable=True)
     limit: int = setting("puzzles to evaluate on, in each cell; 0 is all", ge=0, le=10**12, resumable=True)
     samples: int = setting("completions per puzzle, for pass@k", ge=1, le=10**6, resumable=True)
-    temperature: float = setting("sampling temperature; 0 is greedy", ge=0, le=1000, resumable=True)
+    temperature: Annotated[float, AfterValidator(_greedy_or_not)] = setting(
+        "sampling temperature; 0 is greedy", ge=0, le=1000, resumable=True
+    )
     max_new_tokens: int = setting("longest completion, in tokens", ge=1, le=100_000, resumable=True)
     batch_size: int = setting("completions decoded at once", ge=1, le=10**6, resumable=True)
 
@@ -403,6 +421,11 @@ def fixed(settings: Settings) -> dict[str, object]:
     """The settings that a resumed run must keep, by key."""
     kept = {key: value for key, value in values(settings).items() if not _declared(key).get("resumable")}
     return kept | {"suite": settings.suite.get(settings.train.eval_suite)}
+
+
+def changeable(settings: Settings) -> dict[str, object]:
+    """The settings that a resumed run may change, by key."""
+    return {key: value for key, value in values(settings).items() if _declared(key).get("resumable")}
 
 
 def digest(settings: Settings) -> str:

@@ -38,7 +38,7 @@ class Design(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     seeds: Annotated[int, Field(ge=2, le=100)] = 5
-    first_seed: Annotated[int, Field(ge=0)] = 0
+    first_seed: Annotated[int, Field(ge=0, lt=2**32 - 100)] = 0
     step: Annotated[int, Field(ge=1)] | None = None
     spread: Annotated[float, Field(gt=0, lt=1)] = 0.02
 

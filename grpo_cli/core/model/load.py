@@ -347,9 +347,8 @@ def _load_errors(name: str) -> Iterator[None]:
     except Exception as error:
         sentence = str(error).replace(":\n", ": ").strip().partition("\n")[0]
         reason = " ".join(sentence.split()) or type(error).__name__
-        raise CountdownError(
-            f"cannot load `{name}`: {reason}", "check the name, the folder's files and the network"
-        ) from error
+        hint = "check the folder's files" if os.path.isdir(name) else "check the name and the network"
+        raise CountdownError(f"cannot load `{name}`: {reason}", hint) from error
 
 
 def _check_vocabulary(

@@ -139,6 +139,7 @@ def build(
         # 1. Choose the checkpoint to continue from.
         context = _tracked(settings, context, stack)
         point = _resume_point(settings, name, resume, replay, context, stack)
+        _require_warm_start(point, settings)
         # 2. Load the policy, plan its memory, load the reference that `ref_model` names.
         stages = [] if point.checkpoint or point.warm_started else demonstrated(settings, problems)
         policy, plan = _load_policy(settings, problems, point, context)
@@ -256,6 +257,19 @@ def _resume_point(
     first(partial(_lock, run, stack, context.note))
     step = None if resume is True else resume
     return ResumePoint(run, *first(partial(choose_checkpoint, run, settings, step, context.note)))
+
+
+def _require_warm_start(point: ResumePoint, settings: Settings) -> None:
+    """Raise CountdownError if the warm-started model is gone, from which the run to continue started."""
+    run = point.run
+    if run is None or point.warm_started:
+        return
+    finished = run.has_origin and run.read_origin().get("warm_start")
+    if finished or (point.is_replay and settings.train.warm_start):
+        raise CountdownError(
+            f"`{run.warm_start_path}` is gone, the model from which run `{run.name}` started",
+            "restore the folder, or start a new run",
+        )
 
 
 def _warm_start_state(policy: Policy) -> State:

@@ -163,12 +163,6 @@ def stages_of(settings: Settings, problems: Problems, tokenizer: PreTrainedToken
 
     if not FORMS.keys() & prompts.problems.keys():
         raise CountdownError("`--warm-start` shows puzzles of 3 or 4 numbers", "use one of them, or leave it out")
-    if train.warm_start_impatient > train.warm_start:
-        raise CountdownError(
-            f"`--warm-start-impatient {train.warm_start_impatient}` is more than `--warm-start {train.warm_start}`,"
-            " of which it shows some again",
-            "lower it",
-        )
     drawn = chain.from_iterable(prompts.problems.values())
     puzzles = [puzzle for puzzle in drawn if isinstance(puzzle, Puzzle)]
 
