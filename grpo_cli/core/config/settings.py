@@ -391,6 +391,8 @@ FIELDS: dict[str, FieldInfo] = {
 NEEDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ("model.lora_rank", bool, ("model.lora_alpha", "model.lora_targets", "model.quantize")),
     ("loss.beta", bool, ("loss.kl_estimator", "loss.kl_in", "model.ref_model", "model.reference")),
+    ("loss.kl_in", "loss".__eq__, ("loss.kl_estimator",)),  # a KL in the reward is k1
+    ("loss.loss_type", "cispo".__ne__, ("loss.epsilon", "loss.dual_clip")),
     ("model.rollout", "vllm".__eq__, ("model.vllm_memory", "model.vllm_url")),
     ("model.vllm_url", "none".__ne__, ("model.vllm_folder",)),
     ("loss.sampler_correction", "none".__ne__, ("loss.sampler_level", "loss.sampler_cap")),
