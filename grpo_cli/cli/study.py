@@ -88,8 +88,8 @@ def _plan(ctx: typer.Context, file: Path, config: Path | None, parallel: int) ->
     from grpo_cli.core.run.models import model_source
 
     study = read_study(file)
-    for key in {key for own in study.conditions.values() for key in own if key.partition(".")[0] not in TRAINED}:
-        raise CountdownError(f"`{file}` sets `{key}`, which no training has", f"it may set {', '.join(TRAINED)}")
+    if others := sorted(key for key in set().union(*study.conditions.values()) if key.partition(".")[0] not in TRAINED):
+        raise CountdownError(f"`{file}` sets `{others[0]}`, which no training has", f"it may set {', '.join(TRAINED)}")
     threads = {"model.threads": max(1, (os.cpu_count() or 1) // parallel)} if parallel > 1 else {}
     jobs = {}
     for name, own in study.conditions.items():
