@@ -113,6 +113,7 @@ def test_a_difference_must_hold_over_seeds_and_over_puzzles() -> None:
             "condition `b` of `s.toml`: `warm_start_impatient` must be at most `warm_start`",
         ),
         ("[study]\nfirst_seed = 4294967295\n[conditions.a]\n[conditions.b]", "`study.first_seed` in `s.toml`"),
+        ("[conditions.a]\n[conditions.b.loss]\nbeta = 0.001", "conditions `a` and `b` of `s.toml` are the same"),
         ("[study", "is not valid TOML"),
     ],
 )

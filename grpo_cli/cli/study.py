@@ -91,7 +91,7 @@ def _plan(ctx: typer.Context, file: Path, config: Path | None, parallel: int) ->
     if others := sorted(key for key in set().union(*study.conditions.values()) if key.partition(".")[0] not in TRAINED):
         raise CountdownError(f"`{file}` sets `{others[0]}`, which no training has", f"it may set {', '.join(TRAINED)}")
     threads = {"model.threads": max(1, (os.cpu_count() or 1) // parallel)} if parallel > 1 else {}
-    jobs = {}
+    jobs: dict[str, list[Job]] = {}
     for name, own in study.conditions.items():
         given = {**threads, **own}
         try:
@@ -103,10 +103,15 @@ def _plan(ctx: typer.Context, file: Path, config: Path | None, parallel: int) ->
             raise CountdownError(f"condition `{name}` of `{file}`: {problem.message}", problem.hint) from None
         _require_evaluated(name, study.design.step, settings.train)
         line = words(settings, given, config)
-        jobs[name] = [
+        own_jobs = [
             Job(Run(Path(settings.runs) / study.run_name(name, seed)), with_seed(settings, seed), line)
             for seed in study.seeds
         ]
+        if same := [other for other, those in jobs.items() if those[0].settings == own_jobs[0].settings]:
+            raise CountdownError(
+                f"conditions `{same[0]}` and `{name}` of `{file}` are the same training", "remove one, or change it"
+            )
+        jobs[name] = own_jobs
     lengths = {own[0].settings.train.num_iterations for own in jobs.values()}
     if study.design.step is None and len(lengths) > 1:
         raise CountdownError(
