@@ -169,6 +169,14 @@ def test_a_warm_start_has_a_bar_and_the_time_left() -> None:
     assert "warm start" in written(console)  # the display has begun
 
 
+def test_the_time_left_of_a_warm_start_that_goes_on_counts_only_the_steps_seen() -> None:
+    clock = Clock()
+    view = TrainingView(40, console=pipe(), clock=clock)
+    for clock.now, step, left in [(10, 22, "-:--:--"), (20, 23, "0:12:50"), (40, 24, "0:19:00")]:
+        view.progress("warm start: loss 0.312, step", step, 100)
+        assert picture(view)[1].endswith(f"step {step} of 100, {left} left")
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize(
     ("width", "titles"),

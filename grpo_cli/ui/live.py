@@ -48,12 +48,13 @@ def fitting(width: int) -> list[Metric]:
 
 @dataclass(frozen=True)
 class _Phase:
-    """What a training is doing, and since when."""
+    """What a training is doing, and since when, `first` being done then: more than 1 in a training that goes on."""
 
     name: str
     done: int
     total: int
     since: float
+    first: int
 
     @property
     def kind(self) -> str:
@@ -65,7 +66,8 @@ class _Phase:
         return self.name.endswith("step")
 
     def left(self, now: float) -> str:
-        return _clock((now - self.since) / (self.done - 1) * (self.total - self.done)) if self.done > 1 else "-:--:--"
+        seen = self.done - self.first
+        return _clock((now - self.since) / seen * (self.total - self.done)) if seen > 0 else "-:--:--"
 
     def line(self, now: float) -> str:
         left = f", {self.left(now)} left" if self.is_steps else ""
@@ -135,8 +137,8 @@ class TrainingView(Observer):
     def progress(self, phase: str, done: int, total: int) -> None:
         """Update the phase; a pipe gets a line if it has heard nothing for a while."""
         now, before = self._clock(), self._phase
-        since = before.since if before and before.kind == _kind(phase) else now
-        self._phase = _Phase(phase, done, total, since)
+        since, first = (before.since, before.first) if before and before.kind == _kind(phase) else (now, done)
+        self._phase = _Phase(phase, done, total, since, first)
         if self._live and not self._live.is_started:  # a warm start, before the first step
             self._live.start(refresh=True)
         pause = STEP_SECONDS if phase.startswith("sampling") or self._said > since else QUIET_SECONDS
