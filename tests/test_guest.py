@@ -163,6 +163,22 @@ def test_a_helper_beside_the_file_is_imported_and_a_pool_pickles_its_functions(t
         assert guest.call(reward, "it", "abc", P13) == 2.0
 
 
+def test_a_forked_child_has_the_system_s_handlers_so_a_pool_can_end_it_while_it_waits() -> None:
+    def default_in_child() -> bool:
+        if (child := os.fork()) == 0:
+            stopping = {signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            os._exit(stopping != {signal.SIG_DFL} or signal.getsignal(signal.SIGUSR1) != signal.SIG_IGN)
+        return os.waitpid(child, 0)[1] == 0
+
+    before = signal.getsignal(signal.SIGTERM)
+    with Signals():
+        own = signal.getsignal(signal.SIGTERM)
+        assert default_in_child() and signal.getsignal(signal.SIGTERM) == own != before
+    with Signals():
+        pass
+    assert signal.getsignal(signal.SIGTERM) == before and not default_in_child()  # Ctrl-C raises again
+
+
 def test_a_file_named_like_an_installed_module_does_not_replace_it(tmp_path: Path) -> None:
     for name in ("random", "markupsafe"):
         (tmp_path / f"{name}.py").write_text("def mine(text, puzzle): return 0.25\n")

@@ -130,6 +130,7 @@ class Signals(Control):
             stopping.append(signal.SIGHUP)
         handlers = {**dict.fromkeys(stopping, self._request_stop), signal.SIGUSR1: self._request_save}
         self._handlers = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        os.register_at_fork(after_in_child=self._leave_to_parent)
         self._stderr, sys.stderr = sys.stderr, cast("TextIO", _Tolerant(sys.stderr, self._lost_reader))
         return self
 
@@ -137,10 +138,16 @@ class Signals(Control):
         sys.stderr = self._stderr
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        self._handlers = {}
+
+    def _leave_to_parent(self) -> None:
+        """In a child that a user's code forked: a handler in Python would not run while the child waits for a lock."""
+        for number in self._handlers:
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGUSR1 else signal.SIG_DFL)
 
     def _request_stop(self, number: int, _: FrameType | None) -> None:
         is_second = self.stop is not None and not self._launched
-        if is_second or os.getpid() != self._process:  # or in a child that a user's code forked
+        if is_second or os.getpid() != self._process:  # or in a child that was forked this instant
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.stop = self.stop or number
