@@ -141,7 +141,7 @@ class Signals(Control):
         self._handlers = {}
 
     def _leave_to_parent(self) -> None:
-        """In a child that a user's code forked: a handler in Python would not run while the child waits for a lock."""
+        """In a child that a user's code forks: a handler in Python would not run while the child waits for a lock."""
         for number in self._handlers:
             signal.signal(number, signal.SIG_IGN if number == signal.SIGUSR1 else signal.SIG_DFL)
 
